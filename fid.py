@@ -1,0 +1,302 @@
+"""Fréchet inception distance of a set of images to reference statistics (EDM's protocol and file format).
+
+    python fid.py calc --images=samples/cifar10/amed_nfe5 --ref=cifar10-32x32.npz
+    python fid.py ref --data=datasets/my-data.zip --dest=my-data.npz
+    torchrun --standalone --nproc_per_node=8 fid.py calc ...
+
+Under torchrun write --num as --num_images: torchrun itself takes --num for one of its own options.
+
+With --detector=digits (and --ref=digits) features come from the embedded digit classifier: FID-digits, which is not
+comparable with the usual, Inception FID.
+"""
+
+import json
+import sys
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from urllib.parse import urlparse
+
+import click
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from models.detectors import PRETRAINED, FeatureDetector, cache_dir, load_detector
+from torch_utils import distributed
+from torch_utils.download import download_file
+from torch_utils.errors import UserError
+from torch_utils.frechet import FeatureStatistics, Reference, compute_statistics, frechet_distance
+from torch_utils.image_data import ImageSource, atomic_path
+
+_USUAL_COUNT = 10_000  # below this the bias of FID makes figures of different sample sizes incomparable
+
+
+@dataclass(frozen=True)
+class FIDResult:
+    fid: float
+    images: int
+    detector: str
+    detector_sha256: str
+    ref: str
+    ref_images: int | None
+    source: str
+    seed: int | None
+
+    def line(self) -> str:
+        return f"FID {self.fid:.4f} images={self.images} detector={self.detector} ref={self.ref}"
+
+
+def find_reference(ref: str) -> Reference:
+    """Statistics by name ('digits'), path or URL (kept in the cache folder)."""
+    if ref == "digits":
+        return Reference.load(PRETRAINED / "digits-fid.npz")
+    if ref.startswith(("http://", "https://")):
+        path = cache_dir() / "fid-refs" / (Path(urlparse(ref).path).name or "reference.npz")
+        with distributed.local_main_first():
+            if distributed.local_rank() == 0 and not path.is_file():
+                download_file([ref], path, desc=path.name, hint="pass a local file as --ref")
+        return Reference.load(path)
+    if not Path(ref).is_file():
+        raise UserError(f"--ref={ref}: no such file; pass an npz made by 'fid.py ref', its URL, or the name digits")
+    return Reference.load(ref)
+
+
+def choose_detector(
+    name: str | None, reference: Reference | None, device: torch.device, trust: bool = False
+) -> FeatureDetector:
+    """The detector asked for, else the reference's, else Inception; refuses one that does not fit the reference."""
+    stored = reference.detector if reference is not None else None
+    if name is None and stored not in (None, "inception", "digits"):
+        raise UserError(f"the reference was made with the detector '{stored}'; pass its file as --detector=PATH")
+    with distributed.local_main_first():
+        detector = load_detector(name or stored or "inception", device, trust)
+    if reference is None:
+        return detector
+    if stored is not None and (stored != detector.name or reference.detector_sha256 not in (None, detector.digest)):
+        raise UserError(
+            f"--detector={name or stored}: the reference was made with '{stored}'"
+            + (" (other weights)" if stored == detector.name else "")
+            + f", not '{detector.name}'; leave --detector out, or make a reference with 'fid.py ref'"
+        )
+    if len(reference.mu) != detector.feature_dim:
+        raise UserError(
+            f"--ref has {len(reference.mu)} features and the detector '{detector.name}' {detector.feature_dim};"
+            " choose the detector that made the reference"
+        )
+    return detector
+
+
+def choose_images(source: ImageSource, num: int | None, seed: int) -> Sequence[int]:
+    """All indices, or ``num`` random ones that depend on the names and ``seed`` only."""
+    if num is None:
+        num = len(source)
+    if num > len(source):
+        raise UserError(f"--num={num}: {source.path} holds only {len(source)} images")
+    if num < 2:
+        raise UserError(f"{source.path}: {num} image is too few; a covariance needs at least 2")
+    if num == len(source):
+        return range(num)
+    return np.sort(np.random.default_rng(seed).permutation(len(source))[:num])
+
+
+def image_statistics(
+    source: ImageSource,
+    indices: Sequence[int],
+    detector: FeatureDetector,
+    batch: int,
+    device: torch.device,
+    feature_cache: str | Path | None = None,
+) -> FeatureStatistics:
+    """Statistics over all ranks, with a progress bar, and from or into ``feature_cache``."""
+    detector.check(source.shape, source.where(0))
+    if feature_cache is not None:
+        cached = _from_cache(Path(feature_cache), source, indices, detector)
+        if cached is not None:
+            return cached
+    share = indices[distributed.rank() :: distributed.world_size()]
+    kept: list[np.ndarray] = []
+    with tqdm(total=len(share), unit="img", desc=detector.name, disable=distributed.rank() != 0) as bar:
+
+        def on_batch(features: torch.Tensor) -> None:
+            bar.update(len(features))
+            if feature_cache is not None:
+                kept.append(features.cpu().numpy())
+
+        statistics = compute_statistics(
+            source, detector, indices=indices, batch=batch, device=device, on_batch=on_batch
+        )
+    if feature_cache is not None:
+        _to_cache(Path(feature_cache), source, indices, detector, kept)
+    return statistics
+
+
+def _from_cache(
+    path: Path, source: ImageSource, indices: Sequence[int], detector: FeatureDetector
+) -> FeatureStatistics | None:
+    """Rank 0 looks; all ranks learn together whether every image is there, unchanged and from the same detector."""
+    rows, error = None, None
+    if distributed.rank() == 0 and path.exists():
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                keys, features, digest = data["keys"], data["features"], str(data["detector_sha256"])
+        except (OSError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as exc:
+            error = UserError(f"--feature-cache={path}: not a feature cache ({exc}); name another file or delete it")
+        else:
+            known = {str(key): row for row, key in enumerate(keys)} if digest == detector.digest else {}
+            wanted = [known.get(source.fingerprint(int(index))) for index in indices]
+            rows = None if None in wanted else features[wanted]
+    distributed.agree(error)
+    if not distributed.broadcast_object(rows is not None):
+        return None
+    statistics = FeatureStatistics(detector.feature_dim)
+    if rows is not None:  # rank 0, the only one that needs the result
+        statistics.append(torch.from_numpy(rows))
+    return statistics
+
+
+def _to_cache(
+    path: Path, source: ImageSource, indices: Sequence[int], detector: FeatureDetector, kept: list[np.ndarray]
+) -> None:
+    own = np.concatenate(kept) if kept else np.zeros([0, detector.feature_dim], dtype=np.float32)
+    parts = distributed.gather_objects(own)
+    if distributed.rank() != 0:
+        return
+    features = np.empty([len(indices), detector.feature_dim], dtype=np.float32)
+    for rank, part in enumerate(parts):
+        features[rank :: len(parts)] = part
+    keys = np.array([source.fingerprint(int(index)) for index in indices])
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, keys=keys, features=features, detector_sha256=np.asarray(detector.digest))
+
+
+def calculate_fid(
+    images: str | Path,
+    ref: str,
+    *,
+    num: int | None = None,
+    seed: int = 0,
+    batch: int = 250,
+    detector: str | None = None,
+    feature_cache: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    trust: bool = False,
+) -> FIDResult | None:
+    """FID of a folder or zip of images; the result on rank 0, None on the others. Warnings go to stderr."""
+    device = torch.device(device)
+    reference = find_reference(str(ref))
+    source = ImageSource(images)
+    indices = choose_images(source, num, seed)
+    network = choose_detector(detector, reference, device, trust)
+    _warn_about_count(len(indices), network)
+    statistics = image_statistics(source, indices, network, batch, device, feature_cache)
+    if distributed.rank() != 0:
+        return None
+    mu, sigma = statistics.moments()
+    return FIDResult(
+        fid=frechet_distance(mu, sigma, reference.mu, reference.sigma),
+        images=len(indices),
+        detector=network.name,
+        detector_sha256=network.digest,
+        ref=str(ref),
+        ref_images=reference.num,
+        source=str(images),
+        seed=None if len(indices) == len(source) else seed,
+    )
+
+
+def _warn_about_count(count: int, detector: FeatureDetector) -> None:
+    if distributed.rank() != 0:
+        return
+    if count <= detector.feature_dim:
+        message = f"{count} images for {detector.feature_dim} features: the covariance is singular"
+        print(f"Warning: {message} and the FID far too large", file=sys.stderr)
+    elif count < _USUAL_COUNT:
+        message = f"FID of {count} images is biased upwards; compare it only with FIDs of as many images"
+        print(f"Note: {message} (published figures: 50000)", file=sys.stderr)
+
+
+@click.group()
+def main():
+    """Fréchet inception distance (FID): calc, or ref to make reference statistics."""
+
+
+@main.command()
+@click.option("--images", required=True, metavar="PATH", help="Folder or zip of images to judge")
+@click.option("--ref", required=True, metavar="NPZ|URL|NAME", help="Reference statistics; 'digits' is embedded")
+@click.option(
+    "--num",
+    "--num_images",
+    type=click.IntRange(min=2),
+    default=None,
+    help="Take this many images at random (default: all)",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed of that choice")
+@click.option("--batch", type=click.IntRange(min=1), default=250, show_default=True, help="Images per network call")
+@click.option("--detector", default=None, metavar="NAME|PATH", help="Default: the reference's, else inception")
+@click.option("--feature-cache", "--feature_cache", default=None, metavar="NPZ", help="Keep and reuse features here")
+@click.option("--json", "json_path", default=None, metavar="FILE", help="Also write the result to this file")
+@click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")
+@click.option("--trust", type=bool, default=False, show_default=True, help="Run a TorchScript detector not known here")
+def calc(images, ref, num, seed, batch, detector, feature_cache, json_path, device, trust):
+    """FID of images to a reference; prints 'FID 12.3456 images=... detector=... ref=...'."""
+    device = distributed.init(device)
+    try:
+        result = calculate_fid(
+            images,
+            ref,
+            num=num,
+            seed=seed,
+            batch=batch,
+            detector=detector,
+            feature_cache=feature_cache,
+            device=device,
+            trust=trust,
+        )
+        if result is not None:
+            if json_path is not None:
+                with atomic_path(json_path) as temporary:
+                    temporary.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+            print(result.line(), flush=True)
+        distributed.barrier()
+    finally:
+        distributed.shutdown()
+
+
+@main.command()
+@click.option("--data", required=True, metavar="PATH", help="Folder or zip of images")
+@click.option("--dest", required=True, metavar="NPZ", help="Where to write the statistics")
+@click.option("--batch", type=click.IntRange(min=1), default=500, show_default=True, help="Images per network call")
+@click.option("--detector", default="inception", show_default=True, metavar="NAME|PATH")
+@click.option(
+    "--num",
+    "--num_images",
+    type=click.IntRange(min=2),
+    default=None,
+    help="Take this many images at random (default: all)",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed of that choice")
+@click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")
+@click.option("--trust", type=bool, default=False, show_default=True, help="Run a TorchScript detector not known here")
+def ref(data, dest, batch, detector, num, seed, device, trust):
+    """Reference statistics of a data set, for --ref."""
+    if Path(dest).suffix != ".npz":
+        raise UserError(f"--dest={dest}: must end in .npz")
+    device = distributed.init(device)
+    try:
+        source = ImageSource(data)
+        indices = choose_images(source, num, seed)
+        network = choose_detector(detector, None, device, trust)
+        statistics = image_statistics(source, indices, network, batch, device)
+        if distributed.rank() == 0:
+            mu, sigma = statistics.moments()
+            Reference(mu, sigma, network.name, network.digest, len(indices)).save(dest)
+            print(f"{dest}: {len(indices)} images, {network.feature_dim} features, detector={network.name}", flush=True)
+        distributed.barrier()
+    finally:
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Networks that turn images into features for the Fréchet distance.
+
+inception   Inception-v3 as in Heusel et al. 2017, the TorchScript port of the network that EDM evaluates with; 2048
+            features of RGB images of any size. Downloaded once to a cache folder and checked by its SHA-256.
+digits      the embedded digit classifier of 32x32 grey-scale images, 64 features. Its distances are not comparable with
+            Inception FIDs.
+PATH        a TorchScript file (.pt), or a classifier from tools/train_classifier.py (.safetensors)
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from torch_utils.download import download_file, sha256_of
+from torch_utils.errors import UserError
+from torch_utils.image_data import atomic_path
+
+PRETRAINED = Path(__file__).resolve().parent / "pretrained"
+CLASSIFIER_FORMAT = "amed-classifier-1"
+
+_INCEPTION_FILE = "inception-2015-12-05.pt"
+_INCEPTION_URLS = ["https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"]
+_INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+# TorchScript is a program: only files with these digests are run without being asked to (--trust).
+TRUSTED_TORCHSCRIPT = {_INCEPTION_SHA256: "inception"}
+
+
+def cache_dir() -> Path:
+    """Where downloads are kept: $AMED_CACHE, else $XDG_CACHE_HOME/amed-solver, else ~/.cache/amed-solver."""
+    if os.environ.get("AMED_CACHE"):
+        return Path(os.environ["AMED_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amed-solver"
+
+
+class ConvClassifier(torch.nn.Module):
+    """A small convolutional classifier of C x R x R images; ``features`` are pooled before the last, linear layer.
+
+    forward: [B,C,R,R] in [0, 1] -> logits [B, num_classes]; features: -> [B, feature_dim].
+    """
+
+    def __init__(self, img_channels: int, img_resolution: int, num_classes: int, feature_dim=64, width=16):
+        super().__init__()
+        self.config = {
+            "img_channels": img_channels,
+            "img_resolution": img_resolution,
+            "num_classes": num_classes,
+            "feature_dim": feature_dim,
+            "width": width,
+        }
+        plan = [(img_channels, width, 2), (width, 2 * width, 2), (2 * width, 4 * width, 1), (4 * width, feature_dim, 1)]
+        layers = []
+        for channels_in, channels_out, stride in plan:
+            layers.append(torch.nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False))
+            layers.append(torch.nn.BatchNorm2d(channels_out))
+            layers.append(torch.nn.ReLU(inplace=True))
+        self.body = torch.nn.Sequential(*layers)
+        self.head = torch.nn.Linear(feature_dim, num_classes)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return self.body(images).mean(dim=(2, 3))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(images))
+
+
+def save_classifier(model: ConvClassifier, path: str | Path, **provenance) -> None:
+    """safetensors with the configuration and ``provenance`` (accuracy, seed, ...) in the metadata."""
+    metadata = {"format": CLASSIFIER_FORMAT, "config": json.dumps(model.config)}
+    metadata.update({key: str(value) for key, value in provenance.items()})
+    with atomic_path(path) as temporary:
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary, metadata=metadata)
+
+
+def load_classifier(path: str | Path) -> tuple[ConvClassifier, dict[str, str]]:
+    """The classifier in evaluation mode, and the file's metadata."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != CLASSIFIER_FORMAT:
+                raise UserError(f"{path}: not a classifier from tools/train_classifier.py")
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        model = ConvClassifier(**json.loads(metadata["config"]))
+        model.load_state_dict(state)
+    except (SafetensorError, OSError, json.JSONDecodeError, KeyError, TypeError, RuntimeError) as exc:
+        raise UserError(f"{path}: not a usable classifier file ({exc})") from None
+    return model.eval().requires_grad_(False), metadata
+
+
+class FeatureDetector:
+    """uint8 images [B,C,H,W] -> float32 features [B, feature_dim].
+
+    name            what results are labelled with
+    digest          SHA-256 of the weights' file
+    img_channels, img_resolution   what images must have; None = anything
+    """
+
+    name: str
+    digest: str
+    feature_dim: int
+    img_channels: int | None = None
+    img_resolution: int | None = None
+
+    def check(self, shape: tuple[int, int, int], where: str) -> None:
+        """Raises UserError when images of ``shape`` [C,H,W] do not suit; ``where`` names them."""
+        channels, height, width = shape
+        size = self.img_resolution
+        if size is not None and (height, width) != (size, size):
+            raise UserError(
+                f"{where}: {width}x{height} pixels, but the detector '{self.name}' takes {size}x{size}; resize the"
+                " images with tools/dataset_tool.py or choose another --detector"
+            )
+        if self.img_channels is not None and channels != self.img_channels:
+            kind = {1: "grey-scale", 3: "RGB"}
+            raise UserError(
+                f"{where}: {kind.get(channels, channels)} image, but the detector '{self.name}' takes"
+                f" {kind.get(self.img_channels, self.img_channels)} ones"
+            )
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise ValueError(f"expected uint8 images [B,C,H,W], got {images.dtype} {list(images.shape)}")
+        self.check(tuple(images.shape[1:]), "images")
+        with torch.inference_mode():
+            return self._features(images).float()
+
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class ClassifierDetector(FeatureDetector):
+    """The pooled features of a classifier file."""
+
+    def __init__(self, path: Path, device: torch.device, name: str | None = None):
+        self.digest = sha256_of(path)
+        self.name = name or f"{path.stem}-{self.digest[:8]}"
+        model, _ = load_classifier(path)
+        self._model = model.to(device)
+        self._device = device
+        self.feature_dim = model.config["feature_dim"]
+        self.img_channels = model.config["img_channels"]
+        self.img_resolution = model.config["img_resolution"]
+
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
+        return self._model.features(images.to(self._device).float() / 255)
+
+
+class TorchScriptDetector(FeatureDetector):
+    """A TorchScript network called with RGB images in 0..255; grey-scale images are repeated to three channels.
+
+    ``return_features=True`` is passed where the network knows it: then Inception gives its 2048 pooled features.
+    """
+
+    def __init__(self, path: Path, device: torch.device, name: str | None = None):
+        self.digest = sha256_of(path)
+        self.name = name or f"{path.stem}-{self.digest[:8]}"
+        self._device = device
+        try:
+            self._model = torch.jit.load(str(path), map_location=device).eval()
+        except RuntimeError as exc:
+            raise UserError(f"{path}: not a TorchScript file ({str(exc).splitlines()[0]})") from None
+        arguments = [argument.name for argument in self._model.forward.schema.arguments]
+        self._options = {"return_features": True} if "return_features" in arguments else {}
+        with torch.inference_mode():
+            probe = self._features(torch.zeros([2, 3, 64, 64], dtype=torch.uint8))
+        if probe.ndim != 2 or len(probe) != 2:
+            raise UserError(f"{path}: gives {list(probe.shape)} for two images; expected features [2, D]")
+        self.feature_dim = probe.shape[1]
+
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
+        if images.shape[1] == 1:
+            images = images.repeat([1, 3, 1, 1])
+        # Without TF32, whose rounding depends on the batch size.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
+            return self._model(images.to(self._device), **self._options)
+
+
+def _inception_path() -> Path:
+    dest = cache_dir() / _INCEPTION_FILE
+    hint = "pass --detector=PATH"
+    return Path(download_file(_INCEPTION_URLS, dest, sha256=_INCEPTION_SHA256, desc="Inception-v3", hint=hint))
+
+
+def load_detector(name_or_path: str | Path, device: torch.device | str = "cpu", trust: bool = False) -> FeatureDetector:
+    """'inception', 'digits', or the path of a .pt (TorchScript) or .safetensors (classifier) file.
+
+    A TorchScript file is a program. One that is not known by its SHA-256 is refused unless ``trust``.
+    Under torchrun call this inside ``distributed.local_main_first()``, as it may download.
+    """
+    device = torch.device(device)
+    if name_or_path == "inception":
+        return TorchScriptDetector(_inception_path(), device, name="inception")
+    if name_or_path == "digits":
+        return ClassifierDetector(PRETRAINED / "digits-features.safetensors", device, name="digits")
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise UserError(f"--detector={name_or_path}: neither a known detector (inception, digits) nor a file")
+    if path.suffix == ".safetensors":
+        return ClassifierDetector(path, device)
+    if path.suffix != ".pt":
+        raise UserError(
+            f"--detector={path}: expected TorchScript (.pt) or a classifier (.safetensors); pickled networks carry code"
+            " and are not read"
+        )
+    digest = sha256_of(path)
+    if digest not in TRUSTED_TORCHSCRIPT and not trust:
+        raise UserError(
+            f"--detector={path}: unknown TorchScript file (SHA-256 {digest[:16]}...). TorchScript is a program; if you"
+            " trust where it came from, add --trust=True"
+        )
+    return TorchScriptDetector(path, device, name=TRUSTED_TORCHSCRIPT.get(digest))

@@ -1,0 +1,476 @@
+"""The U-Nets of EDM, with the parameter names of the official checkpoints.
+
+``SongUNet`` covers DDPM++ and NCSN++ (Song et al. 2021, "Score-Based Generative Modeling through SDEs") and
+``DhariwalUNet`` covers ADM (Dhariwal & Nichol 2021), both in the form of Karras et al. 2022, "Elucidating the Design Space of
+Diffusion-Based Generative Models", Appendix F.2. They take a pre-scaled image, a noise label [B] and optional labels, and
+return the raw network output; the preconditioning is in ``models/edm.py``.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def _init(shape: list[int], fan_in: int, fan_out: int, mode: str, gain: float) -> nn.Parameter:
+    if mode == "xavier_uniform":
+        values = (2 * torch.rand(shape) - 1) * math.sqrt(6 / (fan_in + fan_out))
+    elif mode == "kaiming_uniform":
+        values = (2 * torch.rand(shape) - 1) * math.sqrt(3 / fan_in)
+    elif mode == "kaiming_normal":
+        values = torch.randn(shape) * math.sqrt(1 / fan_in)
+    else:
+        raise ValueError(f"unknown weight initialisation '{mode}'")
+    return nn.Parameter(values * gain)
+
+
+class Linear(nn.Module):
+    """y = x W^T + b, with the initialisations of the U-Nets below."""
+
+    def __init__(self, in_features, out_features, bias=True, init="kaiming_normal", gain=1.0):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = _init([out_features, in_features], in_features, out_features, init, gain)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
+class Conv2d(nn.Module):
+    """Convolution with an optional factor-two resampling by a fixed separable filter, before it (or fused with it).
+
+    ``kernel=0`` means resampling only.
+    """
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel,
+        up=False,
+        down=False,
+        resample_filter=(1, 1),
+        fused_resample=False,
+        init="kaiming_normal",
+        gain=1.0,
+    ):
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.up, self.down, self.fused_resample = up, down, fused_resample
+        self.weight = self.bias = None
+        if kernel:
+            area = kernel * kernel
+            shape = [out_channels, in_channels, kernel, kernel]
+            self.weight = _init(shape, in_channels * area, out_channels * area, init, gain)
+            self.bias = nn.Parameter(torch.zeros(out_channels))
+        taps = torch.as_tensor(resample_filter, dtype=torch.float32)
+        taps = torch.outer(taps, taps) / taps.sum().square()
+        self.register_buffer("resample_filter", taps[None, None] if up or down else None)
+
+    def _resample(self, x, padding):
+        channels = x.shape[1]
+        taps = self.resample_filter.to(x.dtype)
+        if self.up:
+            taps = (4 * taps).expand(channels, 1, -1, -1)
+            return F.conv_transpose2d(x, taps, groups=channels, stride=2, padding=padding)
+        return F.conv2d(x, taps.expand(channels, 1, -1, -1), groups=channels, stride=2, padding=padding)
+
+    def forward(self, x):
+        weight = None if self.weight is None else self.weight.to(x.dtype)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        half = 0 if weight is None else weight.shape[-1] // 2
+        filter_pad = (self.resample_filter.shape[-1] - 1) // 2 if self.resample_filter is not None else 0
+        if self.fused_resample and weight is not None and (self.up or self.down):
+            # One wide padding for both operations: what the resampling does not use up goes to the convolution.
+            if self.up:
+                x = self._resample(x, max(filter_pad - half, 0))
+                return F.conv2d(x, weight, bias, padding=max(half - filter_pad, 0))
+            x = self._resample(F.conv2d(x, weight, padding=half + filter_pad), 0)
+            return x + bias[:, None, None]
+        if self.up or self.down:
+            x = self._resample(x, filter_pad)
+        return x if weight is None else F.conv2d(x, weight, bias, padding=half)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation with at least four channels per group."""
+
+    def __init__(self, num_channels, num_groups=32, min_channels_per_group=4, eps=1e-5):
+        super().__init__()
+        self.num_groups = min(num_groups, num_channels // min_channels_per_group)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_channels))
+        self.bias = nn.Parameter(torch.zeros(num_channels))
+
+    def forward(self, x):
+        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class PositionalEmbedding(nn.Module):
+    """Sinusoids of a scalar: [B] -> [B, num_channels], cosines first. ``endpoint``: the last frequency is 1/max_positions."""
+
+    def __init__(self, num_channels, max_positions=10000, endpoint=False):
+        super().__init__()
+        self.num_channels = num_channels
+        self.max_positions = max_positions
+        self.endpoint = endpoint
+
+    def forward(self, x):
+        half = self.num_channels // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=x.device) / (half - (1 if self.endpoint else 0))
+        angles = torch.outer(x, ((1 / self.max_positions) ** exponents).to(x.dtype))
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class FourierEmbedding(nn.Module):
+    """Random Fourier features of a scalar (NCSN++): [B] -> [B, num_channels]."""
+
+    def __init__(self, num_channels, scale=16):
+        super().__init__()
+        self.register_buffer("freqs", torch.randn(num_channels // 2) * scale)
+
+    def forward(self, x):
+        angles = torch.outer(x, (2 * math.pi * self.freqs).to(x.dtype))
+        return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class UNetBlock(nn.Module):
+    """Residual block with noise embedding, optional resampling and optional self-attention."""
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        emb_channels,
+        up=False,
+        down=False,
+        attention=False,
+        num_heads=None,
+        channels_per_head=64,
+        dropout=0.0,
+        skip_scale=1.0,
+        eps=1e-5,
+        resample_filter=(1, 1),
+        resample_proj=False,
+        adaptive_scale=True,
+        init=None,
+        init_zero=None,
+        init_attn=None,
+    ):
+        super().__init__()
+        init = init or {}
+        init_zero = init_zero or {"gain": 0.0}
+        init_attn = init_attn or init
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.dropout = dropout
+        self.skip_scale = skip_scale
+        self.adaptive_scale = adaptive_scale
+        self.num_heads = (num_heads or out_channels // channels_per_head) if attention else 0
+
+        resample = {"up": up, "down": down, "resample_filter": resample_filter}
+        self.norm0 = GroupNorm(in_channels, eps=eps)
+        self.conv0 = Conv2d(in_channels, out_channels, 3, **resample, **init)
+        self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1), **init)
+        self.norm1 = GroupNorm(out_channels, eps=eps)
+        self.conv1 = Conv2d(out_channels, out_channels, 3, **init_zero)
+        self.skip = None
+        if out_channels != in_channels or up or down:
+            project = resample_proj or out_channels != in_channels
+            self.skip = Conv2d(in_channels, out_channels, 1 if project else 0, **resample, **init)
+        if self.num_heads:
+            self.norm2 = GroupNorm(out_channels, eps=eps)
+            self.qkv = Conv2d(out_channels, 3 * out_channels, 1, **init_attn)
+            self.proj = Conv2d(out_channels, out_channels, 1, **init_zero)
+
+    def _attend(self, x):
+        batch, channels, height, width = x.shape
+        # The official layout interleaves q, k, v within each head: [heads, channels per head, 3].
+        qkv = self.qkv(self.norm2(x)).reshape(batch, self.num_heads, channels // self.num_heads, 3, height * width)
+        q, k, v = (t.transpose(-1, -2) for t in qkv.unbind(3))
+        a = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(a.transpose(-1, -2).reshape(batch, channels, height, width))
+
+    def forward(self, x, emb):
+        shortcut = x if self.skip is None else self.skip(x)
+        x = self.conv0(F.silu(self.norm0(x)))
+        params = self.affine(emb)[:, :, None, None].to(x.dtype)
+        if self.adaptive_scale:
+            scale, shift = params.chunk(2, dim=1)
+            x = F.silu(torch.addcmul(shift, self.norm1(x), scale + 1))
+        else:
+            x = F.silu(self.norm1(x + params))
+        x = self.conv1(F.dropout(x, p=self.dropout, training=self.training))
+        x = (x + shortcut) * self.skip_scale
+        if self.num_heads:
+            x = (self._attend(x) + x) * self.skip_scale
+        return x
+
+
+def _last_block(encoder: nn.ModuleDict) -> nn.Module:
+    return [block for name, block in encoder.items() if "block" in name][-1]
+
+
+class SongUNet(nn.Module):
+    """DDPM++ (positional embedding, standard encoder/decoder) and NCSN++ (Fourier embedding, residual encoder) U-Nets."""
+
+    def __init__(
+        self,
+        img_resolution,
+        in_channels,
+        out_channels,
+        label_dim=0,
+        augment_dim=0,
+        model_channels=128,
+        channel_mult=(1, 2, 2, 2),
+        channel_mult_emb=4,
+        num_blocks=4,
+        attn_resolutions=(16,),
+        dropout=0.10,
+        label_dropout=0.0,
+        embedding_type="positional",
+        channel_mult_noise=1,
+        encoder_type="standard",
+        decoder_type="standard",
+        resample_filter=(1, 1),
+    ):
+        super().__init__()
+        if embedding_type not in ("positional", "fourier"):
+            raise ValueError(f"embedding_type '{embedding_type}' is not positional or fourier")
+        if encoder_type not in ("standard", "skip", "residual"):
+            raise ValueError(f"encoder_type '{encoder_type}' is not standard, skip or residual")
+        if decoder_type not in ("standard", "skip"):
+            raise ValueError(f"decoder_type '{decoder_type}' is not standard or skip")
+        self.label_dropout = label_dropout
+        emb_channels = model_channels * channel_mult_emb
+        noise_channels = model_channels * channel_mult_noise
+        init = {"init": "xavier_uniform"}
+        init_zero = {"init": "xavier_uniform", "gain": 1e-5}
+        resample = {"resample_filter": resample_filter}
+
+        def block(cin, cout, **kwargs):
+            return UNetBlock(
+                cin,
+                cout,
+                emb_channels,
+                num_heads=1,
+                dropout=dropout,
+                skip_scale=math.sqrt(0.5),
+                eps=1e-6,
+                resample_proj=True,
+                adaptive_scale=False,
+                init=init,
+                init_zero=init_zero,
+                init_attn={"init": "xavier_uniform", "gain": math.sqrt(0.2)},
+                **resample,
+                **kwargs,
+            )
+
+        if embedding_type == "positional":
+            self.map_noise = PositionalEmbedding(noise_channels, endpoint=True)
+        else:
+            self.map_noise = FourierEmbedding(noise_channels)
+        self.map_label = Linear(label_dim, noise_channels, **init) if label_dim else None
+        self.map_augment = Linear(augment_dim, noise_channels, bias=False, **init) if augment_dim else None
+        self.map_layer0 = Linear(noise_channels, emb_channels, **init)
+        self.map_layer1 = Linear(emb_channels, emb_channels, **init)
+
+        self.enc = nn.ModuleDict()
+        cout = caux = in_channels
+        skips = []
+        for level, mult in enumerate(channel_mult):
+            res = img_resolution >> level
+            name = f"{res}x{res}"
+            if level == 0:
+                self.enc[f"{name}_conv"] = Conv2d(cout, model_channels, 3, **init)
+                cout = model_channels
+            else:
+                self.enc[f"{name}_down"] = block(cout, cout, down=True)
+                if encoder_type == "skip":
+                    self.enc[f"{name}_aux_down"] = Conv2d(caux, caux, 0, down=True, **resample)
+                    self.enc[f"{name}_aux_skip"] = Conv2d(caux, cout, 1, **init)
+                elif encoder_type == "residual":
+                    self.enc[f"{name}_aux_residual"] = Conv2d(
+                        caux, cout, 3, down=True, fused_resample=True, **resample, **init
+                    )
+                    caux = cout
+            skips.append(cout)
+            for index in range(num_blocks):
+                width = model_channels * mult
+                self.enc[f"{name}_block{index}"] = block(cout, width, attention=res in attn_resolutions)
+                cout = width
+                skips.append(cout)
+
+        self.dec = nn.ModuleDict()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            res = img_resolution >> level
+            name = f"{res}x{res}"
+            if level == len(channel_mult) - 1:
+                self.dec[f"{name}_in0"] = block(cout, cout, attention=True)
+                self.dec[f"{name}_in1"] = block(cout, cout)
+            else:
+                self.dec[f"{name}_up"] = block(cout, cout, up=True)
+            for index in range(num_blocks + 1):
+                width = model_channels * mult
+                attention = index == num_blocks and res in attn_resolutions
+                self.dec[f"{name}_block{index}"] = block(cout + skips.pop(), width, attention=attention)
+                cout = width
+            if decoder_type == "skip" or level == 0:
+                if decoder_type == "skip" and level < len(channel_mult) - 1:
+                    self.dec[f"{name}_aux_up"] = Conv2d(out_channels, out_channels, 0, up=True, **resample)
+                self.dec[f"{name}_aux_norm"] = GroupNorm(cout, eps=1e-6)
+                self.dec[f"{name}_aux_conv"] = Conv2d(cout, out_channels, 3, **init_zero)
+
+    @property
+    def bottleneck(self) -> nn.Module:
+        return _last_block(self.enc)
+
+    def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
+        emb = self.map_noise(noise_labels)
+        emb = emb.reshape(emb.shape[0], 2, -1).flip(1).reshape(*emb.shape)  # sines first, as the checkpoints expect
+        if self.map_label is not None:
+            labels = class_labels
+            if self.training and self.label_dropout:
+                labels = labels * (torch.rand([x.shape[0], 1], device=x.device) >= self.label_dropout).to(labels.dtype)
+            emb = emb + self.map_label(labels * math.sqrt(self.map_label.in_features))
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        emb = F.silu(self.map_layer0(emb))
+        emb = F.silu(self.map_layer1(emb))
+
+        skips = []
+        aux = x
+        for name, module in self.enc.items():
+            if "aux_down" in name:
+                aux = module(aux)
+            elif "aux_skip" in name:
+                x = skips[-1] = x + module(aux)
+            elif "aux_residual" in name:
+                x = skips[-1] = aux = (x + module(aux)) / math.sqrt(2)
+            else:
+                x = module(x, emb) if isinstance(module, UNetBlock) else module(x)
+                skips.append(x)
+
+        aux = None
+        for name, module in self.dec.items():
+            if "aux_up" in name:
+                aux = module(aux)
+            elif "aux_norm" in name:
+                normed = module(x)
+            elif "aux_conv" in name:
+                image = module(F.silu(normed))
+                aux = image if aux is None else image + aux
+            else:
+                if x.shape[1] != module.in_channels:
+                    x = torch.cat([x, skips.pop()], dim=1)
+                x = module(x, emb)
+        return aux
+
+
+class DhariwalUNet(nn.Module):
+    """ADM U-Net as trained by EDM on ImageNet-64 (scale-shift normalisation, 64 channels per attention head)."""
+
+    def __init__(
+        self,
+        img_resolution,
+        in_channels,
+        out_channels,
+        label_dim=0,
+        augment_dim=0,
+        model_channels=192,
+        channel_mult=(1, 2, 3, 4),
+        channel_mult_emb=4,
+        num_blocks=3,
+        attn_resolutions=(32, 16, 8),
+        dropout=0.10,
+        label_dropout=0.0,
+    ):
+        super().__init__()
+        self.label_dropout = label_dropout
+        emb_channels = model_channels * channel_mult_emb
+        init = {"init": "kaiming_uniform", "gain": math.sqrt(1 / 3)}
+
+        def block(cin, cout, **kwargs):
+            return UNetBlock(cin, cout, emb_channels, dropout=dropout, init=init, **kwargs)
+
+        self.map_noise = PositionalEmbedding(model_channels)
+        self.map_augment = Linear(augment_dim, model_channels, bias=False, gain=0.0) if augment_dim else None
+        self.map_layer0 = Linear(model_channels, emb_channels, **init)
+        self.map_layer1 = Linear(emb_channels, emb_channels, **init)
+        self.map_label = None
+        if label_dim:
+            self.map_label = Linear(label_dim, emb_channels, bias=False, gain=math.sqrt(label_dim))
+
+        self.enc = nn.ModuleDict()
+        cout = in_channels
+        skips = []
+        for level, mult in enumerate(channel_mult):
+            res = img_resolution >> level
+            if level == 0:
+                width = model_channels * mult
+                self.enc[f"{res}x{res}_conv"] = Conv2d(cout, width, 3, **init)
+                cout = width
+            else:
+                self.enc[f"{res}x{res}_down"] = block(cout, cout, down=True)
+            skips.append(cout)
+            for index in range(num_blocks):
+                width = model_channels * mult
+                self.enc[f"{res}x{res}_block{index}"] = block(cout, width, attention=res in attn_resolutions)
+                cout = width
+                skips.append(cout)
+
+        self.dec = nn.ModuleDict()
+        for level, mult in reversed(list(enumerate(channel_mult))):
+            res = img_resolution >> level
+            if level == len(channel_mult) - 1:
+                self.dec[f"{res}x{res}_in0"] = block(cout, cout, attention=True)
+                self.dec[f"{res}x{res}_in1"] = block(cout, cout)
+            else:
+                self.dec[f"{res}x{res}_up"] = block(cout, cout, up=True)
+            for index in range(num_blocks + 1):
+                width = model_channels * mult
+                self.dec[f"{res}x{res}_block{index}"] = block(
+                    cout + skips.pop(), width, attention=res in attn_resolutions
+                )
+                cout = width
+        self.out_norm = GroupNorm(cout)
+        self.out_conv = Conv2d(cout, out_channels, 3, gain=0.0)
+
+    @property
+    def bottleneck(self) -> nn.Module:
+        return _last_block(self.enc)
+
+    def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
+        emb = self.map_noise(noise_labels)
+        if self.map_augment is not None and augment_labels is not None:
+            emb = emb + self.map_augment(augment_labels)
+        emb = F.silu(self.map_layer0(emb))
+        emb = self.map_layer1(emb)
+        if self.map_label is not None:
+            labels = class_labels
+            if self.training and self.label_dropout:
+                labels = labels * (torch.rand([x.shape[0], 1], device=x.device) >= self.label_dropout).to(labels.dtype)
+            emb = emb + self.map_label(labels)
+        emb = F.silu(emb)
+
+        skips = []
+        for module in self.enc.values():
+            x = module(x, emb) if isinstance(module, UNetBlock) else module(x)
+            skips.append(x)
+        for module in self.dec.values():
+            if x.shape[1] != module.in_channels:
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = module(x, emb)
+        return self.out_conv(F.silu(self.out_norm(x)))
+
+
+NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+
+
+def count_parameters(module: nn.Module) -> int:
+    return int(np.sum([p.numel() for p in module.parameters()]))

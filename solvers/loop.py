@@ -1,0 +1,226 @@
+"""The one sampling loop. It owns the schedule, AFS, the NFE count, trajectories and the insertion of a learned point.
+
+``Solver.advance`` does one interval and is what distillation trains through; ``sample`` runs all of them.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from models.denoiser import BOTTLENECK_SIZE, read_bottleneck
+from solvers.rules import Rule, make_rule
+from solvers.schedules import check_sigmas, get_schedule
+from torch_utils.errors import UserError
+
+AFS_KINDS = (False, True, "data")
+
+
+@dataclass(frozen=True)
+class State:
+    """A point of a trajectory: x [B,C,H,W], what the rule remembers, and how many updates were made."""
+
+    x: torch.Tensor
+    history: tuple = ()
+    updates: int = 0
+
+    def detach(self) -> "State":
+        history = tuple((output.detach(), torch.as_tensor(sigma).detach()) for output, sigma in self.history)
+        return State(self.x.detach(), history, self.updates)
+
+
+@dataclass
+class SampleInfo:
+    """What a call of ``sample`` did. The predictor's outputs are lists of [B] tensors, one entry per interval."""
+
+    sigmas: torch.Tensor
+    nfe: int = 0
+    r: list = field(default_factory=list)
+    scale_dir: list = field(default_factory=list)
+    scale_time: list = field(default_factory=list)
+
+
+def afs_direction(net, x: torch.Tensor, sigma, kind) -> torch.Tensor:
+    """The analytical first step: the direction at the highest noise, without asking the network.
+
+    True: x / sqrt(1 + sigma^2), exact for zero-mean data of unit variance (Dockhorn et al. 2022, Appendix B).
+    "data": exact for a Gaussian with the training data's mean image and variance, read from ``net.data_mean`` and
+    ``net.data_std``; it matters where the mean is far from zero, as for white strokes on black.
+    """
+    if kind is True:
+        return x / (1 + sigma**2).sqrt()
+    mean, std = getattr(net, "data_mean", None), getattr(net, "data_std", None)
+    if mean is None or std is None:
+        raise UserError("afs='data' needs a network that knows the mean and spread of its data; use afs=True")
+    mean = mean.to(x.device, x.dtype)
+    return (x - mean) * (sigma / (sigma**2 + float(std) ** 2))
+
+
+class Solver:
+    """A rule on a schedule with a network, and optionally a predictor that inserts one learned point per interval.
+
+    sigmas: [N] descending. afs: False, True or "data". ``nfe`` counts the network evaluations really made.
+    """
+
+    def __init__(self, net, rule: Rule, sigmas: torch.Tensor, *, afs=False, predictor=None, cond=None, observer=None):
+        if afs not in AFS_KINDS:
+            raise UserError(f"afs={afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
+        if predictor is None and rule.needs_predictor:
+            raise UserError(f"the solver '{rule.name}' needs a trained predictor")
+        if predictor is not None and not rule.can_learn:
+            raise UserError(f"no predictor can be inserted into the solver '{rule.name}'")
+        self.net, self.rule, self.sigmas = net, rule, sigmas
+        self.afs, self.predictor, self.cond = afs, predictor, dict(cond or {})
+        self.observer = observer
+        self.nfe = 0
+        self.predicted: tuple | None = None  # (r, scale_dir, scale_time) of the latest interval
+        self._reader = None
+
+    @property
+    def intervals(self) -> int:
+        return len(self.sigmas) - 1
+
+    @property
+    def updates(self) -> int:
+        """Updates of the rule over the whole trajectory; one-stage rules make two per interval under a predictor."""
+        return self.intervals * (2 if self.predictor is not None and self.rule.stages == 1 else 1)
+
+    @contextmanager
+    def reading(self):
+        """Context in which the network's bottleneck is read; needed around ``advance`` when there is a predictor."""
+        if self.predictor is None:
+            yield
+            return
+        with read_bottleneck(self.net) as self._reader:
+            yield
+        self._reader = None
+
+    def denoise(self, x, sigma):
+        self.nfe += getattr(self.net, "evals_per_call", 1)
+        return self.net(x, sigma, **self.cond).to(x.dtype)
+
+    def direction(self, x, sigma, scale_time=None):
+        """d = (x - D) / sigma; scale_time changes only the noise level that the network is told."""
+        told = sigma if scale_time is None else scale_time * sigma
+        return (x - self.denoise(x, told)) / sigma
+
+    def first_direction(self, x, i):
+        """The direction at the start of interval i; differentiable only if x is (nothing learned enters it otherwise)."""
+        sigma = self.sigmas[i].to(x.dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
+            if i == 0 and self.afs:
+                d = afs_direction(self.net, x, sigma, self.afs)
+            else:
+                d = self.direction(x, sigma)
+        if self.observer is not None:
+            self.observer(i, sigma, x, x - sigma * d)
+        return d
+
+    def advance(self, state: State, i: int) -> State:
+        """One interval, sigmas[i] -> sigmas[i + 1]."""
+        x, rule = state.x, self.rule
+        cur, nxt = self.sigmas[i].to(x.dtype), self.sigmas[i + 1].to(x.dtype)
+        d = self.first_direction(x, i)
+        if self.predictor is None:
+            scale_dir = scale_time = None
+            r = getattr(rule, "r", None)
+        else:
+            r, scale_dir, scale_time = self._predict(x, cur, nxt, analytic=bool(i == 0 and self.afs))
+        scale = 1.0 if scale_dir is None else scale_dir
+        if r is None:
+            return self._update(state, d, cur, nxt, scale)
+        mid = nxt**r * cur ** (1 - r)
+        if rule.stages == 2:
+            d_mid = self.direction(x + (mid - cur) * d, mid, scale_time)
+            return State(x + scale * (nxt - cur) * rule.combine(d, d_mid, r), (), state.updates + 1)
+        state = self._update(state, d, cur, mid)
+        return self._update(state, self.direction(state.x, mid, scale_time), mid, nxt, scale)
+
+    def _predict(self, x, cur, nxt, analytic):
+        if analytic:  # the network was not run: the predictor sees zeros, as in the reference implementation
+            feature = x.new_zeros(x.shape[0], BOTTLENECK_SIZE, BOTTLENECK_SIZE)
+        else:
+            feature = self._reader.read(x.shape[0]).to(x.dtype)
+        self.predicted = tuple(value.to(x.dtype) for value in self.predictor(feature, cur, nxt))
+        return self.predicted
+
+    def _update(self, state, d, sigma, target, scale=1.0):
+        output = self.rule.output(state.x, d, sigma)
+        history = (*state.history, (output, sigma))[-self.rule.keep :]
+        x = self.rule.update(state.x, history, target, state.updates, self.updates, scale)
+        return State(x, history, state.updates + 1)
+
+
+def resolve_sigmas(
+    net, num_steps, schedule_type, schedule_rho, sigma_min=None, sigma_max=None, sigmas=None, device=None
+):
+    """The schedule of a run: ``sigmas`` unchanged if given, else ``get_schedule`` over the network's (or the given) range."""
+    if sigmas is not None:
+        return check_sigmas(sigmas, device)
+    lo = net.sigma_min if sigma_min is None else sigma_min
+    hi = net.sigma_max if sigma_max is None else sigma_max
+    return get_schedule(num_steps, lo, hi, schedule_type, schedule_rho, net=net, device=device)
+
+
+@torch.no_grad()
+def sample(
+    net,
+    latents: torch.Tensor,
+    *,
+    solver: str,
+    num_steps: int | None = None,
+    schedule_type: str = "polynomial",
+    schedule_rho: float = 7,
+    afs: bool | str = False,
+    predictor=None,
+    cond: Mapping | None = None,
+    sigma_min: float | None = None,
+    sigma_max: float | None = None,
+    sigmas=None,
+    max_order: int | None = None,
+    predict_x0: bool = True,
+    lower_order_final: bool = True,
+    denoise_to_zero: bool = False,
+    return_trajectory: bool = False,
+    return_info: bool = False,
+    callback: Callable | None = None,
+    **solver_options,
+):
+    """Solves the probability-flow ODE from noise to images.
+
+    latents: unit-variance noise [B,C,H,W], scaled here by the first sigma; the dtype of latents is the dtype of all
+    arithmetic. num_steps: time stamps (intervals + 1). sigmas: an explicit schedule that replaces num_steps and
+    schedule_type. predictor: an AMEDPredictor; it inserts one learned evaluation per interval. cond: passed on to net.
+    denoise_to_zero: one more evaluation at the last sigma. callback(i, sigma, x, denoised): called in every interval with
+    the state and the denoised image at its start.
+
+    Returns x [B,C,H,W]; with return_trajectory the states at all sigmas [N,B,C,H,W] (plus the denoised one); with
+    return_info the pair (result, SampleInfo). Raises ValueError on unknown solvers and impossible settings.
+    """
+    if sigmas is None and num_steps is None:
+        raise UserError("sample: give num_steps or an explicit list of sigmas")
+    common = {"max_order": max_order, "predict_x0": predict_x0, "lower_order_final": lower_order_final}
+    rule = make_rule(solver, solver_options, common)
+    times = resolve_sigmas(
+        net, num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas, device=latents.device
+    )
+    run = Solver(net, rule, times, afs=afs, predictor=predictor, cond=cond, observer=callback)
+    info = SampleInfo(sigmas=times)
+    state = State(latents * times[0].to(latents.dtype))
+    points = [state.x]
+    with run.reading():
+        for i in range(run.intervals):
+            state = run.advance(state, i)
+            if return_trajectory:
+                points.append(state.x)
+            if run.predicted is not None:
+                for name, value in zip(("r", "scale_dir", "scale_time"), run.predicted, strict=True):
+                    getattr(info, name).append(value.flatten())
+    x = state.x
+    if denoise_to_zero:
+        x = run.denoise(x, times[-1].to(x.dtype))
+        points.append(x)
+    info.nfe = run.nfe
+    result = torch.stack(points) if return_trajectory else x
+    return (result, info) if return_info else result

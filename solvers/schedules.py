@@ -1,0 +1,99 @@
+"""Time schedules: where between sigma_max and sigma_min the solvers evaluate the network."""
+
+import math
+
+import torch
+
+from torch_utils.errors import UserError
+
+
+def _polynomial(u, lo, hi, rho, net):
+    """Karras et al. 2022, eq. 5."""
+    return (hi ** (1 / rho) + u * (lo ** (1 / rho) - hi ** (1 / rho))) ** rho
+
+
+def _logsnr(u, lo, hi, rho, net):
+    """Uniform in ln sigma, hence in the half log signal-to-noise ratio; rho has no meaning here."""
+    return (math.log(hi) + u * (math.log(lo) - math.log(hi))).exp()
+
+
+def _time_uniform(u, lo, hi, rho, net):
+    """Uniform (rho = 1) in the time of the variance-preserving SDE with linear beta(t) (Song et al. 2021, Appendix C)."""
+    eps = 1e-3  # the time of sigma_min; sigma_max is at time 1
+    log_lo, log_hi = math.log1p(lo**2), math.log1p(hi**2)
+    beta_d = 2 * (log_lo / eps - log_hi) / (eps - 1)
+    beta_min = log_hi - beta_d / 2
+    time = (1 + u * (eps ** (1 / rho) - 1)) ** rho
+    return torch.expm1(0.5 * beta_d * time**2 + beta_min * time).sqrt()
+
+
+def _discrete(u, lo, hi, rho, net):
+    """Uniform (rho = 1) in the time index of a network trained on a discrete noise table."""
+    if net is None or not hasattr(net, "sigma_inv") or not hasattr(net, "sigma"):
+        raise UserError("schedule_type 'discrete' needs a network with a discrete noise table (latent diffusion)")
+    first = float(net.sigma_inv(torch.tensor(hi, dtype=torch.float64)))
+    last = float(net.sigma_inv(torch.tensor(lo, dtype=torch.float64)))
+    return net.sigma((first ** (1 / rho) + u * (last ** (1 / rho) - first ** (1 / rho))) ** rho)
+
+
+SCHEDULES = {
+    "polynomial": _polynomial,
+    "logsnr": _logsnr,
+    "time_uniform": _time_uniform,
+    "discrete": _discrete,
+}
+
+
+def get_schedule(
+    num_steps: int,
+    sigma_min: float,
+    sigma_max: float,
+    schedule_type: str = "polynomial",
+    schedule_rho: float = 7,
+    net=None,
+    device=None,
+) -> torch.Tensor:
+    """Noise levels from sigma_max down to sigma_min, float64 [num_steps].
+
+    num_steps counts the time stamps, so there are num_steps - 1 intervals. net: only for ``discrete``, a denoiser with
+    ``sigma(t)`` and ``sigma_inv(sigma)``. Raises ValueError on an unknown type and on impossible values.
+    """
+    if schedule_type not in SCHEDULES:
+        raise UserError(f"unknown schedule_type '{schedule_type}'; choose from {', '.join(SCHEDULES)}")
+    if int(num_steps) != num_steps or num_steps < 2:
+        raise UserError(f"num_steps={num_steps}: a schedule needs at least 2 time stamps (a whole number)")
+    sigma_min, sigma_max, rho = float(sigma_min), float(sigma_max), float(schedule_rho)
+    if not (math.isfinite(sigma_max) and 0 < sigma_min < sigma_max):
+        raise UserError(f"a schedule needs 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
+    if not (math.isfinite(rho) and rho > 0):
+        raise UserError(f"schedule_rho={schedule_rho} must be a positive number")
+    u = torch.arange(int(num_steps), dtype=torch.float64) / (int(num_steps) - 1)
+    sigmas = SCHEDULES[schedule_type](u, sigma_min, sigma_max, rho, net).to("cpu", torch.float64)
+    return _to_device(sigmas, device)
+
+
+def check_sigmas(sigmas, device=None) -> torch.Tensor:
+    """An explicit schedule as a float64 tensor [N], passed through unchanged. Raises ValueError unless it descends to > 0."""
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float64).detach().cpu()
+    if sigmas.ndim != 1 or len(sigmas) < 2:
+        raise UserError("sigmas: give at least two noise levels")
+    if not torch.isfinite(sigmas).all() or not (sigmas[1:] < sigmas[:-1]).all() or sigmas[-1] <= 0:
+        raise UserError(f"sigmas must be finite, strictly decreasing and positive, got {sigmas.tolist()}")
+    return _to_device(sigmas, device)
+
+
+def refine(sigmas: torch.Tensor, extra: int) -> torch.Tensor:
+    """Inserts ``extra`` noise levels into every interval, evenly in ln sigma; [N] -> [(extra + 1)(N - 1) + 1]."""
+    parts = [
+        torch.logspace(math.log(a), math.log(b), extra + 2, base=math.e, dtype=torch.float64)[:-1]
+        for a, b in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True)
+    ]
+    fine = torch.cat([*parts, sigmas[-1:].cpu()])
+    fine[:: extra + 1] = sigmas.cpu()
+    return fine.to(sigmas.device)
+
+
+def _to_device(sigmas, device):
+    if device is not None and torch.device(device).type == "mps":
+        sigmas = sigmas.float()  # MPS has no float64
+    return sigmas.to(device) if device is not None else sigmas

@@ -1,0 +1,124 @@
+"""The embedded digit classifier, and which files are accepted as detectors."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from models.detectors import ConvClassifier, cache_dir, load_classifier, load_detector, save_classifier
+from torch_utils.errors import UserError
+from torch_utils.image_data import ImageSource, load_array
+
+DIGITS = Path(__file__).parent / "golden" / "digits" / "test-256.zip"
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return torch.from_numpy(load_array(DIGITS))
+
+
+class Brightness(torch.nn.Module):
+    """Stands in for Inception: the channel means, halved unless features are asked for."""
+
+    def forward(self, img: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        means = img.float().mean(dim=[2, 3])
+        return means if return_features else means / 2
+
+
+@pytest.fixture()
+def script(tmp_path):
+    path = tmp_path / "brightness.pt"
+    torch.jit.script(Brightness()).save(str(path))
+    return path
+
+
+def test_embedded_classifier_reads_digits(digits):
+    model, metadata = load_classifier(
+        Path(__file__).parents[1] / "models" / "pretrained" / "digits-features.safetensors"
+    )
+    labels = torch.tensor(ImageSource(DIGITS).labels)
+    with torch.inference_mode():
+        hits = (model(digits.float() / 255).argmax(1) == labels).float().mean()
+    assert hits >= 0.98
+    assert float(metadata["test_accuracy"]) >= 0.99
+
+
+def test_digit_features_do_not_depend_on_the_batch(digits):
+    detector = load_detector("digits")
+    whole = detector(digits[:64])
+    assert whole.shape == (64, detector.feature_dim) and detector.feature_dim == 64
+    parts = torch.cat([detector(part) for part in digits[:64].split(7)])
+    torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
+    head = detector._model.head(whole)  # the features are those before the last layer
+    torch.testing.assert_close(head, detector._model(digits[:64].float() / 255))
+
+
+def test_images_that_do_not_suit_are_errors():
+    detector = load_detector("digits")
+    with pytest.raises(UserError, match="28x28 pixels.*32x32"):
+        detector(torch.zeros([1, 1, 28, 28], dtype=torch.uint8))
+    with pytest.raises(UserError, match="a.png: RGB.*grey-scale"):
+        detector.check((3, 32, 32), "a.png")
+    with pytest.raises(ValueError, match="uint8"):
+        detector(torch.zeros([1, 1, 32, 32]))
+
+
+def test_classifier_file_round_trip(tmp_path):
+    torch.manual_seed(0)
+    model = ConvClassifier(3, 16, 5, feature_dim=12, width=4).eval()
+    save_classifier(model, tmp_path / "own.safetensors", seed=7)
+    detector = load_detector(tmp_path / "own.safetensors")
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16), dtype=np.uint8))
+    torch.testing.assert_close(detector(images), model.features(images.float() / 255).detach())
+    assert detector.name.startswith("own-") and len(detector.digest) == 64
+    assert load_classifier(tmp_path / "own.safetensors")[1]["seed"] == "7"
+    assert list(tmp_path.iterdir()) == [tmp_path / "own.safetensors"]
+
+
+def test_unknown_torchscript_needs_trust(script):
+    with pytest.raises(UserError, match="--trust"):
+        load_detector(script)
+    detector = load_detector(script, trust=True)
+    grey = torch.tensor([10, 200], dtype=torch.uint8).reshape(2, 1, 1, 1).expand(2, 1, 8, 8)
+    assert detector.feature_dim == 3
+    assert detector(grey).tolist() == [[10, 10, 10], [200, 200, 200]]  # 0..255, grey repeated, features asked for
+    colour = torch.tensor([1, 2, 3], dtype=torch.uint8).reshape(1, 3, 1, 1).expand(1, 3, 8, 8)
+    assert detector(colour).tolist() == [[1, 2, 3]]
+
+
+def test_a_wrong_inception_file_in_the_cache_is_never_run(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("AMED_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("AMED_OFFLINE", "1")
+    with pytest.raises(UserError, match="inception-2015-12-05.pt.*--detector"):
+        load_detector("inception")
+    (tmp_path / "cache").mkdir(exist_ok=True)
+    (tmp_path / "cache" / "inception-2015-12-05.pt").write_bytes(script.read_bytes())
+    with pytest.raises(UserError, match="inception-2015-12-05.pt"):
+        load_detector("inception")
+
+
+def test_cache_folder(monkeypatch):
+    monkeypatch.delenv("AMED_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/some/cache")
+    assert cache_dir() == Path("/some/cache/amed-solver")
+    monkeypatch.setenv("AMED_CACHE", "/other")
+    assert cache_dir() == Path("/other")
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "network.pkl").write_bytes(pickle.dumps({}))
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "text.pt").write_text("hello")
+    for name, message in {
+        "network.pkl": "pickled networks carry code",
+        "broken.safetensors": "not a usable classifier",
+        "other.safetensors": "not a classifier",
+        "text.pt": "not a TorchScript file",
+        "missing.pt": "neither a known detector",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            load_detector(tmp_path / name, trust=True)

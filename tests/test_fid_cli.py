@@ -1,0 +1,185 @@
+"""fid.py through the real command line, with the embedded detector on small random images."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+
+from fid import calculate_fid, choose_images
+from models.detectors import load_detector
+from torch_utils.errors import UserError
+from torch_utils.frechet import Reference
+from torch_utils.image_data import ImageSource, load_array
+
+ROOT = Path(__file__).parents[1]
+DIGITS = ROOT / "tests" / "golden" / "digits" / "test-256.zip"
+
+
+def write_images(folder: Path, count: int, size: int = 32, channels: int = 1, seed: int = 0) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        shape = (size, size) if channels == 1 else (size, size, channels)
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(folder / f"{index:06d}.png")
+    return folder
+
+
+def run_fid(*arguments, processes: int = 1) -> subprocess.CompletedProcess:
+    launcher = (
+        [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    )
+    command = [sys.executable, *launcher, "fid.py", *map(str, arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
+
+
+def value_of(done: subprocess.CompletedProcess) -> float:
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FID ")]
+    return float(re.fullmatch(r"FID (\d+\.\d+) images=\d+ detector=\S+ ref=.+", line)[1])
+
+
+def error_of(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("noise"), 101)
+
+
+def test_calc_equals_the_formula(noise, tmp_path):
+    done = run_fid("calc", f"--images={noise}", "--ref=digits", f"--json={tmp_path / 'fid.json'}", "--batch=30")
+    features = load_detector("digits")(torch.from_numpy(load_array(noise))).double().numpy()
+    reference = Reference.load(ROOT / "models" / "pretrained" / "digits-fid.npz")
+    sigma = np.cov(features, rowvar=False)
+    values = scipy.linalg.eigvals(sigma @ reference.sigma)  # those of the root are their roots
+    root = np.sqrt(np.maximum(values.real, 0)).sum()
+    expected = np.sum((features.mean(0) - reference.mu) ** 2) + np.trace(sigma) + np.trace(reference.sigma) - 2 * root
+    result = json.loads((tmp_path / "fid.json").read_text())
+    assert result["fid"] == pytest.approx(expected, rel=1e-6)
+    assert value_of(done) == pytest.approx(expected, abs=1e-4)
+    assert result["images"] == 101 and result["detector"] == "digits" and result["ref_images"] == 60000
+    assert "Note: FID of 101 images" in done.stderr
+
+
+def test_two_processes_give_the_value_of_one(noise, tmp_path):
+    cache, out = tmp_path / "features.npz", tmp_path / "fid.json"
+    two = run_fid("calc", f"--images={noise}", "--ref=digits", f"--feature-cache={cache}", f"--json={out}", processes=2)
+    value_of(two)  # printed once
+    one = calculate_fid(noise, "digits")
+    assert json.loads(out.read_text())["fid"] == pytest.approx(one.fid, rel=1e-7)
+    kept = np.load(cache, allow_pickle=False)  # in the order of the names, whichever process made them
+    expected = load_detector("digits")(torch.from_numpy(load_array(noise))).numpy()
+    np.testing.assert_allclose(kept["features"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_real_digits_are_close_to_the_reference_and_noise_is_not(noise):
+    real, fake = calculate_fid(DIGITS, "digits"), calculate_fid(noise, "digits")
+    assert real.fid < 1.5
+    assert fake.fid > 10 * real.fid
+
+
+def test_ref_then_calc(noise, tmp_path):
+    done = run_fid("ref", f"--data={noise}", f"--dest={tmp_path / 'noise.npz'}", "--detector=digits")
+    assert done.returncode == 0, done.stderr
+    reference = Reference.load(tmp_path / "noise.npz")
+    features = load_detector("digits")(torch.from_numpy(load_array(noise))).double().numpy()
+    np.testing.assert_allclose(reference.sigma, np.cov(features, rowvar=False), rtol=1e-4, atol=1e-6)
+    assert (reference.detector, reference.num) == ("digits", 101)
+    result = calculate_fid(noise, str(tmp_path / "noise.npz"))  # the reference names its detector
+    assert result.detector == "digits" and result.fid == pytest.approx(0, abs=1e-6)
+
+
+def test_random_choice_of_images(noise):
+    source = ImageSource(noise)
+    first = choose_images(source, 40, 0)
+    assert len(set(first)) == 40 and (first == choose_images(source, 40, 0)).all()
+    assert set(first) != set(choose_images(source, 40, 1))
+    assert list(choose_images(source, None, 0)) == list(range(101))
+
+
+def test_few_images_give_a_warning_and_a_number(tmp_path, capsys):
+    result = calculate_fid(write_images(tmp_path / "few", 5), "digits")
+    assert np.isfinite(result.fid) and result.fid > 0
+    assert "Warning: 5 images for 64 features" in capsys.readouterr().err
+
+
+def test_feature_cache_is_used_only_for_the_same_files(noise, tmp_path):
+    cache = tmp_path / "features.npz"
+    folder = write_images(tmp_path / "in", 80, seed=3)
+    first = calculate_fid(folder, "digits", feature_cache=cache)
+    data = dict(np.load(cache, allow_pickle=False))
+    np.savez(cache, **{**data, "features": data["features"] + 1})
+    assert calculate_fid(folder, "digits", feature_cache=cache).fid > first.fid + 10  # it was read
+    assert calculate_fid(folder, "digits", num=70, feature_cache=cache).fid > first.fid + 10  # for a part as well
+    write_images(folder, 1, seed=4)  # one file replaced
+    fresh, plain = calculate_fid(folder, "digits", feature_cache=cache), calculate_fid(folder, "digits")
+    assert fresh.fid == pytest.approx(plain.fid, rel=1e-6)
+    cache.write_text("hello")
+    with pytest.raises(UserError, match="not a feature cache"):
+        calculate_fid(folder, "digits", feature_cache=cache)
+
+
+def test_detector_must_fit_the_reference(noise, tmp_path):
+    script = tmp_path / "net.pt"
+
+    class Means(torch.nn.Module):
+        def forward(self, img: torch.Tensor) -> torch.Tensor:
+            return img.float().mean(dim=[2, 3])
+
+    torch.jit.script(Means()).save(str(script))
+    with pytest.raises(UserError, match="made with 'digits'"):
+        calculate_fid(noise, "digits", detector=str(script), trust=True)
+    np.savez(tmp_path / "edm.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    with pytest.raises(UserError, match="2048 features.*'digits' 64"):
+        calculate_fid(noise, str(tmp_path / "edm.npz"), detector="digits")
+    np.savez(tmp_path / "small.npz", mu=np.full(3, 127.5), sigma=np.eye(3))
+    found = calculate_fid(noise, str(tmp_path / "small.npz"), detector=str(script), trust=True).fid
+    means = load_array(noise).mean(axis=(1, 2, 3))  # three equal channels: the covariance is var * ones, of rank one
+    var = means.var(ddof=1)
+    assert found == pytest.approx(3 * (means.mean() - 127.5) ** 2 + 3 * var + 3 - 2 * np.sqrt(3 * var), rel=1e-4)
+
+
+def test_wrong_inputs_are_one_line(noise, tmp_path):
+    mixed = write_images(tmp_path / "mixed", 4)
+    write_images(tmp_path / "large", 1, size=40)
+    os.replace(tmp_path / "large" / "000000.png", mixed / "000009.png")
+    damaged = write_images(tmp_path / "damaged", 3)
+    (damaged / "000001.png").write_bytes((damaged / "000001.png").read_bytes()[:400])
+    cases = [
+        ((noise, "--num=102"), "holds only 101 images"),
+        ((tmp_path / "nowhere",), "nowhere: no such folder"),
+        ((noise, "--ref=missing.npz"), "--ref=missing.npz: no such file"),
+        ((write_images(tmp_path / "small", 3, size=28),), "28x28 pixels"),
+        ((write_images(tmp_path / "colour", 3, channels=3),), "000000.png: RGB image"),
+        ((mixed,), "000009.png: 40x40 pixels"),
+        ((damaged,), "000001.png: damaged image"),
+    ]
+    for (images, *options), message in cases:
+        with pytest.raises(UserError, match=re.escape(message)) as caught:
+            keywords = {"num": 102} if "--num=102" in options else {}
+            calculate_fid(
+                images, options[0][6:] if options and options[0].startswith("--ref") else "digits", **keywords
+            )
+        assert "\n" not in str(caught.value)
+    assert "holds only 101" in error_of(run_fid("calc", f"--images={noise}", "--ref=digits", "--num=102"))
+    assert "000001.png: damaged" in error_of(run_fid("calc", f"--images={damaged}", "--ref=digits"))
+    assert "must end in .npz" in error_of(run_fid("ref", f"--data={noise}", f"--dest={tmp_path / 'ref.txt'}"))
+
+
+def test_a_damaged_file_stops_all_processes(tmp_path):
+    folder = write_images(tmp_path / "in", 6)
+    (folder / "000003.png").write_bytes(b"hello")
+    done = run_fid("calc", f"--images={folder}", "--ref=digits", processes=2)
+    assert done.returncode != 0 and "FID" not in done.stdout
+    assert "000003.png: not a readable PNG" in done.stderr

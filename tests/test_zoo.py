@@ -1,0 +1,285 @@
+"""Networks against the reference implementation's outputs, and the table that names them."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from models import build_denoiser, create_model, zoo
+from models.denoiser import read_bottleneck
+from models.edm import EDMDenoiser
+from torch_utils.download import sha256_of
+from torch_utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+NETS = ROOT / "tests" / "golden" / "nets"
+TINY = ("edm_song_uncond", "edm_song_cond", "edm_dhariwal_cond")
+EDM = ("cifar10", "ffhq", "afhqv2", "imagenet64")
+
+
+def load_npz(path: Path) -> dict[str, torch.Tensor]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+
+def tiny_case(name: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """(constructor arguments, weights, inputs and outputs)."""
+    config = json.loads((NETS / "tiny" / name / "config.json").read_text())["init_kwargs"]
+    return config, load_npz(NETS / "tiny" / name / "weights.npz"), load_npz(NETS / "tiny" / name / "io.npz")
+
+
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    assert found.shape == expected.shape and found.dtype == torch.float32
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def manifest(name: str) -> dict:
+    with gzip.open(NETS / "manifests" / f"{Path(zoo.CARDS[name].file).stem}.json.gz") as file:
+        return json.load(file)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_outputs_of_the_reference(name):
+    config, weights, io = tiny_case(name)
+    net = build_denoiser("edm", config, weights)
+    cond = {"class_labels": io["class_labels"]} if "class_labels" in io else {}
+    checked = {}
+    with torch.no_grad(), read_bottleneck(net) as reader:
+        for i, sigma in enumerate(io["sigmas"]):
+            x = io[f"x__{i}"]
+            checked[f"D__{i}"] = net(x, sigma, **cond)
+            checked[f"bottleneck_mean__{i}"] = reader.read(len(x))
+            if f"D_aug__{i}" in io:
+                checked[f"D_aug__{i}"] = net(x, sigma, augment_labels=io["augment_labels"], **cond)
+        checked["D__vec"] = net(io["x__vec"], io["sigma__vec"], **cond)
+        if "D_nolabel__2" in io:
+            checked["D_nolabel__2"] = net(io["x__2"], io["sigmas"][2])
+    named = [key for key in io if key.startswith(("D_", "bottleneck_mean_"))]
+    assert sorted(checked) == sorted(named)  # nothing that the reference recorded is left out
+    errors = {key: relative_error(checked[key], io[key]) for key in named}
+    assert max(errors.values()) < 1e-5, errors
+
+
+def test_labels_and_augmentation_matter():
+    """The comparisons above would miss an input that neither side uses."""
+    for name, plain, other in (("edm_song_uncond", "D__2", "D_aug__2"), ("edm_dhariwal_cond", "D__2", "D_nolabel__2")):
+        _, _, io = tiny_case(name)
+        assert relative_error(io[other], io[plain]) > 1e-3
+
+
+@pytest.mark.parametrize("name", EDM)
+def test_full_size_parameter_lists(name):
+    """Names, order of names and shapes of every tensor of the official files."""
+    facts = manifest(name)
+    with torch.device("meta"):
+        net = EDMDenoiser(**facts["init_kwargs"])
+    expected = {key: shape for key, shape, _ in facts["tensors"]}
+    found = {key: list(value.shape) for key, value in net.state_dict().items()}
+    assert found == expected and len(found) == facts["n_tensors"]
+    assert sum(value.numel() for value in net.state_dict().values()) == facts["n_values"]
+    assert net.get_submodule(facts["bottleneck_module"]) is net.bottleneck
+    net.load_state_dict({key: torch.empty(shape, device="meta") for key, shape in expected.items()}, strict=True)
+
+
+@pytest.mark.parametrize("name", EDM)
+def test_cards_agree_with_the_official_files(name):
+    card, facts = zoo.CARDS[name], manifest(name)
+    assert card.urls[0] == facts["official_file"]
+    kwargs = facts["init_kwargs"]
+    found = (card.resolution, card.channels, card.label_dim)
+    assert found == (kwargs["img_resolution"], kwargs["img_channels"], kwargs["label_dim"])
+    state = facts["wrapper_state"]
+    assert (card.sigma_min, card.sigma_max) == (state["sigma_min_set_by_amed"], state["sigma_max_set_by_amed"])
+
+
+def test_build_denoiser_copies_and_freezes():
+    config, weights, io = tiny_case("edm_song_uncond")
+    before = torch.get_rng_state()
+    net = build_denoiser("edm", config, {name: value.double() for name, value in weights.items()})
+    assert torch.equal(before, torch.get_rng_state())
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    net = build_denoiser("edm", config, weights)
+    first = net(io["x__2"], io["sigmas"][2])
+    for value in weights.values():
+        value.zero_()
+    assert torch.equal(net(io["x__2"], io["sigmas"][2]), first)
+
+
+def without_first(weights: dict) -> dict:
+    return dict(list(weights.items())[1:])
+
+
+@pytest.mark.parametrize(
+    "family, change, kwargs, message",
+    [
+        ("unet", None, {}, "network family 'unet' is unknown"),
+        ("cm", None, {}, "not available yet"),
+        ("adm", None, {}, "not available yet"),
+        ("ldm", None, {}, "not available yet"),
+        ("sd", None, {}, "not available yet"),
+        ("edm", without_first, {}, r"1 missing \(model.map_augment.weight\)$"),
+        ("edm", lambda w: {**w, "stray": torch.ones(1)}, {}, r"1 unexpected \(stray\)$"),
+        (
+            "edm",
+            lambda w: {**w, "model.map_layer0.bias": torch.ones(3)},
+            {},
+            r"map_layer0.bias \[3\] instead of \[32\]",
+        ),
+        ("edm", lambda w: {}, {}, r"missing \(.*, \.\.\.\)$"),
+        ("edm", None, {"guidance_type": "cfg", "guidance_rate": 7.5}, "does not take guidance_type 'cfg'"),
+        ("edm", None, {"guidance_rate": 2.0}, "guidance_rate 2 has no effect"),
+    ],
+)
+def test_build_denoiser_refuses(family, change, kwargs, message):
+    config, weights, _ = tiny_case("edm_song_uncond")
+    with pytest.raises(UserError, match=message):
+        build_denoiser(family, config, change(weights) if change else weights, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "VisionNet"},
+        {"depth": 3},
+        {"encoder_type": "odd"},
+        {"model_channels": "wide"},
+        {"img_channels": -1},
+    ],
+)
+def test_build_denoiser_refuses_arguments(change):
+    config, weights, _ = tiny_case("edm_song_uncond")
+    with pytest.raises(UserError, match="not the arguments of an EDM network"):
+        build_denoiser("edm", {**config, **change}, weights)
+
+
+def write_tiny(name: str, path: Path) -> Path:
+    config, weights, _ = tiny_case(name)
+    save_file(weights, path, metadata={"family": "edm", "config": json.dumps(config)})
+    return path
+
+
+def test_digits():
+    """The embedded network removes noise from a picture better than the best constant factor does."""
+    net = create_model("digits", guidance_type="uncond", guidance_rate=1)
+    path = zoo.resolve("digits")
+    assert (net.dataset_name, Path(net.source_path)) == ("digits", path)
+    assert net.weights_hash == sha256_of(path) and len(net.weights_hash) == 64
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    assert (net.sigma_min, net.sigma_max, net.img_channels, net.img_resolution) == (0.002, 80.0, 1, 32)
+    generator = torch.Generator().manual_seed(0)
+    clean = torch.full([1, 1, 32, 32], -1.0)
+    clean[:, :, 8:24, 15:18] = 1.0  # a one
+    sigma = 0.5
+    noisy = clean + sigma * torch.randn([8, 1, 32, 32], generator=generator)
+    with torch.no_grad():
+        error = (net(noisy, sigma) - clean).square().mean()
+    assert error < 0.1 * sigma**2
+
+
+def test_custom_network(tmp_path):
+    _, _, io = tiny_case("edm_song_cond")
+    path = write_tiny("edm_song_cond", tmp_path / "mine.safetensors")
+    net = create_model("custom", model_path=path)
+    assert (net.dataset_name, net.source_path, net.weights_hash) == ("custom", str(path), sha256_of(path))
+    assert relative_error(net(io["x__2"], io["sigmas"][2], class_labels=io["class_labels"]), io["D__2"]) < 1e-5
+
+
+def test_a_file_that_is_another_network(tmp_path):
+    path = write_tiny("edm_song_cond", tmp_path / "mine.safetensors")
+    message = f"checkpoint {path} is 3x32x32 with 10 classes, but dataset_name '{{}}' expects {{}}"
+    for name, shape in (("cifar10", "3x32x32 unconditional"), ("digits", "1x32x32 unconditional")):
+        with pytest.raises(UserError) as error:
+            create_model(name, model_path=path)
+        assert str(error.value) == message.format(name, shape)
+
+
+@pytest.mark.parametrize(
+    "name, kwargs, message",
+    [
+        ("cifar", {}, "'cifar' is unknown; use one of digits, cifar10, ffhq, afhqv2, imagenet64, or custom"),
+        *((name, {}, "is not available yet; available: digits") for name in zoo.LATER),
+        ("custom", {}, "needs --model_path"),
+        ("digits", {"model_path": "nowhere.pkl"}, "--model_path=nowhere.pkl is not a file"),
+        ("digits", {"model_path": "."}, "is not a file"),
+        ("cifar10", {"guidance_type": "cg"}, "does not take guidance_type 'cg'; use none or uncond"),
+        ("imagenet64", {"guidance_type": "uncond"}, "does not take guidance_type 'uncond'; use none"),
+        ("custom", {"model_path": "x", "guidance_type": "cfg"}, "does not take guidance_type 'cfg'"),
+        ("digits", {"guidance_type": "none", "guidance_rate": 7.5}, "guidance_rate 7.5 has no effect"),
+    ],
+)
+def test_create_model_refuses(name, kwargs, message):
+    with pytest.raises(UserError, match=message):
+        create_model(name, **kwargs)
+
+
+def test_offline_without_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AMED_OFFLINE", "1")
+    with pytest.raises(UserError) as error:
+        create_model("cifar10")
+    file = "edm-cifar10-32x32-uncond-vp.pkl"
+    assert str(error.value) == (
+        f"could not download https://nvlabs-fi-cdn.nvidia.com/edm/pretrained/{file} (AMED_OFFLINE is set): "
+        f"put the file at src/cifar10/{file} or pass --model_path"
+    )
+    with pytest.raises(UserError, match="cifar10-32x32.npz .* or pass --ref"):
+        zoo.resolve_fid_ref("cifar10")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_put_in_place_is_used(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AMED_OFFLINE", "1")
+    place = Path("src/ffhq/edm-ffhq-64x64-uncond-vp.pkl")
+    place.parent.mkdir(parents=True)
+    place.write_bytes(b"weights")
+    assert zoo.resolve("ffhq") == place
+
+
+def test_only_the_first_process_downloads(tmp_path):
+    """Under torchrun all processes end up with the file and only the first of them fetches it."""
+    (tmp_path / "script.py").write_text(
+        "import dataclasses, os, sys\n"
+        "from models import zoo\n"
+        "from torch_utils import distributed\n"
+        "distributed.init('cpu')\n"
+        "def fake(urls, dest, **kwargs):\n"
+        "    if not dest.exists():\n"
+        "        assert distributed.local_rank() == 0\n"
+        "        dest.parent.mkdir(parents=True)\n"
+        "        dest.write_bytes(b'weights')\n"
+        "zoo.download_file = fake\n"
+        "assert zoo.resolve('cifar10').read_bytes() == b'weights'\n"
+        "distributed.shutdown()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "script.py"]
+    result = run(command, tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def test_list_command():
+    result = run([sys.executable, "-W", "error", "-m", "models.zoo", "list"], ROOT)
+    assert result.returncode == 0, result.stderr
+    lines = {line.split()[0]: line for line in result.stdout.splitlines() if line}
+    for card in zoo.CARDS.values():
+        assert card.licence in lines[card.name] and f"{card.channels}x{card.resolution}x" in lines[card.name]
+        assert all(url in result.stdout for url in card.urls + card.fid_refs)
+    assert all(name in lines["not"] for name in zoo.LATER)
+
+
+def test_list_command_refuses():
+    result = run([sys.executable, "-m", "models.zoo", "lists"], ROOT)
+    assert result.returncode == 2 and "Traceback" not in result.stderr and "No such command" in result.stderr

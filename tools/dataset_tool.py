@@ -1,0 +1,204 @@
+"""Makes a dataset zip in EDM's layout: 00000/img00000000.png, ..., and the labels in dataset.json, all uncompressed.
+
+Example: python tools/dataset_tool.py --source=mnist_train.npz --dest=datasets/mnist-train.zip --resolution=32
+         --transform=pad
+"""
+
+import io
+import json
+import re
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+if not __package__:  # run as a file: the repository root is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from torch_utils.errors import UserError
+from torch_utils.image_data import ImageSource, atomic_path, evenly_spaced
+
+_IMAGE_KEYS = ("images", "x", "data")
+_LABEL_KEYS = ("labels", "y")
+_IMAGES_PER_FOLDER = 1000
+
+
+def parse_resolution(text: str | None) -> tuple[int, int] | None:
+    """ "32" -> (32, 32); "64x32" -> width 64, height 32."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip())
+    if not match or not 1 <= int(match[1]) <= 16384 or not 1 <= int(match[2] or match[1]) <= 16384:
+        raise UserError(f"--resolution={text}: write a number or WIDTHxHEIGHT, for example 32 or 64x32")
+    return int(match[1]), int(match[2] or match[1])
+
+
+class ArraySource:
+    """The images [N,H,W] or [N,H,W,C], uint8, and integer labels [N] of an npz file, read like an ImageSource."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with np.load(path, allow_pickle=False) as data:
+                image_key = _first_key(data.files, _IMAGE_KEYS)
+                if image_key is None:
+                    raise UserError(f"{path}: no array named {' or '.join(_IMAGE_KEYS)}; it holds {data.files}")
+                images = data[image_key]
+                label_key = _first_key(data.files, _LABEL_KEYS)
+                labels = None if label_key is None else data[label_key]
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, AttributeError) as exc:
+            if isinstance(exc, UserError):
+                raise
+            raise UserError(f"{path}: not a readable npz file of plain arrays ({exc})") from None
+        if images.dtype != np.uint8 or not (images.ndim == 3 or images.ndim == 4 and images.shape[3] in (1, 3)):
+            raise UserError(
+                f"{path}: '{image_key}' is {images.dtype} {list(images.shape)}; expected uint8 [N,H,W], [N,H,W,1] or"
+                " [N,H,W,3]"
+            )
+        if images.size == 0:
+            raise UserError(f"{path}: '{image_key}' is empty")
+        if labels is not None and (
+            labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or int(labels.min()) < 0
+        ):
+            raise UserError(f"{path}: '{label_key}' must hold one integer from 0 up per image")
+        self._images = images if images.ndim == 4 else images[..., None]
+        self.labels = None if labels is None else [int(label) for label in labels]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, index: int) -> np.ndarray:
+        return self._images[index].transpose(2, 0, 1)
+
+    def where(self, index: int) -> str:
+        return f"{self.path}: image {index}"
+
+
+def _first_key(present: list[str], wanted: tuple[str, ...]) -> str | None:
+    return next((key for key in wanted if key in present), None)
+
+
+def open_source(path: str | Path) -> ArraySource | ImageSource:
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"--source={path}: no such file or folder")
+    return ArraySource(path) if path.suffix.lower() == ".npz" else ImageSource(path, uniform=False)
+
+
+def make_transform(kind: str, size: tuple[int, int] | None) -> Callable[[np.ndarray, str], np.ndarray]:
+    """uint8 [H,W,C] -> uint8 [H',W',C] with (W', H') = size.
+
+    none         the image must have that size already
+    pad          zeros all round (an odd remainder goes right and below); the image must not be larger
+    center-crop  the largest centred part of the right shape, resized with a Lanczos filter
+    """
+    if kind != "none" and size is None:
+        raise UserError(f"--transform={kind} needs --resolution")
+
+    def none(image: np.ndarray, where: str) -> np.ndarray:
+        if size is not None and image.shape[:2] != (size[1], size[0]):
+            found = f"{image.shape[1]}x{image.shape[0]}"
+            raise UserError(f"{where}: {found} pixels, not {size[0]}x{size[1]}; use --transform=center-crop or pad")
+        return image
+
+    def pad(image: np.ndarray, where: str) -> np.ndarray:
+        right, below = size[0] - image.shape[1], size[1] - image.shape[0]
+        if right < 0 or below < 0:
+            found = f"{image.shape[1]}x{image.shape[0]}"
+            raise UserError(f"{where}: {found} pixels do not fit in {size[0]}x{size[1]}; use --transform=center-crop")
+        return np.pad(image, ((below // 2, below - below // 2), (right // 2, right - right // 2), (0, 0)))
+
+    def center_crop(image: np.ndarray, where: str) -> np.ndarray:
+        height, width = image.shape[:2]
+        scale = min(width / size[0], height / size[1])
+        crop_w, crop_h = max(round(size[0] * scale), 1), max(round(size[1] * scale), 1)
+        left, top = (width - crop_w) // 2, (height - crop_h) // 2
+        image = image[top : top + crop_h, left : left + crop_w]
+        if image.shape[:2] != (size[1], size[0]):
+            image = np.asarray(_to_pil(image).resize(size, Image.Resampling.LANCZOS))
+        return image if image.ndim == 3 else image[:, :, None]
+
+    return {"none": none, "pad": pad, "center-crop": center_crop}[kind]
+
+
+def _to_pil(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(image[:, :, 0] if image.shape[2] == 1 else image))
+
+
+def _entries(source, indices: list[int], transform) -> Iterator[tuple[str, bytes]]:
+    """Names and PNG files, all of one shape."""
+    shape = None
+    for position, index in enumerate(indices):
+        image = transform(source.read(index).transpose(1, 2, 0), source.where(index))
+        shape = shape or image.shape
+        if image.shape != shape:
+            raise UserError(
+                f"{source.where(index)}: {list(image.shape)} (height, width, channels), while the first image gives"
+                f" {list(shape)}; use --resolution and --transform, and do not mix grey-scale with colour"
+            )
+        buffer = io.BytesIO()
+        _to_pil(image).save(buffer, format="png", compress_level=6)
+        yield f"{position // _IMAGES_PER_FOLDER:05d}/img{position:08d}.png", buffer.getvalue()
+
+
+def make_dataset(
+    source: str | Path,
+    dest: str | Path,
+    resolution: tuple[int, int] | None = None,
+    transform: str = "none",
+    max_images: int | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Writes the zip ``dest``; returns the number of images. Equal sources give equal files, byte for byte."""
+    dest = Path(dest)
+    if dest.suffix.lower() != ".zip":
+        raise UserError(f"--dest={dest}: must end in .zip")
+    if dest.exists() and not overwrite:
+        raise UserError(f"--dest={dest} exists; remove it or pass --overwrite=True")
+    apply = make_transform(transform, resolution)
+    images = open_source(source)
+    indices = evenly_spaced(len(images), max_images)
+    names = []
+    with atomic_path(dest) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in tqdm(_entries(images, indices, apply), total=len(indices), unit="img", desc=dest.name):
+            archive.writestr(zipfile.ZipInfo(name), data)
+            names.append(name)
+        labels = None
+        if images.labels is not None:
+            labels = [[name, images.labels[index]] for name, index in zip(names, indices, strict=True)]
+        archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps({"labels": labels}))
+    return len(indices)
+
+
+@click.command()
+@click.option("--source", required=True, metavar="PATH", help="Folder, zip or npz (images or x, labels or y)")
+@click.option("--dest", required=True, metavar="ZIP", help="The dataset zip to write")
+@click.option("--resolution", metavar="N|WxH", default=None, help="Size of the output images")
+@click.option(
+    "--transform",
+    type=click.Choice(["none", "center-crop", "pad"]),
+    default="none",
+    show_default=True,
+    help="How images get that size",
+)
+@click.option("--pad", type=bool, default=False, show_default=True, help="The same as --transform=pad")
+@click.option(
+    "--max_images", "--max-images", type=click.IntRange(min=1), default=None, help="Take N images, evenly spaced"
+)
+@click.option("--overwrite", type=bool, default=False, show_default=True, help="Replace an existing --dest")
+def main(source, dest, resolution, transform, pad, max_images, overwrite):
+    """Make an EDM-style dataset zip from an npz file, a folder or a zip of images."""
+    if pad and transform == "center-crop":
+        raise UserError("--pad and --transform=center-crop exclude each other")
+    transform = "pad" if pad else transform
+    count = make_dataset(source, dest, parse_resolution(resolution), transform, max_images, overwrite)
+    print(f"{dest}: {count} images")
+
+
+if __name__ == "__main__":
+    main()

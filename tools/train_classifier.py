@@ -1,0 +1,127 @@
+"""Trains a small classifier whose pooled features serve as a detector for the Fréchet distance.
+
+The embedded one: python tools/train_classifier.py --data=datasets/mnist-train.zip --test=datasets/mnist-test.zip
+                  --dest=models/pretrained/digits-features.safetensors
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import click
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+if not __package__:  # run as a file: the repository root is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from models.detectors import ConvClassifier, save_classifier
+from torch_utils import distributed
+from torch_utils.download import sha256_of
+from torch_utils.errors import UserError
+from torch_utils.image_data import ImageSource, load_array
+
+
+def load_labelled(path: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """uint8 [N,C,R,R] and int64 [N] of a labelled folder or zip."""
+    source = ImageSource(path)
+    if source.labels is None:
+        raise UserError(f"{path}: has no labels (dataset.json); make it with tools/dataset_tool.py from labelled data")
+    if source.shape[1] != source.shape[2]:
+        raise UserError(f"{path}: the images are {source.shape[2]}x{source.shape[1]}; they must be square")
+    return torch.from_numpy(load_array(source)), torch.tensor(source.labels)
+
+
+def augment(images: torch.Tensor, shift: int, flip: bool) -> torch.Tensor:
+    """Each image moved by up to ``shift`` pixels each way (zeros come in); half of them mirrored if ``flip``."""
+    batch, _, height, width = images.shape
+    padded = F.pad(images, [shift] * 4)
+    rows = torch.randint(2 * shift + 1, [batch, 1]) + torch.arange(height)
+    columns = torch.randint(2 * shift + 1, [batch, 1]) + torch.arange(width)
+    if flip:
+        mirrored = torch.rand([batch, 1]) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
+    index = torch.arange(batch)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+@torch.inference_mode()
+def accuracy(model: ConvClassifier, images: torch.Tensor, labels: torch.Tensor, device: torch.device) -> float:
+    model.eval()
+    hits = 0
+    for part, truth in zip(images.split(500), labels.split(500), strict=True):
+        hits += int((model(part.to(device).float() / 255).argmax(1).cpu() == truth).sum())
+    return hits / len(images)
+
+
+def train(model, images, labels, *, epochs, batch, lr, shift, flip, device) -> None:
+    """Cross-entropy with AdamW and a one-cycle learning rate."""
+    steps = epochs * (len(images) // batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.25)
+    model.train()
+    with tqdm(total=steps, unit="step") as bar:
+        for _ in range(epochs):
+            order = torch.randperm(len(images))[: len(images) // batch * batch]
+            for chosen in order.split(batch):
+                inputs = augment(images[chosen], shift, flip).to(device).float() / 255
+                loss = F.cross_entropy(model(inputs), labels[chosen].to(device))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                bar.update()
+                if bar.n % 50 == 0:
+                    bar.set_postfix(loss=f"{loss.item():.4f}")
+
+
+@click.command()
+@click.option("--data", required=True, metavar="PATH", help="Labelled training images: folder or zip")
+@click.option("--test", required=True, metavar="PATH", help="Labelled test images: folder or zip")
+@click.option("--dest", required=True, metavar="FILE", help="The .safetensors file to write")
+@click.option("--epochs", type=click.IntRange(min=1), default=6, show_default=True)
+@click.option("--batch", type=click.IntRange(min=2), default=128, show_default=True)
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=4e-3, show_default=True)
+@click.option("--width", type=click.IntRange(min=1), default=16, show_default=True, help="Channels of the first layer")
+@click.option("--feature_dim", type=click.IntRange(min=1), default=64, show_default=True, help="Number of features")
+@click.option("--shift", type=click.IntRange(min=0), default=2, show_default=True, help="Largest random shift, pixels")
+@click.option("--flip", type=bool, default=False, show_default=True, help="Mirror at random (not for digits)")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")
+def main(data, test, dest, epochs, batch, lr, width, feature_dim, shift, flip, seed, device):
+    """Train a small classifier on a labelled image set."""
+    if Path(dest).suffix != ".safetensors":
+        raise UserError(f"--dest={dest}: must end in .safetensors")
+    device = distributed.pick_device(device)
+    images, labels = load_labelled(data)
+    test_images, test_labels = load_labelled(test)
+    num_classes = int(labels.max()) + 1
+    if test_images.shape[1:] != images.shape[1:] or int(test_labels.max()) >= num_classes:
+        raise UserError(f"--test={test}: the images or classes differ from those of --data")
+    if len(images) < batch:
+        raise UserError(f"--batch={batch}: larger than the {len(images)} images of --data")
+    torch.manual_seed(seed)
+    model = ConvClassifier(images.shape[1], images.shape[2], num_classes, feature_dim, width).to(device)
+    start = time.perf_counter()
+    train(model, images, labels, epochs=epochs, batch=batch, lr=lr, shift=shift, flip=flip, device=device)
+    result = accuracy(model, test_images, test_labels, device)
+    save_classifier(
+        model.cpu(),
+        dest,
+        test_accuracy=f"{result:.4f}",
+        seed=seed,
+        epochs=epochs,
+        batch=batch,
+        lr=lr,
+        shift=shift,
+        flip=flip,
+        train_images=len(images),
+        data=Path(data).name,
+        data_sha256=sha256_of(Path(data)) if Path(data).is_file() else "",
+    )
+    print(f"{dest}: test accuracy {100 * result:.2f}% after {epochs} epochs, {time.perf_counter() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Plumbing that knows nothing about diffusion: processes, seeds, files, safe loading, images."""

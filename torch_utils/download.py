@@ -1,0 +1,335 @@
+"""Files from the web that appear under their name only when they are whole.
+
+A download goes to ``<name>.part`` beside its destination, survives broken connections and interrupted programs (HTTP
+ranges, RFC 9110 section 14), falls back to mirrors, and is renamed after its size and, where known, its SHA-256 were
+checked.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import requests
+from tqdm import tqdm
+
+from torch_utils import distributed
+from torch_utils.errors import UserError
+
+_TIMEOUT_S = (15, 60)  # to connect, and between two pieces of data
+_ATTEMPTS = 3  # per mirror, in a row without any progress
+_BACKOFF_S = 1.0  # doubled after each attempt without progress
+_CHUNK = 1 << 14  # what a broken connection loses at most
+_RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
+
+
+class _Refused(Exception):
+    """This mirror will not give the file: go to the next one."""
+
+
+class _Broken(Exception):
+    """The transfer broke: another attempt may continue it."""
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def download_file(
+    urls: list[str],
+    dest: Path,
+    sha256: str | None = None,
+    size: int | None = None,
+    desc: str | None = None,
+    hint: str = "pass --model_path",
+) -> Path:
+    """Makes sure that the file ``dest`` is there and whole, and returns its path.
+
+    urls: mirrors of one file, tried in order. sha256, size: checked when given, on a file that is already there as well
+    (which is never overwritten). desc: the label of the progress bar. hint: what the user can do other than putting the
+    file at ``dest``. Several processes may ask for one file at the same time: one downloads, the others wait.
+
+    Raises UserError when no mirror gives the file (or AMED_OFFLINE=1 forbids to ask), when the file that is there is
+    not the expected one, and when ``dest`` cannot be written or the disk is too full.
+    """
+    dest = Path(dest)
+    job = _Job(dest, sha256.lower() if sha256 else None, size, desc or dest.name)
+    if job.is_done():
+        return dest
+    if os.environ.get("AMED_OFFLINE", "") not in ("", "0"):
+        raise _give_up([(url, "AMED_OFFLINE is set") for url in urls[:1]], dest, hint)
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(dest.with_name(dest.name + ".lock"), f"another process is downloading {dest}; waiting for it"):
+            if job.is_done():
+                return dest
+            reasons = []
+            for url in urls:
+                try:
+                    job.fetch(url)
+                    return dest
+                except (_Refused, _Broken) as exc:
+                    reasons.append((url, str(exc)))
+    except OSError as exc:
+        raise UserError(f"could not write {dest}: {exc.strerror or exc}; choose another place or free it") from None
+    raise _give_up(reasons, dest, hint)
+
+
+def _give_up(reasons: list[tuple[str, str]], dest: Path, hint: str) -> UserError:
+    tried = ", ".join(f"{url} ({reason})" for url, reason in reasons) or f"{dest.name} (no URL is known)"
+    return UserError(f"could not download {tried}: put the file at {dest} or {hint}")
+
+
+@dataclass
+class _Job:
+    """One file to be fetched; holds the destination's lock while ``fetch`` runs."""
+
+    dest: Path
+    sha256: str | None
+    size: int | None
+    desc: str
+
+    @property
+    def part(self) -> Path:
+        return self.dest.with_name(self.dest.name + ".part")
+
+    @property
+    def meta(self) -> Path:
+        return self.dest.with_name(self.dest.name + ".part.json")
+
+    def is_done(self) -> bool:
+        """Whether the destination is there. Raises UserError if it is something else than what is expected."""
+        if not self.dest.exists():
+            return False
+        problem = None
+        if not self.dest.is_file():
+            problem = "is not a file"
+        elif self.size is not None and self.dest.stat().st_size != self.size:
+            problem = f"has {self.dest.stat().st_size} bytes instead of {self.size}"
+        elif self.sha256 is not None and sha256_of(self.dest) != self.sha256:
+            problem = f"does not have the SHA-256 {self.sha256}"
+        if problem:
+            raise UserError(f"{self.dest} {problem}: move it away, and it will be downloaded again")
+        return True
+
+    def offset(self) -> int:
+        return self.part.stat().st_size if self.part.exists() else 0
+
+    def fetch(self, url: str) -> None:
+        """Brings the whole file from one mirror and gives it its name. Raises _Refused or _Broken."""
+        idle, furthest, restarted = 0, self.offset(), False
+        while True:
+            try:
+                resumed = self._transfer(url)
+                if self._finish():
+                    return
+                # A part that was continued may be what is wrong: one more try from the start.
+                if not resumed or restarted:
+                    raise _Refused(f"its SHA-256 is not {self.sha256}")
+                restarted = True
+                continue
+            except _Broken:
+                idle = 0 if self.offset() > furthest else idle + 1
+                furthest = max(furthest, self.offset())
+                if idle >= _ATTEMPTS:
+                    raise
+            time.sleep(_BACKOFF_S * 2 ** max(idle - 1, 0))
+
+    def _finish(self) -> bool:
+        """Renames the complete part; False (and no part) if its checksum is wrong."""
+        if self.sha256 is not None and sha256_of(self.part) != self.sha256:
+            self._forget()
+            return False
+        os.replace(self.part, self.dest)
+        self.meta.unlink(missing_ok=True)
+        return True
+
+    def _forget(self) -> None:
+        self.part.unlink(missing_ok=True)
+        self.meta.unlink(missing_ok=True)
+
+    def _resume_headers(self, url: str) -> dict[str, str]:
+        """Range headers to continue the part; none if it is not known to be a piece of the file at ``url``."""
+        if not self.offset():
+            return {}
+        try:
+            known = json.loads(self.meta.read_text())
+            same, validator = known["url"] == url, known["validator"]
+        except (OSError, ValueError, KeyError, TypeError):
+            same, validator = False, None
+        # The checksum would reveal a mixture of two files; without it the server must vouch that its file is the same.
+        if not (same and validator) and self.sha256 is None:
+            return {}
+        headers = {"Range": f"bytes={self.offset()}-"}
+        if same and validator:
+            headers["If-Range"] = validator
+        return headers
+
+    def _transfer(self, url: str) -> bool:
+        """One request. Returns, with the part complete, whether it was continued rather than started."""
+        headers = {"Accept-Encoding": "identity", **self._resume_headers(url)}
+        try:
+            with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S) as reply:
+                start, total = self._check_reply(reply)
+                if total == 0:
+                    raise _Refused("an empty file")
+                if start == total:
+                    return True
+                self._check_space(start, total)
+                self._receive(reply, url, start, total)
+                return start > 0
+        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema):
+            raise _Refused("not a usable address") from None
+        except requests.RequestException as exc:
+            raise _Broken(_short_reason(exc)) from None
+
+    def _check_reply(self, reply) -> tuple[int, int | None]:
+        """(the position of the first byte that the reply carries, the size of the whole file if known)."""
+        offset = self.offset()
+        if reply.status_code == 416:
+            if reply.headers.get("Content-Range", "") == f"bytes */{offset}" and self.size in (None, offset):
+                return offset, offset
+            self._forget()
+            raise _Broken("the server has no such range")
+        if reply.status_code in _RETRY_STATUS:
+            raise _Broken(f"HTTP {reply.status_code}")
+        if reply.status_code not in (200, 206):
+            raise _Refused(f"HTTP {reply.status_code}")
+        if reply.headers.get("Content-Type", "").lower().startswith(("text/html", "application/xhtml")):
+            raise _Refused("a web page instead of the file")
+        if reply.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise _Refused("sent in a compressed form that was not asked for")
+        if reply.status_code == 200:
+            start, total = 0, reply.headers.get("Content-Length", "")
+        else:
+            match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", reply.headers.get("Content-Range", ""))
+            if not match or int(match[1]) != offset:
+                self._forget()
+                raise _Broken("the server sent another range than asked for")
+            start, total = offset, match[2]
+        total = int(total) if total.isdigit() else None
+        if self.size is not None and total not in (None, self.size):
+            raise _Refused(f"{total} bytes there, {self.size} expected")
+        return start, self.size if total is None else total
+
+    def _check_space(self, start: int, total: int | None) -> None:
+        free = shutil.disk_usage(self.dest.parent).free + (self.offset() if start == 0 else 0)
+        if total is not None and total - start > free:
+            need, free = (total - start) / 2**20, free / 2**20
+            raise UserError(f"{self.dest} needs {need:.0f} MiB, but the disk has {free:.0f} MiB left: free some space")
+
+    def _receive(self, reply, url: str, start: int, total: int | None) -> None:
+        if start == 0:
+            validator = reply.headers.get("ETag", "")
+            if not validator.startswith('"'):  # If-Range takes no weak tags
+                validator = reply.headers.get("Last-Modified")
+            self._forget()
+            self.meta.write_text(json.dumps({"url": url, "validator": validator}))
+        bar = tqdm(
+            desc=self.desc,
+            total=total,
+            initial=start,
+            unit="B",
+            unit_scale=True,
+            unit_divisor=1024,
+            mininterval=0.2 if sys.stderr.isatty() else 30,
+            disable=distributed.local_rank() != 0,
+        )
+        with bar, open(self.part, "ab", buffering=1 << 20) as file:
+            for chunk in reply.iter_content(_CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+            file.flush()
+            os.fsync(file.fileno())
+        if self.offset() == 0:
+            raise _Refused("an empty file")
+        if total is not None and self.offset() < total:
+            raise _Broken(f"the connection broke after {self.offset()} of {total} bytes")
+        if total is not None and self.offset() > total:
+            got = self.offset()
+            self._forget()
+            raise _Refused(f"{got} bytes sent, {total} expected")
+
+
+def _short_reason(exc: requests.RequestException) -> str:
+    """A few words in place of the nested text of a connection error."""
+    text = str(exc)
+    if isinstance(exc, requests.Timeout):
+        return "timed out"
+    if isinstance(exc, requests.exceptions.SSLError):
+        return "the certificate or the encryption was refused"
+    if isinstance(exc, requests.exceptions.ProxyError):
+        return "the proxy was refused or not reached"
+    if "NameResolution" in text or "getaddrinfo" in text:
+        return "host name not found; no network?"
+    if "refused" in text:
+        return "connection refused"
+    if isinstance(exc, (requests.exceptions.ChunkedEncodingError, requests.ConnectionError)):
+        return "the connection broke"
+    return type(exc).__name__
+
+
+def _try_lock(file) -> bool:
+    """Takes an exclusive lock that the operating system drops when the process ends; False if somebody has it."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        if exc.errno in _NO_LOCKS:
+            print("warning: this file system has no locks; do not start two downloads at once", file=sys.stderr)
+            return True
+        if exc.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            raise
+        return False
+    return True
+
+
+def _is_named(file, path: Path) -> bool:
+    """Whether ``path`` is the open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _locked(path: Path, waiting: str):
+    """Holds the lock file ``path`` during the block and removes it afterwards."""
+    told = False
+    while True:
+        file = open(path, "a+b")  # noqa: SIM115  (held beyond this function's first half)
+        if _try_lock(file):
+            # The holder before us removes the file when it is done: then this lock is on a file without a name.
+            if _is_named(file, path):
+                break
+            file.close()
+            continue
+        file.close()
+        if not told:
+            print(waiting, file=sys.stderr)
+            told = True
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        if os.name == "nt":  # an open file cannot be removed there, and a closed one may be locked by the next already
+            file.close()
+        else:
+            path.unlink(missing_ok=True)
+            file.close()

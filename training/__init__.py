@@ -1,0 +1,1 @@
+"""The AMED predictor and its distillation."""

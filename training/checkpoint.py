@@ -1,0 +1,164 @@
+"""Predictors as files: written as safetensors that carry their whole configuration, read back, and found by number.
+
+Also reads the snapshots of the original AMED code (a pickled predictor beside its loss object), as data only.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+
+from torch_utils.errors import UserError
+from torch_utils.safe_pickle import PersistentObject, open_binary, safe_load
+from torch_utils.tensor_file import is_safetensors, json_entry, read_safetensors, write_safetensors
+from training.predictor import AMEDPredictor
+
+FORMAT = "amed-predictor"
+
+# Constructor arguments of the original predictor, under the same names here.
+_ORIGINAL_KEYS = (
+    *("dataset_name", "img_resolution", "num_steps", "sampler_stu", "sampler_tea", "M"),
+    *("guidance_type", "guidance_rate", "schedule_type", "schedule_rho", "afs", "scale_dir", "scale_time"),
+    *("max_order", "predict_x0", "lower_order_final", "hidden_dim", "bottleneck_output_dim", "noise_channels"),
+)
+# Arguments of the original that have one meaning here; other values describe a predictor we cannot rebuild.
+_FIXED = {"output_dim": 1, "bottleneck_input_dim": 64, "embedding_type": "positional"}
+# Layer whose number of rows each size argument sets: checked before anything of that size is built.
+_SIZES = {"hidden_dim": "enc_layer0", "bottleneck_output_dim": "enc_layer1", "noise_channels": "map_layer0"}
+
+
+def save_predictor(predictor: AMEDPredictor, path, provenance: dict | None = None) -> None:
+    """Writes weights, configuration and provenance to one safetensors file, atomically.
+
+    provenance: where the predictor comes from (network name and hash, code version, seed, kimg, ...), JSON values;
+    None keeps what the predictor already carries.
+    """
+    provenance = predictor.provenance if provenance is None else provenance
+    metadata = {"format": FORMAT, "config": json.dumps(predictor.config), "provenance": json.dumps(provenance)}
+    write_safetensors(path, predictor.state_dict(), metadata)
+
+
+def load_predictor(path) -> AMEDPredictor:
+    """The predictor of a file, on the CPU and in eval mode.
+
+    path: a path or binary file object; a file of ``save_predictor``, or a ``.pkl`` / ``.pt`` snapshot of the original
+    code. Raises UserError where it is something else, UnsafePickleError where a snapshot asks for more than data.
+    """
+    with open_binary(path) as (file, name):
+        start = file.tell()
+        head = file.read(9)
+        file.seek(start)
+        if is_safetensors(head):
+            tensors, metadata = read_safetensors(file.read(), name)
+            if metadata.get("format") != FORMAT:
+                raise UserError(f"{name} is a safetensors file, but not a predictor: its format is not '{FORMAT}'")
+            config = json_entry(metadata, "config", name)
+            provenance = json_entry(metadata, "provenance", name) if "provenance" in metadata else {}
+        else:
+            config, tensors = _original_snapshot(safe_load(file), name)
+            provenance = {"converted_from": Path(name).name}
+    return _build(config, tensors, provenance, name)
+
+
+def _build(config: dict, tensors: dict[str, torch.Tensor], provenance: dict, name: str) -> AMEDPredictor:
+    for key, layer in _SIZES.items():
+        weight = tensors.get(f"{layer}.weight")
+        if key in config and (weight is None or weight.ndim != 2 or config[key] != weight.shape[0]):
+            raise UserError(f"{name}: its '{key}' does not belong to its weights ({layer})")
+    try:
+        predictor = AMEDPredictor(**config)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{name}: its configuration is not that of a predictor ({error})") from None
+    try:
+        predictor.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise UserError(f"{name}: its weights do not fit its configuration: {str(error)[:400]}") from None
+    predictor.provenance = provenance
+    return predictor.eval()
+
+
+def _original_snapshot(content, name: str) -> tuple[dict, dict[str, torch.Tensor]]:
+    """(config, weights) of what the original code pickled: {"model": predictor, "loss_fn": loss}, or the predictor."""
+    model, loss = content, None
+    if isinstance(content, dict):
+        model, loss = content.get("model"), content.get("loss_fn")
+    if not isinstance(model, PersistentObject) or model.class_name != "AMED_predictor":
+        found = type(content).__name__
+        if isinstance(content, PersistentObject):
+            found = f"an object of class {content.class_name}"
+        elif isinstance(content, dict):
+            entries = (
+                f"{key} ({getattr(value, 'class_name', type(value).__name__)})" for key, value in content.items()
+            )
+            found = ", ".join(entries)[:300] or "nothing"
+        raise UserError(f"{name} holds no AMED predictor (AMED_predictor): found {found}")
+    given = {**model.attributes, **model.init_kwargs}
+    for key, value in _FIXED.items():
+        if given.get(key, value) != value:
+            raise UserError(f"{name}: predictors with another '{key}' than {value} are not supported")
+    config = {key: given[key] for key in _ORIGINAL_KEYS if key in given}
+    if isinstance(loss, PersistentObject):
+        config |= {key: loss.state[key] for key in ("sigma_min", "sigma_max") if key in loss.state}
+    for key, value in config.items():
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if not (value is None or isinstance(value, (str, int, float, bool))) or not finite:
+            raise UserError(f"{name}: its '{key}' is not a plain value")
+    return config, {key: value.to(torch.float32) for key, value in model.state_dict().items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Finding
+
+_FILE_NAMES = (r"predictor-(\d+)\.safetensors", r"network-snapshot-(\d+)\.pkl", r"network-snapshot-(\d+)\.pt")
+
+
+def find_predictor(predictor_path, exps="./exps") -> Path:
+    """The predictor file that a command line names.
+
+    predictor_path: the number of an experiment ("7" is ``exps/00007-*``), a folder, or a file. In a folder the file
+    with the largest kimg in its name is taken. Raises UserError where nothing, or more than one thing, is meant.
+    """
+    text = str(predictor_path).strip()
+    exps = Path(exps)
+    if not text:
+        raise UserError("predictor_path is empty: give an experiment number, a folder or a file")
+    if re.fullmatch(r"[0-9]{1,9}", text):
+        numbered = _experiments(exps)
+        matches = [folder for number, folder in numbered if number == int(text)]
+        if len(matches) > 1:
+            names = ", ".join(folder.name for folder in matches)
+            raise UserError(f"predictor_path={text} is ambiguous: {names}; give the folder instead")
+        if matches:
+            return _newest(matches[0])
+        if not Path(text).exists():
+            there = ", ".join(folder.name for _, folder in numbered) or "no experiments"
+            raise UserError(f"there is no experiment {text} in {exps}; it holds {there}")
+    path = Path(text)
+    if not path.exists() and (exps / path).exists():
+        path = exps / path
+    if path.is_dir():
+        return _newest(path)
+    if not path.is_file():
+        raise UserError(f"there is no predictor at {path}; give an experiment number, a folder or a file")
+    return path
+
+
+def _experiments(exps: Path) -> list[tuple[int, Path]]:
+    folders = sorted(exps.iterdir()) if exps.is_dir() else []
+    return [(int(m[1]), f) for f in folders if (m := re.match(r"([0-9]{1,9})-", f.name)) and f.is_dir()]
+
+
+def _newest(folder: Path) -> Path:
+    found = []
+    for path in folder.iterdir():
+        for preference, pattern in enumerate(_FILE_NAMES):
+            match = re.fullmatch(pattern, path.name)
+            if match and path.is_file():
+                found.append((int(match[1]), -preference, path))
+    if not found:
+        raise UserError(f"{folder} holds no predictor yet (no predictor-*.safetensors, no network-snapshot-*.pkl)")
+    return max(found)[2]

@@ -1,0 +1,102 @@
+"""Distillation of a predictor: the student's interval is pulled towards a teacher that takes more steps (Section 3.3 of
+Zhou et al. 2024). The student's interval is the code that sampling runs, ``Solver.advance``."""
+
+import torch
+
+from solvers import Solver, State, get_schedule, make_rule, refine, resolve_sigmas
+from torch_utils.errors import UserError
+from training.predictor import DEFAULTS
+
+
+class DistillationLoss:
+    """Per-interval squared error between a student with a predictor and its teacher.
+
+    net: a Denoiser; config: the predictor's configuration (``training.predictor.DEFAULTS``; missing keys take the
+    defaults). ``sigmas``: the student's schedule, float64 [num_steps]; ``teacher_sigmas``: the teacher's, with M points
+    more in every interval. One-step students restart every interval from the teacher's state, multistep ones continue
+    from their own, whose history this object carries from step_idx to step_idx + 1.
+    """
+
+    def __init__(self, net, config: dict):
+        self.net = net
+        self.config = config = {**DEFAULTS, **config}
+        if int(config["M"]) != config["M"] or config["M"] < 0:
+            raise UserError(f"M={config['M']} must be a whole number >= 0")
+        self.extra = int(config["M"])
+        common = {key: config[key] for key in ("predict_x0", "lower_order_final", "thresholding")}
+        self.student_rule = make_rule(config["sampler_stu"], common={**common, "max_order": config["max_order"]})
+        self.teacher_rule = make_rule(config["sampler_tea"], common={**common, "max_order": config["max_order"]})
+        if not self.student_rule.can_learn:
+            raise UserError(f"sampler_stu={config['sampler_stu']} cannot take a predictor")
+        if not self.teacher_rule.can_teach:
+            raise UserError(f"sampler_tea={config['sampler_tea']} cannot be a teacher")
+        self.sigmas = resolve_sigmas(
+            net,
+            config["num_steps"],
+            config["schedule_type"],
+            config["schedule_rho"],
+            config["sigma_min"],
+            config["sigma_max"],
+            config["sigmas"],
+        )
+        self.teacher_sigmas = self._teacher_schedule()
+        self.predicted: tuple | None = None  # (r, scale_dir, scale_time) of the latest student step, detached
+        self._state: State | None = None
+
+    def _teacher_schedule(self):
+        if self.config["sigmas"] is not None:
+            return refine(self.sigmas, self.extra)
+        return get_schedule(
+            (self.extra + 1) * (len(self.sigmas) - 1) + 1,
+            float(self.sigmas[-1]),
+            float(self.sigmas[0]),
+            self.config["schedule_type"],
+            self.config["schedule_rho"],
+            net=self.net,
+        )
+
+    @property
+    def sigma_max(self) -> float:
+        return float(self.sigmas[0])
+
+    @torch.no_grad()
+    def teacher_trajectory(self, latents: torch.Tensor, cond=None) -> torch.Tensor:
+        """The teacher's states at the student's noise levels 1 .. num_steps - 1, [num_steps-1,B,C,H,W].
+
+        latents: starting points, already scaled by sigma_max. The teacher never uses AFS or a predictor.
+        """
+        run = Solver(self.net, self.teacher_rule, self._on(latents, self.teacher_sigmas), cond=cond)
+        state, targets = State(latents), []
+        for i in range(run.intervals):
+            state = run.advance(state, i)
+            if (i + 1) % (self.extra + 1) == 0:
+                targets.append(state.x)
+        return torch.stack(targets)
+
+    def student_step(self, predictor, x, step_idx, target, cond=None):
+        """One interval of the student from x [B,C,H,W] at sigmas[step_idx], with gradients.
+
+        Returns the squared error per element [B,C,H,W] and the point where the next interval starts (detached): the
+        target for one-step students, the student's own result for multistep ones.
+        """
+        run = Solver(
+            self.net,
+            self.student_rule,
+            self._on(x, self.sigmas),
+            afs=self.config["afs"],
+            predictor=predictor,
+            cond=cond,
+        )
+        history, updates = (
+            ((), 0) if step_idx == 0 or self._state is None else (self._state.history, self._state.updates)
+        )
+        with run.reading():
+            after = run.advance(State(x.detach(), history, updates), step_idx)
+        self.predicted = tuple(value.detach() for value in run.predicted)
+        self._state = after.detach()
+        error = (after.x - target) ** 2
+        return error, (target.detach() if self.student_rule.one_step else self._state.x)
+
+    @staticmethod
+    def _on(x, sigmas):
+        return sigmas.to(x.device, x.dtype if x.device.type == "mps" else sigmas.dtype)
