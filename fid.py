@@ -1,10 +1,12 @@
 """Fréchet inception distance of a set of images to reference statistics (EDM's protocol and file format).
 
-    python fid.py calc --images=samples/cifar10/amed_nfe5 --ref=cifar10-32x32.npz
+    python fid.py calc --images=samples/cifar10/amed_nfe5 --ref=cifar10
     python fid.py ref --data=datasets/my-data.zip --dest=my-data.npz
     torchrun --standalone --nproc_per_node=8 fid.py calc ...
 
-Under torchrun write --num as --num_images: torchrun itself takes --num for one of its own options.
+--ref is the name of a network of models/zoo.py (its reference is downloaded), a file or a URL. In a folder written by
+sample.py only the samples count, not its grid.png and inters/. Under torchrun write --num as --num_images: torchrun
+itself takes --num for one of its own options.
 
 With --detector=digits (and --ref=digits) features come from the embedded digit classifier: FID-digits, which is not
 comparable with the usual, Inception FID.
@@ -23,7 +25,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from models.detectors import PRETRAINED, FeatureDetector, cache_dir, load_detector
+from models import zoo
+from models.detectors import FeatureDetector, cache_dir, is_published_inception, load_detector
 from torch_utils import distributed
 from torch_utils.download import download_file
 from torch_utils.errors import UserError
@@ -38,6 +41,7 @@ class FIDResult:
     fid: float
     images: int
     detector: str
+    detector_file: str
     detector_sha256: str
     ref: str
     ref_images: int | None
@@ -45,13 +49,14 @@ class FIDResult:
     seed: int | None
 
     def line(self) -> str:
-        return f"FID {self.fid:.4f} images={self.images} detector={self.detector} ref={self.ref}"
+        weights = f"{'_'.join(self.detector_file.split())}:{self.detector_sha256[:12]}"
+        return f"FID {self.fid:.4f} images={self.images} detector={self.detector} weights={weights} ref={self.ref}"
 
 
 def find_reference(ref: str) -> Reference:
-    """Statistics by name ('digits'), path or URL (kept in the cache folder)."""
-    if ref == "digits":
-        return Reference.load(PRETRAINED / "digits-fid.npz")
+    """Statistics by name of a network of the zoo, path or URL (kept in the cache folder)."""
+    if ref in zoo.CARDS or ref in zoo.LATER:
+        return Reference.load(zoo.resolve_fid_ref(ref))
     if ref.startswith(("http://", "https://")):
         path = cache_dir() / "fid-refs" / (Path(urlparse(ref).path).name or "reference.npz")
         with distributed.local_main_first():
@@ -59,7 +64,9 @@ def find_reference(ref: str) -> Reference:
                 download_file([ref], path, desc=path.name, hint="pass a local file as --ref")
         return Reference.load(path)
     if not Path(ref).is_file():
-        raise UserError(f"--ref={ref}: no such file; pass an npz made by 'fid.py ref', its URL, or the name digits")
+        raise UserError(
+            f"--ref={ref}: no such file; pass an npz made by 'fid.py ref', its URL, or one of {', '.join(zoo.CARDS)}"
+        )
     return Reference.load(ref)
 
 
@@ -72,9 +79,15 @@ def choose_detector(
         raise UserError(f"the reference was made with the detector '{stored}'; pass its file as --detector=PATH")
     with distributed.local_main_first():
         detector = load_detector(name or stored or "inception", device, trust)
+    if len(set(distributed.gather_objects(detector.digest))) > 1:
+        raise UserError(
+            f"the processes found different files of the detector '{detector.name}'; pass one as --detector"
+        )
     if reference is None:
         return detector
-    if stored is not None and (stored != detector.name or reference.detector_sha256 not in (None, detector.digest)):
+    if stored is not None and (
+        stored != detector.name or not _same_weights(reference.detector_sha256, detector.digest)
+    ):
         raise UserError(
             f"--detector={name or stored}: the reference was made with '{stored}'"
             + (" (other weights)" if stored == detector.name else "")
@@ -86,6 +99,10 @@ def choose_detector(
             " choose the detector that made the reference"
         )
     return detector
+
+
+def _same_weights(stored: str | None, digest: str) -> bool:
+    return stored in (None, digest) or (is_published_inception(stored) and is_published_inception(digest))
 
 
 def choose_images(source: ImageSource, num: int | None, seed: int) -> Sequence[int]:
@@ -198,6 +215,7 @@ def calculate_fid(
         fid=frechet_distance(mu, sigma, reference.mu, reference.sigma),
         images=len(indices),
         detector=network.name,
+        detector_file=network.file,
         detector_sha256=network.digest,
         ref=str(ref),
         ref_images=reference.num,
@@ -224,7 +242,7 @@ def main():
 
 @main.command()
 @click.option("--images", required=True, metavar="PATH", help="Folder or zip of images to judge")
-@click.option("--ref", required=True, metavar="NPZ|URL|NAME", help="Reference statistics; 'digits' is embedded")
+@click.option("--ref", required=True, metavar="NPZ|URL|NAME", help="Reference statistics: cifar10, digits, ...")
 @click.option(
     "--num",
     "--num_images",
@@ -240,7 +258,7 @@ def main():
 @click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")
 @click.option("--trust", type=bool, default=False, show_default=True, help="Run a TorchScript detector not known here")
 def calc(images, ref, num, seed, batch, detector, feature_cache, json_path, device, trust):
-    """FID of images to a reference; prints 'FID 12.3456 images=... detector=... ref=...'."""
+    """FID of images to a reference; prints 'FID 12.3456 images=... detector=... weights=... ref=...'."""
     device = distributed.init(device)
     try:
         result = calculate_fid(

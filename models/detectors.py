@@ -1,10 +1,12 @@
 """Networks that turn images into features for the Fréchet distance.
 
-inception   Inception-v3 as in Heusel et al. 2017, the TorchScript port of the network that EDM evaluates with; 2048
-            features of RGB images of any size. Downloaded once to a cache folder and checked by its SHA-256.
+inception   Inception-v3 as in Heusel et al. 2017, the network that EDM evaluates with; 2048 features of images of any
+            size. Either NVIDIA's TorchScript port (checked by its SHA-256) or, where that is not to be had, the
+            published state dict in our own implementation (models/inception.py); kept in a cache folder.
 digits      the embedded digit classifier of 32x32 grey-scale images, 64 features. Its distances are not comparable with
             Inception FIDs.
-PATH        a TorchScript file (.pt), or a classifier from tools/train_classifier.py (.safetensors)
+PATH        a TorchScript file (.pt), an Inception state dict (.pth), or a classifier from tools/train_classifier.py
+            (.safetensors)
 """
 
 import json
@@ -15,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from models.inception import FEATURE_DIM, load_inception
 from torch_utils.download import download_file, sha256_of
 from torch_utils.errors import UserError
 from torch_utils.image_data import atomic_path
@@ -27,6 +30,19 @@ _INCEPTION_URLS = ["https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretr
 _INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 # TorchScript is a program: only files with these digests are run without being asked to (--trust).
 TRUSTED_TORCHSCRIPT = {_INCEPTION_SHA256: "inception"}
+
+# One file under two names. Of its SHA-256 the first digits are known, from the names; weights alone execute nothing.
+_STATE_FILE = "pt_inception-2015-12-05-6726825d.pth"
+_STATE_URLS = [
+    f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{_STATE_FILE}",
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+]
+_STATE_SHA256_PREFIX = "6726825d"
+
+
+def is_published_inception(digest: str) -> bool:
+    """Whether a file with this SHA-256 is one of the published copies of the network; all give the same features."""
+    return digest in TRUSTED_TORCHSCRIPT or digest.startswith(_STATE_SHA256_PREFIX)
 
 
 def cache_dir() -> Path:
@@ -94,11 +110,12 @@ class FeatureDetector:
     """uint8 images [B,C,H,W] -> float32 features [B, feature_dim].
 
     name            what results are labelled with
-    digest          SHA-256 of the weights' file
+    file, digest    name and SHA-256 of the weights' file
     img_channels, img_resolution   what images must have; None = anything
     """
 
     name: str
+    file: str
     digest: str
     feature_dim: int
     img_channels: int | None = None
@@ -135,7 +152,7 @@ class ClassifierDetector(FeatureDetector):
     """The pooled features of a classifier file."""
 
     def __init__(self, path: Path, device: torch.device, name: str | None = None):
-        self.digest = sha256_of(path)
+        self.file, self.digest = path.name, sha256_of(path)
         self.name = name or f"{path.stem}-{self.digest[:8]}"
         model, _ = load_classifier(path)
         self._model = model.to(device)
@@ -155,7 +172,7 @@ class TorchScriptDetector(FeatureDetector):
     """
 
     def __init__(self, path: Path, device: torch.device, name: str | None = None):
-        self.digest = sha256_of(path)
+        self.file, self.digest = path.name, sha256_of(path)
         self.name = name or f"{path.stem}-{self.digest[:8]}"
         self._device = device
         try:
@@ -178,21 +195,76 @@ class TorchScriptDetector(FeatureDetector):
             return self._model(images.to(self._device), **self._options)
 
 
-def _inception_path() -> Path:
-    dest = cache_dir() / _INCEPTION_FILE
-    hint = "pass --detector=PATH"
-    return Path(download_file(_INCEPTION_URLS, dest, sha256=_INCEPTION_SHA256, desc="Inception-v3", hint=hint))
+class InceptionDetector(FeatureDetector):
+    """Our Inception-v3 with the weights of a state dict; grey-scale images are repeated to three channels."""
+
+    feature_dim = FEATURE_DIM
+
+    def __init__(self, path: Path, device: torch.device):
+        self.file, self.digest = path.name, sha256_of(path)
+        self.name = "inception" if is_published_inception(self.digest) else f"{path.stem}-{self.digest[:8]}"
+        self._device = device
+        self._model = load_inception(path).to(device)
+
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
+        images = images.to(self._device)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
+            return self._model(images.expand(-1, 3, -1, -1))
+
+
+def _download_state(dest: Path) -> Path:
+    """The state dict, under its name only once the known part of its SHA-256 was checked."""
+    if dest.exists():
+        if not sha256_of(dest).startswith(_STATE_SHA256_PREFIX):
+            raise UserError(
+                f"{dest}: its SHA-256 does not begin with {_STATE_SHA256_PREFIX}: move it away, and it will be"
+                " downloaded again"
+            )
+        return dest
+    unchecked = dest.with_name(f"{dest.name}.unchecked")
+    reasons = []
+    for url in _STATE_URLS:
+        try:
+            download_file([url], unchecked, desc="Inception-v3 (state dict)", hint="pass --detector=PATH")
+        except UserError as exc:
+            reasons.append(str(exc).replace(str(unchecked), str(dest)))
+            continue
+        if sha256_of(unchecked).startswith(_STATE_SHA256_PREFIX):
+            os.replace(unchecked, dest)
+            return dest
+        unchecked.unlink()
+        reasons.append(f"{url}: its SHA-256 does not begin with {_STATE_SHA256_PREFIX}")
+    raise UserError("; ".join(reasons))
+
+
+def _load_inception(device: torch.device) -> FeatureDetector:
+    """What the cache holds, TorchScript first; else what can be downloaded, in the same order."""
+    script, state = cache_dir() / _INCEPTION_FILE, cache_dir() / _STATE_FILE
+    if not script.exists() and state.exists():
+        return InceptionDetector(_download_state(state), device)
+    try:
+        download_file(
+            _INCEPTION_URLS, script, sha256=_INCEPTION_SHA256, desc="Inception-v3", hint="pass --detector=PATH"
+        )
+    except UserError as exc:
+        if script.exists():  # something else is there under this name
+            raise
+        try:
+            return InceptionDetector(_download_state(state), device)
+        except UserError as second:
+            raise UserError(f"{exc}; nor could its state dict be used instead: {second}") from None
+    return TorchScriptDetector(script, device, name="inception")
 
 
 def load_detector(name_or_path: str | Path, device: torch.device | str = "cpu", trust: bool = False) -> FeatureDetector:
-    """'inception', 'digits', or the path of a .pt (TorchScript) or .safetensors (classifier) file.
+    """'inception', 'digits', or the path of a .pt (TorchScript), .pth (Inception) or .safetensors (classifier) file.
 
     A TorchScript file is a program. One that is not known by its SHA-256 is refused unless ``trust``.
     Under torchrun call this inside ``distributed.local_main_first()``, as it may download.
     """
     device = torch.device(device)
     if name_or_path == "inception":
-        return TorchScriptDetector(_inception_path(), device, name="inception")
+        return _load_inception(device)
     if name_or_path == "digits":
         return ClassifierDetector(PRETRAINED / "digits-features.safetensors", device, name="digits")
     path = Path(name_or_path)
@@ -200,10 +272,12 @@ def load_detector(name_or_path: str | Path, device: torch.device | str = "cpu", 
         raise UserError(f"--detector={name_or_path}: neither a known detector (inception, digits) nor a file")
     if path.suffix == ".safetensors":
         return ClassifierDetector(path, device)
+    if path.suffix == ".pth":
+        return InceptionDetector(path, device)
     if path.suffix != ".pt":
         raise UserError(
-            f"--detector={path}: expected TorchScript (.pt) or a classifier (.safetensors); pickled networks carry code"
-            " and are not read"
+            f"--detector={path}: expected TorchScript (.pt), an Inception state dict (.pth) or a classifier"
+            " (.safetensors); pickled networks carry code and are not read"
         )
     digest = sha256_of(path)
     if digest not in TRUSTED_TORCHSCRIPT and not trust:

@@ -160,7 +160,7 @@ def resolve_sigmas(
         return check_sigmas(sigmas, device)
     lo = net.sigma_min if sigma_min is None else sigma_min
     hi = net.sigma_max if sigma_max is None else sigma_max
-    return get_schedule(num_steps, lo, hi, schedule_type, schedule_rho, net=net, device=device)
+    return get_schedule(num_steps, lo, hi, schedule_type, schedule_rho, net, device, original_code)
 
 
 @torch.no_grad()
@@ -185,6 +185,7 @@ def sample(
     return_trajectory: bool = False,
     return_info: bool = False,
     callback: Callable | None = None,
+    original_code: bool = False,
     **solver_options,
 ):
     """Solves the probability-flow ODE from noise to images.
@@ -193,7 +194,8 @@ def sample(
     arithmetic. num_steps: time stamps (intervals + 1). sigmas: an explicit schedule that replaces num_steps and
     schedule_type. predictor: an AMEDPredictor; it inserts one learned evaluation per interval. cond: passed on to net.
     denoise_to_zero: one more evaluation at the last sigma. callback(i, sigma, x, denoised): called in every interval with
-    the state and the denoised image at its start.
+    the state and the denoised image at its start. original_code: reproduce the published code where it deviates from its
+    paper (docs/solvers.md lists the places).
 
     Returns x [B,C,H,W]; with return_trajectory the states at all sigmas [N,B,C,H,W] (plus the denoised one); with
     return_info the pair (result, SampleInfo). Raises ValueError on unknown solvers and impossible settings.
@@ -201,9 +203,10 @@ def sample(
     if sigmas is None and num_steps is None:
         raise UserError("sample: give num_steps or an explicit list of sigmas")
     common = {"max_order": max_order, "predict_x0": predict_x0, "lower_order_final": lower_order_final}
+    common["original_code"] = original_code
     rule = make_rule(solver, solver_options, common)
     times = resolve_sigmas(
-        net, num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas, device=latents.device
+        net, num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas, latents.device, original_code
     )
     run = Solver(net, rule, times, afs=afs, predictor=predictor, cond=cond, observer=callback)
     info = SampleInfo(sigmas=times)

@@ -7,17 +7,17 @@ import torch
 from torch_utils.errors import UserError
 
 
-def _polynomial(u, lo, hi, rho, net):
+def _polynomial(u, lo, hi, rho, net, original_code):
     """Karras et al. 2022, eq. 5."""
     return (hi ** (1 / rho) + u * (lo ** (1 / rho) - hi ** (1 / rho))) ** rho
 
 
-def _logsnr(u, lo, hi, rho, net):
+def _logsnr(u, lo, hi, rho, net, original_code):
     """Uniform in ln sigma, hence in the half log signal-to-noise ratio; rho has no meaning here."""
     return (math.log(hi) + u * (math.log(lo) - math.log(hi))).exp()
 
 
-def _time_uniform(u, lo, hi, rho, net):
+def _time_uniform(u, lo, hi, rho, net, original_code):
     """Uniform (rho = 1) in the time of the variance-preserving SDE with linear beta(t) (Song et al. 2021, Appendix C)."""
     eps = 1e-3  # the time of sigma_min; sigma_max is at time 1
     log_lo, log_hi = math.log1p(lo**2), math.log1p(hi**2)
@@ -27,13 +27,15 @@ def _time_uniform(u, lo, hi, rho, net):
     return torch.expm1(0.5 * beta_d * time**2 + beta_min * time).sqrt()
 
 
-def _discrete(u, lo, hi, rho, net):
+def _discrete(u, lo, hi, rho, net, original_code):
     """Uniform (rho = 1) in the time index of a network trained on a discrete noise table."""
     if net is None or not hasattr(net, "sigma_inv") or not hasattr(net, "sigma"):
         raise UserError("schedule_type 'discrete' needs a network with a discrete noise table (latent diffusion)")
     first = float(net.sigma_inv(torch.tensor(hi, dtype=torch.float64)))
     last = float(net.sigma_inv(torch.tensor(lo, dtype=torch.float64)))
-    return net.sigma((first ** (1 / rho) + u * (last ** (1 / rho) - first ** (1 / rho))) ** rho)
+    # The published code takes the root of the last time only, which is right where the first time is 1.
+    top = first if original_code else first ** (1 / rho)
+    return net.sigma((top + u * (last ** (1 / rho) - top)) ** rho)
 
 
 SCHEDULES = {
@@ -52,11 +54,12 @@ def get_schedule(
     schedule_rho: float = 7,
     net=None,
     device=None,
+    original_code: bool = False,
 ) -> torch.Tensor:
     """Noise levels from sigma_max down to sigma_min, float64 [num_steps].
 
     num_steps counts the time stamps, so there are num_steps - 1 intervals. net: only for ``discrete``, a denoiser with
-    ``sigma(t)`` and ``sigma_inv(sigma)``. Raises ValueError on an unknown type and on impossible values.
+    ``sigma(t)`` and ``sigma_inv(sigma)``. original_code: the published code's ``discrete`` for rho != 1. Raises ValueError on an unknown type and on impossible values.
     """
     if schedule_type not in SCHEDULES:
         raise UserError(f"unknown schedule_type '{schedule_type}'; choose from {', '.join(SCHEDULES)}")
@@ -68,7 +71,7 @@ def get_schedule(
     if not (math.isfinite(rho) and rho > 0):
         raise UserError(f"schedule_rho={schedule_rho} must be a positive number")
     u = torch.arange(int(num_steps), dtype=torch.float64) / (int(num_steps) - 1)
-    sigmas = SCHEDULES[schedule_type](u, sigma_min, sigma_max, rho, net).to("cpu", torch.float64)
+    sigmas = SCHEDULES[schedule_type](u, sigma_min, sigma_max, rho, net, original_code).to("cpu", torch.float64)
     return _to_device(sigmas, device)
 
 

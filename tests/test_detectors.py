@@ -1,5 +1,6 @@
 """The embedded digit classifier, and which files are accepted as detectors."""
 
+import hashlib
 import pickle
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from models import detectors
 from models.detectors import ConvClassifier, cache_dir, load_classifier, load_detector, save_classifier
 from torch_utils.errors import UserError
 from torch_utils.image_data import ImageSource, load_array
@@ -100,6 +102,72 @@ def test_a_wrong_inception_file_in_the_cache_is_never_run(script, tmp_path, monk
         load_detector("inception")
 
 
+class Pixel(torch.nn.Module):
+    """Stands in for our Inception: the first pixel of each channel, 2048 of them."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images[:, :, 0, 0].float().repeat(1, 683)[:, :2048]
+
+
+def test_inception_sources_in_order(script, tmp_path, monkeypatch):
+    """TorchScript of the cache, state dict of the cache, TorchScript of the web, state dict of each mirror."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setenv("AMED_CACHE", str(cache))
+    good = tmp_path / "good.pth"
+    good.write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    script_digest = hashlib.sha256(script.read_bytes()).hexdigest()
+    monkeypatch.setattr(detectors, "_STATE_SHA256_PREFIX", digest[:8])
+    monkeypatch.setattr(detectors, "_INCEPTION_SHA256", script_digest)
+    monkeypatch.setattr(detectors, "load_inception", lambda path: Pixel())
+    web, asked = {}, []
+
+    def download(urls, dest, sha256=None, **_):
+        if Path(dest).exists():
+            assert sha256 in (None, hashlib.sha256(Path(dest).read_bytes()).hexdigest())
+            return dest
+        asked.append(urls[0])
+        if urls[0] not in web:
+            raise UserError(f"could not download {urls[0]}: put the file at {dest}")
+        Path(dest).write_bytes(web[urls[0]])
+        return dest
+
+    monkeypatch.setattr(detectors, "download_file", download)
+    script_url, (first, second) = detectors._INCEPTION_URLS[0], detectors._STATE_URLS
+    with pytest.raises(UserError) as caught:
+        load_detector("inception")
+    assert asked == [script_url, first, second] and all(url in str(caught.value) for url in asked)
+    assert ".unchecked" not in str(caught.value)
+
+    web.update({first: b"something else", second: b"weights"})  # a mirror with a wrong file is passed over
+    detector = load_detector("inception")
+    assert (detector.name, detector.file, detector.digest) == ("inception", detectors._STATE_FILE, digest)
+    assert [path.name for path in cache.iterdir()] == [detectors._STATE_FILE]
+    grey = torch.tensor([10, 200], dtype=torch.uint8).reshape(2, 1, 1, 1).expand(2, 1, 8, 8)
+    assert detector(grey)[:, :3].tolist() == [[10, 10, 10], [200, 200, 200]] and detector.feature_dim == 2048
+
+    web[script_url] = script.read_bytes()  # could be had, but the cache goes first
+    asked.clear()
+    assert load_detector("inception").file == detectors._STATE_FILE and not asked
+    (cache / detectors._STATE_FILE).write_bytes(b"damaged")
+    with pytest.raises(UserError, match="does not begin with"):
+        load_detector("inception")
+    (cache / detectors._STATE_FILE).unlink()
+    assert load_detector("inception").file == "inception-2015-12-05.pt" and asked == [script_url]
+    (cache / detectors._STATE_FILE).write_bytes(b"weights")
+    assert load_detector("inception").digest == script_digest
+
+
+def test_state_dict_by_path_is_named_after_its_contents(tmp_path, monkeypatch):
+    monkeypatch.setattr(detectors, "load_inception", lambda path: Pixel())
+    (tmp_path / "own.pth").write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert load_detector(tmp_path / "own.pth").name == f"own-{digest[:8]}"
+    monkeypatch.setattr(detectors, "_STATE_SHA256_PREFIX", digest[:8])
+    assert load_detector(tmp_path / "own.pth").name == "inception"
+
+
 def test_cache_folder(monkeypatch):
     monkeypatch.delenv("AMED_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/some/cache")
@@ -113,11 +181,13 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     (tmp_path / "text.pt").write_text("hello")
+    (tmp_path / "text.pth").write_text("hello")
     for name, message in {
         "network.pkl": "pickled networks carry code",
         "broken.safetensors": "not a usable classifier",
         "other.safetensors": "not a classifier",
         "text.pt": "not a TorchScript file",
+        "text.pth": "not a readable state dict",
         "missing.pt": "neither a known detector",
     }.items():
         with pytest.raises(UserError, match=message):

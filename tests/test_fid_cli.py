@@ -1,10 +1,12 @@
 """fid.py through the real command line, with the embedded detector on small random images."""
 
+import hashlib
 import json
 import os
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,9 @@ import scipy.linalg
 import torch
 from PIL import Image
 
-from fid import calculate_fid, choose_images
+import fid
+from fid import calculate_fid, choose_detector, choose_images, find_reference
+from models import detectors
 from models.detectors import load_detector
 from torch_utils.errors import UserError
 from torch_utils.frechet import Reference
@@ -44,7 +48,7 @@ def run_fid(*arguments, processes: int = 1) -> subprocess.CompletedProcess:
 def value_of(done: subprocess.CompletedProcess) -> float:
     assert done.returncode == 0, done.stderr
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("FID ")]
-    return float(re.fullmatch(r"FID (\d+\.\d+) images=\d+ detector=\S+ ref=.+", line)[1])
+    return float(re.fullmatch(r"FID (\d+\.\d+) images=\d+ detector=\S+ weights=\S+:[0-9a-f]{12} ref=.+", line)[1])
 
 
 def error_of(done: subprocess.CompletedProcess) -> str:
@@ -70,6 +74,10 @@ def test_calc_equals_the_formula(noise, tmp_path):
     assert value_of(done) == pytest.approx(expected, abs=1e-4)
     assert result["images"] == 101 and result["detector"] == "digits" and result["ref_images"] == 60000
     assert "Note: FID of 101 images" in done.stderr
+    weights = ROOT / "models" / "pretrained" / "digits-features.safetensors"
+    assert result["detector_file"] == weights.name
+    assert result["detector_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert f" weights={weights.name}:{result['detector_sha256'][:12]} ref=digits" in done.stdout
 
 
 def test_two_processes_give_the_value_of_one(noise, tmp_path):
@@ -98,6 +106,64 @@ def test_ref_then_calc(noise, tmp_path):
     assert (reference.detector, reference.num) == ("digits", 101)
     result = calculate_fid(noise, str(tmp_path / "noise.npz"))  # the reference names its detector
     assert result.detector == "digits" and result.fid == pytest.approx(0, abs=1e-6)
+
+
+def test_companions_of_samples_do_not_count(tmp_path):
+    """A folder as sample.py writes it: the grid and the strips have other sizes and are no samples."""
+    folder = tmp_path / "samples"
+    write_images(folder / "000000", 20)
+    write_images(folder / "001000", 3, seed=1)
+    write_images(folder / "inters", 4, size=70)
+    write_images(folder, 1, size=90)
+    os.replace(folder / "000000.png", folder / "grid.png")
+    with pytest.raises(UserError, match="expected|grid.png"):  # without the record these are images like others
+        calculate_fid(folder, "digits")
+    (folder / "sampling.json").write_text("{}")
+    done = run_fid("calc", f"--images={folder}", "--ref=digits", f"--json={tmp_path / 'fid.json'}")
+    plain = tmp_path / "plain"
+    write_images(plain / "000000", 20)
+    write_images(plain / "001000", 3, seed=1)
+    assert value_of(done) == pytest.approx(calculate_fid(plain, "digits").fid, rel=1e-6)
+    assert json.loads((tmp_path / "fid.json").read_text())["images"] == 23
+    assert "only 23 images" in error_of(run_fid("calc", f"--images={folder}", "--ref=digits", "--num=24"))
+    with zipfile.ZipFile(tmp_path / "samples.zip", "w") as file:
+        for path in sorted(folder.rglob("*.*")):
+            file.write(path, path.relative_to(folder).as_posix())
+    assert ImageSource(tmp_path / "samples.zip").names == ImageSource(folder).names
+    assert len(ImageSource(folder)) == 23
+
+
+def test_reference_by_name_of_a_network(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AMED_OFFLINE", "1")
+    url = "https://nvlabs-fi-cdn.nvidia.com/edm/fid-refs/cifar10-32x32.npz"
+    with pytest.raises(UserError, match=re.escape(url)):
+        find_reference("cifar10")
+    Path("src/cifar10").mkdir(parents=True)
+    np.savez("src/cifar10/cifar10-32x32.npz", mu=np.arange(2048.0), sigma=np.eye(2048))  # as EDM's: nothing else
+    reference = find_reference("cifar10")
+    assert reference.mu[7] == 7 and reference.detector is None
+    assert find_reference("digits").num == 60000
+    with pytest.raises(UserError, match="lsun_cat.*not available yet"):
+        find_reference("lsun_cat")
+    with pytest.raises(UserError, match="--ref=cifra10: no such file.*cifar10"):
+        find_reference("cifra10")
+
+
+def test_published_copies_of_inception_agree(monkeypatch):
+    """A reference made with the TorchScript copy may be met by features of the state dict, but by nothing else."""
+    (script,) = detectors.TRUSTED_TORCHSCRIPT
+    state = "6726825d" + 56 * "0"
+    reference = Reference(np.zeros(2048), np.eye(2048), "inception", script, 10)
+
+    class Stub(detectors.FeatureDetector):
+        name, file, digest, feature_dim = "inception", "file.pth", state, 2048
+
+    monkeypatch.setattr(fid, "load_detector", lambda *_: Stub())
+    assert choose_detector(None, reference, torch.device("cpu")).digest == state
+    Stub.digest = 64 * "1"
+    with pytest.raises(UserError, match="other weights"):
+        choose_detector(None, reference, torch.device("cpu"))
 
 
 def test_random_choice_of_images(noise):

@@ -129,6 +129,20 @@ def test_schedules(case):
         np.testing.assert_allclose(actual.numpy(), expected, rtol=1e-10)
 
 
+@pytest.mark.parametrize("case", [c for c in SCHED_JSON["cases"] if "schedule_type" in c], ids=lambda c: c["id"])
+def test_two_point_schedules(case):
+    """The reference recomputes each training interval as a schedule of two stamps: its ends must be the stamps."""
+    key = f"{case['id']}.pairs_n05.f64"
+    if key not in SCHED.files:
+        return
+    net = ToyNet(discrete=True) if case["schedule_type"] == "discrete" else None
+    kind, rho = case["schedule_type"], case["schedule_rho"]
+    full = get_schedule(5, case["sigma_min_f64"], case["sigma_max_f64"], kind, rho, net=net)
+    for hi, lo, expected in zip(full[:-1].tolist(), full[1:].tolist(), SCHED[key], strict=True):
+        pair = get_schedule(2, lo, hi, kind, rho, net=net, original_code=True)
+        np.testing.assert_allclose(pair.numpy(), expected, rtol=1e-9)
+
+
 def test_discrete_table():
     net = ToyNet(discrete=True)
     t, sigma = (torch.from_numpy(SCHED[f"disc_fn.{k}.f64"]) for k in ("t", "sig"))

@@ -109,14 +109,14 @@ def save_state(path, state):
 def save_grid(net, path, device, columns=10):
     """A grid of columns^2 images of fixed seeds, Heun with 18 stamps."""
     from solvers import sample
-    from torch_utils.image_writer import image_grid, save_image
+    from torch_utils.image_writer import image_grid, save_image, to_uint8
     from torch_utils.seeds import SeededGenerators
 
     generators = SeededGenerators(range(columns * columns))
     latents = generators.randn([net.img_channels, net.img_resolution, net.img_resolution]).to(device)
     with torch.no_grad():
         images = sample(net, latents, solver="heun", num_steps=18, cond=net.make_cond(generators))
-    save_image(image_grid(images.cpu(), columns), path)
+    save_image(image_grid(to_uint8(images), columns), path)
 
 
 def train(

@@ -19,6 +19,7 @@ IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg")
 _CHANNELS = {"1": 1, "L": 1, "P": 3, "RGB": 3}  # file mode -> channels it is read as
 _MAX_FILE_BYTES = 1 << 28  # of one zip entry, unpacked: a guard against zip bombs
 _LABEL_FILE = "dataset.json"
+_SAMPLING_FILE = "sampling.json"  # of sample.py
 
 
 @contextmanager
@@ -69,6 +70,8 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
 class ImageSource:
     """All PNG and JPEG files of a folder (recursively) or of a zip, sorted by relative name.
 
+    Beside a ``sampling.json`` of sample.py, ``grid.png`` and what lies in ``inters/`` accompany the samples: left out.
+
     names      relative names, with forward slashes
     labels     class of each image from ``dataset.json`` (``{"labels": [["00000/img.png", 3], ...]}``), or None
     shape      (C, H, W) of the first image, which all others must have; ``uniform=False`` lifts that
@@ -94,7 +97,10 @@ class ImageSource:
             found = (entry.filename for entry in self._open_zip().infolist() if not entry.is_dir())
         else:
             raise UserError(f"{self.path}: expected a folder or a .zip of PNG or JPEG images")
+        found = list(found)
         self.names = sorted(name for name in found if name.lower().endswith(IMAGE_EXTENSIONS))
+        if _SAMPLING_FILE in found:
+            self.names = [name for name in self.names if name != "grid.png" and not name.startswith("inters/")]
         if not self.names:
             raise UserError(f"{self.path}: holds no PNG or JPEG image")
         self.labels = self._read_labels()

@@ -1,0 +1,180 @@
+"""How the settings of the digits demo were chosen: plain solvers and AMED variants on validation seeds.
+
+    python -m benchmarks.digits_settings --part=plain     # every solver x schedule x free first step, five evaluations
+    python -m benchmarks.digits_settings --part=amed      # from the paper's settings to the demo's, one change at a time
+
+Every row is appended to benchmarks/digits_settings.jsonl as soon as it is measured and not measured again. Scores: FID-digits of
+``--num`` images and mean distance (root mean square over pixels in [-1, 1]) to Heun with 51 stamps from the same noise.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+from models import create_model
+from models.detectors import load_detector
+from solvers import sample
+from torch_utils.frechet import FeatureStatistics, Reference, frechet_distance
+from torch_utils.image_writer import to_uint8
+from torch_utils.seeds import SeededGenerators
+from training.training_loop import Distiller
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "digits_settings.jsonl"
+FIRST_SEED = 100_000  # the demo's table uses seeds 0-999
+
+SCHEDULES = [("time_uniform", rho) for rho in (0.7, 1, 1.4, 2)] + [("polynomial", rho) for rho in (3, 5, 7)]
+SOLVERS = [
+    {"solver": "euler"},
+    {"solver": "dpm"},
+    {"solver": "ipndm", "max_order": 2},
+    {"solver": "ipndm", "max_order": 3},
+    {"solver": "ipndm", "max_order": 4},
+    {"solver": "dpmpp", "max_order": 2, "thresholding": False},
+    {"solver": "dpmpp", "max_order": 3, "thresholding": False},
+    {"solver": "dpmpp", "max_order": 3, "thresholding": True},
+]
+
+PAPER_AMED = {
+    **{"sampler_stu": "amed", "sampler_tea": "heun", "M": 1, "afs": True, "scale_dir": 0.01, "scale_time": 0.0},
+    **{"schedule_type": "time_uniform", "schedule_rho": 1},
+}
+PAPER_PLUGIN = {
+    **{"sampler_stu": "ipndm", "sampler_tea": "ipndm", "M": 2, "afs": True, "scale_dir": 0.01, "scale_time": 0.2},
+    **{"schedule_type": "polynomial", "schedule_rho": 7, "max_order": 4},
+}
+
+
+def plain_jobs():
+    for schedule, rho in SCHEDULES:
+        for solver in SOLVERS:
+            for afs in ("data", False) if (schedule, rho) in (("time_uniform", 1), ("polynomial", 7)) else ("data",):
+                stamps = 4 if solver["solver"] == "dpm" else 7 if afs else 6
+                yield {**solver, "num_steps": stamps, "schedule_type": schedule, "schedule_rho": rho, "afs": afs}
+
+
+def cumulative(base, *changes):
+    """The base settings, then one change after the other on top."""
+    yield base
+    for change in changes:
+        base = {**base, **change}
+        yield base
+
+
+def amed_jobs():
+    better_teacher = {"M": 2, "sampler_tea": "heun"}
+    ranges = {"scale_dir": 0.2, "scale_time": 0.3}
+    yield from cumulative(PAPER_AMED, {"afs": "data"}, better_teacher, ranges)
+    yield from cumulative(
+        PAPER_PLUGIN,
+        {"afs": "data"},
+        {"schedule_type": "time_uniform", "schedule_rho": 1},
+        better_teacher,
+        {"max_order": 2},
+        ranges,
+    )
+    plugin = {**PAPER_PLUGIN, **better_teacher, **ranges, "afs": "data", "schedule_type": "time_uniform"}
+    amed = {**PAPER_AMED, **better_teacher, **ranges, "afs": "data"}
+    for rho in (0.7, 1, 1.4):
+        yield {**plugin, "schedule_rho": rho, "max_order": 2}
+        yield {**plugin, "schedule_rho": rho, "max_order": 3}
+        yield {**amed, "schedule_rho": rho}
+    yield {**plugin, "schedule_rho": 1, "sampler_stu": "dpmpp", "max_order": 3, "thresholding": False}
+    yield {**plugin, "schedule_rho": 1, "sampler_stu": "euler"}
+
+
+class Bench:
+    """The network, the validation noise, its converged solution and the scores."""
+
+    def __init__(self, num, batch=128):
+        self.net = create_model("digits").to(memory_format=torch.channels_last)
+        self.batch, self.num = batch, num
+        shape = (self.net.img_channels, self.net.img_resolution, self.net.img_resolution)
+        self.latents = SeededGenerators(range(FIRST_SEED, FIRST_SEED + num)).randn(shape)
+        self.detector = load_detector("digits")
+        self.target = Reference.load(ROOT / "models" / "pretrained" / "digits-fid.npz")
+        self.reference = None
+
+    def solve(self, **settings):
+        parts, info = [], None
+        for start in range(0, self.num, self.batch):
+            x, info = sample(self.net, self.latents[start : start + self.batch], return_info=True, **settings)
+            parts.append(x)
+        return torch.cat(parts), info.nfe
+
+    def converged(self):
+        if self.reference is None:
+            cache = Path.home() / ".cache" / "amed-solver" / f"digits-reference-{self.net.weights_hash[:16]}-{self.num}.pt"
+            if cache.exists():
+                self.reference = torch.load(cache, weights_only=True)
+            else:
+                self.reference, _ = self.solve(solver="heun", num_steps=51)
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(self.reference, cache)
+        return self.reference
+
+    def score(self, x):
+        statistics = FeatureStatistics(self.detector.feature_dim)
+        images = torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2).contiguous()
+        for part in images.split(250):
+            statistics.append(self.detector(part))
+        fid = frechet_distance(*statistics.moments(), self.target.mu, self.target.sigma)
+        apart = (x - self.converged()).square().mean(dim=(1, 2, 3)).sqrt().mean()
+        return {"fid": round(float(fid), 3), "distance": round(float(apart), 4)}
+
+    def plain(self, job):
+        started = time.perf_counter()
+        x, nfe = self.solve(**job)
+        return {"nfe": nfe, "seconds": round(time.perf_counter() - started, 1), **self.score(x)}
+
+    def learned(self, job, kimg, batch, seed):
+        config = {"num_steps": 4, "dataset_name": "digits", **job}
+        distiller = Distiller(self.net, config, batch=batch, seed=seed)
+        started = time.perf_counter()
+        rows = [distiller.step(distiller.draw()) for _ in range(int(kimg * 1000 / batch))]
+        seconds = time.perf_counter() - started
+        last = torch.stack(rows[-10:]).double().mean(0)
+        config = distiller.predictor.config
+        keys = ("num_steps", "schedule_type", "schedule_rho", "afs", "sigmas")
+        settings = {key: config[key] for key in keys}
+        if config["sampler_stu"] in ("ipndm", "dpmpp"):
+            settings["max_order"] = config["max_order"]
+        if config["sampler_stu"] == "dpmpp":
+            settings["thresholding"] = config["thresholding"]
+        x, nfe = self.solve(solver=config["sampler_stu"], predictor=distiller.predictor, **settings)
+        inside = {
+            name: np.round(last[:, i].tolist(), 3).tolist()
+            for i, name in enumerate(("loss", "r", "scale_dir", "scale_time"))
+        }
+        return {"nfe": nfe, "training_seconds": round(seconds, 1), **inside, **self.score(x)}
+
+
+@click.command()
+@click.option("--part", type=click.Choice(["plain", "amed"]), required=True)
+@click.option("--num", type=click.IntRange(2), default=256, show_default=True, help="Validation images")
+@click.option("--kimg", type=float, default=1.0, show_default=True, help="Length of each training")
+@click.option("--batch", type=int, default=32, show_default=True, help="Batch of each training")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of each training")
+def main(part, num, kimg, batch, seed):
+    """Measure the candidate settings of the digits demo on validation seeds."""
+    bench = Bench(num)
+    known = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+    training = {"kimg": kimg, "batch": batch, "seed": seed} if part == "amed" else {}
+    for job in plain_jobs() if part == "plain" else amed_jobs():
+        key = {"part": part, "network": bench.net.weights_hash[:16], "num": num, **training, "settings": job}
+        if any(all(row.get(k) == v for k, v in key.items()) for row in known):
+            continue
+        scores = bench.plain(job) if part == "plain" else bench.learned(job, **training)
+        row = {**key, **scores, "date": time.strftime("%Y-%m-%d")}
+        known.append(row)
+        with RESULTS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps({**job, **scores}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

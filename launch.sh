@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Recipes. ./launch.sh demo | test | install, or the name of a setting of the paper.
+# Environment: PYTHON (interpreter, 3.11 or newer), NPROC (processes of torchrun, default: one per GPU), VENV (.venv).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+VENV=${VENV:-.venv}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-} python3.13 python3.12 python3.11 python3 python; do
+        if command -v "$candidate" >/dev/null 2>&1 &&
+            "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "Error: no Python 3.11 or newer was found; install one or name it: PYTHON=/path/to/python3.12 $0 ${1:-}" >&2
+    exit 2
+}
+
+# install EXTRAS: a virtual environment with the tested versions; a stamp remembers what was installed.
+install() {
+    local extras=${1:-} stamp wanted
+    stamp="$VENV/.installed${extras:+-$extras}"
+    wanted=$(cat pyproject.toml requirements.lock | cksum)
+    if [ -x "$VENV/bin/python" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then return; fi
+    [ -x "$VENV/bin/python" ] || "$(find_python)" -m venv "$VENV"
+    echo "installing into $VENV (once) ..."
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".${extras:+[$extras]}"
+    echo "$wanted" >"$stamp"
+}
+
+nproc_default() { "$VENV/bin/python" -c 'import torch; print(max(torch.cuda.device_count(), 1))'; }
+
+launch() { # plain python on one process, torchrun on several
+    if [ "$NPROC" -gt 1 ]; then
+        "$VENV/bin/python" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" "$@"
+    else
+        "$VENV/bin/python" "$@"
+    fi
+}
+
+# recipe DATASET STUDENT FID PUBLISHED TRAIN-FLAGS...: train -> sample 50,000 images -> FID, beside the published figure
+recipe() {
+    local dataset=$1 name=$2 published=$3 exps predictor images
+    shift 3
+    install
+    NPROC=${NPROC:-$(nproc_default)}
+    exps="exps/$dataset-$name"
+    images="samples/$dataset/$name"
+    launch train.py --dataset_name="$dataset" --outdir="$exps" "$@"
+    predictor=$(ls -d "$exps"/[0-9]* | tail -n 1)
+    launch sample.py --predictor_path="$predictor" --batch="${BATCH:-128}" --seeds="${SEEDS:-0-49999}" --outdir="$images"
+    launch fid.py calc --images="$images" --ref="${REF:-$dataset}" --json="$images/fid.json"
+    echo "published for $dataset, $name, 5 NFE: FID $published (arXiv 2312.00094 and the tables of its authors)"
+}
+
+AMED="--sampler_stu=amed --sampler_tea=heun --num_steps=4 --M=1 --afs=True --scale_dir=0.01 --scale_time=0
+      --schedule_type=time_uniform --schedule_rho=1"
+IPNDM="--sampler_stu=ipndm --sampler_tea=ipndm --num_steps=4 --M=2 --afs=True --scale_dir=0.01
+       --schedule_type=polynomial --schedule_rho=7 --max_order=4"
+
+case "${1:-help}" in
+demo)
+    shift
+    install
+    "$VENV/bin/python" -m tools.demo "$@"
+    ;;
+test)
+    shift
+    install test
+    "$VENV/bin/python" -m pytest -q "$@"
+    ;;
+install) install "${2:-}" ;;
+# shellcheck disable=SC2086  # the flag strings are lists
+cifar10-amed) recipe cifar10 amed 7.59 $AMED --batch=128 ;;
+cifar10-ipndm) recipe cifar10 ipndm 6.61 $IPNDM --batch=128 --scale_time=0.2 ;;
+ffhq-amed) recipe ffhq amed 14.80 $AMED --batch=64 ;;
+ffhq-ipndm) recipe ffhq ipndm 12.49 $IPNDM --batch=64 --scale_time=0 ;;
+imagenet64-amed) recipe imagenet64 amed 10.74 $AMED --batch=64 ;;
+imagenet64-ipndm) recipe imagenet64 ipndm 13.83 $IPNDM --batch=64 --scale_time=0 ;;
+*)
+    cat <<HELP
+./launch.sh demo     installs, then train -> sample -> FID -> pictures on the embedded digits (CPU, minutes)
+./launch.sh test     installs the test extra and runs the test suite
+./launch.sh install [EXTRA]
+./launch.sh {cifar10,ffhq,imagenet64}-{amed,ipndm}    the paper's settings: train, sample 50,000 images, FID
+    NPROC=8 ./launch.sh cifar10-amed     on 8 GPUs (default: all there are)
+HELP
+    [ "${1:-help}" = help ] || { echo "Error: unknown recipe '$1'" >&2; exit 2; }
+    ;;
+esac

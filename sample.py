@@ -1,0 +1,544 @@
+"""Images from noise, with a trained predictor or with any plain solver.
+
+    python sample.py --predictor_path=7                                   # exps/00007-*; its settings
+    python sample.py --dataset_name=digits --solver=ipndm --num_steps=6 --grid=True
+    torchrun --standalone --nproc_per_node=8 sample.py --predictor_path=7 --seeds=0-49999 --batch=512
+
+One seed is one image, whatever the batch size and the number of processes. A rerun continues where the last one
+stopped; ``sampling.json`` beside the images says how they were made. Under torchrun write --r as --solver_r: torchrun
+takes --r for one of its own options.
+"""
+
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from click.core import ParameterSource
+from tqdm import tqdm
+
+from models import create_model
+from solvers import SCHEDULES, SOLVERS, SampleInfo, make_rule, resolve_sigmas, sample
+from solvers.loop import afs_direction
+from torch_utils import distributed
+from torch_utils.download import sha256_of
+from torch_utils.errors import UserError
+from torch_utils.image_data import atomic_path, decode_image
+from torch_utils.image_writer import ImageWriter, image_grid, save_image, to_uint8
+from torch_utils.seeds import SeededGenerators, parse_seeds
+from training.checkpoint import find_predictor, load_predictor
+from training.config import AUTOCAST, code_version
+
+GRID_LIMIT = 100
+RECORD = "sampling.json"
+_RULE_OPTIONS = ("max_order", "predict_x0", "lower_order_final", "thresholding", "r")
+_SCHEDULE_OPTIONS = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_max")
+_GUIDANCE_OPTIONS = ("guidance_type", "guidance_rate")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is sampled and how; None stands for the solver's or the network's own value."""
+
+    dataset_name: str
+    solver: str
+    num_steps: int | None = 6
+    schedule_type: str = "polynomial"
+    schedule_rho: float = 7
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    sigmas: list[float] | None = None  # replaces the five settings above
+    afs: bool | str = False
+    max_order: int | None = None
+    predict_x0: bool | None = None
+    lower_order_final: bool | None = None
+    thresholding: bool | None = None
+    r: float | None = None
+    denoise_to_zero: bool = False
+    guidance_type: str | None = None
+    guidance_rate: float | None = None
+
+    def rule_options(self) -> dict:
+        """Those of the solver's options that are set and that it understands."""
+        values = {name: getattr(self, name) for name in _RULE_OPTIONS if name in SOLVERS[self.solver].options}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def arguments(self) -> dict:
+        """Keyword arguments of ``solvers.sample``."""
+        names = ("solver", *_SCHEDULE_OPTIONS, "sigmas", "afs", "denoise_to_zero")
+        return {name: getattr(self, name) for name in names} | self.rule_options()
+
+    def resolve(self, net) -> torch.Tensor:
+        """The noise levels, float64 on the CPU."""
+        return resolve_sigmas(net, **{name: getattr(self, name) for name in (*_SCHEDULE_OPTIONS, "sigmas")})
+
+    def evaluations(self, net, with_predictor: bool) -> int:
+        """Network evaluations per image that these settings should take."""
+        per_interval = 2 if with_predictor or SOLVERS[self.solver].stages == 2 else 1
+        calls = per_interval * (len(self.resolve(net)) - 1) - bool(self.afs) + bool(self.denoise_to_zero)
+        return calls * getattr(net, "evals_per_call", 1)
+
+
+def settings_from_flags(options: dict, given: set[str]) -> Settings:
+    """Settings of a plain solver. options: all flags by name; given: those that the user wrote."""
+    solver = options["solver"]
+    if options["dataset_name"] is None or solver is None:
+        raise UserError("say what to sample: --predictor_path, or --dataset_name together with --solver")
+    explicit = {name: options[name] for name in _RULE_OPTIONS if name in given}
+    if make_rule(solver, explicit).needs_predictor:
+        raise UserError(f"--solver={solver} needs a trained predictor: give --predictor_path (train.py makes one)")
+    if options["sigmas"] is not None:
+        extra = [name for name in _SCHEDULE_OPTIONS if name in given]
+        if extra:
+            raise UserError(f"--sigmas is the whole schedule: leave out --{extra[0]}")
+    names = ("dataset_name", "solver", *_SCHEDULE_OPTIONS, "sigmas", "afs", "denoise_to_zero", *_GUIDANCE_OPTIONS)
+    values = {name: options[name] for name in names}
+    if options["sigmas"] is not None:
+        values["num_steps"] = len(options["sigmas"])
+    return Settings(**values, **explicit)
+
+
+def settings_from_predictor(config: dict, options: dict, given: set[str]) -> Settings:
+    """Settings that a predictor was trained for; UserError where a flag that the user wrote contradicts them."""
+    values = {name: config[name] for name in (*_SCHEDULE_OPTIONS, "sigmas", "afs", *_GUIDANCE_OPTIONS)}
+    values |= {name: config[name] for name in _RULE_OPTIONS if name in config}
+    values |= {"solver": config["sampler_stu"], "dataset_name": config["dataset_name"]}
+    if values["solver"] not in SOLVERS:
+        raise UserError(f"the predictor was trained for an unknown solver '{values['solver']}'")
+    for name in ("dataset_name", *_GUIDANCE_OPTIONS):  # what an old or hand-made predictor may leave open
+        if values[name] is None:
+            values[name] = options[name]
+    if values["dataset_name"] is None:
+        raise UserError("this predictor does not say which network it belongs to: give --dataset_name")
+    if options["r"] is not None:
+        raise UserError("--r is what the predictor learned; leave it out")
+    for name, value in values.items():
+        if name in given and options[name] != value:
+            raise UserError(
+                f"--{name}={options[name]}: the predictor was trained with {name}={value}, which it brings along;"
+                " leave the flag out"
+            )
+    return Settings(**values, denoise_to_zero=options["denoise_to_zero"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sampling
+
+
+@dataclass
+class Batch:
+    """Result of one batch. images: [B,C,H,W] in about [-1, 1]; intermediates: [K,B,C,H,W] denoised images, or None."""
+
+    seeds: list[int]
+    images: torch.Tensor
+    intermediates: torch.Tensor | None
+    info: SampleInfo
+
+
+@torch.no_grad()
+def generate_images(
+    net,
+    seeds: Sequence[int],
+    *,
+    batch: int = 64,
+    predictor=None,
+    labels: int | Sequence[int] | None = None,
+    keep_intermediates: bool = False,
+    device: torch.device | str | None = None,
+    **arguments,
+) -> Iterator[Batch]:
+    """Samples batch after batch; the noise (and the class, if none is given) of an image depends on its seed alone.
+
+    labels: None, one class for all, or one per seed. keep_intermediates: also the denoised images at the start of every
+    interval. arguments: as of ``solvers.sample`` (solver, num_steps, afs, ...). device: where net is (found if None).
+    """
+    if device is None:
+        device = next(net.parameters()).device
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    for start in range(0, len(seeds), batch):
+        chosen = [int(seed) for seed in seeds[start : start + batch]]
+        generators = SeededGenerators(chosen)
+        latents = generators.randn(shape).to(device)
+        of_batch = labels if labels is None or isinstance(labels, int) else labels[start : start + batch]
+        cond = net.make_cond(generators, of_batch)
+        denoised: list[torch.Tensor] = []
+
+        def keep(i, sigma, x, image, denoised=denoised):
+            denoised.append(net.decode(image))
+
+        x, info = sample(
+            net,
+            latents,
+            predictor=predictor,
+            cond=cond,
+            return_info=True,
+            callback=keep if keep_intermediates else None,
+            **arguments,
+        )
+        yield Batch(chosen, net.decode(x), torch.stack(denoised) if keep_intermediates else None, info)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The output folder
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where the image of a seed and its companions lie."""
+
+    path: Path
+    subdirs: bool
+    inters: bool
+
+    def image(self, seed: int) -> Path:
+        parent = self.path / f"{seed - seed % 1000:06d}" if self.subdirs else self.path
+        return parent / f"{seed:06d}.png"
+
+    def strip(self, seed: int) -> Path:
+        return self.path / "inters" / f"{seed:06d}.png"
+
+    @property
+    def grid(self) -> Path:
+        return self.path / "grid.png"
+
+    def done(self, seed: int) -> bool:
+        return self.image(seed).exists() and (not self.inters or self.strip(seed).exists())
+
+    def begun(self, seed: int) -> bool:
+        return self.image(seed).exists() or self.strip(seed).exists()
+
+    def record(self) -> dict | None:
+        """The contents of ``sampling.json``, None where there is none."""
+        path = self.path / RECORD
+        if not path.exists():
+            return None
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            parse_seeds(record["seeds"])
+            dict(record["settings"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is not a record of sample.py; choose another --outdir") from None
+        return record
+
+
+def format_seeds(seeds: Sequence[int]) -> str:
+    """The inverse of ``parse_seeds``: [0, 1, 2, 7] -> "0-2,7" (sorted, repetitions dropped)."""
+    parts: list[list[int]] = []
+    for seed in sorted(set(seeds)):
+        if parts and seed == parts[-1][1] + 1:
+            parts[-1][1] = seed
+        else:
+            parts.append([seed, seed])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+def prepare_folder(folder: Folder, record: dict, seeds: list[int], overwrite: bool) -> list[int]:
+    """Sees to it that the folder will hold images of one kind only, writes its record, returns the seeds to do."""
+    old = folder.record()
+    made: list[int] = []
+    if old is not None:
+        before = Folder(folder.path, bool(old["settings"].get("subdirs")), inters=False)
+        made = [seed for seed in parse_seeds(old["seeds"]) if before.begun(seed)]
+        different = _difference(old["settings"], record["settings"])
+        if made and different:
+            _check_replacement(folder, seeds, made, different, overwrite)
+            _remove(before, made)
+            made = []
+    elif not overwrite and any(folder.image(seed).exists() for seed in seeds):
+        raise UserError(
+            f"{folder.path} holds images but no {RECORD}, so nobody knows how they were made;"
+            " choose another --outdir, or --overwrite=True to replace them"
+        )
+    record = record | {"seeds": format_seeds([*made, *seeds])}
+    with atomic_path(folder.path / RECORD) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return seeds if overwrite else [seed for seed in seeds if not folder.done(seed)]
+
+
+def _check_replacement(folder: Folder, seeds: list[int], made: list[int], different: str, overwrite: bool) -> None:
+    """Images made with other settings may go only if the user says so and all of them are replaced."""
+    if not overwrite:
+        raise UserError(
+            f"{folder.path} holds images made with other settings ({different});"
+            " choose another --outdir, or --overwrite=True to replace them"
+        )
+    rest = sorted(set(made) - set(seeds))
+    if rest:
+        raise UserError(
+            f"{folder.path} also holds seeds {format_seeds(rest)[:60]} made with other settings ({different});"
+            f" choose another --outdir, or overwrite all of them (--seeds={format_seeds(made)[:60]})"
+        )
+
+
+def _remove(folder: Folder, seeds: list[int]) -> None:
+    """Removed at once and not one by one: a rerun that breaks off must not leave a mixture."""
+    for seed in seeds:
+        folder.image(seed).unlink(missing_ok=True)
+        folder.strip(seed).unlink(missing_ok=True)
+    folder.grid.unlink(missing_ok=True)
+
+
+def _difference(old: dict, new: dict) -> str:
+    new = json.loads(json.dumps(new))
+    for name in sorted(set(old) | set(new)):
+        if old.get(name) != new.get(name):
+            return f"{name}: {_short(old.get(name))} there, {_short(new.get(name))} now"
+    return ""
+
+
+def _short(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _remove_old(folder: Folder, settings: dict, seeds: list[int]) -> None:
+    """Removes what the record says was made with other settings: a broken-off rerun must not leave a mixture."""
+    old = Folder(folder.path, bool(settings.get("subdirs")), inters=True)
+    for seed in seeds:
+        old.image(seed).unlink(missing_ok=True)
+        old.strip(seed).unlink(missing_ok=True)
+    old.grid.unlink(missing_ok=True)
+
+
+def write_grid(folder: Folder, seeds: Sequence[int]) -> None:
+    """One picture of the images of the first seeds, in seed order, read back from their files."""
+    chosen = sorted(seeds)[:GRID_LIMIT]
+    images = [decode_image(folder.image(seed).read_bytes(), str(folder.image(seed))) for seed in chosen]
+    stacked = np.stack(images).transpose(0, 2, 3, 1)
+    save_image(image_grid(stacked, columns=math.ceil(math.sqrt(len(chosen)))), folder.grid)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One run
+
+
+def open_predictor(options: dict, given: set[str]):
+    """(settings, predictor or None, the predictor's file or None)."""
+    if options["predictor_path"] is None:
+        return settings_from_flags(options, given), None, None
+    path = find_predictor(options["predictor_path"])
+    predictor = load_predictor(path)
+    return settings_from_predictor(predictor.config, options, given), predictor, path
+
+
+def open_network(settings: Settings, options: dict, predictor, device: torch.device):
+    """The network, with precision and memory layout as asked; warns where the predictor was trained on another one."""
+    net = create_model(
+        settings.dataset_name, options["model_path"], settings.guidance_type, settings.guidance_rate, device
+    )
+    amp = AUTOCAST[options["amp"]]
+    if amp is not None:
+        if not hasattr(net, "autocast"):
+            raise UserError(f"--amp={options['amp']} is not available for {settings.dataset_name}; use --amp=none")
+        net.autocast = amp
+    if options["channels_last"] or (options["channels_last"] is None and device.type == "cpu"):
+        net.to(memory_format=torch.channels_last)
+    # What the network cannot do is said before anything is written.
+    if options["class_idx"] is not None:
+        net.make_cond(SeededGenerators([0]), options["class_idx"])
+    if settings.afs:
+        zero = torch.zeros(1, net.img_channels, 1, 1, device=device)
+        afs_direction(net, zero, torch.ones((), device=device), settings.afs)
+    if predictor is not None:
+        resolution = predictor.config["img_resolution"]
+        if resolution not in (None, net.img_resolution):
+            raise UserError(f"the predictor is for images of {resolution} pixels, the network for {net.img_resolution}")
+        trained_on = predictor.provenance.get("network_hash")
+        if trained_on not in (None, net.weights_hash) and distributed.rank() == 0:
+            print(f"Warning: the predictor was trained on other weights than {net.source_path}", file=sys.stderr)
+    return net
+
+
+def describe_run(settings: Settings, options: dict, net, predictor_file: Path | None, device: torch.device) -> dict:
+    """The record of a run. What changes the images is under "settings"; a folder holds images of one such setting."""
+    rule = make_rule(settings.solver, settings.rule_options())
+    recorded = asdict(settings) | {name: getattr(rule, name, None) for name in _RULE_OPTIONS if name in rule.options}
+    recorded |= {name: None for name in _RULE_OPTIONS if name not in rule.options}
+    recorded |= {
+        "sigmas": settings.resolve(net).tolist(),
+        "class": options["class_idx"],
+        "amp": options["amp"],
+        "subdirs": options["subdirs"],
+        "network_sha256": net.weights_hash,
+        "predictor_sha256": sha256_of(predictor_file) if predictor_file is not None else None,
+    }
+    return {
+        "settings": recorded,
+        "nfe": settings.evaluations(net, predictor_file is not None),
+        "network_file": net.source_path,
+        "predictor_file": str(predictor_file) if predictor_file is not None else None,
+        "batch": options["batch"],
+        "processes": distributed.world_size(),
+        "device": device.type,
+        "versions": {"code": code_version(), "python": platform.python_version(), "torch": torch.__version__},
+    }
+
+
+def write_images(batches: Iterator[Batch], folder: Folder, nfe: int, progress) -> None:
+    """Drains ``generate_images`` into files; UserError, naming the seeds, where an image is not finite."""
+    with ImageWriter() as writer:
+        for result in batches:
+            if result.info.nfe != nfe:
+                raise RuntimeError(f"sampling took {result.info.nfe} network evaluations instead of {nfe}")
+            finite = result.images.isfinite().flatten(1).all(dim=1).tolist()
+            images = to_uint8(result.images)
+            for row, seed in enumerate(result.seeds):
+                if not finite[row]:
+                    continue
+                if folder.inters:
+                    steps = to_uint8(torch.cat([result.intermediates[:, row], result.images[row : row + 1]]))
+                    writer.submit(image_grid(steps, columns=len(steps)), folder.strip(seed))
+                writer.submit(images[row], folder.image(seed))
+            bad = [seed for seed, good in zip(result.seeds, finite, strict=True) if not good]
+            if bad:
+                raise UserError(
+                    f"not finite (NaN or infinite) for seeds {format_seeds(bad)[:200]}: not written;"
+                    " try --amp=none, more steps or another solver"
+                )
+            progress.update(len(result.seeds))
+
+
+def run(options: dict, given: set[str], device: torch.device) -> None:
+    """Everything between the flags and the last file; every process of a torchrun calls it."""
+    seeds = parse_seeds(options["seeds"])
+    settings, predictor, predictor_file = open_predictor(options, given)
+    net = open_network(settings, options, predictor, device)
+    record = describe_run(settings, options, net, predictor_file, device)
+    default = Path("samples") / settings.dataset_name / f"{settings.solver}_nfe{record['nfe']}"
+    folder = Folder(Path(options["outdir"] or default), options["subdirs"], options["return_inters"])
+    todo, error = None, None
+    if distributed.rank() == 0:
+        try:
+            todo = prepare_folder(folder, record, seeds, options["overwrite"])
+        except Exception as exc:  # raised by agree(), on every rank
+            error = exc
+    distributed.agree(error)
+    todo = distributed.broadcast_object(todo)
+
+    share = todo[distributed.rank() :: distributed.world_size()]
+    started = time.perf_counter()
+    try:
+        batches = generate_images(
+            net,
+            share,
+            batch=options["batch"],
+            predictor=None if predictor is None else predictor.to(device),
+            labels=options["class_idx"],
+            keep_intermediates=folder.inters,
+            device=device,
+            **settings.arguments(),
+        )
+        with tqdm(total=len(share), unit="img", desc=folder.path.name, disable=distributed.rank() != 0) as bar:
+            write_images(batches, folder, record["nfe"], bar)
+    except Exception as exc:
+        error = exc
+    distributed.agree(error)
+    seconds = time.perf_counter() - started
+    if distributed.rank() == 0:
+        if options["grid"]:
+            write_grid(folder, seeds)
+        print(
+            f"sampled {len(todo)} images ({len(seeds) - len(todo)} skipped) NFE={record['nfe']} in {seconds:.1f} s"
+            f" ({len(todo) / max(seconds, 1e-9):.1f} img/s) -> {folder.path}",
+            flush=True,
+        )
+    distributed.barrier()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def _parse_afs(ctx, param, value):
+    choices = {"false": False, "true": True, "data": "data", "0": False, "1": True}
+    if str(value).strip().lower() not in choices:
+        raise UserError(f"--afs={value}: choose True, False or data")
+    return choices[str(value).strip().lower()]
+
+
+def _parse_sigmas(ctx, param, value):
+    if value is None:
+        return None
+    try:
+        return [float(part) for part in value.split(",")]
+    except ValueError:
+        raise UserError(f"--sigmas={value}: write decreasing noise levels like 80,10,1,0.002") from None
+
+
+def _plain_solvers() -> str:
+    return ", ".join(name for name, rule in SOLVERS.items() if not rule.needs_predictor)
+
+
+@click.command()
+@click.option("--predictor_path", metavar="N|DIR|FILE", help="Trained predictor: experiment number, folder or file")
+@click.option("--dataset_name", metavar="NAME", help="Network, where there is no predictor: digits, cifar10, ...")
+@click.option("--model_path", metavar="FILE", help="The network's file (default: embedded or downloaded)")
+@click.option("--solver", metavar="NAME", help=f"Plain solver: {_plain_solvers()}")
+@click.option("--num_steps", type=click.IntRange(min=2), default=6, show_default=True, help="Intervals + 1")
+@click.option(
+    "--schedule_type", type=click.Choice(list(SCHEDULES)), default="polynomial", show_default=True, help="Time schedule"
+)
+@click.option("--schedule_rho", type=float, default=7, show_default=True, help="Its exponent")
+@click.option("--sigma_min", type=float, help="Last noise level (default: the network's)")
+@click.option("--sigma_max", type=float, help="First noise level (default: the network's)")
+@click.option("--sigmas", metavar="S,S,...", callback=_parse_sigmas, help="Explicit noise levels instead of a schedule")
+@click.option(
+    "--afs", default="False", show_default=True, metavar="True|False|data", callback=_parse_afs, help="Free first step"
+)
+@click.option("--max_order", type=int, help="Order of ipndm and dpmpp (default: 4 and 3)")
+@click.option("--predict_x0", type=bool, help="dpmpp: predict images, not noise (default: True)")
+@click.option("--lower_order_final", type=bool, help="dpmpp: lower order in the last steps (default: True)")
+@click.option("--thresholding", type=bool, help="dpmpp: dynamic thresholding under predict_x0 (default: True)")
+@click.option("--r", "--solver_r", "r", type=float, help="dpm: place of the intermediate point (default: 0.5)")
+@click.option("--denoise_to_zero", type=bool, default=False, show_default=True, help="One more evaluation at the end")
+@click.option("--guidance_type", metavar="NAME", help="Guidance, where the network takes one")
+@click.option("--guidance_rate", type=float, help="Its strength")
+@click.option("--seeds", default="0-63", show_default=True, help="One image each: 0-63 or 1,2,5-10")
+@click.option(
+    "--batch",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Images per process and network call. The noise does not depend on it, but rounding does: a few pixels may"
+    " change by one grey level",
+)
+@click.option("--class", "class_idx", type=click.IntRange(min=0), help="Class of all images (default: drawn per seed)")
+@click.option("--outdir", metavar="DIR", help="Default: samples/<dataset_name>/<solver>_nfe<NFE>")
+@click.option("--subdirs", type=bool, default=True, show_default=True, help="A folder for every 1000 seeds")
+@click.option("--grid", type=bool, default=False, show_default=True, help=f"Also grid.png, of up to {GRID_LIMIT}")
+@click.option(
+    "--return_inters", type=bool, default=False, show_default=True, help="Also strips of denoised images, in inters/"
+)
+@click.option("--overwrite", type=bool, default=False, show_default=True, help="Redo images that exist already")
+@click.option("--amp", type=click.Choice(list(AUTOCAST)), default="none", show_default=True, help="Mixed precision")
+@click.option("--use_fp16", type=bool, default=False, show_default=True, help="The same as --amp=fp16")
+@click.option("--channels_last", type=bool, help="Memory layout (default: True on the CPU)")
+@click.option("--device", help="cpu, cuda or mps (default: the best there is)")
+@click.pass_context
+def main(ctx, **options):
+    """Samples images, one per seed, with a trained predictor or a plain solver."""
+    given = {name for name in options if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    if options["use_fp16"]:
+        if "amp" in given and options["amp"] != "fp16":
+            raise UserError(f"--use_fp16=True means --amp=fp16, but --amp={options['amp']} was given; choose one")
+        options["amp"] = "fp16"
+    device = distributed.init(options["device"])
+    try:
+        run(options, given, device)
+    finally:
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,398 @@
+"""sample.py, through the real script: images per seed, reruns, predictors, several processes, mistakes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+import sample as cli
+from models import create_model
+from solvers import sample
+from torch_utils.errors import UserError
+from torch_utils.seeds import SeededGenerators
+from training.checkpoint import save_predictor
+from training.predictor import AMEDPredictor
+
+ROOT = Path(__file__).resolve().parents[1]
+EULER = ("--dataset_name=digits", "--solver=euler", "--num_steps=3")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def call(*arguments, launcher=(), cwd=ROOT, check=True):
+    command = [sys.executable, *launcher, str(ROOT / "sample.py"), "--device=cpu", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=240, env=ENV)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def call_here(*arguments):
+    """The same command in this process: for what needs no process of its own."""
+    done = CliRunner().invoke(cli.main, ["--device=cpu", *map(str, arguments)])
+    assert done.exit_code == 0, done.output
+    return done
+
+
+def read(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+def numbered(folder) -> dict[int, np.ndarray]:
+    return {int(path.stem): read(path) for path in Path(folder).glob("000000/*.png")}
+
+
+def assert_same_pictures(found: dict, expected: dict):
+    """Equal up to the rounding of network calls with other batch sizes."""
+    assert found.keys() == expected.keys()
+    difference = np.abs(np.stack([found[seed] - expected[seed] for seed in sorted(expected)]))
+    assert difference.max() <= 1 and (difference == 0).mean() > 0.999
+
+
+@pytest.fixture(scope="module")
+def net():
+    return create_model("digits")
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory):
+    """(folder, output) of a run that other tests compare with."""
+    folder = tmp_path_factory.mktemp("baseline") / "out"
+    done = call(*EULER, "--seeds=0-8", "--outdir", folder, "--grid=True", "--return_inters=True")
+    return folder, done.stdout
+
+
+@pytest.fixture(scope="module")
+def predictor_file(tmp_path_factory, net):
+    config = dict(dataset_name="digits", img_resolution=32, num_steps=3, sampler_stu="amed", afs=True)
+    config |= dict(schedule_type="time_uniform", schedule_rho=1, scale_dir=0.01)
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("exps") / "00007-digits" / "predictor-000001.safetensors"
+    save_predictor(AMEDPredictor(**config), path, {"network_hash": net.weights_hash})
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is written
+
+
+def test_images_are_those_of_the_library(baseline, net):
+    """Independent of the command line: noise per seed, Euler steps written out, EDM's rounding."""
+    folder, stdout = baseline
+    found = numbered(folder)
+    assert list(sorted(found)) == list(range(9))
+    x = torch.stack([torch.randn(1, 32, 32, generator=torch.Generator().manual_seed(seed)) for seed in range(9)])
+    u = torch.linspace(0, 1, 3, dtype=torch.float64)
+    sigmas = ((80 ** (1 / 7) + u * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7).tolist()
+    x, denoised = x * sigmas[0], []
+    for sigma, target in zip(sigmas[:-1], sigmas[1:], strict=True):
+        with torch.no_grad():
+            denoised.append(net(x, sigma))
+        x = x + (target - sigma) * (x - denoised[-1]) / sigma
+    assert_same_pictures(found, dict(enumerate(cli.to_uint8(x)[..., 0].astype(int))))
+    assert np.stack(list(found.values())).std() > 20  # pictures, not a constant
+
+    strip = read(folder / "inters" / "000004.png")
+    assert strip.shape == (32, 3 * 32 + 2 * 2)  # two denoised images and the result
+    assert np.abs(strip[:, :32] - cli.to_uint8(denoised[0])[4, :, :, 0]).max() <= 1
+    assert np.array_equal(strip[:, -32:], found[4])
+
+    grid = read(folder / "grid.png")
+    assert grid.shape == (3 * 34 - 2, 3 * 34 - 2)
+    assert all(np.array_equal(grid[i // 3 * 34 :, i % 3 * 34 :][:32, :32], image) for i, image in sorted(found.items()))
+    assert re.fullmatch(rf"sampled 9 images \(0 skipped\) NFE=2 in .* s \(.* img/s\) -> {folder}\n", stdout)
+    assert not list(folder.rglob("*.part"))
+
+
+def test_record_says_how_to_repeat_the_run(baseline, net):
+    record = json.loads((baseline[0] / "sampling.json").read_text())
+    settings = record["settings"]
+    assert record["seeds"] == "0-8" and record["nfe"] == 2
+    assert settings["solver"] == "euler" and settings["network_sha256"] == net.weights_hash
+    assert settings["sigmas"][0] == pytest.approx(80) and settings["sigmas"][-1] == pytest.approx(0.002)
+    assert record["versions"]["torch"] == torch.__version__ and settings["predictor_sha256"] is None
+
+
+@pytest.mark.parametrize("options", [("--batch=1",), ("--batch=7", "--channels_last=False")])
+def test_batch_size_does_not_change_an_image(baseline, tmp_path, options):
+    call_here(*EULER, "--seeds=0-8", "--outdir", tmp_path, *options)
+    assert_same_pictures(numbered(tmp_path), numbered(baseline[0]))
+
+
+def test_two_processes_give_the_images_of_one(baseline, tmp_path):
+    """Also under torchrun: a continued folder, a grid of the images of both processes, one summary for all."""
+    call_here(*EULER, "--seeds=2-3", "--outdir", tmp_path)
+    done = call(
+        *(*EULER, "--seeds=0-8", "--batch=2", "--grid=True", "--outdir", tmp_path),
+        launcher=TORCHRUN,
+    )
+    assert_same_pictures(numbered(tmp_path), numbered(baseline[0]))
+    assert done.stdout.count("sampled") == 1 and "sampled 7 images (2 skipped)" in done.stdout
+    assert np.abs(read(tmp_path / "grid.png") - read(baseline[0] / "grid.png")).max() <= 1
+
+
+def test_default_folder_and_seed_subfolders(tmp_path):
+    call("--dataset_name=digits", "--solver=dpm", "--num_steps=2", "--seeds=3,1002", "--solver_r=0.4", cwd=tmp_path)
+    folder = tmp_path / "samples" / "digits" / "dpm_nfe2"
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.*"))
+    assert names == ["000000/000003.png", "001000/001002.png", "sampling.json"]
+    assert json.loads((folder / "sampling.json").read_text())["settings"]["r"] == 0.4
+
+
+def test_every_plain_solver_and_its_nfe(tmp_path):
+    """NFE: intervals, twice that for two-stage rules, one less with AFS, one more for denoise_to_zero."""
+    expected = {"euler": 3, "heun": 6, "dpm": 6, "dpmpp": 3, "ipndm": 3}
+    for solver, nfe in expected.items():
+        flags = ["--dataset_name=digits", "--solver", solver, "--num_steps=4", "--seeds=0", "--subdirs=False"]
+        done = call_here(*flags, "--afs=True", "--denoise_to_zero=True", "--outdir", tmp_path / solver)
+        assert f"NFE={nfe} " in done.output
+        assert (tmp_path / solver / "000000.png").exists()
+    assert set(expected) <= set(cli.SOLVERS)
+
+
+def test_solver_options_and_precision_reach_the_sampler(tmp_path, net):
+    flags = ["--dataset_name=digits", "--solver=dpmpp", "--seeds=0-3", "--sigmas=60,10,2,0.5,0.01"]
+    options = ["--max_order=2", "--thresholding=False", "--lower_order_final=False", "--afs=True"]
+    call_here(*flags, *options, "--outdir", tmp_path / "a")
+    expected = sample(
+        net,
+        SeededGenerators(range(4)).randn([1, 32, 32]),
+        solver="dpmpp",
+        sigmas=[60, 10, 2, 0.5, 0.01],
+        max_order=2,
+        thresholding=False,
+        lower_order_final=False,
+        afs=True,
+    )
+    assert_same_pictures(numbered(tmp_path / "a"), dict(enumerate(cli.to_uint8(expected)[..., 0].astype(int))))
+    call_here(*flags, *options, "--outdir", tmp_path / "b", "--amp=bf16")
+    exact, mixed = numbered(tmp_path / "a"), numbered(tmp_path / "b")
+    difference = np.abs(np.stack([exact[seed] - mixed[seed] for seed in exact]))
+    assert 0 < difference.mean() < 5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reruns
+
+
+def test_rerun_makes_only_what_is_missing(tmp_path):
+    flags = (*EULER, "--outdir", tmp_path)
+    call_here(*flags, "--seeds=0-3")
+    first = numbered(tmp_path)
+    (tmp_path / "000000" / "000002.png").unlink()
+    Image.fromarray(np.zeros([32, 32], np.uint8)).save(tmp_path / "000000" / "000001.png")  # recognisable if kept
+    assert "sampled 3 images (3 skipped)" in call_here(*flags, "--seeds=0-5").output
+    second = numbered(tmp_path)
+    assert_same_pictures({2: second[2]}, {2: first[2]})
+    assert not second[1].any() and set(second) == set(range(6))
+    assert json.loads((tmp_path / "sampling.json").read_text())["seeds"] == "0-5"
+    assert "sampled 0 images (6 skipped)" in call_here(*flags, "--seeds=0-5").output
+    assert "sampled 6 images (0 skipped)" in call_here(*flags, "--seeds=0-5", "--overwrite=True").output
+    assert_same_pictures({seed: numbered(tmp_path)[seed] for seed in first}, first)
+    call_here(*flags, "--seeds=1", "--return_inters=True")  # strips are made for images that exist already
+    assert (tmp_path / "inters" / "000001.png").exists()
+
+
+def test_images_of_other_settings_are_never_mixed(tmp_path):
+    call_here(*EULER, "--outdir", tmp_path, "--seeds=0-3")
+    before = numbered(tmp_path)
+    other = ("--dataset_name=digits", "--solver=euler", "--num_steps=2", "--outdir", tmp_path)
+    for seeds, overwrite, message in (
+        ("0-5", False, "num_steps: 3 there, 2 now"),
+        ("0-1", True, "also holds seeds 2-3"),
+    ):
+        done = CliRunner().invoke(cli.main, [*map(str, other), f"--seeds={seeds}", f"--overwrite={overwrite}"])
+        assert done.exit_code == 2 and message in done.output
+        assert all(np.array_equal(image, before[seed]) for seed, image in numbered(tmp_path).items())
+    call_here(*other, "--seeds=0-4", "--overwrite=True")
+    after = numbered(tmp_path)
+    assert set(after) == set(range(5)) and not np.array_equal(after[0], before[0])
+
+
+def test_a_failed_run_does_not_block_its_folder(tmp_path):
+    """A record without images is no obstacle for other settings."""
+    call_here(*EULER, "--outdir", tmp_path, "--seeds=0")
+    (tmp_path / "000000" / "000000.png").unlink()
+    call_here("--dataset_name=digits", "--solver=ipndm", "--num_steps=2", "--outdir", tmp_path, "--seeds=1")
+    assert json.loads((tmp_path / "sampling.json").read_text())["seeds"] == "1"
+
+
+def test_images_of_unknown_origin_are_respected(tmp_path):
+    (tmp_path / "000000").mkdir()
+    (tmp_path / "000000" / "000001.png").write_bytes(b"mine")
+    done = CliRunner().invoke(cli.main, [*EULER, "--outdir", str(tmp_path), "--seeds=0-3", "--device=cpu"])
+    assert done.exit_code == 2 and "nobody knows how they were made" in done.output
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["000001.png"]
+    assert (tmp_path / "000000" / "000001.png").read_bytes() == b"mine"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Predictors
+
+
+def test_predictor_brings_its_settings(predictor_file, tmp_path, net):
+    folder = tmp_path / "exps"
+    folder.mkdir()
+    (folder / "00007-digits").symlink_to(predictor_file.parent)
+    done = call("--predictor_path=7", "--seeds=0-3", cwd=tmp_path)
+    assert "NFE=3 " in done.stdout and "Warning" not in done.stderr
+    found = numbered(tmp_path / "samples" / "digits" / "amed_nfe3")
+    predictor = cli.load_predictor(predictor_file)
+    expected = sample(
+        net,
+        SeededGenerators(range(4)).randn([1, 32, 32]),
+        solver="amed",
+        num_steps=3,
+        schedule_type="time_uniform",
+        schedule_rho=1,
+        afs=True,
+        predictor=predictor,
+    )
+    assert_same_pictures(found, dict(enumerate(cli.to_uint8(expected)[..., 0].astype(int))))
+    record = json.loads((tmp_path / "samples" / "digits" / "amed_nfe3" / "sampling.json").read_text())
+    assert record["settings"]["afs"] is True and record["settings"]["predictor_sha256"]
+
+
+def test_flags_that_repeat_the_predictor_are_fine_and_others_are_not(predictor_file, tmp_path):
+    flags = ["--predictor_path", str(predictor_file), "--seeds=0", "--outdir", str(tmp_path), "--device=cpu"]
+    call_here(*flags, "--num_steps=3", "--solver=amed", "--schedule_rho=1", "--afs=True", "--dataset_name=digits")
+    for flag in ("--num_steps=4", "--afs=False", "--solver=euler", "--sigma_min=0.01", "--sigmas=80,1", "--r=0.5"):
+        done = CliRunner().invoke(cli.main, [*flags, flag])
+        assert done.exit_code == 2 and "the predictor" in done.output and flag.split("=")[0] in done.output, flag
+
+
+def test_warns_about_another_network(predictor_file, tmp_path):
+    predictor = cli.load_predictor(predictor_file)
+    save_predictor(predictor, tmp_path / "p.safetensors", {"network_hash": "0" * 64})
+    done = CliRunner().invoke(
+        cli.main, ["--predictor_path", str(tmp_path / "p.safetensors"), "--seeds=0", "--outdir", str(tmp_path / "o")]
+    )
+    assert done.exit_code == 0 and "trained on other weights" in done.output
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "--predictor_path, or --dataset_name together with --solver"),
+        (("--dataset_name=digits",), "together with --solver"),
+        (("--dataset_name=digits", "--solver=magic"), "unknown solver 'magic'; choose from"),
+        (("--dataset_name=digits", "--solver=amed"), "needs a trained predictor"),
+        (("--dataset_name=nothing", "--solver=euler"), "nothing"),
+        ((*EULER, "--seeds=5-1"), "runs backwards"),
+        ((*EULER, "--seeds=1,1"), "names a seed twice"),
+        ((*EULER, "--max_order=2"), "euler has no option 'max_order'"),
+        (("--dataset_name=digits", "--solver=ipndm", "--max_order=9"), "supports 1..4"),
+        ((*EULER, "--afs=maybe"), "choose True, False or data"),
+        ((*EULER, "--sigmas=3,2,1"), "leave out --num_steps"),
+        (("--dataset_name=digits", "--solver=euler", "--sigmas=1,2"), "strictly decreasing"),
+        (("--dataset_name=digits", "--solver=euler", "--sigmas=a"), "write decreasing noise levels"),
+        ((*EULER, "--class=3"), "unconditional"),
+        ((*EULER, "--sigma_min=90"), "0 < sigma_min < sigma_max"),
+        ((*EULER, "--schedule_type=discrete"), "discrete noise table"),
+        ((*EULER, "--guidance_rate=7.5"), "guidance_rate"),
+        ((*EULER, "--model_path=/nowhere.pkl"), "/nowhere.pkl"),
+        ((*EULER, "--use_fp16=True", "--amp=bf16"), "choose one"),
+        (("--predictor_path=/nowhere",), "there is no predictor at"),
+        ((*EULER, "--device=tpu9"), "is not a device"),
+    ],
+)
+def test_mistakes_take_one_line_and_leave_nothing(tmp_path, flags, message):
+    done = CliRunner().invoke(cli.main, ["--device=cpu", "--outdir", str(tmp_path / "out"), *flags])
+    assert done.exit_code == 2 and isinstance(done.exception, SystemExit)
+    lines = done.output.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("Error") and message in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_analytic_step_that_the_network_cannot_take_is_said_at_once(tmp_path, monkeypatch, net):
+    monkeypatch.setattr(net, "data_mean", None)
+    monkeypatch.setattr(cli, "create_model", lambda *arguments: net)
+    done = CliRunner().invoke(cli.main, [*EULER, "--afs=data", "--outdir", str(tmp_path / "out"), "--device=cpu"])
+    assert done.exit_code == 2 and "mean and spread" in done.output and not (tmp_path / "out").exists()
+
+
+def test_mistake_through_the_shell(tmp_path):
+    (tmp_path / "taken").write_text("a file")
+    done = call(*EULER, "--outdir", tmp_path / "taken", check=False)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "cannot write" in done.stderr
+    assert (tmp_path / "taken").read_text() == "a file"
+
+
+def test_damaged_record_is_refused(tmp_path):
+    (tmp_path / "sampling.json").write_text('{"seeds": "0-')
+    done = CliRunner().invoke(cli.main, [*EULER, "--outdir", str(tmp_path), "--device=cpu"])
+    assert done.exit_code == 2 and "is not a record of sample.py" in done.output
+
+
+class BrokenNet(torch.nn.Module):
+    """Not-a-number for one image of the batch."""
+
+    img_channels, img_resolution, evals_per_call, sigma_min, sigma_max = 1, 4, 1, 0.002, 80.0
+
+    def forward(self, x, sigma):
+        return torch.where(torch.arange(len(x)).reshape(-1, 1, 1, 1) == 1, torch.nan, 0.0 * x)
+
+    def make_cond(self, generator, labels=None):
+        return {}
+
+    def decode(self, x):
+        return x
+
+
+def test_images_that_are_not_finite_are_named_and_not_written(tmp_path):
+    folder = cli.Folder(tmp_path, subdirs=False, inters=False)
+    batches = cli.generate_images(BrokenNet(), [10, 11, 12], device="cpu", solver="euler", num_steps=3)
+    with pytest.raises(UserError, match="for seeds 11: not written"), cli.tqdm(disable=True) as bar:
+        cli.write_images(batches, folder, 2, bar)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000010.png", "000012.png"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The library function
+
+
+class ClassNet(BrokenNet):
+    """D = the class index everywhere, so that the image shows which class was asked for."""
+
+    def forward(self, x, sigma, classes):
+        return torch.zeros_like(x) + classes.reshape(-1, 1, 1, 1)
+
+    def make_cond(self, generator, labels=None):
+        drawn = generator.randint(10) if labels is None else torch.as_tensor(labels)
+        return {"classes": drawn.expand(len(generator.seeds)).float()}
+
+
+def classes_shown(seeds, **options) -> list[int]:
+    batches = cli.generate_images(ClassNet(), seeds, device="cpu", solver="euler", sigmas=[1.0, 1e-6], **options)
+    return [round(image.mean().item()) for result in batches for image in result.images]
+
+
+def test_classes_come_from_the_seed_or_from_the_caller():
+    drawn = classes_shown(range(20), batch=20)
+    expected = []
+    for seed in range(20):  # the noise of an image first, then its class
+        generator = torch.Generator().manual_seed(seed)
+        torch.randn(1, 4, 4, generator=generator)
+        expected.append(torch.randint(10, (), generator=generator).item())
+    assert drawn == expected and len(set(drawn)) > 4
+    assert classes_shown(range(20), batch=3) == drawn
+    assert classes_shown([19, 4], batch=1) == [drawn[19], drawn[4]]
+    assert classes_shown(range(5), batch=2, labels=7) == [7] * 5
+    assert classes_shown(range(5), batch=2, labels=[3, 1, 4, 1, 5]) == [3, 1, 4, 1, 5]
+
+
+def test_format_seeds_is_the_inverse_of_parse_seeds():
+    assert cli.format_seeds([7, 0, 2, 1, 11, 10, 2]) == "0-2,7,10-11"
+    assert cli.parse_seeds(cli.format_seeds(range(50_000))) == list(range(50_000))

@@ -1,0 +1,95 @@
+"""Keep the generated parts of docs/solvers.md in step with the code.
+
+    python -m tools.make_docs            # rewrite them
+    python -m tools.make_docs --check    # exit with status 1 if they are stale
+
+Only the text between the markers is generated; the rest of the file is written by hand.
+"""
+
+import inspect
+import re
+import sys
+from pathlib import Path
+
+import click
+
+from solvers import SCHEDULES, SOLVERS
+from torch_utils.errors import UserError
+from torch_utils.image_data import atomic_path
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "solvers.md"
+
+
+def default(rule, option: str) -> str:
+    """The value an option has when it is not given; None in the constructor means the rule's own attribute."""
+    value = inspect.signature(rule).parameters[option].default
+    return str(getattr(rule, option) if value is None else value)
+
+
+def order(rule) -> str:
+    found = re.search(r"order ([\d-]+)", rule.summary)
+    return found[1] if found else "-"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def solver_table() -> str:
+    rows = []
+    for name, rule in SOLVERS.items():
+        options = ", ".join(f"`{option}={default(rule, option)}`" for option in rule.options) or "-"
+        evaluations = "-" if rule.needs_predictor else str(rule.stages)
+        learned = "2" if rule.can_learn else "-"
+        roles = [word for word, can in (("student", rule.can_learn), ("teacher", rule.can_teach)) if can]
+        rows.append([f"`{name}`", rule.summary, order(rule), evaluations, learned, options, ", ".join(roles) or "-"])
+    header = ["solver", "what it is", "order", "NFE per interval", "with a predictor", "options (default)", "roles"]
+    return table(header, rows)
+
+
+def rule_notes() -> str:
+    return "\n\n".join(f"**`{name}`.** {inspect.getdoc(rule)}" for name, rule in SOLVERS.items())
+
+
+def schedule_table() -> str:
+    rows = [[f"`{name}`", " ".join(inspect.getdoc(function).split())] for name, function in SCHEDULES.items()]
+    return table(["schedule_type", "noise levels"], rows)
+
+
+PARTS = {"solvers": solver_table, "rules": rule_notes, "schedules": schedule_table}
+
+
+def render(text: str) -> str:
+    """The document with every generated part renewed. Raises UserError where a marker is missing."""
+    for name, make in PARTS.items():
+        start, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
+        if text.count(start) != 1 or text.count(end) != 1 or text.index(end) < text.index(start):
+            raise UserError(f"the document needs one '{start}' followed by one '{end}'")
+        before, rest = text.split(start)
+        text = f"{before}{start}\n{make()}\n{end}{rest.split(end)[1]}"
+    return text
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Change nothing; exit with status 1 if the document is stale")
+@click.option("--file", "path", type=click.Path(path_type=Path), default=DOCUMENT, help="Default: docs/solvers.md")
+def main(check, path):
+    """Renew the generated parts of docs/solvers.md."""
+    if not path.is_file():
+        raise UserError(f"there is no {path}")
+    old = path.read_text(encoding="utf-8")
+    new = render(old)
+    if new == old:
+        click.echo(f"{path} is up to date")
+    elif check:
+        click.echo(f"{path} is stale: run  python -m tools.make_docs", err=True)
+        sys.exit(1)
+    else:
+        with atomic_path(path) as temporary:
+            temporary.write_text(new, encoding="utf-8")
+        click.echo(f"{path} renewed")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""The settings of a training run: one dataclass that the command line fills in and that a run folder records."""
+
+import importlib.metadata
+import math
+import subprocess
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from models import zoo
+from solvers import SOLVERS, check_sigmas, make_rule
+from solvers.loop import AFS_KINDS
+from torch_utils.errors import UserError
+from training.predictor import DEFAULTS, AMEDPredictor
+
+AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+STUDENTS = tuple(name for name, rule in SOLVERS.items() if rule.can_learn)
+TEACHERS = tuple(name for name, rule in SOLVERS.items() if rule.can_teach)
+# What may differ between the parts of one run: where and how long it runs and what it writes, not what it computes.
+# (model_path may move; the network behind it may not change.)
+CHANGEABLE = ("total_kimg", "batch_gpu", "tick", "snap", "dump", "bench", "model_path")
+
+
+@dataclass
+class TrainingOptions:
+    """Every option of train.py that a run depends on, with its default; names and defaults are the original code's.
+
+    sigmas: an explicit schedule that replaces num_steps, schedule_type and schedule_rho. batch: samples per iteration
+    over all processes; batch_gpu: samples per network call of one process (None: all of its share). tick: kimg between
+    lines of statistics; snap, dump: ticks between snapshots of the predictor and between training states (None: only at
+    the end). channels_last: memory format of the network (None: on the CPU only).
+    """
+
+    dataset_name: str
+    model_path: str | None = None
+    outdir: str = "./exps"
+    desc: str | None = None
+    nosubdir: bool = False
+    total_kimg: float = 10
+    num_steps: int = 4
+    sampler_stu: str = "amed"
+    sampler_tea: str = "heun"
+    M: int = 1
+    guidance_type: str | None = None
+    guidance_rate: float = 0.0
+    schedule_type: str = "polynomial"
+    schedule_rho: float = 7
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    sigmas: list[float] | None = None
+    afs: bool | str = True
+    scale_dir: float = 0.01
+    scale_time: float = 0.0
+    max_order: int = 3
+    predict_x0: bool = True
+    lower_order_final: bool = True
+    thresholding: bool = True
+    batch: int = 512
+    batch_gpu: int | None = None
+    lr: float = 5e-3
+    seed: int | None = None
+    amp: str = "none"
+    channels_last: bool | None = None
+    bench: bool = True
+    tick: float = 1
+    snap: int | None = None
+    dump: int = 1
+
+    def __post_init__(self):
+        if self.sigmas is not None:
+            self.sigmas = check_sigmas(self.sigmas).tolist()
+            self.num_steps = len(self.sigmas)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> "TrainingOptions":
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise UserError(f"unknown training option '{unknown[0]}'")
+        if "dataset_name" not in values:
+            raise UserError("the training options name no dataset_name")
+        return cls(**values)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def predictor_config(self, img_resolution: int | None = None) -> dict:
+        """The configuration that the predictor carries, without what keeps its default."""
+        own = {key: getattr(self, key) for key in DEFAULTS if hasattr(self, key)}
+        return {**own, "img_resolution": img_resolution}
+
+    def check(self, world_size: int) -> None:
+        """Raises UserError for settings that no network could make work; DistillationLoss checks the rest."""
+        if self.dataset_name != zoo.CUSTOM:
+            zoo.get_card(self.dataset_name)
+        _positive("batch", self.batch, whole=True)
+        _positive("lr", self.lr)
+        _positive("total_kimg", self.total_kimg)
+        _positive("tick", self.tick)
+        for name in ("batch_gpu", "snap", "dump"):
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name), whole=True)
+        if self.batch % world_size:
+            raise UserError(f"batch={self.batch} must be divisible by the number of processes ({world_size})")
+        share = self.batch // world_size
+        if self.batch_gpu is not None and share % min(self.batch_gpu, share):
+            raise UserError(
+                f"batch_gpu={self.batch_gpu} must divide each process's share of the batch, {share} samples"
+            )
+        if self.amp not in AUTOCAST:
+            raise UserError(f"amp={self.amp}: choose from {', '.join(AUTOCAST)}")
+        if self.afs not in AFS_KINDS:
+            raise UserError(f"afs={self.afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
+        for name in (self.sampler_stu, self.sampler_tea):
+            make_rule(name, common={"max_order": self.max_order})
+        AMEDPredictor(**self.predictor_config())
+
+    @property
+    def evaluations(self) -> int:
+        """NFE of the student."""
+        return AMEDPredictor(**self.predictor_config()).evaluations()
+
+    def folder_name(self, number: int) -> str:
+        """``<number>-<dataset_name>-<num_steps>-<NFE>-<student>-<teacher>-<M>-<schedule>[-afs][-desc]``."""
+        schedule = "sigmas" if self.sigmas is not None else self.schedule_type
+        parts = [f"{number:05d}", self.dataset_name, self.num_steps, self.evaluations, self.sampler_stu]
+        parts += [self.sampler_tea, self.M, schedule, *(["afs"] if self.afs else [])]
+        return "-".join(str(part) for part in (*parts, *([self.desc] if self.desc else [])))
+
+    def without_effect(self, names) -> list[str]:
+        """Those of the options ``names`` that nothing looks at under the other settings."""
+        used = {*SOLVERS[self.sampler_stu].options, *SOLVERS[self.sampler_tea].options}
+        idle = [n for n in ("max_order", "predict_x0", "lower_order_final", "thresholding") if n not in used]
+        if "predict_x0" in used and not self.predict_x0:
+            idle.append("thresholding")
+        if self.schedule_type == "logsnr":
+            idle.append("schedule_rho")
+        if self.nosubdir:
+            idle.append("desc")
+        return [name for name in idle if name in names]
+
+
+def _positive(name: str, value, whole: bool = False) -> None:
+    if not math.isfinite(value) or value <= 0 or (whole and int(value) != value):
+        raise UserError(f"{name}={value} must be a {'whole ' if whole else ''}number above 0")
+
+
+def code_version() -> str:
+    """Version of this code: the commit where it is a git checkout, else the version of the installed package."""
+    root = Path(__file__).resolve().parents[1]
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        except (FileNotFoundError, subprocess.TimeoutExpired):  # no git on this machine: the package version will do
+            done = None
+        if done is not None and done.returncode == 0:
+            return f"git-{done.stdout.strip()}"
+    try:
+        return importlib.metadata.version("amed-solver")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

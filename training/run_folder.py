@@ -1,0 +1,170 @@
+"""The folder of a run: its number, its log, its training states."""
+
+import json
+import pickle
+import re
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from torch_utils import distributed
+from torch_utils.errors import UserError
+from torch_utils.image_data import atomic_path
+
+OPTIONS_FILE = "training_options.json"
+_STATE = re.compile(r"training-state-(\d+)\.pt")
+_KEEP_STATES = 2
+
+
+def numbered_runs(outdir) -> list[tuple[int, Path]]:
+    """(number, folder) of all ``<number>-...`` folders, in order."""
+    outdir = Path(outdir)
+    folders = outdir.iterdir() if outdir.is_dir() else []
+    found = [(int(m[1]), f) for f in folders if (m := re.match(r"([0-9]{1,9})-", f.name)) and f.is_dir()]
+    return sorted(found, key=lambda entry: (entry[0], entry[1].name))
+
+
+def create_run_folder(outdir, name_of_number) -> Path:
+    """Makes ``outdir/<name_of_number(number)>`` with the next free number; called by one process of a run only.
+
+    Several runs may start at the same moment: a number is claimed by an exclusive mkdir of its own, and then looked up
+    once more, since its owner may have finished between our look and our claim.
+    """
+    outdir = Path(outdir)
+    try:
+        outdir.mkdir(parents=True, exist_ok=True)
+        number = 0
+        while True:
+            number = max([number, *(n + 1 for n, _ in numbered_runs(outdir))])
+            claim = outdir / f".{number:05d}.claim"
+            try:
+                claim.mkdir()
+            except FileExistsError:
+                number += 1
+                continue
+            try:
+                if number not in (n for n, _ in numbered_runs(outdir)):
+                    folder = outdir / name_of_number(number)
+                    folder.mkdir()
+                    return folder
+            finally:
+                claim.rmdir()
+    except OSError as error:
+        raise UserError(f"cannot make a folder in {outdir}: {error.strerror or error}") from None
+
+
+def use_folder(folder) -> Path:
+    """The folder itself as the place of a new run; UserError where it holds one already."""
+    folder = Path(folder)
+    if (folder / OPTIONS_FILE).exists() or (folder.is_dir() and _states(folder)):
+        raise UserError(f"{folder} already holds a run: continue it with --resume={folder}, or choose another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror or error}") from None
+    return folder
+
+
+def find_run(resume: str, outdir) -> Path:
+    """The folder to continue: a folder, the number of a run in outdir, or "true" for the newest one with a state."""
+    text = str(resume).strip()
+    runs = numbered_runs(outdir)
+    if text.lower() == "true":
+        candidates = [Path(outdir)] if _states(outdir) else [folder for _, folder in runs if _states(folder)]
+        if not candidates:
+            raise UserError(f"--resume={text}: no run in {outdir} has a training state to continue from")
+        return candidates[-1]
+    if re.fullmatch(r"[0-9]{1,9}", text):
+        matches = [folder for number, folder in runs if number == int(text)]
+        if len(matches) > 1:
+            raise UserError(f"--resume={text} is ambiguous: {', '.join(f.name for f in matches)}; give the folder")
+        if matches:
+            return matches[0]
+    if not Path(text).is_dir():
+        there = ", ".join(folder.name for _, folder in runs) or "no runs"
+        raise UserError(f"--resume={text}: there is no such run; {outdir} holds {there}")
+    return Path(text)
+
+
+def _states(folder) -> list[tuple[int, Path]]:
+    folder = Path(folder)
+    names = folder.iterdir() if folder.is_dir() else []
+    return sorted((int(m[1]), path) for path in names if (m := _STATE.fullmatch(path.name)))
+
+
+def save_state(folder, kimg: int, state: dict) -> Path:
+    """Writes ``training-state-<kimg>.pt`` whole or not at all; keeps the newest two."""
+    path = Path(folder) / f"training-state-{kimg:06d}.pt"
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(state, temporary)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            raise UserError(f"cannot write {path}: {str(error)[:200]}") from None
+    for _, old in _states(folder)[:-_KEEP_STATES]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load_newest_state(folder) -> dict:
+    """What ``save_state`` wrote last, on the CPU. Raises UserError where there is none or it is damaged."""
+    states = _states(folder)
+    if not states:
+        raise UserError(f"{folder} has no training state (training-state-*.pt) to continue from")
+    path = states[-1][1]
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or not {"predictor", "optimizer", "iteration", "options"} <= state.keys():
+            raise ValueError("it is not a training state")
+    except (OSError, EOFError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        older = f"; delete it to continue from {states[-2][1].name}" if len(states) > 1 else ""
+        raise UserError(f"cannot read {path} ({str(error).strip()[:120]}){older}") from None
+    return state
+
+
+def write_json(path, value) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def on_main(function, *arguments):
+    """Calls the function on the first process; its result, or its UserError, reaches all processes."""
+    result = error = None
+    if distributed.rank() == 0:
+        try:
+            result = function(*arguments)
+        except UserError as exc:  # raised on every process by agree()
+            error = exc
+    distributed.agree(error)
+    return distributed.broadcast_object(result)
+
+
+class RunLog:
+    """log.txt and stats.jsonl of a run: both only grow, and only the first process writes."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.active = distributed.rank() == 0
+
+    def say(self, text: str) -> None:
+        """A line on the screen (beside the progress bar) and in the log."""
+        if self.active:
+            tqdm.write(text)
+        self.note(text)
+
+    def note(self, text: str) -> None:
+        """A line in the log."""
+        self._append("log.txt", text)
+
+    def stats(self, record: dict) -> None:
+        self._append("stats.jsonl", json.dumps(record))
+
+    def _append(self, name: str, line: str) -> None:
+        if not self.active:
+            return
+        path = self.folder / name
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
