@@ -302,15 +302,6 @@ def _short(value) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _remove_old(folder: Folder, settings: dict, seeds: list[int]) -> None:
-    """Removes what the record says was made with other settings: a broken-off rerun must not leave a mixture."""
-    old = Folder(folder.path, bool(settings.get("subdirs")), inters=True)
-    for seed in seeds:
-        old.image(seed).unlink(missing_ok=True)
-        old.strip(seed).unlink(missing_ok=True)
-    old.grid.unlink(missing_ok=True)
-
-
 def write_grid(folder: Folder, seeds: Sequence[int]) -> None:
     """One picture of the images of the first seeds, in seed order, read back from their files."""
     chosen = sorted(seeds)[:GRID_LIMIT]

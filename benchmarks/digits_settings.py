@@ -108,7 +108,9 @@ class Bench:
 
     def converged(self):
         if self.reference is None:
-            cache = Path.home() / ".cache" / "amed-solver" / f"digits-reference-{self.net.weights_hash[:16]}-{self.num}.pt"
+            cache = (
+                Path.home() / ".cache" / "amed-solver" / f"digits-reference-{self.net.weights_hash[:16]}-{self.num}.pt"
+            )
             if cache.exists():
                 self.reference = torch.load(cache, weights_only=True)
             else:

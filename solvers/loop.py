@@ -44,7 +44,7 @@ class SampleInfo:
 def afs_direction(net, x: torch.Tensor, sigma, kind) -> torch.Tensor:
     """The analytical first step: the direction at the highest noise, without asking the network.
 
-    True: x / sqrt(1 + sigma^2), exact for zero-mean data of unit variance (Dockhorn et al. 2022, Appendix B).
+    True: x / sqrt(1 + sigma^2), the published form for data centred at zero (Dockhorn et al. 2022, Appendix B).
     "data": exact for a Gaussian with the training data's mean image and variance, read from ``net.data_mean`` and
     ``net.data_std``; it matters where the mean is far from zero, as for white strokes on black.
     """
@@ -64,7 +64,7 @@ class Solver:
     """
 
     def __init__(self, net, rule: Rule, sigmas: torch.Tensor, *, afs=False, predictor=None, cond=None, observer=None):
-        if afs not in AFS_KINDS:
+        if not (isinstance(afs, bool) or afs == "data"):
             raise UserError(f"afs={afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
         if predictor is None and rule.needs_predictor:
             raise UserError(f"the solver '{rule.name}' needs a trained predictor")
@@ -153,7 +153,15 @@ class Solver:
 
 
 def resolve_sigmas(
-    net, num_steps, schedule_type, schedule_rho, sigma_min=None, sigma_max=None, sigmas=None, device=None
+    net,
+    num_steps,
+    schedule_type,
+    schedule_rho,
+    sigma_min=None,
+    sigma_max=None,
+    sigmas=None,
+    device=None,
+    original_code=False,
 ):
     """The schedule of a run: ``sigmas`` unchanged if given, else ``get_schedule`` over the network's (or the given) range."""
     if sigmas is not None:

@@ -68,17 +68,20 @@ def test_seed_decides_the_initial_weights():
     assert not torch.equal(first["enc_layer0.weight"], other["enc_layer0.weight"])
 
 
-@pytest.mark.parametrize("spread", [0.0, 1.0, 100.0])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 1000.0])
 def test_ranges(spread):
     bounds = {"scale_dir": 0.05, "scale_time": 0.3}
     predictor = make(**bounds)
     with torch.no_grad():
         for parameter in predictor.parameters():
-            parameter.mul_(3).add_(0.1)  # far from where training starts
+            parameter.add_(0.05)  # not where training starts
         for t_cur, t_next in [(80.0, 20.0), (1.0, 0.1), (0.01, 0.002)]:
             r, scale_dir, scale_time = predictor(bottlenecks(64, spread), t_cur, t_next)
             assert r.shape == scale_dir.shape == scale_time.shape == (64, 1, 1, 1)
-            assert ((r > 0) & (r < 1)).all() or spread == 100 and ((r >= 0) & (r <= 1)).all()  # the sigmoid saturates
+            if spread <= 1:
+                assert ((r > 0) & (r < 1)).all()
+            else:
+                assert ((r >= 0) & (r <= 1)).all()  # the sigmoid may saturate
             for value, bound in ((scale_dir, 0.05), (scale_time, 0.3)):
                 assert (value >= 1 - bound).all() and (value <= 1 + bound).all()
                 assert value.std() > 0 or spread == 0
@@ -128,7 +131,7 @@ def test_times_per_sample_equal_scalar_calls():
 
 
 def test_every_input_matters():
-    predictor, feature = make(), bottlenecks(1)
+    predictor, feature = make().requires_grad_(False), bottlenecks(1)
     base = predictor(feature, 5.0, 1.0)[0]
     for other in ((bottlenecks(1, seed=1), 5.0, 1.0), (feature, 6.0, 1.0), (feature, 5.0, 2.0), (feature, 1.0, 5.0)):
         assert float((predictor(*other)[0] - base).abs()) > 1e-6

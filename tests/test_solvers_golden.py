@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from toy import GOLDEN, ToyNet, common, load_golden
 
 from solvers import get_schedule, sample
 from solvers.rules import dynamic_threshold, exponential_multistep
-from toy import GOLDEN, ToyNet, common, load_golden
 from training.loss import DistillationLoss
 from training.predictor import AMEDPredictor
 

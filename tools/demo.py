@@ -134,7 +134,10 @@ def draw_figure(rows, path, columns=8, zoom=2):
 
 
 def table_text(rows):
-    lines = ["| method | NFE | FID-digits | distance to reference | seconds | training s |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| method | NFE | FID-digits | distance to reference | seconds | training s |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in rows:
         training = "" if row["training_seconds"] is None else f"{row['training_seconds']:.0f}"
         fid = f"{row['fid']:.2f}" + (f" ({row['images']} images)" if row["method"] == "Reference" else "")

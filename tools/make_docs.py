@@ -1,4 +1,4 @@
-"""Keep the generated parts of docs/solvers.md in step with the code.
+"""Keep the generated parts of docs/solvers.md and docs/flags.md in step with the code.
 
     python -m tools.make_docs            # rewrite them
     python -m tools.make_docs --check    # exit with status 1 if they are stale
@@ -6,6 +6,7 @@
 Only the text between the markers is generated; the rest of the file is written by hand.
 """
 
+import importlib
 import inspect
 import re
 import sys
@@ -17,7 +18,17 @@ from solvers import SCHEDULES, SOLVERS
 from torch_utils.errors import UserError
 from torch_utils.image_data import atomic_path
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "solvers.md"
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCUMENT = DOCS / "solvers.md"
+SCRIPTS = {
+    "train.py": "train",
+    "sample.py": "sample",
+    "fid.py": "fid",
+    "python -m tools.dataset_tool": "tools.dataset_tool",
+    "python -m tools.train_denoiser": "tools.train_denoiser",
+    "python -m tools.train_classifier": "tools.train_classifier",
+    "python -m tools.demo": "tools.demo",
+}
 
 
 def default(rule, option: str) -> str:
@@ -57,12 +68,38 @@ def schedule_table() -> str:
     return table(["schedule_type", "noise levels"], rows)
 
 
+def flag_row(option: click.Option) -> list[str]:
+    names = ", ".join(f"`{name}`" for name in option.opts)
+    value = option.default
+    if option.required:
+        value = "required"
+    elif callable(value) or value is None or "UNSET" in repr(value):
+        value = ""
+    return [names, str(value), " ".join((option.help or "").split())]
+
+
+def flag_tables() -> str:
+    """Every option of every script, read from the commands themselves."""
+    parts = []
+    for title, module in SCRIPTS.items():
+        command = importlib.import_module(module).main
+        commands = getattr(command, "commands", None) or {"": command}
+        for name, one in commands.items():
+            options = [p for p in one.params if isinstance(p, click.Option)]
+            about = (one.help or "").strip().split("\n\n")[0]
+            rows = table(["flag", "default", "meaning"], [flag_row(option) for option in options])
+            parts.append(f"## {title} {name}".rstrip() + f"\n\n{' '.join(about.split())}\n\n{rows}")
+    return "\n\n".join(parts)
+
+
 PARTS = {"solvers": solver_table, "rules": rule_notes, "schedules": schedule_table}
+FLAG_PARTS = {"flags": flag_tables}
+DOCUMENTS = {DOCUMENT: PARTS, DOCS / "flags.md": FLAG_PARTS}
 
 
-def render(text: str) -> str:
+def render(text: str, parts=None) -> str:
     """The document with every generated part renewed. Raises UserError where a marker is missing."""
-    for name, make in PARTS.items():
+    for name, make in (PARTS if parts is None else parts).items():
         start, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
         if text.count(start) != 1 or text.count(end) != 1 or text.index(end) < text.index(start):
             raise UserError(f"the document needs one '{start}' followed by one '{end}'")
@@ -71,24 +108,32 @@ def render(text: str) -> str:
     return text
 
 
-@click.command()
-@click.option("--check", is_flag=True, help="Change nothing; exit with status 1 if the document is stale")
-@click.option("--file", "path", type=click.Path(path_type=Path), default=DOCUMENT, help="Default: docs/solvers.md")
-def main(check, path):
-    """Renew the generated parts of docs/solvers.md."""
+def renew(path: Path, parts: dict, check: bool) -> bool:
+    """Renews one document, or only looks; returns whether it was stale."""
     if not path.is_file():
         raise UserError(f"there is no {path}")
     old = path.read_text(encoding="utf-8")
-    new = render(old)
+    new = render(old, parts)
     if new == old:
         click.echo(f"{path} is up to date")
     elif check:
         click.echo(f"{path} is stale: run  python -m tools.make_docs", err=True)
-        sys.exit(1)
     else:
         with atomic_path(path) as temporary:
             temporary.write_text(new, encoding="utf-8")
         click.echo(f"{path} renewed")
+    return new != old
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Change nothing; exit with status 1 if a document is stale")
+@click.option("--file", "path", type=click.Path(path_type=Path), help="One document with the parts of docs/solvers.md")
+def main(check, path):
+    """Renew the generated parts of the documentation."""
+    documents = DOCUMENTS if path is None else {path: PARTS}
+    stale = [renew(document, parts, check) for document, parts in documents.items()]
+    if check and any(stale):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Plain python or torchrun; stops at --total_kimg or --minutes, whichever comes fi
 """
 
 import json
-import os
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -17,11 +16,11 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from models.edm import EDMDenoiser, load_edm_network, save_edm_safetensors
+from models.edm import EDMDenoiser, save_edm_safetensors
 from models.networks import count_parameters
 from torch_utils import distributed
 from torch_utils.errors import UserError
-from torch_utils.image_data import ImageSource, load_array
+from torch_utils.image_data import ImageSource, atomic_path, load_array
 from torch_utils.seeds import stream_seeds
 
 ARCHITECTURES = {
@@ -100,12 +99,6 @@ def load_data(path, cond):
     return images, labels, torch.from_numpy(scaled_mean).float(), std
 
 
-def save_state(path, state):
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
 def save_grid(net, path, device, columns=10):
     """A grid of columns^2 images of fixed seeds, Heun with 18 stamps."""
     from solvers import sample
@@ -167,8 +160,11 @@ def train(
         if not state_path.is_file():
             raise UserError(f"--resume: there is no {state_path}")
         state = torch.load(state_path, weights_only=True, map_location=device)
-        net.load_state_dict(state["net"])
-        ema.load_state_dict(state["ema"])
+        try:
+            net.load_state_dict(state["net"])
+            ema.load_state_dict(state["ema"])
+        except RuntimeError:
+            raise UserError(f"--resume: the run in {outdir} has another architecture; repeat its flags") from None
         optimizer.load_state_dict(state["optimizer"])
         it, elapsed_before = state["it"], state["elapsed"]
     ddp = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
@@ -181,7 +177,8 @@ def train(
         meta.update(batch=batch, lr=lr, p_mean=p_mean, p_std=p_std, amp=amp, ema_kimg=ema_kimg, xflip=xflip)
         save_edm_safetensors(ema, Path(outdir) / f"network-snapshot-{int(kimg):06d}.safetensors", {"training": meta})
         state = {"net": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-        save_state(state_path, {**state, "it": it, "elapsed": elapsed()})
+        with atomic_path(state_path) as temporary:
+            torch.save({**state, "it": it, "elapsed": elapsed()}, temporary)
         if grid:
             save_grid(ema, Path(outdir) / f"grid-{int(kimg):06d}.png", device)
 
@@ -287,7 +284,9 @@ def main(arch, model_channels, channel_mult, num_blocks, attn, dropout, outdir, 
             Path(outdir).mkdir(parents=True, exist_ok=True)
             if not resume and (Path(outdir) / "training-state.pt").exists():
                 raise UserError(f"--outdir={outdir} already holds a run; pass --resume=True or another folder")
-            (Path(outdir) / "training_options.json").write_text(json.dumps({**net_config, **options}, indent=2))
+            if not resume:
+                with atomic_path(Path(outdir) / "training_options.json") as temporary:
+                    temporary.write_text(json.dumps({**net_config, **options}, indent=2))
         distributed.barrier()
         train(outdir=outdir, net_config=net_config, device=chosen, resume=resume, **options)
     finally:

@@ -14,6 +14,7 @@ from torch_utils.errors import UserError
 from torch_utils.safe_pickle import PersistentObject, open_binary, safe_load
 from torch_utils.tensor_file import is_safetensors, json_entry, read_safetensors, write_safetensors
 from training.predictor import AMEDPredictor
+from training.run_folder import numbered_runs
 
 FORMAT = "amed-predictor"
 
@@ -127,7 +128,7 @@ def find_predictor(predictor_path, exps="./exps") -> Path:
     if not text:
         raise UserError("predictor_path is empty: give an experiment number, a folder or a file")
     if re.fullmatch(r"[0-9]{1,9}", text):
-        numbered = _experiments(exps)
+        numbered = numbered_runs(exps)
         matches = [folder for number, folder in numbered if number == int(text)]
         if len(matches) > 1:
             names = ", ".join(folder.name for folder in matches)
@@ -145,11 +146,6 @@ def find_predictor(predictor_path, exps="./exps") -> Path:
     if not path.is_file():
         raise UserError(f"there is no predictor at {path}; give an experiment number, a folder or a file")
     return path
-
-
-def _experiments(exps: Path) -> list[tuple[int, Path]]:
-    folders = sorted(exps.iterdir()) if exps.is_dir() else []
-    return [(int(m[1]), f) for f in folders if (m := re.match(r"([0-9]{1,9})-", f.name)) and f.is_dir()]
 
 
 def _newest(folder: Path) -> Path:

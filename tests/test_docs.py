@@ -1,0 +1,73 @@
+"""docs/solvers.md agrees with the code, and the tool that keeps it so works."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from solvers import SCHEDULES, SOLVERS
+from tools import make_docs
+from torch_utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_document_is_up_to_date():
+    text = make_docs.DOCUMENT.read_text(encoding="utf-8")
+    assert make_docs.render(text) == text, "run  python -m tools.make_docs"
+
+
+def test_flags_are_up_to_date():
+    for document, parts in make_docs.DOCUMENTS.items():
+        text = document.read_text(encoding="utf-8")
+        assert make_docs.render(text, parts) == text, "run  python -m tools.make_docs"
+    flags = make_docs.flag_tables()
+    assert "| `--scale_dir` | 0.01 |" in flags and "## fid.py calc" in flags
+
+
+def test_table_has_every_solver_and_option():
+    rows = {row.split("|")[1].strip(" `"): row for row in make_docs.solver_table().splitlines()[2:]}
+    assert list(rows) == list(SOLVERS)
+    for name, rule in SOLVERS.items():
+        assert all(f"`{option}=" in rows[name] for option in rule.options)
+        assert ("teacher" in rows[name]) == rule.can_teach
+        assert ("student" in rows[name]) == rule.can_learn
+        assert len(re.findall(r"(?<!\\)\|", rows[name])) == 8
+    assert "`max_order=4`" in rows["ipndm"] and "`r=0.5`" in rows["dpm"] and "`thresholding=True`" in rows["dpmpp"]
+    assert [rows[name].split("|")[3].strip() for name in ("euler", "heun", "dpmpp")] == ["1", "2", "1-3"]
+    assert all(f"`{name}`" in make_docs.schedule_table() for name in SCHEDULES)
+
+
+def test_stale_document_is_found_and_renewed(tmp_path):
+    path = tmp_path / "solvers.md"
+    shutil.copy(make_docs.DOCUMENT, path)
+    good = path.read_text(encoding="utf-8")
+    stale = good.replace("`max_order=4`", "`max_order=9`")
+    path.write_text(stale, encoding="utf-8")
+    command = [sys.executable, "-m", "tools.make_docs", "--check", "--file", str(path)]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 1
+    assert found.stderr.count("\n") == 1 and "stale" in found.stderr
+    assert path.read_text(encoding="utf-8") == stale  # --check writes nothing
+    renewed = CliRunner().invoke(make_docs.main, ["--file", str(path)])
+    assert renewed.exit_code == 0, renewed.output
+    assert path.read_text(encoding="utf-8") == good
+    assert [entry.name for entry in tmp_path.iterdir()] == ["solvers.md"]
+
+
+@pytest.mark.parametrize("damage", ["<!-- end: solvers -->", "<!-- generated: schedules -->"])
+def test_missing_marker_is_explained(damage):
+    text = make_docs.DOCUMENT.read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="the document needs one"):
+        make_docs.render(text.replace(damage, ""))
+
+
+def test_missing_document_is_explained(tmp_path):
+    found = CliRunner().invoke(make_docs.main, ["--check", "--file", str(tmp_path / "none.md")])
+    assert found.exit_code == 2
+    assert isinstance(found.exception, SystemExit)  # no traceback
+    assert "none.md" in found.output and found.output.count("\n") == 1
