@@ -1,6 +1,7 @@
 """How the settings of the digits demo were chosen: plain solvers and AMED variants on validation seeds.
 
     python -m benchmarks.digits_settings --part=plain     # every solver x schedule x free first step, five evaluations
+    python -m benchmarks.digits_settings --part=teachers  # how good the teachers themselves are, M = 1, 2, 4
     python -m benchmarks.digits_settings --part=amed      # from the paper's settings to the demo's, one change at a time
 
 Every row is appended to benchmarks/digits_settings.jsonl as soon as it is measured and not measured again. Scores: FID-digits of
@@ -66,25 +67,22 @@ def cumulative(base, *changes):
 
 
 def amed_jobs():
-    better_teacher = {"M": 2, "sampler_tea": "heun"}
-    ranges = {"scale_dir": 0.2, "scale_time": 0.3}
-    yield from cumulative(PAPER_AMED, {"afs": "data"}, better_teacher, ranges)
-    yield from cumulative(
-        PAPER_PLUGIN,
-        {"afs": "data"},
-        {"schedule_type": "time_uniform", "schedule_rho": 1},
-        better_teacher,
-        {"max_order": 2},
-        ranges,
-    )
-    plugin = {**PAPER_PLUGIN, **better_teacher, **ranges, "afs": "data", "schedule_type": "time_uniform"}
-    amed = {**PAPER_AMED, **better_teacher, **ranges, "afs": "data"}
-    for rho in (0.7, 1, 1.4):
-        yield {**plugin, "schedule_rho": rho, "max_order": 2}
-        yield {**plugin, "schedule_rho": rho, "max_order": 3}
-        yield {**amed, "schedule_rho": rho}
-    yield {**plugin, "schedule_rho": 1, "sampler_stu": "dpmpp", "max_order": 3, "thresholding": False}
-    yield {**plugin, "schedule_rho": 1, "sampler_stu": "euler"}
+    data_afs, ranges = {"afs": "data"}, {"scale_dir": 0.2, "scale_time": 0.3}
+    teacher = {"sampler_tea": "ipndm", "M": 4, "max_order": 3}
+    schedule = {"schedule_type": "time_uniform", "schedule_rho": 1.4}
+    yield from cumulative(PAPER_AMED, data_afs, teacher, schedule, ranges)
+    yield from cumulative(PAPER_PLUGIN, data_afs, teacher, schedule, ranges, {"max_order": 2})
+    best = {**PAPER_PLUGIN, **data_afs, **teacher, **schedule, **ranges}
+    yield {**best, "sampler_stu": "dpmpp", "thresholding": False}
+    yield {**best, "sampler_tea": "heun"}
+    yield {**best, "schedule_rho": 1}
+
+
+def teacher_jobs():
+    for schedule, rho in (("time_uniform", 1), ("time_uniform", 1.4), ("polynomial", 7)):
+        for extra in (1, 2, 4):
+            for solver in ({"solver": "heun"}, {"solver": "ipndm", "max_order": 3}):
+                yield {**solver, "num_steps": 3 * (extra + 1) + 1, "schedule_type": schedule, "schedule_rho": rho}
 
 
 class Bench:
@@ -156,21 +154,22 @@ class Bench:
 
 
 @click.command()
-@click.option("--part", type=click.Choice(["plain", "amed"]), required=True)
+@click.option("--part", type=click.Choice(["plain", "teachers", "amed"]), required=True)
 @click.option("--num", type=click.IntRange(2), default=256, show_default=True, help="Validation images")
-@click.option("--kimg", type=float, default=1.0, show_default=True, help="Length of each training")
-@click.option("--batch", type=int, default=32, show_default=True, help="Batch of each training")
+@click.option("--kimg", type=float, default=0.5, show_default=True, help="Length of each training")
+@click.option("--batch", type=int, default=16, show_default=True, help="Batch of each training")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of each training")
 def main(part, num, kimg, batch, seed):
     """Measure the candidate settings of the digits demo on validation seeds."""
     bench = Bench(num)
     known = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
     training = {"kimg": kimg, "batch": batch, "seed": seed} if part == "amed" else {}
-    for job in plain_jobs() if part == "plain" else amed_jobs():
+    jobs = {"plain": plain_jobs, "teachers": teacher_jobs, "amed": amed_jobs}[part]
+    for job in jobs():
         key = {"part": part, "network": bench.net.weights_hash[:16], "num": num, **training, "settings": job}
         if any(all(row.get(k) == v for k, v in key.items()) for row in known):
             continue
-        scores = bench.plain(job) if part == "plain" else bench.learned(job, **training)
+        scores = bench.learned(job, **training) if part == "amed" else bench.plain(job)
         row = {**key, **scores, "date": time.strftime("%Y-%m-%d")}
         known.append(row)
         with RESULTS.open("a") as file:
