@@ -6,26 +6,32 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 VENV=${VENV:-.venv}
 
-find_python() {
+find_python() { # prints an interpreter that is new enough; only $PYTHON is tried where it is set
     local candidate
-    for candidate in ${PYTHON:-} python3.13 python3.12 python3.11 python3 python; do
-        if command -v "$candidate" >/dev/null 2>&1 &&
-            "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3 python}; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
             echo "$candidate"
             return
         fi
     done
-    echo "Error: no Python 3.11 or newer was found; install one or name it: PYTHON=/path/to/python3.12 $0 ${1:-}" >&2
+    return 1
+}
+
+die() {
+    echo "Error: $*" >&2
     exit 2
 }
 
 # install EXTRAS: a virtual environment with the tested versions; a stamp remembers what was installed.
 install() {
-    local extras=${1:-} stamp wanted
+    local extras=${1:-} stamp wanted python
     stamp="$VENV/.installed${extras:+-$extras}"
     wanted=$(cat pyproject.toml requirements.lock | cksum)
     if [ -x "$VENV/bin/python" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then return; fi
-    [ -x "$VENV/bin/python" ] || "$(find_python)" -m venv "$VENV"
+    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then # absent, or half made
+        python=$(find_python) || die "no Python 3.11 or newer${PYTHON:+ at PYTHON=$PYTHON}; install one or set PYTHON"
+        "$python" -m venv --clear "$VENV"
+    fi
     echo "installing into $VENV (once) ..."
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".${extras:+[$extras]}"
     echo "$wanted" >"$stamp"
@@ -41,16 +47,19 @@ launch() { # plain python on one process, torchrun on several
     fi
 }
 
-# recipe DATASET STUDENT FID PUBLISHED TRAIN-FLAGS...: train -> sample 50,000 images -> FID, beside the published figure
+# recipe DATASET NAME PUBLISHED-FID TRAIN-FLAGS...: train -> sample 50,000 images -> FID, beside the published figure
 recipe() {
     local dataset=$1 name=$2 published=$3 exps predictor images
     shift 3
     install
     NPROC=${NPROC:-$(nproc_default)}
     exps="exps/$dataset-$name"
-    images="samples/$dataset/$name"
-    launch train.py --dataset_name="$dataset" --outdir="$exps" "$@"
-    predictor=$(ls -d "$exps"/[0-9]* | tail -n 1)
+    # A finished predictor is used again, so that an interrupted sampling goes on where it stopped.
+    if ! compgen -G "$exps/[0-9]*/predictor-000010.safetensors" >/dev/null; then
+        launch train.py --dataset_name="$dataset" --outdir="$exps" --total_kimg=10 "$@"
+    fi
+    predictor=$(compgen -G "$exps/[0-9]*/predictor-000010.safetensors" | sort | tail -n 1)
+    images="samples/$dataset/$name/$(basename "$(dirname "$predictor")")"
     launch sample.py --predictor_path="$predictor" --batch="${BATCH:-128}" --seeds="${SEEDS:-0-49999}" --outdir="$images"
     launch fid.py calc --images="$images" --ref="${REF:-$dataset}" --json="$images/fid.json"
     echo "published for $dataset, $name, 5 NFE: FID $published (arXiv 2312.00094 and the tables of its authors)"
@@ -88,6 +97,6 @@ imagenet64-ipndm) recipe imagenet64 ipndm 13.83 $IPNDM --batch=64 --scale_time=0
 ./launch.sh {cifar10,ffhq,imagenet64}-{amed,ipndm}    the paper's settings: train, sample 50,000 images, FID
     NPROC=8 ./launch.sh cifar10-amed     on 8 GPUs (default: all there are)
 HELP
-    [ "${1:-help}" = help ] || { echo "Error: unknown recipe '$1'" >&2; exit 2; }
+    [ "${1:-help}" = help ] || die "unknown recipe '$1'"
     ;;
 esac

@@ -432,7 +432,9 @@ def run(options: dict, given: set[str], device: torch.device) -> None:
         )
         with tqdm(total=len(share), unit="img", desc=folder.path.name, disable=distributed.rank() != 0) as bar:
             write_images(batches, folder, record["nfe"], bar)
-    except Exception as exc:
+    except torch.OutOfMemoryError:
+        error = UserError(f"{device} is out of memory: lower --batch (now {options['batch']})")
+    except Exception as exc:  # raised by agree(), on every rank
         error = exc
     distributed.agree(error)
     seconds = time.perf_counter() - started
@@ -452,7 +454,8 @@ def run(options: dict, given: set[str], device: torch.device) -> None:
 
 
 def _parse_afs(ctx, param, value):
-    choices = {"false": False, "true": True, "data": "data", "0": False, "1": True}
+    choices = {"data": "data", **dict.fromkeys(("false", "0", "no", "off"), False)}
+    choices.update(dict.fromkeys(("true", "1", "yes", "on"), True))
     if str(value).strip().lower() not in choices:
         raise UserError(f"--afs={value}: choose True, False or data")
     return choices[str(value).strip().lower()]
@@ -495,6 +498,7 @@ def _plain_solvers() -> str:
 @click.option("--denoise_to_zero", type=bool, default=False, show_default=True, help="One more evaluation at the end")
 @click.option("--guidance_type", metavar="NAME", help="Guidance, where the network takes one")
 @click.option("--guidance_rate", type=float, help="Its strength")
+@click.option("--prompt", metavar="TEXT", help="Prompt of text-to-image networks; not available yet")
 @click.option("--seeds", default="0-63", show_default=True, help="One image each: 0-63 or 1,2,5-10")
 @click.option(
     "--batch",
@@ -519,6 +523,8 @@ def _plain_solvers() -> str:
 @click.pass_context
 def main(ctx, **options):
     """Samples images, one per seed, with a trained predictor or a plain solver."""
+    if options.pop("prompt") is not None:
+        raise UserError("--prompt: text-to-image networks are not available yet; leave it out")
     given = {name for name in options if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
     if options["use_fp16"]:
         if "amp" in given and options["amp"] != "fp16":

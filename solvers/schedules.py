@@ -72,7 +72,7 @@ def get_schedule(
         raise UserError(f"schedule_rho={schedule_rho} must be a positive number")
     u = torch.arange(int(num_steps), dtype=torch.float64) / (int(num_steps) - 1)
     sigmas = SCHEDULES[schedule_type](u, sigma_min, sigma_max, rho, net, original_code).to("cpu", torch.float64)
-    return _to_device(sigmas, device)
+    return check_sigmas(sigmas, device)  # time_uniform is not monotone for a large sigma_min
 
 
 def check_sigmas(sigmas, device=None) -> torch.Tensor:

@@ -71,3 +71,8 @@ def test_missing_document_is_explained(tmp_path):
     assert found.exit_code == 2
     assert isinstance(found.exception, SystemExit)  # no traceback
     assert "none.md" in found.output and found.output.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/digits.md", "docs/solvers.md", "docs/flags.md"])
+def test_no_placeholder_is_left(name):
+    assert "@@" not in (ROOT / name).read_text(encoding="utf-8")

@@ -533,3 +533,9 @@ def test_mistakes_are_explained(change, text):
     assert text in str(caught.value)
     assert "\n" not in str(caught.value)
     assert net.calls == []  # found before the network is asked
+
+
+def test_a_schedule_that_would_rise_is_refused():
+    """time_uniform is not monotone when sigma_min is large: better an error than samples of noise."""
+    with pytest.raises(ValueError, match="strictly decreasing"):
+        get_schedule(6, 0.2, 80, "time_uniform", 1)

@@ -43,13 +43,15 @@ TRAINING = {
     **{"dataset_name": "digits", "num_steps": 4, **COMMON, "schedule_rho": 1.4, "sampler_tea": "ipndm", "M": 4},
     **{"scale_dir": 0.2, "scale_time": 0.3, "total_kimg": 1.5, "batch": 16, "seed": 0},
 }
+PAPER = {"sampler_tea": "heun", "M": 1, "schedule_rho": 1, "scale_dir": 0.01, "scale_time": 0}  # all but its AFS
 LEARNED = {
-    "AMED-Solver": {**TRAINING, "sampler_stu": "amed", "max_order": 3},
+    "AMED-Solver": {**TRAINING, "sampler_stu": "amed", **PAPER},
     "AMED-Plugin (iPNDM)": {**TRAINING, "sampler_stu": "ipndm", "max_order": 2},
     "AMED-Plugin (DPM++)": {**TRAINING, "sampler_stu": "dpmpp", "max_order": 3, "thresholding": False},
 }
 REFERENCE = {"solver": "heun", "num_steps": 51, "schedule_type": "polynomial", "schedule_rho": 7}
 REFERENCE_SEEDS = 256
+MARKER = ".amed-demo"
 
 
 def run(*command, quiet_stdout=True):
@@ -169,6 +171,21 @@ Distance: root mean square pixel difference (images in [-1, 1]) to the converged
     path.write_text(page, encoding="utf-8")
 
 
+def prepare_folder(out):
+    """An empty folder, or an earlier demo whose products are removed; nothing else is touched."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--outdir={out} is a file; choose a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
+        raise UserError(f"--outdir={out} exists and is not an earlier demo; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).write_text("made by tools/demo.py, which may replace its products here\n")
+    for name in ("exps", "samples"):
+        if (out / name).is_dir():
+            shutil.rmtree(out / name)
+    for name in ("table.json", "figure.png", "index.html"):
+        (out / name).unlink(missing_ok=True)
+
+
 @click.command()
 @click.option("--outdir", default="demo", show_default=True, help="Replaced if it is an earlier demo")
 @click.option("--images", type=click.IntRange(REFERENCE_SEEDS), default=1000, show_default=True, help="Per method")
@@ -176,11 +193,7 @@ Distance: root mean square pixel difference (images in [-1, 1]) to the converged
 def main(outdir, images, amp):
     """Train, sample, score and picture AMED and the plain solvers on the embedded digits."""
     out = Path(outdir).resolve()
-    if out.exists():
-        if any(out.iterdir()) and not (out / "table.json").exists() and not (out / "exps").exists():
-            raise UserError(f"--outdir={outdir} exists and is not an earlier demo; choose another folder")
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
+    prepare_folder(out)
     started = time.perf_counter()
     extra = {"amp": amp}
     trained = train_all(out, extra)

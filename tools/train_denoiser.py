@@ -138,6 +138,9 @@ def train(
     """Trains and writes network-snapshot-*.safetensors, training-state.pt, stats.jsonl and grids into ``outdir``."""
     images, labels, data_mean, data_std = load_data(data, cond)
     world, main = distributed.world_size(), distributed.rank() == 0
+    levels = len(net_config["channel_mult"])
+    if not levels or images.shape[2] % (1 << (levels - 1)):
+        raise UserError(f"--channel_mult: {images.shape[2]} pixels cannot be halved {max(levels - 1, 0)} times")
     if batch % world:
         raise UserError(f"--batch={batch} must be divisible by the number of processes ({world})")
     torch.manual_seed(seed)
@@ -148,7 +151,7 @@ def train(
         **net_config,
     }
     net = EDMDenoiser(**net_config).to(device).train()
-    net.autocast = {"bf16": torch.bfloat16, "fp16": torch.float16, "none": None}[amp]
+    net.autocast = {"bf16": torch.bfloat16, "none": None}[amp]
     if channels_last:
         net = net.to(memory_format=torch.channels_last)
     ema = deepcopy(net).eval().requires_grad_(False)
@@ -167,6 +170,8 @@ def train(
             raise UserError(f"--resume: the run in {outdir} has another architecture; repeat its flags") from None
         optimizer.load_state_dict(state["optimizer"])
         it, elapsed_before = state["it"], state["elapsed"]
+        if it * batch / 1000 >= total_kimg or (minutes and elapsed_before / 60 >= minutes):
+            raise UserError(f"--resume: {outdir} is finished; pass a larger --total_kimg or --minutes to train on")
     ddp = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
     batches = Batches(images, labels, batch, seed, xflip)
     distributed.print0(f"{count_parameters(net):,} parameters, {len(images):,} images, batch {batch}, {outdir}")
@@ -257,7 +262,7 @@ def parse_ints(text, option):
 @click.option("--ema_kimg", type=click.FloatRange(0), default=50, help="EMA half-life", show_default=True)
 @click.option("--p_mean", type=float, default=-1.2, help="Mean of ln sigma in training", show_default=True)
 @click.option("--p_std", type=click.FloatRange(0, min_open=True), default=1.2, show_default=True)
-@click.option("--amp", type=click.Choice(["none", "bf16", "fp16"]), default="none", show_default=True)
+@click.option("--amp", type=click.Choice(["none", "bf16"]), default="none", show_default=True)
 @click.option("--channels_last", type=bool, default=True, show_default=True)
 @click.option("--xflip", type=bool, default=False, help="Random horizontal flips", show_default=True)
 @click.option("--cond", type=bool, default=False, help="Class-conditional", show_default=True)
