@@ -286,6 +286,8 @@ def main(arch, model_channels, channel_mult, num_blocks, attn, dropout, outdir, 
     chosen = distributed.init(device)
     try:
         if distributed.rank() == 0:
+            if Path(outdir).exists() and not Path(outdir).is_dir():
+                raise UserError(f"--outdir={outdir} is a file; choose a folder")
             Path(outdir).mkdir(parents=True, exist_ok=True)
             if not resume and (Path(outdir) / "training-state.pt").exists():
                 raise UserError(f"--outdir={outdir} already holds a run; pass --resume=True or another folder")
