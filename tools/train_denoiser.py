@@ -176,7 +176,7 @@ def train(
     batches = Batches(images, labels, batch, seed, xflip)
     distributed.print0(f"{count_parameters(net):,} parameters, {len(images):,} images, batch {batch}, {outdir}")
 
-    def snapshot(progress, loss):
+    def snapshot(loss):
         kimg = it * batch / 1000
         meta = {"trained_kimg": kimg, "minutes": elapsed() / 60, "data": Path(data).name, "seed": seed, "loss": loss}
         meta.update(batch=batch, lr=lr, p_mean=p_mean, p_std=p_std, amp=amp, ema_kimg=ema_kimg, xflip=xflip)
@@ -232,10 +232,10 @@ def train(
                     file.write(json.dumps(record) + "\n")
         if main and snap and it * batch / 1000 - last_snap >= snap:
             last_snap = it * batch / 1000
-            snapshot(progress, mean_loss)
+            snapshot(mean_loss)
     bar.close()
     if main:
-        snapshot(1.0, mean_loss)
+        snapshot(mean_loss)
 
 
 def parse_ints(text, option):
