@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import click
@@ -25,7 +25,8 @@ from click.core import ParameterSource
 from tqdm import tqdm
 
 from models import create_model
-from solvers import SCHEDULES, SOLVERS, SampleInfo, make_rule, resolve_sigmas, sample
+from solvers import SOLVERS, SampleInfo, make_rule, resolve_sigmas, sample
+from solvers.flags import SCHEDULE_NAMES, rule_flags, rule_option_names, schedule_flags
 from solvers.loop import afs_direction
 from torch_utils import distributed
 from torch_utils.download import sha256_of
@@ -38,8 +39,6 @@ from training.config import AUTOCAST, code_version
 
 GRID_LIMIT = 100
 RECORD = "sampling.json"
-_RULE_OPTIONS = ("max_order", "predict_x0", "lower_order_final", "thresholding", "r")
-_SCHEDULE_OPTIONS = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_max")
 _GUIDANCE_OPTIONS = ("guidance_type", "guidance_rate")
 
 
@@ -49,7 +48,7 @@ _GUIDANCE_OPTIONS = ("guidance_type", "guidance_rate")
 
 @dataclass(frozen=True)
 class Settings:
-    """What is sampled and how; None stands for the solver's or the network's own value."""
+    """What is sampled and how; None stands for the network's own value, an option not named for the solver's."""
 
     dataset_name: str
     solver: str
@@ -60,34 +59,28 @@ class Settings:
     sigma_max: float | None = None
     sigmas: list[float] | None = None  # replaces the five settings above
     afs: bool | str = False
-    max_order: int | None = None
-    predict_x0: bool | None = None
-    lower_order_final: bool | None = None
-    thresholding: bool | None = None
-    r: float | None = None
+    options: dict = field(default_factory=dict)  # of the solver
     denoise_to_zero: bool = False
     guidance_type: str | None = None
     guidance_rate: float | None = None
 
-    def rule_options(self) -> dict:
-        """Those of the solver's options that are set and that it understands."""
-        values = {name: getattr(self, name) for name in _RULE_OPTIONS if name in SOLVERS[self.solver].options}
-        return {name: value for name, value in values.items() if value is not None}
+    def rule(self):
+        """The solver with its options; UserError where they do not go together."""
+        return make_rule(self.solver, self.options)
 
     def arguments(self) -> dict:
         """Keyword arguments of ``solvers.sample``."""
-        names = ("solver", *_SCHEDULE_OPTIONS, "sigmas", "afs", "denoise_to_zero")
-        return {name: getattr(self, name) for name in names} | self.rule_options()
+        names = ("solver", *SCHEDULE_NAMES, "sigmas", "afs", "denoise_to_zero")
+        return {name: getattr(self, name) for name in names} | self.options
 
     def resolve(self, net) -> torch.Tensor:
         """The noise levels, float64 on the CPU."""
-        return resolve_sigmas(net, **{name: getattr(self, name) for name in (*_SCHEDULE_OPTIONS, "sigmas")})
+        return resolve_sigmas(net, **{name: getattr(self, name) for name in (*SCHEDULE_NAMES, "sigmas")})
 
     def evaluations(self, net, with_predictor: bool) -> int:
         """Network evaluations per image that these settings should take."""
-        per_interval = 2 if with_predictor or SOLVERS[self.solver].stages == 2 else 1
-        calls = per_interval * (len(self.resolve(net)) - 1) - bool(self.afs) + bool(self.denoise_to_zero)
-        return calls * getattr(net, "evals_per_call", 1)
+        calls = self.rule().evaluations(len(self.resolve(net)) - 1, self.afs, with_predictor)
+        return (calls + bool(self.denoise_to_zero)) * getattr(net, "evals_per_call", 1)
 
 
 def settings_from_flags(options: dict, given: set[str]) -> Settings:
@@ -95,24 +88,23 @@ def settings_from_flags(options: dict, given: set[str]) -> Settings:
     solver = options["solver"]
     if options["dataset_name"] is None or solver is None:
         raise UserError("say what to sample: --predictor_path, or --dataset_name together with --solver")
-    explicit = {name: options[name] for name in _RULE_OPTIONS if name in given}
+    explicit = {name: options[name] for name in rule_option_names() if name in given}
     if make_rule(solver, explicit).needs_predictor:
         raise UserError(f"--solver={solver} needs a trained predictor: give --predictor_path (train.py makes one)")
     if options["sigmas"] is not None:
-        extra = [name for name in _SCHEDULE_OPTIONS if name in given]
+        extra = [name for name in SCHEDULE_NAMES if name in given]
         if extra:
             raise UserError(f"--sigmas is the whole schedule: leave out --{extra[0]}")
-    names = ("dataset_name", "solver", *_SCHEDULE_OPTIONS, "sigmas", "afs", "denoise_to_zero", *_GUIDANCE_OPTIONS)
+    names = ("dataset_name", "solver", *SCHEDULE_NAMES, "sigmas", "afs", "denoise_to_zero", *_GUIDANCE_OPTIONS)
     values = {name: options[name] for name in names}
     if options["sigmas"] is not None:
         values["num_steps"] = len(options["sigmas"])
-    return Settings(**values, **explicit)
+    return Settings(**values, options=explicit)
 
 
 def settings_from_predictor(config: dict, options: dict, given: set[str]) -> Settings:
     """Settings that a predictor was trained for; UserError where a flag that the user wrote contradicts them."""
-    values = {name: config[name] for name in (*_SCHEDULE_OPTIONS, "sigmas", "afs", *_GUIDANCE_OPTIONS)}
-    values |= {name: config[name] for name in _RULE_OPTIONS if name in config}
+    values = {name: config[name] for name in (*SCHEDULE_NAMES, "sigmas", "afs", *_GUIDANCE_OPTIONS)}
     values |= {"solver": config["sampler_stu"], "dataset_name": config["dataset_name"]}
     if values["solver"] not in SOLVERS:
         raise UserError(f"the predictor was trained for an unknown solver '{values['solver']}'")
@@ -123,13 +115,18 @@ def settings_from_predictor(config: dict, options: dict, given: set[str]) -> Set
         raise UserError("this predictor does not say which network it belongs to: give --dataset_name")
     if options["r"] is not None:
         raise UserError("--r is what the predictor learned; leave it out")
-    for name, value in values.items():
+    taken = SOLVERS[values["solver"]].options
+    rule_options = {name: config[name] for name in taken if config.get(name) is not None}
+    for name in rule_option_names():
+        if name in given and name not in config:
+            raise UserError(f"--{name} was not part of the predictor's training; leave it out")
+    for name, value in {**config, **values}.items():
         if name in given and options[name] != value:
             raise UserError(
                 f"--{name}={options[name]}: the predictor was trained with {name}={value}, which it brings along;"
                 " leave the flag out"
             )
-    return Settings(**values, denoise_to_zero=options["denoise_to_zero"])
+    return Settings(**values, options=rule_options, denoise_to_zero=options["denoise_to_zero"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -184,6 +181,7 @@ def generate_images(
             cond=cond,
             return_info=True,
             callback=keep if keep_intermediates else None,
+            noise=lambda generators=generators: generators.randn(shape),
             **arguments,
         )
         yield Batch(chosen, net.decode(x), torch.stack(denoised) if keep_intermediates else None, info)
@@ -353,9 +351,9 @@ def open_network(settings: Settings, options: dict, predictor, device: torch.dev
 
 def describe_run(settings: Settings, options: dict, net, predictor_file: Path | None, device: torch.device) -> dict:
     """The record of a run. What changes the images is under "settings"; a folder holds images of one such setting."""
-    rule = make_rule(settings.solver, settings.rule_options())
-    recorded = asdict(settings) | {name: getattr(rule, name, None) for name in _RULE_OPTIONS if name in rule.options}
-    recorded |= {name: None for name in _RULE_OPTIONS if name not in rule.options}
+    rule = settings.rule()
+    recorded = asdict(settings)
+    recorded |= {name: getattr(rule, name) for name in recorded.pop("options") | rule.options}
     recorded |= {
         "sigmas": settings.resolve(net).tolist(),
         "class": options["class_idx"],
@@ -453,23 +451,6 @@ def run(options: dict, given: set[str], device: torch.device) -> None:
 # Command line
 
 
-def _parse_afs(ctx, param, value):
-    choices = {"data": "data", **dict.fromkeys(("false", "0", "no", "off"), False)}
-    choices.update(dict.fromkeys(("true", "1", "yes", "on"), True))
-    if str(value).strip().lower() not in choices:
-        raise UserError(f"--afs={value}: choose True, False or data")
-    return choices[str(value).strip().lower()]
-
-
-def _parse_sigmas(ctx, param, value):
-    if value is None:
-        return None
-    try:
-        return [float(part) for part in value.split(",")]
-    except ValueError:
-        raise UserError(f"--sigmas={value}: write decreasing noise levels like 80,10,1,0.002") from None
-
-
 def _plain_solvers() -> str:
     return ", ".join(name for name, rule in SOLVERS.items() if not rule.needs_predictor)
 
@@ -479,22 +460,8 @@ def _plain_solvers() -> str:
 @click.option("--dataset_name", metavar="NAME", help="Network, where there is no predictor: digits, cifar10, ...")
 @click.option("--model_path", metavar="FILE", help="The network's file (default: embedded or downloaded)")
 @click.option("--solver", metavar="NAME", help=f"Plain solver: {_plain_solvers()}")
-@click.option("--num_steps", type=click.IntRange(min=2), default=6, show_default=True, help="Intervals + 1")
-@click.option(
-    "--schedule_type", type=click.Choice(list(SCHEDULES)), default="polynomial", show_default=True, help="Time schedule"
-)
-@click.option("--schedule_rho", type=float, default=7, show_default=True, help="Its exponent")
-@click.option("--sigma_min", type=float, help="Last noise level (default: the network's)")
-@click.option("--sigma_max", type=float, help="First noise level (default: the network's)")
-@click.option("--sigmas", metavar="S,S,...", callback=_parse_sigmas, help="Explicit noise levels instead of a schedule")
-@click.option(
-    "--afs", default="False", show_default=True, metavar="True|False|data", callback=_parse_afs, help="Free first step"
-)
-@click.option("--max_order", type=int, help="Order of ipndm and dpmpp (default: 4 and 3)")
-@click.option("--predict_x0", type=bool, help="dpmpp: predict images, not noise (default: True)")
-@click.option("--lower_order_final", type=bool, help="dpmpp: lower order in the last steps (default: True)")
-@click.option("--thresholding", type=bool, help="dpmpp: dynamic thresholding under predict_x0 (default: True)")
-@click.option("--r", "--solver_r", "r", type=float, help="dpm: place of the intermediate point (default: 0.5)")
+@schedule_flags
+@rule_flags
 @click.option("--denoise_to_zero", type=bool, default=False, show_default=True, help="One more evaluation at the end")
 @click.option("--guidance_type", metavar="NAME", help="Guidance, where the network takes one")
 @click.option("--guidance_rate", type=float, help="Its strength")

@@ -1,12 +1,16 @@
-"""Schedules, step rules and the sampling loop."""
+"""Schedules, step rules and the sampling loop. Every module of this package is imported, so that a rule registers itself."""
+
+import importlib
+import pkgutil
 
 from solvers.loop import SampleInfo, Solver, State, resolve_sigmas, sample
-from solvers.rules import SOLVERS, Rule, make_rule
+from solvers.rules import SOLVERS, Option, Rule, make_rule
 from solvers.schedules import SCHEDULES, check_sigmas, get_schedule, refine
 
 __all__ = [
     "SCHEDULES",
     "SOLVERS",
+    "Option",
     "Rule",
     "SampleInfo",
     "Solver",
@@ -18,3 +22,6 @@ __all__ = [
     "resolve_sigmas",
     "sample",
 ]
+
+for _module in sorted(module.name for module in pkgutil.iter_modules(__path__)):
+    importlib.import_module(f"{__name__}.{_module}")

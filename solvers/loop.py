@@ -1,4 +1,4 @@
-"""The one sampling loop. It owns the schedule, AFS, the NFE count, trajectories and the insertion of a learned point.
+"""The one sampling loop. It owns the schedule, AFS, the NFE count, trajectories and the predictor of learned points.
 
 ``Solver.advance`` does one interval and is what distillation trains through; ``sample`` runs all of them.
 """
@@ -10,24 +10,11 @@ from dataclasses import dataclass, field
 import torch
 
 from models.denoiser import BOTTLENECK_SIZE, read_bottleneck
-from solvers.rules import Rule, make_rule
+from solvers.rules import Rule, State, make_rule
 from solvers.schedules import check_sigmas, get_schedule
 from torch_utils.errors import UserError
 
 AFS_KINDS = (False, True, "data")
-
-
-@dataclass(frozen=True)
-class State:
-    """A point of a trajectory: x [B,C,H,W], what the rule remembers, and how many updates were made."""
-
-    x: torch.Tensor
-    history: tuple = ()
-    updates: int = 0
-
-    def detach(self) -> "State":
-        history = tuple((output.detach(), torch.as_tensor(sigma).detach()) for output, sigma in self.history)
-        return State(self.x.detach(), history, self.updates)
 
 
 @dataclass
@@ -61,18 +48,21 @@ class Solver:
     """A rule on a schedule with a network, and optionally a predictor that inserts one learned point per interval.
 
     sigmas: [N] descending. afs: False, True or "data". ``nfe`` counts the network evaluations really made.
+    noise: called without arguments, a standard normal tensor like x; what a stochastic rule draws.
     """
 
-    def __init__(self, net, rule: Rule, sigmas: torch.Tensor, *, afs=False, predictor=None, cond=None, observer=None):
+    def __init__(
+        self, net, rule: Rule, sigmas: torch.Tensor, *, afs=False, predictor=None, cond=None, observer=None, noise=None
+    ):
         if not (isinstance(afs, bool) or afs == "data"):
             raise UserError(f"afs={afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
         if predictor is None and rule.needs_predictor:
             raise UserError(f"the solver '{rule.name}' needs a trained predictor")
         if predictor is not None and not rule.can_learn:
             raise UserError(f"no predictor can be inserted into the solver '{rule.name}'")
-        self.net, self.rule, self.sigmas = net, rule, sigmas
+        self.net, self.rule, self.sigmas = net, rule.bind(net, sigmas), sigmas
         self.afs, self.predictor, self.cond = afs, predictor, dict(cond or {})
-        self.observer = observer
+        self.observer, self._noise = observer, noise
         self.nfe = 0
         self.predicted: tuple | None = None  # (r, scale_dir, scale_time) of the latest interval
         self._reader = None
@@ -86,6 +76,10 @@ class Solver:
         """Updates of the rule over the whole trajectory; one-stage rules make two per interval under a predictor."""
         return self.intervals * (2 if self.predictor is not None and self.rule.stages == 1 else 1)
 
+    def sigma(self, i: int, x: torch.Tensor) -> torch.Tensor:
+        """The noise level at point i of the schedule, in the dtype of x."""
+        return self.sigmas[i].to(x.dtype)
+
     @contextmanager
     def reading(self):
         """Context in which the network's bottleneck is read; needed around ``advance`` when there is a predictor."""
@@ -96,6 +90,12 @@ class Solver:
             yield
         self._reader = None
 
+    def advance(self, state: State, i: int) -> State:
+        """From point i of the schedule to the next (``rule.stride`` intervals further)."""
+        return self.rule.advance(self, state, i)
+
+    # What a rule may ask for.
+
     def denoise(self, x, sigma):
         self.nfe += getattr(self.net, "evals_per_call", 1)
         return self.net(x, sigma, **self.cond).to(x.dtype)
@@ -105,9 +105,12 @@ class Solver:
         told = sigma if scale_time is None else scale_time * sigma
         return (x - self.denoise(x, told)) / sigma
 
-    def first_direction(self, x, i):
-        """The direction at the start of interval i; differentiable only if x is (nothing learned enters it otherwise)."""
-        sigma = self.sigmas[i].to(x.dtype)
+    def direction_at(self, x, i):
+        """The direction at point i of the schedule, shown to the observer; at point 0 the analytical one under AFS.
+
+        It is differentiable only if x is: nothing learned enters it otherwise.
+        """
+        sigma = self.sigma(i, x)
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
             if i == 0 and self.afs:
                 d = afs_direction(self.net, x, sigma, self.afs)
@@ -117,39 +120,19 @@ class Solver:
             self.observer(i, sigma, x, x - sigma * d)
         return d
 
-    def advance(self, state: State, i: int) -> State:
-        """One interval, sigmas[i] -> sigmas[i + 1]."""
-        x, rule = state.x, self.rule
-        cur, nxt = self.sigmas[i].to(x.dtype), self.sigmas[i + 1].to(x.dtype)
-        d = self.first_direction(x, i)
-        if self.predictor is None:
-            scale_dir = scale_time = None
-            r = getattr(rule, "r", None)
-        else:
-            r, scale_dir, scale_time = self._predict(x, cur, nxt, analytic=bool(i == 0 and self.afs))
-        scale = 1.0 if scale_dir is None else scale_dir
-        if r is None:
-            return self._update(state, d, cur, nxt, scale)
-        mid = nxt**r * cur ** (1 - r)
-        if rule.stages == 2:
-            d_mid = self.direction(x + (mid - cur) * d, mid, scale_time)
-            return State(x + scale * (nxt - cur) * rule.combine(d, d_mid, r), (), state.updates + 1)
-        state = self._update(state, d, cur, mid)
-        return self._update(state, self.direction(state.x, mid, scale_time), mid, nxt, scale)
-
-    def _predict(self, x, cur, nxt, analytic):
-        if analytic:  # the network was not run: the predictor sees zeros, as in the reference implementation
+    def predict(self, x, i):
+        """The predictor's (r, scale_dir, scale_time) for the interval from point i, each [B,1,1,1]."""
+        if i == 0 and self.afs:  # the network was not run: the predictor sees zeros, as in the reference implementation
             feature = x.new_zeros(x.shape[0], BOTTLENECK_SIZE, BOTTLENECK_SIZE)
         else:
             feature = self._reader.read(x.shape[0]).to(x.dtype)
-        self.predicted = tuple(value.to(x.dtype) for value in self.predictor(feature, cur, nxt))
+        outputs = self.predictor(feature, self.sigma(i, x), self.sigma(i + 1, x))
+        self.predicted = tuple(value.to(x.dtype) for value in outputs)
         return self.predicted
 
-    def _update(self, state, d, sigma, target, scale=1.0):
-        output = self.rule.output(state.x, d, sigma)
-        history = (*state.history, (output, sigma))[-self.rule.keep :]
-        x = self.rule.update(state.x, history, target, state.updates, self.updates, scale)
-        return State(x, history, state.updates + 1)
+    def noise(self, x):
+        """Standard normal noise like x."""
+        return torch.randn_like(x) if self._noise is None else self._noise().to(x)
 
 
 def resolve_sigmas(
@@ -193,6 +176,7 @@ def sample(
     return_trajectory: bool = False,
     return_info: bool = False,
     callback: Callable | None = None,
+    noise: Callable | None = None,
     original_code: bool = False,
     **solver_options,
 ):
@@ -202,11 +186,13 @@ def sample(
     arithmetic. num_steps: time stamps (intervals + 1). sigmas: an explicit schedule that replaces num_steps and
     schedule_type. predictor: an AMEDPredictor; it inserts one learned evaluation per interval. cond: passed on to net.
     denoise_to_zero: one more evaluation at the last sigma. callback(i, sigma, x, denoised): called in every interval with
-    the state and the denoised image at its start. original_code: reproduce the published code where it deviates from its
+    the state and the denoised image at its start. noise(): standard normal noise like latents for stochastic solvers
+    (default: torch's global generator). original_code: reproduce the published code where it deviates from its
     paper (docs/solvers.md lists the places).
 
-    Returns x [B,C,H,W]; with return_trajectory the states at all sigmas [N,B,C,H,W] (plus the denoised one); with
-    return_info the pair (result, SampleInfo). Raises ValueError on unknown solvers and impossible settings.
+    Returns x [B,C,H,W]; with return_trajectory the states at all sigmas that the solver visits [N,B,C,H,W] (plus the
+    denoised one); with return_info the pair (result, SampleInfo). Raises ValueError on unknown solvers and impossible
+    settings.
     """
     if sigmas is None and num_steps is None:
         raise UserError("sample: give num_steps or an explicit list of sigmas")
@@ -216,13 +202,15 @@ def sample(
     times = resolve_sigmas(
         net, num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas, latents.device, original_code
     )
-    run = Solver(net, rule, times, afs=afs, predictor=predictor, cond=cond, observer=callback)
+    run = Solver(net, rule, times, afs=afs, predictor=predictor, cond=cond, observer=callback, noise=noise)
     info = SampleInfo(sigmas=times)
     state = State(latents * times[0].to(latents.dtype))
     points = [state.x]
     with run.reading():
-        for i in range(run.intervals):
+        i = 0
+        while i < run.intervals:
             state = run.advance(state, i)
+            i += run.rule.stride(i, run.intervals)
             if return_trajectory:
                 points.append(state.x)
             if run.predicted is not None:

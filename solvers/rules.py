@@ -1,13 +1,18 @@
 """Step rules: how a solver turns directions into a step.
 
-A rule is a small object without state. It sees the state x, the history of what it asked to remember (newest last, the
-current point included) and the noise levels; the loop in ``solvers/loop.py`` owns everything else. Two kinds exist:
+A rule is a small object that does not change while it samples. It sees the state x, the history of what it asked to
+remember (newest last, the current point included) and the noise levels; the loop in ``solvers/loop.py`` owns everything
+else: evaluations and their count, schedules, AFS, guidance, trajectories, the predictor. A rule is one of
 
-* one-stage rules implement ``update``; the loop calls it once per interval, twice when a predictor inserts a point;
-* two-stage rules evaluate once inside the interval and implement ``combine`` for the two directions.
+* a one-stage rule: implements ``update``, called once per interval, twice when a predictor inserts a point;
+* a two-stage rule: evaluates once inside the interval and implements ``combine`` for the two directions;
+* anything else: implements ``advance``, a whole interval, with the evaluations that the loop offers.
 
+Each module of this package that registers a rule is found by itself (``solvers/__init__.py``).
 d = (x - D) / sigma is the direction dx/dsigma of the probability-flow ODE throughout.
 """
+
+from dataclasses import dataclass
 
 import torch
 
@@ -27,24 +32,69 @@ def register(name: str):
     return add
 
 
+@dataclass(frozen=True)
+class State:
+    """A point of a trajectory: x [B,C,H,W], what the rule remembers, and how many updates were made."""
+
+    x: torch.Tensor
+    history: tuple = ()
+    updates: int = 0
+
+    def detach(self) -> "State":
+        history = tuple((output.detach(), torch.as_tensor(sigma).detach()) for output, sigma in self.history)
+        return State(self.x.detach(), history, self.updates)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting of a rule: a keyword of ``sample`` and a flag of the command lines. kind: bool, int, float, str, or the
+    tuple of the words that may be chosen from."""
+
+    kind: type | tuple[str, ...]
+    default: object
+    help: str
+
+    def check(self, name, value):
+        """``value`` in the option's type; UserError where it does not fit."""
+        if value is None:
+            return self.default
+        if isinstance(self.kind, tuple):
+            if value not in self.kind:
+                raise UserError(f"{name}={value}: choose from {', '.join(self.kind)}")
+            return value
+        if self.kind in (int, float) and not isinstance(value, bool):
+            number = float(value) if isinstance(value, int | float) else None
+            if number is not None and (self.kind is float or number == int(number)):
+                return self.kind(number)
+        elif isinstance(value, self.kind):
+            return value
+        wanted = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}[self.kind]
+        raise UserError(f"{name}={value} must be {wanted}")
+
+
 class Rule:
-    """Base class. Options are keyword arguments of the constructor; each rule takes those it understands."""
+    """Base class. Options are keyword arguments of the constructor and become attributes."""
 
     name: str
     summary: str = ""  # one line for the documentation table
-    options: tuple[str, ...] = ()  # names of the options the rule understands
+    options: dict[str, Option] = {}
     stages: int = 1  # network evaluations per interval without a predictor
     can_teach: bool = True
     can_learn: bool = True  # may a predictor be inserted?
     needs_predictor: bool = False
-    max_order: int = 1  # default; the largest order of a multistep rule is ``highest_order``
-    highest_order: int = 1
+    stochastic: bool = False  # draws noise while sampling
+    max_order: int = 1
+    highest_order: int = 1  # the option max_order may be 1..highest_order
 
-    def __init__(self, max_order=None):
-        if max_order is not None:
-            if int(max_order) != max_order or not 1 <= max_order <= self.highest_order:
-                raise UserError(f"max_order={max_order}: {self.name} supports 1..{self.highest_order}")
-            self.max_order = int(max_order)
+    def __init__(self, **values):
+        unknown = sorted(set(values) - set(self.options))
+        if unknown:
+            known = ", ".join(self.options) or "none"
+            raise UserError(f"{self.name} has no option '{unknown[0]}' (its options: {known})")
+        for name, option in self.options.items():
+            setattr(self, name, option.check(name, values.get(name)))
+        if not 1 <= self.max_order <= self.highest_order:
+            raise UserError(f"max_order={self.max_order}: {self.name} supports 1..{self.highest_order}")
 
     @property
     def keep(self) -> int:
@@ -55,6 +105,21 @@ class Rule:
     def one_step(self) -> bool:
         """True when a step depends on the current point only, so that a trajectory may be restarted anywhere."""
         return self.keep == 1
+
+    def bind(self, net, sigmas) -> "Rule":
+        """The rule to use for this network and schedule [N]: itself, or a copy with what it needs to know of them.
+
+        Raises UserError where it cannot work on them.
+        """
+        return self
+
+    def evaluations(self, intervals: int, afs=False, learned: bool = False) -> int:
+        """Calls of the network over a schedule of so many intervals; learned: with a predictor."""
+        return (2 if learned else self.stages) * intervals - bool(afs)
+
+    def stride(self, i: int, intervals: int) -> int:
+        """How many intervals of the schedule the step from point i covers."""
+        return 1
 
     def output(self, x, d, sigma):
         """What the rule remembers of an evaluation: by default the direction."""
@@ -67,6 +132,27 @@ class Rule:
         trajectory this is (from 0) and how many there are; scale: the predictor's scale_dir, [B,1,1,1] or 1.
         """
         raise NotImplementedError
+
+    def advance(self, run, state: State, i: int) -> State:
+        """From point i of the schedule to the next. run: the ``Solver``, which evaluates and asks the predictor."""
+        cur, nxt = run.sigma(i, state.x), run.sigma(i + 1, state.x)
+        d = run.direction_at(state.x, i)
+        if run.predictor is None:
+            return self.step(run, state, d, cur, nxt)
+        r, scale_dir, scale_time = run.predict(state.x, i)
+        mid = nxt**r * cur ** (1 - r)
+        state = self.step(run, state, d, cur, mid)
+        return self.step(run, state, run.direction(state.x, mid, scale_time), mid, nxt, scale_dir)
+
+    def step(self, run, state, d, sigma, target, scale=1.0) -> State:
+        """Remembers the evaluation d at sigma and makes one update from there to ``target``."""
+        history = (*state.history, (self.output(state.x, d, sigma), sigma))[-self.keep :]
+        x = self.update(state.x, history, target, state.updates, run.updates, scale)
+        return State(x, history, state.updates + 1)
+
+
+def order_option(default: int) -> Option:
+    return Option(int, default, "order of the method")
 
 
 @register("euler")
@@ -85,8 +171,7 @@ class IPNDM(Rule):
     """Adams-Bashforth with the weights of equal steps, whatever the grid (Zhang & Chen 2023; Liu et al. 2022)."""
 
     summary = "improved PNDM: linear multistep, order 1-4"
-    options = ("max_order",)
-    max_order = 4
+    options = {"max_order": order_option(4)}
     highest_order = 4
     one_step = False
     WEIGHTS = (
@@ -100,6 +185,13 @@ class IPNDM(Rule):
         weights = self.WEIGHTS[min(self.max_order, len(history)) - 1]
         d = sum(w * past for w, (past, _) in zip(weights, reversed(history), strict=False))
         return x + scale * (sigma_next - history[-1][1]) * d
+
+
+EXPONENTIAL_OPTIONS = {
+    "predict_x0": Option(bool, True, "work with images, not with noise"),
+    "lower_order_final": Option(bool, True, "lower order in the last steps"),
+    "thresholding": Option(bool, True, "dynamic thresholding under predict_x0"),
+}
 
 
 def dynamic_threshold(denoised: torch.Tensor, quantile: float = 0.995) -> torch.Tensor:
@@ -153,16 +245,9 @@ class DPMSolverPP(Rule):
     """
 
     summary = "DPM-Solver++ multistep, order 1-3"
-    options = ("max_order", "predict_x0", "lower_order_final", "thresholding")
-    max_order = 3
+    options = {"max_order": order_option(3), **EXPONENTIAL_OPTIONS}
     highest_order = 3
     one_step = False
-
-    def __init__(self, max_order=None, predict_x0=True, lower_order_final=True, thresholding=True):
-        super().__init__(max_order)
-        self.predict_x0 = predict_x0
-        self.lower_order_final = lower_order_final
-        self.thresholding = thresholding
 
     def output(self, x, d, sigma):
         if not self.predict_x0:
@@ -181,13 +266,20 @@ class TwoStageRule(Rule):
     """One evaluation inside the interval at sigma_mid = t^r s^(1-r), reached by an Euler step."""
 
     stages = 2
+    r: float = 0.5
 
-    def __init__(self, max_order=None, r=None):
-        super().__init__(max_order)
-        if r is not None:
-            if not 0 < r <= 1:
-                raise UserError(f"r={r}: the intermediate point of {self.name} needs 0 < r <= 1")
-            self.r = float(r)
+    def __init__(self, **values):
+        super().__init__(**values)
+        if not 0 < self.r <= 1:
+            raise UserError(f"r={self.r}: the intermediate point of {self.name} needs 0 < r <= 1")
+
+    def advance(self, run, state: State, i: int) -> State:
+        x, cur, nxt = state.x, run.sigma(i, state.x), run.sigma(i + 1, state.x)
+        d = run.direction_at(x, i)
+        r, scale_dir, scale_time = (self.r, 1.0, None) if run.predictor is None else run.predict(x, i)
+        mid = nxt**r * cur ** (1 - r)
+        d_mid = run.direction(x + (mid - cur) * d, mid, scale_time)
+        return State(x + scale_dir * (nxt - cur) * self.combine(d, d_mid, r), (), state.updates + 1)
 
     def combine(self, d, d_mid, r):
         """The direction of the whole step from the one at the start and the one inside."""
@@ -199,8 +291,7 @@ class DPMSolver2(TwoStageRule):
     """DPM-Solver-2 (Lu et al. 2022, Algorithm 1) for any r in (0, 1]."""
 
     summary = "DPM-Solver-2 singlestep, order 2; 2 evaluations per step"
-    options = ("r",)
-    r = 0.5
+    options = {"r": Option(float, 0.5, "place of the intermediate point, 0 < r <= 1")}
 
     def combine(self, d, d_mid, r):
         return d_mid / (2 * r) + (1 - 1 / (2 * r)) * d
@@ -211,7 +302,7 @@ class Heun(DPMSolver2):
     """Heun's method (Karras et al. 2022, Algorithm 1): the two-stage rule whose second point is the end of the step."""
 
     summary = "Heun, order 2; 2 evaluations per step, also on the last one"
-    options = ()
+    options = {}
     can_learn = False
     r = 1.0
 
@@ -221,7 +312,6 @@ class AMED(TwoStageRule):
     """AMED-Solver (Zhou et al. 2024, eq. 8): the whole step along the direction at a learned intermediate point."""
 
     summary = "AMED-Solver: learned intermediate point; needs a predictor"
-    options = ()
     can_teach = False
     needs_predictor = True
 
@@ -234,9 +324,5 @@ def make_rule(solver: str, explicit: dict | None = None, common: dict | None = N
     if solver not in SOLVERS:
         raise UserError(f"unknown solver '{solver}'; choose from {', '.join(SOLVERS)}")
     cls = SOLVERS[solver]
-    unknown = sorted(set(explicit or {}) - set(cls.options))
-    if unknown:
-        known = ", ".join(cls.options) or "none"
-        raise UserError(f"{solver} has no option '{unknown[0]}' (its options: {known})")
-    chosen = {k: v for k, v in (common or {}).items() if k in cls.options and v is not None}
+    chosen = {k: v for k, v in (common or {}).items() if k in cls.options}
     return cls(**chosen, **(explicit or {}))

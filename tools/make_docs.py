@@ -31,12 +31,6 @@ SCRIPTS = {
 }
 
 
-def default(rule, option: str) -> str:
-    """The value an option has when it is not given; None in the constructor means the rule's own attribute."""
-    value = inspect.signature(rule).parameters[option].default
-    return str(getattr(rule, option) if value is None else value)
-
-
 def order(rule) -> str:
     found = re.search(r"order ([\d-]+)", rule.summary)
     return found[1] if found else "-"
@@ -49,12 +43,12 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def solver_table() -> str:
     rows = []
-    for name, rule in SOLVERS.items():
-        options = ", ".join(f"`{option}={default(rule, option)}`" for option in rule.options) or "-"
+    for solver, rule in SOLVERS.items():
+        options = ", ".join(f"`{name}={option.default}`" for name, option in rule.options.items()) or "-"
         evaluations = "-" if rule.needs_predictor else str(rule.stages)
         learned = "2" if rule.can_learn else "-"
         roles = [word for word, can in (("student", rule.can_learn), ("teacher", rule.can_teach)) if can]
-        rows.append([f"`{name}`", rule.summary, order(rule), evaluations, learned, options, ", ".join(roles) or "-"])
+        rows.append([f"`{solver}`", rule.summary, order(rule), evaluations, learned, options, ", ".join(roles) or "-"])
     header = ["solver", "what it is", "order", "NFE per interval", "with a predictor", "options (default)", "roles"]
     return table(header, rows)
 

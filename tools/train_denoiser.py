@@ -126,6 +126,7 @@ def train(
     p_mean,
     p_std,
     amp,
+    compile,
     channels_last,
     xflip,
     cond,
@@ -172,6 +173,8 @@ def train(
         it, elapsed_before = state["it"], state["elapsed"]
         if it * batch / 1000 >= total_kimg or (minutes and elapsed_before / 60 >= minutes):
             raise UserError(f"--resume: {outdir} is finished; pass a larger --total_kimg or --minutes to train on")
+    if compile:
+        net.compile()
     ddp = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
     batches = Batches(images, labels, batch, seed, xflip)
     distributed.print0(f"{count_parameters(net):,} parameters, {len(images):,} images, batch {batch}, {outdir}")
@@ -263,6 +266,7 @@ def parse_ints(text, option):
 @click.option("--p_mean", type=float, default=-1.2, help="Mean of ln sigma in training", show_default=True)
 @click.option("--p_std", type=click.FloatRange(0, min_open=True), default=1.2, show_default=True)
 @click.option("--amp", type=click.Choice(["none", "bf16"]), default="none", show_default=True)
+@click.option("--compile", type=bool, default=False, help="torch.compile; minutes to start", show_default=True)
 @click.option("--channels_last", type=bool, default=True, show_default=True)
 @click.option("--xflip", type=bool, default=False, help="Random horizontal flips", show_default=True)
 @click.option("--cond", type=bool, default=False, help="Class-conditional", show_default=True)

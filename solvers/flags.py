@@ -1,0 +1,81 @@
+"""Command-line flags made from what is registered: one per option of the rules, and those of the schedule."""
+
+import click
+
+from solvers.rules import SOLVERS
+from solvers.schedules import SCHEDULES
+from torch_utils.errors import UserError
+
+SECOND_NAMES = {"r": "--solver_r"}  # torchrun takes --r for one of its own options
+SCHEDULE_NAMES = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_max")
+
+
+def rule_option_names() -> tuple[str, ...]:
+    """The options of all solvers, each once."""
+    return tuple(dict.fromkeys(name for rule in SOLVERS.values() for name in rule.options))
+
+
+def rule_flags(command):
+    """Decorator: one click option per option of the registered solvers; None where the user does not give it."""
+    for name in reversed(rule_option_names()):
+        users = {solver: rule.options[name] for solver, rule in SOLVERS.items() if name in rule.options}
+        kind = next(iter(users.values())).kind
+        if any(option.kind != kind for option in users.values()):
+            raise TypeError(f"the solvers {', '.join(users)} disagree about the type of their option '{name}'")
+        texts: dict[str, list[str]] = {}
+        for solver, option in users.items():
+            texts.setdefault(option.help, []).append(f"{solver} {option.default}")
+        text = "; ".join(f"{help} (default: {', '.join(defaults)})" for help, defaults in texts.items())
+        names = [f"--{name}", *([SECOND_NAMES[name]] if name in SECOND_NAMES else []), name]
+        command = click.option(*names, type=click.Choice(kind) if isinstance(kind, tuple) else kind, help=text)(command)
+    return command
+
+
+def parse_sigmas(ctx, param, value):
+    """Callback of --sigmas: "80,10,1" -> [80.0, 10.0, 1.0]; None stays None."""
+    if value is None:
+        return None
+    try:
+        return [float(part) for part in value.split(",")]
+    except ValueError:
+        raise UserError(f"--sigmas={value}: write decreasing noise levels like 80,10,1,0.002") from None
+
+
+def parse_afs(ctx, param, value):
+    """Callback of --afs: False, True or "data"."""
+    choices = {"data": "data", **dict.fromkeys(("false", "0", "no", "off"), False)}
+    choices.update(dict.fromkeys(("true", "1", "yes", "on"), True))
+    if str(value).strip().lower() not in choices:
+        raise UserError(f"--afs={value}: choose True, False or data")
+    return choices[str(value).strip().lower()]
+
+
+def schedule_flags(command):
+    """Decorator: the flags of the time schedule and of AFS."""
+    options = (
+        click.option("--num_steps", type=click.IntRange(min=2), default=6, show_default=True, help="Intervals + 1"),
+        click.option(
+            "--schedule_type",
+            type=click.Choice(list(SCHEDULES)),
+            default="polynomial",
+            show_default=True,
+            help="Time schedule",
+        ),
+        click.option("--schedule_rho", type=float, default=7, show_default=True, help="Its exponent"),
+        click.option("--sigma_min", type=float, help="Last noise level (default: the network's)"),
+        click.option("--sigma_max", type=float, help="First noise level (default: the network's)"),
+        click.option(
+            "--sigmas", metavar="S,S,...", callback=parse_sigmas, help="Explicit noise levels instead of a schedule"
+        ),
+        click.option(
+            "--afs",
+            default="False",
+            show_default=True,
+            metavar="True|False|data",
+            callback=parse_afs,
+            help="Free first step",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
