@@ -98,11 +98,13 @@ class Conv2d(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation with at least four channels per group."""
+    """Group normalisation with at least four channels per group; ValueError where the groups cannot be equal."""
 
     def __init__(self, num_channels, num_groups=32, min_channels_per_group=4, eps=1e-5):
         super().__init__()
         self.num_groups = min(num_groups, num_channels // min_channels_per_group)
+        if not self.num_groups or num_channels % self.num_groups:
+            raise ValueError(f"group normalisation cannot split {num_channels} channels into {self.num_groups} groups")
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
@@ -116,6 +118,8 @@ class PositionalEmbedding(nn.Module):
 
     def __init__(self, num_channels, max_positions=10000, endpoint=False):
         super().__init__()
+        if num_channels % 2:
+            raise ValueError(f"an embedding of {num_channels} channels: cosines and sines need an even number")
         self.num_channels = num_channels
         self.max_positions = max_positions
         self.endpoint = endpoint
@@ -172,6 +176,8 @@ class UNetBlock(nn.Module):
         self.skip_scale = skip_scale
         self.adaptive_scale = adaptive_scale
         self.num_heads = (num_heads or out_channels // channels_per_head) if attention else 0
+        if self.num_heads and out_channels % self.num_heads:
+            raise ValueError(f"attention cannot split {out_channels} channels into {self.num_heads} heads")
 
         resample = {"up": up, "down": down, "resample_filter": resample_filter}
         self.norm0 = GroupNorm(in_channels, eps=eps)

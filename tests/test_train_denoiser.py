@@ -17,6 +17,7 @@ from PIL import Image
 from models.edm import load_edm_network
 from tools import train_denoiser
 from torch_utils import distributed
+from torch_utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"model_channels": 8, "channel_mult": "1,2", "attn": "", "batch": 16, "device": "cpu"}
@@ -43,12 +44,6 @@ def arguments(**options):
     return [f"--{name}={value}" for name, value in {**SMALL, **options}.items()]
 
 
-def run(launcher, **options):
-    command = [sys.executable, "-m", *launcher, *arguments(**options)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-
-
 def invoke(**options):
     return CliRunner().invoke(train_denoiser.main, arguments(**options))
 
@@ -62,8 +57,8 @@ def test_command_line_trains_saves_and_resumes(tmp_path):
     images = write_images(tmp_path / "data.zip", labels=True)
     out = tmp_path / "run"
     common = {"data": tmp_path / "data.zip", "outdir": out, "cond": True}
-    done = run(["tools.train_denoiser"], **common, total_kimg=0.08, grid=True)
-    assert done.returncode == 0, done.stderr
+    done = invoke(**common, total_kimg=0.08, grid=True)
+    assert done.exit_code == 0, done.output
     snapshot = only(out, "network-snapshot-*.safetensors")
     net = load_edm_network(snapshot)
     assert (net.img_resolution, net.img_channels, net.label_dim) == (16, 1, 3)
@@ -81,6 +76,9 @@ def test_command_line_trains_saves_and_resumes(tmp_path):
     assert "already holds a run" in again.output and again.output.count("\n") == 1
     assert torch.load(out / "training-state.pt", weights_only=True)["it"] == 5
 
+    wider = invoke(**common, total_kimg=0.16, resume=True, model_channels=16)
+    assert wider.exit_code == 2 and "has another architecture; repeat its flags" in wider.output
+
     before = {name: value.clone() for name, value in net.state_dict().items()}
     more = invoke(**common, total_kimg=0.16, grid=False, resume=True)
     assert more.exit_code == 0, more.output
@@ -89,44 +87,57 @@ def test_command_line_trains_saves_and_resumes(tmp_path):
     assert any(not torch.equal(value, after[name]) for name, value in before.items())
 
 
-def settings(tmp_path, out, **more):
+def settings(tmp_path, out, dropout=0.0, **more):
     config = {**train_denoiser.ARCHITECTURES["ddpmpp"], "model_channels": 8, "channel_mult": [1, 2], "num_blocks": 1}
     return {
         **{
             "data": tmp_path / "data.zip",
             "outdir": out,
-            "net_config": {**config, "attn_resolutions": [], "dropout": 0.0},
+            "net_config": {**config, "attn_resolutions": [], "dropout": dropout},
         },
-        **{"total_kimg": 0.128, "minutes": 0, "batch": 16, "lr": 2e-3, "warmup_kimg": 0.01, "ema_kimg": 0.05},
+        **{"total_kimg": 0.064, "minutes": 0, "batch": 16, "lr": 2e-3, "warmup_kimg": 0.01, "ema_kimg": 0.05},
         **{"p_mean": -1.2, "p_std": 1.2, "amp": "none", "channels_last": False, "xflip": True, "cond": False},
         **{"seed": 3, "snap": 0.01, "grid": False, "resume": False, "device": torch.device("cpu"), **more},
     }
 
 
-def test_broken_run_continues_as_if_unbroken(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_broken_run_continues_as_if_unbroken(tmp_path, monkeypatch, dropout):
     write_images(tmp_path / "data.zip")
-    for name in ("whole", "broken"):
-        (tmp_path / name).mkdir()
-    train_denoiser.train(**settings(tmp_path, tmp_path / "whole"))
+    train_denoiser.train(**settings(tmp_path, tmp_path / "whole", dropout))
     original, calls = train_denoiser.edm_loss, []
 
     def failing(*args):
         calls.append(1)
-        if len(calls) > 4:
+        if len(calls) > 2:
             raise KeyboardInterrupt
         return original(*args)
 
     monkeypatch.setattr(train_denoiser, "edm_loss", failing)
     with pytest.raises(KeyboardInterrupt):
-        train_denoiser.train(**settings(tmp_path, tmp_path / "broken"))
+        train_denoiser.train(**settings(tmp_path, tmp_path / "broken", dropout))
     monkeypatch.setattr(train_denoiser, "edm_loss", original)
-    train_denoiser.train(**settings(tmp_path, tmp_path / "broken", resume=True))
+    assert torch.load(tmp_path / "broken" / "training-state.pt", weights_only=True)["it"] == 2
+    train_denoiser.train(**settings(tmp_path, tmp_path / "broken", dropout, resume=True))
     whole, broken = (
         torch.load(tmp_path / name / "training-state.pt", weights_only=True) for name in ("whole", "broken")
     )
-    assert whole["it"] == broken["it"] == 8
+    assert whole["it"] == broken["it"] == 4
     for part in ("net", "ema"):
         assert all(torch.equal(value, broken[part][name]) for name, value in whole[part].items())
+
+
+def test_dropout_differs_between_iterations(tmp_path, monkeypatch):
+    write_images(tmp_path / "data.zip")
+    original, masks = train_denoiser.edm_loss, []
+
+    def watched(*args):
+        masks.append(torch.nn.functional.dropout(torch.ones(64)))
+        return original(*args)
+
+    monkeypatch.setattr(train_denoiser, "edm_loss", watched)
+    train_denoiser.train(**settings(tmp_path, tmp_path / "run", 0.1, total_kimg=0.032))
+    assert len(masks) == 2 and not torch.equal(*masks)
 
 
 def test_processes_share_the_batches_of_one(monkeypatch):
@@ -146,34 +157,156 @@ def test_processes_share_the_batches_of_one(monkeypatch):
     assert stream[:20] != stream[20:40]
 
 
+# Trains with the flags given; continues by the half with a loss that is once infinite, with a finite gradient, on rank 1.
+DRIVER = """
+import math, sys
+from pathlib import Path
+from tools import train_denoiser
+from torch_utils import distributed
+from torch_utils.errors import UserError
+
+original, calls = train_denoiser.edm_loss, []
+leave, distributed.shutdown = distributed.shutdown, lambda: None  # one process group for both runs
+
+def poisoned(*args):
+    calls.append(1)
+    return original(*args) + (math.inf if distributed.rank() == 1 and len(calls) == 2 else 0.0)
+
+train_denoiser.main(sys.argv[1:], standalone_mode=False)
+train_denoiser.edm_loss = poisoned
+try:
+    train_denoiser.main([*sys.argv[1:], "--resume=True", "--total_kimg=0.128"], standalone_mode=False)
+except UserError as error:
+    Path(__file__).with_name(f"rank{distributed.rank()}.txt").write_text(f"{len(calls)} {error}")
+leave()
+"""
+
+
 def test_two_processes(tmp_path):
     write_images(tmp_path / "data.zip")
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "tools.train_denoiser"]
-    done = run(launcher, data=tmp_path / "data.zip", outdir=tmp_path / "run", total_kimg=0.064, grid=False)
+    (tmp_path / "driver.py").write_text(DRIVER)
+    flags = arguments(data=tmp_path / "data.zip", outdir=tmp_path / "run", total_kimg=0.064, grid=False)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "driver.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *launcher, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     state = torch.load(tmp_path / "run" / "training-state.pt", weights_only=True)
-    assert state["it"] == 4
+    assert state["it"] == 4  # and not what followed the infinite loss
     assert all(torch.isfinite(value).all() for value in state["net"].values())
     assert load_edm_network(only(tmp_path / "run", "network-snapshot-*.safetensors")).label_dim == 0
+    texts = [(tmp_path / f"rank{rank}.txt").read_text() for rank in (0, 1)]
+    assert texts[0] == texts[1]  # both stopped, in the same iteration
+    assert texts[0].startswith("2 the loss is not finite at 0.08 kimg (iteration 6, rank 1); the state at 0.064 kimg ")
+    assert texts[0].endswith("training-state.pt: continue with --resume=True and a smaller --lr (now 0.002)")
+
+
+def test_loss_that_explodes_ends_the_run_in_one_line(tmp_path):
+    write_images(tmp_path / "data.zip", count=16)
+    common = {"data": tmp_path / "data.zip", "outdir": tmp_path / "run", "grid": False}
+    result = invoke(**common, total_kimg=1, lr=1e30, warmup_kimg=0)
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit)
+    assert "rank 0); nothing is saved yet: start again with a smaller --lr (now 1e+30)" in result.output
+    assert not (tmp_path / "run" / "training-state.pt").exists()
+    assert invoke(**common, total_kimg=0.016).exit_code == 0  # as told
+
+
+@pytest.mark.parametrize(("model_type", "multiple"), [("SongUNet", 32), ("DhariwalUNet", 64)])
+def test_networks_that_are_built_also_run(model_type, multiple):
+    refused = []
+    for width in range(8, 2 * multiple + 9, 4):
+        config = {"img_resolution": 4, "img_channels": 1, "model_type": model_type, "num_blocks": 1, "dropout": 0.0}
+        config.update(model_channels=width, channel_mult=[1, 3], attn_resolutions=[4])
+        with torch.device("meta"):
+            try:
+                net = train_denoiser.build_network(config)
+            except UserError as error:
+                assert f"--model_channels={width} with --channel_mult=1,3 " in str(error)
+                refused.append(width)
+            else:
+                assert net.model(torch.zeros(1, 1, 4, 4), torch.ones(1)).shape == (1, 1, 4, 4)
+    assert refused and not any(width % multiple == 0 for width in refused)
+
+
+WRONG = {  # flag -> (value, what the error says)
+    "data": [("no-such.zip", "no-such.zip"), (__file__, "expected a folder or a .zip")],
+    "outdir": [(__file__, "is a file"), (f"{__file__}/run", "cannot write")],
+    "arch": [("vit", "'vit' is not one of")],
+    "model_channels": [(4, "4 is not in the range"), (24, "cannot split 144 channels into 32 groups")],
+    "channel_mult": [("1,x", "--channel_mult=1,x"), ("", "is empty"), ("1,0", "1 or more"), ("1,1,1,1,1,1", "halved")],
+    "num_blocks": [(0, "0 is not in the range")],
+    "attn": [("8;16", "--attn=8;16"), ("-8", "1 or more")],
+    "dropout": [(1, "--dropout"), (-0.1, "--dropout"), ("nan", "finite")],
+    "total_kimg": [(0, "--total_kimg"), ("nan", "finite"), ("inf", "finite")],
+    "minutes": [(-1, "--minutes"), ("nan", "finite")],
+    "batch": [(0, "--batch"), (1.5, "--batch")],
+    "lr": [(0, "--lr"), ("nan", "finite"), ("fast", "not a valid float")],
+    "warmup_kimg": [(-1, "--warmup_kimg"), ("nan", "finite")],
+    "ema_kimg": [(-1, "--ema_kimg"), ("inf", "finite")],
+    "p_mean": [("nan", "finite"), ("-inf", "finite")],
+    "p_std": [(0, "--p_std"), ("nan", "finite")],
+    "amp": [("fp8", "'fp8' is not one of")],
+    "compile": [("maybe", "not a valid boolean")],
+    "channels_last": [("maybe", "not a valid boolean")],
+    "xflip": [("maybe", "not a valid boolean")],
+    "cond": [("maybe", "not a valid boolean"), (True, "has no labels")],
+    "seed": [(-1, "--seed"), (1 << 63, "--seed")],
+    "snap": [(-1, "--snap"), ("nan", "finite")],
+    "grid": [("maybe", "not a valid boolean")],
+    "resume": [("maybe", "not a valid boolean"), (True, "--resume: there is no")],
+    "device": [("tpu9", "--device=tpu9")],
+}
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "data.zip"
+    write_images(path, count=8)
+    return path
+
+
+def complaint(result):
+    """The error line of a command that a person called wrongly."""
+    assert result.exit_code == 2, result.output
+    assert isinstance(result.exception, SystemExit)  # no traceback
+    line = result.output.strip().splitlines()[-1]
+    assert line.startswith("Error: ")
+    return line
+
+
+def test_every_flag_has_wrong_values():
+    assert set(WRONG) == {option.name for option in train_denoiser.main.params}
+
+
+@pytest.mark.parametrize(("flag", "value", "text"), [(flag, *case) for flag, cases in WRONG.items() for case in cases])
+def test_wrong_values_are_explained_before_anything_is_written(tmp_path, few, flag, value, text):
+    options = {"data": few, "outdir": tmp_path / "run", "channel_mult": "1,2,4", "total_kimg": 0.016, flag: value}
+    assert text in complaint(invoke(**options))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("make", "options", "text"),
+    ("options", "text"),
     [
-        ({}, {"cond": True}, "has no labels"),
-        ({"shape": (16, 24)}, {}, "square"),
-        ({}, {"resume": True}, "--resume: there is no"),
-        ({}, {"channel_mult": "1,x"}, "--channel_mult=1,x"),
-        ({}, {"device": "tpu9"}, "--device=tpu9"),
-        ({}, {"lr": 0}, "--lr"),
-        ({}, {"data": "no-such.zip"}, "no-such.zip"),
+        ({"model_channels": 224, "channel_mult": "1"}, "attention cannot split 224 channels into 3 heads"),
+        ({"model_channels": 15, "channel_mult": "4"}, "an embedding of 15 channels"),
     ],
 )
-def test_mistakes_are_explained(tmp_path, make, options, text):
-    write_images(tmp_path / "data.zip", count=8, **make)
-    result = invoke(**{"data": tmp_path / "data.zip", "outdir": tmp_path / "run", "total_kimg": 0.016, **options})
-    assert result.exit_code == 2
-    assert isinstance(result.exception, SystemExit)  # no traceback
-    assert text in result.output
-    assert "Error: " in result.output.strip().splitlines()[-1]
-    assert not list((tmp_path / "run").glob("network-*"))
+def test_widths_of_adm(tmp_path, few, options, text):
+    line = complaint(invoke(data=few, outdir=tmp_path / "run", arch="adm", total_kimg=0.016, **options))
+    assert text in line and line.endswith("--model_channels can be any multiple of 64")
+    assert not list(tmp_path.iterdir())
+
+
+def test_images_that_are_not_square(tmp_path):
+    write_images(tmp_path / "data.zip", count=2, shape=(16, 24))
+    assert "square" in complaint(invoke(data=tmp_path / "data.zip", outdir=tmp_path / "run", total_kimg=0.016))
+
+
+def test_damaged_state(tmp_path, few):
+    state = tmp_path / "training-state.pt"
+    for content in (b"", b"not a state", b"PK\x03\x04"):
+        state.write_bytes(content)
+        line = complaint(invoke(data=few, outdir=tmp_path, total_kimg=0.016, resume=True))
+        assert f"--resume: cannot read {state}" in line

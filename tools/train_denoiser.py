@@ -5,9 +5,11 @@
 Plain python or torchrun; stops at --total_kimg or --minutes, whichever comes first, and continues a run with --resume.
 """
 
-import json
+import math
+import pickle
 import time
 from copy import deepcopy
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import click
@@ -22,7 +24,9 @@ from torch_utils import distributed
 from torch_utils.errors import UserError
 from torch_utils.image_data import ImageSource, atomic_path, load_array
 from torch_utils.seeds import stream_seeds
+from training.run_folder import OPTIONS_FILE, RunLog, on_main, write_json
 
+STATE_FILE = "training-state.pt"
 ARCHITECTURES = {
     "ddpmpp": {
         "model_type": "SongUNet",
@@ -112,140 +116,310 @@ def save_grid(net, path, device, columns=10):
     save_image(image_grid(to_uint8(images), columns), path)
 
 
-def train(
-    *,
-    data,
-    outdir,
-    net_config,
-    total_kimg,
-    minutes,
-    batch,
-    lr,
-    warmup_kimg,
-    ema_kimg,
-    p_mean,
-    p_std,
-    amp,
-    compile,
-    channels_last,
-    xflip,
-    cond,
-    seed,
-    snap,
-    grid,
-    resume,
-    device,
-):
-    """Trains and writes network-snapshot-*.safetensors, training-state.pt, stats.jsonl and grids into ``outdir``."""
-    images, labels, data_mean, data_std = load_data(data, cond)
-    world, main = distributed.world_size(), distributed.rank() == 0
-    levels = len(net_config["channel_mult"])
-    if not levels or images.shape[2] % (1 << (levels - 1)):
-        raise UserError(f"--channel_mult: {images.shape[2]} pixels cannot be halved {max(levels - 1, 0)} times")
-    if batch % world:
-        raise UserError(f"--batch={batch} must be divisible by the number of processes ({world})")
-    torch.manual_seed(seed)
-    net_config = {
-        "img_resolution": images.shape[2],
-        "img_channels": images.shape[1],
-        "label_dim": 0 if labels is None else labels.shape[1],
-        **net_config,
-    }
-    net = EDMDenoiser(**net_config).to(device).train()
-    net.autocast = {"bf16": torch.bfloat16, "none": None}[amp]
-    if channels_last:
-        net = net.to(memory_format=torch.channels_last)
-    ema = deepcopy(net).eval().requires_grad_(False)
-    ema.data_mean, ema.data_std = data_mean.to(device), data_std
-    optimizer = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.9, 0.99), eps=1e-8)
-    it, elapsed_before = 0, 0.0
-    state_path = Path(outdir) / "training-state.pt"
-    if resume:
-        if not state_path.is_file():
-            raise UserError(f"--resume: there is no {state_path}")
-        state = torch.load(state_path, weights_only=True, map_location=device)
-        try:
-            net.load_state_dict(state["net"])
-            ema.load_state_dict(state["ema"])
-        except RuntimeError:
-            raise UserError(f"--resume: the run in {outdir} has another architecture; repeat its flags") from None
-        optimizer.load_state_dict(state["optimizer"])
-        it, elapsed_before = state["it"], state["elapsed"]
-        if it * batch / 1000 >= total_kimg or (minutes and elapsed_before / 60 >= minutes):
-            raise UserError(f"--resume: {outdir} is finished; pass a larger --total_kimg or --minutes to train on")
-    if compile:
-        net.compile()
-    ddp = DistributedDataParallel(net, broadcast_buffers=False) if world > 1 else net
-    batches = Batches(images, labels, batch, seed, xflip)
-    distributed.print0(f"{count_parameters(net):,} parameters, {len(images):,} images, batch {batch}, {outdir}")
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to train: the flags of the command line but for those of the network and of the places."""
 
-    def snapshot(loss):
-        kimg = it * batch / 1000
-        meta = {"trained_kimg": kimg, "minutes": elapsed() / 60, "data": Path(data).name, "seed": seed, "loss": loss}
-        meta.update(batch=batch, lr=lr, p_mean=p_mean, p_std=p_std, amp=amp, ema_kimg=ema_kimg, xflip=xflip)
-        save_edm_safetensors(ema, Path(outdir) / f"network-snapshot-{int(kimg):06d}.safetensors", {"training": meta})
-        state = {"net": net.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-        with atomic_path(state_path) as temporary:
-            torch.save({**state, "it": it, "elapsed": elapsed()}, temporary)
-        if grid:
-            save_grid(ema, Path(outdir) / f"grid-{int(kimg):06d}.png", device)
+    total_kimg: float
+    minutes: float
+    batch: int
+    lr: float
+    warmup_kimg: float
+    ema_kimg: float
+    p_mean: float
+    p_std: float
+    amp: str
+    compile: bool = False
+    channels_last: bool
+    xflip: bool
+    cond: bool
+    seed: int
+    snap: float
+    grid: bool
 
-    start = time.monotonic()
 
-    def elapsed():
-        return elapsed_before + time.monotonic() - start
+def build_network(net_config):
+    """The network; UserError where its widths cannot be split into the groups or attention heads they need."""
+    try:
+        return EDMDenoiser(**net_config)
+    except UserError:
+        raise
+    except ValueError as error:
+        widths = ",".join(map(str, net_config["channel_mult"]))
+        multiple = 64 if net_config["model_type"] == "DhariwalUNet" else 32
+        raise UserError(
+            f"--model_channels={net_config['model_channels']} with --channel_mult={widths} does not work: {error};"
+            f" --model_channels can be any multiple of {multiple}"
+        ) from None
 
-    bar = tqdm(total=total_kimg, unit="kimg", disable=not main, mininterval=5, bar_format="{l_bar}{bar}{r_bar}")
-    mean_loss, last_snap = float("nan"), it * batch / 1000
-    while True:
-        kimg = it * batch / 1000
-        # Rank 0's clock decides for everybody, or the ranks could disagree about the last iteration.
-        progress = max(kimg / total_kimg, elapsed() / 60 / minutes if minutes else 0.0)
-        if minutes and world > 1:
-            progress = distributed.broadcast_object(progress)
-        if progress >= 1:
-            break
-        rate = lr * min(1.0, kimg / max(warmup_kimg, 1e-8)) * min(1.0, (1 - progress) / 0.5)
-        for group in optimizer.param_groups:
-            group["lr"] = max(rate, lr * 1e-3)
-        generator = torch.Generator().manual_seed(stream_seeds(seed, it * world + distributed.rank(), 1)[0])
-        x, y = batches.get(it, generator, device)
-        optimizer.zero_grad(set_to_none=True)
-        loss = edm_loss(ddp, x, y, generator, p_mean, p_std, net.sigma_data).mean()
-        loss.backward()
-        value = float(loss.detach())
-        if not np.isfinite(value):
+
+class NotFinite(Exception):
+    """The loss of an iteration is NaN or infinite on the processes ``ranks``, or its gradient is (then on all)."""
+
+    def __init__(self, ranks):
+        super().__init__(f"loss not finite on rank {', '.join(map(str, ranks))}")
+        self.ranks = ranks
+
+
+class Learner:
+    """The network, its moving average, the optimizer, and one iteration on this process's share of a batch.
+
+    net_config: the arguments of EDMDenoiser but for those that the images decide; images, labels, data_mean, data_std:
+    see load_data. Attributes: ``net``, ``ema``, ``optimizer``, ``iteration`` (how many are done).
+    """
+
+    def __init__(self, net_config, images, labels, data_mean, data_std, options, device):
+        levels, resolution = len(net_config["channel_mult"]), images.shape[2]
+        if resolution % (1 << (levels - 1)):
+            raise UserError(f"--channel_mult: {resolution} pixels cannot be halved {levels - 1} times")
+        if options.batch % distributed.world_size():
             raise UserError(
-                f"the loss became {value} at {kimg:.1f} kimg; the last state is in {state_path}: lower --lr"
+                f"--batch={options.batch} must be divisible by the number of processes ({distributed.world_size()})"
             )
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        half_life = min(ema_kimg * 1000, 0.05 * it * batch + 1e-8)
-        beta = 0.5 ** (batch / max(half_life, 1e-8))
+        self.options, self.device, self.iteration = options, device, 0
+        self.batches = Batches(images, labels, options.batch, options.seed, options.xflip)
+        torch.manual_seed(options.seed)
+        label_dim = 0 if labels is None else labels.shape[1]
+        shape = {"img_resolution": resolution, "img_channels": images.shape[1], "label_dim": label_dim}
+        self.net = build_network({**shape, **net_config}).to(device).train()
+        self.net.autocast = {"bf16": torch.bfloat16, "none": None}[options.amp]
+        if options.channels_last:
+            self.net = self.net.to(memory_format=torch.channels_last)
+        self.ema = deepcopy(self.net).eval().requires_grad_(False)
+        self.ema.data_mean, self.ema.data_std = data_mean.to(device), data_std
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=options.lr, betas=(0.9, 0.99), eps=1e-8)
+        if options.compile:
+            self.net.compile()
+        several = distributed.world_size() > 1
+        self._ddp = DistributedDataParallel(self.net, broadcast_buffers=False) if several else self.net
+
+    @property
+    def kimg(self):
+        return self.iteration * self.options.batch / 1000
+
+    def step(self, lr):
+        """One iteration; returns its loss, the mean over all processes.
+
+        Raises NotFinite, on every process, where the loss or the gradient is not; network and optimizer are then as before.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        seed, p_mean, p_std = self.options.seed, self.options.p_mean, self.options.p_std
+        index = self.iteration * distributed.world_size() + distributed.rank()
+        generator = torch.Generator().manual_seed(stream_seeds(seed, index, 1)[0])
+        # Dropout draws from the global generators; indices below zero keep its masks apart from the noise.
+        torch.manual_seed(stream_seeds(seed, -1 - index, 1)[0])
+        images, labels = self.batches.get(self.iteration, generator, self.device)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = edm_loss(self._ddp, images, labels, generator, p_mean, p_std, self.net.sigma_data).mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        mean_loss = self._agreed(loss.detach(), norm)
+        self.optimizer.step()
+        self._average()
+        self.iteration += 1
+        return mean_loss
+
+    def _agreed(self, loss, norm):
+        """The mean of the processes' losses. All of them learn of one that is not finite, or the others would wait."""
+        mean = float(distributed.all_reduce_sum(loss / distributed.world_size()))
+        if not (math.isfinite(mean) and math.isfinite(norm)):
+            fine = distributed.gather_objects(math.isfinite(loss))
+            raise NotFinite([rank for rank, ok in enumerate(fine) if not ok] or list(range(len(fine))))
+        return mean
+
+    def _average(self):
+        """Moves the average towards the network; its half-life grows with the run up to ``ema_kimg``."""
+        half_life = min(self.options.ema_kimg * 1000, 0.05 * self.iteration * self.options.batch + 1e-8)
+        beta = 0.5 ** (self.options.batch / max(half_life, 1e-8))
         with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - beta)
-        mean_loss = value if np.isnan(mean_loss) else 0.99 * mean_loss + 0.01 * value
-        it += 1
-        bar.update(batch / 1000)
-        if it % 50 == 0:
-            bar.set_postfix_str(f"loss {mean_loss:.4f} {100 * progress:.0f}% done")
-            if main:
-                record = {"kimg": it * batch / 1000, "loss": mean_loss, "seconds": elapsed(), "lr": rate}
-                with open(Path(outdir) / "stats.jsonl", "a") as file:
-                    file.write(json.dumps(record) + "\n")
-        if main and snap and it * batch / 1000 - last_snap >= snap:
-            last_snap = it * batch / 1000
-            snapshot(mean_loss)
-    bar.close()
-    if main:
-        snapshot(mean_loss)
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - beta)
+
+    def state(self):
+        """Everything that the next iteration depends on."""
+        parts = {"net": self.net, "ema": self.ema, "optimizer": self.optimizer}
+        return {**{name: part.state_dict() for name, part in parts.items()}, "it": self.iteration}
+
+    def load_state(self, state):
+        """Raises RuntimeError where the state is of another architecture."""
+        self.net.load_state_dict(state["net"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.iteration = state["it"]
+
+
+class Run:
+    """A learner with its folder: decides how far the run is and when to log and to save, and does it."""
+
+    def __init__(self, learner, options, outdir, data):
+        self.learner, self.options, self.folder, self.data = learner, options, Path(outdir), data
+        self.log = RunLog(outdir)
+        self.loss = float("nan")  # running mean
+        self._elapsed_before, self._start = 0.0, time.monotonic()
+        self._snap_kimg, self._saved_at = 0.0, -1  # where the snapshots count from; iteration of the newest one
+
+    @property
+    def elapsed(self):
+        """Seconds of training, those of earlier parts of the run included."""
+        return self._elapsed_before + time.monotonic() - self._start
+
+    @property
+    def state_path(self):
+        return self.folder / STATE_FILE
+
+    def restore(self):
+        """Puts the state of an interrupted run back."""
+        state = on_main(read_state, self.state_path)
+        try:
+            self.learner.load_state(state)
+        except RuntimeError:
+            raise UserError(f"--resume: the run in {self.folder} has another architecture; repeat its flags") from None
+        self._elapsed_before, self._start = state["elapsed"], time.monotonic()
+        self._snap_kimg, self._saved_at = self.learner.kimg, self.learner.iteration
+        if self._progress() >= 1:
+            raise UserError(f"--resume: {self.folder} is finished; pass a larger --total_kimg or --minutes to train on")
+
+    def loop(self):
+        """Trains to the end. Raises UserError, on every process, for a loss that is not finite."""
+        with self._progress_bar() as bar:
+            while (progress := self._progress()) < 1:
+                lr = self._learning_rate(progress)
+                try:
+                    loss = self.learner.step(lr)
+                except NotFinite as error:
+                    self._give_up(error)
+                self.loss = loss if math.isnan(self.loss) else 0.99 * self.loss + 0.01 * loss
+                bar.update(min(self.learner.kimg, bar.total) - bar.n)
+                if self.learner.iteration % 50 == 0:
+                    bar.set_postfix_str(f"loss {self.loss:.4f} {100 * progress:.0f}% done")
+                    kimg = self.learner.kimg
+                    self.log.stats({"kimg": kimg, "loss": self.loss, "seconds": self.elapsed, "lr": lr})
+                if self.options.snap and self.learner.kimg - self._snap_kimg >= self.options.snap:
+                    self.snapshot()
+        if self._saved_at != self.learner.iteration:
+            self.snapshot()
+
+    def snapshot(self):
+        on_main(self._write_snapshot)
+        self._snap_kimg, self._saved_at = self.learner.kimg, self.learner.iteration
+
+    def _write_snapshot(self):
+        kimg, options = self.learner.kimg, self.options
+        meta = {"trained_kimg": kimg, "minutes": self.elapsed / 60, "data": Path(self.data).name, "loss": self.loss}
+        for name in ("seed", "batch", "lr", "p_mean", "p_std", "amp", "ema_kimg", "xflip"):
+            meta[name] = getattr(options, name)
+        network = self.folder / f"network-snapshot-{int(kimg):06d}.safetensors"
+        save_edm_safetensors(self.learner.ema, network, {"training": meta})
+        with atomic_path(self.state_path) as temporary:
+            try:
+                torch.save({**self.learner.state(), "elapsed": self.elapsed}, temporary)
+            except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+                raise UserError(f"cannot write {self.state_path}: {str(error)[:200]}") from None
+        if options.grid:
+            save_grid(self.learner.ema, self.folder / f"grid-{int(kimg):06d}.png", self.learner.device)
+
+    def _progress(self):
+        """0 .. 1, the same on every process."""
+        kimg, minutes = self.options.total_kimg, self.options.minutes
+        if not minutes:
+            return self.learner.kimg / kimg
+        # The first process's clock decides for all, or they could disagree about the last iteration.
+        return distributed.broadcast_object(max(self.learner.kimg / kimg, self.elapsed / 60 / minutes))
+
+    def _learning_rate(self, progress):
+        """Linear warm-up, and a linear decay over the second half."""
+        lr, warmup = self.options.lr, max(self.options.warmup_kimg, 1e-8)
+        return max(lr * min(1.0, self.learner.kimg / warmup) * min(1.0, (1 - progress) / 0.5), lr * 1e-3)
+
+    def _give_up(self, error):
+        ranks = ", ".join(map(str, error.ranks))
+        if self._saved_at < 0:
+            remedy = f"nothing is saved yet: start again with a smaller --lr (now {self.options.lr:g})"
+        else:
+            kept = f"the state at {self._snap_kimg:g} kimg is in {self.state_path}"
+            remedy = f"{kept}: continue with --resume=True and a smaller --lr (now {self.options.lr:g})"
+        raise UserError(
+            f"the loss is not finite at {self.learner.kimg:g} kimg (iteration {self.learner.iteration + 1}, rank {ranks});"
+            f" {remedy}"
+        ) from None
+
+    def _progress_bar(self):
+        return tqdm(
+            total=self.options.total_kimg,
+            initial=min(self.learner.kimg, self.options.total_kimg),
+            unit="kimg",
+            disable=distributed.rank() != 0,
+            mininterval=5,
+            bar_format="{l_bar}{bar}{r_bar}",
+        )
+
+
+def check_folder(outdir, resume):
+    """Raises UserError where ``outdir`` cannot take this run; writes nothing."""
+    outdir = Path(outdir)
+    if outdir.exists() and not outdir.is_dir():
+        raise UserError(f"--outdir={outdir} is a file; choose a folder")
+    state = outdir / STATE_FILE
+    if resume and not state.is_file():
+        raise UserError(f"--resume: there is no {state}")
+    if not resume and state.exists():
+        raise UserError(f"--outdir={outdir} already holds a run; pass --resume=True or another folder")
+
+
+def read_state(path):
+    """The training state of a run, on the CPU. Raises UserError where the file is damaged."""
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")
+        if not isinstance(state, dict) or not {"net", "ema", "optimizer", "it", "elapsed"} <= state.keys():
+            raise ValueError("it is not a training state")
+    except (OSError, EOFError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"--resume: cannot read {path} ({str(error).strip()[:120]})") from None
+    return state
+
+
+def train(*, data, outdir, net_config, device, resume=False, **options):
+    """Trains and writes network-snapshot-*.safetensors, training-state.pt, stats.jsonl and grids into ``outdir``.
+
+    net_config: arguments of EDMDenoiser (model_type, model_channels, ...) but for those that the images decide;
+    options: the fields of Options. Every process of a torchrun calls this. Raises UserError for settings that cannot
+    work, before anything is written, and for a loss that is not finite.
+    """
+    settings = Options(**options)
+    on_main(check_folder, outdir, resume)
+    images, labels, *statistics = load_data(data, settings.cond)
+    learner = Learner(net_config, images, labels, *statistics, settings, device)
+    run = Run(learner, settings, outdir, data)
+    if resume:
+        run.restore()
+    else:
+        on_main(write_json, Path(outdir) / OPTIONS_FILE, {**net_config, "data": str(data), **asdict(settings)})
+    size = f"{count_parameters(learner.net):,} parameters, {len(images):,} images"
+    distributed.print0(f"{size}, batch {settings.batch}, {outdir}")
+    try:
+        run.loop()
+    except torch.OutOfMemoryError:
+        raise UserError(f"{device} is out of memory: lower --batch (now {settings.batch})") from None
 
 
 def parse_ints(text, option):
+    """The numbers of a comma-separated list, 1 or more each; an empty text holds none."""
     try:
-        return [int(part) for part in text.split(",") if part]
+        values = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise UserError(f"{option}={text} is not a comma-separated list of whole numbers") from None
+    if min(values, default=1) < 1:
+        raise UserError(f"{option}={text}: the numbers must be 1 or more")
+    return values
+
+
+class Number(click.FloatRange):
+    """A finite number in a range: click lets NaN through."""
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number", param, ctx)
+        return number
 
 
 @click.command()
@@ -256,28 +430,26 @@ def parse_ints(text, option):
 @click.option("--channel_mult", default="1,2,4", show_default=True, help="Width of each resolution")
 @click.option("--num_blocks", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--attn", default="8", show_default=True, help="Resolutions with self-attention")
-@click.option("--dropout", type=click.FloatRange(0, 1), default=0.0, show_default=True)
-@click.option("--total_kimg", type=click.FloatRange(0, min_open=True), default=2000, show_default=True)
-@click.option("--minutes", type=click.FloatRange(0), default=0, help="Wall-clock budget, 0 = none", show_default=True)
+@click.option("--dropout", type=Number(0, 1, max_open=True), default=0.0, show_default=True)
+@click.option("--total_kimg", type=Number(0, min_open=True), default=2000, show_default=True)
+@click.option("--minutes", type=Number(0), default=0, help="Wall-clock budget, 0 = none", show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=128, help="Total batch size", show_default=True)
-@click.option("--lr", type=click.FloatRange(0, min_open=True), default=2e-3, show_default=True)
-@click.option("--warmup_kimg", type=click.FloatRange(0), default=10, show_default=True)
-@click.option("--ema_kimg", type=click.FloatRange(0), default=50, help="EMA half-life", show_default=True)
-@click.option("--p_mean", type=float, default=-1.2, help="Mean of ln sigma in training", show_default=True)
-@click.option("--p_std", type=click.FloatRange(0, min_open=True), default=1.2, show_default=True)
+@click.option("--lr", type=Number(0, min_open=True), default=2e-3, show_default=True)
+@click.option("--warmup_kimg", type=Number(0), default=10, show_default=True)
+@click.option("--ema_kimg", type=Number(0), default=50, help="EMA half-life", show_default=True)
+@click.option("--p_mean", type=Number(), default=-1.2, help="Mean of ln sigma in training", show_default=True)
+@click.option("--p_std", type=Number(0, min_open=True), default=1.2, show_default=True)
 @click.option("--amp", type=click.Choice(["none", "bf16"]), default="none", show_default=True)
 @click.option("--compile", type=bool, default=False, help="torch.compile; minutes to start", show_default=True)
 @click.option("--channels_last", type=bool, default=True, show_default=True)
 @click.option("--xflip", type=bool, default=False, help="Random horizontal flips", show_default=True)
 @click.option("--cond", type=bool, default=False, help="Class-conditional", show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option(
-    "--snap", type=click.FloatRange(0), default=100, help="kimg between snapshots, 0 = end", show_default=True
-)
+@click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), default=0, show_default=True)
+@click.option("--snap", type=Number(0), default=100, help="kimg between snapshots, 0 = end", show_default=True)
 @click.option("--grid", type=bool, default=True, help="Sample a grid at each snapshot", show_default=True)
 @click.option("--resume", type=bool, default=False, help="Continue the run in --outdir", show_default=True)
 @click.option("--device", default=None, help="cpu, cuda, mps; default: the best there is")
-def main(arch, model_channels, channel_mult, num_blocks, attn, dropout, outdir, device, resume, **options):
+def main(arch, model_channels, channel_mult, num_blocks, attn, dropout, device, **options):
     """Train a small EDM denoiser on a zip or folder of images."""
     net_config = {
         **ARCHITECTURES[arch],
@@ -287,19 +459,11 @@ def main(arch, model_channels, channel_mult, num_blocks, attn, dropout, outdir, 
         "attn_resolutions": parse_ints(attn, "--attn"),
         "dropout": dropout,
     }
+    if not net_config["channel_mult"]:
+        raise UserError("--channel_mult is empty; give one number for each resolution, for example 1,2,4")
     chosen = distributed.init(device)
     try:
-        if distributed.rank() == 0:
-            if Path(outdir).exists() and not Path(outdir).is_dir():
-                raise UserError(f"--outdir={outdir} is a file; choose a folder")
-            Path(outdir).mkdir(parents=True, exist_ok=True)
-            if not resume and (Path(outdir) / "training-state.pt").exists():
-                raise UserError(f"--outdir={outdir} already holds a run; pass --resume=True or another folder")
-            if not resume:
-                with atomic_path(Path(outdir) / "training_options.json") as temporary:
-                    temporary.write_text(json.dumps({**net_config, **options}, indent=2))
-        distributed.barrier()
-        train(outdir=outdir, net_config=net_config, device=chosen, resume=resume, **options)
+        train(net_config=net_config, device=chosen, **options)
     finally:
         distributed.shutdown()
 
