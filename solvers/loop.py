@@ -14,6 +14,7 @@ from solvers.rules import Rule, State, make_rule
 from solvers.schedules import check_sigmas, get_schedule
 from torch_utils.errors import UserError
 
+RANGE_SLACK = 1e-3  # schedules in float32 and rounded ends of a range may exceed it by this share
 AFS_KINDS = (False, True, "data")
 
 
@@ -148,10 +149,21 @@ def resolve_sigmas(
 ):
     """The schedule of a run: ``sigmas`` unchanged if given, else ``get_schedule`` over the network's (or the given) range."""
     if sigmas is not None:
-        return check_sigmas(sigmas, device)
+        return _within_range(net, check_sigmas(sigmas, device))
     lo = net.sigma_min if sigma_min is None else sigma_min
     hi = net.sigma_max if sigma_max is None else sigma_max
-    return get_schedule(num_steps, lo, hi, schedule_type, schedule_rho, net, device, original_code)
+    times = get_schedule(num_steps, lo, hi, schedule_type, schedule_rho, net, device, original_code)
+    return _within_range(net, times)
+
+
+def _within_range(net, sigmas):
+    """The schedule if the network supports its noise levels (up to the rounding of a published table)."""
+    least, most = getattr(net, "sigma_min", 0.0), getattr(net, "sigma_max", float("inf"))
+    low, high = float(sigmas[-1]), float(sigmas[0])
+    if low < least * (1 - RANGE_SLACK) or high > most * (1 + RANGE_SLACK):
+        wrong = low if high <= most * (1 + RANGE_SLACK) else high
+        raise UserError(f"sigma={wrong:g} is outside the network's range, {least:g}..{most:g}")
+    return sigmas
 
 
 @torch.no_grad()

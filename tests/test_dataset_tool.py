@@ -101,6 +101,14 @@ def test_a_failure_leaves_no_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+def test_atomic_path_gives_the_usual_permissions(tmp_path):
+    """Also where the writer makes a file of its own that others may not read, as safetensors does."""
+    (tmp_path / "plain").write_text("")
+    with atomic_path(tmp_path / "file") as temporary:
+        temporary.chmod(0o600)
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_atomic_path_keeps_the_old_file(tmp_path):
     dest = tmp_path / "file.txt"
     dest.write_text("old")

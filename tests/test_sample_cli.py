@@ -375,7 +375,7 @@ class ClassNet(BrokenNet):
 
 
 def classes_shown(seeds, **options) -> list[int]:
-    batches = cli.generate_images(ClassNet(), seeds, device="cpu", solver="euler", sigmas=[1.0, 1e-6], **options)
+    batches = cli.generate_images(ClassNet(), seeds, device="cpu", solver="euler", sigmas=[1.0, 0.002], **options)
     return [round(image.mean().item()) for result in batches for image in result.images]
 
 

@@ -30,10 +30,12 @@ def atomic_path(dest: str | Path) -> Iterator[Path]:
         dest.parent.mkdir(parents=True, exist_ok=True)
         temporary = dest.parent / f".{dest.name}-{secrets.token_hex(6)}.part"
         temporary.open("xb").close()
+        mode = temporary.stat().st_mode
     except OSError as exc:
         raise UserError(f"cannot write {dest}: {exc.strerror or exc}") from None
     try:
         yield temporary
+        os.chmod(temporary, mode)  # some writers (safetensors) put a file for the owner's eyes only in its place
         os.replace(temporary, dest)
     finally:
         temporary.unlink(missing_ok=True)
