@@ -60,22 +60,24 @@ class Settings:
     sigmas: list[float] | None = None  # replaces the five settings above
     afs: bool | str = False
     options: dict = field(default_factory=dict)  # of the solver
+    original_code: bool = False  # of solver and schedule
     denoise_to_zero: bool = False
     guidance_type: str | None = None
     guidance_rate: float | None = None
 
     def rule(self):
         """The solver with its options; UserError where they do not go together."""
-        return make_rule(self.solver, self.options)
+        return make_rule(self.solver, self.options, {"original_code": self.original_code})
 
     def arguments(self) -> dict:
         """Keyword arguments of ``solvers.sample``."""
-        names = ("solver", *SCHEDULE_NAMES, "sigmas", "afs", "denoise_to_zero")
+        names = ("solver", *SCHEDULE_NAMES, "sigmas", "afs", "denoise_to_zero", "original_code")
         return {name: getattr(self, name) for name in names} | self.options
 
     def resolve(self, net) -> torch.Tensor:
         """The noise levels, float64 on the CPU."""
-        return resolve_sigmas(net, **{name: getattr(self, name) for name in (*SCHEDULE_NAMES, "sigmas")})
+        names = (*SCHEDULE_NAMES, "sigmas", "original_code")
+        return resolve_sigmas(net, **{name: getattr(self, name) for name in names})
 
     def evaluations(self, net, with_predictor: bool) -> int:
         """Network evaluations per image that these settings should take."""
@@ -88,7 +90,7 @@ def settings_from_flags(options: dict, given: set[str]) -> Settings:
     solver = options["solver"]
     if options["dataset_name"] is None or solver is None:
         raise UserError("say what to sample: --predictor_path, or --dataset_name together with --solver")
-    explicit = {name: options[name] for name in rule_option_names() if name in given}
+    explicit = {name: options[name] for name in rule_option_names() if name in given and name != "original_code"}
     if make_rule(solver, explicit).needs_predictor:
         raise UserError(f"--solver={solver} needs a trained predictor: give --predictor_path (train.py makes one)")
     if options["sigmas"] is not None:
@@ -99,7 +101,7 @@ def settings_from_flags(options: dict, given: set[str]) -> Settings:
     values = {name: options[name] for name in names}
     if options["sigmas"] is not None:
         values["num_steps"] = len(options["sigmas"])
-    return Settings(**values, options=explicit)
+    return Settings(**values, options=explicit, original_code=bool(options["original_code"]))
 
 
 def settings_from_predictor(config: dict, options: dict, given: set[str]) -> Settings:
@@ -118,7 +120,7 @@ def settings_from_predictor(config: dict, options: dict, given: set[str]) -> Set
     taken = SOLVERS[values["solver"]].options
     rule_options = {name: config[name] for name in taken if config.get(name) is not None}
     for name in rule_option_names():
-        if name in given and name not in config:
+        if name in given and options[name] and name not in config:
             raise UserError(f"--{name} was not part of the predictor's training; leave it out")
     for name, value in {**config, **values}.items():
         if name in given and options[name] != value:
@@ -336,6 +338,12 @@ def open_network(settings: Settings, options: dict, predictor, device: torch.dev
     # What the network cannot do is said before anything is written.
     if options["class_idx"] is not None:
         net.make_cond(SeededGenerators([0]), options["class_idx"])
+    check_network(net, settings, predictor, device)
+    return net
+
+
+def check_network(net, settings: Settings, predictor, device: torch.device) -> None:
+    """UserError where the network cannot do what the settings ask; warns where the predictor belongs to other weights."""
     if settings.afs:
         zero = torch.zeros(1, net.img_channels, 1, 1, device=device)
         afs_direction(net, zero, torch.ones((), device=device), settings.afs)
@@ -346,24 +354,27 @@ def open_network(settings: Settings, options: dict, predictor, device: torch.dev
         trained_on = predictor.provenance.get("network_hash")
         if trained_on not in (None, net.weights_hash) and distributed.rank() == 0:
             print(f"Warning: the predictor was trained on other weights than {net.source_path}", file=sys.stderr)
-    return net
+
+
+def recorded_settings(settings: Settings, options: dict, net, predictor_file: Path | None) -> dict:
+    """What the images depend on, with the defaults of the solver and the noise levels spelled out."""
+    rule = settings.rule()
+    recorded = asdict(settings)
+    recorded |= {name: getattr(rule, name) for name in recorded.pop("options") | rule.options}
+    recorded["original_code"] = settings.original_code or None
+    return recorded | {
+        "sigmas": settings.resolve(net).tolist(),
+        "class": options["class_idx"],
+        "amp": options["amp"],
+        "network_sha256": net.weights_hash,
+        "predictor_sha256": sha256_of(predictor_file) if predictor_file is not None else None,
+    }
 
 
 def describe_run(settings: Settings, options: dict, net, predictor_file: Path | None, device: torch.device) -> dict:
     """The record of a run. What changes the images is under "settings"; a folder holds images of one such setting."""
-    rule = settings.rule()
-    recorded = asdict(settings)
-    recorded |= {name: getattr(rule, name) for name in recorded.pop("options") | rule.options}
-    recorded |= {
-        "sigmas": settings.resolve(net).tolist(),
-        "class": options["class_idx"],
-        "amp": options["amp"],
-        "subdirs": options["subdirs"],
-        "network_sha256": net.weights_hash,
-        "predictor_sha256": sha256_of(predictor_file) if predictor_file is not None else None,
-    }
     return {
-        "settings": recorded,
+        "settings": recorded_settings(settings, options, net, predictor_file) | {"subdirs": options["subdirs"]},
         "nfe": settings.evaluations(net, predictor_file is not None),
         "network_file": net.source_path,
         "predictor_file": str(predictor_file) if predictor_file is not None else None,

@@ -256,10 +256,13 @@ class DPMSolverPP(Rule):
         return dynamic_threshold(denoised) if self.thresholding else denoised
 
     def update(self, x, history, sigma_next, index, total, scale=1.0):
-        order = min(self.max_order, index + 1)
+        return exponential_multistep(x, history, sigma_next, self.order(index, total), self.predict_x0, scale)
+
+    def order(self, index, total):
+        """The order of update number ``index`` (from 0) of ``total``."""
         if self.lower_order_final and index + 1 >= self.max_order:
-            order = min(self.max_order, total - index)
-        return exponential_multistep(x, history, sigma_next, order, self.predict_x0, scale)
+            return min(self.max_order, total - index)
+        return min(self.max_order, index + 1)
 
 
 class TwoStageRule(Rule):

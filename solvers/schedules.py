@@ -17,14 +17,33 @@ def _logsnr(u, lo, hi, rho, net, original_code):
     return (math.log(hi) + u * (math.log(lo) - math.log(hi))).exp()
 
 
+VP_EPS = 1e-3  # the time of sigma_min; sigma_max is at time 1
+
+
+class VPTime:
+    """Time of the variance-preserving SDE with linear beta(t) that reaches sigma_min at time VP_EPS and sigma_max at 1:
+    sigma(t)^2 + 1 = exp(beta_d t^2 / 2 + beta_min t) (Song et al. 2021, Appendix C), the curve of ``time_uniform``."""
+
+    def __init__(self, sigma_min: float, sigma_max: float):
+        log_lo, log_hi = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
+        self.beta_d = 2 * (log_lo / VP_EPS - log_hi) / (VP_EPS - 1)
+        self.beta_min = log_hi - self.beta_d / 2
+
+    def time(self, sigma):
+        return ((self.beta_min**2 + 2 * self.beta_d * torch.log1p(sigma**2)).sqrt() - self.beta_min) / self.beta_d
+
+    def sigma(self, time):
+        return torch.expm1(0.5 * self.beta_d * time**2 + self.beta_min * time).sqrt()
+
+    def slope(self, time):
+        """d sigma / d time."""
+        sigma = self.sigma(time)
+        return (self.beta_d * time + self.beta_min) * (sigma**2 + 1) / (2 * sigma)
+
+
 def _time_uniform(u, lo, hi, rho, net, original_code):
     """Uniform (rho = 1) in the time of the variance-preserving SDE with linear beta(t) (Song et al. 2021, Appendix C)."""
-    eps = 1e-3  # the time of sigma_min; sigma_max is at time 1
-    log_lo, log_hi = math.log1p(lo**2), math.log1p(hi**2)
-    beta_d = 2 * (log_lo / eps - log_hi) / (eps - 1)
-    beta_min = log_hi - beta_d / 2
-    time = (1 + u * (eps ** (1 / rho) - 1)) ** rho
-    return torch.expm1(0.5 * beta_d * time**2 + beta_min * time).sqrt()
+    return VPTime(lo, hi).sigma((1 + u * (VP_EPS ** (1 / rho) - 1)) ** rho)
 
 
 def _discrete(u, lo, hi, rho, net, original_code):

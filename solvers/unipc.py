@@ -1,0 +1,98 @@
+"""UniPC (Zhao et al. 2023, "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models")."""
+
+import copy
+import math
+
+import numpy as np
+
+from solvers.rules import EXPONENTIAL_OPTIONS, DPMSolverPP, Option, State, order_option, register
+
+
+def phi_functions(z: float, count: int) -> list[float]:
+    """phi_1 .. phi_count at z != 0, where phi_1 = (e^z - 1) / z and phi_k+1 = (phi_k - 1 / k!) / z."""
+    if abs(z) < 1:  # the recursion cancels here: phi_k(z) = sum over j >= 0 of z^j / (j + k)!
+        return [sum(z**j / math.factorial(j + k) for j in range(18)) for k in range(1, count + 1)]
+    values = [math.expm1(z) / z]
+    for k in range(1, count):
+        values.append((values[-1] - 1 / math.factorial(k)) / z)
+    return values
+
+
+@register("unipc")
+class UniPC(DPMSolverPP):
+    """UniPC multistep (Zhao et al. 2023), in data (predict_x0) or noise prediction.
+
+    Every interval but the last predicts the next point, evaluates there, and corrects the point with what it learned; the
+    evaluation at the predicted point serves the next interval, so the corrector is free. It raises the order of accuracy
+    to max_order + 1; the first interval and, under lower_order_final, the last ones have less. lower_order_final and
+    thresholding are those of dpmpp. The callback gets the predicted points, a trajectory has the corrected ones.
+
+    variant: B(h) = h (bh1) or e^h - 1 (bh2). It enters only where the published code fixes a weight instead of solving
+    for it: in the corrector of order 1 and the predictor of order 2.
+
+    original_code: on schedules of fewer than max_order intervals the last one has a corrector too, one evaluation more.
+    """
+
+    summary = "UniPC multistep predictor-corrector, order 1-3"
+    options = {
+        "max_order": order_option(3),
+        "variant": Option(("bh1", "bh2"), "bh2", "the function B(h) of UniPC"),
+        **EXPONENTIAL_OPTIONS,
+        "original_code": Option(bool, False, "reproduce the published code where it deviates"),
+    }
+    can_learn = False
+
+    def bind(self, net, sigmas):
+        bound = copy.copy(self)
+        bound.grid = sigmas.tolist()
+        return bound
+
+    def corrects_last(self, intervals: int) -> bool:
+        return self.original_code and intervals < self.max_order
+
+    def evaluations(self, intervals, afs=False, learned=False):
+        return super().evaluations(intervals, afs, learned) + self.corrects_last(intervals)
+
+    def advance(self, run, state: State, i: int) -> State:
+        cur, nxt = self.grid[i], self.grid[i + 1]
+        last = i + 1 == run.intervals
+        history = state.history
+        if not history:
+            sigma = run.sigma(i, state.x)
+            history = ((self.output(state.x, run.direction_at(state.x, i), sigma), sigma),)
+        order = self.order(i, run.intervals)
+        h = math.log(cur / nxt)
+        z = -h if self.predict_x0 else h
+        newest = history[-1][0]
+        # Differences to the newest output and their places in the interval: 0 is its start, 1 its end.
+        places = [math.log(cur / self.grid[i - k]) / h for k in range(1, order)]
+        differences = [history[-1 - k][0] - newest for k in range(1, order)]
+        # The exact solution if the model output stayed what it is at the start.
+        factor, weight = (nxt / cur, 1.0) if self.predict_x0 else (1.0, nxt)
+        base = factor * state.x - weight * math.expm1(z) * newest
+
+        def step(differences, places, fixed):
+            weights = self.weights(z, places, fixed) if places else []
+            terms = (w * difference for w, difference in zip(weights, differences, strict=True))
+            return base - weight * sum(terms, start=0.0)
+
+        x = step(differences, places, fixed=order == 2)
+        if last and not self.corrects_last(run.intervals):
+            return State(x, history, state.updates + 1)
+        sigma = run.sigma(i + 1, x)
+        d = run.direction(x, sigma) if last else run.direction_at(x, i + 1)
+        output = self.output(x, d, sigma)
+        corrected = step([*differences, output - newest], [*places, 1.0], fixed=order == 1)
+        return State(corrected, (*history, (output, sigma))[-self.keep :], state.updates + 1)
+
+    def weights(self, z: float, places: list[float], fixed: bool) -> list[float]:
+        """Weights of the differences, such that polynomials of degree len(places) through them are integrated exactly.
+
+        fixed: the one weight is B / (2 place), correct to leading order, instead.
+        """
+        if fixed:
+            return [0.5 * (z if self.variant == "bh1" else math.expm1(z)) / places[0]]
+        count = len(places)
+        # int_0^1 z e^(z (1 - s)) s^k ds = k! z phi_{k+1}(z): what the weights have to give for the output s^k.
+        moments = [math.factorial(k) * z * phi for k, phi in enumerate(phi_functions(z, count + 1))][1:]
+        return np.linalg.solve([[p**k for p in places] for k in range(1, count + 1)], moments).tolist()
