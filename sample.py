@@ -360,7 +360,9 @@ def recorded_settings(settings: Settings, options: dict, net, predictor_file: Pa
     """What the images depend on, with the defaults of the solver and the noise levels spelled out."""
     rule = settings.rule()
     recorded = asdict(settings)
-    recorded |= {name: getattr(rule, name) for name in recorded.pop("options") | rule.options}
+    for name in recorded.pop("options") | rule.options:
+        value = getattr(rule, name)
+        recorded[name] = str(value) if value in (math.inf, -math.inf) else value  # JSON has no infinity
     recorded["original_code"] = settings.original_code or None
     return recorded | {
         "sigmas": settings.resolve(net).tolist(),

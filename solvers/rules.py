@@ -64,7 +64,7 @@ class Option:
             return value
         if self.kind in (int, float) and not isinstance(value, bool):
             number = float(value) if isinstance(value, int | float) else None
-            if number is not None and (self.kind is float or number == int(number)):
+            if number is not None and (self.kind is float or number.is_integer()):
                 return self.kind(number)
         elif isinstance(value, self.kind):
             return value

@@ -522,6 +522,8 @@ MISTAKES = [
     ({"solver": "ipndm", "max_order": 2.5}, "whole number"),
     ({"solver": "dpmpp", "thresholding": 1}, "True or False"),
     ({"solver": "dpm", "r": "half"}, "must be a number"),
+    ({"solver": "ipndm", "max_order": float("nan")}, "whole number"),
+    ({"solver": "ipndm", "max_order": float("inf")}, "whole number"),
     ({"solver": "dpmpp", "max_order": 4}, "supports 1..3"),
     ({"solver": "dpm", "r": 0.0}, "0 < r <= 1"),
     ({"solver": "dpm", "r": 1.5}, "0 < r <= 1"),

@@ -19,6 +19,7 @@ from torch_utils.errors import UserError
 from torch_utils.image_data import atomic_path
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+MANY = 600  # intervals, for the average number of evaluations
 DOCUMENT = DOCS / "solvers.md"
 SCRIPTS = {
     "train.py": "train",
@@ -45,7 +46,7 @@ def solver_table() -> str:
     rows = []
     for solver, rule in SOLVERS.items():
         options = ", ".join(f"`{name}={option.default}`" for name, option in rule.options.items()) or "-"
-        evaluations = "-" if rule.needs_predictor else str(rule.stages)
+        evaluations = "-" if rule.needs_predictor else f"{rule().evaluations(MANY) / MANY:.2g}"
         learned = "2" if rule.can_learn else "-"
         roles = [word for word, can in (("student", rule.can_learn), ("teacher", rule.can_teach)) if can]
         rows.append([f"`{solver}`", rule.summary, order(rule), evaluations, learned, options, ", ".join(roles) or "-"])

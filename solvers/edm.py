@@ -1,0 +1,58 @@
+"""The stochastic sampler of EDM (Karras et al. 2022, "Elucidating the Design Space of Diffusion-Based Generative Models")."""
+
+import math
+
+from solvers.loop import afs_direction
+from solvers.rules import Heun, Option, State, register
+from torch_utils.errors import UserError
+
+
+@register("edm")
+class EDM(Heun):
+    """EDM's stochastic sampler (Karras et al. 2022, Algorithm 2): fresh noise before every Heun step.
+
+    Where S_min <= sigma <= S_max, noise of standard deviation S_noise sqrt(sigma_hat^2 - sigma^2) lifts the state from
+    sigma to sigma_hat = (1 + gamma) sigma, gamma = min(S_churn / N, sqrt(2) - 1) with N noise levels in the schedule, and
+    the Heun step goes on from there. S_churn = 0 is heun. ``denoise_to_zero`` is the algorithm's last step, to sigma = 0:
+    2 N - 1 evaluations; no noise is added before it. AFS applies to the state that is evaluated, at sigma_hat. The callback
+    gets the state before the noise, and the image that the network saw behind it after the noise. sigma_hat may lie above
+    the network's sigma_max by up to sqrt(2), as published; a lower S_max avoids that.
+    """
+
+    summary = "EDM's stochastic sampler: Heun after fresh noise, order 2 without noise; 2 evaluations per step"
+    options = {
+        "S_churn": Option(float, 0.0, "amount of fresh noise over the whole schedule"),
+        "S_min": Option(float, 0.0, "fresh noise from this noise level on"),
+        "S_max": Option(float, math.inf, "fresh noise up to this noise level"),
+        "S_noise": Option(float, 1.0, "factor of the fresh noise's standard deviation"),
+    }
+    can_teach = False
+    stochastic = True
+
+    def __init__(self, **values):
+        super().__init__(**values)
+        for name in ("S_churn", "S_min", "S_noise"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UserError(f"{name}={value} must be a finite number >= 0")
+        if not self.S_max >= self.S_min:
+            raise UserError(f"S_max={self.S_max} must be a number >= S_min={self.S_min}")
+
+    def gamma(self, sigma: float, levels: int) -> float:
+        """By which share of itself the noise level is raised."""
+        if not self.S_min <= sigma <= self.S_max:
+            return 0.0
+        return min(self.S_churn / levels, math.sqrt(2) - 1)
+
+    def advance(self, run, state: State, i: int) -> State:
+        gamma = self.gamma(float(run.sigmas[i]), len(run.sigmas))
+        if gamma == 0:
+            return super().advance(run, state, i)
+        cur, nxt = run.sigma(i, state.x), run.sigma(i + 1, state.x)
+        hat = (1 + gamma) * cur
+        x = state.x + self.S_noise * (hat**2 - cur**2).sqrt() * run.noise(state.x)
+        d = afs_direction(run.net, x, hat, run.afs) if i == 0 and run.afs else run.direction(x, hat)
+        if run.observer is not None:
+            run.observer(i, cur, state.x, x - hat * d)
+        d_next = run.direction(x + (nxt - hat) * d, nxt)
+        return State(x + (nxt - hat) * self.combine(d, d_next, self.r), (), state.updates + 1)

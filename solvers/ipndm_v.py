@@ -1,0 +1,63 @@
+"""iPNDM (Zhang & Chen 2023) with variable steps: Adams-Bashforth on any grid (Hairer, Norsett & Wanner 1993, III.5)."""
+
+from solvers.rules import Option, Rule, order_option, register
+
+
+def adams_bashforth_weights(sigmas, sigma_next, published=False) -> list:
+    """Weights (newest first) of the directions at ``sigmas`` (newest first, 1 to 4 of them) in the step to sigma_next.
+
+    The interpolating polynomial through the points is averaged over the step: with h, u, v, w the current and the previous
+    step lengths, Newton's form has the terms below. Scalars or [B,1,1,1], like the noise levels. published: with the three
+    slips of the published code, which spoil orders 3 and 4 on unequal steps.
+    """
+    h = sigma_next - sigmas[0]
+    steps = [newer - older for newer, older in zip(sigmas[:-1], sigmas[1:], strict=True)]
+    weights = [1.0] + [0.0] * len(steps)
+
+    def add(factor, difference):
+        for k, part in enumerate(difference):
+            weights[k] = weights[k] + factor * part
+
+    if len(steps) >= 1:
+        u = steps[0]
+        add(h / (2 * u), (1, -1))
+    if len(steps) >= 2:
+        v = steps[1]
+        second = (1, -1 - u / v, u / v)  # u (u + v) times the divided difference
+        if published:
+            add((1 - h**2 / (3 * u * (u + v))) / 2, second)
+        else:
+            add((1 - h / (3 * (h + u))) * h * (h + u) / (2 * u * (u + v)), second)
+    if len(steps) >= 3:
+        w = steps[2]
+        q = u * (u + v) / (v * (v + w))
+        before = (0, 1, -1 - v / w, u / v if published else v / w)  # the same one point earlier
+        third = [a - q * b for a, b in zip((*second, 0), before, strict=True)]
+        sign = 1 if published else -1
+        average = (1 - h / (3 * (h + u))) / 2 + sign * (1 - h / (2 * (h + u))) * h / (6 * (h + u + v))
+        add(average * h * (h + u) * (h + u + v) / (u * (u + v) * (u + v + w)), third)
+    return weights
+
+
+@register("ipndm_v")
+class IPNDMV(Rule):
+    """Adams-Bashforth with the weights of the actual steps: exact where d is a polynomial in sigma of degree below the
+    order, on any grid. With equal steps it is ipndm. The first step is Euler's, then the order rises by one per step.
+
+    original_code: the published weights of orders 3 and 4, which are not exact on unequal steps. Where step lengths change
+    smoothly, order 3 stays one, and order 4 becomes 2.
+    """
+
+    summary = "iPNDM with the weights of unequal steps, order 1-4"
+    options = {
+        "max_order": order_option(4),
+        "original_code": Option(bool, False, "reproduce the published code where it deviates"),
+    }
+    highest_order = 4
+    one_step = False
+
+    def update(self, x, history, sigma_next, index, total, scale=1.0):
+        outputs, sigmas = zip(*reversed(history[-self.keep :]), strict=True)
+        weights = adams_bashforth_weights(sigmas, sigma_next, self.original_code)
+        d = sum(w * output for w, output in zip(weights, outputs, strict=True))
+        return x + scale * (sigma_next - sigmas[0]) * d

@@ -1,0 +1,59 @@
+"""PFDiff (Wang et al. 2024, "PFDiff: Training-Free Acceleration of Diffusion Models Combining Past and Future Scores")."""
+
+from solvers.rules import Option, Rule, State, register
+from torch_utils.errors import UserError
+
+MOST_SKIPPED = 3
+
+
+@register("pfdiff")
+class PFDiff(Rule):
+    """PFDiff-k_h on first-order steps (Wang et al. 2024): one evaluation pays for k + 1 intervals.
+
+    The first interval is Euler's. From then on, at point i of the schedule and with the slope g of the evaluation before:
+
+        future point    x_f = x_i + (sigma_{i+h} - sigma_i) g        without an evaluation
+        its slope       g = (x_f - D(x_f; sigma_{i+h})) / sigma_{i+h}
+        jump            x_{i+k+1} = x_i + (sigma_{i+k+1} - sigma_i) g
+
+    Where fewer than k + 1 intervals are left, the jump is shortened to the end and the future point to the last one
+    before it, which for a single interval is Euler's step. So NFE = 1 + ceil((intervals - 1) / (k + 1)); the finest
+    schedule for NFE = n has (k + 1) n - k intervals. Order 2 where the future point is in the middle of the jump,
+    2 h = k + 1, otherwise 1; with k = 1 and equal steps the evaluated points are those of ipndm with max_order=2 on every
+    second noise level. The callback sees the future points. pfdiff_k: 1..3. pfdiff_h: 1..pfdiff_k.
+    """
+
+    summary = "PFDiff on Euler steps: one evaluation per k + 1 intervals, order 1-2"
+    options = {
+        "pfdiff_k": Option(int, 1, "points that every evaluation skips, 1 to 3"),
+        "pfdiff_h": Option(int, 1, "how many points ahead to evaluate, 1 to pfdiff_k"),
+    }
+    can_teach = False
+    can_learn = False
+    one_step = False
+
+    def __init__(self, **values):
+        super().__init__(**values)
+        if not 1 <= self.pfdiff_k <= MOST_SKIPPED:
+            raise UserError(f"pfdiff_k={self.pfdiff_k}: {self.name} skips 1..{MOST_SKIPPED} points")
+        if not 1 <= self.pfdiff_h <= self.pfdiff_k:
+            raise UserError(f"pfdiff_h={self.pfdiff_h}: with pfdiff_k={self.pfdiff_k} choose 1..{self.pfdiff_k}")
+
+    def stride(self, i, intervals):
+        return 1 if i == 0 else min(self.pfdiff_k + 1, intervals - i)
+
+    def evaluations(self, intervals, afs=False, learned=False):
+        jumps = -(-(intervals - 1) // (self.pfdiff_k + 1))
+        return 1 + jumps - bool(afs)
+
+    def advance(self, run, state: State, i: int) -> State:
+        x, cur = state.x, run.sigma(i, state.x)
+        stride = self.stride(i, run.intervals)
+        future, point = i, x
+        if state.history:
+            future = i + min(self.pfdiff_h, stride - 1)
+            slope = state.history[-1][0]
+            point = x + (run.sigma(future, x) - cur) * slope
+        slope = run.direction_at(point, future)
+        x = x + (run.sigma(i + stride, x) - cur) * slope
+        return State(x, ((slope, run.sigma(future, x)),), state.updates + 1)
