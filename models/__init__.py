@@ -4,7 +4,8 @@ The two functions here are the way in: ``create_model`` for a network of the tab
 ``build_denoiser`` for hyper-parameters and weights that are in memory already.
 """
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,7 +15,16 @@ from torch_utils.errors import UserError
 
 __all__ = ["Denoiser", "build_denoiser", "create_model"]
 
-_FAMILIES_TO_COME = ("cm", "adm", "ldm", "sd")
+# Network family -> the function that builds it, as "module:function", imported when the family is asked for. It takes
+# (config, state_dict, guidance_type, guidance_rate, device) and returns the denoiser, filled with copies of the weights
+# on the device; ``lay_out``, ``fill_weights`` and ``check_guidance`` below are its tools.
+FAMILIES = {
+    "edm": "models:_build_edm",
+    "cm": "models.cm:build_cm",
+    "adm": "models.adm:build_adm",
+    "ldm": "models.ldm:build_ldm",
+    "sd": "models.sd:build_sd",
+}
 
 
 def create_model(
@@ -37,9 +47,7 @@ def create_model(
     from torch_utils.download import sha256_of
 
     card = None if dataset_name == zoo.CUSTOM else zoo.get_card(dataset_name)
-    _check_guidance(
-        card.guidance if card else ("none",), guidance_type, guidance_rate, f"dataset_name '{dataset_name}'"
-    )
+    check_guidance(card.guidance if card else ("none",), guidance_type, guidance_rate, f"dataset_name '{dataset_name}'")
     path = zoo.resolve(dataset_name, model_path)
     net = load_edm_network(path)
     if card is not None:
@@ -66,29 +74,50 @@ def build_denoiser(
     """A denoiser of a known family from its constructor arguments and its weights, frozen and in evaluation mode.
 
     config: the constructor arguments under the names of the original code. state_dict: tensors under the names of the
-    official checkpoints; every name and shape has to fit. The tensors are copied, as float32.
+    official checkpoints; every name and shape has to fit. The tensors are copied, as float32 (the torso of a U-Net as
+    float16 where config says use_fp16).
 
-    Raises UserError for families without a loader, unusable arguments, and weights that do not belong to them.
+    Raises UserError for unknown families, unusable arguments, and weights that do not belong to them.
     """
-    if family in _FAMILIES_TO_COME:
-        raise UserError(f"networks of the family '{family}' are not available yet; available: edm")
-    if family != "edm":
-        raise UserError(f"network family '{family}' is unknown; available: edm")
-    from models.edm import EDMDenoiser
+    if family not in FAMILIES:
+        raise UserError(f"network family '{family}' is unknown; available: {', '.join(FAMILIES)}")
+    module, _, function = FAMILIES[family].partition(":")
+    build = getattr(importlib.import_module(module), function)
+    return build(config, state_dict, guidance_type, guidance_rate, device).eval().requires_grad_(False)
 
+
+def lay_out(constructor: Callable, config: Mapping, what: str) -> torch.nn.Module:
+    """``constructor(**config)`` on the meta device, without memory for the weights; a UserError naming ``what`` if refused."""
     try:
         with torch.device("meta"):  # the initial values would be overwritten anyway
-            net = EDMDenoiser(**config)
+            return constructor(**config)
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as exc:
-        raise UserError(f"these are not the arguments of an EDM network: {exc}") from None
-    _check_guidance(("none",) if net.label_dim else ("none", "uncond"), guidance_type, guidance_rate, "this network")
-    _check_weights(net.state_dict(), state_dict)
-    copies = {name: value.detach().to(device, torch.float32, copy=True) for name, value in state_dict.items()}
+        raise UserError(f"these are not the arguments of {what}: {exc}") from None
+
+
+def fill_weights(net: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], device: str | torch.device) -> None:
+    """Gives a laid-out network copies of these tensors, on ``device`` and in the dtype of the network's own ones.
+
+    One tensor is copied at a time, so a memory-mapped ``state_dict`` is never in memory as a whole. Raises UserError
+    where names or shapes differ.
+    """
+    expected = net.state_dict()
+    _check_weights(expected, state_dict)
+    copies = {name: state_dict[name].detach().to(device, own.dtype, copy=True) for name, own in expected.items()}
     net.load_state_dict(copies, strict=True, assign=True)
-    return net.eval().requires_grad_(False)
 
 
-def _check_guidance(allowed: tuple[str, ...], kind: str | None, rate: float | None, whom: str) -> None:
+def _build_edm(config, state_dict, guidance_type, guidance_rate, device) -> Denoiser:
+    from models.edm import EDMDenoiser
+
+    net = lay_out(EDMDenoiser, config, "an EDM network")
+    check_guidance(("none",) if net.label_dim else ("none", "uncond"), guidance_type, guidance_rate, "this network")
+    fill_weights(net, state_dict, device)
+    return net
+
+
+def check_guidance(allowed: tuple[str, ...], kind: str | None, rate: float | None, whom: str) -> None:
+    """Raises UserError for a guidance type that ``whom`` does not take, or a rate that would be without effect."""
     kind = kind or "none"
     if kind not in allowed:
         raise UserError(f"{whom} does not take guidance_type '{kind}'; use {' or '.join(allowed)}")

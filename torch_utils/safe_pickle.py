@@ -5,6 +5,10 @@ when they are loaded with ``pickle``. Here a file is data only: a small unpickle
 maps each to a function of this module, and refuses every other name. Objects come back as inert ``PersistentObject``
 records, from which the caller rebuilds its own classes. Three containers are understood: a plain pickle, and both
 formats of ``torch.save``.
+
+PyTorch-Lightning checkpoints hold objects of arbitrary classes beside the weights. For them there is a second mode in
+which an unknown name is not refused but becomes a record of the name, and whatever is made from it an empty or inert
+record: nothing is imported or called in this mode either.
 """
 
 import contextlib
@@ -89,6 +93,13 @@ class PersistentObject:
             if not isinstance(value, PersistentObject) or depth == 0:
                 raise UserError(f"the stored {self.class_name} is damaged at '{prefix}{name}'")
             value._collect(tensors, f"{prefix}{name}.", depth - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class ForeignName:
+    """A global of the file that this code knows nothing about, as its dotted name."""
+
+    name: str
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -186,7 +197,7 @@ def _build_tensor(storage, offset, size, stride, requires_grad=False, hooks=None
     numel = storage.flat.numel()
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if all(size) else offset - 1
     _require(last < numel and math.prod(size) <= numel, "a tensor reaches beyond its storage")
-    return storage.flat.as_strided(size, stride, offset)
+    return storage.flat.as_strided(size, stride, storage.flat.storage_offset() + offset)
 
 
 def _build_parameter(data, requires_grad=False, hooks=None) -> torch.Tensor:
@@ -220,11 +231,16 @@ _STORAGE_GLOBALS = {
     ("torch", "BoolStorage"): _StorageType(torch.bool),
 }
 
-_OBJECT_GLOBALS = {
-    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Builder(_build_persistent),
+# What a state dict is made of. In files with foreign objects everything else, numpy included, is foreign.
+_WEIGHT_GLOBALS = {
     ("collections", "OrderedDict"): _Builder(_build_ordered_dict),
     ("torch._utils", "_rebuild_parameter"): _Builder(_build_parameter),
     ("torch._utils", "_rebuild_tensor_v2"): _Builder(_build_tensor),
+}
+
+_OBJECT_GLOBALS = {
+    **_WEIGHT_GLOBALS,
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): _Builder(_build_persistent),
     ("torch.storage", "_load_from_bytes"): _Builder(_build_storage),
     ("numpy", "dtype"): _Builder(_build_numpy_type),
     ("numpy.core.multiarray", "scalar"): _Builder(_build_numpy_scalar),
@@ -323,9 +339,12 @@ class _SafeUnpickler(pickle._Unpickler):
         elif not isinstance(target, OrderedDict):  # the attributes of an OrderedDict (version notes) carry no data
             raise UnsafePickleError(f"it sets the state of a {type(target).__name__}")
 
+    def _check_keys(self, keys):
+        _check_keys(keys)
+
     def _set_items(self, items):
         _require(isinstance(self.stack[-1], dict), "it sets items of something that is not a dictionary")
-        _check_keys(items[::2])
+        self._check_keys(items[::2])
         self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
 
     def _op_setitem(self):
@@ -349,7 +368,7 @@ class _SafeUnpickler(pickle._Unpickler):
 
     def _op_additems(self):
         items = self.pop_mark()
-        _check_keys(items)
+        self._check_keys(items)
         self._extend(set, items)
 
     def _extend(self, kind, items):
@@ -358,7 +377,7 @@ class _SafeUnpickler(pickle._Unpickler):
 
     def _op_frozenset(self):
         items = self.pop_mark()
-        _check_keys(items)
+        self._check_keys(items)
         self.append(frozenset(items))
 
     dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _PLAIN_OPCODES} | {
@@ -373,6 +392,61 @@ class _SafeUnpickler(pickle._Unpickler):
         pickle.APPENDS[0]: _op_appends,
         pickle.ADDITEMS[0]: _op_additems,
         pickle.FROZENSET[0]: _op_frozenset,
+    }
+
+
+class _TolerantUnpickler(_SafeUnpickler):
+    """The same, except that an unknown name gives a ForeignName, and what the file makes from one a PersistentObject.
+
+    Calls, arguments and items of foreign objects are dropped; a first dictionary of attributes is kept, as data.
+    """
+
+    def find_class(self, module, name):
+        return self._allowed.get((module, name)) or ForeignName(f"{module}.{name}"[:200])
+
+    def _replace_call(self, arguments: int) -> bool:
+        """Puts a record in the place of a foreign callable and its arguments."""
+        foreign = isinstance(self.stack[-1 - arguments], ForeignName)
+        if foreign:
+            del self.stack[-arguments:]
+            self.append(PersistentObject(self.stack.pop().name))
+        return foreign
+
+    def _op_reduce(self):
+        if not self._replace_call(1):
+            super()._op_reduce()
+
+    def _op_newobj(self):
+        if not self._replace_call(1):
+            super()._op_newobj()
+
+    def _op_newobj_ex(self):
+        _require(self._replace_call(2), "it instantiates something that is not a known module")
+
+    def _op_build(self):
+        target = self.stack[-2]
+        if isinstance(target, PersistentObject) and (target.state or not isinstance(self.stack[-1], dict)):
+            self.stack.pop()  # the state of a class with its own idea of one
+        else:
+            super()._op_build()
+
+    def _check_keys(self, keys):
+        parts = [part for key in keys for part in (key if type(key) is tuple else (key,))]
+        _check_keys(part for part in parts if not isinstance(part, (ForeignName, PersistentObject)))
+
+    def _set_items(self, items):
+        if not isinstance(self.stack[-1], PersistentObject):
+            super()._set_items(items)
+
+    def _extend(self, kind, items):
+        if not isinstance(self.stack[-1], PersistentObject):
+            super()._extend(kind, items)
+
+    dispatch = _SafeUnpickler.dispatch | {
+        pickle.REDUCE[0]: _op_reduce,
+        pickle.NEWOBJ[0]: _op_newobj,
+        pickle.NEWOBJ_EX[0]: _op_newobj_ex,
+        pickle.BUILD[0]: _op_build,
     }
 
 
@@ -407,7 +481,7 @@ def _storage_id(pid) -> tuple[torch.dtype, str, int]:
     return kind.dtype, key, numel
 
 
-def _load_legacy(source: _Source, allowed: dict, magic_read: bool = False):
+def _load_legacy(source: _Source, allowed: dict, magic_read: bool = False, unpickler=_SafeUnpickler):
     """The older torch.save format: five pickles in a row, then the raw storages.
 
     Objects may refer only to storages; ``allowed`` applies to every pickle of the stream.
@@ -436,7 +510,7 @@ def _load_legacy(source: _Source, allowed: dict, magic_read: bool = False):
     system = plain()
     little = isinstance(system, dict) and system.get("little_endian") is True
     _require(little, "it was not written on a little-endian machine")
-    result = _SafeUnpickler(source, allowed, persistent_load).load()
+    result = unpickler(source, allowed, persistent_load).load()
     keys = plain()
     _require(isinstance(keys, list) and sorted(map(str, keys)) == sorted(storages), "its list of storages is damaged")
     for key in keys:
@@ -451,24 +525,40 @@ def _fill(flat: torch.Tensor, data: bytes) -> None:
         flat.view(torch.uint8).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
 
 
-def _load_zip(file, size: int):
-    """The zip format of torch.save: the object in ``*/data.pkl``, storages in ``*/data/<key>``, nothing compressed."""
+def _map_member(mapping: torch.Tensor, file, info: zipfile.ZipInfo, dtype: torch.dtype) -> torch.Tensor:
+    """The elements of an uncompressed part as a view of the mapped file (uint8)."""
+    file.seek(info.header_offset)
+    header = file.read(30)
+    _require(header[:4] == b"PK\x03\x04" and len(header) == 30, f"the part {info.filename} is not where it should be")
+    start = info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    _require(start + info.file_size <= len(mapping), f"the part {info.filename} reaches beyond the file")
+    part = mapping[start : start + info.file_size]
+    return (part if start % dtype.itemsize == 0 else part.clone()).view(dtype)
+
+
+def _load_zip(file, size: int, allowed: dict, unpickler=_SafeUnpickler, mapping: torch.Tensor | None = None):
+    """The zip format of torch.save: the object in ``*/data.pkl``, storages in ``*/data/<key>``, nothing compressed.
+
+    mapping: the mapped file (uint8 [size]), of which the tensors are then views.
+    """
     with zipfile.ZipFile(file) as archive:
         main = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
         _require(len(main) == 1, "it is a zip file, but not one written by torch.save")
         prefix = main[0].removesuffix("data.pkl")
         budget = size
 
-        def member(name: str) -> bytes:
+        def locate(name: str) -> zipfile.ZipInfo:
             nonlocal budget
             _require(name in archive.NameToInfo, f"the part {name} is missing")
             info = archive.getinfo(name)
-            _require(
-                info.compress_type == zipfile.ZIP_STORED, f"the part {name} is compressed; torch.save never does that"
-            )
+            stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
+            _require(stored, f"the part {name} is compressed; torch.save never does that")
             budget -= info.file_size
             _require(budget >= 0, "its parts are larger than the file")
-            return archive.read(info)
+            return info
+
+        def member(name: str) -> bytes:
+            return archive.read(locate(name))
 
         if f"{prefix}byteorder" in archive.NameToInfo:
             _require(member(f"{prefix}byteorder") == b"little", "it was not written on a little-endian machine")
@@ -477,29 +567,47 @@ def _load_zip(file, size: int):
         def persistent_load(pid):
             dtype, key, numel = _storage_id(pid)
             if key not in storages:
-                data = member(f"{prefix}data/{key}")
-                _require(len(data) == numel * dtype.itemsize, f"storage {key[:40]} has the wrong size")
-                storages[key] = _Storage(torch.empty(numel, dtype=dtype))
-                _fill(storages[key].flat, data)
+                info = locate(f"{prefix}data/{key}")
+                _require(info.file_size == numel * dtype.itemsize, f"storage {key[:40]} has the wrong size")
+                if mapping is not None:
+                    storages[key] = _Storage(_map_member(mapping, file, info, dtype))
+                else:
+                    storages[key] = _Storage(torch.empty(numel, dtype=dtype))
+                    _fill(storages[key].flat, archive.read(info))
             flat = storages[key].flat
             _require(flat.dtype == dtype and flat.numel() == numel, f"storage {key[:40]} is described in two ways")
             return storages[key]
 
         source = _Source(io.BytesIO(member(main[0])))
-        return _SafeUnpickler(source, _OBJECT_GLOBALS | _STORAGE_GLOBALS, persistent_load).load()
+        return unpickler(source, allowed, persistent_load).load()
 
 
 def _load(file):
     source = _Source(file)
+    allowed = _OBJECT_GLOBALS | _STORAGE_GLOBALS
+    if _starts_like_zip(file):
+        return _load_zip(file, source.remaining(), allowed)
+    result = _SafeUnpickler(source, _OBJECT_GLOBALS).load()
+    if isinstance(result, int) and result == _LEGACY_MAGIC:
+        return _load_legacy(source, allowed, magic_read=True)
+    return result
+
+
+def _load_tolerant(file, path: str | None):
+    source = _Source(file)
+    allowed = _WEIGHT_GLOBALS | _STORAGE_GLOBALS
+    if not _starts_like_zip(file):
+        return _load_legacy(source, allowed, unpickler=_TolerantUnpickler)
+    size = source.remaining()
+    mapping = None if path is None else torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
+    return _load_zip(file, size, allowed, _TolerantUnpickler, mapping)
+
+
+def _starts_like_zip(file) -> bool:
     start = file.tell()
     head = file.read(4)
     file.seek(start)
-    if head == b"PK\x03\x04":
-        return _load_zip(file, source.remaining())
-    result = _SafeUnpickler(source, _OBJECT_GLOBALS).load()
-    if isinstance(result, int) and result == _LEGACY_MAGIC:
-        return _load_legacy(source, _OBJECT_GLOBALS | _STORAGE_GLOBALS, magic_read=True)
-    return result
+    return head == b"PK\x03\x04"
 
 
 @contextlib.contextmanager
@@ -529,11 +637,27 @@ def safe_load(path_or_file):
     UserError) where the file asks for any other global, which the message names, or is damaged; UserError where it
     cannot be opened.
     """
-    with open_binary(path_or_file) as (file, name):
-        try:
-            return _load(file)
-        except UnsafePickleError as error:
-            raise UnsafePickleError(f"{name} was refused, nothing in it was run: {error}") from None
-        except Exception as error:  # whatever a damaged stream provokes in the standard library or in torch
-            reason = f"{type(error).__name__}: {error}"[:200]
-            raise UnsafePickleError(f"{name} is not a readable pickle or torch.save file ({reason})") from error
+    with open_binary(path_or_file) as (file, name), _one_line_errors(name):
+        return _load(file)
+
+
+def safe_load_checkpoint(path_or_file):
+    """The content of a ``torch.save`` file with objects of unknown classes in it, such as a PyTorch-Lightning checkpoint.
+
+    As ``safe_load``, but an unknown global comes back as a ``ForeignName``, and an object made with it as a
+    ``PersistentObject``; neither is looked up, and no argument of theirs is used. Given a path, the tensors of the zip
+    format are views of the memory-mapped file: pages are read when they are used, and changes stay private.
+    """
+    with open_binary(path_or_file) as (file, name), _one_line_errors(name):
+        return _load_tolerant(file, None if file is path_or_file else name)
+
+
+@contextlib.contextmanager
+def _one_line_errors(name: str):
+    try:
+        yield
+    except UnsafePickleError as error:
+        raise UnsafePickleError(f"{name} was refused, nothing in it was run: {error}") from None
+    except Exception as error:  # whatever a damaged stream provokes in the standard library or in torch
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise UnsafePickleError(f"{name} is not a readable pickle or torch.save file ({reason})") from error

@@ -1,0 +1,251 @@
+"""ADM networks (Dhariwal & Nichol 2021) as denoisers, with guidance by a noisy classifier."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from models import build_denoiser, check_guidance, fill_weights, lay_out
+from models.openai_unet import (
+    ADM,
+    ADM_CLASSIFIER,
+    EncoderUNetModel,
+    PixelUNetDenoiser,
+    UNetModel,
+    check_family,
+    choose_precision,
+    choose_settings,
+    classifier_arguments,
+    unet_arguments,
+)
+from torch_utils.errors import UserError
+from torch_utils.weights_file import read_weights
+
+# The settings published with <size>x<size>_diffusion.pt and <size>x<size>_classifier.pt (README of guided-diffusion).
+_COMMON = {
+    "num_channels": 256,
+    "num_res_blocks": 2,
+    "num_head_channels": 64,
+    "attention_resolutions": "32,16,8",
+    "class_cond": True,
+    "learn_sigma": True,
+    "resblock_updown": True,
+    "use_scale_shift_norm": True,
+    "use_fp16": True,
+}
+_CLASSIFIER = {
+    "classifier_width": 128,
+    "classifier_depth": 2,
+    "classifier_attention_resolutions": "32,16,8",
+    "classifier_use_scale_shift_norm": True,
+    "classifier_resblock_updown": True,
+    "classifier_use_fp16": True,
+    "classifier_pool": "attention",
+}
+
+
+def _preset(image_size: int, model: Mapping, classifier: Mapping, noise_schedule: str = "linear") -> dict:
+    return {
+        "model": {**_COMMON, "image_size": image_size, **model},
+        "classifier": {**_CLASSIFIER, "image_size": image_size, **classifier},
+        "noise_schedule": noise_schedule,
+    }
+
+
+_SMALL = {"num_channels": 192, "num_res_blocks": 3, "dropout": 0.1, "use_new_attention_order": True}
+PRESETS = {
+    "imagenet64_adm": _preset(64, _SMALL, {"classifier_depth": 4}, "cosine"),
+    "imagenet128": _preset(128, {"num_heads": 4, "num_head_channels": -1}, {}),
+    "imagenet256": _preset(256, {}, {}),
+    "imagenet512": _preset(512, {"use_fp16": False}, {}),
+}
+
+_STEPS = 1000  # of the networks' training
+
+
+class LinearNoise:
+    """The variance-preserving process with linear beta(t), t in 0.001 .. 1, as continuous limit of the 1000 steps.
+
+    sigma(t)^2 = exp(beta_d t^2 / 2 + beta_min t) - 1 (Song et al. 2021, Appendix C). The arithmetic keeps the dtype and
+    the order of operations of the reference implementation: in float32 the smallest t depend on them by 0.1 %.
+    """
+
+    beta_d, beta_min = 19.9, 0.1
+
+    def sigma(self, t):
+        return ((0.5 * self.beta_d * t**2 + self.beta_min * t).exp() - 1).sqrt()
+
+    def sigma_inv(self, sigma):
+        return ((self.beta_min**2 + 2 * self.beta_d * (1 + sigma**2).log()).sqrt() - self.beta_min) / self.beta_d
+
+    def step(self, t):
+        """The time the network was trained with, 0 .. 999."""
+        return (_STEPS - 1) * t
+
+    def sigma_range(self) -> tuple[float, float]:
+        return self.sigma(torch.tensor(1e-3)).item(), self.sigma(torch.tensor(1.0)).item()
+
+
+class CosineNoise:
+    """alpha_bar(t) proportional to cos^2((t + 0.008) / 1.008 pi / 2) (Nichol & Dhariwal 2021, eq. 17); step 1000 t - 1.
+
+    Sampling stops at sigma 80, as in Karras et al. 2022 for the same network: the last of the 1000 steps lie far above.
+    """
+
+    shift = 0.008
+
+    def _angle(self, t):
+        return (t + self.shift) / (1 + self.shift) * math.pi / 2
+
+    def sigma(self, t):
+        return ((math.cos(self._angle(0)) / torch.cos(self._angle(t))) ** 2 - 1).sqrt()
+
+    def sigma_inv(self, sigma):
+        angle = torch.acos(math.cos(self._angle(0)) / (1 + sigma**2).sqrt())
+        return angle * (2 / math.pi) * (1 + self.shift) - self.shift
+
+    def step(self, t):
+        return _STEPS * t - 1
+
+    def sigma_range(self) -> tuple[float, float]:
+        return self.sigma(torch.tensor(1 / _STEPS, dtype=torch.float64)).item(), 80.0
+
+
+_NOISE = {"linear": LinearNoise, "cosine": CosineNoise}
+
+
+class ADMDenoiser(PixelUNetDenoiser):
+    """D(x; sigma) = x - sigma F(x / sqrt(1 + sigma^2); step), clamped to [-1, 1]; F predicts the noise.
+
+    model, classifier: what ``unet_arguments`` and ``classifier_arguments`` take; the second output half of a network with
+    learned sigma is dropped. noise_schedule: "linear" or "cosine". ``class_labels``: [B] int64.
+
+    guidance_rate s: F is replaced by F - s sigma / sqrt(1 + sigma^2) grad ln p(class_labels | x_in; step), with the gradient
+    of the classifier by its input x_in (Algorithm 2 of the paper). None: no classifier. A call is counted as one
+    evaluation, as the classifier is a tenth of the network. No gradient flows through the guidance term.
+
+    ``clip_denoised``: False leaves out the clamp.
+    """
+
+    def __init__(
+        self,
+        model: Mapping,
+        classifier: Mapping | None = None,
+        noise_schedule: str = "linear",
+        guidance_rate: float | None = None,
+    ):
+        if noise_schedule not in _NOISE:
+            raise UserError(f"noise_schedule '{noise_schedule}' is unknown; use {' or '.join(_NOISE)}")
+        super().__init__(UNetModel(**unet_arguments(model)))
+        if self.model.out_channels not in (self.img_channels, 2 * self.img_channels):
+            raise UserError(f"{self.model.out_channels} output channels do not fit {self.img_channels} input channels")
+        self.classifier = None
+        self.guidance_rate = float(guidance_rate or 0)
+        if self.guidance_rate:
+            if not classifier:
+                raise UserError("classifier guidance needs the arguments and the weights of a classifier")
+            self.classifier = EncoderUNetModel(**classifier_arguments(classifier))
+            self.label_dim = self.classifier.out_channels
+            if self.label_dim != (self.model.num_classes or self.label_dim):
+                raise UserError(f"the classifier knows {self.label_dim} classes, the network {self.model.num_classes}")
+        self.clip_denoised = True
+        self.noise = _NOISE[noise_schedule]()
+        with torch.device("cpu"):
+            self.sigma_min, self.sigma_max = self.noise.sigma_range()
+
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        """Noise level of a time in 0 .. 1."""
+        return self.noise.sigma(torch.as_tensor(t))
+
+    def sigma_inv(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Time in 0 .. 1 of a noise level."""
+        return self.noise.sigma_inv(torch.as_tensor(sigma))
+
+    def convert_torso(self, dtype: torch.dtype) -> None:
+        super().convert_torso(dtype)
+        if self.classifier is not None:
+            self.classifier.convert_torso(dtype)
+
+    def classifier_gradient(self, x_in: torch.Tensor, step: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
+        """Gradient of the classifier's log-probability of the labels by its input [B,C,H,W]."""
+        with torch.enable_grad():
+            x_in = x_in.detach().requires_grad_(True)
+            log_probs = self.classifier(x_in, step.detach()).float().log_softmax(dim=1)
+            chosen = log_probs.gather(1, class_labels.reshape(-1, 1).expand(len(x_in), 1))
+            return torch.autograd.grad(chosen.sum(), x_in)[0]
+
+    def forward(self, x, sigma, class_labels=None):
+        x = x.to(torch.float32)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        c_in = 1 / (1 + sigma**2).sqrt()
+        step = self.noise.step(self.noise.sigma_inv(sigma)).flatten()
+        if self.classifier is not None and class_labels is None:
+            raise UserError("classifier guidance needs class_labels")
+        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            y = class_labels if self.model.num_classes or self.classifier is None else None
+            output = self.model(c_in * x, step, y=y)[:, : self.img_channels].to(torch.float32)
+            if self.classifier is not None:
+                gradient = self.classifier_gradient(c_in * x, step, class_labels)
+                output = output - self.guidance_rate * sigma * c_in * gradient
+        denoised = x - sigma * output
+        return denoised.clamp(-1, 1) if self.clip_denoised else denoised
+
+
+def build_adm(config: Mapping, state_dict, guidance_type, guidance_rate, device) -> ADMDenoiser:
+    """The builder of family "adm" for ``models.build_denoiser``.
+
+    config: {"model": ..., "classifier": ..., "noise_schedule": ...}, the last two optional. guidance_type "cg" has the rate
+    1 unless one is given; without guidance, or with rate 0, the classifier is neither built nor needed.
+    """
+    if not isinstance(config.get("model"), Mapping):
+        raise UserError("the configuration of an ADM network has the entries 'model' and, optionally, 'classifier'")
+    rate = (1.0 if guidance_rate is None else float(guidance_rate)) if guidance_type == "cg" else 0.0
+    if not (math.isfinite(rate) and rate >= 0):
+        raise UserError(f"guidance_rate {rate:g} has to be a number from 0 up")
+    net = lay_out(ADMDenoiser, {**config, "guidance_rate": rate}, "an ADM network")
+    allowed = ("none", "cg") if net.model.num_classes else ("none", "uncond", "cg")
+    check_guidance(allowed, guidance_type, guidance_rate, "this network")
+    if not rate:
+        state_dict = {name: value for name, value in state_dict.items() if not name.startswith("classifier.")}
+    fill_weights(net, state_dict, device)
+    return net
+
+
+def load_adm(
+    path_model: str | Path,
+    path_classifier: str | Path | None = None,
+    dataset_name: str = "imagenet256",
+    *,
+    config: Mapping | None = None,
+    use_fp16: bool | None = None,
+    guidance_type: str | None = None,
+    guidance_rate: float | None = None,
+    device: str | torch.device = "cpu",
+) -> ADMDenoiser:
+    """The denoiser of official ``.pt`` files, frozen and in evaluation mode.
+
+    path_classifier: only read under guidance_type "cg" with a rate other than 0. dataset_name: picks the published
+    settings; the unconditional variant of a network is recognised by its tensors. config: replaces the settings (as for
+    ``build_denoiser``). use_fp16: None runs the torsos in float16 where the settings say so and the device is a GPU.
+    Raises UserError for a file that is damaged or holds another network, and for guidance without a classifier.
+    """
+    config = choose_settings(PRESETS, dataset_name, config)
+    guided = guidance_type == "cg" and guidance_rate != 0
+    if guided and path_classifier is None:
+        raise UserError("guidance_type 'cg' needs the file of a classifier, such as 256x256_classifier.pt")
+    parts = {"model": (path_model, ADM, unet_arguments(config["model"]))}
+    if guided:
+        parts["classifier"] = (path_classifier, ADM_CLASSIFIER, classifier_arguments(config.get("classifier", {})))
+    weights, arguments = {}, {"noise_schedule": config.get("noise_schedule", "linear")}
+    for part, (path, family, settings) in parts.items():
+        tensors = read_weights(path)
+        check_family(path, tensors, family)
+        arguments[part] = choose_precision(settings, use_fp16, device)
+        weights.update({f"{part}.{name}": value for name, value in tensors.items()})
+    if "model.label_emb.weight" not in weights:
+        arguments["model"]["num_classes"] = None
+    try:
+        return build_denoiser("adm", arguments, weights, guidance_type, guidance_rate, device)
+    except UserError as error:
+        raise UserError(f"checkpoint {' and '.join(str(path) for path, _, _ in parts.values())}: {error}") from None

@@ -1,0 +1,93 @@
+"""U-Nets of the consistency-models code base (Song et al. 2023): EDM networks, trained for the paper, as denoisers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from models import build_denoiser, check_guidance, fill_weights, lay_out
+from models.openai_unet import (
+    CONSISTENCY,
+    PixelUNetDenoiser,
+    UNetModel,
+    check_family,
+    choose_precision,
+    choose_settings,
+    unet_arguments,
+)
+from torch_utils.errors import UserError
+from torch_utils.weights_file import read_weights
+
+# The settings published with edm_bedroom256_ema.pt and edm_cat256_ema.pt.
+_LSUN256 = {
+    "image_size": 256,
+    "num_channels": 256,
+    "num_res_blocks": 2,
+    "num_head_channels": 64,
+    "attention_resolutions": "32,16,8",
+    "dropout": 0.1,
+    "resblock_updown": True,
+    "use_fp16": True,
+}
+PRESETS = {"lsun_bedroom": _LSUN256, "lsun_cat": _LSUN256}
+
+
+class CMDenoiser(PixelUNetDenoiser):
+    """D(x; sigma) = c_skip x + c_out F(c_in x; 250 ln sigma), with EDM's c_skip, c_out, c_in and sigma_data = 0.5.
+
+    The constructor takes what ``unet_arguments`` takes. ``class_labels``: [B] int64.
+
+    Attention there is flash attention, which reads the channels of ``qkv`` as q, k, v and then heads whatever
+    ``use_new_attention_order`` says. Implementations that fall back to the legacy order load the published weights without
+    complaint and give wrong images.
+    """
+
+    sigma_data = 0.5
+
+    def __init__(self, **config):
+        super().__init__(UNetModel(**{**unet_arguments(config), "use_new_attention_order": True, "qkv_dims": 2}))
+
+    def forward(self, x, sigma, class_labels=None):
+        x = x.to(torch.float32)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        variance = sigma**2 + self.sigma_data**2
+        c_skip = self.sigma_data**2 / variance
+        c_out = sigma * self.sigma_data / variance.sqrt()
+        c_in = 1 / variance.sqrt()
+        c_noise = (1000 * 0.25 * sigma.log()).flatten()
+        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            output = self.model(c_in * x, c_noise, y=class_labels)
+        return torch.addcmul(c_skip * x, c_out, output.to(torch.float32))
+
+
+def build_cm(config: Mapping, state_dict, guidance_type, guidance_rate, device) -> CMDenoiser:
+    """The builder of family "cm" for ``models.build_denoiser``."""
+    net = lay_out(CMDenoiser, config, "a consistency-model U-Net")
+    check_guidance(("none",) if net.label_dim else ("none", "uncond"), guidance_type, guidance_rate, "this network")
+    fill_weights(net.model, state_dict, device)
+    return net
+
+
+def load_cm(
+    path: str | Path,
+    dataset_name: str = "lsun_bedroom",
+    *,
+    config: Mapping | None = None,
+    use_fp16: bool | None = None,
+    guidance_type: str | None = None,
+    guidance_rate: float | None = None,
+    device: str | torch.device = "cpu",
+) -> CMDenoiser:
+    """The denoiser of an official ``.pt`` file, frozen and in evaluation mode.
+
+    dataset_name: picks the published settings; config: replaces them (as for ``build_denoiser``). use_fp16: None runs the
+    torso in float16 where the settings say so and the device is a GPU. Raises UserError for a file that is damaged or
+    holds another network.
+    """
+    arguments = choose_precision(choose_settings(PRESETS, dataset_name, config), use_fp16, device)
+    weights = read_weights(path)
+    check_family(path, weights, CONSISTENCY)
+    try:
+        return build_denoiser("cm", arguments, weights, guidance_type, guidance_rate, device)
+    except UserError as error:
+        raise UserError(f"checkpoint {path}: {error}") from None

@@ -1,0 +1,290 @@
+"""Latent diffusion (Rombach et al. 2022) in the CompVis checkpoint layout, as denoisers in sigma space.
+
+The networks predict the noise of a variance-preserving process, x_t = sqrt(a_t) z + sqrt(1 - a_t) eps, at discrete times.
+With sigma = sqrt((1 - a) / a) and x = x_t / sqrt(a) this is D(x; sigma) = x - sigma eps(x / sqrt(1 + sigma^2), t(sigma)).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from models import build_denoiser, check_guidance, fill_weights, lay_out
+from models.autoencoder import build_first_stage
+from models.denoiser import Denoiser
+from models.openai_unet import LATENT_DIFFUSION, UNetModel, check_family, choose_settings
+from torch_utils.errors import UserError
+from torch_utils.weights_file import read_weights
+
+_VQ_F4 = {
+    "target": "VQModelInterface",
+    "params": {
+        "embed_dim": 3,
+        "n_embed": 8192,
+        "ddconfig": {
+            "double_z": False,
+            "z_channels": 3,
+            "resolution": 256,
+            "in_channels": 3,
+            "out_ch": 3,
+            "ch": 128,
+            "ch_mult": [1, 2, 4],
+            "num_res_blocks": 2,
+            "attn_resolutions": [],
+            "dropout": 0.0,
+        },
+    },
+}
+
+# The published unconditional models on 64x64x3 latents of VQ-f4: LSUN bedrooms, FFHQ and CelebA-HQ, all of 256x256.
+VQ_F4_LDM = {
+    "linear_start": 0.0015,
+    "linear_end": 0.0195,
+    "timesteps": 1000,
+    "image_size": 64,
+    "channels": 3,
+    "unet_config": {
+        "params": {
+            "image_size": 64,
+            "in_channels": 3,
+            "out_channels": 3,
+            "model_channels": 224,
+            "attention_resolutions": [8, 4, 2],
+            "num_res_blocks": 2,
+            "channel_mult": [1, 2, 3, 4],
+            "num_head_channels": 32,
+        }
+    },
+    "first_stage_config": _VQ_F4,
+    "cond_stage_config": "__is_unconditional__",
+}
+
+PRESETS = {"lsun_bedroom_ldm": VQ_F4_LDM, "ffhq_ldm": VQ_F4_LDM}
+
+# Arguments of the published configurations that do not change the network or its sampling.
+_TRAINING_ONLY = (
+    *("base_learning_rate", "ckpt_path", "clip_denoised", "cond_stage_key", "cond_stage_trainable", "first_stage_key"),
+    *("ignore_keys", "l_simple_weight", "load_only_unet", "log_every_t", "loss_type", "monitor", "num_timesteps_cond"),
+    *("original_elbo_weight", "scheduler_config", "use_positional_encodings", "v_posterior"),
+)
+
+_DECODE_BATCH = 8  # images decoded at a time: their feature maps, not the latents, fill the memory
+
+
+def _interpolate(x: torch.Tensor, xs: torch.Tensor, ys: torch.Tensor) -> torch.Tensor:
+    """Piecewise linear through the points (xs, ys), xs ascending; the outer pieces continue beyond them."""
+    left = (torch.searchsorted(xs, x.contiguous()) - 1).clamp(0, len(xs) - 2)
+    return ys[left] + (x - xs[left]) * (ys[left + 1] - ys[left]) / (xs[left + 1] - xs[left])
+
+
+class DiscreteTime:
+    """t in (0, 1] <-> sigma for a process known at the times 1/N, 2/N, ..., 1.
+
+    log sqrt(a) is interpolated linearly between these times and extended linearly beyond them (Lu et al. 2022,
+    appendix D.4), so that any sigma > 0 has a time. alphas_cumprod: [N], a at these times. The tables are rounded to
+    float32, as a is in the checkpoints: far beyond the last time, the published continuation is that of rounded slopes.
+    """
+
+    def __init__(self, alphas_cumprod: torch.Tensor):
+        steps = len(alphas_cumprod)
+        log_alphas = alphas_cumprod.to(torch.float32).log() / 2
+        times = torch.linspace(0, 1, steps + 1, dtype=torch.float32)[1:]
+        self._tables = torch.stack([times, log_alphas])
+        self._copies: dict = {}
+
+    @classmethod
+    def of_scaled_linear_betas(cls, start: float, end: float, steps: int) -> "DiscreteTime":
+        """sqrt(beta) in equal steps, the schedule of latent diffusion."""
+        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square()
+        return cls((1 - betas).cumprod(0))
+
+    def __len__(self) -> int:
+        return self._tables.shape[1]
+
+    def _tables_like(self, value: torch.Tensor) -> torch.Tensor:
+        key = (value.device, value.dtype)
+        if key not in self._copies:
+            self._copies[key] = self._tables.to(*key)
+        return self._copies[key]
+
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        times, log_alphas = self._tables_like(t)
+        return (-2 * _interpolate(t, times, log_alphas)).expm1().sqrt()
+
+    def t(self, sigma: torch.Tensor) -> torch.Tensor:
+        times, log_alphas = self._tables_like(sigma)
+        return _interpolate(sigma.square().log1p() / 2, -log_alphas, times)
+
+    def index(self, sigma: torch.Tensor) -> torch.Tensor:
+        """What the network is told of the time: the number of the step, counted from 0 and with fractions."""
+        return len(self) * self.t(sigma) - 1
+
+
+class LatentDenoiser(Denoiser):
+    """What the families of latent diffusion share: time, U-Net, first stage.
+
+    The constructor takes the arguments of the published ``LatentDiffusion`` configurations; ``target`` entries only
+    choose among the classes of this code. Parameters are named ``model.diffusion_model.*`` and ``first_stage_model.*``
+    as in the official files. ``forward`` and all sigmas are about latents; ``decode`` and ``encode`` lead to images.
+    use_ema: which of the two sets of weights ``select_weights`` takes from a checkpoint.
+
+    ``autocast``: None, torch.bfloat16 or torch.float16; the dtype in which the U-Net's matrix work runs.
+    """
+
+    def __init__(
+        self,
+        *,
+        unet_config,
+        first_stage_config,
+        image_size,
+        channels=3,
+        linear_start=1e-4,
+        linear_end=2e-2,
+        timesteps=1000,
+        beta_schedule="linear",
+        parameterization="eps",
+        scale_factor=1.0,
+        use_ema=True,
+        conditioning_key=None,
+        **others,
+    ):
+        super().__init__()
+        unknown = sorted(others.keys() - set(_TRAINING_ONLY))
+        if unknown:
+            raise UserError(f"unknown argument '{unknown[0]}' of a latent diffusion model")
+        for name, value, known in (
+            ("beta_schedule", beta_schedule, "linear"),
+            ("parameterization", parameterization, "eps"),
+        ):
+            if value != known:
+                raise UserError(f"{name} '{value}' is not supported; only '{known}' is")
+        if conditioning_key not in (None, "crossattn"):
+            raise UserError(f"conditioning_key '{conditioning_key}' is not supported; only 'crossattn' is")
+        self.img_resolution = int(image_size)
+        self.img_channels = int(channels)
+        self.scale_factor = float(scale_factor)
+        self.use_ema = bool(use_ema)
+        self.autocast: torch.dtype | None = None
+        with torch.device("cpu"):  # wherever the network is laid out
+            self.time = DiscreteTime.of_scaled_linear_betas(linear_start, linear_end, timesteps)
+            ends = torch.tensor([1 / timesteps, 1], dtype=torch.float64)
+            self.sigma_min, self.sigma_max = self.time.sigma(ends).tolist()
+        self.model = torch.nn.ModuleDict({"diffusion_model": UNetModel(**unet_config["params"])})
+        self.first_stage_model = build_first_stage(first_stage_config)
+        if self.first_stage_model.latent_channels != self.img_channels:
+            raise UserError(
+                f"the first stage has {self.first_stage_model.latent_channels} latent channels, the model {channels}"
+            )
+
+    @property
+    def unet(self) -> UNetModel:
+        return self.model["diffusion_model"]
+
+    @property
+    def bottleneck(self) -> torch.nn.Module:
+        return self.unet.middle_block
+
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        """Noise level at times t in (0, 1] of any shape; 1/N is sigma_min, 1 is sigma_max."""
+        return self.time.sigma(torch.as_tensor(t))
+
+    def sigma_inv(self, sigma: torch.Tensor) -> torch.Tensor:
+        """The inverse of ``sigma``; noise levels beyond the table continue it linearly in log alpha."""
+        return self.time.t(torch.as_tensor(sigma))
+
+    def convert_torso(self, dtype: torch.dtype) -> None:
+        """float16, bfloat16 or float32 weights between the first and the last layers of the U-Net."""
+        self.unet.convert_torso(dtype)
+
+    def predict_noise(self, x: torch.Tensor, times: torch.Tensor, **cond) -> torch.Tensor:
+        """The network's output for x [B,C,H,W] at unit variance and times [B] as it counts them."""
+        raise NotImplementedError
+
+    def forward(self, x, sigma, **cond):
+        x = x.to(torch.float32)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        times = self.time.index(sigma.flatten()).expand(len(x))
+        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            noise = self.predict_noise(x / (1 + sigma**2).sqrt(), times, **cond)
+        return torch.addcmul(x, sigma, noise.to(torch.float32), value=-1)
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """Latents [B,C,h,w] to images [B,3,H,W], about [-1, 1]."""
+        parts = (x.to(torch.float32) / self.scale_factor).split(_DECODE_BATCH)
+        return torch.cat([self.first_stage_model.decode(part) for part in parts])
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [B,3,H,W] in [-1, 1] to latents (for KL first stages, the mean of the posterior)."""
+        parts = images.to(torch.float32).split(_DECODE_BATCH)
+        return self.scale_factor * torch.cat([self.first_stage_model.encode(part) for part in parts])
+
+    def select_weights(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The network's own tensors among all those of a checkpoint, under the names of this module.
+
+        Left out are the tables of the noise process, which are the only tensors without a dot in their names, and what
+        concerns training. With ``use_ema`` the moving averages stand in for ``model.*``: ``model_ema.*`` holds each
+        parameter under its name below "model." without dots. Raises UserError if the checkpoint has none.
+        """
+        training = ("model_ema.", "first_stage_model.loss.")
+        chosen = {name: value for name, value in state_dict.items() if "." in name and not name.startswith(training)}
+        if not self.use_ema:
+            return chosen
+        averages = {name: f"model_ema.{name[6:].replace('.', '')}" for name in chosen if name.startswith("model.")}
+        missing = [name for name in averages.values() if name not in state_dict]
+        if missing:
+            raise UserError(
+                f"the checkpoint lacks moving averages of the weights ({len(missing)} of {len(averages)} missing, "
+                f"{missing[0]} first); use_ema=False takes the plain weights"
+            )
+        return chosen | {name: state_dict[average] for name, average in averages.items()}
+
+
+class LDMDenoiser(LatentDenoiser):
+    """Unconditional latent diffusion."""
+
+    def __init__(self, cond_stage_config="__is_unconditional__", **config):
+        if cond_stage_config != "__is_unconditional__":
+            raise UserError("this family is for unconditional models: cond_stage_config must be __is_unconditional__")
+        super().__init__(**config)
+
+    def predict_noise(self, x, times):
+        return self.unet(x, times)
+
+
+def build_ldm(config, state_dict, guidance_type=None, guidance_rate=None, device="cpu") -> LDMDenoiser:
+    """For ``build_denoiser``. guidance_type: "uncond" or "none", which are the same."""
+    check_guidance(("none", "uncond"), guidance_type, guidance_rate, "an unconditional latent diffusion model")
+    net = lay_out(LDMDenoiser, config, "an unconditional latent diffusion model")
+    fill_weights(net, net.select_weights(state_dict), device)
+    return net
+
+
+def load_ldm(
+    path: str | Path,
+    dataset_name: str = "lsun_bedroom_ldm",
+    *,
+    config: Mapping | None = None,
+    guidance_type: str | None = None,
+    guidance_rate: float | None = None,
+    device: str | torch.device = "cpu",
+) -> LDMDenoiser:
+    """The denoiser of an official ``model.ckpt`` (or the same in safetensors), frozen and in evaluation mode.
+
+    dataset_name: picks the published settings; config: replaces them (as for ``build_denoiser``). A file without moving
+    averages, as pruning leaves it, is taken to hold them in place of the plain weights. Raises UserError for a file
+    that is damaged or holds another network.
+    """
+    config = choose_settings(PRESETS, dataset_name, config)
+    return load_latent("ldm", LATENT_DIFFUSION, path, config, guidance_type, guidance_rate, device)
+
+
+def load_latent(family, kind, path, config, guidance_type, guidance_rate, device) -> LatentDenoiser:
+    """The denoiser of a checkpoint of one of the latent families; ``kind`` is its name in ``check_family``."""
+    weights = read_weights(path)
+    check_family(path, weights, kind)
+    averaged = any(name.startswith("model_ema.diffusion_model") for name in weights)
+    config = {**config, "use_ema": config.get("use_ema", True) and averaged}
+    try:
+        return build_denoiser(family, config, weights, guidance_type, guidance_rate, device)
+    except UserError as error:
+        raise UserError(f"checkpoint {path}: {error}") from None
