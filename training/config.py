@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 
 from models import zoo
-from solvers import SOLVERS, check_sigmas, make_rule
+from solvers import SOLVERS, check_sigmas
 from solvers.loop import AFS_KINDS
 from torch_utils.errors import UserError
+from training.loss import make_rules
 from training.predictor import DEFAULTS, AMEDPredictor
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -111,8 +112,7 @@ class TrainingOptions:
             raise UserError(f"amp={self.amp}: choose from {', '.join(AUTOCAST)}")
         if self.afs not in AFS_KINDS:
             raise UserError(f"afs={self.afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
-        for name in (self.sampler_stu, self.sampler_tea):
-            make_rule(name, common={"max_order": self.max_order})
+        make_rules(self.to_dict())
         AMEDPredictor(**self.predictor_config())
 
     @property

@@ -3,9 +3,25 @@ Zhou et al. 2024). The student's interval is the code that sampling runs, ``Solv
 
 import torch
 
-from solvers import Solver, State, get_schedule, make_rule, refine, resolve_sigmas
+from solvers import SOLVERS, Rule, Solver, State, get_schedule, make_rule, refine, resolve_sigmas
 from torch_utils.errors import UserError
 from training.predictor import DEFAULTS
+
+
+def make_rules(config: dict) -> tuple[Rule, Rule]:
+    """The student's and the teacher's rule. Both have the options of the configuration, as in the original code; a
+    teacher that has no such high order takes its highest."""
+    common = {key: config[key] for key in ("max_order", "predict_x0", "lower_order_final", "thresholding")}
+    student = make_rule(config["sampler_stu"], common=common)
+    highest = getattr(SOLVERS.get(config["sampler_tea"]), "highest_order", 1)
+    if common["max_order"] is not None:
+        common["max_order"] = min(common["max_order"], highest)
+    teacher = make_rule(config["sampler_tea"], common=common)
+    if not student.can_learn:
+        raise UserError(f"sampler_stu={config['sampler_stu']} cannot take a predictor")
+    if not teacher.can_teach:
+        raise UserError(f"sampler_tea={config['sampler_tea']} cannot be a teacher")
+    return student, teacher
 
 
 class DistillationLoss:
@@ -23,13 +39,7 @@ class DistillationLoss:
         if int(config["M"]) != config["M"] or config["M"] < 0:
             raise UserError(f"M={config['M']} must be a whole number >= 0")
         self.extra = int(config["M"])
-        common = {key: config[key] for key in ("predict_x0", "lower_order_final", "thresholding")}
-        self.student_rule = make_rule(config["sampler_stu"], common={**common, "max_order": config["max_order"]})
-        self.teacher_rule = make_rule(config["sampler_tea"], common={**common, "max_order": config["max_order"]})
-        if not self.student_rule.can_learn:
-            raise UserError(f"sampler_stu={config['sampler_stu']} cannot take a predictor")
-        if not self.teacher_rule.can_teach:
-            raise UserError(f"sampler_tea={config['sampler_tea']} cannot be a teacher")
+        self.student_rule, self.teacher_rule = make_rules(config)
         self.sigmas = resolve_sigmas(
             net,
             config["num_steps"],
