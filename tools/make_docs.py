@@ -25,6 +25,8 @@ SCRIPTS = {
     "train.py": "train",
     "sample.py": "sample",
     "fid.py": "fid",
+    "compare.py": "compare",
+    "optimize_schedule.py": "optimize_schedule",
     "python -m tools.dataset_tool": "tools.dataset_tool",
     "python -m tools.train_denoiser": "tools.train_denoiser",
     "python -m tools.train_classifier": "tools.train_classifier",

@@ -1,11 +1,13 @@
-"""How the settings of the digits demo were chosen: plain solvers and AMED variants on validation seeds.
+"""How the settings of the demo were chosen: plain solvers and AMED variants on validation seeds.
 
-    python -m benchmarks.digits_settings --part=plain     # every solver x schedule x free first step, five evaluations
-    python -m benchmarks.digits_settings --part=teachers  # how good the teachers themselves are, M = 1, 2, 4
-    python -m benchmarks.digits_settings --part=amed      # from the paper's settings to the demo's, one change at a time
+    python -m benchmarks.demo_settings --dataset_name=digits --part=plain     # solver x schedule x free first step
+    python -m benchmarks.demo_settings --dataset_name=digits --part=teachers  # the teachers themselves, M = 1, 2, 4
+    python -m benchmarks.demo_settings --dataset_name=digits --part=amed      # from the paper's settings to the demo's
 
-Every row is appended to benchmarks/digits_settings.jsonl as soon as it is measured and not measured again. Scores: FID-digits of
-``--num`` images and mean distance (root mean square over pixels in [-1, 1]) to Heun with 51 stamps from the same noise.
+Five evaluations everywhere but for the teachers. Every row is appended to benchmarks/<dataset_name>_settings.jsonl as
+soon as it is measured and not measured again. Scores: Fréchet distance of ``--num`` images in the features of the
+network's own classifier, and mean distance (root mean square over pixels in [-1, 1]) to Heun with 51 stamps from the
+same noise.
 """
 
 import json
@@ -16,8 +18,8 @@ import click
 import numpy as np
 import torch
 
-from models import create_model
-from models.detectors import load_detector
+from models import create_model, zoo
+from models.detectors import EMBEDDED, cache_dir, load_detector
 from solvers import sample
 from torch_utils.frechet import FeatureStatistics, Reference, frechet_distance
 from torch_utils.image_writer import to_uint8
@@ -25,7 +27,6 @@ from torch_utils.seeds import SeededGenerators
 from training.training_loop import Distiller
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "digits_settings.jsonl"
 FIRST_SEED = 100_000  # the demo's table uses seeds 0-999
 
 SCHEDULES = [("time_uniform", rho) for rho in (0.7, 1, 1.4, 2)] + [("polynomial", rho) for rho in (3, 5, 7)]
@@ -88,13 +89,14 @@ def teacher_jobs():
 class Bench:
     """The network, the validation noise, its converged solution and the scores."""
 
-    def __init__(self, num, batch=128):
-        self.net = create_model("digits").to(memory_format=torch.channels_last)
+    def __init__(self, dataset_name, num, batch=128):
+        self.dataset_name = dataset_name
+        self.net = create_model(dataset_name).to(memory_format=torch.channels_last)
         self.batch, self.num = batch, num
         shape = (self.net.img_channels, self.net.img_resolution, self.net.img_resolution)
         self.latents = SeededGenerators(range(FIRST_SEED, FIRST_SEED + num)).randn(shape)
-        self.detector = load_detector("digits")
-        self.target = Reference.load(ROOT / "models" / "pretrained" / "digits-fid.npz")
+        self.detector = load_detector(dataset_name)
+        self.target = Reference.load(zoo.resolve_fid_ref(dataset_name))
         self.reference = None
 
     def solve(self, **settings):
@@ -106,9 +108,7 @@ class Bench:
 
     def converged(self):
         if self.reference is None:
-            cache = (
-                Path.home() / ".cache" / "amed-solver" / f"digits-reference-{self.net.weights_hash[:16]}-{self.num}.pt"
-            )
+            cache = cache_dir() / f"{self.dataset_name}-reference-{self.net.weights_hash[:16]}-{self.num}.pt"
             if cache.exists():
                 self.reference = torch.load(cache, weights_only=True)
             else:
@@ -132,7 +132,7 @@ class Bench:
         return {"nfe": nfe, "seconds": round(time.perf_counter() - started, 1), **self.score(x)}
 
     def learned(self, job, kimg, batch, seed):
-        config = {"num_steps": 4, "dataset_name": "digits", **job}
+        config = {"num_steps": 4, "dataset_name": self.dataset_name, **job}
         distiller = Distiller(self.net, config, batch=batch, seed=seed)
         started = time.perf_counter()
         rows = [distiller.step(distiller.draw()) for _ in range(int(kimg * 1000 / batch))]
@@ -154,15 +154,17 @@ class Bench:
 
 
 @click.command()
+@click.option("--dataset_name", type=click.Choice(list(EMBEDDED)), required=True)
 @click.option("--part", type=click.Choice(["plain", "teachers", "amed"]), required=True)
 @click.option("--num", type=click.IntRange(2), default=256, show_default=True, help="Validation images")
 @click.option("--kimg", type=float, default=0.5, show_default=True, help="Length of each training")
 @click.option("--batch", type=int, default=16, show_default=True, help="Batch of each training")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of each training")
-def main(part, num, kimg, batch, seed):
-    """Measure the candidate settings of the digits demo on validation seeds."""
-    bench = Bench(num)
-    known = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
+def main(dataset_name, part, num, kimg, batch, seed):
+    """Measure candidate settings of the demo on validation seeds."""
+    bench = Bench(dataset_name, num)
+    results = ROOT / "benchmarks" / f"{dataset_name}_settings.jsonl"
+    known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     training = {"kimg": kimg, "batch": batch, "seed": seed} if part == "amed" else {}
     jobs = {"plain": plain_jobs, "teachers": teacher_jobs, "amed": amed_jobs}[part]
     for job in jobs():
@@ -172,7 +174,7 @@ def main(part, num, kimg, batch, seed):
         scores = bench.learned(job, **training) if part == "amed" else bench.plain(job)
         row = {**key, **scores, "date": time.strftime("%Y-%m-%d")}
         known.append(row)
-        with RESULTS.open("a") as file:
+        with results.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps({**job, **scores}), flush=True)
 

@@ -1,0 +1,149 @@
+"""A time schedule for one's own network and solver: where the few evaluations should be.
+
+    python optimize_schedule.py --method=gits --dataset_name=digits --num_steps=6 --solver=ipndm --dest=schedule.json
+    python optimize_schedule.py --method=dmn --dataset_name=digits --num_steps=9 --solver=dpmpp --dest=schedule.json
+    torchrun --standalone --nproc_per_node=8 optimize_schedule.py --method=gits ... --batch=64
+
+The result is a small JSON file (solvers/schedule_file.py says what is in it). A run that was interrupted goes on when the
+same command is given again.
+"""
+
+import platform
+from pathlib import Path
+
+import click
+import torch
+from click.core import ParameterSource
+
+from models import create_model
+from solvers import make_rule
+from solvers.flags import parse_afs, rule_flags, rule_option_names
+from solvers.optimize import METHODS, Problem, optimize
+from solvers.schedule_file import Schedule, save_schedule
+from torch_utils import distributed
+from torch_utils.errors import UserError
+from torch_utils.seeds import SeededGenerators
+from training.config import AUTOCAST, code_version
+
+
+def method_flags(command):
+    """Decorator: a click option for every option of the methods that is not one of the solvers' as well."""
+    names = dict.fromkeys(name for method in METHODS.values() for name in method.options)
+    for name in reversed([name for name in names if name not in rule_option_names()]):
+        users = {key: method.options[name] for key, method in METHODS.items() if name in method.options}
+        kind = next(iter(users.values())).kind
+        if any(option.kind != kind for option in users.values()):
+            raise TypeError(f"the methods {', '.join(users)} disagree about the type of their option '{name}'")
+        text = "; ".join(f"{key}: {option.help} (default: {option.default})" for key, option in users.items())
+        command = click.option(f"--{name}", type=click.Choice(kind) if isinstance(kind, tuple) else kind, help=text)(
+            command
+        )
+    return command
+
+
+def split_options(options: dict, given: set[str]) -> tuple[dict, dict]:
+    """(options of the solver, options of the method) among the flags that the user wrote; UserError for idle ones."""
+    rule, method = make_rule(options["solver"]).options, METHODS[options["method"]].options
+    known = {*rule_option_names(), *(name for entry in METHODS.values() for name in entry.options)}
+    for name in sorted(known & given):
+        if name not in rule and name not in method:
+            raise UserError(f"--{name} has no effect with --method={options['method']} --solver={options['solver']}")
+    return (
+        {name: options[name] for name in rule if name in given},
+        {name: options[name] for name in method if name in given},
+    )
+
+
+def open_network(options: dict, device: torch.device):
+    net = create_model(
+        options["dataset_name"], options["model_path"], options["guidance_type"], options["guidance_rate"], device
+    )
+    amp = AUTOCAST[options["amp"]]
+    if amp is not None:
+        if not hasattr(net, "autocast"):
+            raise UserError(f"--amp={options['amp']} is not available for {options['dataset_name']}; use --amp=none")
+        net.autocast = amp
+    if options["class_idx"] is not None:
+        net.make_cond(SeededGenerators([0]), options["class_idx"])  # what the network cannot do is said here
+    return net.to(memory_format=torch.channels_last) if device.type == "cpu" else net
+
+
+def describe(schedule: Schedule, dest: Path) -> str:
+    levels = ", ".join(f"{sigma:.4g}" for sigma in schedule.sigmas)
+    return (
+        f"{schedule.method} found {len(schedule.sigmas)} noise levels for {schedule.solver}: {levels}\n"
+        f"{schedule.evaluations} network evaluations, {schedule.seconds:.1f} s -> {dest}"
+    )
+
+
+def run(options: dict, given: set[str], device: torch.device) -> None:
+    """Everything between the flags and the file; every process of a torchrun calls it."""
+    solver_options, method_options = split_options(options, given)
+    dest = Path(options["dest"])
+    distributed.barrier()  # nobody looks for the file while a faster process may be writing it
+    if dest.exists() and not options["overwrite"]:
+        raise UserError(f"{dest} exists: choose another --dest, or --overwrite=True to replace it")
+    problem = Problem(
+        net=open_network(options, device),
+        options=solver_options,
+        labels=options["class_idx"],
+        device=device,
+        state_path=dest.with_name(f".{dest.name}.state"),
+        **{name: options[name] for name in ("solver", "num_steps", "sigma_min", "sigma_max", "afs", "seed", "batch")},
+    )
+    versions = {"code": code_version(), "python": platform.python_version(), "torch": torch.__version__}
+    try:
+        schedule = optimize(problem, options["method"], method_options, versions)
+    except torch.OutOfMemoryError:
+        raise UserError(f"{device} is out of memory: lower --batch (now {options['batch']})") from None
+    error = None
+    if distributed.rank() == 0:
+        try:
+            save_schedule(dest, schedule)
+            print(describe(schedule, dest), flush=True)
+        except UserError as exc:  # raised by agree(), on every rank
+            error = exc
+    distributed.agree(error)
+    problem.drop_state()
+
+
+@click.command()
+@click.option("--method", type=click.Choice(list(METHODS)), default="gits", show_default=True, help="How it is found")
+@click.option("--dataset_name", metavar="NAME", required=True, help="Network: digits, cifar10, ...")
+@click.option("--model_path", metavar="FILE", help="The network's file (default: embedded or downloaded)")
+@click.option("--guidance_type", metavar="NAME", help="Guidance, where the network takes one")
+@click.option("--guidance_rate", type=float, help="Its strength")
+@click.option("--solver", metavar="NAME", default="ipndm", show_default=True, help="Solver the schedule is for")
+@click.option("--num_steps", type=click.IntRange(min=2), default=6, show_default=True, help="Intervals + 1")
+@click.option("--sigma_min", type=float, help="Last noise level (default: the network's)")
+@click.option("--sigma_max", type=float, help="First noise level (default: the network's)")
+@click.option(
+    "--afs",
+    default="False",
+    show_default=True,
+    metavar="True|False|data",
+    callback=parse_afs,
+    help="For a free first step",
+)
+@method_flags
+@rule_flags
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the samples that are used")
+@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Samples per network call")
+@click.option("--class", "class_idx", type=click.IntRange(min=0), help="Class of all samples (default: drawn)")
+@click.option("--dest", metavar="FILE", required=True, help="The schedule file (.json)")
+@click.option("--overwrite", type=bool, default=False, show_default=True, help="Replace it if it exists")
+@click.option("--amp", type=click.Choice(list(AUTOCAST)), default="none", show_default=True, help="Mixed precision")
+@click.option("--device", help="cpu, cuda or mps (default: the best there is)")
+@click.pass_context
+def main(ctx, **options):
+    """Optimises the time schedule of a solver for a network and writes it to a file."""
+    given = {name for name in options if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+    device = distributed.init(options["device"])
+    try:
+        run(options, given, device)
+    finally:
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The schedule file: noise levels that were optimised, with what they were optimised for.
+
+A JSON object with these fields, all present:
+
+    format          "amed-schedule-1"
+    sigmas          noise levels, decreasing and positive; the first and the last are the ends of the sampled range
+    sigmas_net      null, or what the network is told instead at each of them (methods that learn it apart)
+    solver          the solver the levels were found for; solver_options: its options that were set
+    afs             false, true or "data": the kind of free first step they were found for
+    method          how they were found; settings: the options of that method
+    network         name of the network; network_hash: SHA-256 of its file, or null
+    sigma_min, sigma_max   the range of noise levels the network supports
+    evaluations     network evaluations the optimisation took, counted per sample; seconds: its time
+    versions        of the code and of the libraries
+
+A person may write such a file by hand; whatever reads it checks it with ``load_schedule``.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import click
+
+from solvers.flags import SCHEDULE_NAMES
+from solvers.loop import AFS_KINDS, RANGE_SLACK
+from solvers.schedules import check_sigmas
+from torch_utils.errors import UserError
+from torch_utils.image_data import atomic_path
+
+FORMAT = "amed-schedule-1"
+
+
+@dataclass
+class Schedule:
+    """The contents of a schedule file (fields: see the module); UserError on creation where they are impossible."""
+
+    sigmas: list[float]
+    solver: str
+    method: str
+    sigma_min: float
+    sigma_max: float
+    sigmas_net: list[float] | None = None
+    solver_options: dict = field(default_factory=dict)
+    afs: bool | str = False
+    settings: dict = field(default_factory=dict)
+    network: str | None = None
+    network_hash: str | None = None
+    evaluations: int = 0
+    seconds: float = 0.0
+    versions: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.sigmas = check_sigmas(_numbers("sigmas", self.sigmas)).tolist()
+        if self.sigmas_net is not None:
+            self.sigmas_net = _numbers("sigmas_net", self.sigmas_net)
+            if len(self.sigmas_net) != len(self.sigmas):
+                raise UserError(f"sigmas_net has {len(self.sigmas_net)} entries, but sigmas has {len(self.sigmas)}")
+            if min(self.sigmas_net) <= 0:
+                raise UserError(f"sigmas_net must be positive, got {self.sigmas_net}")
+        for name in ("solver", "method"):
+            if not isinstance(getattr(self, name), str):
+                raise UserError(f"{name} must be a text")
+        for name in ("network", "network_hash"):
+            if not isinstance(getattr(self, name), str | None):
+                raise UserError(f"{name} must be a text or null")
+        for name in ("solver_options", "settings", "versions"):
+            if not isinstance(getattr(self, name), dict):
+                raise UserError(f"{name} must be an object")
+        if not any(self.afs is kind or (kind == "data" and self.afs == kind) for kind in AFS_KINDS):
+            raise UserError(f"afs must be false, true or 'data', got {self.afs!r}")
+        least, most, *cost = _numbers(
+            "sigma_min, sigma_max, evaluations and seconds",
+            [self.sigma_min, self.sigma_max, self.evaluations, self.seconds],
+        )
+        if not 0 <= least < most or min(cost) < 0:
+            raise UserError("sigma_min must be below sigma_max, evaluations and seconds not negative")
+
+    def warnings(self, net, solver: str | None = None, afs: bool | str | None = None) -> list[str]:
+        """One line for everything in which a network, a solver or the use of AFS (None: not compared) is another one
+        than the schedule was found for."""
+        lines = []
+        found = getattr(net, "weights_hash", None)
+        if None not in (found, self.network_hash) and found != self.network_hash:
+            lines.append(f"the schedule was found for another network ('{self.network}', another SHA-256)")
+        if solver is not None and solver != self.solver:
+            lines.append(f"the schedule was found for the solver '{self.solver}', not for '{solver}'")
+        if afs is not None and afs != self.afs:
+            lines.append(f"the schedule was found for afs={self.afs}, not for afs={afs}")
+        least, most = getattr(net, "sigma_min", self.sigma_min), getattr(net, "sigma_max", self.sigma_max)
+        if not all(
+            math.isclose(a, b, rel_tol=RANGE_SLACK) for a, b in ((least, self.sigma_min), (most, self.sigma_max))
+        ):
+            lines.append(
+                f"the schedule was found for noise levels {self.sigma_min:g}..{self.sigma_max:g},"
+                f" but the network's are {least:g}..{most:g}"
+            )
+        return lines
+
+
+def _numbers(name: str, values) -> list[float]:
+    """The values as floats; UserError unless they are a list of finite numbers."""
+    if not isinstance(values, list | tuple) or any(
+        isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v) for v in values
+    ):
+        raise UserError(f"{name} must be finite numbers, got {str(values)[:100]}")
+    return [float(v) for v in values]
+
+
+def save_schedule(path: str | Path, schedule: Schedule) -> None:
+    """Writes the file whole or not at all."""
+    with atomic_path(path) as temporary:
+        text = json.dumps({"format": FORMAT, **asdict(schedule)}, indent=2, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def load_schedule(path: str | Path) -> Schedule:
+    """The schedule in a file. Raises UserError, naming the file, where there is none or it is not a valid one."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the schedule {path}: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not a schedule file: not valid JSON ({error})") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f'{path} is not a schedule file of this version: it needs "format": "{FORMAT}"')
+    names = [f.name for f in fields(Schedule)]
+    for problem, wrong in (
+        ("lacks the field", [name for name in names if name not in content]),
+        ("has the unknown field", sorted(content.keys() - {*names, "format"})),
+    ):
+        if wrong:
+            raise UserError(f"the schedule {path} {problem} '{wrong[0]}'")
+    try:
+        return Schedule(**{name: content[name] for name in names})
+    except UserError as error:
+        raise UserError(f"the schedule {path} cannot be used: {error}") from None
+
+
+def schedule_file_flag(command):
+    """Decorator: the flag --schedule of a command line; its value is a Schedule, or None."""
+
+    def load(ctx, param, value):
+        return None if value is None else load_schedule(value)
+
+    return click.option(
+        "--schedule", metavar="FILE", callback=load, help="Optimised noise levels (optimize_schedule.py makes them)"
+    )(command)
+
+
+def use_schedule(options: dict, given: set[str]) -> Schedule | None:
+    """Takes --schedule out of the flags and puts its noise levels in the place of --sigmas.
+
+    options: all flags of a command line by name, changed here; given: those that the user wrote. UserError where
+    another flag of the schedule was given as well.
+    """
+    schedule = options.pop("schedule")
+    given.discard("schedule")
+    if schedule is None:
+        return None
+    extra = [name for name in (*SCHEDULE_NAMES, "sigmas") if name in given]
+    if extra:
+        raise UserError(f"--schedule is the whole schedule: leave out --{extra[0]}")
+    options["sigmas"] = list(schedule.sigmas)
+    given.add("sigmas")
+    return schedule

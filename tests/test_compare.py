@@ -1,0 +1,611 @@
+"""compare.py on a tiny network: what is measured, the cache, several processes, the page, mistakes."""
+
+import base64
+import csv
+import io
+import json
+import multiprocessing
+import re
+import socket
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+import compare
+import sample as sample_cli
+from fid import calculate_fid
+from models.detectors import ConvClassifier, load_detector, save_classifier
+from models.edm import EDMDenoiser, load_edm_network
+from models.edm_io import save_edm_safetensors
+from solvers import SOLVERS, Rule, sample
+from tools import comparison, comparison_report
+from tools.comparison import Settings, choose_steps, parse_method, pool_moments, share_out, spread
+from tools.comparison_report import plot, plots_html
+from torch_utils.errors import MissingExtra, UserError
+from torch_utils.frechet import Reference
+from torch_utils.image_writer import to_uint8
+from torch_utils.seeds import SeededGenerators
+from training.checkpoint import save_predictor
+from training.predictor import AMEDPredictor
+
+NUM, GROUPS, NEAR = 22, 2, 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A network of 8x8 images, a detector for them, reference statistics and two predictors."""
+    folder = tmp_path_factory.mktemp("files")
+    torch.manual_seed(0)
+    sizes = {"model_channels": 8, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": []}
+    net = EDMDenoiser(img_resolution=8, img_channels=1, model_type="SongUNet", **sizes)
+    for name, parameter in net.named_parameters():
+        if name.endswith("weight"):  # no layer may start at zero, or the network would do nothing
+            torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim > 1 else 1.0)
+    save_edm_safetensors(net, folder / "net.safetensors")
+    save_classifier(ConvClassifier(1, 8, 10, feature_dim=6, width=4).eval(), folder / "detector.safetensors")
+    features = load_detector(folder / "detector.safetensors")(torch.randint(256, [50, 1, 8, 8], dtype=torch.uint8))
+    Reference(features.numpy().mean(0), np.cov(features.numpy(), rowvar=False)).save(folder / "ref.npz")
+    config = {"dataset_name": "custom", "img_resolution": 8, "num_steps": 3, "scale_dir": 0.1}
+    save_predictor(AMEDPredictor(**config, sampler_stu="amed", afs=True), folder / "a" / "predictor-000001.safetensors")
+    plugin = AMEDPredictor(**config, sampler_stu="ipndm", max_order=2)
+    save_predictor(plugin, folder / "b" / "predictor-000001.safetensors")
+    return folder
+
+
+def flags(files, outdir, *more) -> list[str]:
+    shared = {"dataset_name": "custom", "model_path": files / "net.safetensors", "device": "cpu"}
+    shared |= {"detector": files / "detector.safetensors", "ref": files / "ref.npz", "outdir": outdir, "nfe": "2,3"}
+    shared |= {"num": NUM, "groups": GROUPS, "num_reference": NEAR, "reference_steps": 3, "batch": 4}
+    return [*(f"--{name}={value}" for name, value in shared.items()), *map(str, more)]
+
+
+def run(files, outdir, *more):
+    """(rows by method and NFE, output)"""
+    done = CliRunner().invoke(compare.main, flags(files, outdir, *more))
+    assert done.exit_code == 0, done.output + repr(done.exception)
+    rows = json.loads((outdir / "results.json").read_text())["rows"]
+    return {(row["method"], row["nfe"]): row for row in rows}, done.output
+
+
+def measured(rows) -> list[dict]:
+    """Everything but the clock."""
+    return [{k: v for k, v in row.items() if k not in ("images_per_second", "timed_on")} for row in rows.values()]
+
+
+@pytest.fixture(scope="module")
+def baseline(files, tmp_path_factory):
+    """(folder, rows, output) of a comparison of solvers and predictors."""
+    folder = tmp_path_factory.mktemp("baseline") / "out"
+    solvers = "--solvers=euler,heun,dpmpp:max_order=2:thresholding=False"
+    rows, output = run(files, folder, solvers, f"--predictor_path={files / 'a'},{files / 'b'}")
+    return folder, rows, output
+
+
+@pytest.fixture(autouse=True)
+def plain_page(baseline, monkeypatch):
+    """Drawing takes longer than sampling here: the plots are drawn in the baseline's page only."""
+    monkeypatch.setattr(comparison_report, "plots_html", lambda rows: "")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Samples that the network was called with, one entry per call."""
+    made, forward = [], EDMDenoiser.forward
+    monkeypatch.setattr(EDMDenoiser, "forward", lambda *a, **k: made.append(len(a[1])) or forward(*a, **k))
+    return made
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is measured
+
+
+def test_rows_say_what_was_really_spent(baseline):
+    _, rows, _ = baseline
+    dpmpp = "dpmpp:max_order=2:thresholding=False"
+    asked = {key: row["nfe_requested"] for key, row in rows.items()}
+    assert asked == {
+        **{("euler", 2): [2], ("euler", 3): [3], (dpmpp, 2): [2], (dpmpp, 3): [3]},
+        ("heun", 2): [2, 3],  # two evaluations per interval: 3 cannot be spent, and 2 is run once
+        ("AMED-Solver", 3): [],  # two intervals of two, the first free
+        ("AMED-Plugin(ipndm)", 4): [],
+    }
+    assert rows[dpmpp, 3]["settings"] == "logsnr, 3 intervals, max_order=2, thresholding=False"
+    assert rows["euler", 3]["settings"] == "polynomial rho 7, 3 intervals"
+
+
+def test_equal_to_sample_and_fid(files, baseline, tmp_path):
+    """The row's own command, through sample.py into PNG files, and fid.py on them."""
+    _, rows, _ = baseline
+    for key in (("heun", 2), ("AMED-Solver", 3)):
+        command = rows[key]["command"].removeprefix("python sample.py ").split()
+        folder = tmp_path / key[0]
+        done = CliRunner().invoke(sample_cli.main, [*command, f"--outdir={folder}", "--device=cpu"])
+        assert done.exit_code == 0 and f"NFE={key[1]} " in done.output, done.output
+        result = calculate_fid(folder, str(files / "ref.npz"), detector=str(files / "detector.safetensors"))
+        assert result.images == rows[key]["images"] == NUM
+        assert rows[key]["fid"] == pytest.approx(result.fid, rel=1e-3)  # a grey level may round the other way
+
+
+def test_scores_and_intervals_by_hand(files, baseline):
+    """Sampled and scored here, group by group, without the code under test."""
+    _, rows, _ = baseline
+    net, detector = load_edm_network(files / "net.safetensors").eval(), load_detector(files / "detector.safetensors")
+    target = Reference.load(files / "ref.npz")
+
+    def solve(**settings):
+        x = sample(net, SeededGenerators(range(NUM)).randn([1, 8, 8]), **settings)
+        features = detector(torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2).contiguous()).double().numpy()
+        return x.clamp(-1, 1).double().numpy(), features
+
+    def fid(features):
+        sigma = np.cov(features, rowvar=False)
+        root = np.sqrt(np.maximum(np.linalg.eigvals(sigma @ target.sigma).real, 0)).sum()
+        return np.sum((features.mean(0) - target.mu) ** 2) + np.trace(sigma) + np.trace(target.sigma) - 2 * root
+
+    x, features = solve(solver="euler", num_steps=4)
+    best, best_features = solve(solver="heun", num_steps=4)
+    row, quantile = rows["euler", 3], scipy.stats.t.ppf(0.975, GROUPS - 1)
+    assert row["fid"] == pytest.approx(fid(features), rel=1e-3)
+    for name, one, other in (("pixel", x, best), ("feature", features, best_features)):
+        apart = np.sqrt(((one - other).reshape(NUM, -1)[:NEAR] ** 2).mean(1))
+        assert row[name] == pytest.approx(apart.mean(), rel=1e-3) and row[name] > 1e-4
+        error = np.std([apart[g::GROUPS].mean() for g in range(GROUPS)], ddof=1) / np.sqrt(GROUPS)
+        assert row[f"{name}_se"] == pytest.approx(error, rel=1e-2)
+        assert row[f"{name}_ci95"] == pytest.approx(quantile * row[f"{name}_se"], rel=1e-9)
+    groups = [fid(features[g::GROUPS]) for g in range(GROUPS)]
+    assert row["fid_group_mean"] == pytest.approx(np.mean(groups), rel=1e-3)
+    assert row["fid_se"] == pytest.approx(np.std(groups, ddof=1) / np.sqrt(GROUPS), rel=2e-2)
+    assert row["reference_images"] == NEAR and row["images_per_second"] > 0
+
+
+def test_reference_is_at_no_distance_to_itself(files, tmp_path):
+    rows, _ = run(files, tmp_path, "--solvers=heun", "--nfe=6")
+    assert rows["heun", 6]["pixel"] == rows["heun", 6]["feature"] == 0
+
+
+def test_statistics():
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(size=[n, 3]) + n for n in (2, 5, 9)]
+    mu, sigma = pool_moments([(len(part), part.mean(0), np.cov(part, rowvar=False)) for part in parts])
+    np.testing.assert_allclose(mu, np.concatenate(parts).mean(0))
+    np.testing.assert_allclose(sigma, np.cov(np.concatenate(parts), rowvar=False))
+    interval = scipy.stats.t.interval(0.95, 4, loc=2.0, scale=scipy.stats.sem([1, 2, 3, 4, 0]))
+    error, half = spread([1, 2, 3, 4, 0])
+    assert error == pytest.approx(scipy.stats.sem([1, 2, 3, 4, 0])) and 2 + half == pytest.approx(interval[1])
+
+
+def test_a_new_stochastic_solver_is_compared_without_a_distance(files, tmp_path, monkeypatch):
+    class Noisy(SOLVERS["euler"]):
+        name, stochastic = "noisy", True
+
+        def update(self, x, history, sigma_next, index, total, scale=1.0):
+            return super().update(x, history, sigma_next, index, total, scale)
+
+        def advance(self, state_run, state, i):
+            state = super().advance(state_run, state, i)
+            return comparison.replace(state, x=state.x + 0.1 * state_run.noise(state.x))
+
+    monkeypatch.setitem(SOLVERS, "noisy", Noisy)
+    rows, output = run(files, tmp_path, "--solvers=noisy,euler", "--nfe=2")
+    noisy = rows["noisy", 2]
+    assert noisy["pixel"] is None and noisy["feature_ci95"] is None and noisy["reference_images"] == 0
+    assert noisy["fid"] != rows["euler", 2]["fid"]
+    assert "| noisy |" in output.split("distance")[0] and "| noisy |" not in output.split("distance")[1]
+
+
+def test_all_solvers_but_those_that_are_not_prepared(files, tmp_path, monkeypatch):
+    def refuse(self, net, sigmas):
+        raise UserError("a file is missing")
+
+    class Unprepared(SOLVERS["euler"]):
+        name, bind = "unprepared", refuse
+
+    for name in [name for name in SOLVERS if name not in ("euler", "heun", "amed")]:
+        monkeypatch.delitem(SOLVERS, name)
+    monkeypatch.setitem(SOLVERS, "unprepared", Unprepared)
+    arguments = flags(files, tmp_path / "out", "--nfe=1", "--num_reference=0")
+    done = CliRunner().invoke(compare.main, arguments)
+    assert done.exit_code == 0 and "left out unprepared: a file is missing" in done.output, done.output
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["euler", "heun"] and rows[0]["pixel"] is None
+    assert not list((tmp_path / "out" / "cache").glob("reference*"))
+    for solvers in ("unprepared", "unprepared,euler"):  # asked for by name
+        done = CliRunner().invoke(compare.main, [*flags(files, tmp_path / "no"), f"--solvers={solvers}"])
+        assert done.exit_code == 2 and done.output == "Error: a file is missing\n"
+    for name in ("euler", "heun"):
+        monkeypatch.setattr(SOLVERS[name], "bind", refuse)
+    done = CliRunner().invoke(compare.main, flags(files, tmp_path / "no"))
+    assert done.exit_code == 2 and done.output.endswith("Error: a file is missing\n")
+    assert not (tmp_path / "no").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Methods and numbers of evaluations
+
+
+class Net:
+    sigma_min, sigma_max = 0.002, 80.0
+
+
+class TwoIntervals(Rule):
+    """Two intervals per evaluation, and an odd number of them is refused."""
+
+    def evaluations(self, intervals, afs=False, learned=False):
+        if intervals % 2:
+            raise UserError("an even number of intervals is needed")
+        return intervals // 2 - bool(afs)
+
+
+@pytest.mark.parametrize(
+    ("solver", "afs", "guided", "nfe", "intervals", "spent"),
+    [
+        ("euler", False, 1, 1, 1, 1),
+        ("euler", True, 1, 1, 2, 1),  # one interval would be free
+        ("heun", False, 1, 5, 2, 4),
+        ("heun", False, 1, 1, 1, 2),  # the least it can spend
+        ("heun", True, 1, 5, 3, 5),
+        ("euler", False, 2, 5, 2, 4),  # under guidance a call is two evaluations
+        ("two", False, 1, 3, 6, 3),
+        ("two", True, 1, 3, 8, 3),
+    ],
+)
+def test_steps_for_a_number_of_evaluations(monkeypatch, solver, afs, guided, nfe, intervals, spent):
+    monkeypatch.setitem(SOLVERS, "two", TwoIntervals)
+    net = Net()
+    net.evals_per_call = guided
+    settings, cost = choose_steps(Settings("custom", solver, afs=afs), net, nfe)
+    assert (settings.num_steps - 1, cost) == (intervals, spent)
+
+
+def test_presets_fit_the_rules():
+    common = {"dataset_name": "custom", "sigmas": None}
+    for name, rule in SOLVERS.items():
+        if not rule.needs_predictor:
+            parse_method(name, common, {})
+    assert comparison.PRESETS["deis"]["max_order"] == 4
+
+
+def test_what_is_said_for_one_goes_before_what_is_said_for_all():
+    common = {"dataset_name": "custom", "sigmas": None}
+    settings = parse_method("dpmpp", common, {}).settings
+    assert (settings.schedule_type, settings.options) == ("logsnr", {"max_order": 3})
+    everywhere = {"schedule_type": "time_uniform", "schedule_rho": 2.0, "afs": True}
+    settings = parse_method("dpmpp:max_order=1", common, everywhere).settings
+    assert (settings.schedule_type, settings.schedule_rho, settings.afs) == ("time_uniform", 2, True)
+    assert settings.options == {"max_order": 1}
+    settings = parse_method("dpmpp:schedule_type=polynomial:afs=data:predict_x0=no", common, everywhere).settings
+    assert (settings.schedule_type, settings.schedule_rho, settings.afs) == ("polynomial", 7, "data")
+    assert settings.options == {"max_order": 3, "predict_x0": False}
+
+
+def test_explicit_sigmas_pass_through(files, tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(
+        comparison, "generate_images", lambda *a, **k: used.append(k["sigmas"]) or sample_cli.generate_images(*a, **k)
+    )
+    arguments = [flag for flag in flags(files, tmp_path) if not flag.startswith("--nfe")]
+    done = CliRunner().invoke(compare.main, [*arguments, "--solvers=euler,heun", "--sigmas=70,3.9,0.01"])
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert [(row["method"], row["nfe"]) for row in rows] == [("euler", 2), ("heun", 4)]
+    assert all(sigmas in (None, [70.0, 3.9, 0.01]) for sigmas in used) and used.count([70.0, 3.9, 0.01]) == 6
+    facts = json.loads((tmp_path / "results.json").read_text())["facts"]
+    assert facts["sigma"] == "70 to 0.01"  # the reference solution as well
+    assert "--sigmas=70,3.9,0.01" in rows[0]["command"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The cache
+
+
+def test_the_second_run_asks_no_network_and_a_further_method_only_its_own(files, baseline, tmp_path, calls):
+    common = "--solvers=euler", "--nfe=2"
+    first, output = run(files, tmp_path, *common)
+    assert "1 of 1 rows computed" in output and calls
+    calls.clear()
+    again, output = run(files, tmp_path, *common)
+    assert not calls and again == first and "0 of 1 rows computed" in output
+    more, output = run(files, tmp_path, "--solvers=ipndm,euler", "--nfe=2")
+    assert "1 of 2 rows computed" in output
+    # Two evaluations: one image tried out, then batches of four of both groups of eleven.
+    assert calls == [1, 1] + 2 * [4, 4, 4, 4, 3, 3]
+    assert more["euler", 2] == first["euler", 2]
+    assert measured({0: first["euler", 2]})[0]["fid"] == pytest.approx(baseline[1]["euler", 2]["fid"], rel=1e-9)
+
+
+def test_other_settings_are_other_results(files, tmp_path, calls):
+    run(files, tmp_path, "--solvers=euler", "--nfe=2")
+    for change in ("--seed=5", "--schedule_rho=5", "--reference_steps=2", "--num_reference=4", "--afs=True"):
+        calls.clear()
+        _, output = run(files, tmp_path, "--solvers=euler", "--nfe=2", change)
+        assert calls and "1 of 1 rows computed" in output, change
+
+
+def test_a_killed_run_goes_on_where_it_stopped(files, tmp_path, calls, monkeypatch):
+    whole, _ = run(files, tmp_path / "whole", "--solvers=euler,ipndm", "--nfe=2")
+    measure = comparison.Comparison.measure
+
+    def killed(self, job, group):
+        if job.settings.solver == "ipndm" and group == 1:
+            raise KeyboardInterrupt
+        measure(self, job, group)
+
+    monkeypatch.setattr(comparison.Comparison, "measure", killed)
+    done = CliRunner().invoke(compare.main, flags(files, tmp_path / "cut", "--solvers=euler,ipndm", "--nfe=2"))
+    assert done.exit_code == 1 and not (tmp_path / "cut" / "results.json").exists()
+    monkeypatch.setattr(comparison.Comparison, "measure", measure)
+    calls.clear()
+    rows, output = run(files, tmp_path / "cut", "--solvers=euler,ipndm", "--nfe=2")
+    assert calls == [4, 4, 4, 4, 3, 3]  # the second group of ipndm and nothing else
+    assert measured(rows) == measured(whole) and "1 of 2 rows computed" in output
+    left = sorted(path.name.split("-")[0] for path in (tmp_path / "cut" / "cache").iterdir())
+    assert left == ["euler", "ipndm", "reference", "reference"]  # the groups' own files are gone, nothing half written
+
+
+def test_rows_of_older_code_are_pointed_out(files, tmp_path, monkeypatch):
+    arguments = "--solvers=euler", "--nfe=2", "--num_reference=0"
+    monkeypatch.setattr(comparison, "code_version", lambda: "git-old")
+    _, output = run(files, tmp_path, *arguments)
+    assert "other versions of the code" not in output
+    monkeypatch.setattr(comparison, "code_version", lambda: "git-new")
+    rows, output = run(files, tmp_path, *arguments)
+    assert "other versions of the code (git-old; now git-new)" in output and rows["euler", 2]["code"] == "git-old"
+
+
+def test_a_damaged_file_is_named(files, tmp_path):
+    run(files, tmp_path, "--solvers=euler", "--nfe=2")
+    (path,) = (tmp_path / "cache").glob("euler-*")
+    path.write_bytes(path.read_bytes()[:100])
+    done = CliRunner().invoke(compare.main, flags(files, tmp_path, "--solvers=euler", "--nfe=2"))
+    assert done.exit_code == 2 and f"{path}: a damaged file" in done.output
+
+
+def _one_of_two(rank: int, port: int, arguments: list[str], environment: pytest.MonkeyPatch) -> None:
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in names.items():
+        environment.setenv(name, str(value))
+    done = CliRunner().invoke(compare.main, arguments)
+    raise SystemExit(done.exit_code)
+
+
+def run_on_two(arguments: list[str]) -> list[int]:
+    """Exit codes of the two processes of a group."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=_one_of_two, args=(k, port, arguments, pytest.MonkeyPatch())) for k in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    codes = [process.exitcode for process in both]
+    for process in both:
+        process.kill()
+    return codes
+
+
+def test_two_processes_give_the_table_of_one(files, baseline, tmp_path):
+    _, rows, _ = baseline
+    more = ["--solvers=euler,heun,dpmpp:max_order=2:thresholding=False"]
+    more += [f"--predictor_path={files / 'a'},{files / 'b'}"]
+    assert run_on_two(flags(files, tmp_path, *more)) == [0, 0]
+    found = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert measured(dict(enumerate(found))) == measured(rows)
+    assert all("processes 2" in row["timed_on"] for row in found)
+    assert not list((tmp_path / "cache").glob("*-nfe*-group*"))
+
+
+def test_a_mistake_ends_both_processes(files, tmp_path):
+    assert run_on_two(flags(files, tmp_path / "out", "--solvers=euler:magic=1")) == [2, 2]
+    assert not (tmp_path / "out").exists()
+
+
+def test_work_is_shared_evenly():
+    costs = [10, 1, 1, 8, 5, 5, 2, 3, 3, 2]
+    shares = share_out(costs, 4)
+    assert sorted(index for share in shares for index in share) == list(range(10))
+    assert max(sum(costs[index] for index in share) for share in shares) == 10  # the best possible
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is written
+
+
+class Page(HTMLParser):
+    """Collects the tags' attributes and the text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self.open += [tag] if tag not in ("meta", "img", "br") else []
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_csv_and_json_hold_the_same(baseline):
+    folder, rows, _ = baseline
+    with (folder / "results.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == len(rows) == 7
+    for line, row in zip(lines, rows.values(), strict=True):
+        assert list(line) == list(row)
+        for name, value in row.items():
+            if isinstance(value, list):
+                assert [int(part) for part in line[name].split()] == value
+            elif isinstance(value, float | int):
+                assert float(line[name]) == value
+            else:
+                assert line[name] == (value or "")
+
+
+def test_the_page_needs_nothing_else(baseline):
+    folder, rows, output = baseline
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert not page.open
+    sources = [attributes[name] for _, attributes in page.tags for name in ("src", "href") if name in attributes]
+    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r"https?:|@import|url\(", text)
+    for method, nfe in rows:
+        assert method in page.text and f"{nfe} evaluations" in page.text
+    facts = json.loads((folder / "results.json").read_text())["facts"]
+    plots = [a for tag, a in page.tags if a.get("class") == "plot"]
+    assert len(plots) == 3 or "No plots: a plot needs the package 'matplotlib'" in page.text
+    assert facts["command"].startswith("python compare.py --") and facts["command"] in page.text
+    assert all(value in page.text for value in facts.values())
+    assert "Student's t with 1 degrees of freedom" in page.text  # what the interval is
+    strips = [a for tag, a in page.tags if tag == "img" and a["class"] == "strip"]
+    assert [a["alt"] for a in strips].count("reference solution") == 3  # above the methods of 2, 3 and 4 evaluations
+    assert len(strips) == len(rows) + 3
+    assert (folder / "results.md").read_text() in output
+
+
+def test_pictures_are_those_of_the_seeds(files, baseline):
+    """In the order of the seeds, although the groups were sampled apart."""
+    folder, _, _ = baseline
+    page = Page((folder / "index.html").read_text(encoding="utf-8"))
+    found = [a["src"] for tag, a in page.tags if a.get("alt") == "AMED-Plugin(ipndm)"]
+    data = base64.b64decode(found[0].split(",")[1])
+    with Image.open(io.BytesIO(data)) as image:
+        array = np.asarray(image).astype(int)
+    net = load_edm_network(files / "net.safetensors").eval()
+    predictor = comparison.load_predictor(files / "b" / "predictor-000001.safetensors")
+    options = {"solver": "ipndm", "num_steps": 3, "max_order": 2, "predictor": predictor}
+    x = sample(net, SeededGenerators(range(16)).randn([1, 8, 8]), **options)
+    expected = to_uint8(x)[..., 0].astype(int)
+    assert array.shape == (8, 16 * 10 - 2)
+    for seed in range(16):
+        assert np.abs(array[:, 10 * seed : 10 * seed + 8] - expected[seed]).max() <= 1
+    assert expected.std() > 10
+
+
+def test_markdown_has_methods_down_and_evaluations_across(baseline):
+    folder, rows, _ = baseline
+    lines = (folder / "results.md").read_text().splitlines()
+    assert lines[2] == "| method | 2 | 3 | 4 |"
+    best = min((row for row in rows.values() if row["nfe"] == 3), key=lambda row: row["fid"])
+    (line,) = [line for line in lines[4:10] if line.startswith(f"| {best['method']} |")]
+    assert f"**{best['fid']:.2f} ± {best['fid_ci95']:.2f}**" in line
+
+
+def test_without_matplotlib_the_page_says_so(baseline, monkeypatch):
+    _, rows, _ = baseline
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtra):
+        plot(list(rows.values()), "fid")
+    text = plots_html(list(rows.values()))
+    assert text.count("\n") == 0 and "matplotlib" in text and "[plot]" in text
+
+
+def test_plot(baseline):
+    pytest.importorskip("matplotlib")
+    with Image.open(io.BytesIO(plot(list(baseline[1].values()), "fid"))) as image:
+        assert image.size == (880, 605)
+        colours = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)
+    assert all((colours == shade).all(axis=1).any() for shade in ([31, 119, 180], [255, 127, 14], [44, 160, 44]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--solvers=magic"], "unknown solver 'magic'; choose from"),
+        (["--solvers=ipndm:max_order=9"], "ipndm supports 1..4"),
+        (["--solvers=euler:max_order=2"], "euler has no option 'max_order'"),
+        (["--solvers=dpmpp:max_order=two"], "max_order=two"),
+        (["--solvers=dpmpp:max_order=2:max_order=3"], "each option once"),
+        (["--solvers=dpmpp:max_order"], "solver:option=value"),
+        (["--solvers=dpmpp:schedule_type=linear"], "'linear' is not one of"),
+        (["--solvers=dpmpp:afs=maybe"], "choose True, False or data"),
+        (["--solvers=amed"], "'amed' needs a trained predictor"),
+        (["--solvers=none"], "nothing to compare"),
+        (["--nfe=0"], "no solver can spend 0 evaluations"),
+        (["--nfe=3,x"], "whole numbers"),
+        (["--num=3"], "too few images for --groups=2"),
+        (["--num_reference=23"], "only --num=22 seeds"),
+        (["--num_reference=1"], "each of the --groups=2 needs one"),
+        (["--seed=4294967290"], "below 2^32"),
+        (["--sigma_max=100"], "outside the network's range, 0.002..80"),
+        (["--sigma_min=0.001"], "outside the network's range"),
+        (["--sigma_min=90"], "0 < sigma_min < sigma_max"),
+        (["--sigmas=1,2"], "--sigmas is the whole schedule"),  # beside --nfe
+        (["--schedule_rho=-1"], "must be a positive number"),
+        (["--afs=data"], "mean and spread"),
+        (["--solvers=euler:schedule_type=discrete"], "discrete noise table"),
+        (["--predictor_path=/nowhere"], "there is no predictor at /nowhere"),
+        (["--guidance_rate=2"], "guidance_rate"),
+        (["--ref=/nowhere.npz"], "/nowhere.npz: no such file"),
+        (["--detector=digits"], "6 features and the detector 'digits' 64"),
+        (["--dataset_name=nothing"], "'nothing' is unknown"),
+        (["--model_path=/nowhere.pkl"], "/nowhere.pkl"),
+        (["--device=tpu9"], "is not a device"),
+    ],
+)
+def test_mistakes_take_one_line_and_leave_nothing(files, tmp_path, more, message):
+    arguments = flags(files, tmp_path / "out", "--solvers=euler", *more)
+    done = CliRunner().invoke(compare.main, arguments)
+    assert done.exit_code == 2 and isinstance(done.exception, SystemExit), done.output
+    lines = done.output.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("Error") and message in lines[0], done.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "message"), [("1,2", "strictly decreasing"), ("90,1", "outside the network's range")]
+)
+def test_impossible_sigmas(files, tmp_path, sigmas, message):
+    arguments = [flag for flag in flags(files, tmp_path / "out") if not flag.startswith("--nfe")]
+    done = CliRunner().invoke(compare.main, [*arguments, "--solvers=euler", f"--sigmas={sigmas}"])
+    assert done.exit_code == 2 and message in done.output and done.output.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_predictor_of_another_problem_is_refused(files, tmp_path):
+    for change, message in (({"sigma_max": 40.0}, "different problems"), ({"dataset_name": "digits"}, "trained for")):
+        config = {"dataset_name": "custom", "img_resolution": 8, "num_steps": 3, "sampler_stu": "amed", **change}
+        save_predictor(AMEDPredictor(**config), tmp_path / "p.safetensors")
+        more = ["--solvers=none", f"--predictor_path={tmp_path / 'p.safetensors'}"]
+        done = CliRunner().invoke(compare.main, flags(files, tmp_path / "out", *more))
+        assert done.exit_code == 2 and message in done.output, done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_that_are_not_finite_stop_it_before_anything_is_written(files, tmp_path, monkeypatch):
+    forward = EDMDenoiser.forward
+    monkeypatch.setattr(EDMDenoiser, "forward", lambda *a, **k: forward(*a, **k) * torch.nan)
+    done = CliRunner().invoke(compare.main, flags(files, tmp_path / "out", "--solvers=euler"))
+    assert done.exit_code == 2 and "euler with 2 evaluations: images of seeds 0 are not finite" in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_in_place_of_the_folder(files, tmp_path):
+    Path(tmp_path / "out").write_text("mine")
+    done = CliRunner().invoke(compare.main, flags(files, tmp_path / "out", "--solvers=euler"))
+    assert done.exit_code == 2 and "is a file; choose a folder" in done.output
+    assert (tmp_path / "out").read_text() == "mine"

@@ -1,0 +1,163 @@
+"""The schedule file: it comes back as it was written, bad ones get one clear line, and it stands in for --sigmas."""
+
+import json
+from types import SimpleNamespace
+
+import click
+import pytest
+from click.core import ParameterSource
+from click.testing import CliRunner
+
+from solvers.flags import schedule_flags
+from solvers.schedule_file import FORMAT, Schedule, load_schedule, save_schedule, schedule_file_flag, use_schedule
+from torch_utils.errors import UserError
+
+SIGMAS = [80.0, 1 / 3, 0.002]
+
+
+def make(**changes):
+    values = {
+        "sigmas": SIGMAS,
+        "solver": "ipndm",
+        "method": "gits",
+        "sigma_min": 0.002,
+        "sigma_max": 80.0,
+        "sigmas_net": [79.0, 0.35, 0.0021],
+        "solver_options": {"max_order": 3},
+        "afs": "data",
+        "settings": {"coeff": 1.15, "metric": "dev"},
+        "network": "digits",
+        "network_hash": "ab" * 32,
+        "evaluations": 1200,
+        "seconds": 3.25,
+        "versions": {"torch": "2"},
+    }
+    return Schedule(**(values | changes))
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "new" / "s.json"
+    save_schedule(path, make())
+    assert load_schedule(path) == make() and load_schedule(str(path)).sigmas == SIGMAS
+    save_schedule(path, make(sigmas_net=None, network_hash=None, afs=True))
+    assert load_schedule(path) == make(sigmas_net=None, network_hash=None, afs=True)
+    assert [entry.name for entry in path.parent.iterdir()] == ["s.json"]
+    assert json.loads(path.read_text())["format"] == FORMAT
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "s.json"
+    save_schedule(path, make())
+    schedule = make()
+    schedule.seconds = float("nan")  # not JSON
+    with pytest.raises(ValueError):
+        save_schedule(path, schedule)
+    assert load_schedule(path) == make() and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("sigmas", [80, 90, 1], "strictly decreasing"),
+        ("sigmas", [80, 1, 0], "positive"),
+        ("sigmas", [80], "at least two"),
+        ("sigmas", "80,1", "must be finite numbers"),
+        ("sigmas", [80, "1", 0.1], "must be finite numbers"),
+        ("sigmas", [80, float("nan"), 0.1], "must be finite numbers"),
+        ("sigmas", [[80, 1], [2, 1]], "must be finite numbers"),
+        ("sigmas_net", [79, 0.3], "sigmas_net has 2 entries, but sigmas has 3"),
+        ("sigmas_net", [79, 0.3, -1], "sigmas_net must be positive"),
+        ("solver", None, "solver must be a text"),
+        ("network_hash", 3, "network_hash must be a text or null"),
+        ("settings", [], "settings must be an object"),
+        ("afs", "yes", "afs must be"),
+        ("afs", 1, "afs must be"),
+        ("sigma_min", 100, "sigma_min must be below sigma_max"),
+        ("evaluations", -1, "not negative"),
+        ("seconds", True, "must be finite numbers"),
+        ("format", "amed-schedule-99", '"format": "amed-schedule-1"'),
+        ("surprise", 1, "unknown field 'surprise'"),
+    ],
+)
+def test_bad_fields(tmp_path, field, value, message):
+    path = tmp_path / "s.json"
+    save_schedule(path, make())
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(UserError, match=message) as caught:
+        load_schedule(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"{'sigmas': [3, 2, 1]}", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"[80, 1, 0.1]", "is not a schedule file of this version"),
+        (b'{"sigmas": [80, 1, 0.1]}', "is not a schedule file of this version"),
+        (b'{"format": "amed-schedule-1"}', "lacks the field 'sigmas'"),
+    ],
+)
+def test_not_a_schedule(tmp_path, content, message):
+    path = tmp_path / "s.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_schedule(path)
+
+
+def test_no_file(tmp_path):
+    for path in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(UserError, match="cannot read the schedule"):
+            load_schedule(path)
+
+
+def test_warnings():
+    net = SimpleNamespace(weights_hash="ab" * 32, sigma_min=0.002, sigma_max=80)
+    assert make().warnings(net, "ipndm") == make().warnings(net, "ipndm", afs="data") == []
+    assert make().warnings(SimpleNamespace(), "ipndm") == []  # a network that says nothing of itself
+    assert make(network_hash=None).warnings(net, "ipndm") == []
+    other = SimpleNamespace(weights_hash="cd" * 32, sigma_min=0.03, sigma_max=14.6)
+    lines = make().warnings(other, "euler", afs=False)
+    for line, word in zip(
+        lines, ("another network ('digits'", "'ipndm', not for 'euler'", "afs=data", "0.03..14.6"), strict=True
+    ):
+        assert word in line
+
+
+def flags_of(*arguments):
+    """What a command line with the flag makes of these arguments."""
+    seen = {}
+
+    @click.command()
+    @schedule_flags
+    @schedule_file_flag
+    @click.pass_context
+    def command(ctx, **options):
+        given = {name for name in options if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+        seen.update(schedule=use_schedule(options, given), options=options, given=given)
+
+    done = CliRunner().invoke(command, list(arguments))
+    return done, seen
+
+
+def test_flag(tmp_path):
+    save_schedule(tmp_path / "s.json", make())
+    done, seen = flags_of(f"--schedule={tmp_path / 's.json'}", "--afs=True")
+    assert done.exit_code == 0 and seen["schedule"] == make()
+    assert seen["options"]["sigmas"] == SIGMAS and "schedule" not in seen["options"]
+    assert seen["given"] == {"sigmas", "afs"}
+    done, seen = flags_of("--sigmas=3,2,1")
+    assert seen["schedule"] is None and seen["options"]["sigmas"] == [3, 2, 1] and seen["given"] == {"sigmas"}
+
+
+def test_flag_mistakes(tmp_path):
+    save_schedule(tmp_path / "s.json", make())
+    for arguments, message in (
+        ((f"--schedule={tmp_path / 's.json'}", "--num_steps=3"), "leave out --num_steps"),
+        ((f"--schedule={tmp_path / 's.json'}", "--sigmas=3,2,1"), "leave out --sigmas"),
+        ((f"--schedule={tmp_path / 'none.json'}",), "cannot read the schedule"),
+    ):
+        done, _ = flags_of(*arguments)
+        assert done.exit_code == 2 and message in done.output and len(done.output.splitlines()) == 1

@@ -1,0 +1,746 @@
+"""A fair comparison of samplers: the same network, the same seeds, the same range of noise, evaluations really spent.
+
+A *method* is a solver with its customary schedule and options (``PRESETS``), or a trained predictor. A *job* is a method
+at one number of evaluations. The seeds are dealt out to groups (seed first + i belongs to group i mod groups), and one
+group of one job is the unit of work: stored as soon as it is done, so that a killed run goes on and ranks share the
+work. A finished job is one small file; the images themselves are never written.
+
+compare.py is the command line, tools/comparison_report.py writes the table and the page.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from scipy.special import stdtrit
+from tqdm import tqdm
+
+from fid import choose_detector, find_reference
+from models import zoo
+from sample import (
+    Batch,
+    Settings,
+    check_network,
+    format_seeds,
+    generate_images,
+    open_network,
+    recorded_settings,
+    settings_from_predictor,
+)
+from solvers import SCHEDULES, SOLVERS, check_sigmas
+from solvers.flags import SCHEDULE_NAMES, parse_afs
+from torch_utils import distributed
+from torch_utils.errors import UserError
+from torch_utils.frechet import FeatureStatistics, Reference, frechet_distance
+from torch_utils.image_data import atomic_path
+from torch_utils.image_writer import to_uint8
+from training.checkpoint import find_predictor, load_predictor
+from training.config import code_version
+
+# The customary schedule and options of each solver, from its paper or the code published with it; a solver that is not
+# named here takes the defaults (polynomial, rho 7). All of them can be changed on the command line.
+POLYNOMIAL = {"schedule_type": "polynomial", "schedule_rho": 7.0}  # Karras et al. 2022
+LOGSNR = {"schedule_type": "logsnr"}  # Lu et al. 2022
+PRESETS = {
+    "euler": POLYNOMIAL,
+    "heun": POLYNOMIAL,
+    "edm": POLYNOMIAL | {"S_churn": 30.0, "S_min": 0.01, "S_max": 1.0, "S_noise": 1.007},  # CIFAR-10 VP, ibid. Table 5
+    "dpm": LOGSNR,
+    "dpmpp": LOGSNR | {"max_order": 3},
+    "unipc": LOGSNR | {"max_order": 3},
+    # tAB3: a polynomial of degree 3 through 4 points; steps uniform in the square root of time (Zhang & Chen 2023).
+    "deis": {"schedule_type": "time_uniform", "schedule_rho": 2.0, "max_order": 4, "deis_mode": "tab"},
+    "ipndm": POLYNOMIAL | {"max_order": 4},
+    "ipndm_v": POLYNOMIAL | {"max_order": 4},
+    "pfdiff": POLYNOMIAL,
+    "evodiff": LOGSNR,
+    "dpm_v3": LOGSNR,
+}
+SCHEDULE_SETTINGS = {  # what a method may say besides the options of its rule, and how that is read
+    "schedule_type": click.Choice(list(SCHEDULES)),
+    "schedule_rho": click.FLOAT,
+    "afs": None,
+    "denoise_to_zero": click.BOOL,
+}
+REFERENCE_SOLVER = {"solver": "heun", **POLYNOMIAL}
+CONFIDENCE = 0.95
+GUIDANCE = ("guidance_type", "guidance_rate")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Methods
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is compared. settings: all but the number of steps where there is no predictor. named: asked for by name, not
+    as one of all solvers."""
+
+    label: str
+    settings: Settings
+    predictor: torch.nn.Module | None = None
+    predictor_file: Path | None = None
+    named: bool = True
+
+
+@dataclass(frozen=True)
+class Job:
+    """A method at one number of evaluations. requested: the evaluations asked for that led here; key: of the cache."""
+
+    method: Method
+    settings: Settings
+    nfe: int
+    requested: tuple[int, ...]
+    key: str
+
+    @property
+    def stochastic(self) -> bool:
+        return self.settings.rule().stochastic
+
+    @property
+    def name(self) -> str:
+        return f"{self.settings.solver}-nfe{self.nfe}-{self.key}"
+
+
+def _parse_value(method: str, name: str, text: str, kind):
+    if name == "afs":
+        return parse_afs(None, None, text)
+    try:
+        return kind.convert(text, None, None)
+    except click.BadParameter as error:
+        raise UserError(f"--solvers={method}: {name}={text}: {error.message}") from None
+
+
+def parse_method(text: str, common: dict, everywhere: dict) -> Method:
+    """ "dpmpp:max_order=2:afs=data" -> the method: preset, then ``everywhere`` (flags for all), then what the text says.
+
+    common: what all settings share (dataset_name, sigma_min, guidance, ...). Raises UserError on unknown solvers and
+    options, values that do not fit and impossible combinations.
+    """
+    solver, *parts = text.strip().split(":")
+    if solver not in SOLVERS:
+        raise UserError(f"--solvers: unknown solver '{solver}'; choose from {', '.join(SOLVERS)}")
+    rule = SOLVERS[solver]
+    if rule.needs_predictor:
+        raise UserError(f"--solvers: '{solver}' needs a trained predictor: leave it out and give --predictor_path")
+    own = {}
+    for part in parts:
+        name, equals, value = part.partition("=")
+        if not equals or name in own:
+            raise UserError(f"--solvers={text}: write each option once, as solver:option=value:option=value")
+        if name in SCHEDULE_SETTINGS:
+            own[name] = _parse_value(text, name, value, SCHEDULE_SETTINGS[name])
+        elif name in rule.options:
+            kind = rule.options[name].kind
+            kind = click.Choice(kind) if isinstance(kind, tuple) else click.types.convert_type(kind)
+            own[name] = _parse_value(text, name, value, kind)
+        else:
+            known = ", ".join([*rule.options, *SCHEDULE_SETTINGS])
+            raise UserError(f"--solvers={text}: {solver} has no option '{name}' (its options: {known})")
+    values = dict(PRESETS.get(solver, POLYNOMIAL))
+    for layer in (everywhere, own):
+        if layer.get("schedule_type", values["schedule_type"]) != values["schedule_type"]:
+            values.pop("schedule_rho", None)  # an exponent belongs to its schedule
+        values |= layer
+    if common.get("sigmas") is not None and {"schedule_type", "schedule_rho"} & own.keys():
+        raise UserError(f"--solvers={text}: --sigmas is the whole schedule: leave out its schedule_type, schedule_rho")
+    schedule = {name: values.pop(name) for name in tuple(values) if name in SCHEDULE_SETTINGS}
+    method = Method(text.strip(), Settings(solver=solver, **common, **schedule, options=values))
+    method.settings.rule()  # refuses what does not go together
+    return method
+
+
+def _guidance(kind: str | None, rate: float | None) -> tuple[str, float]:
+    """In one form: without guidance its strength has no meaning, and "uncond" is the network as it is."""
+    return ("none", 0.0) if kind in (None, "none", "uncond") else (kind, float(rate or 0))
+
+
+def predictor_method(path: str, dataset_name: str, options: dict) -> Method:
+    """The method of a trained predictor, with the settings that it brings along."""
+    file = find_predictor(path)
+    predictor = load_predictor(file)
+    neutral = {"dataset_name": dataset_name, "r": None, "denoise_to_zero": False}
+    neutral |= {name: options[name] for name in GUIDANCE}
+    settings = settings_from_predictor(predictor.config, neutral, set())
+    if settings.dataset_name != dataset_name:
+        raise UserError(f"{file}: trained for dataset_name '{settings.dataset_name}', not '{dataset_name}'")
+    brought = _guidance(settings.guidance_type, settings.guidance_rate)
+    if brought != _guidance(options["guidance_type"], options["guidance_rate"]):
+        raise UserError(
+            f"{file}: trained under guidance_type {brought[0]}, rate {brought[1]:g}; all methods share one network:"
+            f" give --guidance_type={brought[0]} --guidance_rate={brought[1]:g}, or leave the predictor out"
+        )
+    label = "AMED-Solver" if settings.solver == "amed" else f"AMED-Plugin({settings.solver})"
+    return Method(label, settings, predictor, file)
+
+
+def choose_steps(settings: Settings, net, nfe: int) -> tuple[Settings, int]:
+    """(the settings with the number of steps that costs ``nfe`` evaluations, what they really cost).
+
+    Where no number of steps costs exactly that: the nearest below, or the cheapest there is. Of several numbers of steps
+    with one cost the largest.
+    """
+    best, refusal = None, UserError(f"--nfe={nfe}: {settings.solver} cannot spend so few evaluations")
+    for intervals in range(1, 8 * nfe + 9):  # no rule covers more than a few intervals per evaluation
+        candidate = replace(settings, num_steps=intervals + 1)
+        try:
+            cost = candidate.evaluations(net, False)
+        except UserError as error:  # a number of steps that this rule or schedule does not take
+            refusal = error
+            continue
+        if cost <= nfe or best is None:
+            best = (candidate, cost) if cost > 0 else best
+        if cost > nfe:
+            break
+    if best is None:
+        raise refusal
+    return best
+
+
+def split_list(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def parse_nfe(text: str) -> list[int]:
+    """ "3,5,8" -> [3, 5, 8], sorted, each once."""
+    try:
+        values = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise UserError(f"--nfe={text}: write whole numbers like 3,4,5,6,8,10") from None
+    if values[0] < 1:
+        raise UserError(f"--nfe={text}: no solver can spend {values[0]} evaluations; the least is 1")
+    return values
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The protocol
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Which seeds are sampled and how they are grouped.
+
+    first, num: the seeds first .. first + num - 1, all of which count for the FID. num_reference: of the first so many
+    the distance to the reference solution is taken. shown: so many are pictured.
+    """
+
+    first: int
+    num: int
+    groups: int
+    num_reference: int
+    shown: int = 0
+
+    def check(self) -> None:
+        if self.num < 2 * self.groups:
+            raise UserError(
+                f"--num={self.num}: too few images for --groups={self.groups}: each group needs at least 2"
+                f" (--num={2 * self.groups} or more)"
+            )
+        if self.num_reference > self.num:
+            raise UserError(f"--num_reference={self.num_reference}: there are only --num={self.num} seeds")
+        if 0 < self.num_reference < self.groups:
+            raise UserError(
+                f"--num_reference={self.num_reference}: each of the --groups={self.groups} needs one at least; 0 switches"
+                " the distances off"
+            )
+        if self.first + self.num > 1 << 32:
+            raise UserError(f"--seed={self.first}: seeds are below 2^32")
+
+    def seeds(self, group: int) -> range:
+        return range(self.first + group, self.first + self.num, self.groups)
+
+    def count(self, group: int, first_seeds: int) -> int:
+        """How many of the first so many seeds belong to a group; they are its first ones."""
+        return len(range(group, first_seeds, self.groups))
+
+    def merge(self, parts: list[np.ndarray]) -> np.ndarray:
+        """Per-seed values of all groups in the order of the seeds."""
+        merged = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype)
+        for group, part in enumerate(parts):
+            merged[group :: self.groups] = part
+        return merged
+
+
+def pool_moments(parts: list[tuple[int, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [D] and unbiased covariance [D,D] of the union of disjoint sets, from the (count, mean, covariance) of each."""
+    total = sum(count for count, _, _ in parts)
+    mu = sum(count * mean for count, mean, _ in parts) / total
+    scatter = sum((n - 1) * sigma + n * np.outer(mean - mu, mean - mu) for n, mean, sigma in parts)
+    return mu, scatter / (total - 1)
+
+
+def spread(values) -> tuple[float, float]:
+    """(standard error of the mean of the groups' values, half the width of its confidence interval by Student's t)."""
+    error = float(np.std(values, ddof=1) / math.sqrt(len(values)))
+    return error, float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * error
+
+
+def rms(difference: torch.Tensor) -> np.ndarray:
+    """Root mean square of each sample, [B,...] -> float64 [B]."""
+    return difference.to("cpu", torch.float64).flatten(1).square().mean(1).sqrt().numpy()
+
+
+def _visible(images: torch.Tensor) -> torch.Tensor:
+    """What a picture shows of them: float32 within [-1, 1]; few steps may leave that range far behind."""
+    return images.float().clamp(-1, 1).cpu()
+
+
+def digest_of(content) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            return {name: data[name] for name in data.files}
+    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as exc:
+        raise UserError(f"{path}: a damaged file of the cache ({exc}); delete it and run again") from None
+
+
+def write_arrays(path: Path, **arrays) -> None:
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+class Comparison:
+    """The network, the detector, the protocol and the cache of one comparison.
+
+    target: the statistics that FIDs are taken to. reference: settings of the converged solution that distances are taken
+    to. record: what every result depends on besides its own settings.
+    """
+
+    def __init__(self, net, detector, target: Reference, protocol: Protocol, options: dict, device: torch.device):
+        self.net, self.detector, self.target, self.protocol = net, detector, target, protocol
+        self.options, self.device, self.batch = options, device, options["batch"]
+        self.folder = Path(options["outdir"])
+        self.cache = self.folder / "cache"
+        self.reference = Settings(
+            dataset_name=options["dataset_name"],
+            num_steps=options["reference_steps"] + 1,
+            **{name: options[name] for name in ("sigma_min", "sigma_max", *GUIDANCE)},
+            **REFERENCE_SOLVER,
+        )
+        if options["sigmas"] is not None:
+            ends = {"sigma_max": options["sigmas"][0], "sigma_min": options["sigmas"][-1]}
+            self.reference = replace(self.reference, **ends)
+        self.range = self._ends(self.reference)
+        self.reference_nfe = self.reference.evaluations(net, False)
+        self.code = code_version()
+        solution = self._recorded(self.reference, None)
+        self.record = {
+            "seeds": [protocol.first, protocol.num, protocol.groups, protocol.num_reference, protocol.shown],
+            "solution": solution if protocol.num_reference else None,
+            "detector": detector.digest,
+            "target": hashlib.sha256(target.mu.tobytes() + target.sigma.tobytes()).hexdigest(),
+        }
+        dealt = [protocol.first, protocol.groups, protocol.num_reference]
+        self.solution_key = digest_of([solution, dealt, detector.digest])[:16]
+
+    def _recorded(self, settings: Settings, predictor_file) -> dict:
+        """What the images of these settings depend on; of the schedule its noise levels only."""
+        recorded = recorded_settings(settings, self.options, self.net, predictor_file)
+        return {name: value for name, value in recorded.items() if name not in SCHEDULE_NAMES}
+
+    def _ends(self, settings: Settings) -> tuple[float, float]:
+        """(first, last) noise level."""
+        sigmas = settings.resolve(self.net)
+        return float(sigmas[0]), float(sigmas[-1])
+
+    def make_job(self, method: Method, settings: Settings, nfe: int, requested=()) -> Job:
+        """Raises UserError where the method cannot be compared with the others."""
+        ends = self._ends(settings)
+        if not np.allclose(ends, self.range, rtol=1e-6, atol=0):
+            raise UserError(
+                f"'{method.label}' runs from sigma {ends[0]:g} to {ends[1]:g} and the others from {self.range[0]:g} to"
+                f" {self.range[1]:g}: these are different problems; give --sigma_max and --sigma_min, or leave it out"
+            )
+        check_network(self.net, settings, method.predictor, self.device)
+        settings.rule().bind(self.net, settings.resolve(self.net))  # refuses what it is not prepared for
+        key = digest_of([self._recorded(settings, method.predictor_file), nfe, self.record])[:16]
+        return Job(method, settings, nfe, tuple(requested), key)
+
+    # Files
+
+    def result_file(self, job: Job) -> Path:
+        return self.cache / f"{job.name}.npz"
+
+    def part_file(self, job: Job, group: int) -> Path:
+        return self.cache / f"{job.name}-group{group}.npz"
+
+    def solution_file(self, group: int) -> Path:
+        return self.cache / f"reference-{self.solution_key}-group{group}.npz"
+
+    # Work
+
+    def generate(self, label: str, settings: Settings, nfe: int, predictor, seeds) -> Iterator[tuple]:
+        """(Batch, its images as the PNG files of sample.py would have them, uint8 [B,C,H,W], seconds), per batch."""
+        batches = generate_images(
+            self.net,
+            seeds,
+            batch=self.batch,
+            predictor=None if predictor is None else predictor.to(self.device),
+            device=self.device,
+            **settings.arguments(),
+        )
+        while True:
+            started = self._clock()
+            try:
+                result: Batch | None = next(batches, None)
+            except torch.OutOfMemoryError:
+                raise UserError(f"{self.device} is out of memory: lower --batch (now {self.batch})") from None
+            seconds = self._clock() - started
+            if result is None:
+                return
+            if result.info.nfe != nfe:
+                raise RuntimeError(f"{label} took {result.info.nfe} network evaluations instead of {nfe}")
+            finite = result.images.isfinite().flatten(1).all(dim=1).tolist()
+            bad = [seed for seed, good in zip(result.seeds, finite, strict=True) if not good]
+            if bad:
+                raise UserError(
+                    f"{label} with {nfe} evaluations: images of seeds {format_seeds(bad)[:100]} are not finite; leave the"
+                    " method out, or try --amp=none"
+                )
+            quantised = torch.from_numpy(to_uint8(result.images)).permute(0, 3, 1, 2).contiguous()
+            yield result, quantised, seconds
+
+    def _clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def try_out(self, job: Job) -> None:
+        """One image: what cannot work is said before hours were spent on the rest."""
+        for _, images, _ in self.generate(
+            job.method.label, job.settings, job.nfe, job.method.predictor, [self.protocol.first]
+        ):
+            self.detector(images)
+
+    def warm_up(self, job: Job) -> None:
+        """A GPU chooses its kernels in the first call of a shape; that is no part of the sampler's speed."""
+        if self.device.type == "cuda":
+            seeds = self.protocol.seeds(0)[: self.batch]
+            for _ in self.generate(job.method.label, job.settings, job.nfe, job.method.predictor, seeds):
+                pass
+
+    def solve(self, group: int) -> None:
+        """The reference solution of the group's first seeds: images, float32 in [-1, 1], and their features."""
+        seeds = self.protocol.seeds(group)[: self.protocol.count(group, self.protocol.num_reference)]
+        images, features = [], []
+        for result, quantised, _ in self.generate("the reference", self.reference, self.reference_nfe, None, seeds):
+            images.append(_visible(result.images).numpy())
+            features.append(self.detector(quantised).cpu().numpy())
+        write_arrays(self.solution_file(group), images=np.concatenate(images), features=np.concatenate(features))
+
+    def measure(self, job: Job, group: int) -> None:
+        """One unit of work: everything that is known of one group of a job, in one file."""
+        protocol, seeds = self.protocol, self.protocol.seeds(group)
+        near = 0 if job.stochastic else protocol.count(group, protocol.num_reference)
+        shown = protocol.count(group, protocol.shown)
+        solution = read_arrays(self.solution_file(group)) if near else {}
+        solution = {name: torch.from_numpy(values) for name, values in solution.items()}
+        statistics = FeatureStatistics(self.detector.feature_dim, self.device)
+        pixel, feature, pictures = [np.empty(0)], [np.empty(0)], []
+        seconds, done = 0.0, 0
+        for result, quantised, took in self.generate(
+            job.method.label, job.settings, job.nfe, job.method.predictor, seeds
+        ):
+            features = self.detector(quantised)
+            statistics.append(features)
+            part = min(max(near - done, 0), len(quantised))
+            if part:
+                pixel.append(rms(_visible(result.images[:part]) - solution["images"][done : done + part]))
+                feature.append(rms(features[:part].cpu() - solution["features"][done : done + part]))
+            pictures.append(quantised[: max(shown - done, 0)].numpy())
+            seconds += took
+            done += len(quantised)
+        mu, sigma = statistics.moments()
+        write_arrays(
+            self.part_file(job, group),
+            mu=mu,
+            sigma=sigma,
+            fid=frechet_distance(mu, sigma, self.target.mu, self.target.sigma),
+            count=done,
+            seconds=seconds,
+            pixel=np.concatenate(pixel),
+            feature=np.concatenate(feature),
+            pictures=np.concatenate(pictures),
+            how=f"{self.describe_device()}, batch {self.batch}, processes {distributed.world_size()}",
+            code=self.code,
+        )
+
+    def describe_device(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{self.device.type}, {torch.get_num_threads()} threads"
+
+    def finish(self, job: Job) -> None:
+        """One file from those of the groups, which then go: the covariances of large detectors take space."""
+        groups = range(self.protocol.groups)
+        parts = [read_arrays(self.part_file(job, group)) for group in groups]
+        mu, sigma = pool_moments([(int(part["count"]), part["mu"], part["sigma"]) for part in parts])
+        write_arrays(
+            self.result_file(job),
+            fid=frechet_distance(mu, sigma, self.target.mu, self.target.sigma),
+            **{name: np.array([part[name] for part in parts]) for name in ("count", "seconds", "how", "code")},
+            group_fid=np.array([part["fid"] for part in parts]),
+            **{name: self.protocol.merge([part[name] for part in parts]) for name in ("pixel", "feature", "pictures")},
+        )
+        for group in groups:
+            self.part_file(job, group).unlink(missing_ok=True)
+
+    # Results
+
+    def row(self, job: Job) -> dict:
+        """A line of the table, from the file of a finished job."""
+        found, groups = read_arrays(self.result_file(job)), self.protocol.groups
+        fid_error, fid_interval = spread(found["group_fid"])
+        row = {
+            "method": job.method.label,
+            "nfe": job.nfe,
+            "nfe_requested": list(job.requested),
+            "fid": float(found["fid"]),
+            "fid_se": fid_error,
+            "fid_ci95": fid_interval,
+            "fid_group_mean": float(found["group_fid"].mean()),
+        }
+        for name in ("pixel", "feature"):
+            values = found[name]
+            error = spread([values[group::groups].mean() for group in range(groups)]) if len(values) else (None, None)
+            row |= {name: float(values.mean()) if len(values) else None}
+            row |= {f"{name}_se": error[0], f"{name}_ci95": error[1]}
+        return row | {
+            "images_per_second": float(found["count"].sum() / found["seconds"].sum()),
+            "timed_on": "; ".join(dict.fromkeys(found["how"].tolist())),
+            "images": int(found["count"].sum()),
+            "reference_images": len(found["pixel"]),
+            "settings": describe_settings(job.settings),
+            "command": self.sample_command(job),
+            "code": "; ".join(dict.fromkeys(found["code"].tolist())),
+            "key": job.key,
+        }
+
+    def pictures(self, job: Job) -> np.ndarray:
+        """uint8 [N,H,W,C] of the pictured seeds, in their order."""
+        return read_arrays(self.result_file(job))["pictures"].transpose(0, 2, 3, 1)
+
+    def reference_pictures(self) -> np.ndarray | None:
+        """The same seeds solved to convergence, as far as they were."""
+        files = [self.solution_file(group) for group in range(self.protocol.groups)]
+        if not self.protocol.num_reference or not all(file.is_file() for file in files):
+            return None
+        images = self.protocol.merge([read_arrays(file)["images"] for file in files])
+        return to_uint8(torch.from_numpy(images[: self.protocol.shown]))
+
+    def sample_command(self, job: Job) -> str:
+        """The call of sample.py that makes these images."""
+        settings, options = job.settings, self.options
+        flags = {"dataset_name": settings.dataset_name}
+        if job.method.predictor_file is not None:
+            flags["predictor_path"] = job.method.predictor_file
+        else:
+            flags["solver"] = settings.solver
+            if settings.sigmas is not None:
+                flags["sigmas"] = ",".join(f"{sigma:.12g}" for sigma in settings.sigmas)
+            else:
+                flags |= {name: getattr(settings, name) for name in SCHEDULE_NAMES}
+            flags |= {"afs": settings.afs or None, **settings.options}
+            flags |= {name: getattr(settings, name) for name in GUIDANCE}
+            flags["denoise_to_zero"] = settings.denoise_to_zero or None
+        flags |= {"model_path": options["model_path"], "amp": None if options["amp"] == "none" else options["amp"]}
+        flags["seeds"] = f"{self.protocol.first}-{self.protocol.first + self.protocol.num - 1}"
+        given = (f"--{name}={_short(value)}" for name, value in flags.items() if value is not None)
+        return " ".join(["python sample.py", *given])
+
+
+def _short(value) -> str:
+    return f"{value:.12g}" if isinstance(value, float) else str(value)
+
+
+def describe_settings(settings: Settings) -> str:
+    """The schedule and options of a job in a few words."""
+    if settings.sigmas is not None:
+        words = ["sigmas " + ",".join(f"{sigma:g}" for sigma in settings.sigmas)]
+    else:
+        rho = "" if settings.schedule_type == "logsnr" else f" rho {settings.schedule_rho:g}"
+        words = [f"{settings.schedule_type}{rho}, {settings.num_steps - 1} intervals"]
+    words += [f"{name}={_short(value)}" for name, value in settings.options.items()]
+    words += [f"afs={settings.afs}"] if settings.afs else []
+    words += ["denoise_to_zero"] if settings.denoise_to_zero else []
+    return ", ".join(words)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A whole comparison
+
+
+def make_methods(options: dict, given: set[str]) -> list[Method]:
+    """All methods that the flags name. Raises UserError where they make no sense; asks no network."""
+    if options["dataset_name"] is None:
+        raise UserError("say which network: --dataset_name=digits, cifar10, ... (or custom with --model_path)")
+    sigmas = options["sigmas"]
+    if sigmas is not None:
+        extra = [name for name in ("nfe", "schedule_type", "schedule_rho", "sigma_min", "sigma_max") if name in given]
+        if extra:
+            raise UserError(f"--sigmas is the whole schedule and its length the NFE: leave out --{extra[0]}")
+        sigmas = check_sigmas(sigmas).tolist()
+    common = {name: options[name] for name in ("dataset_name", "sigma_min", "sigma_max", *GUIDANCE)}
+    common |= {"sigmas": sigmas, "num_steps": None if sigmas is None else len(sigmas)}
+    everywhere = {name: options[name] for name in ("schedule_type", "schedule_rho", "afs") if options[name] is not None}
+    names = split_list(options["solvers"])
+    everything = names == ["all"]
+    if everything:
+        names = [name for name, rule in SOLVERS.items() if not rule.needs_predictor]
+    elif names == ["none"]:
+        names = []
+    methods = [parse_method(text, common, everywhere) for text in dict.fromkeys(names)]
+    methods = [replace(method, named=not everything) for method in methods]
+    for path in dict.fromkeys(split_list(options["predictor_path"])):
+        methods.append(predictor_method(path, options["dataset_name"], options))
+    if not methods:
+        raise UserError("nothing to compare: name --solvers or --predictor_path")
+    return methods
+
+
+def make_jobs(comparison: Comparison, methods: list[Method], nfes: list[int]) -> list[Job]:
+    """Every method at every number of evaluations that it can spend, each once.
+
+    Of "all" solvers those are left out, with a word, that this network or this machine is not prepared for.
+    """
+    jobs: dict[str, Job] = {}
+    refusal = None
+    for method in methods:
+        try:
+            own = _jobs_of(comparison, method, nfes)
+        except UserError as error:
+            if method.named:
+                raise
+            refusal = error
+            distributed.print0(f"left out {method.label}: {error}", file=sys.stderr)
+            continue
+        for job in own:
+            known = jobs.get(job.key)
+            jobs[job.key] = job if known is None else replace(known, requested=known.requested + job.requested)
+    if not jobs:
+        raise refusal
+    return _distinguish(list(jobs.values()))
+
+
+def _jobs_of(comparison: Comparison, method: Method, nfes: list[int]) -> list[Job]:
+    learned = method.predictor is not None
+    if learned or method.settings.sigmas is not None:
+        spent = method.settings.evaluations(comparison.net, learned)
+        if spent < 1:
+            raise UserError(f"'{method.label}' would spend no evaluation at all: give it more noise levels")
+        return [comparison.make_job(method, method.settings, spent)]
+    chosen = [(nfe, *choose_steps(method.settings, comparison.net, nfe)) for nfe in nfes]
+    return [comparison.make_job(method, settings, spent, (nfe,)) for nfe, settings, spent in chosen]
+
+
+def _distinguish(jobs: list[Job]) -> list[Job]:
+    """Two predictors of one kind and cost are told apart by their folders."""
+    seen = [(job.method.label, job.nfe) for job in jobs]
+    named = []
+    for job, name in zip(jobs, seen, strict=True):
+        if seen.count(name) > 1 and job.method.predictor_file is not None:
+            folder = job.method.predictor_file.resolve().parent.name
+            job = replace(job, method=replace(job.method, label=f"{job.method.label} {folder}"))
+        named.append(job)
+    return named
+
+
+def share_out(costs: list[float], processes: int) -> list[list[int]]:
+    """Indices of the pieces of work for each process: the largest first, each to who has the least so far."""
+    loads, shares = [0.0] * processes, [[] for _ in range(processes)]
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        least = loads.index(min(loads))
+        loads[least] += costs[index]
+        shares[least].append(index)
+    return [sorted(share) for share in shares]
+
+
+def together(work: Callable[[], None]) -> None:
+    """Runs this process's part of the work; an error anywhere ends all processes, with its message."""
+    error = None
+    try:
+        work()
+    except Exception as exc:  # raised by agree(), on every rank
+        error = exc
+    distributed.agree(error)
+
+
+def prepare(options: dict, given: set[str], device: torch.device) -> tuple[Comparison, list[Job]]:
+    """Everything that can be wrong is found here, before anything is written."""
+    if options["num_reference"] is None:
+        options = options | {"num_reference": min(256, options["num"])}
+    protocol = Protocol(options["seed"], options["num"], options["groups"], options["num_reference"])
+    protocol.check()
+    nfes = parse_nfe(options["nfe"])
+    methods = make_methods(options, given)
+    if options["ref"] is None and options["dataset_name"] == zoo.CUSTOM:
+        raise UserError("--dataset_name=custom has no reference statistics: give --ref (fid.py ref makes them)")
+    folder = Path(options["outdir"] or f"runs/compare-{options['dataset_name']}")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--outdir={folder} is a file; choose a folder")
+    options = options | {"outdir": str(folder), "class_idx": None}
+    net = open_network(methods[0].settings, options, None, device)
+    target = find_reference(options["ref"] or options["dataset_name"])
+    detector = choose_detector(options["detector"], target, device, options["trust"])
+    # As many columns as fit beside each other; fewer of large images, which the page carries along.
+    protocol = replace(protocol, shown=min(protocol.num, 16, max(4, 2**16 // net.img_resolution**2)))
+    comparison = Comparison(net, detector, target, protocol, options, device)
+    return comparison, make_jobs(comparison, methods, nfes)
+
+
+def compute(comparison: Comparison, jobs: list[Job]) -> int:
+    """Does what the cache lacks, shared over the processes; returns how many jobs that were."""
+    rank, processes, groups = distributed.rank(), distributed.world_size(), range(comparison.protocol.groups)
+    # One process looks, since files appear while the others would.
+    pending = [not comparison.result_file(job).is_file() for job in jobs]
+    pending = [job for job, missing in zip(jobs, distributed.broadcast_object(pending), strict=True) if missing]
+    units = [(job, group) for job, group in itertools.product(pending, groups)]
+    missing = [not comparison.part_file(job, group).is_file() for job, group in units]
+    units = [unit for unit, wanted in zip(units, distributed.broadcast_object(missing), strict=True) if wanted]
+    untried = [job for job, group in units if group == 0]
+
+    def try_out():
+        for job in untried[rank::processes]:
+            comparison.try_out(job)
+
+    def solve():
+        if comparison.protocol.num_reference and any(not job.stochastic for job, _ in units):
+            for group in groups[rank::processes]:
+                if not comparison.solution_file(group).is_file():
+                    comparison.solve(group)
+
+    def measure():
+        share = share_out([job.nfe for job, _ in units], processes)[rank]
+        warm = None
+        with tqdm(total=len(share), unit="group", disable=rank != 0) as bar:
+            for job, group in (units[index] for index in share):
+                bar.set_description(f"{job.method.label} {job.nfe}")
+                if job is not warm:
+                    comparison.warm_up(job)
+                    warm = job
+                comparison.measure(job, group)
+                if processes == 1 and all(comparison.part_file(job, other).is_file() for other in groups):
+                    comparison.finish(job)
+                bar.update()
+
+    def finish():
+        for job in pending[rank::processes]:
+            if not comparison.result_file(job).is_file():
+                comparison.finish(job)
+
+    for stage in (try_out, solve, measure, finish):
+        together(stage)
+    return len(pending)

@@ -1,0 +1,300 @@
+"""What compare.py writes: results.csv, results.json, results.md (for a README) and one self-contained page, index.html."""
+
+import base64
+import csv
+import html
+import io
+import json
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tools.comparison import CONFIDENCE, Comparison, Job, describe_settings
+from torch_utils.errors import MissingExtra
+from torch_utils.image_data import atomic_path
+from torch_utils.image_writer import image_grid
+
+SCORES = {"fid": "FID", "pixel": "distance (pixels)", "feature": "distance (features)"}
+COLUMNS = {  # of the page: key of a row, heading
+    "method": "method",
+    "nfe": "NFE",
+    "nfe_requested": "asked for",
+    "fid": "FID",
+    "pixel": "distance (pixels)",
+    "feature": "distance (features)",
+    "images_per_second": "images/s",
+    "settings": "settings",
+    "command": "command",
+}
+STYLE = """body{font:15px sans-serif;margin:2em;max-width:1600px}table{border-collapse:collapse;margin:1em 0}
+td,th{border:1px solid #ccc;padding:3px 8px;text-align:left;vertical-align:middle}th{background:#eee}
+#results th{cursor:pointer}#results td{white-space:nowrap}code{font-size:12px}
+img.strip{image-rendering:pixelated;display:block}img.plot{max-width:48%}small{color:#555}"""
+# Sorts by the column that is clicked, the other way round the second time; empty cells stay at the end.
+SCRIPT = """document.querySelectorAll('#results th').forEach((head, column) => head.addEventListener('click', () => {
+const body = document.querySelector('#results tbody'), up = head.dataset.up = head.dataset.up === '1' ? '0' : '1';
+const value = row => row.cells[column].dataset.value, number = text => text !== '' && !isNaN(text);
+[...body.rows].sort((a, b) => { const x = value(a), y = value(b);
+if (x === '' || y === '') return (x === '') - (y === '');
+const order = number(x) && number(y) ? x - y : x.localeCompare(y);
+return up === '1' ? order : -order; }).forEach(row => body.append(row)); }));"""
+
+
+def make_facts(comparison: Comparison, command: str) -> dict:
+    """What is needed to repeat the comparison."""
+    net, detector, protocol, options = comparison.net, comparison.detector, comparison.protocol, comparison.options
+    last = protocol.first + protocol.num - 1
+    solution = (
+        f"{comparison.reference.solver}, {describe_settings(comparison.reference)}, {comparison.reference_nfe} evaluations,"
+        f" of the first {protocol.num_reference} seeds"
+    )
+    return {
+        "command": command,
+        "dataset_name": options["dataset_name"],
+        "network": f"{Path(net.source_path).name}, SHA-256 {net.weights_hash}",
+        "detector": f"{detector.name} ({detector.file}, SHA-256 {detector.digest})",
+        "FID reference": f"{options['ref'] or options['dataset_name']}, {comparison.target.num or 'unknown number of'} images",
+        "seeds": f"{protocol.first}-{last}, {protocol.groups} groups (seed {protocol.first} + i is in group i mod"
+        f" {protocol.groups})",
+        "reference solution": solution if protocol.num_reference else "none",
+        "sigma": f"{comparison.range[0]:g} to {comparison.range[1]:g}",
+        "amp": options["amp"],
+        "code": comparison.code,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "written": time.strftime("%Y-%m-%d"),
+    }
+
+
+def make_notes(comparison: Comparison, rows: list[dict]) -> list[str]:
+    """What the numbers mean, and what they do not."""
+    protocol, detector = comparison.protocol, comparison.detector
+    share, per_group = round(100 * CONFIDENCE), protocol.num // protocol.groups
+    notes = [
+        "NFE: network evaluations per image really spent. Where a method cannot spend what was asked for, it has the row"
+        " of the nearest number below (or of its least).",
+        f"FID: of all {protocol.num} images to the reference statistics, in the features of '{detector.name}'"
+        + ("." if detector.name == "inception" else "; not comparable with Inception FIDs."),
+        f"±: half the {share}% confidence interval, Student's t with {protocol.groups - 1} degrees of freedom times the"
+        f" standard error, which is the standard deviation of the {protocol.groups} groups' values divided by the root of"
+        f" {protocol.groups}. For the FID the values are FIDs of {per_group} images each; these are biased upwards more than"
+        " the FID of all images, so the interval tells the chance of the seeds and not the bias. All methods have the same"
+        " seeds: the difference of two methods is better known than their intervals suggest.",
+        "Images/s: images divided by the time of their generation alone, per process; "
+        + " | ".join(dict.fromkeys(row["timed_on"] for row in rows))
+        + ".",
+    ]
+    if protocol.num_reference:
+        notes.append(
+            f"Distance: mean over the first {protocol.num_reference} seeds of the root mean square difference to the"
+            " reference solution from the same noise; in pixels (images clipped to [-1, 1], not rounded) and in the"
+            " detector's features (of the 8-bit images). Methods that draw noise have none."
+        )
+    if per_group <= detector.feature_dim:
+        notes.append(
+            f"Groups of {per_group} images for {detector.feature_dim} features have singular covariances: the intervals of"
+            " the FID are rough."
+        )
+    if protocol.num <= detector.feature_dim:
+        notes.append(f"{protocol.num} images for {detector.feature_dim} features: all FIDs are far too large.")
+    elif protocol.num < 10_000:
+        notes.append(f"FID of {protocol.num} images is biased upwards; compare it only with FIDs of as many images.")
+    versions = list(dict.fromkeys(row["code"] for row in rows))
+    if versions != [comparison.code]:
+        notes.append(
+            f"Some rows were computed by other versions of the code ({', '.join(versions)}; now {comparison.code}): delete"
+            " their files in the folder cache and run again to have all from one."
+        )
+    return notes
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def with_interval(row: dict, score: str, digits: int | None = None) -> str:
+    """ "1.234 ± 0.056", empty where there is no such score."""
+    if row[score] is None:
+        return ""
+    digits = (2 if score == "fid" else 4) if digits is None else digits
+    return f"{row[score]:.{digits}f} ± {row[f'{score}_ci95']:.{digits}f}"
+
+
+def csv_text(rows: list[dict]) -> str:
+    """One line per row, all its fields; lists are joined by spaces, nothing stands for None."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()})
+    return text.getvalue()
+
+
+def pivot(rows: list[dict], score: str) -> list[list[str]]:
+    """Methods down, evaluations across; the best value of each column is bold."""
+    nfes = sorted({row["nfe"] for row in rows if row[score] is not None})
+    best = {nfe: min(row[score] for row in rows if row["nfe"] == nfe and row[score] is not None) for nfe in nfes}
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows if row[score] is not None):
+        cells = []
+        for nfe in nfes:
+            found = [row for row in rows if row["method"] == method and row["nfe"] == nfe]
+            text = with_interval(found[0], score, 2 if score == "fid" else 3) if found else ""
+            cells.append(f"**{text}**" if found and found[0][score] == best[nfe] else text)
+        lines.append([method, *cells])
+    return [["method", *map(str, nfes)], ["---"] * (len(nfes) + 1), *lines]
+
+
+def markdown_text(rows: list[dict], facts: dict, notes: list[str]) -> str:
+    parts = []
+    for score, title in SCORES.items():
+        if any(row[score] is not None for row in rows):
+            table = "\n".join(
+                "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in pivot(rows, score)
+            )
+            parts.append(f"{title} by NFE:\n\n{table}")
+    parts.append("\n".join(f"* {note}" for note in notes))
+    parts.append("\n".join(f"* {name}: `{value}`" for name, value in facts.items()))
+    return "\n\n".join(parts) + "\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def embed(png: bytes, alt: str, kind: str, width: int | None = None) -> str:
+    size = f' width="{width}"' if width else ""
+    data = base64.b64encode(png).decode()
+    return f'<img class="{kind}" alt="{html.escape(alt)}"{size} src="data:image/png;base64,{data}">'
+
+
+def strip(images: np.ndarray, alt: str) -> str:
+    """uint8 [N,H,W,C] -> an <img> of all beside each other; small images are shown larger."""
+    row = image_grid(images, columns=len(images))
+    buffer = io.BytesIO()
+    Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row).save(buffer, format="PNG", optimize=True)
+    return embed(buffer.getvalue(), alt, "strip", row.shape[1] * max(1, 64 // images.shape[1]))
+
+
+def plot(rows: list[dict], score: str) -> bytes:
+    """PNG of a score over the evaluations, a line per method, with its intervals. Raises MissingExtra."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtra("matplotlib", "plot", "a plot") from None
+    figure = Figure(figsize=(8, 5.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for index, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        points = sorted(
+            (r["nfe"], r[score], r[f"{score}_ci95"]) for r in rows if r["method"] == method and r[score] is not None
+        )
+        if points:
+            x, y, interval = zip(*points, strict=True)
+            style = {"color": f"C{index % 10}", "marker": "osv^D*"[index // 10 % 6], "linestyle": "-:"[index // 10 % 2]}
+            axes.errorbar(x, y, yerr=interval, label=method, capsize=2, markersize=4, linewidth=1.2, **style)
+    if any(row[score] for row in rows):  # a distance may be zero everywhere: that of the reference itself
+        axes.set_yscale("log")
+    axes.set_xticks(sorted({row["nfe"] for row in rows}))
+    axes.set_xlabel("network evaluations per image")
+    axes.set_ylabel(SCORES[score])
+    axes.grid(True, which="both", alpha=0.25)
+    axes.legend(fontsize=8, ncols=2)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def plots_html(rows: list[dict]) -> str:
+    try:
+        drawn = [
+            embed(plot(rows, score), f"{title} over NFE", "plot")
+            for score, title in SCORES.items()
+            if any(row[score] is not None for row in rows)
+        ]
+    except MissingExtra as error:
+        return f"<p>No plots: {html.escape(str(error))}</p>"
+    return "\n".join(drawn)
+
+
+def table_html(rows: list[dict]) -> str:
+    def cell(row: dict, key: str) -> str:
+        value = row[key]
+        if key in SCORES:
+            text = with_interval(row, key)
+        elif key == "images_per_second":
+            text = f"{value:.1f}"
+        elif isinstance(value, list):
+            value = text = ", ".join(map(str, value))
+        else:
+            text = str(value)
+        text = html.escape(text)
+        text = f"<code>{text}</code>" if key == "command" else text
+        return f'<td data-value="{html.escape("" if value is None else str(value))}">{text}</td>'
+
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in COLUMNS.values())
+    body = "\n".join("<tr>" + "".join(cell(row, key) for key in COLUMNS) + "</tr>" for row in rows)
+    return f'<table id="results"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>'
+
+
+def pictures_html(comparison: Comparison, jobs: list[Job], rows: list[dict]) -> str:
+    """For every number of evaluations the same seeds, one method below the other, the reference solution first."""
+    solution = comparison.reference_pictures()
+    parts = []
+    for nfe in sorted({job.nfe for job in jobs}):
+        lines = []
+        if solution is not None:
+            title = f"reference solution<br><small>{comparison.reference_nfe} evaluations</small>"
+            lines.append(f"<tr><th>{title}</th><td>{strip(solution, 'reference solution')}</td></tr>")
+        for job, row in zip(jobs, rows, strict=True):
+            if job.nfe == nfe:
+                label = f"{html.escape(row['method'])}<br><small>FID {row['fid']:.2f}</small>"
+                lines.append(f"<tr><th>{label}</th><td>{strip(comparison.pictures(job), row['method'])}</td></tr>")
+        parts.append(f"<h3>{nfe} evaluations</h3>\n<table>{''.join(lines)}</table>")
+    return "\n".join(parts)
+
+
+def page(rows: list[dict], facts: dict, notes: list[str], plots: str, pictures: str) -> str:
+    """The whole page; it asks for nothing outside itself."""
+    about = "".join(
+        f"<tr><th>{html.escape(k)}</th><td><code>{html.escape(str(v))}</code></td></tr>" for k, v in facts.items()
+    )
+    listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    title = f"Samplers on {html.escape(facts['dataset_name'])}"
+    return f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head><body>
+<h1>{title}</h1>
+<p>Click a heading to sort.</p>
+{table_html(rows)}
+<ul>{listed}</ul>
+<h2>Plots</h2>
+{plots}
+<h2>The same seeds side by side</h2>
+{pictures}
+<h2>To repeat this</h2>
+<table>{about}</table>
+<script>{SCRIPT}</script>
+</body></html>
+"""
+
+
+def write_report(comparison: Comparison, jobs: list[Job], command: str) -> str:
+    """Writes the four files into the comparison's folder; returns the text of results.md."""
+    rows = [comparison.row(job) for job in jobs]
+    facts, notes = make_facts(comparison, command), make_notes(comparison, rows)
+    markdown = markdown_text(rows, facts, notes)
+    files = {
+        "results.csv": csv_text(rows),
+        "results.json": json.dumps({"facts": facts, "notes": notes, "rows": rows}, indent=2) + "\n",
+        "results.md": markdown,
+        "index.html": page(rows, facts, notes, plots_html(rows), pictures_html(comparison, jobs, rows)),
+    }
+    for name, text in files.items():
+        with atomic_path(comparison.folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return markdown
