@@ -25,6 +25,7 @@ SCRIPTS = {
     "train.py": "train",
     "sample.py": "sample",
     "fid.py": "fid",
+    "clip_score.py": "clip_score",
     "compare.py": "compare",
     "optimize_schedule.py": "optimize_schedule",
     "python -m tools.dataset_tool": "tools.dataset_tool",

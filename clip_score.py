@@ -1,0 +1,242 @@
+"""CLIP score: how well images fit the captions they were made from.
+
+    python clip_score.py calc --images=samples/ms_coco/dpmpp_nfe8 --prompts=captions.csv
+    python clip_score.py calc --images=samples.zip --prompts=captions.txt --model=openai/clip-vit-large-patch14
+    torchrun --standalone --nproc_per_node=8 clip_score.py calc ...
+
+The score is the mean over the images of the cosine similarity between the CLIP embeddings of image and caption, from -1
+to 1. It depends on the CLIP model. Others report 100 max(0, cosine), which --json gives too, or 2.5 max(0, cosine)
+(Hessel et al. 2021).
+
+Image 000123.png belongs to the caption of seed 123: line 123 of a .txt file, counted from 0, or that row of a .csv file.
+
+--model is a folder in the format of transformers or an id of the Hugging Face hub. Without a network: copy the folder
+that `hf download <id> --local-dir <folder>` makes, and pass it. Under torchrun write --num as --num_images: torchrun
+itself takes --num for one of its own options.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from models.clip import DEFAULT_CLIP, ClipNetwork
+from torch_utils import distributed
+from torch_utils.errors import UserError
+from torch_utils.frechet import read_batches
+from torch_utils.image_data import ImageSource, atomic_path
+from torch_utils.prompts import read_prompts, seed_of
+
+_EXAMPLES = 5  # how many of the images that were left out are named
+
+
+@dataclass(frozen=True)
+class ClipResult:
+    clip_score: float  # mean cosine
+    clip_score_x100_clamped: float  # mean of 100 max(0, cosine)
+    standard_error: float | None  # of clip_score; None for one image
+    definition: str
+    images: int
+    images_without_caption: int
+    images_without_caption_first: list[str]
+    images_without_number: int
+    images_without_number_first: list[str]
+    captions: int
+    model: str
+    model_revision: str | None
+    weights_sha256: str
+    image_size: list[int]
+    preprocessing: dict
+    precision: str
+    source: str
+    prompts: str
+    seed: int | None
+
+    def line(self) -> str:
+        model = "_".join(self.model.split())
+        return f"CLIP score {self.clip_score:.4f} images={self.images} model={model} weights={self.weights_sha256[:12]}"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Images that have a caption, in the order of their seed numbers; and the names of the others."""
+
+    indices: list[int]  # into the ImageSource
+    captions: list[str]
+    without_caption: list[str]
+    without_number: list[str]
+
+
+def pair_by_seed(source: ImageSource, prompts: Mapping[int, str]) -> Pairs:
+    """Gives each image the caption of its seed number. Raises UserError for two images of one number, or no pair."""
+    found: dict[int, int] = {}
+    unnumbered = []
+    for index, name in enumerate(source.names):
+        seed = seed_of(name)
+        if seed is None:
+            unnumbered.append(name)
+        elif seed in found:
+            raise UserError(
+                f"{source.path}: {source.names[found[seed]]} and {name} have the same seed number; pass the folder of"
+                " one set of samples"
+            )
+        else:
+            found[seed] = index
+    if not found:
+        raise UserError(f"{source.path}: no image is named after its seed number, like 000123.png ({unnumbered[0]})")
+    seeds = sorted(found)
+    kept = [seed for seed in seeds if seed in prompts]
+    if not kept:
+        raise UserError(
+            f"no image has a caption: the images have the numbers {seeds[0]} to {seeds[-1]}, the captions {min(prompts)}"
+            f" to {max(prompts)}"
+        )
+    lost = [source.names[found[seed]] for seed in seeds if seed not in prompts]
+    return Pairs([found[seed] for seed in kept], [prompts[seed] for seed in kept], lost, unnumbered)
+
+
+def choose_pairs(count: int, num: int | None, seed: int) -> Sequence[int]:
+    """All of ``count`` pairs, or ``num`` random ones that depend on ``seed`` only."""
+    if num is None or num == count:
+        return range(count)
+    if num > count:
+        raise UserError(f"--num={num}: only {count} images have a caption")
+    return np.sort(np.random.default_rng(seed).permutation(count)[:num])
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What ``read_batches`` reads: images as the network takes them, prepared by its threads."""
+
+    source: ImageSource
+    network: ClipNetwork
+
+    def read(self, index: int) -> np.ndarray:
+        return self.network.prepare(self.source.read(index))
+
+
+def image_similarities(
+    source: ImageSource, indices: Sequence[int], captions: Sequence[str], network: ClipNetwork, batch: int
+) -> np.ndarray:
+    """The cosine of each pair, float64 [N], computed by all ranks, with a progress bar."""
+    own = slice(distributed.rank(), None, distributed.world_size())
+    indices_here, captions_here = indices[own], captions[own]
+    cosines: list[float] = []
+    error = None
+    try:
+        with tqdm(total=len(indices_here), unit="img", desc="CLIP", disable=distributed.rank() != 0) as bar:
+            for images in read_batches(_Prepared(source, network), indices_here, batch):
+                texts = captions_here[len(cosines) : len(cosines) + len(images)]
+                cosines.extend(network.similarity(images, texts).tolist())
+                bar.update(len(images))
+    except torch.OutOfMemoryError:
+        error = UserError(f"{network.device} is out of memory: lower --batch (now {batch})")
+    except Exception as exc:  # raised by agree(), on every rank
+        error = exc
+    distributed.agree(error)
+    result = np.empty(len(indices))
+    for rank, part in enumerate(distributed.gather_objects(cosines)):
+        result[rank :: distributed.world_size()] = part
+    return result
+
+
+def calculate_clip_score(
+    images: str | Path,
+    prompts: str | Path,
+    *,
+    model: str = DEFAULT_CLIP,
+    column: str | None = None,
+    num: int | None = None,
+    seed: int = 0,
+    batch: int = 64,
+    device: torch.device | str = "cpu",
+    amp: bool = False,
+) -> ClipResult:
+    """CLIP score of a folder or zip of images. Images that have no caption are named on stderr and left out."""
+    captions = read_prompts(prompts, column)
+    source = ImageSource(images, uniform=False)
+    pairs = pair_by_seed(source, captions)
+    chosen = choose_pairs(len(pairs.indices), num, seed)
+    _report("have no caption", pairs.without_caption, len(source))
+    _report("are not named after a seed number", pairs.without_number, len(source))
+    with distributed.local_main_first():
+        network = ClipNetwork(model, device, amp)
+    if len(set(distributed.gather_objects(network.digest))) > 1:
+        raise UserError(f"--model={model}: the processes found different weights; pass one folder")
+    cosines = image_similarities(
+        source, [pairs.indices[i] for i in chosen], [pairs.captions[i] for i in chosen], network, batch
+    )
+    return ClipResult(
+        clip_score=float(cosines.mean()),
+        clip_score_x100_clamped=float(100 * cosines.clip(min=0).mean()),
+        standard_error=float(cosines.std(ddof=1) / np.sqrt(len(cosines))) if len(cosines) > 1 else None,
+        definition="clip_score: mean of cos(image, caption); clip_score_x100_clamped: mean of 100 * max(0, cos)",
+        images=len(cosines),
+        images_without_caption=len(pairs.without_caption),
+        images_without_caption_first=pairs.without_caption[:_EXAMPLES],
+        images_without_number=len(pairs.without_number),
+        images_without_number_first=pairs.without_number[:_EXAMPLES],
+        captions=len(captions),
+        model=network.model,
+        model_revision=network.revision,
+        weights_sha256=network.digest,
+        image_size=list(network.image_size),
+        preprocessing=network.preprocessing,
+        precision=str(network.precision).removeprefix("torch."),
+        source=str(images),
+        prompts=str(prompts),
+        seed=None if len(cosines) == len(pairs.indices) else seed,
+    )
+
+
+def _report(what: str, names: list[str], total: int) -> None:
+    if names and distributed.rank() == 0:
+        examples = ", ".join(names[:_EXAMPLES]) + (", ..." if len(names) > _EXAMPLES else "")
+        print(f"Warning: {len(names)} of {total} images {what} and are left out: {examples}", file=sys.stderr)
+
+
+@click.group()
+def main():
+    """CLIP score of images and their captions."""
+
+
+@main.command()
+@click.option("--images", required=True, metavar="PATH", help="Folder or zip of images, named after their seeds")
+@click.option("--prompts", required=True, metavar="FILE", help="Captions: .txt (one a line) or .csv (with a header)")
+@click.option("--column", default=None, metavar="NAME", help="Column of the .csv (default: prompt, caption or text)")
+@click.option("--model", default=DEFAULT_CLIP, show_default=True, metavar="ID|DIR", help="CLIP model for transformers")
+@click.option(
+    "--num",
+    "--num_images",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Take this many of the images that have a caption, at random (default: all)",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed of that choice")
+@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images per network call")
+@click.option("--json", "json_path", default=None, metavar="FILE", help="Also write the result to this file")
+@click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")
+@click.option("--amp", type=bool, default=False, show_default=True, help="Half precision: faster, slightly different")
+def calc(json_path, device, **options):
+    """CLIP score of images; prints 'CLIP score 0.3012 images=... model=... weights=...'."""
+    device = distributed.init(device)
+    try:
+        result = calculate_clip_score(device=device, **options)
+        if distributed.rank() == 0:
+            if json_path is not None:
+                with atomic_path(json_path) as temporary:
+                    temporary.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+            print(result.line(), flush=True)
+        distributed.barrier()
+    finally:
+        distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main()
