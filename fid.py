@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from models import zoo
-from models.detectors import FeatureDetector, cache_dir, is_published_inception, load_detector
+from models.detectors import KNOWN, FeatureDetector, cache_dir, is_published_inception, load_detector
 from torch_utils import distributed
 from torch_utils.download import download_file
 from torch_utils.errors import UserError
@@ -75,7 +75,7 @@ def choose_detector(
 ) -> FeatureDetector:
     """The detector asked for, else the reference's, else Inception; refuses one that does not fit the reference."""
     stored = reference.detector if reference is not None else None
-    if name is None and stored not in (None, "inception", "digits"):
+    if name is None and stored not in (None, *KNOWN):
         raise UserError(f"the reference was made with the detector '{stored}'; pass its file as --detector=PATH")
     with distributed.local_main_first():
         detector = load_detector(name or stored or "inception", device, trust)

@@ -3,7 +3,8 @@
 inception   Inception-v3 as in Heusel et al. 2017, the network that EDM evaluates with; 2048 features of images of any
             size. Either NVIDIA's TorchScript port (checked by its SHA-256) or, where that is not to be had, the
             published state dict in our own implementation (models/inception.py); kept in a cache folder.
-digits      the embedded digit classifier of 32x32 grey-scale images, 64 features. Its distances are not comparable with
+digits, cifar10-small
+            embedded small classifiers of 32x32 images, 64 features each. Their distances are not comparable with
             Inception FIDs.
 PATH        a TorchScript file (.pt), an Inception state dict (.pth), or a classifier from tools/train_classifier.py
             (.safetensors)
@@ -24,6 +25,10 @@ from torch_utils.image_data import atomic_path
 
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 CLASSIFIER_FORMAT = "amed-classifier-1"
+
+# Classifiers in this repository, each named after the network whose images it judges.
+EMBEDDED = {"digits": "digits-features.safetensors", "cifar10-small": "cifar10-small-features.safetensors"}
+KNOWN = ("inception", *EMBEDDED)
 
 _INCEPTION_FILE = "inception-2015-12-05.pt"
 _INCEPTION_URLS = ["https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"]
@@ -257,7 +262,7 @@ def _load_inception(device: torch.device) -> FeatureDetector:
 
 
 def load_detector(name_or_path: str | Path, device: torch.device | str = "cpu", trust: bool = False) -> FeatureDetector:
-    """'inception', 'digits', or the path of a .pt (TorchScript), .pth (Inception) or .safetensors (classifier) file.
+    """'inception', a name in EMBEDDED, or the path of a .pt (TorchScript), .pth (Inception) or .safetensors (classifier) file.
 
     A TorchScript file is a program. One that is not known by its SHA-256 is refused unless ``trust``.
     Under torchrun call this inside ``distributed.local_main_first()``, as it may download.
@@ -265,11 +270,11 @@ def load_detector(name_or_path: str | Path, device: torch.device | str = "cpu", 
     device = torch.device(device)
     if name_or_path == "inception":
         return _load_inception(device)
-    if name_or_path == "digits":
-        return ClassifierDetector(PRETRAINED / "digits-features.safetensors", device, name="digits")
+    if name_or_path in EMBEDDED:
+        return ClassifierDetector(PRETRAINED / EMBEDDED[name_or_path], device, name=name_or_path)
     path = Path(name_or_path)
     if not path.is_file():
-        raise UserError(f"--detector={name_or_path}: neither a known detector (inception, digits) nor a file")
+        raise UserError(f"--detector={name_or_path}: neither a known detector ({', '.join(KNOWN)}) nor a file")
     if path.suffix == ".safetensors":
         return ClassifierDetector(path, device)
     if path.suffix == ".pth":
