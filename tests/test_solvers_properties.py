@@ -15,6 +15,7 @@ from training.predictor import AMEDPredictor
 torch.set_num_threads(1)
 HI, LO = 1.2, 0.4  # a range where every method is in its asymptotic regime at a hundred steps
 PLAIN = [name for name, rule in SOLVERS.items() if not rule.needs_predictor]
+NEEDS = {"dpm_v3": {"statistics": "data"}}  # options without which a solver cannot run on these networks
 LEARNING = [name for name, rule in SOLVERS.items() if rule.can_learn]
 
 
@@ -269,6 +270,7 @@ def test_evaluations_are_those_really_made(solver, denoise, afs):
             noise(),
             solver=solver,
             num_steps=5,
+            **NEEDS.get(solver, {}),
             afs=afs,
             predictor=predictor,
             denoise_to_zero=denoise,
@@ -276,7 +278,8 @@ def test_evaluations_are_those_really_made(solver, denoise, afs):
         )
         assert info.nfe == len(net.calls) == expected + denoise
         net.evals_per_call = 2  # classifier-free guidance
-        _, doubled = sample(net, noise(), solver=solver, num_steps=5, afs=afs, predictor=predictor, return_info=True)
+        chosen = {"solver": solver, "num_steps": 5, "afs": afs, "predictor": predictor, **NEEDS.get(solver, {})}
+        _, doubled = sample(net, noise(), return_info=True, **chosen)
         assert doubled.nfe == 2 * expected
 
 
@@ -320,7 +323,7 @@ def test_scale_time_changes_only_what_the_network_is_told():
 
 @pytest.mark.parametrize("solver", PLAIN)
 def test_afs_from_data_statistics_is_exact_for_gaussian_data(solver):
-    options = {"solver": solver, "num_steps": 6, **(DPMPP if solver == "dpmpp" else {})}
+    options = {"solver": solver, "num_steps": 6, **(DPMPP if solver == "dpmpp" else NEEDS.get(solver, {}))}
     paid = sample(Gaussian(), noise(), return_trajectory=True, **options)
     free = sample(Gaussian(), noise(), return_trajectory=True, afs="data", **options)
     torch.testing.assert_close(free, paid, rtol=0, atol=1e-12)
@@ -401,7 +404,8 @@ def test_sampling_is_deterministic_and_leaves_its_inputs_alone(solver):
     kept, kept_sigmas, cond = latents.clone(), sigmas.clone(), {}
     random_state = torch.get_rng_state()
     first, second = (
-        sample(ToyNet(), latents, solver=solver, sigmas=sigmas, predictor=predictor, cond=cond) for _ in range(2)
+        sample(ToyNet(), latents, solver=solver, sigmas=sigmas, predictor=predictor, cond=cond, **NEEDS.get(solver, {}))
+        for _ in range(2)
     )
     assert torch.equal(first, second)
     assert not first.requires_grad
@@ -417,7 +421,14 @@ def test_dtype_of_latents_is_the_dtype_of_results(solver):
     for dtype in (torch.float32, torch.float64):
         net, latents = ToyNet(dtype), common("latents2", dtype)
         trajectory, info = sample(
-            net, latents, solver=solver, num_steps=4, predictor=predictor, return_trajectory=True, return_info=True
+            net,
+            latents,
+            solver=solver,
+            num_steps=4,
+            predictor=predictor,
+            return_trajectory=True,
+            return_info=True,
+            **NEEDS.get(solver, {}),
         )
         assert trajectory.dtype == dtype
         assert info.sigmas.dtype == torch.float64
@@ -433,7 +444,7 @@ def test_samples_of_a_batch_are_independent(solver, learned):
     torch.manual_seed(1)
     predictor = AMEDPredictor(scale_dir=0.05, scale_time=0.2).double() if learned else None
     latents = common("latents4")
-    options = {"solver": solver, "num_steps": 4, "predictor": predictor, "afs": True}
+    options = {"solver": solver, "num_steps": 4, "predictor": predictor, "afs": True, **NEEDS.get(solver, {})}
     together = sample(ToyNet(), latents, **options)
     for k in range(len(latents)):
         alone = sample(ToyNet(), latents[k : k + 1], **options)

@@ -31,6 +31,7 @@ SCRIPTS = {
     "python -m tools.dataset_tool": "tools.dataset_tool",
     "python -m tools.train_denoiser": "tools.train_denoiser",
     "python -m tools.train_classifier": "tools.train_classifier",
+    "python -m tools.model_statistics": "tools.model_statistics",
     "python -m tools.demo": "tools.demo",
 }
 

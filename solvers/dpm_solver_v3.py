@@ -1,0 +1,336 @@
+"""DPM-Solver-v3 (Zheng et al. 2023, "DPM-Solver-v3: Improved Diffusion ODE Solver with Empirical Model Statistics").
+
+With lambda = -ln sigma and N = x - D(x; sigma) the ODE is dx/dlambda = -N. Three statistics per noise level and pixel, l, s
+and b, describe the network: N = l x + f, where f changes with x as little as possible, and df/dlambda = s f + b as well as a
+line can. What is linear in this is solved exactly; only the rest is extrapolated. With L, S and B the integrals of l, s
+and exp(-S) b from the start of a step,
+
+    x_t = exp(-L_t) (x_s - int exp(L + S) (g + B) dlambda),    g = exp(-S) f - B,
+
+and g is constant where the statistics tell all (Section 3.2; Appendix C has the formulas in absolute integrals).
+``tools/model_statistics.py`` estimates the statistics; this module keeps them in files and steps with them.
+"""
+
+import copy
+import functools
+import itertools
+import json
+import math
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from solvers.rules import Option, Rule, State, order_option, register
+from torch_utils.errors import UserError
+from torch_utils.tensor_file import json_entry, read_safetensors, write_safetensors
+
+ENTRY = "dpm_v3"  # of the metadata of a statistics file
+RANGE_SLACK = 1e-3  # noise levels may exceed the nodes by this share
+CONSTANT = {"data": (1.0, 0.0), "noise": (0.0, -1.0)}  # (l, s) of plain data and noise prediction, b = 0
+PIECE = 0.2  # longest piece in lambda of the quadrature
+POINTS = 6  # of the Gauss-Legendre rule of a piece
+CORRECTED_INTERVALS = 6  # corrector="auto": on up to here
+POWERS = 4  # moments kept: for three points and the corrector's
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """The empirical model statistics. sigmas: [N] decreasing, float64; l, s, b: [N,C,H,W]; N >= 2.
+
+    metadata: JSON values that say what they were estimated from.
+    """
+
+    sigmas: torch.Tensor
+    l: torch.Tensor  # noqa: E741 (the paper's letter)
+    s: torch.Tensor
+    b: torch.Tensor
+    metadata: dict = field(default_factory=dict)
+
+
+def statistics_path(net) -> Path:
+    """Where the statistics of a network lie unless one says otherwise; UserError for a network without a name."""
+    name, digest = getattr(net, "dataset_name", None), getattr(net, "weights_hash", None)
+    if not name or not digest:
+        raise UserError("dpm_v3: this network has no name to find its statistics by; give statistics=FILE")
+    rate = guidance_rate(net)
+    guidance = "" if rate is None else f"-guidance{rate:g}"
+    return Path("src") / name / f"dpm_v3-{digest[:12]}{guidance}.safetensors"
+
+
+def guidance_rate(net) -> float | None:
+    """The strength of the guidance that is part of the denoiser; None without any."""
+    rate = getattr(net, "guidance_rate", None)
+    return None if rate in (None, 0, 1) else float(rate)
+
+
+def save_statistics(statistics: Statistics, path) -> None:
+    """Writes a .safetensors file, whole or not at all."""
+    tensors = {name: getattr(statistics, name) for name in ("sigmas", "l", "s", "b")}
+    write_safetensors(path, tensors, {ENTRY: json.dumps(statistics.metadata)})
+
+
+def load_statistics(path) -> Statistics:
+    """Reads what ``save_statistics`` wrote. Raises UserError where the file is missing, damaged or something else."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"dpm_v3: cannot read the statistics {path}: {error.strerror or error}") from None
+    tensors, metadata = read_safetensors(data, str(path))
+    entry = json_entry(metadata, ENTRY, str(path))
+    missing = [name for name in ("sigmas", "l", "s", "b") if name not in tensors]
+    if missing:
+        raise UserError(f"{path} holds no statistics of dpm_v3: '{missing[0]}' is missing")
+    found = Statistics(*(tensors[name].double() for name in ("sigmas", "l", "s", "b")), entry)
+    shapes = {found.l.shape, found.s.shape, found.b.shape}
+    if len(shapes) > 1 or found.l.ndim != 4 or found.sigmas.shape != found.l.shape[:1] or len(found.sigmas) < 2:
+        raise UserError(f"{path}: the shapes of the statistics do not go together; make the file anew")
+    if not all(value.isfinite().all() for value in (found.sigmas, found.l, found.s, found.b)):
+        raise UserError(f"{path}: the statistics are not finite; make the file anew")
+    if (found.sigmas <= 0).any() or (found.sigmas.diff() >= 0).any():
+        raise UserError(f"{path}: the noise levels must be positive and decrease; make the file anew")
+    return found
+
+
+def node_slopes(lambdas: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """d values / d lambda at the nodes, [N,...]: of the parabola through a node and its neighbours."""
+    edge = 2 if len(lambdas) > 2 else 1
+    return torch.gradient(values, spacing=(lambdas,), dim=0, edge_order=edge)[0]
+
+
+class Curves:
+    """The statistics between their nodes: l is a cubic Hermite curve with the slopes that its estimate of df/dlambda
+    used, s and b are piecewise linear."""
+
+    def __init__(self, statistics: Statistics):
+        self.nodes = -statistics.sigmas.double().log()
+        self.l, self.s, self.b = (value.double() for value in (statistics.l, statistics.s, statistics.b))
+        self.slopes = node_slopes(self.nodes, self.l)
+
+    def cell(self, at: float) -> int:
+        """The index of the last node before ``at``, of those that have a next one."""
+        return int(torch.searchsorted(self.nodes, at)) - 1 if at > self.nodes[0] else 0
+
+    def values(self, lambdas: torch.Tensor, k: int):
+        """(l, s, b), each [Q,C,H,W], at points [Q] of the cell from node k to k + 1."""
+        k = min(k, len(self.nodes) - 2)
+        width = self.nodes[k + 1] - self.nodes[k]
+        u = ((lambdas - self.nodes[k]) / width).reshape(-1, 1, 1, 1)
+        rise = self.l[k + 1] - self.l[k]
+        m0, m1 = width * self.slopes[k] - rise, width * self.slopes[k + 1] - rise
+        value = self.l[k] + u * rise + u * (1 - u) * ((1 - u) * m0 - u * m1)
+        return value, torch.lerp(self.s[k], self.s[k + 1], u), torch.lerp(self.b[k], self.b[k + 1], u)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step needs of the statistics, each [C,H,W] or broadcastable; integrals over the step in lambda.
+
+    l_start, l_end   l at both ends
+    decay            exp(-L)
+    growth           exp(S)
+    bias             B = int exp(-S) b
+    moments          [POWERS,C,H,W]: exp(-L) int exp(L + S) u^j, u = 0..1 along the step
+    drift            exp(-L) int exp(L + S) B
+    """
+
+    l_start: torch.Tensor
+    l_end: torch.Tensor
+    decay: torch.Tensor
+    growth: torch.Tensor
+    bias: torch.Tensor
+    moments: torch.Tensor
+    drift: torch.Tensor
+
+    def to(self, x: torch.Tensor) -> "Step":
+        """The same in the dtype and on the device of x."""
+        return Step(*(getattr(self, entry.name).to(x.dtype).to(x.device) for entry in fields(self)))
+
+
+@functools.cache
+def _rule():
+    """Points, weights [Q] on 0..1 and the matrix [Q,Q] that integrates a polynomial from 0 to each point."""
+    points, weights = np.polynomial.legendre.leggauss(POINTS)
+    points, weights = 0.5 * (points + 1), 0.5 * weights
+    powers = np.arange(POINTS)
+    integrals = points[:, None] ** (powers + 1) / (powers + 1)
+    matrix = integrals @ np.linalg.inv(points[:, None] ** powers)
+    return tuple(torch.from_numpy(value) for value in (points, weights, matrix))
+
+
+def make_step(curves: Curves, start: float, end: float) -> Step:
+    """The integrals from lambda = start to end > start, by Gauss-Legendre on pieces that end at the nodes."""
+    points, weights, matrix = _rule()
+    inside = [node for node in curves.nodes.tolist() if start < node < end]
+    edges = [start]
+    for a, b in itertools.pairwise([start, *inside, end]):
+        count = math.ceil((b - a) / PIECE)
+        edges += [a + (b - a) * k / count for k in range(1, count + 1)]
+    zero = torch.zeros_like(curves.l[0])
+    total_l, total_s, bias, drift = zero, zero, zero, zero
+    moments = [zero] * POWERS
+
+    def total(values):
+        return torch.einsum("q,q...->...", weights, values)
+
+    def running(values):
+        return torch.einsum("qp,p...->q...", matrix, values)
+
+    for a, b in itertools.pairwise(edges):
+        width = b - a
+        at = a + width * points
+        l, s, slope = curves.values(at, curves.cell(0.5 * (a + b)))  # noqa: E741
+        sums = total_s + width * running(s)
+        source = (-sums).exp() * slope
+        weight = width * (total_l + width * running(l) + sums).exp()
+        drift = drift + total(weight * (bias + width * running(source)))
+        u = ((at - start) / (end - start)).reshape(-1, 1, 1, 1)
+        moments = [moment + total(weight * u**j) for j, moment in enumerate(moments)]
+        bias = bias + width * total(source)
+        total_l, total_s = total_l + width * total(l), total_s + width * total(s)
+    ends = (curves.values(torch.tensor([at], dtype=torch.float64), curves.cell(at))[0][0] for at in (start, end))
+    decay = (-total_l).exp()
+    return Step(*ends, decay, total_s.exp(), bias, torch.stack(moments) * decay, drift * decay)
+
+
+def step_weights(moments: torch.Tensor, places: list[float], pseudo: bool = False) -> list[torch.Tensor]:
+    """What multiplies g at the places u (0: start of the step, 1: its end), so that the polynomial through them is
+    integrated exactly.
+
+    pseudo: the power u^j gets the divided difference of the first j + 1 places, instead of what the whole polynomial has
+    there.
+    """
+    count = len(places)
+    if pseudo:
+        matrix = np.zeros((count, count))
+        for j in range(count):
+            for k in range(j + 1):
+                matrix[j, k] = 1 / math.prod(places[k] - places[m] for m in range(j + 1) if m != k)
+    else:
+        matrix = np.linalg.inv(np.array(places)[:, None] ** np.arange(count))
+    return [sum(float(matrix[j, k]) * moments[j] for j in range(count)) for k in range(count)]
+
+
+@functools.lru_cache(maxsize=2)
+def _read(path: str, stamp: int) -> Statistics:
+    return load_statistics(path)
+
+
+@functools.lru_cache(maxsize=2)
+def _steps_of_file(path: str, stamp: int, sigmas: tuple[float, ...]) -> list[Step]:
+    return _steps(_read(path, stamp), sigmas)
+
+
+def _steps(statistics: Statistics, sigmas: tuple[float, ...]) -> list[Step]:
+    curves = Curves(statistics)
+    return [make_step(curves, -math.log(a), -math.log(b)) for a, b in itertools.pairwise(sigmas)]
+
+
+def _check(statistics: Statistics, net, sigmas: tuple[float, ...], path: str) -> None:
+    """Raises UserError where the statistics are not those of the network, or do not reach over the schedule."""
+    made = statistics.metadata
+    known, own = made.get("network_hash"), getattr(net, "weights_hash", None)
+    if known and own and known != own:
+        raise UserError(
+            f"{path} has the statistics of another network ({known[:12]}, not {own[:12]}): make them with"
+            f"  {_command(net, path)}"
+        )
+    rate, rated = guidance_rate(net), made.get("guidance_rate")
+    if rate != rated:
+        raise UserError(f"{path} was made with guidance_rate {rated}, and the network has {rate}: make a file for it")
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    if tuple(statistics.l.shape[1:]) != shape:
+        found = "x".join(map(str, statistics.l.shape[1:]))
+        raise UserError(f"{path}: the statistics are of {found} images, the network's are {'x'.join(map(str, shape))}")
+    high, low = float(statistics.sigmas[0]), float(statistics.sigmas[-1])
+    for sigma in (sigmas[0], sigmas[-1]):
+        if not low * (1 - RANGE_SLACK) <= sigma <= high * (1 + RANGE_SLACK):
+            raise UserError(f"sigma={sigma:g} is outside the range of the statistics {path}, {low:g}..{high:g}")
+
+
+def _command(net, path=None) -> str:
+    name = getattr(net, "dataset_name", None) or "NAME"
+    return f"python -m tools.model_statistics --dataset_name={name}" + (f" --dest={path}" if path else "")
+
+
+@register("dpm_v3")
+class DPMSolverV3(Rule):
+    """DPM-Solver-v3 multistep (Zheng et al. 2023, Section 3): what is linear in the network's statistics is integrated
+    exactly, the rest as the polynomial in lambda = -ln sigma through the newest max_order points.
+
+    statistics: a file of tools/model_statistics.py; auto: src/<dataset_name>/dpm_v3-<hash of the weights>.safetensors;
+    data, noise: no file, but (l, s, b) = (1, 0, 0) or (0, -1, 0), the exponential integrator in data or noise
+    prediction. corrector: every interval but the last is done again with the evaluation at the predicted point, which
+    serves the next interval too (as in UniPC, without an evaluation of its own); auto: on schedules of at most 6
+    intervals. pseudo: every derivative from as few points as it takes, in the predictor. lower_order_final is that of
+    dpmpp. There is no thresholding. The callback gets the predicted points, a trajectory has the corrected ones.
+    """
+
+    summary = "DPM-Solver-v3: multistep with statistics of the network, order 1-3"
+    options = {
+        "max_order": order_option(3),
+        "statistics": Option(str, "auto", "file of model statistics, or auto, data, noise"),
+        "corrector": Option(("auto", "on", "off"), "auto", "correct each point with the evaluation there"),
+        "pseudo": Option(bool, False, "derivatives from as few points as possible"),
+        "lower_order_final": Option(bool, True, "lower order in the last steps"),
+    }
+    highest_order = 3
+    one_step = False
+    can_learn = False
+    can_teach = False
+
+    def bind(self, net, sigmas):
+        bound = copy.copy(self)
+        bound.grid = tuple(sigmas.tolist())
+        bound.corrects = self.corrector == "on" or (
+            self.corrector == "auto" and len(bound.grid) - 1 <= CORRECTED_INTERVALS
+        )
+        if self.statistics in CONSTANT:
+            l, s = (torch.full((2, 1, 1, 1), value) for value in CONSTANT[self.statistics])  # noqa: E741
+            ends = torch.tensor([bound.grid[0], bound.grid[-1]], dtype=torch.float64)
+            bound.steps = _steps(Statistics(ends, l, s, torch.zeros_like(l)), bound.grid)
+            return bound
+        auto = self.statistics == "auto"
+        path = statistics_path(net) if auto else Path(self.statistics)
+        if not path.is_file():
+            raise UserError(
+                f"dpm_v3: there are no statistics {path}: make them with  {_command(net, None if auto else path)}"
+            )
+        key = (str(path.resolve()), path.stat().st_mtime_ns)
+        _check(_read(*key), net, bound.grid, str(path))
+        bound.steps = _steps_of_file(*key, bound.grid)
+        return bound
+
+    def order(self, i: int, intervals: int) -> int:
+        """Of the step from point i, as in dpmpp."""
+        order = min(self.max_order, i + 1)
+        lowered = self.lower_order_final and i + 1 >= self.max_order
+        return min(order, intervals - i) if lowered else order
+
+    def advance(self, run, state: State, i: int) -> State:
+        x, history = state.x, state.history  # of (g seen from point i, sigma)
+        step, last = self.steps[i].to(x), i + 1 == run.intervals
+        if not history or not self.corrects:
+            sigma = run.sigma(i, x)
+            history = (*history, (sigma * run.direction_at(x, i) - step.l_start * x, sigma))
+        used = history[::-1][: self.order(i, run.intervals)]
+        h = math.log(self.grid[i] / self.grid[i + 1])
+        places = [math.log(self.grid[i] / self.grid[i - k]) / h for k in range(len(used))]
+        values = [g for g, _ in used]
+        base = step.decay * x - step.drift
+
+        def extrapolated(places, values, pseudo=False):
+            weights = step_weights(step.moments, places, pseudo)
+            return base - sum(weight * g for weight, g in zip(weights, values, strict=True))
+
+        following = extrapolated(places, values, self.pseudo)
+        # Seen from the next point: exp(S) (g - B) is constant there where g is here.
+        moved = tuple((step.growth * (g + step.bias), sigma) for g, sigma in history)
+        if self.corrects and not last:
+            sigma = run.sigma(i + 1, x)
+            f = sigma * run.direction_at(following, i + 1) - step.l_end * following
+            following = extrapolated([1.0, *places], [f / step.growth - step.bias, *values])
+            moved = (*moved, (f, sigma))
+        return State(following, moved[-self.keep :], state.updates + 1)

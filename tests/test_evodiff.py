@@ -1,0 +1,199 @@
+"""EVODiff: it has no published numbers to compare with, so an independent scalar form, limits and properties."""
+
+import math
+
+import pytest
+import torch
+
+from solvers import get_schedule, sample
+from solvers.evodiff import projection
+
+torch.set_num_threads(1)
+
+
+class Net(torch.nn.Module):
+    """A denoiser given by a function of (x, sigma); counts its calls."""
+
+    sigma_min, sigma_max, img_channels, img_resolution, label_dim = 0.002, 80.0, 2, 3, 0
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.calls = function, []
+
+    def forward(self, x, sigma):
+        sigma = torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, 1, 1, 1)
+        self.calls.append(float(sigma.max()))
+        return self.function(x, sigma)
+
+
+def two_gaussians(x, sigma, std=0.6):
+    """Data (N(-1, std^2) + N(1, std^2)) / 2 in every pixel."""
+    variance = std**2 + sigma**2
+    return (std**2 * x + sigma**2 * torch.tanh(x / variance)) / variance
+
+
+def latents(batch=3, shape=(2, 3, 3), dtype=torch.float64):
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+
+
+def run(function, x, sigmas, **options):
+    return sample(Net(function), x, solver="evodiff", sigmas=sigmas, **options)
+
+
+GRID = get_schedule(7, 0.02, 10.0)  # polynomial: unequal steps in ln sigma
+EVEN = get_schedule(7, 0.02, 10.0, "logsnr")
+
+
+@pytest.mark.parametrize("afs", [False, True])
+@pytest.mark.parametrize("intervals", [1, 2, 3, 7])
+def test_one_evaluation_per_interval_at_the_points_of_the_schedule(intervals, afs):
+    net = Net(two_gaussians)
+    sigmas = get_schedule(intervals + 1, 0.02, 10.0)
+    _, info = sample(net, latents(), solver="evodiff", sigmas=sigmas, afs=afs, return_info=True)
+    assert net.calls == sigmas[int(afs) : -1].tolist()
+    assert info.nfe == intervals - afs
+    net.calls.clear()
+    sample(net, latents(), solver="evodiff", sigmas=sigmas, afs=afs, denoise_to_zero=True)
+    assert net.calls == sigmas[int(afs) :].tolist()
+
+
+def scalar_evodiff(x, sigmas, denoise):
+    """The published steps for an image of one pixel, number by number, with the paper's k = sigma and h = 1/t - 1/s."""
+
+    def sigmoid(v):
+        return 1 / (1 + math.exp(-v))
+
+    def clamp(v, low, high):
+        return min(max(v, low), high)
+
+    x = x * sigmas[0]
+    m1, m0 = None, denoise(x, sigmas[0])
+    for i, (s, t) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+        h = 1 / t - 1 / s
+        x_e = t / s * x + t * h * m0
+        last = i == len(sigmas) - 2
+        if i == 0:
+            x, m1 = x_e, m0
+            m0 = None if last else denoise(x, t)
+            continue
+        if last:
+            ratio = t / s
+            rho = 1 - 0.5 * math.sqrt(ratio) if ratio < 0.5 else 1 - 0.5 * math.sqrt(ratio - 0.5)
+            return (1 - math.sqrt(t * s)) * x_e + 0.5 * t * h * (m0 - rho * m1)
+        before = sigmas[i - 1]
+        rl = math.log(before / s) / math.log(s / t)
+        w = 0.5 * (1 - ((t + s) / (sigmas[0] + s)) ** 2)
+        q = math.sqrt((t / s) / (s / before))
+        beta1 = (1 - w) * q + w * clamp(m0 / m1, -2, 2)
+        d1 = m0 - beta1 * m1
+        r = clamp(sigmoid(0.25 * abs(beta1)) * rl, 0.25 * rl, 1.5 * rl)
+        x_p = x_e + 0.5 * t * h * d1 / r
+        m_t = denoise(x_p, t)
+        d2 = m_t - ((1 - w) * q + w * clamp(m_t / m0, -2, 2)) * m0
+        slope1, slope2 = d1 / (rl * h), rl * d2 / h
+        eta = 0.5 * sigmoid(abs(0.5 * clamp((slope2 + slope1) / (slope2 - slope1), -2, 2)))
+        bc = -eta * d1 / rl + (1 - eta) * rl * d2
+        zeta = sigmoid(abs((x_p - x_e - 0.5 * t * h * bc / r) / d1 / (h * t)) - 0.5)
+        x, m1, m0 = x_e + 0.5 * t * h * bc / zeta, m0, m_t
+    return x
+
+
+@pytest.mark.parametrize("grid", [GRID, EVEN[:3], EVEN[:2], GRID[2:], get_schedule(6, 0.9, 2.0)])
+def test_scalar_form(grid):
+    def denoise(x, sigma):
+        variance = 0.36 + sigma**2
+        return (0.36 * x + sigma**2 * math.tanh(x / variance)) / variance
+
+    for start in (-1.3, 0.2, 0.9):
+        found = run(two_gaussians, torch.full((1, 1, 1, 1), start, dtype=torch.float64), grid)
+        assert float(found) == pytest.approx(scalar_evodiff(start, grid.tolist(), denoise), rel=1e-11)
+
+
+def test_samples_and_channels_do_not_mix():
+    """For a denoiser that works pixel by pixel: every channel of every sample as if it were alone."""
+    x = latents()
+    together = run(two_gaussians, x, GRID)
+    for k in range(len(x)):
+        for c in range(x.shape[1]):
+            alone = run(two_gaussians, x[k : k + 1, c : c + 1], GRID)
+            torch.testing.assert_close(together[k : k + 1, c : c + 1], alone, rtol=0, atol=1e-13)
+    pixel = run(two_gaussians, x[:1, :1, :1, :1], GRID)
+    assert not torch.allclose(pixel, together[:1, :1, :1, :1])  # the weights do look at the whole channel
+
+
+def constant(x, sigma):
+    return torch.linspace(-1, 0.8, 18, dtype=x.dtype).reshape(1, 2, 3, 3).expand_as(x)
+
+
+def test_constant_denoiser_on_equal_steps_is_exact_but_for_the_last_step():
+    """D = mu: then beta = 1 and both differences vanish, and Euler's step (which is exact) remains."""
+    x = latents()
+    mean = constant(x, None)
+    exact = torch.stack([mean + (10.0 * x - mean) * s / 10.0 for s in EVEN])
+    found = run(constant, x, EVEN, return_trajectory=True)
+    torch.testing.assert_close(found[:-1], exact[:-1], rtol=0, atol=1e-13)
+    ratio, shrink = float(EVEN[-1] / EVEN[-2]), 1 - math.sqrt(EVEN[-1] * EVEN[-2])
+    rho = 1 - 0.5 * math.sqrt(ratio)
+    expected = shrink * exact[-1] + 0.5 * (1 - ratio) * (1 - rho) * mean
+    torch.testing.assert_close(found[-1], expected, rtol=0, atol=1e-13)
+    assert not torch.allclose(found[-1], exact[-1])
+    plain = run(constant, x, EVEN, lower_order_final=False)
+    torch.testing.assert_close(plain, exact[-1], rtol=0, atol=1e-13)
+
+
+def test_zero_denoiser_is_exact_on_every_grid():
+    x = latents()
+    found = run(lambda x, sigma: torch.zeros_like(x), x, GRID, lower_order_final=False)
+    torch.testing.assert_close(found, x * GRID[-1], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_degenerate_images_stay_finite(dtype):
+    x = latents(dtype=dtype)
+    x[0], x[1, 0] = 0, 0
+    functions = [
+        two_gaussians,  # 0 stays 0
+        constant,
+        lambda x, sigma: torch.where(sigma > 1, torch.zeros_like(x), constant(x, sigma)),  # 0 first, then not
+        lambda x, sigma: 1e-30 * x,  # squares underflow in float32
+        lambda x, sigma: torch.sign(torch.cos(7 * sigma)) * constant(x, sigma),  # opposite images
+    ]
+    for function in functions:
+        for grid in (GRID, EVEN):
+            found = run(function, x, grid, return_trajectory=True)
+            assert found.dtype == dtype and found.isfinite().all()
+
+
+def test_projection():
+    a, b = latents(), latents().flip(0) + 1
+    found = projection(a, b)
+    assert found.shape == (3, 2, 1, 1)
+    torch.testing.assert_close(((a - found * b) * b).sum((-2, -1)), torch.zeros(3, 2).double(), rtol=0, atol=1e-13)
+    assert not projection(a, torch.zeros_like(a)).any()
+
+
+def distances(counts, **options):
+    low, high = 0.4, 1.2
+    x = latents(2)
+
+    def solve(solver, n, **more):
+        sigmas = get_schedule(n + 1, low, high, "logsnr")
+        return sample(Net(two_gaussians), x, solver=solver, sigmas=sigmas, **more)
+
+    exact = solve("heun", 500)
+    return exact, [solve("evodiff", n, **options) for n in counts]
+
+
+def test_converges_with_order_one():
+    """The correction is of second order per step, but not the one of a method of order two."""
+    exact, found = distances((50, 100, 200), lower_order_final=False)
+    errors = [float((x - exact).abs().max()) for x in found]
+    orders = [math.log2(a / b) for a, b in zip(errors[:-1], errors[1:], strict=True)]
+    assert errors[-1] < 2e-3
+    assert min(orders) > 0.85 and max(orders) < 1.3, orders
+
+
+def test_published_last_step_leaves_a_distance():
+    """Its factor 1 - sqrt(s t) tends to 1 - sigma_min, not to 1: the limit of ever more steps is (1 - sigma_min) x."""
+    exact, (found,) = distances((400,))
+    torch.testing.assert_close(found, (1 - 0.4) * exact, rtol=0, atol=5e-3)
