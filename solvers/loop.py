@@ -50,10 +50,22 @@ class Solver:
 
     sigmas: [N] descending. afs: False, True or "data". ``nfe`` counts the network evaluations really made.
     noise: called without arguments, a standard normal tensor like x; what a stochastic rule draws.
+    sigmas_net: [N] what the network is told at the points of the schedule in the place of their noise levels (LD3's
+    decoupled times); the arithmetic keeps to sigmas.
     """
 
     def __init__(
-        self, net, rule: Rule, sigmas: torch.Tensor, *, afs=False, predictor=None, cond=None, observer=None, noise=None
+        self,
+        net,
+        rule: Rule,
+        sigmas: torch.Tensor,
+        *,
+        afs=False,
+        predictor=None,
+        cond=None,
+        observer=None,
+        noise=None,
+        sigmas_net=None,
     ):
         if not (isinstance(afs, bool) or afs == "data"):
             raise UserError(f"afs={afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
@@ -62,6 +74,9 @@ class Solver:
         if predictor is not None and not rule.can_learn:
             raise UserError(f"no predictor can be inserted into the solver '{rule.name}'")
         self.net, self.rule, self.sigmas = net, rule.bind(net, sigmas), sigmas
+        self.sigmas_net = sigmas if sigmas_net is None else torch.as_tensor(sigmas_net, dtype=sigmas.dtype).to(sigmas.device)
+        if self.sigmas_net.shape != sigmas.shape or not (self.sigmas_net > 0).all():
+            raise UserError(f"sigmas_net must be {len(sigmas)} positive numbers, one per noise level")
         self.afs, self.predictor, self.cond = afs, predictor, dict(cond or {})
         self.observer, self._noise = observer, noise
         self.nfe = 0
@@ -116,7 +131,7 @@ class Solver:
             if i == 0 and self.afs:
                 d = afs_direction(self.net, x, sigma, self.afs)
             else:
-                d = self.direction(x, sigma)
+                d = (x - self.denoise(x, self.sigmas_net[i].to(x.dtype))) / sigma
         if self.observer is not None:
             self.observer(i, sigma, x, x - sigma * d)
         return d
@@ -181,6 +196,7 @@ def sample(
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     sigmas=None,
+    sigmas_net=None,
     max_order: int | None = None,
     predict_x0: bool = True,
     lower_order_final: bool = True,
@@ -196,8 +212,8 @@ def sample(
 
     latents: unit-variance noise [B,C,H,W], scaled here by the first sigma; the dtype of latents is the dtype of all
     arithmetic. num_steps: time stamps (intervals + 1). sigmas: an explicit schedule that replaces num_steps and
-    schedule_type. predictor: an AMEDPredictor; it inserts one learned evaluation per interval. cond: passed on to net.
-    denoise_to_zero: one more evaluation at the last sigma. callback(i, sigma, x, denoised): called in every interval with
+    schedule_type; sigmas_net: what the network is told in their place, if not the same. predictor: an AMEDPredictor; it
+    inserts one learned evaluation per interval. cond: passed on to net. denoise_to_zero: one more evaluation at the last sigma. callback(i, sigma, x, denoised): called in every interval with
     the state and the denoised image at its start. noise(): standard normal noise like latents for stochastic solvers
     (default: torch's global generator). original_code: reproduce the published code where it deviates from its
     paper (docs/solvers.md lists the places).
@@ -214,7 +230,9 @@ def sample(
     times = resolve_sigmas(
         net, num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas, latents.device, original_code
     )
-    run = Solver(net, rule, times, afs=afs, predictor=predictor, cond=cond, observer=callback, noise=noise)
+    run = Solver(
+        net, rule, times, afs=afs, predictor=predictor, cond=cond, observer=callback, noise=noise, sigmas_net=sigmas_net
+    )
     info = SampleInfo(sigmas=times)
     state = State(latents * times[0].to(latents.dtype))
     points = [state.x]

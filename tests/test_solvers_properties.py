@@ -318,6 +318,25 @@ def test_scale_time_changes_only_what_the_network_is_told():
     assert [float(c) for c in net.calls] == pytest.approx([1.0, 0.7 * 1.1], rel=1e-14)
 
 
+@pytest.mark.parametrize("solver", ["euler", "ipndm", "dpmpp", "unipc", "heun"])
+def test_decoupled_noise_levels_change_only_what_the_network_is_told(solver):
+    """LD3's decoupled times: a network that undoes the change gives the same samples."""
+    sigmas = grid(4, "logsnr")
+    told = sigmas * torch.linspace(0.9, 1.1, 5, dtype=torch.float64)
+
+    class Undoing(Gaussian):
+        def forward(self, x, sigma, **cond):
+            at = (told - sigma).abs().argmin()
+            return super().forward(x, sigmas[at] if torch.equal(told[at], sigma) else sigma, **cond)
+
+    options = {"solver": solver, "sigmas": sigmas, **(DPMPP if solver in ("dpmpp", "unipc") else {})}
+    expected = sample(Gaussian(), noise(), **options)
+    torch.testing.assert_close(sample(Undoing(), noise(), sigmas_net=told, **options), expected, rtol=0, atol=1e-13)
+    assert not torch.allclose(sample(Gaussian(), noise(), sigmas_net=told, **options), expected)
+    same = sample(Gaussian(), noise(), sigmas_net=sigmas.tolist(), **options)
+    assert torch.equal(same, expected)
+
+
 # ---- the free first step ---------------------------------------------------------------------------------------------
 
 
@@ -528,6 +547,8 @@ MISTAKES = [
     ({"sigmas": [1.0, 0.001]}, "sigma=0.001 is outside the network's range"),
     ({"sigma_max": 81}, "sigma=81 is outside the network's range"),
     ({"sigmas": [[2.0, 1.0]]}, "two noise levels"),
+    ({"sigmas": [1.2, 0.5], "sigmas_net": [1.2]}, "sigmas_net must be 2 positive numbers"),
+    ({"sigmas": [1.2, 0.5], "sigmas_net": [1.2, 0.0]}, "sigmas_net must be 2 positive numbers"),
     ({"solver": "ipndm", "max_order": 0}, "supports 1..4"),
     ({"solver": "ipndm", "max_order": 5}, "supports 1..4"),
     ({"solver": "ipndm", "max_order": 2.5}, "whole number"),
