@@ -1,0 +1,630 @@
+"""Pipelines of the diffusers library as denoisers: unconditional U-Nets, Stable Diffusion 1.x/2.x and XL, SD3 and Flux.
+
+diffusers and transformers are optional and imported when a pipeline is loaded. Weights are read from safetensors, and no
+code that comes with a pipeline is run.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from models import check_guidance
+from models.denoiser import BOTTLENECK_SIZE, Denoiser
+from models.edm import EDMDenoiser
+from models.ldm import DiscreteTime
+from torch_utils import distributed
+from torch_utils.download import sha256_of
+from torch_utils.errors import MissingExtra, UserError
+
+EXTRA = "diffusers"
+_FIRST_STAGES = ("vae", "vqvae")
+_DECODE_BATCH = 8  # images decoded at a time: their feature maps, not the latents, fill the memory
+_ZERO_SNR_ALPHA = 2.0**-24  # stands for a = 0 at the last time, where sigma would be infinite; diffusers' own choice
+
+
+def import_diffusers(purpose: str):
+    """The package, or MissingExtra."""
+    try:
+        import diffusers
+    except ImportError:
+        raise MissingExtra("diffusers", EXTRA, purpose) from None
+    return diffusers
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What networks are told and what they answer
+
+
+class VariancePreserving:
+    """Networks for x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise, with a_t known at the times 1/N, ..., 1.
+
+    x = x_t / sqrt(a_t) has sigma = sqrt((1 - a) / a). alphas_cumprod: [N]. prediction: what the network's output is,
+    "epsilon" (noise), "v_prediction" (sqrt(a) noise - sqrt(1 - a) x0; Salimans & Ho 2022, Appendix D) or "sample" (x0).
+    """
+
+    PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+    def __init__(self, alphas_cumprod: torch.Tensor, prediction: str = "epsilon"):
+        if prediction not in self.PREDICTIONS:
+            raise UserError(f"prediction_type '{prediction}' is not supported; known: {', '.join(self.PREDICTIONS)}")
+        self.prediction = prediction
+        self._time = DiscreteTime(alphas_cumprod)
+        steps = len(alphas_cumprod)
+        self.sigma_min, self.sigma_max = self.sigma(torch.tensor([1 / steps, 1], dtype=torch.float64)).tolist()
+
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        return self._time.sigma(t)
+
+    def sigma_inv(self, sigma: torch.Tensor) -> torch.Tensor:
+        return self._time.t(sigma)
+
+    def sigma_of_time(self, time: torch.Tensor) -> torch.Tensor:
+        """The noise level at a time as ``time`` counts it."""
+        return self._time.sigma((time + 1) / len(self._time))
+
+    def time(self, sigma: torch.Tensor) -> torch.Tensor:
+        """What the network is told of the noise level: the number of the step from 0, with fractions."""
+        return self._time.index(sigma)
+
+    def scale(self, sigma):
+        """What x is multiplied with on its way into the network."""
+        return (1 + sigma**2) ** -0.5
+
+    def denoised(self, x, sigma, output):
+        if self.prediction == "epsilon":
+            return x - sigma * output
+        if self.prediction == "sample":
+            return output
+        return x / (1 + sigma**2) - sigma * (1 + sigma**2) ** -0.5 * output
+
+
+class RectifiedFlow:
+    """Networks for y_t = (1 - t) x0 + t noise that predict noise - x0 (Liu et al. 2022; Esser et al. 2024).
+
+    x = y_t / (1 - t) has sigma = t / (1 - t), so y = x / (1 + sigma) and t = sigma / (1 + sigma). The noise is infinite
+    at t = 1, so the range ends one of the N steps before. shift: t = shift u / (1 + (shift - 1) u) for u uniform in
+    time (Esser et al. 2024, Section 5.3.2), that is sigma = shift u / (1 - u); ``sigma`` and ``sigma_inv`` are about u.
+    """
+
+    def __init__(self, steps: int = 1000, shift: float = 1.0):
+        self.steps, self.shift = int(steps), float(shift)
+        if self.steps < 2 or not (math.isfinite(self.shift) and self.shift > 0):
+            raise UserError(f"a flow scheduler with {steps} steps and shift {shift} is not supported")
+        ends = torch.tensor([1 / self.steps, 1 - 1 / self.steps], dtype=torch.float64)
+        self.sigma_min, self.sigma_max = self.sigma(ends).tolist()
+
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        return self.shift * t / (1 - t)
+
+    def sigma_inv(self, sigma: torch.Tensor) -> torch.Tensor:
+        return sigma / (self.shift + sigma)
+
+    def sigma_of_time(self, time: torch.Tensor) -> torch.Tensor:
+        return (time / (self.steps - time)).clamp(max=self.sigma_max)
+
+    def time(self, sigma: torch.Tensor) -> torch.Tensor:
+        return self.steps * sigma / (1 + sigma)
+
+    def scale(self, sigma):
+        return 1 / (1 + sigma)
+
+    def denoised(self, x, sigma, output):
+        return (x - sigma * output) / (1 + sigma)
+
+
+def noise_process(
+    config: Mapping, tokens: int | None = None, mu: float | None = None
+) -> VariancePreserving | RectifiedFlow:
+    """The process behind the configuration of a diffusers scheduler, whichever class it is of.
+
+    For flow schedulers whose shift depends on the size of the image, tokens: how many the transformer sees of it, or mu:
+    what a pipeline has made of that. Raises UserError where the configuration is of another kind.
+    """
+    flow = "base_image_seq_len" in config or config.get("prediction_type") == "flow_prediction"
+    if flow:
+        if config.get("invert_sigmas"):
+            raise UserError("a scheduler with invert_sigmas is not supported")
+        return RectifiedFlow(config.get("num_train_timesteps", 1000), _flow_shift(config, tokens, mu))
+    if config.get("beta_schedule") is None and config.get("trained_betas") is None:
+        name = config.get("_class_name", "this class")
+        raise UserError(
+            f"the scheduler's configuration ({name}) has no beta_schedule: such pipelines are not supported"
+        )
+    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    given = {name: config[name] for name in names if config.get(name) is not None}
+    zero_snr = bool(config.get("rescale_betas_zero_snr"))
+    diffusers = import_diffusers("the noise table of a diffusers scheduler")
+    try:
+        table = diffusers.DDPMScheduler(**given, rescale_betas_zero_snr=zero_snr).alphas_cumprod
+    except (NotImplementedError, TypeError, ValueError) as error:
+        raise UserError(f"the scheduler's noise table cannot be made: {error}") from None
+    return VariancePreserving(
+        table.clamp(min=_ZERO_SNR_ALPHA) if zero_snr else table, config.get("prediction_type", "epsilon")
+    )
+
+
+def _flow_shift(config: Mapping, tokens: int | None, mu: float | None) -> float:
+    if not config.get("use_dynamic_shifting"):
+        return config.get("shift", config.get("flow_shift", 1.0))
+    if mu is None:
+        if tokens is None:
+            raise UserError(
+                "the scheduler's shift depends on the size of the image (use_dynamic_shifting), which is unknown"
+            )
+        low, high = config["base_image_seq_len"], config["max_image_seq_len"]
+        mu = config["base_shift"] + (tokens - low) / (high - low) * (config["max_shift"] - config["base_shift"])
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Denoisers
+
+
+class NoFeature(torch.nn.Module):
+    """The bottleneck of a network without one: zeros, so that a predictor sees the noise levels only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(len(x), 1, BOTTLENECK_SIZE, BOTTLENECK_SIZE)
+
+
+class DiffusersDenoiser(Denoiser):
+    """D(x; sigma) from the network of a loaded pipeline. ``pipeline`` remains usable; its modules are those of this one.
+
+    Subclasses say which entry of the pipeline is the network and implement ``predict``.
+
+    ``autocast``: None, torch.bfloat16 or torch.float16; the dtype in which the network's matrix work runs.
+    """
+
+    network_name = "unet"
+
+    def __init__(self, pipeline, guidance_type: str | None = None, guidance_rate: float | None = None):
+        super().__init__()
+        self.pipeline = pipeline
+        self.parts = torch.nn.ModuleDict(
+            {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+        )
+        self.first_stage_name = next((name for name in _FIRST_STAGES if name in self.parts), None)
+        self.img_channels, self.img_resolution = self.space()
+        self.process = noise_process(pipeline.scheduler.config, self.tokens())
+        self.sigma_min, self.sigma_max = self.process.sigma_min, self.process.sigma_max
+        self.autocast: torch.dtype | None = None
+        self.no_feature = NoFeature()
+        self.guidance_rate = self.choose_guidance(guidance_type, guidance_rate)
+
+    @property
+    def network(self) -> torch.nn.Module:
+        return self.parts[self.network_name]
+
+    @property
+    def bottleneck(self) -> torch.nn.Module:
+        block = getattr(self.network, "mid_block", None)
+        return self.no_feature if block is None else block
+
+    def space(self) -> tuple[int, int]:
+        """(channels, resolution) of what is sampled. Raises UserError for networks of another kind."""
+        config = self.network.config
+        channels, size = config.in_channels, config.sample_size
+        if isinstance(size, (list, tuple)):
+            if len(set(size)) != 1:
+                raise UserError(f"the network is for images of {size[0]}x{size[1]}; only square ones are supported")
+            size = size[0]
+        if size is None:
+            raise UserError("the network's configuration does not say its sample_size")
+        if self.first_stage_name is not None:
+            latent = self.parts[self.first_stage_name].config.latent_channels
+            if latent != channels:
+                raise UserError(f"the network takes {channels} channels, its first stage has {latent}: not supported")
+        for name in ("time_cond_proj_dim", "encoder_hid_dim_type"):
+            if config.get(name) is not None:
+                raise UserError(f"a network with {name} takes an input that is not supported")
+        if config.get("time_embedding_type", "positional") != "positional":
+            raise UserError(f"a network with time_embedding_type '{config['time_embedding_type']}' is not supported")
+        return int(channels), int(size)
+
+    def tokens(self) -> int | None:
+        """How many tokens a transformer makes of an image."""
+        return None
+
+    def choose_guidance(self, kind: str | None, rate: float | None) -> float:
+        """The guidance rate; UserError for a type that this pipeline does not take."""
+        check_guidance(("none",) if self.label_dim else ("none", "uncond"), kind, rate, "an unconditional pipeline")
+        return 1.0
+
+    def sigma(self, t) -> torch.Tensor:
+        """Noise level at times t in (0, 1], uniform in the pipeline's own time steps."""
+        return self.process.sigma(torch.as_tensor(t))
+
+    def sigma_inv(self, sigma) -> torch.Tensor:
+        """The inverse of ``sigma``."""
+        return self.process.sigma_inv(torch.as_tensor(sigma))
+
+    def predict(self, x: torch.Tensor, times: torch.Tensor, **cond) -> torch.Tensor:
+        """The network's output for its own input x [B,C,H,W] and times [B]."""
+        raise NotImplementedError
+
+    def forward(self, x, sigma, **cond):
+        x = x.to(torch.float32)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+        times = self.process.time(sigma.flatten()).expand(len(x))
+        inputs = (x * self.process.scale(sigma)).to(self.network.dtype)
+        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+            output = self.predict(inputs, times, **cond)
+        if self.bottleneck is self.no_feature:
+            self.no_feature(x)
+        return self.process.denoised(x, sigma, output.to(torch.float32))
+
+    def decode(self, x: torch.Tensor) -> torch.Tensor:
+        """Latents [B,C,h,w] to images [B,3,H,W], about [-1, 1]; the identity for pixel models."""
+        if self.first_stage_name is None:
+            return x
+        first_stage = self.parts[self.first_stage_name]
+        x = x.to(torch.float32)
+        mean, std = (first_stage.config.get(f"latents_{name}") for name in ("mean", "std"))
+        if mean is not None and std is not None:  # some first stages of SDXL
+            mean, std = (x.new_tensor(value).reshape(1, -1, 1, 1) for value in (mean, std))
+            x = x * std / first_stage.config.scaling_factor + mean
+        else:
+            x = x / first_stage.config.scaling_factor + (first_stage.config.get("shift_factor") or 0)
+        parts = x.to(first_stage.dtype).split(_DECODE_BATCH)
+        return torch.cat([first_stage.decode(part).sample.to(torch.float32) for part in parts])
+
+
+class UnconditionalPipeline(DiffusersDenoiser):
+    """DDPMPipeline, DDIMPipeline and LDMPipeline: a UNet2DModel, with class_labels [B] where it has classes."""
+
+    def space(self):
+        config = self.network.config
+        if config.get("class_embed_type") is not None:
+            raise UserError(f"a network with class_embed_type '{config['class_embed_type']}' is not supported")
+        self.label_dim = int(config.get("num_class_embeds") or 0)
+        return super().space()
+
+    def make_cond(self, generator=None, labels=None) -> dict:
+        cond = EDMDenoiser.make_cond(self, generator, labels)
+        return {name: value.argmax(dim=1) for name, value in cond.items()}
+
+    def predict(self, x, times, class_labels=None):
+        if self.label_dim and class_labels is None:
+            raise UserError("this network is class-conditional: pass class_labels, as make_cond gives them")
+        output = self.network(x, times, class_labels=class_labels).sample
+        return output[:, : x.shape[1]]  # some predict a variance as well, which the ODE does not need
+
+
+class TextPipeline(DiffusersDenoiser):
+    """Networks conditioned on text under classifier-free guidance: u + rate (c - u).
+
+    The cond of forward: the tensors of ``names``, [B,...] or [1,...] for the whole batch, and with guidance those of the
+    unconditional side under "unconditional_<name>". Both sides go through the network in one call on 2B samples, the
+    unconditional ones first. With rate 1 only c is computed, and a call costs one evaluation.
+    """
+
+    names = ("condition",)
+    encoders = ("text_encoder",)  # what prompts need; SD3 can do without its third one
+    default_rate = 7.5  # what the diffusers pipeline uses
+
+    def choose_guidance(self, kind, rate):
+        check_guidance(("cfg", "none"), kind or "cfg", rate, "a text-to-image pipeline")
+        rate = 1.0 if kind == "none" else self.default_rate if rate is None else float(rate)
+        if not (math.isfinite(rate) and rate >= 0):
+            raise UserError(f"guidance_rate {rate:g} has to be a number from 0 up")
+        return rate
+
+    @property
+    def guided(self) -> bool:
+        """Whether both sides are computed."""
+        return self.guidance_rate != 1
+
+    @property
+    def evals_per_call(self) -> int:
+        return 2 if self.guided else 1
+
+    def make_cond(self, generator=None, labels=None, prompts=None, negative_prompt: str | None = None) -> dict:
+        """prompts: one string for the whole batch, or a sequence of B; negative_prompt: the unconditional side (None: what
+        the pipeline takes by default).
+
+        Raises UserError without prompts, with another number of them than ``generator`` has seeds, and for a pipeline
+        without text encoders.
+        """
+        if labels is not None:
+            raise UserError("this network takes prompts, not classes")
+        if prompts is None:
+            raise UserError("this network is conditioned on text: pass prompts")
+        count = None if generator is None else len(generator.seeds)
+        prompts = [prompts] * (count or 1) if isinstance(prompts, str) else list(prompts)
+        if count not in (None, len(prompts)):
+            raise UserError(f"{len(prompts)} prompts were given for a batch of {count}")
+        missing = [name for name in self.encoders if getattr(self.pipeline, name, None) is None]
+        if missing:
+            raise UserError(f"this pipeline was saved without its {missing[0]}: it cannot take prompts")
+        negative = None if negative_prompt is None else [negative_prompt] * len(prompts)
+        with torch.no_grad():
+            own, other = self.encode(prompts, negative)
+        cond = dict(zip(self.names, own, strict=True))
+        if self.guided:
+            cond |= {f"unconditional_{name}": value for name, value in zip(self.names, other, strict=True)}
+        return cond
+
+    def encode(self, prompts: list[str], negative: list[str] | None) -> tuple[tuple, tuple]:
+        """The tensors of ``names`` for the prompts and, if guided, for the unconditional side."""
+        device = next(self.network.parameters()).device
+        own, other = self.pipeline.encode_prompt(
+            prompts, device, 1, do_classifier_free_guidance=self.guided, negative_prompt=negative
+        )
+        return (own,), (other,)
+
+    def call(self, x, times, **tensors):
+        """The network's output for one side."""
+        return self.network(x, times, encoder_hidden_states=tensors["condition"]).sample
+
+    def _side(self, prefix: str, cond: Mapping, x: torch.Tensor) -> dict:
+        side = {}
+        for name in self.names:
+            value = cond.get(prefix + name)
+            if value is None:
+                raise UserError(f"this network needs '{prefix + name}', as make_cond(prompts=...) gives it")
+            if value.shape[0] not in (1, len(x)):
+                raise UserError(f"'{prefix + name}' has {value.shape[0]} rows for a batch of {len(x)}")
+            side[name] = value.to(x.dtype).expand(len(x), *value.shape[1:])
+        return side
+
+    def predict(self, x, times, **cond):
+        own = self._side("", cond, x)
+        if not self.guided:
+            return self.call(x, times, **own)
+        other = self._side("unconditional_", cond, x)
+        both = {name: torch.cat([other[name], own[name]]) for name in self.names}
+        output = self.call(torch.cat([x, x]), torch.cat([times, times]), **both)
+        unconditional, conditional = output.to(torch.float32).chunk(2)
+        return torch.lerp(unconditional, conditional, self.guidance_rate)
+
+
+class StableDiffusionXL(TextPipeline):
+    """Both text encoders side by side, and the added conditions: the pooled text, and time_ids [B,6], the original size,
+    the place of the crop and the target size in pixels (Podell et al. 2023, Section 2.2)."""
+
+    names = ("condition", "pooled", "time_ids")
+    encoders = ("text_encoder", "text_encoder_2")
+    default_rate = 5.0
+
+    def encode(self, prompts, negative):
+        device = next(self.network.parameters()).device
+        own, other, pooled, other_pooled = self.pipeline.encode_prompt(
+            prompts, device=device, do_classifier_free_guidance=self.guided, negative_prompt=negative
+        )
+        pixels = float(self.img_resolution * self.pipeline.vae_scale_factor)
+        sizes = torch.tensor([[pixels, pixels, 0, 0, pixels, pixels]], device=device).expand(len(prompts), -1)
+        return (own, pooled, sizes), (other, other_pooled, sizes)
+
+    def call(self, x, times, **tensors):
+        added = {"text_embeds": tensors["pooled"], "time_ids": tensors["time_ids"]}
+        return self.network(x, times, encoder_hidden_states=tensors["condition"], added_cond_kwargs=added).sample
+
+
+class StableDiffusion3(TextPipeline):
+    """The flow transformer of Esser et al. 2024."""
+
+    network_name = "transformer"
+    names = ("condition", "pooled")
+    encoders = ("text_encoder", "text_encoder_2")
+    default_rate = 7.0
+
+    def tokens(self):
+        return (self.img_resolution // self.network.config.patch_size) ** 2
+
+    def encode(self, prompts, negative):
+        device = next(self.network.parameters()).device
+        own, other, pooled, other_pooled = self.pipeline.encode_prompt(
+            prompts, None, None, device, do_classifier_free_guidance=self.guided, negative_prompt=negative
+        )
+        return (own, pooled), (other, other_pooled)
+
+    def call(self, x, times, **tensors):
+        return self.network(
+            x, encoder_hidden_states=tensors["condition"], pooled_projections=tensors["pooled"], timestep=times
+        ).sample
+
+
+class Flux(TextPipeline):
+    """The flow transformer of Flux.1, which sees 2x2 patches of the latents as tokens.
+
+    Networks that were distilled with guidance (guidance_embeds, as "dev") are told the rate instead of being called
+    twice; the others (as "schnell") are not guided unless a rate is given.
+    """
+
+    network_name = "transformer"
+    names = ("condition", "pooled")
+    encoders = ("text_encoder", "text_encoder_2")
+
+    def space(self):
+        channels = self.network.config.in_channels // 4
+        if self.first_stage_name is not None and self.parts[self.first_stage_name].config.latent_channels != channels:
+            raise UserError(f"the transformer takes {channels} channels, its first stage has others: not supported")
+        return channels, int(self.pipeline.default_sample_size)
+
+    def tokens(self):
+        return (self.img_resolution // 2) ** 2
+
+    @property
+    def tells_rate(self) -> bool:
+        return bool(self.network.config.guidance_embeds)
+
+    @property
+    def default_rate(self):
+        return 3.5 if self.tells_rate else 1.0
+
+    @property
+    def guided(self):
+        return not self.tells_rate and self.guidance_rate != 1
+
+    def encode(self, prompts, negative):
+        device = next(self.network.parameters()).device
+        own = self.pipeline.encode_prompt(prompts, None, device)[:2]
+        other = (None, None)
+        if self.guided:
+            other = self.pipeline.encode_prompt([""] * len(prompts) if negative is None else negative, None, device)[:2]
+        return own, other
+
+    def call(self, x, times, **tensors):
+        rows, columns = (size // 2 for size in x.shape[-2:])
+        places = torch.zeros(rows, columns, 3, device=x.device, dtype=x.dtype)
+        places[..., 1] += torch.arange(rows, device=x.device)[:, None]
+        places[..., 2] += torch.arange(columns, device=x.device)
+        rate = torch.full([len(x)], self.guidance_rate, device=x.device) if self.tells_rate else None
+        output = self.network(
+            hidden_states=F.pixel_unshuffle(x, 2).flatten(2).mT,
+            timestep=times / self.process.steps,
+            guidance=rate,
+            pooled_projections=tensors["pooled"],
+            encoder_hidden_states=tensors["condition"],
+            txt_ids=places.new_zeros(tensors["condition"].shape[1], 3),
+            img_ids=places.flatten(0, 1),
+        ).sample
+        return F.pixel_shuffle(output.mT.unflatten(2, (rows, columns)), 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading
+
+# Pipeline class -> (denoiser, the class that its network has to be of).
+PIPELINES = {
+    "DDPMPipeline": (UnconditionalPipeline, "UNet2DModel"),
+    "DDIMPipeline": (UnconditionalPipeline, "UNet2DModel"),
+    "LDMPipeline": (UnconditionalPipeline, "UNet2DModel"),
+    "StableDiffusionPipeline": (TextPipeline, "UNet2DConditionModel"),
+    "StableDiffusionXLPipeline": (StableDiffusionXL, "UNet2DConditionModel"),
+    "StableDiffusion3Pipeline": (StableDiffusion3, "SD3Transformer2DModel"),
+    "FluxPipeline": (Flux, "FluxTransformer2DModel"),
+}
+_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # not needed here, and large
+_INDEX = "model_index.json"
+
+
+def load_diffusers(
+    path_or_hub_id: str | Path,
+    guidance_type: str | None = None,
+    guidance_rate: float | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    allow_pickle: bool = False,
+) -> DiffusersDenoiser:
+    """The denoiser of a diffusers pipeline, frozen and in evaluation mode, on ``device``.
+
+    path_or_hub_id: a folder that ``save_pretrained`` wrote, or an id of the Hugging Face hub, whose files are downloaded
+    to its usual cache (every process of a torchrun has to call this). guidance_type: "cfg" (default) or "none" for text,
+    "uncond" or "none" otherwise; guidance_rate in diffusers' meaning, by default the pipeline's. dtype: of the weights;
+    images and noise levels stay in float32. allow_pickle: also read weights that are not in safetensors (as data only).
+
+    The result also has ``dataset_name``, ``source_path`` and ``weights_hash``, the SHA-256 of the network's weights file
+    (of the list of their hashes where there are several). Raises MissingExtra without the packages, UserError for
+    folders that are no pipeline, pipelines that are not supported, and guidance that they cannot do.
+    """
+    diffusers = import_diffusers("a diffusers pipeline")
+    folder = _local_folder(diffusers, path_or_hub_id, allow_pickle)
+    name, index = _read_index(folder, path_or_hub_id)
+    denoiser, _ = PIPELINES[name]
+    if issubclass(denoiser, TextPipeline):
+        _require_transformers()
+    # What was saved without a part is loaded without it, which has to be said.
+    unused = {part: None for part, entry in index.items() if part in _UNUSED or entry == [None, None]}
+    if "safety_checker" in unused:
+        unused["requires_safety_checker"] = False
+    # First stages overflow in float16, and they run once per image only.
+    dtypes = {"default": dtype} | {part: torch.float32 for part in _FIRST_STAGES if part in index}
+    pipeline = _reading(
+        path_or_hub_id,
+        getattr(diffusers, name).from_pretrained,
+        folder,
+        dtype=dtypes,
+        use_safetensors=None if allow_pickle else True,
+        trust_remote_code=False,
+        local_files_only=True,
+        low_cpu_mem_usage=diffusers.utils.is_accelerate_available(),
+        **unused,
+    )
+    try:
+        net = denoiser(pipeline, guidance_type, guidance_rate)
+    except UserError as error:
+        raise UserError(f"{path_or_hub_id}: {error}") from None
+    net.dataset_name = "diffusers"
+    net.source_path = str(path_or_hub_id)
+    part = folder / net.network_name
+    net.weights_hash = _hash_weights(part if part.is_dir() else folder)  # old pipelines have no folders
+    return net.to(device).eval().requires_grad_(False)
+
+
+def _reading(source, function, *arguments, **options):
+    """``function`` of diffusers, with its complaints about files as UserError."""
+    try:
+        return function(*arguments, **options)
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(f"{source} cannot be read as a diffusers pipeline: {lines[0][:300]}") from None
+
+
+def _local_folder(diffusers, source, allow_pickle: bool) -> Path:
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{source} is a file; give the folder of a diffusers pipeline (with {_INDEX}), or a hub id")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        raise UserError(f"there is no folder {source}, and it is not a hub id (owner/name)")
+    with distributed.local_main_first():
+        config = _reading(source, diffusers.DiffusionPipeline.load_config, str(source))
+        _check_index(config, source)  # before gigabytes are downloaded
+        options = {"use_safetensors": None if allow_pickle else True, "trust_remote_code": False}
+        return Path(_reading(source, diffusers.DiffusionPipeline.download, str(source), **options))
+
+
+def _read_index(folder: Path, source) -> tuple[str, dict]:
+    path = folder / _INDEX
+    if not path.is_file():
+        raise UserError(f"{source} is not a diffusers pipeline: it has no {_INDEX}")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{path} is not readable as JSON") from None
+    return _check_index(index, source), index
+
+
+def _check_index(index, source) -> str:
+    """The name of the pipeline's class. Raises UserError unless it and all its parts are known, library code."""
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    if not isinstance(name, str) or name not in PIPELINES:
+        raise UserError(f"{source} is a {name}, which is not supported; supported: {', '.join(PIPELINES)}")
+    denoiser, expected = PIPELINES[name]
+    for part, entry in index.items():
+        if part.startswith("_") or part in _UNUSED or entry is None or isinstance(entry, (bool, int, float)):
+            continue  # notes, and settings of the pipeline
+        library, kind = entry if isinstance(entry, list) and len(entry) == 2 else (str(entry)[:40], "")
+        if library not in (None, "diffusers", "transformers"):
+            raise UserError(f"{source}: its '{part}' is code from '{library}', which is not run")
+        if re.match("Auto(?!encoder)", str(kind)):  # such classes may choose code that comes with the weights
+            raise UserError(f"{source}: its '{part}' is a {kind}; only definite classes are supported")
+    found = index.get(denoiser.network_name)
+    if not isinstance(found, list) or found[-1] != expected:
+        raise UserError(f"{source}: its {denoiser.network_name} is {found}, but has to be a {expected}")
+    return name
+
+
+def _require_transformers() -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        raise MissingExtra("transformers", EXTRA, "a text-to-image pipeline") from None
+
+
+def _hash_weights(folder: Path) -> str:
+    files = [
+        path for path in folder.iterdir() if re.fullmatch(r"diffusion_pytorch_model[^.]*\.(safetensors|bin)", path.name)
+    ]
+    safe = sorted(path for path in files if path.suffix == ".safetensors") or sorted(files)
+    hashes = [sha256_of(path) for path in safe]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

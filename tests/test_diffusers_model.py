@@ -1,0 +1,486 @@
+"""Pipelines of diffusers as denoisers: plain Euler against diffusers' own pipelines and schedulers on the same noise."""
+
+import json
+import shutil
+import sys
+
+import pytest
+import torch
+from latent_nets import relative_error
+
+from models.denoiser import read_bottleneck
+from models.diffusers_model import RectifiedFlow, load_diffusers, noise_process
+from solvers import get_schedule, sample
+from torch_utils.errors import MissingExtra, UserError
+from torch_utils.seeds import SeededGenerators
+from training.loss import DistillationLoss
+from training.predictor import AMEDPredictor
+
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from diffusers_pipelines import BETAS, SIZE, pipeline_folder  # noqa: E402
+
+TOLERANCE = 1e-4  # relative to the largest magnitude
+PROMPTS = ["a b", "c"]
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """The deterministic algorithms need no progress bars."""
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+
+
+def noise_like(net, batch=2, seed=0):
+    shape = (batch, net.img_channels, SIZE, SIZE)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def own_euler(net, noise, sigmas, cond):
+    """Euler down to 0: the last step to 0 gives the denoised image. float64, so that only the network is in float32."""
+    options = {"sigmas": sigmas, "denoise_to_zero": True, "return_info": True}
+    x, info = sample(net, noise.double(), solver="euler", cond=cond, **options)
+    return x.float(), info
+
+
+def pipeline_of(net, scheduler=None):
+    net.pipeline.set_progress_bar_config(disable=True)
+    if scheduler is not None:
+        net.pipeline.scheduler = scheduler
+    return net.pipeline
+
+
+def euler_scheduler(net, steps=4):
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(net.pipeline.scheduler.config, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)  # trailing: whole times, where the interpolation of the table does not matter
+    return scheduler
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_unconditional_euler(prediction):
+    net = load_diffusers(pipeline_folder("ddpm", prediction=prediction))
+    scheduler = euler_scheduler(net)
+    noise = noise_like(net)
+    x = noise * scheduler.init_noise_sigma
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            output = net.pipeline.unet(scheduler.scale_model_input(x, t), t).sample
+            x = scheduler.step(output, t, x).prev_sample
+    found, info = own_euler(net, noise, scheduler.sigmas[:-1], {})
+    assert relative_error(found, x) < TOLERANCE
+    assert info.nfe == 4 and (net.img_channels, net.img_resolution, net.label_dim) == (3, SIZE, 0)
+    assert torch.equal(net.decode(x), x) and net.make_cond(SeededGenerators([1])) == {}
+
+
+def test_unconditional_ddim_of_latents():
+    """DDIM works on x / sqrt(1 + sigma^2) and is the same method; its pipeline scales the noise by 1 instead of sigma_max."""
+    net = load_diffusers(pipeline_folder("ldm"), guidance_type="uncond")
+    config = {**net.pipeline.scheduler.config, "timestep_spacing": "trailing"}
+    scheduler = diffusers.DDIMScheduler.from_config(config)
+    pipe = pipeline_of(net, scheduler)
+    images = pipe(batch_size=2, generator=torch.manual_seed(3), num_inference_steps=5, output_type="np").images
+    noise = torch.randn((2, 3, SIZE, SIZE), generator=torch.manual_seed(3))
+    sigmas = (1 / scheduler.alphas_cumprod[scheduler.timesteps] - 1).sqrt()
+    found, _ = own_euler(net, noise * (1 + sigmas[0] ** 2).sqrt() / sigmas[0], sigmas, {})
+    expected = torch.from_numpy(images).permute(0, 3, 1, 2)
+    assert relative_error((net.decode(found) / 2 + 0.5).clamp(0, 1), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind, options", [("sd", {}), ("sd", {"prediction": "v_prediction"}), ("sdxl", {})])
+@pytest.mark.parametrize("rate", [1, 4.5])
+def test_text_to_image_euler(kind, options, rate):
+    """The whole pipeline of diffusers, prompts included."""
+    net = load_diffusers(pipeline_folder(kind, **options), guidance_rate=rate)
+    scheduler = euler_scheduler(net)
+    noise = noise_like(net)
+    pipe = pipeline_of(net, scheduler)
+    arguments = {"num_inference_steps": 4, "guidance_scale": rate, "latents": noise.clone(), "output_type": "latent"}
+    expected = pipe(prompt=PROMPTS, **arguments).images
+    cond = net.make_cond(SeededGenerators([0, 1]), prompts=PROMPTS)
+    found, info = own_euler(net, noise, scheduler.sigmas[:-1], cond)
+    assert relative_error(found, expected) < TOLERANCE
+    assert info.nfe == (4 if rate == 1 else 8)
+    with_negative = pipe(prompt=PROMPTS, negative_prompt=["d"] * 2, **arguments | {"latents": noise.clone()}).images
+    cond = net.make_cond(prompts=PROMPTS, negative_prompt="d")
+    assert relative_error(own_euler(net, noise, scheduler.sigmas[:-1], cond)[0], with_negative) < TOLERANCE
+    assert (relative_error(with_negative, expected) > 1e-3) == (rate != 1)
+
+
+FLOW_TIMES = [0.97, 0.7, 0.4, 0.1]
+
+
+@pytest.mark.parametrize("rate", [1, 4.5])
+def test_flow_euler_of_sd3(rate):
+    net = load_diffusers(pipeline_folder("sd3"), guidance_rate=rate)
+    cond = net.make_cond(prompts=PROMPTS)
+    noise = noise_like(net)
+    pipe = pipeline_of(net)
+    pipe.scheduler.set_timesteps(sigmas=FLOW_TIMES)
+    times = pipe.scheduler.sigmas[:-1].double()  # shifted
+    expected = pipe(
+        prompt=PROMPTS, latents=(times[0] * noise).float(), sigmas=FLOW_TIMES, guidance_scale=rate, output_type="latent"
+    ).images
+    found, info = own_euler(net, noise, times / (1 - times), cond)
+    assert relative_error(found, expected) < TOLERANCE
+    assert info.nfe == (4 if rate == 1 else 8)
+
+
+@pytest.mark.parametrize("guidance", [False, True], ids=["rate computed", "rate told"])
+def test_flow_euler_of_flux(guidance):
+    net = load_diffusers(pipeline_folder("flux", guidance=guidance), guidance_rate=2.5)
+    cond = net.make_cond(prompts=PROMPTS, negative_prompt="d")
+    noise = noise_like(net)
+    pipe = pipeline_of(net)
+    shift = {"prompt": PROMPTS, "sigmas": FLOW_TIMES, "height": 2 * SIZE, "width": 2 * SIZE, "output_type": "latent"}
+    rates = {"guidance_scale": 2.5} if guidance else {"true_cfg_scale": 2.5, "negative_prompt": ["d"] * 2}
+    seen = []
+    pipe.transformer.register_forward_pre_hook(lambda m, a, named: seen.append(named["timestep"]), with_kwargs=True)
+    packed = pipe._pack_latents(noise, 2, 4, SIZE, SIZE)
+    pipe(**shift, **rates, latents=packed)
+    times = pipe.scheduler.sigmas[:-1].double()
+    expected = pipe(**shift, **rates, latents=(times[0] * packed).float()).images
+    expected = pipe._unpack_latents(expected, 2 * SIZE, 2 * SIZE, pipe.vae_scale_factor)
+    assert len(seen) == (8 if guidance else 16)
+    found, info = own_euler(net, noise, times / (1 - times), cond)
+    assert relative_error(found, expected) < TOLERANCE
+    assert info.nfe == (4 if guidance else 8)
+    default = load_diffusers(pipeline_folder("flux", guidance=guidance))
+    assert (default.guidance_rate, default.evals_per_call) == ((3.5, 1) if guidance else (1, 1))
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "sd", "sdxl", "sd3", "flux"])
+def test_one_noise_level_per_sample(kind):
+    net = load_diffusers(pipeline_folder(kind), guidance_rate=None if kind == "ddpm" else 2)
+    cond = {} if kind == "ddpm" else net.make_cond(prompts=PROMPTS)
+    x, sigma = noise_like(net), torch.tensor([0.5, 8.0])
+    with torch.no_grad():
+        both = net(x, sigma, **cond)
+        assert torch.equal(both, net(x, sigma.reshape(-1, 1, 1, 1), **cond))
+        for i in range(2):
+            row = {name: value[i : i + 1] for name, value in cond.items()}
+            assert relative_error(both[i : i + 1], net(x[i : i + 1], sigma[i], **row)) < TOLERANCE
+    assert relative_error(both[1], net(x, sigma[0], **cond)[1]) > 1e-3
+
+
+def test_guidance_is_linear_and_the_bottleneck_conditional():
+    folder = pipeline_folder("sd")
+    nets = {rate: load_diffusers(folder, guidance_rate=rate) for rate in (1, 3)}
+    cond = nets[3].make_cond(prompts=PROMPTS)
+    other = {"condition": cond["unconditional_condition"]}
+    x, sigma = noise_like(nets[1]), 2.0
+    with torch.no_grad(), read_bottleneck(nets[1]) as single, read_bottleneck(nets[3]) as double:
+        u = nets[1](x, sigma, **other)
+        c = nets[1](x, sigma, condition=cond["condition"])
+        assert relative_error(nets[3](x, sigma, **cond), u + 3 * (c - u)) < TOLERANCE
+        one, two = single.read(2), double.read(2)
+        assert relative_error(two, one) < TOLERANCE and two.shape == (2, 8, 8)
+        nets[1](x, sigma, **other)
+        assert relative_error(two, single.read(2)) > 1e-3
+        single_row = {name: value[:1] for name, value in cond.items()}
+        same = {name: value[:1].repeat(2, 1, 1) for name, value in cond.items()}
+        assert relative_error(nets[3](x, sigma, **single_row), nets[3](x, sigma, **same)) < TOLERANCE
+    plain = load_diffusers(folder, guidance_type="none")
+    default = load_diffusers(folder)
+    assert (plain.guidance_rate, plain.evals_per_call) == (1, 1)
+    assert (default.guidance_rate, default.evals_per_call) == (7.5, 2)
+
+
+def test_added_conditions_of_sdxl():
+    net = load_diffusers(pipeline_folder("sdxl"), guidance_rate=3)
+    cond = net.make_cond(prompts=PROMPTS)
+    calls = []
+    net.network.register_forward_pre_hook(lambda m, a, named: calls.append(named), with_kwargs=True)
+    x = noise_like(net)
+    base = net(x, 2.0, **cond)
+    added = calls[0]["added_cond_kwargs"]
+    pixels = 2.0 * SIZE
+    assert added["time_ids"].tolist() == [[pixels, pixels, 0, 0, pixels, pixels]] * 4
+    assert torch.equal(added["text_embeds"], torch.cat([cond["unconditional_pooled"], cond["pooled"]]))
+    assert cond["condition"].shape[-1] == 16  # both encoders
+    for name in net.names:
+        assert relative_error(net(x, 2.0, **cond | {name: cond[name] + 1}), base) > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["ddpm", "sd3"])
+def test_sampling_with_a_predictor(kind):
+    """A transformer has no bottleneck: the predictor sees zeros, so that it depends on time only."""
+    net = load_diffusers(pipeline_folder(kind), guidance_type="none")
+    cond = {} if kind == "ddpm" else net.make_cond(prompts=PROMPTS)
+    torch.manual_seed(0)
+    predictor = AMEDPredictor(scale_dir=0.1, scale_time=0.1)
+    options = {"num_steps": 3, "schedule_type": "discrete", "schedule_rho": 1, "return_info": True}
+    x, info = sample(net, noise_like(net), solver="dpmpp", predictor=predictor, cond=cond, **options)
+    assert x.isfinite().all() and info.nfe == 4
+    zeros = predictor(torch.zeros(2, 8, 8), info.sigmas[0], info.sigmas[1])[0].flatten()
+    if kind == "sd3":
+        assert torch.allclose(info.r[0], zeros)
+    else:
+        assert (info.r[0] - zeros).abs().min() > 1e-4 and info.r[0][0] != info.r[0][1]
+
+
+def test_training_reaches_the_predictor():
+    net = load_diffusers(pipeline_folder("ddpm"))
+    settings = {"num_steps": 3, "schedule_type": "discrete", "schedule_rho": 1, "scale_dir": 0.1, "scale_time": 0.1}
+    predictor = AMEDPredictor(sampler_stu="dpmpp", sampler_tea="dpmpp", **settings)
+    loss = DistillationLoss(net, predictor.config)
+    x = noise_like(net) * loss.sigma_max
+    targets = loss.teacher_trajectory(x)
+    error, _ = loss.student_step(predictor, x, 0, targets[0])
+    error.sum().backward()
+    gradients = [predictor.get_parameter(f"{name}.weight").grad for name in ("fc_r", "fc_scale_dir", "fc_scale_time")]
+    assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+
+def test_classes():
+    net = load_diffusers(pipeline_folder("ddpm", num_class_embeds=5))
+    assert net.label_dim == 5
+    cond = net.make_cond(SeededGenerators([0, 1]), labels=[4, 2])
+    assert cond["class_labels"].tolist() == [4, 2]
+    x = noise_like(net)
+    assert relative_error(net(x, 1.0, **cond), net(x, 1.0, **net.make_cond(labels=[3, 2]))) > 1e-4
+    assert net.make_cond(SeededGenerators([5, 6]))["class_labels"].shape == (2,)
+    with pytest.raises(UserError, match="out of range"):
+        net.make_cond(labels=[5])
+    with pytest.raises(UserError, match="class_labels"):
+        net(x, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["sd", "sd3", "ldm"])
+def test_decode(kind):
+    net = load_diffusers(pipeline_folder(kind))
+    first_stage = net.parts[net.first_stage_name]
+    z = noise_like(net, 9)
+    shift = {"sd3": 0.1}.get(kind, 0)
+    scale = {"sd": 0.25, "ldm": 0.5, "sd3": 0.18215}[kind]
+    with torch.no_grad():
+        expected = first_stage.decode(z / scale + shift).sample
+        assert relative_error(net.decode(z), expected) < 1e-5
+    assert expected.shape == (9, 3, 2 * SIZE, 2 * SIZE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights(dtype):
+    net = load_diffusers(pipeline_folder("sdxl"), guidance_rate=2, dtype=dtype)
+    exact = load_diffusers(pipeline_folder("sdxl"), guidance_rate=2)
+    assert net.network.dtype == dtype and net.parts["vae"].dtype == torch.float32
+    x = noise_like(net)
+    with torch.no_grad():
+        y, expected = (one(x, 2.0, **one.make_cond(prompts=PROMPTS)) for one in (net, exact))
+        assert relative_error(y, expected) < 0.03
+        exact.autocast = torch.bfloat16
+        assert relative_error(exact(x, 2.0, **exact.make_cond(prompts=PROMPTS)), expected) < 0.03
+        assert net.decode(y).dtype == torch.float32
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Noise tables
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BETAS,
+        {"beta_schedule": "squaredcos_cap_v2"},
+        {"trained_betas": [0.01, 0.02, 0.1, 0.2]},
+        {**BETAS, "rescale_betas_zero_snr": True},
+    ],
+    ids=["scaled_linear", "cosine", "given", "zero SNR"],
+)
+def test_discrete_table(config):
+    scheduler = diffusers.EulerDiscreteScheduler(**config)
+    process = noise_process(scheduler.config)
+    alphas = scheduler.alphas_cumprod
+    times = (torch.arange(len(alphas)) + 1) / len(alphas)
+    sigmas = (1 / alphas.double() - 1).sqrt()
+    assert torch.allclose(process.sigma(times.double()), sigmas, rtol=1e-3)  # of float32 tables
+    steps = torch.arange(len(alphas), dtype=torch.float32)
+    assert torch.allclose(process.time(process.sigma(times)), steps, atol=0.02)
+    assert torch.allclose(process.sigma_of_time(steps), process.sigma(times), rtol=1e-3)
+    assert process.sigma_max == pytest.approx(sigmas[-1].item(), rel=1e-3)
+    found = get_schedule(3, process.sigma_min, process.sigma_max, "discrete", 1, net=process)
+    assert process.time(found[1]).item() == pytest.approx((len(alphas) - 1) / 2, abs=0.02)
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_flow_shift(kind):
+    """sigma / (1 + sigma) at uniform times are the shifted times of diffusers' own scheduler."""
+    options = {"use_dynamic_shifting": True, "time_shift_type": kind}
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**options)
+    tokens, mu = 1000, 0.5 + (1000 - 256) / (4096 - 256) * (1.15 - 0.5)
+    times = [0.9, 0.5, 0.1]
+    scheduler.set_timesteps(sigmas=times, mu=mu)
+    sigma = noise_process(scheduler.config, tokens).sigma(torch.tensor(times))
+    assert torch.allclose(sigma / (1 + sigma), scheduler.sigmas[:-1])
+    assert noise_process(scheduler.config, mu=mu).shift == noise_process(scheduler.config, tokens).shift
+    fixed = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    fixed.set_timesteps(sigmas=times)
+    process = noise_process(fixed.config)
+    sigma = process.sigma(torch.tensor(times))
+    assert torch.allclose(process.time(sigma), fixed.timesteps)
+    assert torch.allclose(process.sigma_of_time(fixed.timesteps), sigma)
+    assert torch.allclose(process.sigma_inv(sigma), torch.tensor(times))
+    with pytest.raises(UserError, match="size of the image"):
+        noise_process(scheduler.config)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files and mistakes
+
+
+def copy_of(kind, tmp_path, **index):
+    """A copy of a pipeline, with changed entries of its index."""
+    folder = tmp_path / "copy"
+    shutil.copytree(pipeline_folder(kind), folder)
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | index))
+    return folder
+
+
+def test_result():
+    net = load_diffusers(pipeline_folder("ddpm"))
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    assert net.dataset_name == "diffusers" and net.source_path == str(pipeline_folder("ddpm"))
+    assert len(net.weights_hash) == 64
+    assert (
+        net.weights_hash
+        != load_diffusers(pipeline_folder("ddpm", prediction="sample", num_class_embeds=3)).weights_hash
+    )
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        ({"_class_name": "StableCascadePriorPipeline"}, "StableCascadePriorPipeline, which is not supported"),
+        ({"_class_name": ["pipeline", "MyPipeline"]}, "not supported"),
+        ({"unet": ["os", "system"]}, "code from 'os'"),
+        ({"unet": ["unet.my_code", "UNet2DModel"]}, "code from 'unet.my_code'"),
+        ({"unet": ["diffusers", "UNet1DModel"]}, "has to be a UNet2DModel"),
+        ({"scheduler": ["subprocess", "run"]}, "code from 'subprocess'"),
+        ({"scheduler": {"subprocess": 0, "run": 0}}, "code from '{'subprocess'"),
+        ({"scheduler": ["diffusers", "AutoModel"]}, "only definite classes"),
+    ],
+)
+def test_index_of_another_pipeline(tmp_path, index, message):
+    with pytest.raises(UserError, match=message):
+        load_diffusers(copy_of("ddpm", tmp_path, **index))
+
+
+def test_what_is_no_pipeline(tmp_path):
+    with pytest.raises(UserError, match="no model_index.json"):
+        load_diffusers(tmp_path)
+    (tmp_path / "model_index.json").write_text("[")
+    with pytest.raises(UserError, match="JSON"):
+        load_diffusers(tmp_path)
+    with pytest.raises(UserError, match="is a file"):
+        load_diffusers(tmp_path / "model_index.json")
+    with pytest.raises(UserError, match="there is no folder"):
+        load_diffusers(tmp_path / "absent")
+    folder = copy_of("ddpm", tmp_path)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be read"):
+        load_diffusers(folder)
+
+
+def test_networks_that_are_not_supported(tmp_path):
+    folder = copy_of("sd", tmp_path)
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": [8, 16]}))
+    with pytest.raises(UserError, match="square"):
+        load_diffusers(folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "EDMEulerScheduler"}))
+    for scheduler in (diffusers.EDMEulerScheduler(), diffusers.ScoreSdeVeScheduler()):
+        with pytest.raises(UserError, match="no beta_schedule"):
+            noise_process(scheduler.config)
+    with pytest.raises(UserError, match="prediction_type 'flow'"):
+        noise_process({**BETAS, "prediction_type": "flow"})
+    with pytest.raises(UserError, match="shift"):
+        RectifiedFlow(1000, -1.0)
+
+
+def test_pickled_weights_are_not_read_unless_allowed(tmp_path):
+    folder = copy_of("ddpm", tmp_path)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    expected = load_diffusers(pipeline_folder("ddpm"))
+    torch.save(expected.network.state_dict(), weights.with_suffix(".bin"))
+    with pytest.raises(UserError, match="cannot be read"):
+        load_diffusers(folder)
+    net = load_diffusers(folder, allow_pickle=True)
+    x = noise_like(net)
+    assert torch.equal(net(x, 1.0), expected(x, 1.0)) and len(net.weights_hash) == 64
+
+
+def test_pipeline_without_folders(tmp_path):
+    """The layout of the first published pipelines: the network lies beside the index."""
+    folder = copy_of("ddpm", tmp_path)
+    for part in ("unet", "scheduler"):
+        for file in (folder / part).iterdir():
+            file.rename(folder / file.name)
+        (folder / part).rmdir()
+    assert load_diffusers(folder).weights_hash == load_diffusers(pipeline_folder("ddpm")).weights_hash
+
+
+def test_hub(monkeypatch):
+    folder = pipeline_folder("ddpm")
+    asked = []
+
+    def download(name, **options):
+        asked.append((name, options))
+        return str(folder)
+
+    monkeypatch.setattr(
+        diffusers.DiffusionPipeline, "load_config", lambda name: json.loads((folder / "model_index.json").read_text())
+    )
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
+    net = load_diffusers("someone/something")
+    assert asked == [("someone/something", {"use_safetensors": True, "trust_remote_code": False})]
+    assert net.source_path == "someone/something"
+
+    def unreachable(name):
+        raise OSError("We couldn't connect\nto the hub")
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", unreachable)
+    with pytest.raises(UserError, match="someone/something cannot be read.*couldn't connect$"):
+        load_diffusers("someone/something")
+
+
+def test_guidance_that_is_not_there():
+    with pytest.raises(UserError, match="does not take guidance_type 'cfg'"):
+        load_diffusers(pipeline_folder("ddpm"), "cfg", 3.0)
+    with pytest.raises(UserError, match="no effect"):
+        load_diffusers(pipeline_folder("ddpm"), guidance_rate=3.0)
+    with pytest.raises(UserError, match="does not take guidance_type 'cg'"):
+        load_diffusers(pipeline_folder("sd"), "cg")
+    with pytest.raises(UserError, match="from 0 up"):
+        load_diffusers(pipeline_folder("sd"), guidance_rate=-1.0)
+
+
+def test_conditions_that_do_not_fit(tmp_path):
+    net = load_diffusers(copy_of("sdxl", tmp_path, text_encoder_2=[None, None], tokenizer_2=[None, None]))
+    with pytest.raises(UserError, match="without its text_encoder_2"):
+        net.make_cond(prompts=PROMPTS)
+    net = load_diffusers(pipeline_folder("sd"))
+    x = noise_like(net)
+    cond = net.make_cond(prompts=PROMPTS)
+    for call, message in (
+        (lambda: net.make_cond(), "pass prompts"),
+        (lambda: net.make_cond(labels=[0]), "not classes"),
+        (lambda: net.make_cond(SeededGenerators([0, 1, 2]), prompts=PROMPTS), "2 prompts were given for a batch of 3"),
+        (lambda: net(x, 1.0), "needs 'condition'"),
+        (lambda: net(x, 1.0, condition=cond["condition"]), "needs 'unconditional_condition'"),
+        (lambda: net(noise_like(net, 3), 1.0, **cond), "2 rows for a batch of 3"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call()
+
+
+def test_missing_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(MissingExtra, match=r"transformers.*\[diffusers\]"):
+        load_diffusers(pipeline_folder("sd"))
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(MissingExtra, match=r"diffusers.*\[diffusers\]"):
+        load_diffusers(pipeline_folder("ddpm"))
