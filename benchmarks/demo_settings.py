@@ -3,6 +3,7 @@
     python -m benchmarks.demo_settings --dataset_name=digits --part=plain     # solver x schedule x free first step
     python -m benchmarks.demo_settings --dataset_name=digits --part=teachers  # the teachers themselves, M = 1, 2, 4
     python -m benchmarks.demo_settings --dataset_name=digits --part=amed      # from the paper's settings to the demo's
+    python -m benchmarks.demo_settings --dataset_name=digits --part=demo --kimg=1.5 --seed=1   # the demo's, other seeds
 
 Five evaluations everywhere but for the teachers. Every row is appended to benchmarks/<dataset_name>_settings.jsonl as
 soon as it is measured and not measured again. Scores: Fréchet distance of ``--num`` images in the features of the
@@ -21,6 +22,7 @@ import torch
 from models import create_model, zoo
 from models.detectors import EMBEDDED, cache_dir, load_detector
 from solvers import sample
+from tools.demo import HALVES
 from torch_utils.frechet import FeatureStatistics, Reference, frechet_distance
 from torch_utils.image_writer import to_uint8
 from torch_utils.seeds import SeededGenerators
@@ -67,7 +69,7 @@ def cumulative(base, *changes):
         yield base
 
 
-def amed_jobs():
+def digits_jobs():
     data_afs, ranges = {"afs": "data"}, {"scale_dir": 0.2, "scale_time": 0.3}
     teacher = {"sampler_tea": "ipndm", "M": 4, "max_order": 3}
     schedule = {"schedule_type": "time_uniform", "schedule_rho": 1.4}
@@ -77,6 +79,22 @@ def amed_jobs():
     yield {**best, "sampler_stu": "dpmpp", "thresholding": False}
     yield {**best, "sampler_tea": "heun"}
     yield {**best, "schedule_rho": 1}
+
+
+def cifar10_jobs():
+    data_afs, ranges = {"afs": "data"}, {"scale_dir": 0.2, "scale_time": 0.3}
+    uniform = {"schedule_type": "time_uniform", "schedule_rho": 1}
+    yield from cumulative(PAPER_AMED, data_afs, {"schedule_rho": 1.4}, {"schedule_rho": 2}, ranges)
+    yield {**PAPER_AMED, **data_afs, "M": 3}
+    yield from cumulative(PAPER_PLUGIN, data_afs, {"M": 4}, {"max_order": 3}, uniform, {"schedule_rho": 2}, ranges)
+    best = {**PAPER_PLUGIN, **data_afs, **uniform, "M": 4, "max_order": 3, "schedule_rho": 2}
+    yield {**best, "sampler_stu": "dpmpp", "sampler_tea": "ipndm", "thresholding": False}
+
+
+def demo_jobs(dataset_name):
+    """The learned methods of the demo, for repeats with other training seeds."""
+    for settings in HALVES[dataset_name].learned.values():
+        yield {key: value for key, value in settings.items() if key not in ("total_kimg", "batch", "seed")}
 
 
 def teacher_jobs():
@@ -155,7 +173,7 @@ class Bench:
 
 @click.command()
 @click.option("--dataset_name", type=click.Choice(list(EMBEDDED)), required=True)
-@click.option("--part", type=click.Choice(["plain", "teachers", "amed"]), required=True)
+@click.option("--part", type=click.Choice(["plain", "teachers", "amed", "demo"]), required=True)
 @click.option("--num", type=click.IntRange(2), default=256, show_default=True, help="Validation images")
 @click.option("--kimg", type=float, default=0.5, show_default=True, help="Length of each training")
 @click.option("--batch", type=int, default=16, show_default=True, help="Batch of each training")
@@ -165,13 +183,19 @@ def main(dataset_name, part, num, kimg, batch, seed):
     bench = Bench(dataset_name, num)
     results = ROOT / "benchmarks" / f"{dataset_name}_settings.jsonl"
     known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
-    training = {"kimg": kimg, "batch": batch, "seed": seed} if part == "amed" else {}
-    jobs = {"plain": plain_jobs, "teachers": teacher_jobs, "amed": amed_jobs}[part]
+    learned = part in ("amed", "demo")
+    training = {"kimg": kimg, "batch": batch, "seed": seed} if learned else {}
+    jobs = {
+        "plain": plain_jobs,
+        "teachers": teacher_jobs,
+        "amed": {"digits": digits_jobs, "cifar10-small": cifar10_jobs}[dataset_name],
+        "demo": lambda: demo_jobs(dataset_name),
+    }[part]
     for job in jobs():
         key = {"part": part, "network": bench.net.weights_hash[:16], "num": num, **training, "settings": job}
         if any(all(row.get(k) == v for k, v in key.items()) for row in known):
             continue
-        scores = bench.learned(job, **training) if part == "amed" else bench.plain(job)
+        scores = bench.learned(job, **training) if learned else bench.plain(job)
         row = {**key, **scores, "date": time.strftime("%Y-%m-%d")}
         known.append(row)
         with results.open("a") as file:
