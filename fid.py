@@ -55,7 +55,7 @@ class FIDResult:
 
 def find_reference(ref: str) -> Reference:
     """Statistics by name of a network of the zoo, path or URL (kept in the cache folder)."""
-    if ref in zoo.CARDS or ref in zoo.LATER:
+    if ref in zoo.CARDS:
         return Reference.load(zoo.resolve_fid_ref(ref))
     if ref.startswith(("http://", "https://")):
         path = cache_dir() / "fid-refs" / (Path(urlparse(ref).path).name or "reference.npz")

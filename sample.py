@@ -2,6 +2,7 @@
 
     python sample.py --predictor_path=7                                   # exps/00007-*; its settings
     python sample.py --dataset_name=digits --solver=ipndm --num_steps=6 --grid=True
+    python sample.py --dataset_name=ms_coco --solver=dpmpp --num_steps=8 --prompt="a red fox in snow" --batch=4
     torchrun --standalone --nproc_per_node=8 sample.py --predictor_path=7 --seeds=0-49999 --batch=512
 
 One seed is one image, whatever the batch size and the number of processes. A rerun continues where the last one
@@ -14,7 +15,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import torch
 from click.core import ParameterSource
 from tqdm import tqdm
 
-from models import create_model
+from models import create_model, use_tokenizer, zoo
 from solvers import SOLVERS, SampleInfo, make_rule, resolve_sigmas, sample
 from solvers.flags import SCHEDULE_NAMES, rule_flags, rule_option_names, schedule_flags
 from solvers.loop import afs_direction
@@ -33,6 +34,7 @@ from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
 from torch_utils.image_data import atomic_path, decode_image
 from torch_utils.image_writer import ImageWriter, image_grid, save_image, to_uint8
+from torch_utils.prompts import read_prompts
 from torch_utils.seeds import SeededGenerators, parse_seeds
 from training.checkpoint import find_predictor, load_predictor
 from training.config import AUTOCAST, code_version
@@ -40,6 +42,7 @@ from training.config import AUTOCAST, code_version
 GRID_LIMIT = 100
 RECORD = "sampling.json"
 _GUIDANCE_OPTIONS = ("guidance_type", "guidance_rate")
+_TEXT_OPTIONS = ("prompt", "negative_prompt", "tokenizer_path")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -153,14 +156,18 @@ def generate_images(
     batch: int = 64,
     predictor=None,
     labels: int | Sequence[int] | None = None,
+    prompts: str | Mapping[int, str] | None = None,
+    negative_prompt: str | None = None,
     keep_intermediates: bool = False,
     device: torch.device | str | None = None,
     **arguments,
 ) -> Iterator[Batch]:
     """Samples batch after batch; the noise (and the class, if none is given) of an image depends on its seed alone.
 
-    labels: None, one class for all, or one per seed. keep_intermediates: also the denoised images at the start of every
-    interval. arguments: as of ``solvers.sample`` (solver, num_steps, afs, ...). device: where net is (found if None).
+    labels: None, one class for all, or one per seed. prompts: of text-to-image networks, one text for all, or texts by
+    seed; negative_prompt: for the unconditional side (None: the network's default). keep_intermediates: also the denoised
+    images at the start of every interval. arguments: as of ``solvers.sample`` (solver, num_steps, afs, ...). device:
+    where net is (found if None).
     """
     if device is None:
         device = next(net.parameters()).device
@@ -170,7 +177,7 @@ def generate_images(
         generators = SeededGenerators(chosen)
         latents = generators.randn(shape).to(device)
         of_batch = labels if labels is None or isinstance(labels, int) else labels[start : start + batch]
-        cond = net.make_cond(generators, of_batch)
+        cond = net.make_cond(generators, of_batch, **_text_of(chosen, prompts, negative_prompt))
         denoised: list[torch.Tensor] = []
 
         def keep(i, sigma, x, image, denoised=denoised):
@@ -187,6 +194,13 @@ def generate_images(
             **arguments,
         )
         yield Batch(chosen, net.decode(x), torch.stack(denoised) if keep_intermediates else None, info)
+
+
+def _text_of(seeds: list[int], prompts: str | Mapping[int, str] | None, negative_prompt: str | None) -> dict:
+    """Keyword arguments of ``make_cond``; none for networks that take no prompts."""
+    own = prompts if prompts is None or isinstance(prompts, str) else [prompts[seed] for seed in seeds]
+    text = {"prompts": own, "negative_prompt": negative_prompt}
+    return {name: value for name, value in text.items() if value is not None}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -323,6 +337,57 @@ def open_predictor(options: dict, given: set[str]):
     return settings_from_predictor(predictor.config, options, given), predictor, path
 
 
+def read_text(prompt: str | None, dataset_name: str, seeds: list[int]) -> str | dict[int, str] | None:
+    """What --prompt says: a text for all images, or the captions of a .txt or .csv file by their seeds."""
+    card = zoo.find_card(dataset_name)
+    if prompt is None and card is not None and card.takes_prompts:  # said before gigabytes are read
+        raise _text_is_missing(dataset_name)
+    if prompt is None or not _is_file_of_prompts(prompt):
+        return prompt
+    captions = read_prompts(prompt)
+    without = [seed for seed in seeds if seed not in captions]
+    if without:
+        raise UserError(
+            f"{prompt} has no caption for seeds {format_seeds(without)[:60]}; it has them for --seeds="
+            f"{format_seeds(captions)[:60]}"
+        )
+    return captions
+
+
+def _text_is_missing(dataset_name: str) -> UserError:
+    return UserError(f"{dataset_name} needs a text: give --prompt=TEXT, or --prompt=FILE with captions (.txt or .csv)")
+
+
+def _is_file_of_prompts(prompt: str) -> bool:
+    return Path(prompt).suffix.lower() in (".txt", ".csv")
+
+
+def check_text(net, dataset_name: str, options: dict, prompts) -> None:
+    """UserError where prompts are missing, are of no use, or cannot be encoded."""
+    if not getattr(net, "takes_prompts", False):
+        for given in _TEXT_OPTIONS:
+            if options[given] is not None:
+                raise UserError(f"--{given}: {dataset_name} is no text-to-image network; leave it out")
+        return
+    if prompts is None:
+        raise _text_is_missing(dataset_name)
+    if options["negative_prompt"] is not None and net.evals_per_call == 1:
+        raise UserError("--negative_prompt has no effect without classifier-free guidance; leave it out")
+    if options["tokenizer_path"] is not None:
+        use_tokenizer(net, options["tokenizer_path"])
+    seed = next(iter(prompts)) if isinstance(prompts, dict) else 0
+    net.make_cond(SeededGenerators([seed]), **_text_of([seed], prompts, options["negative_prompt"]))
+
+
+def recorded_text(options: dict) -> dict:
+    """The texts that were given, of a file its name and checksum."""
+    texts = {name: options[name] for name in ("prompt", "negative_prompt") if options.get(name) is not None}
+    if "prompt" in texts and _is_file_of_prompts(texts["prompt"]):
+        path = Path(texts["prompt"])
+        texts["prompt"] = {"file": path.name, "sha256": sha256_of(path)}
+    return texts
+
+
 def open_network(settings: Settings, options: dict, predictor, device: torch.device):
     """The network, with precision and memory layout as asked; warns where the predictor was trained on another one."""
     net = create_model(
@@ -364,7 +429,9 @@ def recorded_settings(settings: Settings, options: dict, net, predictor_file: Pa
         value = getattr(rule, name)
         recorded[name] = str(value) if value in (math.inf, -math.inf) else value  # JSON has no infinity
     recorded["original_code"] = settings.original_code or None
+    recorded["guidance_rate"] = getattr(net, "guidance_rate", settings.guidance_rate)
     return recorded | {
+        **recorded_text(options),
         "sigmas": settings.resolve(net).tolist(),
         "class": options["class_idx"],
         "amp": options["amp"],
@@ -379,6 +446,7 @@ def describe_run(settings: Settings, options: dict, net, predictor_file: Path | 
         "settings": recorded_settings(settings, options, net, predictor_file) | {"subdirs": options["subdirs"]},
         "nfe": settings.evaluations(net, predictor_file is not None),
         "network_file": net.source_path,
+        "tokenizer_path": options["tokenizer_path"],
         "predictor_file": str(predictor_file) if predictor_file is not None else None,
         "batch": options["batch"],
         "processes": distributed.world_size(),
@@ -415,7 +483,9 @@ def run(options: dict, given: set[str], device: torch.device) -> None:
     """Everything between the flags and the last file; every process of a torchrun calls it."""
     seeds = parse_seeds(options["seeds"])
     settings, predictor, predictor_file = open_predictor(options, given)
+    prompts = read_text(options["prompt"], settings.dataset_name, seeds)
     net = open_network(settings, options, predictor, device)
+    check_text(net, settings.dataset_name, options, prompts)
     record = describe_run(settings, options, net, predictor_file, device)
     default = Path("samples") / settings.dataset_name / f"{settings.solver}_nfe{record['nfe']}"
     folder = Folder(Path(options["outdir"] or default), options["subdirs"], options["return_inters"])
@@ -437,6 +507,8 @@ def run(options: dict, given: set[str], device: torch.device) -> None:
             batch=options["batch"],
             predictor=None if predictor is None else predictor.to(device),
             labels=options["class_idx"],
+            prompts=prompts,
+            negative_prompt=options["negative_prompt"],
             keep_intermediates=folder.inters,
             device=device,
             **settings.arguments(),
@@ -471,14 +543,25 @@ def _plain_solvers() -> str:
 @click.command()
 @click.option("--predictor_path", metavar="N|DIR|FILE", help="Trained predictor: experiment number, folder or file")
 @click.option("--dataset_name", metavar="NAME", help="Network, where there is no predictor: digits, cifar10, ...")
-@click.option("--model_path", metavar="FILE", help="The network's file (default: embedded or downloaded)")
+@click.option(
+    "--model_path",
+    metavar="FILE",
+    help="The network's file (default: embedded or downloaded); diffusers: a folder or hub id",
+)
 @click.option("--solver", metavar="NAME", help=f"Plain solver: {_plain_solvers()}")
 @schedule_flags
 @rule_flags
 @click.option("--denoise_to_zero", type=bool, default=False, show_default=True, help="One more evaluation at the end")
 @click.option("--guidance_type", metavar="NAME", help="Guidance, where the network takes one")
-@click.option("--guidance_rate", type=float, help="Its strength")
-@click.option("--prompt", metavar="TEXT", help="Prompt of text-to-image networks; not available yet")
+@click.option("--guidance_rate", type=float, help="Its strength (default: 7.5 for cfg, 1 for cg)")
+@click.option(
+    "--prompt",
+    metavar="TEXT|FILE",
+    help="Text-to-image networks: a text for all images, or a .txt (one a line) or .csv file of captions, the number of a"
+    " caption being its seed",
+)
+@click.option("--negative_prompt", metavar="TEXT", help="What the guidance leads away from (default: an empty text)")
+@click.option("--tokenizer_path", metavar="DIR", help="Tokenizer of Stable Diffusion (default: from the hub)")
 @click.option("--seeds", default="0-63", show_default=True, help="One image each: 0-63 or 1,2,5-10")
 @click.option(
     "--batch",
@@ -503,8 +586,6 @@ def _plain_solvers() -> str:
 @click.pass_context
 def main(ctx, **options):
     """Samples images, one per seed, with a trained predictor or a plain solver."""
-    if options.pop("prompt") is not None:
-        raise UserError("--prompt: text-to-image networks are not available yet; leave it out")
     given = {name for name in options if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
     if options["use_fp16"]:
         if "amp" in given and options["amp"] != "fp16":

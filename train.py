@@ -69,13 +69,18 @@ COUNT = click.IntRange(min=1)
 @click.command()
 # What is trained.
 @option("dataset_name", str, "Network: digits, cifar10, ffhq, ... ('python -m models.zoo list')", default=None)
-@option("model_path", str, "File of the network, instead of the downloaded or embedded one", metavar="FILE")
+@option(
+    "model_path",
+    str,
+    "File of the network, instead of the downloaded or embedded one; diffusers: a folder or hub id",
+    metavar="FILE",
+)
 @option("num_steps", click.IntRange(min=2), "Time stamps; the student evaluates 2 (N - 1) times, one less with AFS")
 @option("sampler_stu", click.Choice(STUDENTS), "Student solver")
 @option("sampler_tea", click.Choice(TEACHERS), "Teacher solver")
 @option("M", click.IntRange(min=0), "Points the teacher adds to every interval")
 @option("guidance_type", click.Choice(["cg", "cfg", "uncond", "none"]), "Guidance of the network")
-@option("guidance_rate", float, "Strength of the guidance")
+@option("guidance_rate", float, "Strength of the guidance (default: 7.5 for cfg, 1 for cg, else 0)")
 @option("schedule_type", click.Choice(list(SCHEDULES)), "Time schedule")
 @option("schedule_rho", POSITIVE, "Exponent of the schedule")
 @option("sigma_min", POSITIVE, "Lowest noise level (default: the network's)")
@@ -88,7 +93,13 @@ COUNT = click.IntRange(min=1)
 @option("predict_x0", bool, "dpmpp: predict the data rather than the noise")
 @option("lower_order_final", bool, "dpmpp: lower orders at the end")
 @option("thresholding", bool, "dpmpp: dynamic thresholding under predict_x0")
-@click.option("--prompt_path", metavar="CSV", help="Prompts of text-to-image networks; not available yet")
+@option(
+    "prompt_path",
+    str,
+    "Captions for text-to-image networks, a .csv or .txt file; one is drawn per sample",
+    metavar="FILE",
+)
+@option("tokenizer_path", str, "Tokenizer of Stable Diffusion (default: from the hub)", metavar="DIR")
 # How.
 @option("total_kimg", POSITIVE, "Length of the training, in thousands of samples")
 @option("batch", COUNT, "Samples per iteration, over all processes")
@@ -109,10 +120,8 @@ COUNT = click.IntRange(min=1)
 @click.option("--resume", metavar="RUN", help="Continue a run: its number, its folder, or True for the newest one")
 @click.option("-n", "--dry-run", "--dry_run", "dry_run", is_flag=True, help="Print the options and quit")
 @click.pass_context
-def main(ctx, prompt_path, device, resume, dry_run, **values):
+def main(ctx, device, resume, dry_run, **values):
     """Distil an AMED predictor for a pretrained network."""
-    if prompt_path is not None:
-        raise UserError("--prompt_path: text-to-image networks are not available yet; leave it out")
     given = {name for name in values if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     device = distributed.init(device)
     try:
@@ -145,16 +154,14 @@ def new_options(values: dict, given: set[str]) -> TrainingOptions:
             replaced.add("num_steps")
         if replaced:
             raise UserError(f"--sigmas replaces --{min(replaced)}: give only one of them")
-    if values["guidance_type"] == "none":
-        values["guidance_type"] = None
     return TrainingOptions.from_dict(values)
 
 
 def continued_options(stored: dict, values: dict, given: set[str]) -> TrainingOptions:
     """The options of the run that is continued, with those changes that leave its results alone."""
-    if values["guidance_type"] == "none":
-        values["guidance_type"] = None
     options = TrainingOptions.from_dict(stored)
+    if values["guidance_type"] == "none" and options.guidance_type is None:  # the same, and stored so
+        values["guidance_type"] = None
     for name in sorted(given - {"outdir"}):
         if name in CHANGEABLE:
             setattr(options, name, values[name])

@@ -4,7 +4,9 @@ The two functions here are the way in: ``create_model`` for a network of the tab
 ``build_denoiser`` for hyper-parameters and weights that are in memory already.
 """
 
+import hashlib
 import importlib
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,7 +15,7 @@ import torch
 from models.denoiser import Denoiser
 from torch_utils.errors import UserError
 
-__all__ = ["Denoiser", "build_denoiser", "create_model"]
+__all__ = ["Denoiser", "build_denoiser", "create_model", "use_tokenizer"]
 
 # Network family -> the function that builds it, as "module:function", imported when the family is asked for. It takes
 # (config, state_dict, guidance_type, guidance_rate, device) and returns the denoiser, filled with copies of the weights
@@ -27,6 +29,17 @@ FAMILIES = {
 }
 
 
+# Network family -> the function that reads its checkpoints, and which of these it takes as keywords besides the guidance
+# and the device: config (constructor arguments instead of the published ones), dataset_name, path_classifier.
+LOADERS = {
+    "edm": ("models:_load_edm", ("config", "dataset_name")),
+    "cm": ("models.cm:load_cm", ("config", "dataset_name")),
+    "adm": ("models.adm:load_adm", ("config", "dataset_name", "path_classifier")),
+    "ldm": ("models.ldm:load_ldm", ("config", "dataset_name")),
+    "sd": ("models.sd:load_sd", ("config",)),
+}
+
+
 def create_model(
     dataset_name: str,
     model_path: str | Path | None = None,
@@ -36,31 +49,59 @@ def create_model(
 ) -> Denoiser:
     """A pretrained denoiser, frozen and in evaluation mode, on ``device``.
 
-    dataset_name: a name of ``models.zoo``, or "custom" for any EDM network at ``model_path``. Without ``model_path``
-    the file is the embedded one or is downloaded to ``./src/<dataset_name>/``; every process of a torchrun has to call
-    this. The result also has ``dataset_name``, ``source_path`` and ``weights_hash`` (SHA-256 of the file).
+    dataset_name: a name of ``models.zoo``, "custom" for any network at ``model_path``, or "diffusers", where that is a
+    folder or a hub id. Without ``model_path`` the file is the embedded one or is downloaded to ``./src/<dataset_name>/``;
+    every process of a torchrun has to call this. A network of other sizes than the published ones is described by
+    ``<model_path>.json`` (``models.zoo.own_settings``); without it, "custom" is an EDM network. Under guidance_type "cg"
+    the classifier lies beside ``model_path``, under its published name. guidance_type: None is the network's default;
+    guidance_rate: None is 7.5 under "cfg" (diffusers: the pipeline's default) and 1 under "cg".
+
+    The result also has ``dataset_name``, ``source_path`` and ``weights_hash``: the SHA-256 of the file, or of the list of
+    hashes where a classifier or a description belongs to the network.
 
     Raises UserError for unknown names, guidance that the network does not take, and files that are not this network.
     """
     from models import zoo
-    from models.edm import load_edm_network
-    from torch_utils.download import sha256_of
 
-    card = None if dataset_name == zoo.CUSTOM else zoo.get_card(dataset_name)
-    check_guidance(card.guidance if card else ("none",), guidance_type, guidance_rate, f"dataset_name '{dataset_name}'")
-    path = zoo.resolve(dataset_name, model_path)
-    net = load_edm_network(path)
+    card = zoo.find_card(dataset_name)
+    if dataset_name == zoo.DIFFUSERS:
+        from models.diffusers_model import load_diffusers
+
+        if not model_path:
+            raise UserError("dataset_name 'diffusers' needs --model_path, the folder or the hub id of a pipeline")
+        return load_diffusers(model_path, guidance_type, guidance_rate, device)
     if card is not None:
-        expected = _describe(card.channels, card.resolution, card.label_dim)
-        found = _describe(net.img_channels, net.img_resolution, net.label_dim)
-        if found != expected:
-            raise UserError(f"checkpoint {path} is {found}, but dataset_name '{dataset_name}' expects {expected}")
+        kind = guidance_type or card.guidance[0]
+        check_guidance(card.guidance, kind, guidance_rate, f"dataset_name '{dataset_name}'")
+    path = zoo.resolve(dataset_name, model_path)
+    family, config = zoo.own_settings(path) or (card.family if card else "edm", None)
+    if family not in LOADERS or card is not None and family != card.family:
+        expected = f"dataset_name '{dataset_name}' is of family {card.family}" if card else f"use {', '.join(LOADERS)}"
+        raise UserError(f"{path}.json names the network family '{family}': {expected}")
+    classifier = None
+    if guidance_type == "cg" and guidance_rate != 0:
+        classifier = zoo.resolve_companion(dataset_name, model_path)
+    loader, takes = LOADERS[family]
+    given = {"config": config, "dataset_name": dataset_name, "path_classifier": classifier}
+    net = _find(loader)(
+        path,
+        **{name: given[name] for name in takes},
+        guidance_type=guidance_type,
+        guidance_rate=guidance_rate,
+        device=device,
+    )
     net.dataset_name = dataset_name
     net.source_path = str(path)
-    net.weights_hash = sha256_of(path)
-    if net.data_mean is not None:  # an attribute, which Module.to does not move
-        net.data_mean = net.data_mean.to(device)
-    return net.to(device).eval().requires_grad_(False)
+    net.weights_hash = _hash_files(path, classifier, config)
+    return net.eval().requires_grad_(False)
+
+
+def use_tokenizer(net: Denoiser, folder: str | Path) -> None:
+    """Gives a text-to-image network the tokenizer in a local folder (vocab.json and merges.txt), or of a hub id."""
+    encoder = getattr(net, "cond_stage_model", None)
+    if encoder is None:
+        raise UserError("this network does not need a tokenizer, or brings its own: leave --tokenizer_path out")
+    encoder.tokenizer = str(folder)
 
 
 def build_denoiser(
@@ -81,9 +122,14 @@ def build_denoiser(
     """
     if family not in FAMILIES:
         raise UserError(f"network family '{family}' is unknown; available: {', '.join(FAMILIES)}")
-    module, _, function = FAMILIES[family].partition(":")
-    build = getattr(importlib.import_module(module), function)
+    build = _find(FAMILIES[family])
     return build(config, state_dict, guidance_type, guidance_rate, device).eval().requires_grad_(False)
+
+
+def _find(place: str) -> Callable:
+    """The function at "module:function"."""
+    module, _, function = place.partition(":")
+    return getattr(importlib.import_module(module), function)
 
 
 def lay_out(constructor: Callable, config: Mapping, what: str) -> torch.nn.Module:
@@ -111,9 +157,45 @@ def _build_edm(config, state_dict, guidance_type, guidance_rate, device) -> Deno
     from models.edm import EDMDenoiser
 
     net = lay_out(EDMDenoiser, config, "an EDM network")
-    check_guidance(("none",) if net.label_dim else ("none", "uncond"), guidance_type, guidance_rate, "this network")
+    _check_edm_guidance(net, guidance_type, guidance_rate)
     fill_weights(net, state_dict, device)
     return net
+
+
+def _load_edm(path, *, config, dataset_name, guidance_type, guidance_rate, device) -> Denoiser:
+    from models import zoo
+    from models.edm import load_edm_network
+    from torch_utils.weights_file import read_weights
+
+    if config is not None:
+        try:
+            return build_denoiser("edm", config, read_weights(path), guidance_type, guidance_rate, device)
+        except UserError as error:
+            raise UserError(f"checkpoint {path}: {error}") from None
+    net = load_edm_network(path)
+    if (card := zoo.find_card(dataset_name)) is not None:
+        expected = _describe(card.channels, card.resolution, card.label_dim)
+        found = _describe(net.img_channels, net.img_resolution, net.label_dim)
+        if found != expected:
+            raise UserError(f"checkpoint {path} is {found}, but dataset_name '{dataset_name}' expects {expected}")
+    else:
+        _check_edm_guidance(net, guidance_type, guidance_rate)
+    if net.data_mean is not None:  # an attribute, which Module.to does not move
+        net.data_mean = net.data_mean.to(device)
+    return net.to(device)
+
+
+def _check_edm_guidance(net: Denoiser, guidance_type, guidance_rate) -> None:
+    check_guidance(("none",) if net.label_dim else ("none", "uncond"), guidance_type, guidance_rate, "this network")
+
+
+def _hash_files(path: Path, classifier: Path | None, config: Mapping | None) -> str:
+    from torch_utils.download import known_sha256
+
+    parts = [known_sha256(file) for file in (path, classifier) if file is not None]
+    if config is not None:
+        parts.append(hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest())
+    return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def check_guidance(allowed: tuple[str, ...], kind: str | None, rate: float | None, whom: str) -> None:

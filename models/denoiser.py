@@ -4,6 +4,7 @@ Every family of pretrained networks is adapted to this call in variance-explodin
 Solvers, distillation and evaluation know nothing else about a network.
 """
 
+import inspect
 from contextlib import contextmanager
 
 import torch
@@ -44,8 +45,16 @@ class Denoiser(torch.nn.Module):
 
         generator: ``torch_utils.seeds.SeededGenerators`` of the batch, from which class labels are drawn; labels: class
         indices (an int for the whole batch, or a sequence of B ints) that replace the draw. Unconditional: an empty dict.
+
+        Text-to-image networks also take prompts (one string for the whole batch, or a sequence of B) and negative_prompt
+        (one string, for the unconditional side of the guidance); ``takes_prompts`` says which networks these are.
         """
         return {}
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether ``make_cond`` needs prompts."""
+        return "prompts" in inspect.signature(self.make_cond).parameters
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """Samples to images in [-1, 1]; the identity for pixel models."""

@@ -1,28 +1,35 @@
 """The table of pretrained networks: what each one is, where its file comes from and under which licence.
 
-``python -m models.zoo list`` prints it.
+``python -m models.zoo list`` prints it, ``python -m models.zoo verify`` checks the files that were downloaded.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from torch_utils import distributed
-from torch_utils.download import download_file
+from torch_utils.download import download_file, download_member, known_sha256, recorded_sha256, sha256_of
 from torch_utils.errors import UserError
 
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 _NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/edm"
+_OPENAI = "https://openaipublic.blob.core.windows.net"
+_ADM_REFERENCES = f"{_OPENAI}/diffusion/jul-2021/ref_batches"
+_COMPVIS = "https://ommer-lab.com/files/latent-diffusion"
 
 
 @dataclass(frozen=True)
 class Card:
     """One pretrained network.
 
-    urls, fid_refs: addresses of the weights and of the FID reference statistics (mu, sigma), official first, then
-    mirrors; both empty where the files are embedded in ``models/pretrained``. guidance: the values of guidance_type it
-    accepts. sigma_min, sigma_max: the range that is sampled.
+    resolution, channels: of the space that is sampled (latents, for latent models). urls, fid_refs: addresses of the
+    weights and of the FID reference statistics (mu, sigma), official first, then mirrors; no urls where the files are
+    embedded in ``models/pretrained``, no fid_refs where nobody published any. member: the name of the weights inside the
+    zip archive that urls are of. other_files: names under which the weights are found as well, if a user put them there.
+    companion: a second file that classifier guidance needs. guidance: the values of guidance_type it accepts, the first
+    one being the default. sigma_min, sigma_max: the range that is sampled.
     """
 
     name: str
@@ -32,22 +39,35 @@ class Card:
     channels: int
     label_dim: int
     licence: str
-    fid_file: str
+    fid_file: str = ""
     urls: tuple[str, ...] = ()
     fid_refs: tuple[str, ...] = ()
     guidance: tuple[str, ...] = ("none",)
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     notes: str = ""
+    member: str = ""
+    other_files: tuple[str, ...] = ()
+    companion: str = ""
+    companion_urls: tuple[str, ...] = ()
 
     @property
     def embedded(self) -> bool:
         return not self.urls
 
     @property
+    def takes_prompts(self) -> bool:
+        return self.family == "sd"
+
+    @property
     def folder(self) -> Path:
         """Where the files are, or will be downloaded to: relative to the working directory unless embedded."""
         return PRETRAINED if self.embedded else Path("src") / self.name
+
+    def downloads(self) -> list[tuple[str, Path]]:
+        """(address, place) of every file that can be downloaded."""
+        files = ((self.urls, self.file), (self.companion_urls, self.companion), (self.fid_refs, self.fid_file))
+        return [(urls[0], self.folder / name) for urls, name in files if urls]
 
 
 def _edm(name: str, weights: str, fid_file: str, resolution: int, label_dim: int, notes: str) -> Card:
@@ -68,6 +88,69 @@ def _edm(name: str, weights: str, fid_file: str, resolution: int, label_dim: int
     )
 
 
+def _cm(animal_or_room: str) -> Card:
+    """An EDM network published with Song et al. 2023."""
+    file, reference = f"edm_{animal_or_room}256_ema.pt", f"VIRTUAL_lsun_{animal_or_room}256.npz"
+    return Card(
+        name=f"lsun_{animal_or_room}",
+        family="cm",
+        file=file,
+        resolution=256,
+        channels=3,
+        label_dim=0,
+        licence="MIT",
+        fid_file=reference,
+        urls=(f"{_OPENAI}/consistency/{file}",),
+        fid_refs=(f"{_ADM_REFERENCES}/lsun/{animal_or_room}/{reference}",),
+        guidance=("none", "uncond"),
+        notes="EDM network of the consistency-models paper",
+    )
+
+
+def _adm(name: str, size: int, fid_ref: str, notes: str = "", sigma_range=(0.010483843, 152.166977)) -> Card:
+    """A network published with Dhariwal & Nichol 2021, and its classifier."""
+    file, companion = f"{size}x{size}_diffusion.pt", f"{size}x{size}_classifier.pt"
+    return Card(
+        name=name,
+        family="adm",
+        file=file,
+        resolution=size,
+        channels=3,
+        label_dim=1000,
+        licence="MIT",
+        fid_file=fid_ref.rpartition("/")[2],
+        urls=(f"{_OPENAI}/diffusion/jul-2021/{file}",),
+        fid_refs=(fid_ref,),
+        guidance=("none", "cg"),
+        sigma_min=sigma_range[0],
+        sigma_max=sigma_range[1],
+        notes=notes or "ADM, class-conditional; cg: guided by its classifier",
+        companion=companion,
+        companion_urls=(f"{_OPENAI}/diffusion/jul-2021/{companion}",),
+    )
+
+
+def _ldm(name: str, archive: str, fid_ref: str, notes: str) -> Card:
+    """An unconditional network published with Rombach et al. 2022."""
+    return Card(
+        name=name,
+        family="ldm",
+        file="model.ckpt",
+        resolution=64,
+        channels=3,
+        label_dim=0,
+        licence="MIT",
+        fid_file=fid_ref.rpartition("/")[2],
+        urls=(f"{_COMPVIS}/{archive}",),
+        fid_refs=(fid_ref,) if fid_ref else (),
+        guidance=("none", "uncond"),
+        sigma_min=0.0387590,
+        sigma_max=83.8225,
+        notes=notes,
+        member="model.ckpt",
+    )
+
+
 CARDS: dict[str, Card] = {
     card.name: card
     for card in (
@@ -83,72 +166,177 @@ CARDS: dict[str, Card] = {
             guidance=("none", "uncond"),
             notes="handwritten digits, embedded; its FID is taken in the features of its own small classifier",
         ),
+        Card(
+            name="cifar10-small",
+            family="edm",
+            file="cifar10-small-edm.safetensors",
+            resolution=32,
+            channels=3,
+            label_dim=0,
+            licence="Apache-2.0",
+            fid_file="cifar10-small-fid.npz",
+            guidance=("none", "uncond"),
+            notes="a small network of natural images, embedded; its FID is taken in the features of its own classifier",
+        ),
         _edm("cifar10", "edm-cifar10-32x32-uncond-vp.pkl", "cifar10-32x32.npz", 32, 0, "DDPM++"),
+        _edm("cifar10_cond", "edm-cifar10-32x32-cond-vp.pkl", "cifar10-32x32.npz", 32, 10, "DDPM++, class-conditional"),
         _edm("ffhq", "edm-ffhq-64x64-uncond-vp.pkl", "ffhq-64x64.npz", 64, 0, "DDPM++"),
         _edm("afhqv2", "edm-afhqv2-64x64-uncond-vp.pkl", "afhqv2-64x64.npz", 64, 0, "DDPM++"),
         _edm("imagenet64", "edm-imagenet-64x64-cond-adm.pkl", "imagenet-64x64.npz", 64, 1000, "ADM, class-conditional"),
+        _cm("bedroom"),
+        _cm("cat"),
+        _adm(
+            "imagenet64_adm",
+            64,
+            f"{_NVIDIA}/fid-refs/imagenet-64x64.npz",
+            "ADM with its cosine noise schedule; cg: guided by its classifier",
+            (0.00642541, 80.0),
+        ),
+        _adm("imagenet128", 128, f"{_ADM_REFERENCES}/imagenet/128/VIRTUAL_imagenet128_labeled.npz"),
+        _adm("imagenet256", 256, f"{_ADM_REFERENCES}/imagenet/256/VIRTUAL_imagenet256_labeled.npz"),
+        _adm("imagenet512", 512, f"{_ADM_REFERENCES}/imagenet/512/VIRTUAL_imagenet512.npz"),
+        _ldm(
+            "lsun_bedroom_ldm",
+            "lsun_bedrooms.zip",
+            f"{_ADM_REFERENCES}/lsun/bedroom/VIRTUAL_lsun_bedroom256.npz",
+            "latents of 256x256 images; no mirror is known",
+        ),
+        _ldm(
+            "ffhq_ldm", "ffhq.zip", "", "latents of 256x256 images; no mirror is known, no FID reference is published"
+        ),
+        Card(
+            name="ms_coco",
+            family="sd",
+            file="v1-5-pruned-emaonly.safetensors",
+            resolution=64,
+            channels=4,
+            label_dim=0,
+            licence="CreativeML OpenRAIL-M",
+            urls=(
+                "https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/resolve/main/"
+                "v1-5-pruned-emaonly.safetensors",
+            ),
+            guidance=("cfg", "none"),
+            sigma_min=0.0291675,
+            sigma_max=14.6146,
+            notes="Stable Diffusion 1.5, latents of 512x512 images; from the community mirror, as the original place "
+            "(runwayml) is gone; no FID reference is published",
+            other_files=("v1-5-pruned-emaonly.ckpt",),
+        ),
     )
 }
 
-# Known from the original code; their families have no loader yet.
-LATER = ("lsun_bedroom", "lsun_cat", "imagenet256", "ms_coco", "lsun_bedroom_ldm", "ffhq_ldm")
 
-CUSTOM = "custom"  # any EDM network of the user's own; needs a model_path and is not compared with a card
+CUSTOM = "custom"  # any network of the user's own; needs a model_path and is not compared with a card
+DIFFUSERS = "diffusers"  # a pipeline in diffusers format: model_path is its folder or hub id
 
 
 def get_card(dataset_name: str) -> Card:
-    """The card of a network. Raises UserError for a name that is unknown or not available yet."""
+    """The card of a network. Raises UserError for an unknown name."""
     if dataset_name in CARDS:
         return CARDS[dataset_name]
-    known = ", ".join(CARDS)
-    if dataset_name in LATER:
-        raise UserError(f"dataset_name '{dataset_name}' is not available yet; available: {known}")
     raise UserError(
-        f"dataset_name '{dataset_name}' is unknown; use one of {known}, or {CUSTOM} with --model_path for an EDM "
-        f"network of your own (not available yet: {', '.join(LATER)})"
+        f"dataset_name '{dataset_name}' is unknown; use one of {', '.join(CARDS)}, or with --model_path {CUSTOM} for a "
+        f"network of your own and {DIFFUSERS} for a diffusers pipeline"
     )
+
+
+def find_card(dataset_name: str) -> Card | None:
+    """The card of a network, None for the names that have none. Raises UserError for an unknown name."""
+    return None if dataset_name in (CUSTOM, DIFFUSERS) else get_card(dataset_name)
 
 
 def resolve(dataset_name: str, model_path: str | Path | None = None) -> Path:
     """The weights file of a network: ``model_path`` if given, else the embedded or downloaded one.
 
     Downloads go to ``./src/<dataset_name>/``; under torchrun the first process of each machine downloads and the others
-    wait, so all processes have to call this. Raises UserError where there is no such file and it cannot be downloaded.
+    wait, so all processes have to call this. The SHA-256 of a downloaded file is kept beside it at the first use. Raises
+    UserError where there is no such file and it cannot be downloaded, and where it is not the file of the first use.
     """
-    if dataset_name == CUSTOM and not model_path:
-        raise UserError(f"dataset_name '{CUSTOM}' needs --model_path, the file of an EDM network")
-    card = None if dataset_name == CUSTOM else get_card(dataset_name)
+    card = find_card(dataset_name)
+    if card is None and not model_path:
+        raise UserError(f"dataset_name '{dataset_name}' needs --model_path, the file of a network")
     if model_path:
         path = Path(model_path)
+        if (path / "model_index.json").is_file():
+            raise UserError(f"--model_path={path} is a diffusers pipeline: use it with --dataset_name={DIFFUSERS}")
         if not path.is_file():
             raise UserError(f"--model_path={path} is not a file; give the weights file itself")
         return path
-    return _fetch(card, card.file, card.urls, "pass --model_path")
+    names = (card.file, *card.other_files)
+    name = next((name for name in names if (card.folder / name).is_file()), card.file)
+    return _fetch(card, name, card.urls, "pass --model_path", card.member)
+
+
+def resolve_companion(dataset_name: str, model_path: str | Path | None = None) -> Path | None:
+    """The second file of a network; None for networks without one. It lies beside ``model_path`` under its own name."""
+    card = find_card(dataset_name)
+    if card is None or not card.companion:
+        return None
+    if model_path:
+        path = Path(model_path).with_name(card.companion)
+        if not path.is_file():
+            raise UserError(
+                f"guidance_type 'cg' needs the classifier as well: put {card.companion} beside {model_path}"
+            )
+        return path
+    return _fetch(card, card.companion, card.companion_urls, "pass --model_path, with the classifier beside that file")
 
 
 def resolve_fid_ref(dataset_name: str) -> Path:
     """The FID reference statistics (npz) that belong to a network; downloaded like ``resolve`` does."""
     card = get_card(dataset_name)
+    if not card.fid_file:
+        raise UserError(
+            f"no FID reference statistics are published for {dataset_name}: make them from your images with "
+            "'python fid.py ref' and pass the file as --ref"
+        )
     return _fetch(card, card.fid_file, card.fid_refs, "pass --ref")
 
 
-def _fetch(card: Card, name: str, urls: tuple[str, ...], hint: str) -> Path:
+def _fetch(card: Card, name: str, urls: tuple[str, ...], hint: str, member: str = "") -> Path:
     path = card.folder / name
     if not urls:
         if not path.is_file():
             raise UserError(f"{path} is missing from this copy of the code: restore it from the repository, or {hint}")
         return path
     with distributed.local_main_first():
-        download_file(list(urls), path, desc=f"{card.name}: {name}", hint=hint)
+        if member:
+            download_member(list(urls), path, member, desc=f"{card.name}: {name}", hint=hint)
+        else:
+            download_file(list(urls), path, desc=f"{card.name}: {name}", hint=hint)
+        known_sha256(path, pinned=True)
     return path
+
+
+def own_settings(path: Path) -> tuple[str, dict] | None:
+    """(family, constructor arguments) of a network that differs from the published ones in its sizes.
+
+    They stand in ``<checkpoint>.json`` beside the checkpoint, {"family": ..., "config": {...}}, config being what
+    ``models.build_denoiser`` takes: the arguments under the names of the original code. None where there is no such
+    file; UserError where it is not readable or says something else.
+    """
+    file = path.with_name(path.name + ".json")
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        family, config = content["family"], content["config"]
+        if not isinstance(family, str) or not isinstance(config, dict):
+            raise TypeError
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(
+            f'{file} does not describe the network {path.name}: it should read {{"family": "...", "config": {{...}}}}'
+        ) from None
+    return family, config
 
 
 def format_table() -> str:
     """The table as text: one line per network, then where each file comes from and where it is looked for."""
-    rows = [("dataset_name", "family", "images", "classes", "guidance", "sigma", "licence", "state", "notes")]
+    rows = [("dataset_name", "family", "sampled", "classes", "guidance", "sigma", "licence", "state", "notes")]
     for card in CARDS.values():
-        path = card.folder / card.file
-        state = "embedded" if card.embedded else "downloaded" if path.is_file() else "not downloaded"
+        there = any((card.folder / name).is_file() for name in (card.file, *card.other_files))
+        state = "embedded" if card.embedded else "downloaded" if there else "not downloaded"
         rows.append(
             (
                 card.name,
@@ -164,16 +352,26 @@ def format_table() -> str:
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += [
-        "",
-        f"not available yet: {' '.join(LATER)}",
-        "",
-        "files (put them there yourself on a machine without network):",
-    ]
+    lines += ["", "files (put them there yourself on a machine without network):"]
     for card in CARDS.values():
-        for url, name in ((*card.urls[:1], card.file), (*card.fid_refs[:1], card.fid_file)) if card.urls else ():
-            lines.append(f"  {url}  ->  {card.folder / name}")
+        for url, path in card.downloads():
+            unpacked = f"  ('{card.member}' in it)" if card.member and url in card.urls else ""
+            lines.append(f"  {url}  ->  {path}{unpacked}")
     return "\n".join(lines)
+
+
+def verify(card: Card) -> list[tuple[str, Path]]:
+    """(state, place) of the files of a card that are there or should be: "ok", "differs", "missing", "not recorded"."""
+    states = []
+    places = [card.folder / name for name in (card.file, *card.other_files, card.companion, card.fid_file) if name]
+    for path in [] if card.embedded else places:
+        known = recorded_sha256(path)
+        if path.is_file():
+            state = "not recorded" if known is None else "ok" if sha256_of(path) == known[0] else "differs"
+            states.append((state, path))
+        elif known is not None:
+            states.append(("missing", path))
+    return states
 
 
 @click.group()
@@ -185,6 +383,19 @@ def main():
 def list_command():
     """Print the table of networks."""
     click.echo(format_table())
+
+
+@main.command("verify")
+@click.argument("name", required=False)
+def verify_command(name):
+    """Compare downloaded files with the SHA-256 that was recorded at their first use; of one network, or of all."""
+    states = [state for card in ([get_card(name)] if name else CARDS.values()) for state in verify(card)]
+    for state, path in states:
+        click.echo(f"{state:<12}  {path}")
+    bad = sum(state in ("differs", "missing") for state, _ in states)
+    click.echo(f"{len(states)} files of {name or 'all networks'} looked at, {bad} missing or different")
+    if bad:
+        raise UserError("move away what differs, and it will be downloaded again at its next use")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ import csv
 import io
 import json
 import multiprocessing
+import os
 import re
+import shlex
 import socket
 from html.parser import HTMLParser
 from pathlib import Path
@@ -24,6 +26,7 @@ from models.detectors import ConvClassifier, load_detector, save_classifier
 from models.edm import EDMDenoiser, load_edm_network
 from models.edm_io import save_edm_safetensors
 from solvers import SOLVERS, Rule, sample
+from solvers.dpm_solver_v3 import Statistics, save_statistics
 from tools import comparison, comparison_report
 from tools.comparison import Settings, choose_steps, parse_method, pool_moments, share_out, spread
 from tools.comparison_report import plot, plots_html
@@ -292,6 +295,20 @@ def test_what_is_said_for_one_goes_before_what_is_said_for_all():
     assert settings.options == {"max_order": 3, "predict_x0": False}
 
 
+def test_original_code_is_that_of_sample(files, tmp_path):
+    """Of the rule and of the schedule: one setting, in the row, its command and the images."""
+    options = "unipc:thresholding=False:schedule_type=polynomial"
+    rows, _ = run(files, tmp_path, f"--solvers={options}:original_code=True,{options}", "--num_reference=0")
+    row, other = rows[f"{options}:original_code=True", 2], rows[options, 2]
+    # One interval, fewer than the order: the published code has an evaluation more.
+    assert "1 intervals" in row["settings"] and "original_code" in row["settings"]
+    assert "2 intervals" in other["settings"] and "original_code" not in other["settings"]
+    command = row["command"].removeprefix("python sample.py ").split()
+    assert "--original_code=True" in command and "original_code" not in other["command"]
+    given = CliRunner().invoke(sample_cli.main, [*command, f"--outdir={tmp_path / 'images'}", "--device=cpu"])
+    assert given.exit_code == 0 and "NFE=2 " in given.output, given.output
+
+
 def test_explicit_sigmas_pass_through(files, tmp_path, monkeypatch):
     used = []
     monkeypatch.setattr(
@@ -333,6 +350,19 @@ def test_other_settings_are_other_results(files, tmp_path, calls):
         calls.clear()
         _, output = run(files, tmp_path, "--solvers=euler", "--nfe=2", change)
         assert calls and "1 of 1 rows computed" in output, change
+
+
+def test_a_new_file_of_statistics_is_another_result(files, tmp_path):
+    path, fids = tmp_path / "statistics.safetensors", []
+    arguments = f"--solvers=dpm_v3:statistics={path}", "--nfe=2", "--num_reference=0"
+    for number, share in enumerate((1.0, 0.5, 1.0)):
+        sigmas, ones = torch.tensor([80.0, 1.0, 0.002], dtype=torch.float64), torch.ones(3, 1, 8, 8)
+        save_statistics(Statistics(sigmas, share * ones, 0 * ones, 0 * ones), path)
+        os.utime(path, ns=(number, number))
+        rows, output = run(files, tmp_path / "out", *arguments)
+        assert f"{int(number < 2)} of 1 rows computed" in output  # the third is the first once more
+        fids += [row["fid"] for row in rows.values()]
+    assert fids[0] == fids[2] != fids[1]
 
 
 def test_a_killed_run_goes_on_where_it_stopped(files, tmp_path, calls, monkeypatch):
@@ -413,6 +443,24 @@ def test_two_processes_give_the_table_of_one(files, baseline, tmp_path):
 def test_a_mistake_ends_both_processes(files, tmp_path):
     assert run_on_two(flags(files, tmp_path / "out", "--solvers=euler:magic=1")) == [2, 2]
     assert not (tmp_path / "out").exists()
+
+
+def test_predictors_of_one_kind_have_labels_of_their_own(files, tmp_path):
+    """Other folders, snapshots in one folder, and folders of one name."""
+    config = {"dataset_name": "custom", "img_resolution": 8, "num_steps": 3, "sampler_stu": "ipndm"}
+    paths = [
+        tmp_path / name
+        for name in ("x/one/a.safetensors", "x/one/b c.safetensors", "x/two/a.safetensors", "y/two/a.safetensors")
+    ]
+    for seed, path in enumerate(paths):
+        torch.manual_seed(seed)
+        save_predictor(AMEDPredictor(**config), path)
+    given = ",".join(map(str, paths))
+    rows, _ = run(files, tmp_path / "out", "--solvers=none", f"--predictor_path={given}", "--num_reference=0")
+    labels = {"one/a.safetensors", "one/b c.safetensors", str(paths[2]), str(paths[3])}
+    assert {label for label, _ in rows} == {f"AMED-Plugin(ipndm) {label}" for label in labels}
+    command = rows["AMED-Plugin(ipndm) one/b c.safetensors", 4]["command"]
+    assert f"--predictor_path={paths[1]}" in shlex.split(command)
 
 
 def test_work_is_shared_evenly():

@@ -4,16 +4,27 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
+import warnings
+import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from torch_utils import download
-from torch_utils.download import download_file, sha256_of
+from torch_utils.download import (
+    download_file,
+    download_member,
+    extract_member,
+    known_sha256,
+    recorded_sha256,
+    sha256_of,
+)
 from torch_utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,6 +77,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(503, b"later")
         if name == "liar":  # promises more than it ever sends
             return self.answer(200, DATA, Content_Length=len(DATA) + 1000)
+        if name == "archive.zip":
+            return self.answer(200, self.server.archive, Content_Type="application/zip")
         data, etag = DATA, '"one"'
         if name == "changes" and visit > 1:
             data, etag = OTHER, '"two"'
@@ -308,3 +321,136 @@ def test_a_lock_left_by_a_dead_process_does_not_block(server, tmp_path):
     (tmp_path / "net.pkl.lock").write_text("4242")
     download_file([server.url("plain")], dest)
     assert_clean(dest)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Room on the disk, archives, checksums
+
+
+def disk_with(monkeypatch, free: int) -> None:
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+
+
+def test_a_file_that_does_not_fit_is_not_begun(server, tmp_path, monkeypatch):
+    disk_with(monkeypatch, len(DATA) - 1)
+    with pytest.raises(UserError, match="file.bin needs 3 MiB, but the disk has 3 MiB left: free some space"):
+        download_file([server.url("good")], tmp_path / "file.bin")
+    assert list(tmp_path.iterdir()) == []
+    disk_with(monkeypatch, len(DATA))
+    assert download_file([server.url("good")], tmp_path / "file.bin").read_bytes() == DATA
+
+
+def make_zip(path: Path, *entries: tuple[str, bytes], kind=zipfile.ZIP_DEFLATED) -> Path:
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w", kind) as archive:
+        warnings.simplefilter("ignore")  # about a name that is there twice
+        for name, content in entries:
+            archive.writestr(name, content)
+    return path
+
+
+def test_one_file_of_a_hostile_archive(tmp_path):
+    """Only the wanted file is written, wherever the names of the others point."""
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    traps = [(name, b"trap") for name in ("../model.ckpt", "/model.ckpt", "../../evil", "a/../../model.ckpt", "x/")]
+    link = zipfile.ZipInfo("link")
+    link.external_attr = 0o120777 << 16
+    archive = make_zip(inside / "a.zip", *traps, ("model.ckpt", DATA), (link, b"/etc/passwd"))
+    extract_member(archive, "model.ckpt", inside / "deep" / "weights.ckpt")
+    files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert files == ["inside/a.zip", "inside/deep/weights.ckpt"]
+    assert (inside / "deep" / "weights.ckpt").read_bytes() == DATA
+
+
+def link_called(name: str) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name)
+    info.external_attr = 0o120777 << 16
+    return info
+
+
+def damaged(path: Path, *changes: tuple[bytes, bytes]) -> Path:
+    data = path.read_bytes()
+    for old, new in changes:
+        assert old in data
+        data = data.replace(old, new)
+    path.write_bytes(data)
+    return path
+
+
+def understated(path: Path) -> Path:
+    """Both headers say that the file has 10 bytes."""
+    size = len(DATA).to_bytes(4, "little")
+    make_zip(path, ("model.ckpt", DATA), kind=zipfile.ZIP_STORED)
+    return damaged(path, (size + size, size + (10).to_bytes(4, "little")))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda path: make_zip(path, ("../model.ckpt", b"x")), r"no single file 'model.ckpt', but ../model.ckpt: move"),
+        (lambda path: make_zip(path), "but nothing: move"),
+        (lambda path: make_zip(path, ("model.ckpt", b"a"), ("model.ckpt", b"b")), "no single file 'model.ckpt'"),
+        (lambda path: make_zip(path, (link_called("model.ckpt"), b"/etc/passwd")), "no single file 'model.ckpt'"),
+        (lambda path: damaged(make_zip(path, ("model.ckpt", b"abcabc"), kind=0), (b"abcabc", b"abcabd")), "Bad CRC-32"),
+        (understated, "Bad CRC-32"),
+        (lambda path: path.write_bytes(DATA), "damaged or not a zip archive"),
+        (lambda path: path.write_bytes(make_zip(path, ("model.ckpt", DATA)).read_bytes()[:-50]), "not a zip"),
+    ],
+)
+def test_archives_that_are_refused(make, message, tmp_path):
+    archive = tmp_path / "a.zip"
+    make(archive)
+    with pytest.raises(UserError, match=message):
+        extract_member(archive, "model.ckpt", tmp_path / "model.ckpt")
+    assert list(tmp_path.iterdir()) == [archive]
+
+
+def test_an_archive_that_does_not_fit_unpacked(tmp_path, monkeypatch):
+    archive = make_zip(tmp_path / "a.zip", ("model.ckpt", bytes(5 << 20)))
+    disk_with(monkeypatch, 2 << 20)
+    with pytest.raises(UserError, match="model.ckpt needs 5 MiB, but the disk has 2 MiB left"):
+        extract_member(archive, "model.ckpt", tmp_path / "model.ckpt")
+    assert list(tmp_path.iterdir()) == [archive]
+
+
+def test_an_archive_from_the_web_goes_when_it_is_unpacked(server, tmp_path):
+    server.archive = make_zip(tmp_path / "source.zip", ("model.ckpt", OTHER)).read_bytes()
+    place = tmp_path / "new" / "model.ckpt"
+    assert download_member([server.url("archive.zip")], place, "model.ckpt") == place
+    assert place.read_bytes() == OTHER and [path.name for path in place.parent.iterdir()] == ["model.ckpt"]
+    download_member([server.url("archive.zip")], place, "model.ckpt")
+    assert server.count("archive.zip") == 1
+
+
+def test_recorded_checksums(tmp_path, monkeypatch):
+    """A record spares reading the file until its size or its time changes."""
+    path = tmp_path / "weights"
+    path.write_bytes(DATA)
+    expected = hashlib.sha256(DATA).hexdigest()
+    assert known_sha256(path) == expected and list(tmp_path.iterdir()) == [path]  # read in no time
+    monkeypatch.setattr(download, "_SLOW_TO_READ", len(DATA))
+    assert known_sha256(path) == expected and recorded_sha256(path) == (expected, True)
+    if shutil.which("sha256sum"):
+        subprocess.run(["sha256sum", "--check", "--strict", "--status", "weights.sha256"], cwd=tmp_path, check=True)
+    reads = []
+    monkeypatch.setattr(download, "sha256_of", lambda path: reads.append(path) or sha256_of(path))
+    assert known_sha256(path) == expected and not reads
+    path.write_bytes(OTHER)
+    os.utime(path, ns=(0, 10**18))
+    assert recorded_sha256(path) == (expected, False)
+    with pytest.raises(UserError, match="has changed since its first use .*or move away weights.sha256 if the change"):
+        known_sha256(path, pinned=True)
+    changed = hashlib.sha256(OTHER).hexdigest()
+    assert known_sha256(path) == changed and recorded_sha256(path) == (changed, True)
+    assert known_sha256(path, pinned=True) == changed and len(reads) == 2
+    (tmp_path / "weights.sha256").write_text("nothing")
+    with pytest.raises(UserError, match="weights.sha256 holds no SHA-256: move it away"):
+        known_sha256(path)
+
+
+def test_a_folder_that_cannot_be_written_costs_the_reading_only(tmp_path, monkeypatch):
+    path = tmp_path / "weights"
+    path.write_bytes(DATA)
+    monkeypatch.setattr(download.os, "access", lambda folder, mode: False)
+    assert known_sha256(path, pinned=True) == hashlib.sha256(DATA).hexdigest()
+    assert list(tmp_path.iterdir()) == [path]

@@ -122,7 +122,9 @@ def test_a_damaged_state(tmp_path):
         (("--solver=nope",), "unknown solver 'nope'"),
         (("--solver=amed",), "needs a trained predictor"),
         (("--num_steps=10", *SMALL), "num_steps=10: GITS chooses 2 to 9"),
-        (("--num_steps=2", "--afs=True", *SMALL), "GITS under AFS needs num_steps of at least 3"),
+        (("--num_steps=2", "--afs=True", *SMALL), "GITS under AFS needs num_steps and num_steps_tea of at least 3"),
+        (("--num_steps=3", "--afs=True", "--num_steps_tea=2"), "num_steps_tea of at least 3"),
+        (("--solver=dpm_v3", "--statistics=nowhere", "--afs=True", *SMALL), "there are no statistics nowhere"),
         (("--solver_tea=amed", *SMALL), "'amed' cannot be the teacher"),
         (("--num_warmup=0",), "num_warmup of at least 1"),
         (("--sigma_max=100", *SMALL), "sigma=100 is outside the network's range"),
@@ -150,6 +152,14 @@ def test_afs_counts_its_free_point():
     assert schedule.evaluations == 2 * len(net.calls)
     published = optimize.optimize(toy_problem(afs=True), "gits", {**options, "original_code": True})
     assert len(published.sigmas) == 5 and grid.index(published.sigmas[1]) == 1
+
+
+def test_a_teacher_of_lower_order_takes_its_highest():
+    options = {"num_steps_tea": 9, "num_warmup": 2, "solver_tea": "dpmpp"}
+    of_four = toy_problem(solver="ipndm", options={"max_order": 4})
+    of_three = toy_problem(solver="ipndm", options={"max_order": 3})
+    found = [optimize.optimize(problem, "gits", options) for problem in (of_four, of_three)]
+    assert found[0].sigmas == found[1].sigmas and found[0].solver_options == {"max_order": 4}
 
 
 def test_seeds():

@@ -195,7 +195,7 @@ def test_every_way_of_writing_and_every_flag_reaches_the_run(tiny, tmp_path):
     [
         ([], "--dataset_name is missing"),
         (["--dataset_name=nothing"], "dataset_name 'nothing' is unknown"),
-        (["--dataset_name=ms_coco"], "'ms_coco' is not available yet"),
+        (["--dataset_name=ms_coco"], "needs texts: give --prompt_path"),
         (["--dataset_name=custom"], "needs --model_path"),
         (["--dataset_name=custom", "--model_path=/nowhere/net.pkl"], "--model_path=/nowhere/net.pkl is not a file"),
         (["--dataset_name=digits", "--sampler_stu=heun"], "'--sampler_stu'"),
@@ -208,7 +208,7 @@ def test_every_way_of_writing_and_every_flag_reaches_the_run(tiny, tmp_path):
         (["--dataset_name=digits", "--batch=6", "--batch-gpu=4"], "batch_gpu=4 must divide"),
         (["--dataset_name=digits", "--sigmas=1,2"], "strictly decreasing"),
         (["--dataset_name=digits", "--sigmas=2,1", "--schedule_type=logsnr"], "--sigmas replaces --schedule_type"),
-        (["--dataset_name=digits", "--prompt_path=p.csv"], "text-to-image networks are not available yet"),
+        (["--dataset_name=digits", "--prompt_path=p.csv"], "no text-to-image network"),
         (["--dataset_name=digits", "--device=tpu"], "--device=tpu"),
         (["--resume=12"], "there is no such run"),
     ],

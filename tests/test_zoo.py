@@ -5,14 +5,16 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from models import build_denoiser, create_model, zoo
+from models import adm, build_denoiser, cm, create_model, lay_out, ldm, sd, zoo
 from models.denoiser import read_bottleneck
 from models.edm import EDMDenoiser
 from torch_utils.download import sha256_of
@@ -121,10 +123,7 @@ def without_first(weights: dict) -> dict:
     "family, change, kwargs, message",
     [
         ("unet", None, {}, "network family 'unet' is unknown"),
-        ("cm", None, {}, "not available yet"),
-        ("adm", None, {}, "not available yet"),
-        ("ldm", None, {}, "not available yet"),
-        ("sd", None, {}, "not available yet"),
+        ("cm", None, {}, "not the arguments of a consistency-model U-Net"),
         ("edm", without_first, {}, r"1 missing \(model.map_augment.weight\)$"),
         ("edm", lambda w: {**w, "stray": torch.ones(1)}, {}, r"1 unexpected \(stray\)$"),
         (
@@ -190,6 +189,9 @@ def test_custom_network(tmp_path):
     net = create_model("custom", model_path=path)
     assert (net.dataset_name, net.source_path, net.weights_hash) == ("custom", str(path), sha256_of(path))
     assert relative_error(net(io["x__2"], io["sigmas"][2], class_labels=io["class_labels"]), io["D__2"]) < 1e-5
+    for guidance in ("cfg", "uncond"):  # it has classes
+        with pytest.raises(UserError, match=f"does not take guidance_type '{guidance}'; use none"):
+            create_model("custom", path, guidance)
 
 
 def test_a_file_that_is_another_network(tmp_path):
@@ -204,14 +206,21 @@ def test_a_file_that_is_another_network(tmp_path):
 @pytest.mark.parametrize(
     "name, kwargs, message",
     [
-        ("cifar", {}, "'cifar' is unknown; use one of digits, cifar10, ffhq, afhqv2, imagenet64, or custom"),
-        *((name, {}, "is not available yet; available: digits") for name in zoo.LATER),
+        (
+            "cifar",
+            {},
+            "'cifar' is unknown; use one of digits, .*imagenet64, .*ms_coco, or with --model_path custom for",
+        ),
         ("custom", {}, "needs --model_path"),
+        ("diffusers", {}, "needs --model_path, the folder or the hub id"),
         ("digits", {"model_path": "nowhere.pkl"}, "--model_path=nowhere.pkl is not a file"),
         ("digits", {"model_path": "."}, "is not a file"),
         ("cifar10", {"guidance_type": "cg"}, "does not take guidance_type 'cg'; use none or uncond"),
         ("imagenet64", {"guidance_type": "uncond"}, "does not take guidance_type 'uncond'; use none"),
-        ("custom", {"model_path": "x", "guidance_type": "cfg"}, "does not take guidance_type 'cfg'"),
+        ("lsun_cat", {"guidance_type": "cg"}, "does not take guidance_type 'cg'; use none or uncond"),
+        ("imagenet512", {"guidance_type": "uncond"}, "does not take guidance_type 'uncond'; use none or cg"),
+        ("ffhq_ldm", {"guidance_rate": 2}, "guidance_rate 2 has no effect with guidance_type 'none'"),
+        ("ms_coco", {"guidance_type": "none", "guidance_rate": 2}, "guidance_rate 2 has no effect"),
         ("digits", {"guidance_type": "none", "guidance_rate": 7.5}, "guidance_rate 7.5 has no effect"),
     ],
 )
@@ -277,7 +286,116 @@ def test_list_command():
     for card in zoo.CARDS.values():
         assert card.licence in lines[card.name] and f"{card.channels}x{card.resolution}x" in lines[card.name]
         assert all(url in result.stdout for url in card.urls + card.fid_refs)
-    assert all(name in lines["not"] for name in zoo.LATER)
+    assert "-> src/lsun_bedroom_ldm/model.ckpt ('model.ckpt' in it)" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize("name", [name for name, card in zoo.CARDS.items() if card.family != "edm"])
+def test_cards_agree_with_the_published_settings(name):
+    """The space that is sampled, the classes and the range of noise, of networks without memory."""
+    card = zoo.CARDS[name]
+    presets = {"cm": cm.PRESETS, "adm": adm.PRESETS, "ldm": ldm.PRESETS, "sd": {"ms_coco": sd.STABLE_DIFFUSION_1_5}}
+    classes = {"cm": cm.CMDenoiser, "adm": adm.ADMDenoiser, "ldm": ldm.LDMDenoiser, "sd": sd.StableDiffusionDenoiser}
+    net = lay_out(classes[card.family], presets[card.family][name], name)
+    assert (net.img_channels, net.img_resolution, net.label_dim) == (card.channels, card.resolution, card.label_dim)
+    assert np.allclose((net.sigma_min, net.sigma_max), (card.sigma_min, card.sigma_max), rtol=1e-5)
+    assert net.takes_prompts == card.takes_prompts
+
+
+def test_networks_of_the_original_code_are_there():
+    names = {"cifar10", "ffhq", "afhqv2", "imagenet64", "lsun_bedroom", "lsun_cat", "imagenet256", "ms_coco"}
+    assert {*names, "lsun_bedroom_ldm", "ffhq_ldm", "cifar10_cond"} <= zoo.CARDS.keys()
+    for card in zoo.CARDS.values():
+        assert card.licence and bool(card.fid_refs) == bool(card.fid_file and not card.embedded)
+        assert all(url.rpartition("/")[2] == card.fid_file for url in card.fid_refs)
+        assert all(url.rpartition("/")[2] in (card.file, "lsun_bedrooms.zip", "ffhq.zip") for url in card.urls)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Downloaded files
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """A working directory without network; a function puts a file where a download would go."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("AMED_OFFLINE", "1")
+
+    def put(place: str, content: bytes) -> Path:
+        path = Path("src", place)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        return path
+
+    return put
+
+
+def test_weights_out_of_an_archive(offline):
+    archive = offline("ffhq_ldm/ffhq.zip", b"")
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("model.ckpt", b"weights")
+        file.writestr("config.yaml", b"not wanted")
+    path = zoo.resolve("ffhq_ldm")
+    assert path == Path("src/ffhq_ldm/model.ckpt") and path.read_bytes() == b"weights" and not archive.exists()
+    assert sorted(file.name for file in path.parent.iterdir()) == ["model.ckpt", "model.ckpt.sha256"]
+    assert zoo.resolve("ffhq_ldm") == path
+
+
+def test_the_other_form_of_stable_diffusion_is_found(offline):
+    with pytest.raises(UserError, match="put the file at src/ms_coco/v1-5-pruned-emaonly.safetensors or pass"):
+        zoo.resolve("ms_coco")
+    old = offline("ms_coco/v1-5-pruned-emaonly.ckpt", b"weights")
+    assert zoo.resolve("ms_coco") == old
+    new = offline("ms_coco/v1-5-pruned-emaonly.safetensors", b"weights")
+    assert zoo.resolve("ms_coco") == new
+
+
+def test_the_classifier_of_a_guided_network(offline):
+    with pytest.raises(UserError, match="256x256_classifier.pt or pass --model_path, with the classifier beside"):
+        zoo.resolve_companion("imagenet256")
+    assert zoo.resolve_companion("imagenet256", offline("x/256x256_classifier.pt", b"").with_name("my.pt")) == Path(
+        "src/x/256x256_classifier.pt"
+    )
+    assert zoo.resolve_companion("cifar10") is None and zoo.resolve_companion("custom", "my.pt") is None
+
+
+@pytest.mark.parametrize("name", ["ms_coco", "ffhq_ldm"])
+def test_references_that_nobody_published(name):
+    with pytest.raises(UserError, match=f"no FID reference statistics are published for {name}: make them .*--ref"):
+        zoo.resolve_fid_ref(name)
+
+
+def test_verify(offline):
+    """What was there at the first use is recorded; verify says what has become of it."""
+    place, verify = offline("ffhq/edm-ffhq-64x64-uncond-vp.pkl", b"weights"), CliRunner()
+
+    def said(*arguments):
+        done = verify.invoke(zoo.main, ["verify", *arguments])
+        return done.exit_code, " ".join(done.output.split())
+
+    assert said("ffhq") == (0, f"not recorded {place} 1 files of ffhq looked at, 0 missing or different")
+    assert said("cifar10") == (0, "0 files of cifar10 looked at, 0 missing or different")
+    zoo.resolve("ffhq")
+    reference = offline("ffhq/ffhq-64x64.npz", b"statistics")
+    zoo.resolve_fid_ref("ffhq")
+    assert said() == (0, f"ok {place} ok {reference} 2 files of all networks looked at, 0 missing or different")
+    place.write_bytes(b"WEIGHTS")
+    reference.unlink()
+    code, text = said()
+    assert code == 2 and text.startswith(f"differs {place} missing {reference} 2 files of all networks looked at, 2 mi")
+    with pytest.raises(UserError, match="has changed since its first use .*move it away to download it again"):
+        zoo.resolve("ffhq")
+    assert said("nothing")[0] == 2
+
+
+def test_verify_looks_at_the_content(offline):
+    """Size and time, which spare reading a file at every start, are not enough here."""
+    place = offline("ffhq/edm-ffhq-64x64-uncond-vp.pkl", b"weights")
+    zoo.resolve("ffhq")
+    times = place.stat().st_atime_ns, place.stat().st_mtime_ns
+    place.write_bytes(b"WEIGHTS")
+    os.utime(place, ns=times)
+    assert zoo.resolve("ffhq") == place
+    assert [state for state, _ in zoo.verify(zoo.CARDS["ffhq"])] == ["differs"]
 
 
 def test_list_command_refuses():

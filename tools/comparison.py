@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import math
+import shlex
 import sys
 import time
 import zipfile
@@ -71,6 +72,7 @@ SCHEDULE_SETTINGS = {  # what a method may say besides the options of its rule, 
     "schedule_rho": click.FLOAT,
     "afs": None,
     "denoise_to_zero": click.BOOL,
+    "original_code": click.BOOL,  # of the rule and of the schedule
 }
 REFERENCE_SOLVER = {"solver": "heun", **POLYNOMIAL}
 CONFIDENCE = 0.95
@@ -145,7 +147,7 @@ def parse_method(text: str, common: dict, everywhere: dict) -> Method:
             kind = click.Choice(kind) if isinstance(kind, tuple) else click.types.convert_type(kind)
             own[name] = _parse_value(text, name, value, kind)
         else:
-            known = ", ".join([*rule.options, *SCHEDULE_SETTINGS])
+            known = ", ".join(dict.fromkeys([*rule.options, *SCHEDULE_SETTINGS]))
             raise UserError(f"--solvers={text}: {solver} has no option '{name}' (its options: {known})")
     values = dict(PRESETS.get(solver, POLYNOMIAL))
     for layer in (everywhere, own):
@@ -365,8 +367,12 @@ class Comparison:
                 f" {self.range[1]:g}: these are different problems; give --sigma_max and --sigma_min, or leave it out"
             )
         check_network(self.net, settings, method.predictor, self.device)
-        settings.rule().bind(self.net, settings.resolve(self.net))  # refuses what it is not prepared for
-        key = digest_of([self._recorded(settings, method.predictor_file), nfe, self.record])[:16]
+        rule = settings.rule().bind(self.net, settings.resolve(self.net))  # refuses what it is not prepared for
+        recorded = self._recorded(settings, method.predictor_file)
+        fingerprint = getattr(rule, "fingerprint", None)
+        if fingerprint is not None:  # a file that the rule steps with may be made anew under its name
+            recorded["fingerprint"] = fingerprint
+        key = digest_of([recorded, nfe, self.record])[:16]
         return Job(method, settings, nfe, tuple(requested), key)
 
     # Files
@@ -555,10 +561,10 @@ class Comparison:
                 flags |= {name: getattr(settings, name) for name in SCHEDULE_NAMES}
             flags |= {"afs": settings.afs or None, **settings.options}
             flags |= {name: getattr(settings, name) for name in GUIDANCE}
-            flags["denoise_to_zero"] = settings.denoise_to_zero or None
+            flags |= {name: getattr(settings, name) or None for name in ("denoise_to_zero", "original_code")}
         flags |= {"model_path": options["model_path"], "amp": None if options["amp"] == "none" else options["amp"]}
         flags["seeds"] = f"{self.protocol.first}-{self.protocol.first + self.protocol.num - 1}"
-        given = (f"--{name}={_short(value)}" for name, value in flags.items() if value is not None)
+        given = (f"--{name}={shlex.quote(_short(value))}" for name, value in flags.items() if value is not None)
         return " ".join(["python sample.py", *given])
 
 
@@ -575,7 +581,7 @@ def describe_settings(settings: Settings) -> str:
         words = [f"{settings.schedule_type}{rho}, {settings.num_steps - 1} intervals"]
     words += [f"{name}={_short(value)}" for name, value in settings.options.items()]
     words += [f"afs={settings.afs}"] if settings.afs else []
-    words += ["denoise_to_zero"] if settings.denoise_to_zero else []
+    words += [name for name in ("denoise_to_zero", "original_code") if getattr(settings, name)]
     return ", ".join(words)
 
 
@@ -647,15 +653,16 @@ def _jobs_of(comparison: Comparison, method: Method, nfes: list[int]) -> list[Jo
 
 
 def _distinguish(jobs: list[Job]) -> list[Job]:
-    """Two predictors of one kind and cost are told apart by their folders."""
-    seen = [(job.method.label, job.nfe) for job in jobs]
-    named = []
-    for job, name in zip(jobs, seen, strict=True):
-        if seen.count(name) > 1 and job.method.predictor_file is not None:
-            folder = job.method.predictor_file.resolve().parent.name
-            job = replace(job, method=replace(job.method, label=f"{job.method.label} {folder}"))
-        named.append(job)
-    return named
+    """Two predictors of one kind and cost are told apart by their folders, or else by as much of their paths as it takes."""
+    names = (lambda file: file.parent.name, lambda file: f"{file.parent.name}/{file.name}", str)
+    kinds = [job.method.label for job in jobs]
+    for name in names:
+        seen = [(job.method.label, job.nfe) for job in jobs]
+        for index, job in enumerate(jobs):
+            if seen.count(seen[index]) > 1 and job.method.predictor_file is not None:
+                label = f"{kinds[index]} {name(job.method.predictor_file.resolve())}"
+                jobs[index] = replace(job, method=replace(job.method, label=label))
+    return jobs
 
 
 def share_out(costs: list[float], processes: int) -> list[list[int]]:

@@ -1,10 +1,11 @@
-"""The whole pipeline on the embedded digits, as a user would run it: train -> sample -> FID -> table and pictures.
+"""The whole pipeline on the embedded networks, as a user would run it: train -> sample -> FID -> tables and pictures.
 
     python -m tools.demo            # or ./launch.sh demo
 
-Trains AMED-Solver and AMED-Plugin (on iPNDM and on DPM-Solver++) with train.py, samples every method at the same number of network evaluations and
-with the same seeds with sample.py, and compares them by FID-digits and by their distance to a converged solution of the
-same ODE from the same noise. Writes demo/table.json, demo/figure.png and demo/index.html.
+Two halves: handwritten digits and a small network of natural images. Each trains AMED-Solver and AMED-Plugin with
+train.py, samples every method at the same number of network evaluations and with the same seeds with sample.py, and
+compares them by Fréchet distance and by their distance to a converged solution of the same ODE from the same noise.
+Writes table.json, index.html and one figure for each half into --outdir.
 """
 
 import base64
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -30,25 +32,49 @@ from training.config import code_version
 
 ROOT = Path(__file__).resolve().parent.parent
 
+
+@dataclass(frozen=True)
+class Half:
+    """One network of the demo and the settings of the methods: plain ones for sample.py, learned ones for train.py."""
+
+    dataset_name: str
+    title: str
+    about: str
+    plain: dict
+    learned: dict
+
+
 # Five evaluations everywhere. Every method, plain or learned, has the settings that served it best on validation seeds
-# 100000-100255, which the table below never uses; docs/digits.md tells how they were chosen.
+# 100000-100255, which the tables below never use; docs/digits.md and docs/cifar10-small.md tell how they were chosen.
 COMMON = {"schedule_type": "time_uniform", "schedule_rho": 1, "afs": "data"}
-PLAIN = {
-    "Euler": {"solver": "euler", "num_steps": 7, **COMMON},
-    "DPM-Solver-2": {"solver": "dpm", "num_steps": 4, **COMMON, "schedule_rho": 2},
-    "DPM-Solver++": {"solver": "dpmpp", "num_steps": 7, **COMMON, "max_order": 3, "thresholding": False},
-    "iPNDM": {"solver": "ipndm", "num_steps": 7, **COMMON, "max_order": 3},
-}
 TRAINING = {
-    **{"dataset_name": "digits", "num_steps": 4, **COMMON, "schedule_rho": 1.4, "sampler_tea": "ipndm", "M": 4},
+    **{"num_steps": 4, **COMMON, "schedule_rho": 1.4, "sampler_tea": "ipndm", "M": 4},
     **{"scale_dir": 0.2, "scale_time": 0.3, "total_kimg": 1.5, "batch": 16, "seed": 0},
 }
 PAPER = {"sampler_tea": "heun", "M": 1, "schedule_rho": 1, "scale_dir": 0.01, "scale_time": 0}  # all but its AFS
-LEARNED = {
-    "AMED-Solver": {**TRAINING, "sampler_stu": "amed", **PAPER},
-    "AMED-Plugin (iPNDM)": {**TRAINING, "sampler_stu": "ipndm", "max_order": 2},
-    "AMED-Plugin (DPM++)": {**TRAINING, "sampler_stu": "dpmpp", "max_order": 3, "thresholding": False},
-}
+DIGITS = Half(
+    dataset_name="digits",
+    title="Digits in five network evaluations",
+    about="Handwritten digits, the embedded network 'digits'.",
+    plain={
+        "Euler": {"solver": "euler", "num_steps": 7, **COMMON},
+        "DPM-Solver-2": {"solver": "dpm", "num_steps": 4, **COMMON, "schedule_rho": 2},
+        "DPM-Solver++": {"solver": "dpmpp", "num_steps": 7, **COMMON, "max_order": 3, "thresholding": False},
+        "iPNDM": {"solver": "ipndm", "num_steps": 7, **COMMON, "max_order": 3},
+    },
+    learned={
+        "AMED-Solver": {**TRAINING, "sampler_stu": "amed", **PAPER},
+        "AMED-Plugin (iPNDM)": {**TRAINING, "sampler_stu": "ipndm", "max_order": 2},
+    },
+)
+CIFAR10 = Half(
+    dataset_name="cifar10-small",
+    title="Natural images in five network evaluations",
+    about="Natural images, the embedded network 'cifar10-small'.",
+    plain=DIGITS.plain,
+    learned=DIGITS.learned,
+)
+HALVES = {half.dataset_name: half for half in (DIGITS, CIFAR10)}
 REFERENCE = {"solver": "heun", "num_steps": 51, "schedule_type": "polynomial", "schedule_rho": 7}
 REFERENCE_SEEDS = 256
 MARKER = ".amed-demo"
@@ -70,26 +96,28 @@ def flags(settings):
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
-def train_all(out, extra):
+def train_all(half, out, extra):
     """Trains the learned methods; name -> (predictor folder, seconds)."""
     trained = {}
-    for index, (name, settings) in enumerate(LEARNED.items()):
-        print(f"\n== training {name}", flush=True)
-        outdir = out / "exps" / str(index)
-        seconds = run("train.py", *flags({**settings, **extra}), f"--outdir={outdir}")
+    for index, (name, settings) in enumerate(half.learned.items()):
+        print(f"\n== {half.dataset_name}: training {name}", flush=True)
+        outdir = out / "exps" / half.dataset_name / str(index)
+        chosen = {"dataset_name": half.dataset_name, **settings, **extra}
+        seconds = run("train.py", *flags(chosen), f"--outdir={outdir}")
         trained[name] = (next(path for path in sorted(outdir.iterdir()) if path.is_dir()), seconds)
     return trained
 
 
-def sample_all(out, trained, images, extra):
+def sample_all(half, out, trained, images, extra):
     """Samples every method; rows of the table without their scores."""
-    jobs = {name: (flags({"dataset_name": "digits", **s}), images) for name, s in PLAIN.items()}
+    network = {"dataset_name": half.dataset_name}
+    jobs = {name: (flags({**network, **settings}), images) for name, settings in half.plain.items()}
     jobs.update({name: ([f"--predictor_path={folder}"], images) for name, (folder, _) in trained.items()})
-    jobs["Reference"] = (flags({"dataset_name": "digits", **REFERENCE}), REFERENCE_SEEDS)
+    jobs["Reference"] = (flags({**network, **REFERENCE}), REFERENCE_SEEDS)
     rows = []
     for name, (arguments, count) in jobs.items():
-        print(f"\n== sampling {name}", flush=True)
-        folder = out / "samples" / name.lower().replace(" ", "-").replace("(", "").replace(")", "")
+        print(f"\n== {half.dataset_name}: sampling {name}", flush=True)
+        folder = out / "samples" / half.dataset_name / name.lower().replace(" ", "-").replace("(", "").replace(")", "")
         chosen = [*arguments, f"--seeds=0-{count - 1}", "--batch=100", f"--outdir={folder}", *flags(extra)]
         seconds = run("sample.py", *chosen)
         record = json.loads((folder / "sampling.json").read_text())
@@ -100,12 +128,12 @@ def sample_all(out, trained, images, extra):
     return rows
 
 
-def score(rows, detector_ref="digits"):
-    """Adds FID-digits and the mean distance to the reference (root mean square over pixels in [-1, 1], first seeds)."""
+def score(rows, reference_name):
+    """Adds the Fréchet distance in the features of the network's own classifier and the mean distance to the reference (root mean square over pixels in [-1, 1], first seeds)."""
     scaled = {row["method"]: load_array(ImageSource(row["folder"])).astype(np.float32) / 127.5 for row in rows}
     reference = scaled["Reference"]
     for row in rows:
-        row["fid"] = round(calculate_fid(row["folder"], detector_ref).fid, 3)
+        row["fid"] = round(calculate_fid(row["folder"], reference_name).fid, 3)
         apart = scaled[row["method"]][: len(reference)] - reference
         row["distance"] = round(float(np.sqrt((apart**2).mean(axis=(1, 2, 3))).mean()), 4)
     return rows
@@ -123,7 +151,7 @@ def draw_figure(rows, path, columns=8, zoom=2):
         panel = Image.new("RGB", (grid.width, grid.height + 44), "white")
         panel.paste(grid, (0, 44))
         text = f"{row['method']}, {row['nfe']} evaluations"
-        scores = f"FID-digits {row['fid']:.2f}, distance {row['distance']:.3f}"
+        scores = f"FID* {row['fid']:.2f}, distance {row['distance']:.3f}"
         if row["method"] == "Reference":
             text, scores = f"Reference: Heun, {row['nfe']} evaluations", "converged solution, same seeds"
         draw = ImageDraw.Draw(panel)
@@ -140,7 +168,7 @@ def draw_figure(rows, path, columns=8, zoom=2):
 
 def table_text(rows):
     lines = [
-        "| method | NFE | FID-digits | distance to reference | seconds | training s |",
+        "| method | NFE | FID* | distance to reference | seconds | training s |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -151,23 +179,28 @@ def table_text(rows):
     return "\n".join(lines)
 
 
-def write_page(rows, facts, figure, path):
+def write_page(halves, facts, path):
+    """One self-contained page. halves: (Half, rows, figure) of each."""
     cells = ("method", "nfe", "images", "fid", "distance", "seconds", "training_seconds", "command")
     head = "".join(f"<th>{cell}</th>" for cell in cells)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str('' if row[c] is None else row[c]))}</td>" for c in cells) + "</tr>"
-        for row in rows
-    )
-    picture = base64.b64encode(figure.read_bytes()).decode()
+    parts = []
+    for half, rows, figure in halves:
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(str('' if row[c] is None else row[c]))}</td>" for c in cells) + "</tr>"
+            for row in rows
+        )
+        picture = base64.b64encode(figure.read_bytes()).decode()
+        parts.append(f"""<h1>{html.escape(half.title)}</h1><p>{html.escape(half.about)}</p>
+<img alt="samples of all methods" src="data:image/png;base64,{picture}">
+<table><tr>{head}</tr>{body}</table>""")
     about = " · ".join(f"{key}: {value}" for key, value in facts.items())
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>AMED on digits</title>
+    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>AMED in five network evaluations</title>
 <style>body{{font:15px sans-serif;margin:2em;max-width:1500px}}table{{border-collapse:collapse}}
 td,th{{border:1px solid #ccc;padding:4px 8px;text-align:left}}img{{max-width:100%}}</style>
-<h1>Digits in five network evaluations</h1>
-<p>Same seeds in every panel. FID-digits uses a small digit classifier: it is not comparable with Inception FIDs.
-Distance: root mean square pixel difference (images in [-1, 1]) to the converged solution from the same noise.</p>
-<img alt="samples of all methods" src="data:image/png;base64,{picture}">
-<table><tr>{head}</tr>{body}</table><p>{html.escape(about)}</p></html>"""
+<p>Same seeds in every panel. FID*: Fréchet distance in the features of a small classifier of the same kind of images; it is
+not comparable with Inception FIDs. Distance: root mean square pixel difference (images in [-1, 1]) to the converged
+solution from the same noise.</p>
+{"".join(parts)}<p>{html.escape(about)}</p></html>"""
     path.write_text(page, encoding="utf-8")
 
 
@@ -182,40 +215,48 @@ def prepare_folder(out):
     for name in ("exps", "samples"):
         if (out / name).is_dir():
             shutil.rmtree(out / name)
-    for name in ("table.json", "figure.png", "index.html"):
+    for name in ("table.json", "index.html", *(f"{name}.png" for name in HALVES)):
         (out / name).unlink(missing_ok=True)
 
 
 @click.command()
 @click.option("--outdir", default="demo", show_default=True, help="Replaced if it is an earlier demo")
+@click.option("--only", type=click.Choice(list(HALVES)), help="One network instead of both")
 @click.option("--images", type=click.IntRange(REFERENCE_SEEDS), default=1000, show_default=True, help="Per method")
 @click.option("--amp", type=click.Choice(["none", "bf16"]), default="none", show_default=True)
-def main(outdir, images, amp):
-    """Train, sample, score and picture AMED and the plain solvers on the embedded digits."""
+def main(outdir, only, images, amp):
+    """Train, sample, score and picture AMED and the plain solvers on the embedded networks."""
     out = Path(outdir).resolve()
     prepare_folder(out)
-    started = time.perf_counter()
     extra = {"amp": amp}
-    trained = train_all(out, extra)
-    rows = score(sample_all(out, trained, images, extra))
-    total = time.perf_counter() - started
-    draw_figure(rows, out / "figure.png")
+    done, seconds = [], {}
+    for half in [HALVES[only]] if only else HALVES.values():
+        started = time.perf_counter()
+        trained = train_all(half, out, extra)
+        rows = score(sample_all(half, out, trained, images, extra), half.dataset_name)
+        figure = out / f"{half.dataset_name}.png"
+        draw_figure(rows, figure)
+        done.append((half, rows, figure))
+        seconds[half.dataset_name] = round(time.perf_counter() - started)
     facts = {
-        "total seconds": round(total),
+        "seconds": json.dumps(seconds),
         "date": time.strftime("%Y-%m-%d"),
         "code": code_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "amp": amp,
-        "training": json.dumps(LEARNED),
     }
-    for row in rows:
-        row["folder"] = str(row["folder"].relative_to(out))
-    (out / "table.json").write_text(json.dumps({"rows": rows, **facts}, indent=2))
-    write_page(rows, facts, out / "figure.png", out / "index.html")
-    print("\n" + table_text(rows))
-    print(f"\n{total:.0f} s in all. Pictures: {out / 'figure.png'} and {out / 'index.html'}")
+    for _, rows, _ in done:
+        for row in rows:
+            row["folder"] = str(row["folder"].relative_to(out))
+    halves = {half.dataset_name: {"rows": rows, "training": half.learned} for half, rows, _ in done}
+    (out / "table.json").write_text(json.dumps({"halves": halves, **facts}, indent=2))
+    write_page(done, facts, out / "index.html")
+    for half, rows, figure in done:
+        print(f"\n{half.title} ({figure})\n\n{table_text(rows)}")
+    print(f"\n{sum(seconds.values())} s in all. FID*: in the features of the network's own small classifier.")
+    print(f"The whole on one page: {out / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 A download goes to ``<name>.part`` beside its destination, survives broken connections and interrupted programs (HTTP
 ranges, RFC 9110 section 14), falls back to mirrors, and is renamed after its size and, where known, its SHA-256 were
-checked.
+checked. Checksums of files can be kept beside them, so that gigabytes are not read again at every start.
 """
 
 import errno
@@ -11,8 +11,11 @@ import json
 import os
 import re
 import shutil
+import stat
 import sys
 import time
+import zipfile
+import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +25,13 @@ from tqdm import tqdm
 
 from torch_utils import distributed
 from torch_utils.errors import UserError
+from torch_utils.image_data import atomic_path
 
 _TIMEOUT_S = (15, 60)  # to connect, and between two pieces of data
 _ATTEMPTS = 3  # per mirror, in a row without any progress
 _BACKOFF_S = 1.0  # doubled after each attempt without progress
 _CHUNK = 1 << 14  # what a broken connection loses at most
+_SLOW_TO_READ = 1 << 28  # bytes; the checksum of a smaller file takes less than a second
 _RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 
@@ -43,6 +48,56 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def record_of(path: Path) -> Path:
+    """Where the checksum of a file is kept: ``<file>.sha256``, in the format of ``sha256sum -c``."""
+    return path.with_name(path.name + ".sha256")
+
+
+def recorded_sha256(path: Path) -> tuple[str, bool] | None:
+    """(the SHA-256 kept beside a file, whether size and time of the file are still those noted with it).
+
+    None where there is no such record. Raises UserError for one that cannot be read.
+    """
+    record = record_of(path)
+    try:
+        text = record.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except (OSError, UnicodeDecodeError) as exc:
+        raise UserError(f"{record} cannot be read ({exc}): move it away") from None
+    digest = re.search(r"^([0-9a-f]{64})\b", text, re.MULTILINE)
+    if not digest:
+        raise UserError(f"{record} holds no SHA-256: move it away, and it will be made again")
+    noted = re.match(r"# (\d+) bytes, modified at (\d+) ns\n", text)
+    now = path.stat() if path.exists() else None
+    same = bool(noted and now and (int(noted[1]), int(noted[2])) == (now.st_size, now.st_mtime_ns))
+    return digest[1], same
+
+
+def known_sha256(path: Path, pinned: bool = False) -> str:
+    """SHA-256 of a file, without reading it where the record beside it has its present size and time.
+
+    Records are made of files that take long to read, where the folder can be written. pinned: one is made of every
+    file, and the first one counts from then on: UserError for a file that has changed since.
+    """
+    path = Path(path)
+    known = recorded_sha256(path)
+    if known is not None and known[1]:
+        return known[0]
+    before = path.stat()
+    digest = sha256_of(path)
+    if pinned and known is not None and known[0] != digest:
+        raise UserError(
+            f"{path} has changed since its first use (SHA-256 {digest[:16]}..., recorded {known[0][:16]}...): move it "
+            f"away to download it again, or move away {record_of(path).name} if the change was meant"
+        )
+    if (pinned or known is not None or before.st_size >= _SLOW_TO_READ) and os.access(path.parent, os.W_OK):
+        with atomic_path(record_of(path)) as temporary:
+            noted = f"# {before.st_size} bytes, modified at {before.st_mtime_ns} ns"
+            temporary.write_text(f"{noted}\n{digest}  {path.name}\n", encoding="utf-8")
+    return digest
 
 
 def download_file(
@@ -83,6 +138,65 @@ def download_file(
     except OSError as exc:
         raise UserError(f"could not write {dest}: {exc.strerror or exc}; choose another place or free it") from None
     raise _give_up(reasons, dest, hint)
+
+
+def download_member(
+    urls: list[str], dest: Path, member: str, desc: str | None = None, hint: str = "pass --model_path"
+) -> Path:
+    """The same for one file of a zip archive: ``urls`` are the archive's, which is removed once ``dest`` is there.
+
+    An archive that lies beside ``dest`` under its own name is used instead of a download.
+    """
+    dest = Path(dest)
+    if dest.exists():
+        return dest
+    archive = dest.with_name(urls[0].rpartition("/")[2])
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(dest.with_name(dest.name + ".lock"), f"another process is fetching {dest}; waiting for it"):
+            if not dest.exists():
+                extract_member(download_file(urls, archive, desc=desc, hint=hint), member, dest)
+                archive.unlink()
+    except OSError as exc:
+        raise UserError(f"could not write {dest}: {exc.strerror or exc}; choose another place or free it") from None
+    return dest
+
+
+def extract_member(archive: Path, member: str, dest: Path) -> None:
+    """Writes the file that is called ``member`` in a zip archive to ``dest``; nothing else in the archive is looked at.
+
+    Raises UserError where there is no such file, or more than one, and where it is damaged or does not fit on the disk.
+    """
+    again = f"move {archive} away, and it will be downloaded again"
+    try:
+        with zipfile.ZipFile(archive) as source:
+            found = [info for info in source.infolist() if info.filename == member]
+            if len(found) != 1 or found[0].is_dir() or stat.S_ISLNK(found[0].external_attr >> 16):
+                there = ", ".join(info.filename[:60] for info in source.infolist()[:5]) or "nothing"
+                raise UserError(f"{archive} holds no single file '{member}', but {there}: {again}")
+            size = found[0].file_size
+            dest.parent.mkdir(parents=True, exist_ok=True)
+            _check_free(dest, size)
+            with atomic_path(dest) as temporary:
+                with source.open(found[0]) as packed, open(temporary, "wb") as file:
+                    shutil.copyfileobj(packed, file, 1 << 20)  # which ends after ``size`` bytes at the latest
+                if temporary.stat().st_size != size:
+                    raise UserError(
+                        f"{archive} is damaged: '{member}' has not the {size} bytes it should have; {again}"
+                    )
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as exc:
+        # RuntimeError: encrypted
+        raise UserError(f"{archive} is damaged or not a zip archive ({str(exc)[:200]}): {again}") from None
+    except OSError as exc:
+        raise UserError(f"could not unpack {archive}: {exc.strerror or exc}") from None
+
+
+def _check_free(dest: Path, need: int) -> None:
+    """Raises UserError if ``need`` more bytes do not fit beside ``dest``."""
+    free = shutil.disk_usage(dest.parent).free
+    if need > free:
+        need, free = need / 2**20, free / 2**20
+        raise UserError(f"{dest} needs {need:.0f} MiB, but the disk has {free:.0f} MiB left: free some space")
 
 
 def _give_up(reasons: list[tuple[str, str]], dest: Path, hint: str) -> UserError:
@@ -223,10 +337,8 @@ class _Job:
         return start, self.size if total is None else total
 
     def _check_space(self, start: int, total: int | None) -> None:
-        free = shutil.disk_usage(self.dest.parent).free + (self.offset() if start == 0 else 0)
-        if total is not None and total - start > free:
-            need, free = (total - start) / 2**20, free / 2**20
-            raise UserError(f"{self.dest} needs {need:.0f} MiB, but the disk has {free:.0f} MiB left: free some space")
+        if total is not None:  # a part that is started again makes room first
+            _check_free(self.dest, total - start - (self.offset() if start == 0 else 0))
 
     def _receive(self, reply, url: str, start: int, total: int | None) -> None:
         if start == 0:

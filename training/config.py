@@ -19,14 +19,16 @@ AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 STUDENTS = tuple(name for name, rule in SOLVERS.items() if rule.can_learn)
 TEACHERS = tuple(name for name, rule in SOLVERS.items() if rule.can_teach)
 # What may differ between the parts of one run: where and how long it runs and what it writes, not what it computes.
-# (model_path may move; the network behind it may not change.)
-CHANGEABLE = ("total_kimg", "batch_gpu", "tick", "snap", "dump", "bench", "model_path")
+# (Files may move; the network and the prompts in them may not change.)
+CHANGEABLE = ("total_kimg", "batch_gpu", "tick", "snap", "dump", "bench", "model_path", "prompt_path", "tokenizer_path")
 
 
 @dataclass
 class TrainingOptions:
     """Every option of train.py that a run depends on, with its default; names and defaults are the original code's.
 
+    guidance_rate: None is the network's own under guidance, and 0 without. prompt_path: captions for text-to-image
+    networks, one drawn per sample; tokenizer_path: a local folder in place of the network's tokenizer from the hub.
     sigmas: an explicit schedule that replaces num_steps, schedule_type and schedule_rho. batch: samples per iteration
     over all processes; batch_gpu: samples per network call of one process (None: all of its share). tick: kimg between
     lines of statistics; snap, dump: ticks between snapshots of the predictor and between training states (None: only at
@@ -44,7 +46,9 @@ class TrainingOptions:
     sampler_tea: str = "heun"
     M: int = 1
     guidance_type: str | None = None
-    guidance_rate: float = 0.0
+    guidance_rate: float | None = None
+    prompt_path: str | None = None
+    tokenizer_path: str | None = None
     schedule_type: str = "polynomial"
     schedule_rho: float = 7
     sigma_min: float | None = None
@@ -72,6 +76,10 @@ class TrainingOptions:
         if self.sigmas is not None:
             self.sigmas = check_sigmas(self.sigmas).tolist()
             self.num_steps = len(self.sigmas)
+        card = zoo.CARDS.get(self.dataset_name)
+        kind = self.guidance_type or (card.guidance[0] if card is not None else None)
+        if self.guidance_rate is None and kind in ("none", "uncond"):
+            self.guidance_rate = 0.0
 
     @classmethod
     def from_dict(cls, values: dict) -> "TrainingOptions":
@@ -92,8 +100,9 @@ class TrainingOptions:
 
     def check(self, world_size: int) -> None:
         """Raises UserError for settings that no network could make work; DistillationLoss checks the rest."""
-        if self.dataset_name != zoo.CUSTOM:
-            zoo.get_card(self.dataset_name)
+        card = zoo.find_card(self.dataset_name)
+        if card is not None:
+            self.check_prompts(card.takes_prompts)
         _positive("batch", self.batch, whole=True)
         _positive("lr", self.lr)
         _positive("total_kimg", self.total_kimg)
@@ -115,15 +124,29 @@ class TrainingOptions:
         make_rules(self.to_dict())
         AMEDPredictor(**self.predictor_config())
 
+    def check_prompts(self, needed: bool) -> None:
+        """Raises UserError where the network needs prompts and there are none, or the other way round."""
+        if needed and self.prompt_path is None:
+            raise UserError(f"{self.dataset_name} needs texts: give --prompt_path, a .txt or .csv file of captions")
+        for name in ("prompt_path", "tokenizer_path"):
+            if not needed and getattr(self, name) is not None:
+                raise UserError(f"--{name}: {self.dataset_name} is no text-to-image network; leave it out")
+
     @property
-    def evaluations(self) -> int:
-        """NFE of the student."""
+    def calls(self) -> int:
+        """Calls of the network that the student makes."""
         return AMEDPredictor(**self.predictor_config()).evaluations()
 
-    def folder_name(self, number: int) -> str:
-        """``<number>-<dataset_name>-<num_steps>-<NFE>-<student>-<teacher>-<M>-<schedule>[-afs][-desc]``."""
+    def folder_name(self, number: int, evals_per_call: int | None = None) -> str:
+        """``<number>-<dataset_name>-<num_steps>-<NFE>-<student>-<teacher>-<M>-<schedule>[-afs][-desc]``.
+
+        evals_per_call: of the network; None guesses it from the guidance.
+        """
+        if evals_per_call is None:
+            kind = self.guidance_type or ("cfg" if self.prompt_path is not None else None)
+            evals_per_call = 2 if kind == "cfg" and self.guidance_rate != 1 else 1
         schedule = "sigmas" if self.sigmas is not None else self.schedule_type
-        parts = [f"{number:05d}", self.dataset_name, self.num_steps, self.evaluations, self.sampler_stu]
+        parts = [f"{number:05d}", self.dataset_name, self.num_steps, self.calls * evals_per_call, self.sampler_stu]
         parts += [self.sampler_tea, self.M, schedule, *(["afs"] if self.afs else [])]
         return "-".join(str(part) for part in (*parts, *([self.desc] if self.desc else [])))
 

@@ -12,16 +12,20 @@ import shlex
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from models import create_model
+from models import create_model, use_tokenizer
 from solvers.loop import afs_direction
 from torch_utils import distributed
+from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
+from torch_utils.prompts import read_prompts
 from torch_utils.seeds import SeededGenerators, stream_seeds
 from training.checkpoint import save_predictor
 from training.config import AUTOCAST, TrainingOptions, code_version
@@ -61,12 +65,24 @@ class Distiller:
     """A predictor, its optimizer, and one iteration: an Adam step per interval of the student.
 
     net: a Denoiser; config: the predictor's configuration; batch: samples per iteration over all processes, of which
-    this process takes a contiguous share, ``batch_gpu`` per network call. Attributes: ``predictor``, ``optimizer``,
-    ``iteration`` (how many are done), ``sigmas``.
+    this process takes a contiguous share, ``batch_gpu`` per network call. prompts: for text-to-image networks, of which
+    every sample draws one. Attributes: ``predictor``, ``optimizer``, ``iteration`` (how many are done), ``sigmas``.
     """
 
-    def __init__(self, net, config: dict, *, batch, batch_gpu=None, lr=5e-3, seed=0, device="cpu", dtype=torch.float32):
-        self.net, self.batch, self.seed = net, batch, seed
+    def __init__(
+        self,
+        net,
+        config: dict,
+        *,
+        batch,
+        batch_gpu=None,
+        lr=5e-3,
+        seed=0,
+        prompts: Sequence[str] | None = None,
+        device="cpu",
+        dtype=torch.float32,
+    ):
+        self.net, self.batch, self.seed, self.prompts = net, batch, seed, prompts
         self.device, self.dtype = torch.device(device), dtype
         self.share = batch // distributed.world_size()
         self.chunk = min(batch_gpu or self.share, self.share)
@@ -90,6 +106,11 @@ class Distiller:
     def intervals(self) -> int:
         return len(self.sigmas) - 1
 
+    @property
+    def evaluations(self) -> int:
+        """NFE of the student, by the cost of the network's calls."""
+        return self.predictor.evaluations() * getattr(self.net, "evals_per_call", 1)
+
     def draw(self) -> list[tuple[torch.Tensor, dict]]:
         """(unit-variance noise, condition) of each micro-batch of the current iteration."""
         start = self.iteration * self.batch + distributed.rank() * self.share
@@ -98,8 +119,14 @@ class Distiller:
         for first in range(start, start + self.share, self.chunk):
             generators = SeededGenerators(stream_seeds(self.seed, first, self.chunk))
             latents = generators.randn(shape, self.dtype).to(self.device)
-            drawn.append((latents, self.net.make_cond(generators) if self.net.label_dim else {}))
+            drawn.append((latents, self._condition(generators)))
         return drawn
+
+    def _condition(self, generators: SeededGenerators) -> dict:
+        if self.prompts is not None:
+            numbers = generators.randint(len(self.prompts)).tolist()
+            return self.net.make_cond(generators, prompts=[self.prompts[number] for number in numbers])
+        return self.net.make_cond(generators) if self.net.label_dim else {}
 
     def step(self, micro_batches: list[tuple[torch.Tensor, dict]]) -> torch.Tensor:
         """One iteration; returns the statistics [intervals, 4] (see STATISTICS), means over all processes.
@@ -259,6 +286,7 @@ class Run:
             "elapsed": self.elapsed,
             "options": self.options.to_dict(),
             "network_hash": self.provenance["network_hash"],
+            "prompts_sha256": self.provenance.get("prompts_sha256"),
         }
         on_main(save_state, self.folder, self.nimg // 1000, {**state, **more})
         self._saved_at = self.distiller.iteration
@@ -320,8 +348,21 @@ def _load_network(options: TrainingOptions, device: torch.device):
         net = net.to(memory_format=torch.channels_last)
     if options.afs:  # before a folder is made: the network may not know what afs="data" needs
         afs_direction(net, torch.zeros(1, net.img_channels, 1, 1, device=device), torch.ones(()), options.afs)
-    if options.model_path is not None:
-        options.model_path = str(Path(options.model_path).resolve())
+    needs_prompts = getattr(net, "takes_prompts", False)
+    options.check_prompts(needs_prompts)
+    if options.tokenizer_path is not None:
+        use_tokenizer(net, options.tokenizer_path)
+    # What the network did by itself is written down, so that the predictor does not depend on defaults.
+    if needs_prompts:
+        options.guidance_type = options.guidance_type or "cfg"
+    elif options.guidance_type == "none":
+        options.guidance_type = None
+    if options.guidance_rate is None:
+        options.guidance_rate = getattr(net, "guidance_rate", 0.0)
+    for name in ("model_path", "prompt_path", "tokenizer_path"):
+        value = getattr(options, name)
+        if value is not None and Path(value).exists():  # otherwise the id of a repository
+            setattr(options, name, str(Path(value).resolve()))
     return net
 
 
@@ -330,6 +371,7 @@ def _provenance(net, options: TrainingOptions) -> dict:
         "dataset_name": options.dataset_name,
         "network": Path(net.source_path).name,
         "network_hash": net.weights_hash,
+        **({"prompts_sha256": sha256_of(options.prompt_path)} if options.prompt_path is not None else {}),
         "code_version": code_version(),
         "torch": torch.__version__,
         "seed": options.seed,
@@ -339,9 +381,10 @@ def _provenance(net, options: TrainingOptions) -> dict:
     }
 
 
-def _choose_folder(options: TrainingOptions, run_dir) -> Path:
+def _choose_folder(options: TrainingOptions, net, run_dir) -> Path:
     if run_dir is None and not options.nosubdir:
-        return on_main(create_run_folder, options.outdir, options.folder_name)
+        name = partial(options.folder_name, evals_per_call=getattr(net, "evals_per_call", 1))
+        return on_main(create_run_folder, options.outdir, name)
     return on_main(use_folder, options.outdir if run_dir is None else run_dir)
 
 
@@ -349,6 +392,9 @@ def _restore(distiller: Distiller, options: TrainingOptions, state: dict, net, f
     """Puts the state of an interrupted run back; returns the seconds it has trained."""
     if state["network_hash"] != net.weights_hash:
         raise UserError(f"{net.source_path} is not the network that {folder} was trained on (another SHA-256)")
+    prompts = sha256_of(options.prompt_path) if options.prompt_path is not None else None
+    if state.get("prompts_sha256") != prompts:
+        raise UserError(f"{options.prompt_path} does not hold the prompts that {folder} was trained on")
     if state["iteration"] * options.batch >= options.total_kimg * 1000 - 1e-6:
         reached = f"{state['iteration'] * options.batch / 1000:g} kimg"
         raise UserError(f"{folder} has reached {reached}: pass a larger --total_kimg to train on")
@@ -373,6 +419,7 @@ def train_predictor(options: TrainingOptions | dict, device="cpu", run_dir=None,
     if options.seed is None:
         options.seed = distributed.broadcast_object(secrets.randbelow(1 << 31))
     torch.backends.cudnn.benchmark = options.bench
+    prompts = None if options.prompt_path is None else list(read_prompts(options.prompt_path).values())
     net = _load_network(options, device)
     distiller = Distiller(
         net,
@@ -381,6 +428,7 @@ def train_predictor(options: TrainingOptions | dict, device="cpu", run_dir=None,
         batch_gpu=options.batch_gpu,
         lr=options.lr,
         seed=options.seed,
+        prompts=prompts,
         device=device,
     )
     provenance = _provenance(net, options)
@@ -389,15 +437,14 @@ def train_predictor(options: TrainingOptions | dict, device="cpu", run_dir=None,
         elapsed = _restore(distiller, options, on_main(load_newest_state, run_dir), net, run_dir)
         folder = Path(run_dir)
     else:
-        folder = _choose_folder(options, run_dir)
+        folder = _choose_folder(options, net, run_dir)
     run = Run(distiller, options, folder, provenance, elapsed)
     _announce(run, net, device, resume)
     try:
         run.loop()
     except torch.OutOfMemoryError:
         raise UserError(f"{device} is out of memory: lower --batch-gpu (now {distiller.chunk})") from None
-    nfe = distiller.predictor.evaluations()
-    run.log.say(f"trained {run.predictor_path} NFE={nfe} in {run.elapsed:.1f} s")
+    run.log.say(f"trained {run.predictor_path} NFE={distiller.evaluations} in {run.elapsed:.1f} s")
     return run.predictor_path
 
 
@@ -412,7 +459,7 @@ def _announce(run: Run, net, device: torch.device, resume: bool) -> None:
     run.log.say(f"{'Continuing' if resume else 'Training'} in {run.folder}")
     run.log.say(
         f"{config['sampler_stu']} taught by {config['sampler_tea']} (M={config['M']}) on {options.dataset_name} "
-        f"({Path(net.source_path).name}), {config['num_steps']} time stamps, NFE {distiller.predictor.evaluations()}"
+        f"({Path(net.source_path).name}), {config['num_steps']} time stamps, NFE {distiller.evaluations}"
     )
     run.log.say(f"noise levels {_numbers(distiller.sigmas)}; seed {options.seed}")
     steps = f"{len(distiller.losses)} x {distiller.chunk}" if len(distiller.losses) > 1 else f"{distiller.chunk}"
