@@ -29,6 +29,7 @@ from models import create_model, use_tokenizer, zoo
 from solvers import SOLVERS, SampleInfo, make_rule, resolve_sigmas, sample
 from solvers.flags import SCHEDULE_NAMES, rule_flags, rule_option_names, schedule_flags
 from solvers.loop import afs_direction
+from solvers.schedule_file import Schedule, schedule_file_flag, use_schedule
 from torch_utils import distributed
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
@@ -61,6 +62,7 @@ class Settings:
     sigma_min: float | None = None
     sigma_max: float | None = None
     sigmas: list[float] | None = None  # replaces the five settings above
+    sigmas_net: list[float] | None = None  # what the network is told in their place
     afs: bool | str = False
     options: dict = field(default_factory=dict)  # of the solver
     original_code: bool = False  # of solver and schedule
@@ -74,7 +76,7 @@ class Settings:
 
     def arguments(self) -> dict:
         """Keyword arguments of ``solvers.sample``."""
-        names = ("solver", *SCHEDULE_NAMES, "sigmas", "afs", "denoise_to_zero", "original_code")
+        names = ("solver", *SCHEDULE_NAMES, "sigmas", "sigmas_net", "afs", "denoise_to_zero", "original_code")
         return {name: getattr(self, name) for name in names} | self.options
 
     def resolve(self, net) -> torch.Tensor:
@@ -104,6 +106,7 @@ def settings_from_flags(options: dict, given: set[str]) -> Settings:
     values = {name: options[name] for name in names}
     if options["sigmas"] is not None:
         values["num_steps"] = len(options["sigmas"])
+    values["sigmas_net"] = options.get("sigmas_net")  # only a schedule file has them
     return Settings(**values, options=explicit, original_code=bool(options["original_code"]))
 
 
@@ -479,12 +482,15 @@ def write_images(batches: Iterator[Batch], folder: Folder, nfe: int, progress) -
             progress.update(len(result.seeds))
 
 
-def run(options: dict, given: set[str], device: torch.device) -> None:
+def run(options: dict, given: set[str], device: torch.device, schedule: Schedule | None = None) -> None:
     """Everything between the flags and the last file; every process of a torchrun calls it."""
     seeds = parse_seeds(options["seeds"])
     settings, predictor, predictor_file = open_predictor(options, given)
     prompts = read_text(options["prompt"], settings.dataset_name, seeds)
     net = open_network(settings, options, predictor, device)
+    if schedule is not None and distributed.rank() == 0:
+        for line in schedule.warnings(net, settings.solver, settings.afs):
+            print(f"Warning: {line}", file=sys.stderr)
     check_text(net, settings.dataset_name, options, prompts)
     record = describe_run(settings, options, net, predictor_file, device)
     default = Path("samples") / settings.dataset_name / f"{settings.solver}_nfe{record['nfe']}"
@@ -550,6 +556,7 @@ def _plain_solvers() -> str:
 )
 @click.option("--solver", metavar="NAME", help=f"Plain solver: {_plain_solvers()}")
 @schedule_flags
+@schedule_file_flag
 @rule_flags
 @click.option("--denoise_to_zero", type=bool, default=False, show_default=True, help="One more evaluation at the end")
 @click.option("--guidance_type", metavar="NAME", help="Guidance, where the network takes one")
@@ -591,9 +598,10 @@ def main(ctx, **options):
         if "amp" in given and options["amp"] != "fp16":
             raise UserError(f"--use_fp16=True means --amp=fp16, but --amp={options['amp']} was given; choose one")
         options["amp"] = "fp16"
+    schedule = use_schedule(options, given)
     device = distributed.init(options["device"])
     try:
-        run(options, given, device)
+        run(options, given, device, schedule)
     finally:
         distributed.shutdown()
 

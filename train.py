@@ -15,6 +15,7 @@ import click
 from click.core import ParameterSource
 
 from solvers import SCHEDULES
+from solvers.schedule_file import schedule_file_flag, use_schedule
 from torch_utils import distributed
 from torch_utils.errors import UserError
 from training.config import AUTOCAST, CHANGEABLE, STUDENTS, TEACHERS, TrainingOptions
@@ -86,6 +87,7 @@ COUNT = click.IntRange(min=1)
 @option("sigma_min", POSITIVE, "Lowest noise level (default: the network's)")
 @option("sigma_max", POSITIVE, "Highest noise level (default: the network's)")
 @option("sigmas", FloatList(), "Explicit noise levels, descending; they replace num_steps and schedule_*")
+@schedule_file_flag
 @option("afs", AFSType(), "Analytical first step; 'data' uses the mean and spread of the training data")
 @option("scale_dir", click.FloatRange(0, 1, max_open=True), "Directions are scaled by up to 1 +- this")
 @option("scale_time", click.FloatRange(0, 1, max_open=True), "Noise levels shown to the network, by up to 1 +- this")
@@ -123,6 +125,9 @@ COUNT = click.IntRange(min=1)
 def main(ctx, device, resume, dry_run, **values):
     """Distil an AMED predictor for a pretrained network."""
     given = {name for name in values if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE}
+    schedule = use_schedule(values, given)
+    if schedule is not None and values.pop("sigmas_net") is not None:
+        raise UserError("--schedule: it tells the network other noise levels than its own, which training cannot do")
     device = distributed.init(device)
     try:
         folder = None
@@ -138,7 +143,7 @@ def main(ctx, device, resume, dry_run, **values):
             distributed.print0(json.dumps(options.to_dict(), indent=2))
             distributed.print0(f"Would run on {device}, in {folder or options.folder_name(0)}")
             return
-        train_predictor(options, device, folder, resume=folder is not None)
+        train_predictor(options, device, folder, resume=folder is not None, schedule=schedule)
     except Interrupted as stop:
         sys.exit(stop.exit_code)
     finally:

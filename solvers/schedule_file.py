@@ -150,7 +150,7 @@ def schedule_file_flag(command):
 
 
 def use_schedule(options: dict, given: set[str]) -> Schedule | None:
-    """Takes --schedule out of the flags and puts its noise levels in the place of --sigmas.
+    """Takes --schedule out of the flags and puts its noise levels in the place of --sigmas (and sigmas_net).
 
     options: all flags of a command line by name, changed here; given: those that the user wrote. UserError where
     another flag of the schedule was given as well.
@@ -162,6 +162,6 @@ def use_schedule(options: dict, given: set[str]) -> Schedule | None:
     extra = [name for name in (*SCHEDULE_NAMES, "sigmas") if name in given]
     if extra:
         raise UserError(f"--schedule is the whole schedule: leave out --{extra[0]}")
-    options["sigmas"] = list(schedule.sigmas)
+    options["sigmas"], options["sigmas_net"] = list(schedule.sigmas), schedule.sigmas_net
     given.add("sigmas")
     return schedule

@@ -1,5 +1,6 @@
 """The schedule file: it comes back as it was written, bad ones get one clear line, and it stands in for --sigmas."""
 
+import importlib
 import json
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 from solvers.flags import schedule_flags
 from solvers.schedule_file import FORMAT, Schedule, load_schedule, save_schedule, schedule_file_flag, use_schedule
 from torch_utils.errors import UserError
+from training.checkpoint import load_predictor
 
 SIGMAS = [80.0, 1 / 3, 0.002]
 
@@ -161,3 +163,31 @@ def test_flag_mistakes(tmp_path):
     ):
         done, _ = flags_of(*arguments)
         assert done.exit_code == 2 and message in done.output and len(done.output.splitlines()) == 1
+
+
+def run(script, *arguments):
+    return CliRunner().invoke(importlib.import_module(script).main, list(arguments), catch_exceptions=False)
+
+
+def test_the_schedule_of_a_file_reaches_sampling_and_training(tmp_path):
+    """The noise levels unchanged, what the network is told besides, and a warning for another solver or network."""
+    sigmas, told = [80.0, 5.0, 0.002], [79.0, 5.1, 0.002]
+    path = tmp_path / "s.json"
+    save_schedule(path, make(sigmas=sigmas, sigmas_net=told, network_hash="0" * 64))
+    common = ["--dataset_name=digits", f"--schedule={path}"]
+    done = run("sample", *common, "--solver=euler", "--seeds=0-1", f"--outdir={tmp_path / 'images'}")
+    assert done.exit_code == 0, done.output
+    assert "found for another network" in done.output and "for the solver 'ipndm', not for 'euler'" in done.output
+    recorded = json.loads((tmp_path / "images" / "sampling.json").read_text())["settings"]
+    assert recorded["sigmas"] == sigmas and recorded["sigmas_net"] == told
+    refused = run("train", *common, f"--outdir={tmp_path / 'exps'}", "--sampler_stu=euler")
+    assert refused.exit_code == 2 and "which training cannot do" in refused.output
+    save_schedule(path, make(sigmas=sigmas, sigmas_net=None))
+    wanted = ["--sampler_stu=ipndm", "--sampler_tea=ipndm", "--batch=2", "--total_kimg=0.002", "--M=0", "--afs=False"]
+    done = run("train", *common, *wanted, f"--outdir={tmp_path / 'exps'}")
+    assert done.exit_code == 0, done.output
+    (predictor,) = (tmp_path / "exps").glob("*/predictor-*.safetensors")
+    assert load_predictor(predictor).config["sigmas"] == sigmas
+    for script, more in (("sample", ["--solver=euler"]), ("train", [])):
+        done = run(script, *common, *more, "--num_steps=4")
+        assert done.exit_code == 2 and "--schedule is the whole schedule: leave out --num_steps" in done.output

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from models import create_model, use_tokenizer
 from solvers.loop import afs_direction
+from solvers.schedule_file import Schedule
 from torch_utils import distributed
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
@@ -405,12 +406,14 @@ def _restore(distiller: Distiller, options: TrainingOptions, state: dict, net, f
     return float(state["elapsed"])
 
 
-def train_predictor(options: TrainingOptions | dict, device="cpu", run_dir=None, resume: bool = False) -> Path:
+def train_predictor(
+    options: TrainingOptions | dict, device="cpu", run_dir=None, resume: bool = False, schedule: Schedule | None = None
+) -> Path:
     """Trains a predictor and returns its file, ``<folder>/predictor-<kimg>.safetensors``.
 
     options: TrainingOptions, or a dict of its fields. run_dir: the folder to use; None makes the next numbered one in
     ``options.outdir``. resume: continue the run in run_dir from its newest state (``options`` are then those of that
-    state). Every process of a torchrun calls this. Raises UserError for settings that cannot work and for a loss that
+    state). schedule: the file that options.sigmas come from; what it was not made for is pointed out. Every process of a torchrun calls this. Raises UserError for settings that cannot work and for a loss that
     is not finite, Interrupted after Ctrl-C or SIGTERM, when everything is saved.
     """
     options = TrainingOptions.from_dict(options) if isinstance(options, dict) else copy.copy(options)
@@ -440,6 +443,8 @@ def train_predictor(options: TrainingOptions | dict, device="cpu", run_dir=None,
         folder = _choose_folder(options, net, run_dir)
     run = Run(distiller, options, folder, provenance, elapsed)
     _announce(run, net, device, resume)
+    for line in [] if schedule is None else schedule.warnings(net, options.sampler_stu, options.afs):
+        run.log.say(f"Warning: {line}")
     try:
         run.loop()
     except torch.OutOfMemoryError:
