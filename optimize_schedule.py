@@ -81,6 +81,8 @@ def run(options: dict, given: set[str], device: torch.device) -> None:
     solver_options, method_options = split_options(options, given)
     dest = Path(options["dest"])
     distributed.barrier()  # nobody looks for the file while a faster process may be writing it
+    if dest.is_dir():
+        raise UserError(f"--dest={dest} is a folder; name the file to write")
     if dest.exists() and not options["overwrite"]:
         raise UserError(f"{dest} exists: choose another --dest, or --overwrite=True to replace it")
     problem = Problem(

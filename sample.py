@@ -426,8 +426,8 @@ def check_network(net, settings: Settings, predictor, device: torch.device) -> N
 
 def recorded_settings(settings: Settings, options: dict, net, predictor_file: Path | None) -> dict:
     """What the images depend on, with the defaults of the solver and the noise levels spelled out."""
-    rule = settings.rule()
-    recorded = asdict(settings)
+    rule, sigmas = settings.rule(), settings.resolve(net)
+    recorded = asdict(settings) | {"fingerprint": rule.bind(net, sigmas).fingerprint}
     for name in recorded.pop("options") | rule.options:
         value = getattr(rule, name)
         recorded[name] = str(value) if value in (math.inf, -math.inf) else value  # JSON has no infinity
@@ -435,7 +435,7 @@ def recorded_settings(settings: Settings, options: dict, net, predictor_file: Pa
     recorded["guidance_rate"] = getattr(net, "guidance_rate", settings.guidance_rate)
     return recorded | {
         **recorded_text(options),
-        "sigmas": settings.resolve(net).tolist(),
+        "sigmas": sigmas.tolist(),
         "class": options["class_idx"],
         "amp": options["amp"],
         "network_sha256": net.weights_hash,

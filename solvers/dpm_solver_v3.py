@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from solvers.rules import Option, Rule, State, order_option, register
+from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
 from torch_utils.tensor_file import json_entry, read_safetensors, write_safetensors
 
@@ -219,6 +220,11 @@ def _read(path: str, stamp: int) -> Statistics:
 
 
 @functools.lru_cache(maxsize=2)
+def _digest(path: str, stamp: int) -> str:
+    return sha256_of(path)
+
+
+@functools.lru_cache(maxsize=2)
 def _steps_of_file(path: str, stamp: int, sigmas: tuple[float, ...]) -> list[Step]:
     return _steps(_read(path, stamp), sigmas)
 
@@ -280,6 +286,7 @@ class DPMSolverV3(Rule):
     one_step = False
     can_learn = False
     can_teach = False
+    fingerprint: str | None = None  # SHA-256 of the file in use, once bound: the images depend on it
 
     def bind(self, net, sigmas):
         bound = copy.copy(self)
@@ -301,6 +308,7 @@ class DPMSolverV3(Rule):
         key = (str(path.resolve()), path.stat().st_mtime_ns)
         _check(_read(*key), net, bound.grid, str(path))
         bound.steps = _steps_of_file(*key, bound.grid)
+        bound.fingerprint = _digest(*key)
         return bound
 
     def order(self, i: int, intervals: int) -> int:

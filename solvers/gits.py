@@ -149,17 +149,20 @@ def gits_indices(cost, num_steps: int, coeff: float = 1.15, second: int = 1) -> 
     return [*chain, len(cost) - 1]
 
 
-def insert_afs_point(net, latents, targets, sigmas, indices: list[int], *, solver: str, **settings) -> list[int]:
+def insert_afs_point(
+    net, latents, targets, sigmas, indices: list[int], *, solver: str, noise=None, **settings
+) -> list[int]:
     """``indices`` with one more point between the first two, which costs nothing under AFS.
 
     All points of the teacher's grid between them are tried with the student (solver and settings as in ``sample``), and
     the one whose samples end nearest to the teacher's (mean L2 distance to targets [B,C,H,W]) is taken. Without a point
-    between them the list is returned as it is.
+    between them the list is returned as it is. noise: gives, for every trial anew, the ``noise`` of a stochastic student.
     """
     best, least = list(indices), float("inf")
     for k in range(indices[0] + 1, indices[1]):
         chain = [indices[0], k, *indices[1:]]
-        x = sample(net, latents, solver=solver, sigmas=sigmas[chain], **{"afs": True, **settings})
+        drawn = None if noise is None else noise()
+        x = sample(net, latents, solver=solver, sigmas=sigmas[chain], noise=drawn, **{"afs": True, **settings})
         distance = float((x - targets).flatten(1).norm(dim=1).mean())
         if distance < least:
             best, least = chain, distance

@@ -74,9 +74,11 @@ class Solver:
         if predictor is not None and not rule.can_learn:
             raise UserError(f"no predictor can be inserted into the solver '{rule.name}'")
         self.net, self.rule, self.sigmas = net, rule.bind(net, sigmas), sigmas
-        self.sigmas_net = sigmas if sigmas_net is None else torch.as_tensor(sigmas_net, dtype=sigmas.dtype).to(sigmas.device)
-        if self.sigmas_net.shape != sigmas.shape or not (self.sigmas_net > 0).all():
-            raise UserError(f"sigmas_net must be {len(sigmas)} positive numbers, one per noise level")
+        self.sigmas_net = None
+        if sigmas_net is not None:
+            self.sigmas_net = torch.as_tensor(sigmas_net, dtype=sigmas.dtype).to(sigmas.device)
+            if self.sigmas_net.shape != sigmas.shape or not (self.sigmas_net > 0).all():
+                raise UserError(f"sigmas_net must be {len(sigmas)} positive numbers, one per noise level")
         self.afs, self.predictor, self.cond = afs, predictor, dict(cond or {})
         self.observer, self._noise = observer, noise
         self.nfe = 0
@@ -116,10 +118,18 @@ class Solver:
         self.nfe += getattr(self.net, "evals_per_call", 1)
         return self.net(x, sigma, **self.cond).to(x.dtype)
 
-    def direction(self, x, sigma, scale_time=None):
-        """d = (x - D) / sigma; scale_time changes only the noise level that the network is told."""
-        told = sigma if scale_time is None else scale_time * sigma
-        return (x - self.denoise(x, told)) / sigma
+    def told(self, i, r=None):
+        """What the network is told at point i, or, for a given r, at sigmas[i + 1]^r sigmas[i]^(1 - r); None where that is
+        the noise level itself."""
+        levels = self.sigmas_net
+        if levels is None:
+            return None
+        return levels[i] if r is None else levels[i + 1] ** r * levels[i] ** (1 - r)
+
+    def direction(self, x, sigma, scale_time=None, told=None):
+        """d = (x - D) / sigma; told (see there) and scale_time change only the noise level that the network is told."""
+        told = sigma if told is None else told.to(x.dtype)
+        return (x - self.denoise(x, told if scale_time is None else scale_time * told)) / sigma
 
     def direction_at(self, x, i):
         """The direction at point i of the schedule, shown to the observer; at point 0 the analytical one under AFS.
@@ -131,7 +141,7 @@ class Solver:
             if i == 0 and self.afs:
                 d = afs_direction(self.net, x, sigma, self.afs)
             else:
-                d = (x - self.denoise(x, self.sigmas_net[i].to(x.dtype))) / sigma
+                d = self.direction(x, sigma, told=self.told(i))
         if self.observer is not None:
             self.observer(i, sigma, x, x - sigma * d)
         return d
@@ -248,7 +258,8 @@ def sample(
                     getattr(info, name).append(value.flatten())
     x = state.x
     if denoise_to_zero:
-        x = run.denoise(x, times[-1].to(x.dtype))
+        last = run.told(-1)
+        x = run.denoise(x, (times[-1] if last is None else last).to(x.dtype))
         points.append(x)
     info.nfe = run.nfe
     result = torch.stack(points) if return_trajectory else x

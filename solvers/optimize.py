@@ -190,8 +190,8 @@ def run_gits(
         raise UserError("GITS needs a num_warmup of at least 1 and a num_steps_tea of at least 2")
     afs = problem.afs
     inserts = bool(afs) and not original_code
-    if inserts and problem.num_steps < 3:
-        raise UserError("GITS under AFS needs num_steps of at least 3: one point is the free one")
+    if inserts and min(problem.num_steps, num_steps_tea) < 3:
+        raise UserError("GITS under AFS needs num_steps and num_steps_tea of at least 3: one point is the free one")
     count, second = (problem.num_steps - 1, 2) if inserts else (problem.num_steps, 1)
     gits_indices(torch.zeros(num_steps_tea, num_steps_tea), count, coeff, second)  # says at once what is impossible
     shared = {
@@ -199,6 +199,11 @@ def run_gits(
         for name, value in problem.options.items()
         if name in SHARED_OPTIONS and name in SOLVERS[solver_tea].options
     }
+    if shared.get("max_order") is not None:  # a teacher that has no such high order takes its highest
+        shared["max_order"] = min(shared["max_order"], SOLVERS[solver_tea].highest_order)
+    if afs:  # the student is tried in the end; what it is not prepared for is said before that
+        ends = (problem.sigma_min, problem.sigma_max)
+        problem.rule().bind(problem.net, resolve_sigmas(problem.net, problem.num_steps, "logsnr", 1, *ends))
     teacher = {
         "num_steps": num_steps_tea,
         "schedule_type": schedule_type,
@@ -238,7 +243,12 @@ def run_gits(
             latents, cond = problem.noise(batches[-1])
             of_teacher = afs if original_code else False
             states, _, _ = teacher_trajectory(problem.net, latents, solver_tea, cond=cond, afs=of_teacher, **teacher)
-            student = {"solver": problem.solver, "afs": afs, "cond": cond, **problem.options}
+
+            def noise():  # the same in every trial
+                generators = SeededGenerators(stream_seeds(problem.seed, -len(latents), len(latents)))
+                return lambda: generators.randn(latents.shape[1:])
+
+            student = {"solver": problem.solver, "afs": afs, "cond": cond, "noise": noise, **problem.options}
             chain = insert_afs_point(problem.net, latents, states[-1], grid, chain, **student)
     return Found(grid[distributed.broadcast_object(chain)])
 

@@ -83,6 +83,7 @@ class Rule:
     can_learn: bool = True  # may a predictor be inserted?
     needs_predictor: bool = False
     stochastic: bool = False  # draws noise while sampling
+    fingerprint: str | None = None  # of a file that the bound rule steps with: the images depend on it
     max_order: int = 1
     highest_order: int = 1  # the option max_order may be 1..highest_order
 
@@ -142,7 +143,8 @@ class Rule:
         r, scale_dir, scale_time = run.predict(state.x, i)
         mid = nxt**r * cur ** (1 - r)
         state = self.step(run, state, d, cur, mid)
-        return self.step(run, state, run.direction(state.x, mid, scale_time), mid, nxt, scale_dir)
+        d_mid = run.direction(state.x, mid, scale_time, run.told(i, r))
+        return self.step(run, state, d_mid, mid, nxt, scale_dir)
 
     def step(self, run, state, d, sigma, target, scale=1.0) -> State:
         """Remembers the evaluation d at sigma and makes one update from there to ``target``."""
@@ -281,7 +283,7 @@ class TwoStageRule(Rule):
         d = run.direction_at(x, i)
         r, scale_dir, scale_time = (self.r, 1.0, None) if run.predictor is None else run.predict(x, i)
         mid = nxt**r * cur ** (1 - r)
-        d_mid = run.direction(x + (mid - cur) * d, mid, scale_time)
+        d_mid = run.direction(x + (mid - cur) * d, mid, scale_time, run.told(i, r))
         return State(x + scale_dir * (nxt - cur) * self.combine(d, d_mid, r), (), state.updates + 1)
 
     def combine(self, d, d_mid, r):
@@ -328,4 +330,4 @@ def make_rule(solver: str, explicit: dict | None = None, common: dict | None = N
         raise UserError(f"unknown solver '{solver}'; choose from {', '.join(SOLVERS)}")
     cls = SOLVERS[solver]
     chosen = {k: v for k, v in (common or {}).items() if k in cls.options}
-    return cls(**chosen, **(explicit or {}))
+    return cls(**{**chosen, **(explicit or {})})

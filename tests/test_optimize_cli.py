@@ -18,6 +18,7 @@ from solvers.optimize import METHODS, Found, Method, Problem
 from solvers.rules import Option
 from solvers.schedule_file import load_schedule
 from torch_utils.errors import UserError
+from torch_utils.seeds import SeededGenerators
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER_STEPS, SAMPLES = 9, 4
@@ -160,6 +161,21 @@ def test_a_teacher_of_lower_order_takes_its_highest():
     of_three = toy_problem(solver="ipndm", options={"max_order": 3})
     found = [optimize.optimize(problem, "gits", options) for problem in (of_four, of_three)]
     assert found[0].sigmas == found[1].sigmas and found[0].solver_options == {"max_order": 4}
+
+
+def test_a_stochastic_student_draws_from_the_seed(monkeypatch):
+    """Every trial the same, and nothing from the global generator."""
+    drawn, randn = [], SeededGenerators.randn
+    monkeypatch.setattr(SeededGenerators, "randn", lambda *a, **k: drawn.append(randn(*a, **k)) or drawn[-1])
+    monkeypatch.delattr(torch, "randn_like")
+    options = {"num_steps_tea": 9, "num_warmup": 4}
+    found = optimize.optimize(
+        toy_problem(solver="edm", options={"S_churn": 30.0}, afs=True, num_steps=3), "gits", options
+    )
+    # Latents for the costs and for the trials; then of all seven points in between two intervals of noise each.
+    assert len(found.sigmas) == 3 and len(drawn) == 2 + 7 * 2
+    assert all(torch.equal(noise, drawn[2 + index % 2]) for index, noise in enumerate(drawn[2:]))
+    assert not torch.equal(drawn[2], drawn[1])
 
 
 def test_seeds():

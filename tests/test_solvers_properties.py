@@ -318,7 +318,7 @@ def test_scale_time_changes_only_what_the_network_is_told():
     assert [float(c) for c in net.calls] == pytest.approx([1.0, 0.7 * 1.1], rel=1e-14)
 
 
-@pytest.mark.parametrize("solver", ["euler", "ipndm", "dpmpp", "unipc", "heun"])
+@pytest.mark.parametrize("solver", ["euler", "ipndm", "dpmpp", "unipc", "heun", "edm", "pfdiff"])
 def test_decoupled_noise_levels_change_only_what_the_network_is_told(solver):
     """LD3's decoupled times: a network that undoes the change gives the same samples."""
     sigmas = grid(4, "logsnr")
@@ -326,15 +326,16 @@ def test_decoupled_noise_levels_change_only_what_the_network_is_told(solver):
 
     class Undoing(Gaussian):
         def forward(self, x, sigma, **cond):
-            at = (told - sigma).abs().argmin()
-            return super().forward(x, sigmas[at] if torch.equal(told[at], sigma) else sigma, **cond)
+            return super().forward(x, sigmas[(told - sigma).abs().argmin()], **cond)
 
     options = {"solver": solver, "sigmas": sigmas, **(DPMPP if solver in ("dpmpp", "unipc") else {})}
-    expected = sample(Gaussian(), noise(), **options)
-    torch.testing.assert_close(sample(Undoing(), noise(), sigmas_net=told, **options), expected, rtol=0, atol=1e-13)
-    assert not torch.allclose(sample(Gaussian(), noise(), sigmas_net=told, **options), expected)
-    same = sample(Gaussian(), noise(), sigmas_net=sigmas.tolist(), **options)
-    assert torch.equal(same, expected)
+    expected = sample(Gaussian(), noise(), denoise_to_zero=True, **options)
+    found = sample(Undoing(), noise(), denoise_to_zero=True, sigmas_net=told, **options)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+    changed = sample(Gaussian(), noise(), denoise_to_zero=True, sigmas_net=told, **options)
+    assert not torch.allclose(changed, expected)
+    same = sample(Gaussian(), noise(), denoise_to_zero=True, sigmas_net=sigmas.tolist(), **options)
+    torch.testing.assert_close(same, expected, rtol=0, atol=1e-14)
 
 
 # ---- the free first step ---------------------------------------------------------------------------------------------

@@ -367,11 +367,7 @@ class Comparison:
                 f" {self.range[1]:g}: these are different problems; give --sigma_max and --sigma_min, or leave it out"
             )
         check_network(self.net, settings, method.predictor, self.device)
-        rule = settings.rule().bind(self.net, settings.resolve(self.net))  # refuses what it is not prepared for
-        recorded = self._recorded(settings, method.predictor_file)
-        fingerprint = getattr(rule, "fingerprint", None)
-        if fingerprint is not None:  # a file that the rule steps with may be made anew under its name
-            recorded["fingerprint"] = fingerprint
+        recorded = self._recorded(settings, method.predictor_file)  # refuses what the rule is not prepared for
         key = digest_of([recorded, nfe, self.record])[:16]
         return Job(method, settings, nfe, tuple(requested), key)
 

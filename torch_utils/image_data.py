@@ -28,15 +28,20 @@ def atomic_path(dest: str | Path) -> Iterator[Path]:
     dest = Path(dest)
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
-        temporary = dest.parent / f".{dest.name}-{secrets.token_hex(6)}.part"
+        temporary = dest.parent / f".{dest.name[:80]}-{secrets.token_hex(6)}.part"
         temporary.open("xb").close()
         mode = temporary.stat().st_mode
     except OSError as exc:
         raise UserError(f"cannot write {dest}: {exc.strerror or exc}") from None
     try:
         yield temporary
-        os.chmod(temporary, mode)  # some writers (safetensors) put a file for the owner's eyes only in its place
-        os.replace(temporary, dest)
+        try:
+            if dest.is_dir():
+                raise IsADirectoryError(None, "it is a folder")
+            os.chmod(temporary, mode)  # some writers (safetensors) put a file for the owner's eyes only in its place
+            os.replace(temporary, dest)
+        except OSError as exc:
+            raise UserError(f"cannot write {dest}: {exc.strerror or exc}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

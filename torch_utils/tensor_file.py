@@ -1,15 +1,14 @@
 """Safetensors files: tensors by name and string metadata, written whole or not at all."""
 
 import json
-import os
 import struct
-from pathlib import Path
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
 from torch_utils.errors import UserError
+from torch_utils.image_data import atomic_path
 
 
 def is_safetensors(head: bytes) -> bool:
@@ -19,17 +18,12 @@ def is_safetensors(head: bytes) -> bool:
 
 def write_safetensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Writes to a temporary name in the same folder, then renames: a reader never sees half a file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(safetensors.torch.save(tensors, metadata))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        try:
+            temporary.write_bytes(safetensors.torch.save(tensors, metadata))
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def read_safetensors(data: bytes, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
