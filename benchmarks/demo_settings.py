@@ -83,12 +83,14 @@ def digits_jobs():
 
 def cifar10_jobs():
     data_afs, ranges = {"afs": "data"}, {"scale_dir": 0.2, "scale_time": 0.3}
-    uniform = {"schedule_type": "time_uniform", "schedule_rho": 1}
-    yield from cumulative(PAPER_AMED, data_afs, {"schedule_rho": 1.4}, {"schedule_rho": 2}, ranges)
-    yield {**PAPER_AMED, **data_afs, "M": 3}
-    yield from cumulative(PAPER_PLUGIN, data_afs, {"M": 4}, {"max_order": 3}, uniform, {"schedule_rho": 2}, ranges)
-    best = {**PAPER_PLUGIN, **data_afs, **uniform, "M": 4, "max_order": 3, "schedule_rho": 2}
-    yield {**best, "sampler_stu": "dpmpp", "sampler_tea": "ipndm", "thresholding": False}
+    yield from cumulative(PAPER_PLUGIN, data_afs, {"max_order": 3})
+    yield from cumulative(PAPER_AMED, data_afs, {"M": 3})
+    plugin = {**PAPER_PLUGIN, **data_afs}
+    yield {**plugin, "M": 4}
+    yield {**plugin, **ranges}
+    yield {**plugin, "sampler_stu": "dpmpp", "max_order": 3, "thresholding": False}
+    yield {**plugin, "schedule_type": "time_uniform", "schedule_rho": 1.4}
+    yield {**PAPER_AMED, **data_afs, "schedule_rho": 2}
 
 
 def demo_jobs(dataset_name):
