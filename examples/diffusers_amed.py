@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import torch
 
-from models.diffusers_model import import_diffusers
+from models.diffusers_model import load_diffusers
 from torch_utils.errors import UserError
 from torch_utils.image_data import atomic_path
 from torch_utils.seeds import parse_seeds
@@ -31,12 +31,11 @@ from torch_utils.seeds import parse_seeds
 @click.option("--time_only", is_flag=True, help="Do not let the predictor see the U-Net's bottleneck")
 def main(pipeline, predictor, prompt, guidance, seeds, outdir, device, time_only):
     """Samples one image per seed, all in one batch."""
-    diffusers = import_diffusers("this example")
-    from solvers.diffusers_scheduler import AMEDScheduler
+    net = load_diffusers(pipeline, device=device)  # runs no code of the pipeline, and says what is wrong with it
+    from solvers.diffusers_scheduler import AMEDScheduler  # needs diffusers
 
-    pipe = diffusers.DiffusionPipeline.from_pretrained(pipeline, use_safetensors=True).to(device)
-    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
-    pipe.scheduler = AMEDScheduler.from_predictor(predictor, pipe.scheduler.config, None if time_only else network)
+    pipe = net.pipeline
+    pipe.scheduler = AMEDScheduler.from_predictor(predictor, pipe.scheduler.config, None if time_only else net.network)
 
     seeds = parse_seeds(seeds)
     arguments = {

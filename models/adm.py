@@ -198,8 +198,7 @@ def build_adm(config: Mapping, state_dict, guidance_type, guidance_rate, device)
     config: {"model": ..., "classifier": ..., "noise_schedule": ...}, the last two optional. guidance_type "cg" has the rate
     1 unless one is given; without guidance, or with rate 0, the classifier is neither built nor needed.
     """
-    if not isinstance(config.get("model"), Mapping):
-        raise UserError("the configuration of an ADM network has the entries 'model' and, optionally, 'classifier'")
+    _check_parts(config)
     rate = (1.0 if guidance_rate is None else float(guidance_rate)) if guidance_type == "cg" else 0.0
     if not (math.isfinite(rate) and rate >= 0):
         raise UserError(f"guidance_rate {rate:g} has to be a number from 0 up")
@@ -210,6 +209,11 @@ def build_adm(config: Mapping, state_dict, guidance_type, guidance_rate, device)
         state_dict = {name: value for name, value in state_dict.items() if not name.startswith("classifier.")}
     fill_weights(net, state_dict, device)
     return net
+
+
+def _check_parts(config: Mapping) -> None:
+    if not isinstance(config.get("model"), Mapping) or not isinstance(config.get("classifier") or {}, Mapping):
+        raise UserError("the configuration of an ADM network has the entries 'model' and, optionally, 'classifier'")
 
 
 def load_adm(
@@ -231,13 +235,14 @@ def load_adm(
     Raises UserError for a file that is damaged or holds another network, and for guidance without a classifier.
     """
     config = choose_settings(PRESETS, dataset_name, config)
+    _check_parts(config)
     guided = guidance_type == "cg" and guidance_rate != 0
     if guided and path_classifier is None:
         raise UserError("guidance_type 'cg' needs the file of a classifier, such as 256x256_classifier.pt")
     parts = {"model": (path_model, ADM, unet_arguments(config["model"]))}
     if guided:
-        parts["classifier"] = (path_classifier, ADM_CLASSIFIER, classifier_arguments(config.get("classifier", {})))
-    weights, arguments = {}, {"noise_schedule": config.get("noise_schedule", "linear")}
+        parts["classifier"] = (path_classifier, ADM_CLASSIFIER, classifier_arguments(config.get("classifier") or {}))
+    weights, arguments = {}, dict(config)
     for part, (path, family, settings) in parts.items():
         tensors = read_weights(path)
         check_family(path, tensors, family)

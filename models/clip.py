@@ -16,19 +16,41 @@ from torch_utils.errors import MissingExtra, UserError
 DEFAULT_CLIP = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"
 
 _TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # either of these
-_SETTINGS = ("config.json", "preprocessor_config.json", "tokenizer_config.json", *sum(_TOKENIZERS, ()))
+TOKENIZER_FILES = (*sum(_TOKENIZERS, ()), "tokenizer_config.json")
+_SETTINGS = ("config.json", "preprocessor_config.json", *TOKENIZER_FILES)
 # In the order of transformers' preference; a repository often has the same weights in several of them.
 _WEIGHTS = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
-def import_transformers(purpose: str):
+def import_transformers(purpose: str, extra: str = "text"):
     """The package, without torchvision; raises MissingExtra where it is not installed."""
     try:
         import transformers
     except ImportError:
-        raise MissingExtra("transformers", "text", purpose) from None
+        raise MissingExtra("transformers", extra, purpose) from None
     return transformers
+
+
+def offline() -> bool:
+    """Whether AMED_OFFLINE=1 forbids downloads."""
+    return os.environ.get("AMED_OFFLINE", "") not in ("", "0")
+
+
+def hub_folder(name: str, patterns: Sequence[str], problem: str, remedy: str) -> str:
+    """Where these files of a repository of the Hugging Face hub are, or get, downloaded to. Needs transformers, of which
+    huggingface_hub is a part. Raises UserError, "problem (reason); remedy"; when ``offline``, unless its cache has them."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, allow_patterns=list(patterns), local_files_only=offline())
+    except (OSError, ValueError) as exc:
+        raise UserError(f"{problem} ({first_line(exc)}); {remedy}") from None
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Whether the files of a tokenizer are there. Without them CLIPTokenizer makes an empty one."""
+    return any(all((Path(folder) / name).is_file() for name in layout) for layout in _TOKENIZERS)
 
 
 class ClipNetwork:
@@ -121,7 +143,7 @@ class ClipNetwork:
         try:
             return load()
         except Exception as exc:  # the tokenizers library raises plain Exceptions for damaged files
-            raise UserError(f"--model={self.model}: its {what} cannot be used ({_first_line(exc)})") from exc
+            raise UserError(f"--model={self.model}: its {what} cannot be used ({first_line(exc)})") from exc
 
     def _check_tokenizer(self) -> None:
         text, end = self._network.config.text_config, self._tokenizer.eos_token_id
@@ -148,8 +170,7 @@ def clip_folder(model: str) -> tuple[str, str | None]:
     for name in ("config.json", "preprocessor_config.json"):
         if not (folder / name).is_file():
             raise UserError(f"--model={model}: no CLIP model in the format of transformers, it has no {name}")
-    # Without these files CLIPTokenizer makes an empty tokenizer.
-    if not any(all((folder / name).is_file() for name in layout) for layout in _TOKENIZERS):
+    if not has_tokenizer(folder):
         raise UserError(f"--model={model}: it has neither tokenizer.json nor vocab.json and merges.txt")
     if not _weight_files(folder):
         raise UserError(f"--model={model}: it has no weights (model.safetensors)")
@@ -157,16 +178,8 @@ def clip_folder(model: str) -> tuple[str, str | None]:
 
 
 def _from_hub(model: str, patterns: Sequence[str]) -> str:
-    from huggingface_hub import snapshot_download  # transformers depends on it
-
-    offline = os.environ.get("AMED_OFFLINE", "") not in ("", "0")
-    try:
-        return snapshot_download(model, allow_patterns=list(patterns), local_files_only=offline)
-    except (OSError, ValueError) as exc:
-        raise UserError(
-            f"--model={model}: no such folder, and the model cannot be had from the Hugging Face hub"
-            f" ({_first_line(exc)}); check the name and the network, or give a local folder"
-        ) from None
+    problem = f"--model={model}: no such folder, and the model cannot be had from the Hugging Face hub"
+    return hub_folder(model, patterns, problem, "check the name and the network, or give a local folder")
 
 
 def _weight_files(folder: str | Path) -> list[Path]:
@@ -181,7 +194,8 @@ def _digest(files: list[Path]) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def _first_line(exc: Exception) -> str:
+def first_line(exc: Exception) -> str:
+    """The message of a library's exception, fit for a line of one's own."""
     return (str(exc).strip().splitlines() or [type(exc).__name__])[0][:200]
 
 

@@ -15,16 +15,17 @@ import torch
 import torch.nn.functional as F
 
 from models import check_guidance
+from models.clip import import_transformers, offline
 from models.denoiser import BOTTLENECK_SIZE, Denoiser
 from models.edm import EDMDenoiser
-from models.ldm import DiscreteTime
+from models.ldm import DECODE_BATCH, DiscreteTime
 from torch_utils import distributed
 from torch_utils.download import sha256_of
 from torch_utils.errors import MissingExtra, UserError
+from torch_utils.prompts import batch_of_prompts
 
 EXTRA = "diffusers"
 _FIRST_STAGES = ("vae", "vqvae")
-_DECODE_BATCH = 8  # images decoded at a time: their feature maps, not the latents, fill the memory
 _ZERO_SNR_ALPHA = 2.0**-24  # stands for a = 0 at the last time, where sigma would be infinite; diffusers' own choice
 
 
@@ -262,6 +263,8 @@ class DiffusersDenoiser(Denoiser):
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """Latents [B,C,h,w] to images [B,3,H,W], about [-1, 1]; the identity for pixel models."""
         if self.first_stage_name is None:
+            if missing := [name for name in _FIRST_STAGES if name in self.pipeline.components]:
+                raise UserError(f"this pipeline was saved without its {missing[0]}: its latents cannot become images")
             return x
         first_stage = self.parts[self.first_stage_name]
         x = x.to(torch.float32)
@@ -271,7 +274,7 @@ class DiffusersDenoiser(Denoiser):
             x = x * std / first_stage.config.scaling_factor + mean
         else:
             x = x / first_stage.config.scaling_factor + (first_stage.config.get("shift_factor") or 0)
-        parts = x.to(first_stage.dtype).split(_DECODE_BATCH)
+        parts = x.to(first_stage.dtype).split(DECODE_BATCH)
         return torch.cat([first_stage.decode(part).sample.to(torch.float32) for part in parts])
 
 
@@ -331,14 +334,7 @@ class TextPipeline(DiffusersDenoiser):
         Raises UserError without prompts, with another number of them than ``generator`` has seeds, and for a pipeline
         without text encoders.
         """
-        if labels is not None:
-            raise UserError("this network takes prompts, not classes")
-        if prompts is None:
-            raise UserError("this network is conditioned on text: pass prompts")
-        count = None if generator is None else len(generator.seeds)
-        prompts = [prompts] * (count or 1) if isinstance(prompts, str) else list(prompts)
-        if count not in (None, len(prompts)):
-            raise UserError(f"{len(prompts)} prompts were given for a batch of {count}")
+        prompts = batch_of_prompts(prompts, None if generator is None else len(generator.seeds), labels)
         missing = [name for name in self.encoders if getattr(self.pipeline, name, None) is None]
         if missing:
             raise UserError(f"this pipeline was saved without its {missing[0]}: it cannot take prompts")
@@ -530,7 +526,8 @@ def load_diffusers(
     name, index = _read_index(folder, path_or_hub_id)
     denoiser, _ = PIPELINES[name]
     if issubclass(denoiser, TextPipeline):
-        _require_transformers()
+        import_transformers("a text-to-image pipeline", EXTRA)
+    _refuse_code(folder, index, path_or_hub_id)
     # What was saved without a part is loaded without it, which has to be said.
     unused = {part: None for part, entry in index.items() if part in _UNUSED or entry == [None, None]}
     if "safety_checker" in unused:
@@ -552,6 +549,8 @@ def load_diffusers(
         net = denoiser(pipeline, guidance_type, guidance_rate)
     except UserError as error:
         raise UserError(f"{path_or_hub_id}: {error}") from None
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{path_or_hub_id}: the configuration of a part is unusable ({error})") from error
     net.dataset_name = "diffusers"
     net.source_path = str(path_or_hub_id)
     part = folder / net.network_name
@@ -577,9 +576,10 @@ def _local_folder(diffusers, source, allow_pickle: bool) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
         raise UserError(f"there is no folder {source}, and it is not a hub id (owner/name)")
     with distributed.local_main_first():
-        config = _reading(source, diffusers.DiffusionPipeline.load_config, str(source))
+        offline_only = {"local_files_only": True} if offline() else {}
+        config = _reading(source, diffusers.DiffusionPipeline.load_config, str(source), **offline_only)
         _check_index(config, source)  # before gigabytes are downloaded
-        options = {"use_safetensors": None if allow_pickle else True, "trust_remote_code": False}
+        options = {"use_safetensors": None if allow_pickle else True, "trust_remote_code": False, **offline_only}
         return Path(_reading(source, diffusers.DiffusionPipeline.download, str(source), **options))
 
 
@@ -608,17 +608,21 @@ def _check_index(index, source) -> str:
             raise UserError(f"{source}: its '{part}' is code from '{library}', which is not run")
         if re.match("Auto(?!encoder)", str(kind)):  # such classes may choose code that comes with the weights
             raise UserError(f"{source}: its '{part}' is a {kind}; only definite classes are supported")
+        if str(kind).endswith("Pipeline"):  # with an index of its own, which nobody has looked at
+            raise UserError(f"{source}: its '{part}' is a whole pipeline, which is not supported")
+    if index.get("scheduler") in (None, [None, None]):
+        raise UserError(f"{source} was saved without its scheduler, which describes the noise of the network")
     found = index.get(denoiser.network_name)
     if not isinstance(found, list) or found[-1] != expected:
         raise UserError(f"{source}: its {denoiser.network_name} is {found}, but has to be a {expected}")
     return name
 
 
-def _require_transformers() -> None:
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        raise MissingExtra("transformers", EXTRA, "a text-to-image pipeline") from None
+def _refuse_code(folder: Path, index: Mapping, source) -> None:
+    """diffusers takes <part>/<library>.py for the library, whatever its name is, and asks for trust_remote_code only then."""
+    for part in index:
+        if code := next((folder / part).rglob("*.py"), None):
+            raise UserError(f"{source}: its '{part}' brings code ({code.name}), which is not run; remove the file")
 
 
 def _hash_weights(folder: Path) -> str:

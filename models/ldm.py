@@ -68,7 +68,7 @@ _TRAINING_ONLY = (
     *("original_elbo_weight", "scheduler_config", "use_positional_encodings", "v_posterior"),
 )
 
-_DECODE_BATCH = 8  # images decoded at a time: their feature maps, not the latents, fill the memory
+DECODE_BATCH = 8  # images decoded at a time: their feature maps, not the latents, fill the memory
 
 
 def _interpolate(x: torch.Tensor, xs: torch.Tensor, ys: torch.Tensor) -> torch.Tensor:
@@ -83,12 +83,17 @@ class DiscreteTime:
     log sqrt(a) is interpolated linearly between these times and extended linearly beyond them (Lu et al. 2022,
     appendix D.4), so that any sigma > 0 has a time. alphas_cumprod: [N], a at these times. The tables are rounded to
     float32, as a is in the checkpoints: far beyond the last time, the published continuation is that of rounded slopes.
+    Raises UserError for a table that is not of noise that grows.
     """
 
     def __init__(self, alphas_cumprod: torch.Tensor):
         steps = len(alphas_cumprod)
         log_alphas = alphas_cumprod.to(torch.float32).log() / 2
         times = torch.linspace(0, 1, steps + 1, dtype=torch.float32)[1:]
+        if steps < 2 or not (log_alphas.isfinite().all() and log_alphas[0] <= 0 and (log_alphas.diff() < 0).all()):
+            raise UserError(
+                "the noise table is unusable: the share of the image has to fall from step to step, above 0"
+            )
         self._tables = torch.stack([times, log_alphas])
         self._copies: dict = {}
 
@@ -101,18 +106,22 @@ class DiscreteTime:
     def __len__(self) -> int:
         return self._tables.shape[1]
 
-    def _tables_like(self, value: torch.Tensor) -> torch.Tensor:
+    def _with_tables(self, value) -> tuple[torch.Tensor, torch.Tensor]:
+        """value as a tensor of floats, and the tables like it."""
+        value = torch.as_tensor(value)
+        if not value.is_floating_point():  # a table of integers would be zeros
+            value = value.to(torch.get_default_dtype())
         key = (value.device, value.dtype)
         if key not in self._copies:
             self._copies[key] = self._tables.to(*key)
-        return self._copies[key]
+        return value, self._copies[key]
 
     def sigma(self, t: torch.Tensor) -> torch.Tensor:
-        times, log_alphas = self._tables_like(t)
+        t, (times, log_alphas) = self._with_tables(t)
         return (-2 * _interpolate(t, times, log_alphas)).expm1().sqrt()
 
     def t(self, sigma: torch.Tensor) -> torch.Tensor:
-        times, log_alphas = self._tables_like(sigma)
+        sigma, (times, log_alphas) = self._with_tables(sigma)
         return _interpolate(sigma.square().log1p() / 2, -log_alphas, times)
 
     def index(self, sigma: torch.Tensor) -> torch.Tensor:
@@ -186,11 +195,11 @@ class LatentDenoiser(Denoiser):
 
     def sigma(self, t: torch.Tensor) -> torch.Tensor:
         """Noise level at times t in (0, 1] of any shape; 1/N is sigma_min, 1 is sigma_max."""
-        return self.time.sigma(torch.as_tensor(t))
+        return self.time.sigma(t)
 
     def sigma_inv(self, sigma: torch.Tensor) -> torch.Tensor:
         """The inverse of ``sigma``; noise levels beyond the table continue it linearly in log alpha."""
-        return self.time.t(torch.as_tensor(sigma))
+        return self.time.t(sigma)
 
     def convert_torso(self, dtype: torch.dtype) -> None:
         """float16, bfloat16 or float32 weights between the first and the last layers of the U-Net."""
@@ -210,12 +219,12 @@ class LatentDenoiser(Denoiser):
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """Latents [B,C,h,w] to images [B,3,H,W], about [-1, 1]."""
-        parts = (x.to(torch.float32) / self.scale_factor).split(_DECODE_BATCH)
+        parts = (x.to(torch.float32) / self.scale_factor).split(DECODE_BATCH)
         return torch.cat([self.first_stage_model.decode(part) for part in parts])
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images [B,3,H,W] in [-1, 1] to latents (for KL first stages, the mean of the posterior)."""
-        parts = images.to(torch.float32).split(_DECODE_BATCH)
+        parts = images.to(torch.float32).split(DECODE_BATCH)
         return self.scale_factor * torch.cat([self.first_stage_model.encode(part) for part in parts])
 
     def select_weights(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -562,7 +562,7 @@ def _levels(settings: dict) -> dict:
     """image_size, attention_resolutions as downsampling factors, and channel_mult; taken out of ``settings``."""
     size, mult = settings.pop("image_size", None), settings.pop("channel_mult", "")
     resolutions = settings.pop("attention_resolutions", "32,16,8")
-    if not mult and size not in _CHANNEL_MULT:
+    if not mult and size not in tuple(_CHANNEL_MULT):
         raise UserError(f"channel_mult is needed: image_size {size} has no published default")
     try:
         mult = tuple(float(value) for value in mult.split(",")) if mult else _CHANNEL_MULT[size]

@@ -11,9 +11,11 @@ from pathlib import Path
 import torch
 
 from models import check_guidance, fill_weights, lay_out
+from models.clip import TOKENIZER_FILES, first_line, has_tokenizer, hub_folder, import_transformers
 from models.ldm import LatentDenoiser, load_latent
 from models.openai_unet import STABLE_DIFFUSION
-from torch_utils.errors import MissingExtra, UserError
+from torch_utils.errors import UserError
+from torch_utils.prompts import batch_of_prompts
 
 GUIDANCE_RATE = 7.5  # of the published samples
 
@@ -126,9 +128,12 @@ class TextEncoder(torch.nn.Module):
     def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
         """int64 [B, max_position_embeddings], padded; longer prompts are cut. Raises UserError without a tokenizer."""
         if self._tokenizer[0] != self.tokenizer:
+            transformers = import_transformers("turning prompts into tokens")
             folder = _tokenizer_folder(self.tokenizer)
-            transformers = _import_transformers("turning prompts into tokens")
-            self._tokenizer = (self.tokenizer, transformers.CLIPTokenizer.from_pretrained(folder))
+            try:
+                self._tokenizer = (self.tokenizer, transformers.CLIPTokenizer.from_pretrained(folder))
+            except Exception as error:  # the tokenizers library raises plain Exceptions for damaged files
+                raise UserError(f"the tokenizer in {folder} cannot be used ({first_line(error)})") from error
         length = self.config["max_position_embeddings"]
         tokens = self._tokenizer[1](
             list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
@@ -149,7 +154,7 @@ class TextEncoder(torch.nn.Module):
         return self.encode(self.tokenize(prompts))
 
     def _build(self) -> torch.nn.Module:
-        transformers = _import_transformers("the text encoder")
+        transformers = import_transformers("the text encoder")
         with torch.device("meta"):
             model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**self.config))
         model.eval().requires_grad_(False)
@@ -170,32 +175,13 @@ class TextEncoder(torch.nn.Module):
         return model
 
 
-def _import_transformers(purpose: str):
-    try:
-        import transformers
-    except ImportError:
-        raise MissingExtra("transformers", "text", purpose) from None
-    return transformers
-
-
 def _tokenizer_folder(source: str) -> str:
     """``source`` if it is a folder, else where that repository of the Hugging Face hub is, or gets, downloaded to."""
-    # The files are checked here, because CLIPTokenizer makes an empty tokenizer of a folder without them.
-    layouts = (("tokenizer.json",), ("vocab.json", "merges.txt"))
     folder = source
     if not Path(source).is_dir():
-        _import_transformers("turning prompts into tokens")  # which brings huggingface_hub
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = snapshot_download(source, allow_patterns=[*sum(layouts, ()), "tokenizer_config.json"])
-        except (OSError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise UserError(
-                f"no CLIP tokenizer '{source}': it is no folder, and no repository that can be reached ({reason}); "
-                "give a folder with vocab.json and merges.txt"
-            ) from None
-    if not any(all((Path(folder) / name).is_file() for name in layout) for layout in layouts):
+        problem = f"no CLIP tokenizer '{source}': it is no folder, and no repository that can be reached"
+        folder = hub_folder(source, TOKENIZER_FILES, problem, "give a folder with vocab.json and merges.txt")
+    if not has_tokenizer(folder):
         raise UserError(f"no CLIP tokenizer in {folder}: it has neither tokenizer.json nor vocab.json and merges.txt")
     return folder
 
@@ -232,14 +218,7 @@ class StableDiffusionDenoiser(LatentDenoiser):
         Raises UserError without prompts, or with another number of them than ``generator`` has seeds; MissingExtra
         without the package transformers.
         """
-        if labels is not None:
-            raise UserError("this network takes prompts, not classes")
-        if prompts is None:
-            raise UserError("this network is conditioned on text: pass prompts")
-        count = None if generator is None else len(generator.seeds)
-        prompts = [prompts] * (count or 1) if isinstance(prompts, str) else list(prompts)
-        if count not in (None, len(prompts)):
-            raise UserError(f"{len(prompts)} prompts were given for a batch of {count}")
+        prompts = batch_of_prompts(prompts, None if generator is None else len(generator.seeds), labels)
         cond = {"condition": self.cond_stage_model(prompts)}
         if self.guidance_rate != 1:
             other = self.cond_stage_model([negative_prompt])  # once: it is the same text for everybody

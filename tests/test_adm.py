@@ -251,6 +251,10 @@ def test_files(tmp_path):
         (dict(path_model=model, config=None), "model.pt.*of another shape"),
         (dict(path_model=model, config=None, dataset_name="lsun"), "no settings for dataset_name 'lsun'"),
         (dict(path_model=model, guidance_type="cfg"), "does not take guidance_type 'cfg'"),
+        (dict(path_model=model, config={}), "has the entries 'model'"),
+        (dict(path_model=model, config={**CONFIG, "classifier": [1]}), "has the entries 'model'"),
+        (dict(path_model=model, config={**CONFIG, "noise_schedul": "cosine"}), "unexpected .* 'noise_schedul'"),
+        (dict(path_model=model, config={"model": {"num_channels": 32, "image_size": [64]}}), "channel_mult is needed"),
     ):
         with pytest.raises(UserError, match=message):
             load_adm(**{"config": CONFIG, **arguments})

@@ -321,5 +321,7 @@ def test_example(kind, tmp_path, monkeypatch):
     assert abs(both - one).max() <= 1 and both.shape == (2 * SIZE, 2 * SIZE, 3)
     if kind == "sd":
         assert "give --prompt" in CliRunner().invoke(example.main, arguments).output
+        result = CliRunner().invoke(example.main, [f"--pipeline={tmp_path}", *arguments[1:]])
+        assert result.exit_code == 2 and f"Error: {tmp_path} is not a diffusers pipeline" in result.output
         monkeypatch.setitem(sys.modules, "diffusers", None)
         assert "needs the package 'diffusers'" in CliRunner().invoke(example.main, arguments).output

@@ -485,4 +485,5 @@ def test_bad_prompt_file_on_the_command_line(images, tmp_path):
 
 def test_seed_number_of_a_name():
     assert [seed_of(name) for name in ("000123.png", "000000/000007.JPG", "0.png")] == [123, 7, 0]
+    assert seed_of("1" * 5000 + ".png") is None
     assert [seed_of(name) for name in ("img00000123.png", "000123_1.png", "-3.png", "12/grid.png")] == [None] * 4

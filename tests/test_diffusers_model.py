@@ -359,11 +359,27 @@ def test_result():
         ({"scheduler": ["subprocess", "run"]}, "code from 'subprocess'"),
         ({"scheduler": {"subprocess": 0, "run": 0}}, "code from '{'subprocess'"),
         ({"scheduler": ["diffusers", "AutoModel"]}, "only definite classes"),
+        ({"scheduler": ["diffusers", "DDPMPipeline"]}, "is a whole pipeline"),
+        ({"scheduler": [None, None]}, "without its scheduler"),
     ],
 )
 def test_index_of_another_pipeline(tmp_path, index, message):
     with pytest.raises(UserError, match=message):
         load_diffusers(copy_of("ddpm", tmp_path, **index))
+
+
+@pytest.mark.parametrize(
+    "kind, place", [("ddpm", "unet/diffusers.py"), ("sd", "text_encoder/transformers.py"), ("ddpm", "unet/sub/more.py")]
+)
+def test_code_beside_the_weights_is_refused(tmp_path, kind, place):
+    """diffusers runs <part>/<library>.py in place of the library where it is trusted."""
+    folder = copy_of(kind, tmp_path)
+    mark = tmp_path / "mark"
+    (folder / place).parent.mkdir(exist_ok=True)
+    (folder / place).write_text(f"open({str(mark)!r}, 'w')")
+    with pytest.raises(UserError, match=rf"brings code \({(folder / place).name}\), which is not run"):
+        load_diffusers(folder)
+    assert not mark.exists()
 
 
 def test_what_is_no_pipeline(tmp_path):
@@ -389,6 +405,11 @@ def test_networks_that_are_not_supported(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": [8, 16]}))
     with pytest.raises(UserError, match="square"):
         load_diffusers(folder)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": "x"}))
+    with pytest.raises(UserError, match="configuration of a part is unusable"):
+        load_diffusers(folder)
+    with pytest.raises(UserError, match="noise table is unusable"):  # betas above 1
+        noise_process({**BETAS, "beta_end": 2.0})
     path = folder / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": "EDMEulerScheduler"}))
     for scheduler in (diffusers.EDMEulerScheduler(), diffusers.ScoreSdeVeScheduler()):
@@ -431,15 +452,24 @@ def test_hub(monkeypatch):
         asked.append((name, options))
         return str(folder)
 
-    monkeypatch.setattr(
-        diffusers.DiffusionPipeline, "load_config", lambda name: json.loads((folder / "model_index.json").read_text())
-    )
+    def load_config(name, **options):
+        if str(name) != str(folder):  # which is read once it is there
+            asked.append((name, options))
+        return json.loads((folder / "model_index.json").read_text())
+
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", load_config)
+    monkeypatch.delenv("AMED_OFFLINE", raising=False)
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
     net = load_diffusers("someone/something")
-    assert asked == [("someone/something", {"use_safetensors": True, "trust_remote_code": False})]
+    options = {"use_safetensors": True, "trust_remote_code": False}
+    assert asked == [("someone/something", {}), ("someone/something", options)]
     assert net.source_path == "someone/something"
+    monkeypatch.setenv("AMED_OFFLINE", "1")
+    load_diffusers("someone/something")
+    local = {"local_files_only": True}
+    assert asked[2:] == [("someone/something", local), ("someone/something", options | local)]
 
-    def unreachable(name):
+    def unreachable(name, **options):
         raise OSError("We couldn't connect\nto the hub")
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", unreachable)
@@ -462,6 +492,9 @@ def test_conditions_that_do_not_fit(tmp_path):
     net = load_diffusers(copy_of("sdxl", tmp_path, text_encoder_2=[None, None], tokenizer_2=[None, None]))
     with pytest.raises(UserError, match="without its text_encoder_2"):
         net.make_cond(prompts=PROMPTS)
+    net = load_diffusers(copy_of("sd", tmp_path / "latents", vae=[None, None]))
+    with pytest.raises(UserError, match="without its vae"):
+        net.decode(noise_like(net))
     net = load_diffusers(pipeline_folder("sd"))
     x = noise_like(net)
     cond = net.make_cond(prompts=PROMPTS)

@@ -70,6 +70,15 @@ def test_time_maps_are_inverse_and_hit_the_table():
     t = torch.linspace(0.0004, 1.3, 777, dtype=torch.float64).reshape(7, 111)  # any shape, beyond the table as well
     torch.testing.assert_close(time.t(time.sigma(t)), t, rtol=1e-9, atol=0)
     assert (time.sigma(t).flatten().diff() > 0).all()
+    for whole in (1, torch.tensor(1)):  # no tables of integers
+        assert time.sigma(whole) == time.sigma(torch.tensor(1.0)) and time.t(whole) == time.t(torch.tensor(1.0))
+    assert time.sigma(1).item() == pytest.approx(83.8225, rel=1e-5)
+
+
+@pytest.mark.parametrize("alphas", [[], [0.9], [0.9, 0.9], [0.5, 0.9], [0.5, 0.0], [0.5, -0.1], [1.5, 0.5]])
+def test_noise_tables_have_to_fall(alphas):
+    with pytest.raises(UserError, match="the noise table is unusable"):
+        DiscreteTime(torch.tensor(alphas))
 
 
 def test_full_size_parameter_list():
@@ -151,6 +160,7 @@ def test_mistakes_end_in_one_line(tmp_path):
     refused("beta_schedule 'cosine'", config={**config, "beta_schedule": "cosine"})
     refused("conditioning_key 'concat'", config={**config, "conditioning_key": "concat"})
     refused("unknown argument 'scale_by_std'", config={**config, "scale_by_std": True})
+    refused("noise table is unusable", config={**config, "timesteps": 1})
     refused("3 latent channels, the model 4", config={**config, "channels": 4})
     refused("unet_config", config={key: value for key, value in config.items() if key != "unet_config"})
     no_ema = {name: value for name, value in weights.items() if not name.startswith("model_ema.")}

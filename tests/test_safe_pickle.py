@@ -265,6 +265,11 @@ def test_cycles_and_depth_end_in_a_message():
     with pytest.raises(UserError, match="damaged"):
         deep.state_dict()
     assert safe_load(io.BytesIO(PROTO + b")" + b"\x85" * 200_000 + b"0K\x01.")) == 1
+    shared = PersistentObject("Leaf", {"_parameters": {}, "_buffers": {}, "_modules": {}})
+    for _ in range(20):  # a million names of few objects
+        shared = PersistentObject("Pair", {**deep.state, "_modules": {"a": shared, "b": shared}})
+    with pytest.raises(UserError, match="too many modules"):
+        shared.state_dict()
 
 
 @pytest.mark.parametrize(

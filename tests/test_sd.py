@@ -229,7 +229,7 @@ def test_prompts(stand_in, tmp_path):
     assert list(single.make_cond(prompts=["a"])) == ["condition"]
 
 
-def test_text_encoder_of_transformers(tmp_path):
+def test_text_encoder_of_transformers(tmp_path, monkeypatch):
     """The same with the real package."""
     pytest.importorskip("transformers")
     net, _, io = build()
@@ -243,9 +243,31 @@ def test_text_encoder_of_transformers(tmp_path):
     assert tokens[1].tolist() == [0] + [words.index("d</w>")] * 9 + [1]
     cond = net.make_cond(prompts=["ab c", "d"])
     torch.testing.assert_close(cond["condition"][0], net.cond_stage_model.encode(tokens)[0])
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "vocab.json").write_text("[")
+    (damaged / "merges.txt").touch()
+    net.cond_stage_model.tokenizer = str(damaged)
+    with pytest.raises(UserError, match="the tokenizer in .*damaged cannot be used"):
+        net.make_cond(prompts=["a"])
     net.cond_stage_model.tokenizer = str(tmp_path / "none")
     with pytest.raises(UserError, match="no CLIP tokenizer '.*none': it is no folder, and no repository"):
         net.make_cond(prompts=["a"])
+    import huggingface_hub
+
+    asked = []
+
+    def download(name, allow_patterns, local_files_only):
+        asked.append((name, sorted(allow_patterns), local_files_only))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    files = ["merges.txt", "tokenizer.json", "tokenizer_config.json", "vocab.json"]
+    for offline in ("0", "1"):
+        monkeypatch.setenv("AMED_OFFLINE", offline)
+        net.cond_stage_model.tokenizer = f"someone/words{offline}"
+        assert torch.equal(net.cond_stage_model.tokenize(["ab c", "d " * 30]), tokens)
+    assert asked == [("someone/words0", files, False), ("someone/words1", files, True)]
 
 
 def test_prompts_need_transformers(monkeypatch):
@@ -306,6 +328,8 @@ def test_mistakes_end_in_one_line(tmp_path):
     refused("'condition' has 7 tokens and 'unconditional_condition' 5", lambda: net(x, sigma, **short))
     refused("takes prompts, not classes", lambda: net.make_cond(labels=3))
     refused("pass prompts", lambda: net.make_cond())
+    refused("0 prompts were given for a batch of at least 1", lambda: net.make_cond(prompts=[]))
+    refused("has to be a string, not a int", lambda: net.make_cond(prompts=["a", 2]))
     path = tmp_path / "sd.ckpt"
     torch.save({"state_dict": no_text}, path)
     refused("is not a Stable Diffusion model: it looks like a latent diffusion model", lambda: load_sd(path))

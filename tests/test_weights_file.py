@@ -203,10 +203,14 @@ def test_unusable_files_end_in_one_line(tmp_path):
         ({"model": [1, 2]}, "entry 'model' is a list"),
         ([1], "it is a list"),
         ({"state_dict": {"w": 1.0}}, "entry 'w' is a float"),
+        ({3: torch.ones(1)}, "an entry is named by a int, not by a string"),
     ):
         torch.save(content, tmp_path / "other.ckpt")
         with pytest.raises(UserError, match=message):
             read_weights(tmp_path / "other.ckpt")
+    save_file({}, tmp_path / "empty.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="holds no weights: it is empty"):
+        read_weights(tmp_path / "empty.safetensors")
     with pytest.raises(UserError, match="does not exist"):
         read_weights(tmp_path / "none.ckpt")
 
@@ -224,3 +228,9 @@ def test_damaged_zip_files(tmp_path):
         with contextlib.suppress(UserError):  # nothing else may come out; a flip within the weights goes unnoticed
             for value in read_weights(path).values():
                 value.sum()
+    several_disks = bytearray(data)
+    locator = data.rindex(b"PK\x06\x07")  # of the zip64 directory, which torch.save always writes
+    several_disks[locator + 16] = 9
+    path.write_bytes(several_disks)
+    with pytest.raises(UserError, match="not a readable .* disks"):
+        read_weights(path)

@@ -3,19 +3,36 @@
 import csv
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from torch_utils.errors import UserError
 
 TEXT_COLUMNS = ("prompt", "caption", "text")
 NUMBER_COLUMNS = ("seed", "index")
+_NUMBER = "[0-9]{1,18}"
 
 
 def seed_of(name: str) -> int | None:
     """The seed number that an image is named after: 123 for ``000000/000123.png``; None for names that are no number."""
     stem = PurePosixPath(name).stem
-    return int(stem) if re.fullmatch("[0-9]+", stem) else None
+    return int(stem) if re.fullmatch(_NUMBER, stem) else None
+
+
+def batch_of_prompts(prompts: str | Sequence[str] | None, count: int | None, labels=None) -> list[str]:
+    """One prompt for each image of a batch; a string is for all of them. count: the batch, None for any. Raises UserError
+    for other numbers of prompts, for what is no text, and for labels, which text-to-image networks do not take."""
+    if labels is not None:
+        raise UserError("this network takes prompts, not classes")
+    if prompts is None:
+        raise UserError("this network is conditioned on text: pass prompts")
+    prompts = [prompts] * (1 if count is None else count) if isinstance(prompts, str) else list(prompts)
+    if not prompts or count not in (None, len(prompts)):
+        raise UserError(f"{len(prompts)} prompts were given for a batch of {count or 'at least 1'}")
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise UserError(f"a prompt has to be a string, not a {type(prompt).__name__}")
+    return prompts
 
 
 def read_prompts(path: str | Path, column: str | None = None) -> dict[int, str]:
@@ -75,7 +92,7 @@ def _csv_rows(path: Path, text: str, column: str | None) -> Iterator[tuple[int, 
                 )
             number = row_number
             if number_column is not None:
-                if not re.fullmatch("[0-9]{1,18}", row[number_column].strip()):
+                if not re.fullmatch(_NUMBER, row[number_column].strip()):
                     raise UserError(
                         f"{path}: line {reader.line_num} has the {header[number_column]} {row[number_column]!r};"
                         " expected an integer from 0 up"

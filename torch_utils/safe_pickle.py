@@ -69,7 +69,7 @@ class PersistentObject:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Parameters and persistent buffers under their dotted names, as ``torch.nn.Module.state_dict`` gives them."""
         tensors: dict[str, torch.Tensor] = {}
-        self._collect(tensors, "", _MAX_DEPTH)
+        self._collect(tensors, [], "", _MAX_DEPTH)
         return tensors
 
     def _part(self, name: str) -> dict:
@@ -78,7 +78,10 @@ class PersistentObject:
             raise UserError(f"the stored {self.class_name} is not a network: it has no {name}")
         return part
 
-    def _collect(self, tensors: dict, prefix: str, depth: int) -> None:
+    def _collect(self, tensors: dict, modules: list, prefix: str, depth: int) -> None:
+        modules.append(prefix)
+        if len(modules) > _MAX_TENSORS:  # modules that share modules need few bytes for many names
+            raise UserError(f"the stored {self.class_name} is damaged: it has too many modules")
         skipped = self.state.get("_non_persistent_buffers_set") or ()
         buffers = {name: value for name, value in self._part("_buffers").items() if name not in skipped}
         for name, value in [*self._part("_parameters").items(), *buffers.items()]:
@@ -92,7 +95,7 @@ class PersistentObject:
                 continue
             if not isinstance(value, PersistentObject) or depth == 0:
                 raise UserError(f"the stored {self.class_name} is damaged at '{prefix}{name}'")
-            value._collect(tensors, f"{prefix}{name}.", depth - 1)
+            value._collect(tensors, modules, f"{prefix}{name}.", depth - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,7 +192,7 @@ def _build_numpy_scalar(kind, data) -> float | int | bool:
 
 
 def _build_tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> torch.Tensor:
-    """A view of the storage, after checking that it lies inside and shows no element twice."""
+    """A view of the storage, after checking that it lies inside and has no more elements."""
     _require(isinstance(storage, _Storage), "a tensor has no storage")
     _require(isinstance(size, tuple) and isinstance(stride, tuple), "a tensor has no shape")
     _require(len(size) == len(stride) <= 16, "a tensor's size and stride do not belong together")

@@ -22,25 +22,35 @@ def read_weights(path) -> dict[str, torch.Tensor]:
     """
     with open_binary(path) as (file, name):
         head = file.read(9)
-        if head[:4] == b"PK\x03\x04" and not zipfile.is_zipfile(file):
+        if head[:4] == b"PK\x03\x04" and not _has_end(file):
             raise UserError(f"{name} is truncated: it lacks its end; download it again")
     if is_safetensors(head):
         try:
             with safe_open(path, framework="pt") as tensors:
-                return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (no mapping)
+                content = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (no mapping)
         except SafetensorError as error:
             raise UserError(f"{name} is not a readable safetensors file ({error})") from None
-    content = safe_load_checkpoint(path)
+    else:
+        content = safe_load_checkpoint(path)
     if isinstance(content, Mapping) and "state_dict" in content:
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not content:
         raise UserError(f"{name} holds no weights: it is {_describe(content)}, not a dictionary of tensors")
     for key, value in content.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise UserError(
-                f"{name} holds no state dict: its entry {_describe(key)} is {_describe(value)}, not a tensor"
-            )
+            entry = f"its entry {_describe(key)} is {_describe(value)}, not a tensor"
+            if not isinstance(key, str):
+                entry = f"an entry is named by {_describe(key)}, not by a string"
+            raise UserError(f"{name} holds no state dict: {entry}")
     return dict(content)
+
+
+def _has_end(file) -> bool:
+    """Whether a zip file has its directory, which is at its end."""
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # it has one, with nonsense in it, which the loader will explain
+        return True
 
 
 def _describe(value) -> str:
