@@ -1,7 +1,6 @@
 """CLIP (Radford et al. 2021): how well images and captions fit, by transformers' CLIPModel."""
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from torch_utils.download import sha256_of
+from torch_utils.download import offline, sha256_of
 from torch_utils.errors import MissingExtra, UserError
 
 DEFAULT_CLIP = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"
@@ -30,11 +29,6 @@ def import_transformers(purpose: str, extra: str = "text"):
     except ImportError:
         raise MissingExtra("transformers", extra, purpose) from None
     return transformers
-
-
-def offline() -> bool:
-    """Whether AMED_OFFLINE=1 forbids downloads."""
-    return os.environ.get("AMED_OFFLINE", "") not in ("", "0")
 
 
 def hub_folder(name: str, patterns: Sequence[str], problem: str, remedy: str) -> str:

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 
 from models import check_guidance
-from models.clip import import_transformers, offline
+from models.clip import import_transformers
 from models.denoiser import BOTTLENECK_SIZE, Denoiser
 from models.edm import EDMDenoiser
 from models.ldm import DECODE_BATCH, DiscreteTime
 from torch_utils import distributed
-from torch_utils.download import sha256_of
+from torch_utils.download import offline, sha256_of
 from torch_utils.errors import MissingExtra, UserError
 from torch_utils.prompts import batch_of_prompts
 

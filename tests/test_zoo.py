@@ -19,6 +19,7 @@ from models.denoiser import read_bottleneck
 from models.edm import EDMDenoiser
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
+from torch_utils.seeds import SeededGenerators
 
 ROOT = Path(__file__).resolve().parents[1]
 NETS = ROOT / "tests" / "golden" / "nets"
@@ -401,3 +402,20 @@ def test_verify_looks_at_the_content(offline):
 def test_list_command_refuses():
     result = run([sys.executable, "-m", "models.zoo", "lists"], ROOT)
     assert result.returncode == 2 and "Traceback" not in result.stderr and "No such command" in result.stderr
+
+
+def test_classes_of_a_batch():
+    """One for all or one for each; what does not fit is named."""
+    net = build_denoiser("edm", *tiny_case("edm_song_cond")[:2])
+    three = SeededGenerators([0, 1, 2])
+    assert net.make_cond(three, 7)["class_labels"].argmax(1).tolist() == [7, 7, 7]
+    assert net.make_cond(three, [3, 0, 9])["class_labels"].argmax(1).tolist() == [3, 0, 9]
+    for labels, text in (
+        ([1, 2], "2 classes for 3 images"),
+        ([[1, 2, 3]], "3 classes for 3 images"),
+        ([3, -1, 2], "class -1 is out of range: this network knows 0..9"),
+        ([3, 10, 2], "class 10 is out of range"),
+        (3.7, "class 3.7"),
+    ):
+        with pytest.raises(UserError, match=text):
+            net.make_cond(three, labels)

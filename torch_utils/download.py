@@ -100,6 +100,11 @@ def known_sha256(path: Path, pinned: bool = False) -> str:
     return digest
 
 
+def offline() -> bool:
+    """Whether AMED_OFFLINE=1 forbids downloads."""
+    return os.environ.get("AMED_OFFLINE", "") not in ("", "0")
+
+
 def download_file(
     urls: list[str],
     dest: Path,
@@ -121,7 +126,7 @@ def download_file(
     job = _Job(dest, sha256.lower() if sha256 else None, size, desc or dest.name)
     if job.is_done():
         return dest
-    if os.environ.get("AMED_OFFLINE", "") not in ("", "0"):
+    if offline():
         raise _give_up([(url, "AMED_OFFLINE is set") for url in urls[:1]], dest, hint)
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
