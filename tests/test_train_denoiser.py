@@ -79,6 +79,10 @@ def test_command_line_trains_saves_and_resumes(tmp_path):
     wider = invoke(**common, total_kimg=0.16, resume=True, model_channels=16)
     assert wider.exit_code == 2 and "has another architecture; repeat its flags" in wider.output
 
+    for name, before, value in (("batch", 16, 8), ("seed", 0, 3), ("xflip", False, True), ("cond", True, False)):
+        other = invoke(**{**common, name: value}, total_kimg=0.16, resume=True)
+        assert other.exit_code == 2 and f"has {name}={before}, not {value}; repeat its flags" in other.output
+
     before = {name: value.clone() for name, value in net.state_dict().items()}
     more = invoke(**common, total_kimg=0.16, grid=False, resume=True)
     assert more.exit_code == 0, more.output

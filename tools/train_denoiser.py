@@ -270,6 +270,10 @@ class Run:
     def restore(self):
         """Puts the state of an interrupted run back."""
         state = on_main(read_state, self.state_path)
+        for name, before in state.get("settings", {}).items():  # what the order of the images and the count depend on
+            if getattr(self.options, name) != before:
+                now = getattr(self.options, name)
+                raise UserError(f"--resume: the run in {self.folder} has {name}={before}, not {now}; repeat its flags")
         try:
             self.learner.load_state(state)
         except RuntimeError:
@@ -312,7 +316,9 @@ class Run:
         save_edm_safetensors(self.learner.ema, network, {"training": meta})
         with atomic_path(self.state_path) as temporary:
             try:
-                torch.save({**self.learner.state(), "elapsed": self.elapsed}, temporary)
+                settings = {name: getattr(options, name) for name in ("batch", "seed", "cond", "xflip")}
+                state = {**self.learner.state(), "elapsed": self.elapsed, "settings": settings}
+                torch.save(state, temporary)
             except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
                 raise UserError(f"cannot write {self.state_path}: {str(error)[:200]}") from None
         if options.grid:
