@@ -91,6 +91,9 @@ def cifar10_jobs():
     yield {**plugin, "sampler_stu": "dpmpp", "max_order": 3, "thresholding": False}
     yield {**plugin, "schedule_type": "time_uniform", "schedule_rho": 1.4}
     yield {**PAPER_AMED, **data_afs, "schedule_rho": 2}
+    for rho in (4, 5):  # where plain iPNDM is best
+        for scale_dir in (0.01, 0.05):
+            yield {**plugin, "schedule_rho": rho, "scale_dir": scale_dir}
 
 
 def demo_jobs(dataset_name):

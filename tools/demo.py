@@ -47,6 +47,7 @@ class Half:
 # Five evaluations everywhere. Every method, plain or learned, has the settings that served it best on validation seeds
 # 100000-100255, which the tables below never use; docs/digits.md and docs/cifar10-small.md tell how they were chosen.
 COMMON = {"schedule_type": "time_uniform", "schedule_rho": 1, "afs": "data"}
+POLYNOMIAL = {"schedule_type": "polynomial", "afs": "data"}
 TRAINING = {
     **{"num_steps": 4, **COMMON, "schedule_rho": 1.4, "sampler_tea": "ipndm", "M": 4},
     **{"scale_dir": 0.2, "scale_time": 0.3, "total_kimg": 1.5, "batch": 16, "seed": 0},
@@ -71,8 +72,22 @@ CIFAR10 = Half(
     dataset_name="cifar10-small",
     title="Natural images in five network evaluations",
     about="Natural images, the embedded network 'cifar10-small'.",
-    plain=DIGITS.plain,
-    learned=DIGITS.learned,
+    plain={
+        "Euler": {"solver": "euler", "num_steps": 6, "schedule_type": "time_uniform", "schedule_rho": 1},
+        "DPM-Solver-2": {"solver": "dpm", "num_steps": 4, **POLYNOMIAL, "schedule_rho": 7},
+        "DPM-Solver++": {
+            **{"solver": "dpmpp", "num_steps": 7, **POLYNOMIAL, "schedule_rho": 7},
+            **{"max_order": 2, "thresholding": False},
+        },
+        "iPNDM": {"solver": "ipndm", "num_steps": 7, **POLYNOMIAL, "schedule_rho": 5, "max_order": 4},
+    },
+    learned={
+        "AMED-Solver": {**TRAINING, **PAPER, "sampler_stu": "amed"},
+        "AMED-Plugin (iPNDM)": {
+            **{**TRAINING, **POLYNOMIAL, "schedule_rho": 5, "sampler_stu": "ipndm", "M": 2},
+            **{"scale_dir": 0.01, "scale_time": 0.2, "max_order": 4},
+        },
+    },
 )
 HALVES = {half.dataset_name: half for half in (DIGITS, CIFAR10)}
 REFERENCE = {"solver": "heun", "num_steps": 51, "schedule_type": "polynomial", "schedule_rho": 7}
