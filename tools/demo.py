@@ -82,7 +82,7 @@ CIFAR10 = Half(
         "iPNDM": {"solver": "ipndm", "num_steps": 7, **POLYNOMIAL, "schedule_rho": 5, "max_order": 4},
     },
     learned={
-        "AMED-Solver": {**TRAINING, **PAPER, "sampler_stu": "amed"},
+        "AMED-Solver": {**TRAINING, **PAPER, "sampler_stu": "amed", "M": 3},
         "AMED-Plugin (iPNDM)": {
             **{**TRAINING, **POLYNOMIAL, "schedule_rho": 5, "sampler_stu": "ipndm", "M": 2},
             **{"scale_dir": 0.01, "scale_time": 0.2, "max_order": 4},
