@@ -50,7 +50,7 @@ COMMON = {"schedule_type": "time_uniform", "schedule_rho": 1, "afs": "data"}
 POLYNOMIAL = {"schedule_type": "polynomial", "afs": "data"}
 TRAINING = {
     **{"num_steps": 4, **COMMON, "schedule_rho": 1.4, "sampler_tea": "ipndm", "M": 4},
-    **{"scale_dir": 0.2, "scale_time": 0.3, "total_kimg": 1.5, "batch": 16, "seed": 0},
+    **{"scale_dir": 0.2, "scale_time": 0.3, "total_kimg": 1, "batch": 16, "seed": 0},
 }
 PAPER = {"sampler_tea": "heun", "M": 1, "schedule_rho": 1, "scale_dir": 0.01, "scale_time": 0}  # all but its AFS
 DIGITS = Half(
