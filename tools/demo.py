@@ -85,7 +85,7 @@ CIFAR10 = Half(
         "AMED-Solver": {**TRAINING, **PAPER, "sampler_stu": "amed", "M": 3},
         "AMED-Plugin (iPNDM)": {
             **{**TRAINING, **POLYNOMIAL, "schedule_rho": 5, "sampler_stu": "ipndm", "M": 2},
-            **{"scale_dir": 0.01, "scale_time": 0.2, "max_order": 4},
+            **{"scale_dir": 0.01, "scale_time": 0.2, "max_order": 4, "total_kimg": 1.5},
         },
     },
 )
