@@ -2,7 +2,8 @@
 # The comparison of every solver on the embedded digits network (benchmarks/digits/): trains the AMED predictors of
 # every number of evaluations, then compares them with the plain solvers on their customary schedules, and with iPNDM and
 # DPM-Solver++ on the settings that the demo tuned for digits. Repeating it continues where it stopped. Environment: PYTHON,
-# OUT, KIMG (length of each training), NUM (images), NPROC (processes of the comparison).
+# OUT, KIMG (length of each training), NUM (images), NFE (of the plain solvers), BASES (further students at five evaluations),
+# NPROC (processes of the comparison).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -28,13 +29,13 @@ for nfe in 3 4 5 6 8 10; do
     train "$nfe" ipndm --max_order=2 $PLUGIN
     train "$nfe" dpmpp --max_order=3 --thresholding=False $PLUGIN
 done
-for student in euler dpm ipndm_v deis; do train 5 "$student" --max_order=2 $PLUGIN; done
+for student in ${BASES:-euler dpm ipndm_v deis}; do train 5 "$student" --max_order=2 $PLUGIN; done
 
 TUNED=schedule_type=time_uniform:schedule_rho=1:afs=data:max_order=3
 solvers=${SOLVERS:-euler,heun,dpm,dpmpp:thresholding=False,unipc:thresholding=False,deis,ipndm,ipndm_v,pfdiff,edm,evodiff,dpm_v3}
 if ! compgen -G "src/digits/dpm_v3-*.safetensors" >/dev/null; then "$PYTHON" -m tools.model_statistics --dataset_name=digits; fi
 run=("$PYTHON")
 if [ "${NPROC:-1}" -gt 1 ]; then run=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC"); fi
-"${run[@]}" compare.py --dataset_name=digits --nfe=3,4,5,6,8,10 --num_images="${NUM:-1000}" --groups=5 --num_reference=256 \
+"${run[@]}" compare.py --dataset_name=digits --nfe="${NFE:-3,4,5,6,8,10}" --num_images="${NUM:-1000}" --groups=5 --num_reference=256 \
     --solvers="$solvers,ipndm:$TUNED,dpmpp:$TUNED:thresholding=False" \
     --predictor_path="$(IFS=,; echo "${predictors[*]}")" --outdir="$OUT"
