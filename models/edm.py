@@ -7,6 +7,21 @@ from models.networks import NETWORKS
 from torch_utils.errors import UserError
 
 
+def class_indices(labels, count: int | None, label_dim: int) -> torch.Tensor:
+    """Labels, one for all or one per image, as int64 [count]; UserError where they are no classes 0..label_dim - 1."""
+    given = torch.as_tensor(labels)
+    indices = given.to(torch.int64)
+    wrong = indices[(indices < 0) | (indices >= label_dim) | (indices != given)]
+    if wrong.numel():
+        bad = given[indices == wrong.flatten()[0]].flatten()[0].item()
+        raise UserError(f"class {bad} is out of range: this network knows 0..{label_dim - 1}")
+    if indices.ndim == 0:
+        return indices.expand(count if count is not None else 1)
+    if count is not None and indices.shape != (count,):
+        raise UserError(f"{indices.numel()} classes for {count} images: give one for all, or one for each")
+    return indices
+
+
 class EDMDenoiser(Denoiser):
     """D(x; sigma) = c_skip x + c_out F(c_in x; ln(sigma) / 4).
 
@@ -69,23 +84,9 @@ class EDMDenoiser(Denoiser):
                 raise UserError("this network is class-conditional: pass labels, or a generator to draw them")
             indices = generator.randint(self.label_dim)
         else:
-            indices = self._class_indices(labels, len(generator.seeds) if generator is not None else None)
+            indices = class_indices(labels, len(generator.seeds) if generator is not None else None, self.label_dim)
         device = next(self.parameters()).device
         return {"class_labels": torch.nn.functional.one_hot(indices, self.label_dim).float().to(device)}
-
-    def _class_indices(self, labels, count: int | None) -> torch.Tensor:
-        """Labels, one for all or one per image, as int64 [count]."""
-        given = torch.as_tensor(labels)
-        indices = given.to(torch.int64)
-        wrong = indices[(indices < 0) | (indices >= self.label_dim) | (indices != given)]
-        if wrong.numel():
-            bad = given[indices == wrong.flatten()[0]].flatten()[0].item()
-            raise UserError(f"class {bad} is out of range: this network knows 0..{self.label_dim - 1}")
-        if indices.ndim == 0:
-            return indices.expand(count if count is not None else 1)
-        if count is not None and indices.shape != (count,):
-            raise UserError(f"{indices.numel()} classes for {count} images: give one for all, or one for each")
-        return indices
 
     def forward(self, x, sigma, class_labels=None, augment_labels=None):
         x = x.to(torch.float32)

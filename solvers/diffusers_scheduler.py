@@ -263,8 +263,7 @@ class _AMEDScheduler:
         """The first evaluation for these latents."""
         dtype = torch.float32 if sample.device.type == "mps" else torch.float64  # MPS has no float64
         # Some pipelines do not say their device in set_timesteps.
-        for name in ("sigmas", "sigmas_net"):
-            setattr(self._run, name, getattr(self._run, name).to(sample.device, dtype))
+        self._run.sigmas = self._run.sigmas.to(sample.device, dtype)
         self.predictor.to(sample.device)
         self._run.state = State(sample.to(dtype) / self.process.scale(self._run.sigmas[0]))
         return self._run.proceed()

@@ -145,7 +145,7 @@ def test_reference_by_name_of_a_network(tmp_path, monkeypatch):
     reference = find_reference("cifar10")
     assert reference.mu[7] == 7 and reference.detector is None
     assert find_reference("digits").num == 60000
-    with pytest.raises(UserError, match="lsun_cat.*not available yet"):
+    with pytest.raises(UserError, match="VIRTUAL_lsun_cat256.npz"):
         find_reference("lsun_cat")
     with pytest.raises(UserError, match="--ref=cifra10: no such file.*cifar10"):
         find_reference("cifra10")
