@@ -1,5 +1,6 @@
 """How the settings of the demo were chosen: plain solvers and AMED variants on validation seeds.
 
+    python -m benchmarks.demo_settings --dataset_name=digits --part=reference # the converged solution's own score
     python -m benchmarks.demo_settings --dataset_name=digits --part=plain     # solver x schedule x free first step
     python -m benchmarks.demo_settings --dataset_name=digits --part=teachers  # the teachers themselves, M = 1, 2, 4
     python -m benchmarks.demo_settings --dataset_name=digits --part=amed      # from the paper's settings to the demo's
@@ -29,6 +30,7 @@ from torch_utils.seeds import SeededGenerators
 from training.training_loop import Distiller
 
 ROOT = Path(__file__).resolve().parent.parent
+REFERENCE = {"solver": "heun", "num_steps": 51}
 FIRST_SEED = 100_000  # the demo's table uses seeds 0-999
 
 SCHEDULES = [("time_uniform", rho) for rho in (0.7, 1, 1.4, 2)] + [("polynomial", rho) for rho in (3, 5, 7)]
@@ -135,7 +137,7 @@ class Bench:
             if cache.exists():
                 self.reference = torch.load(cache, weights_only=True)
             else:
-                self.reference, _ = self.solve(solver="heun", num_steps=51)
+                self.reference, _ = self.solve(**REFERENCE)
                 cache.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(self.reference, cache)
         return self.reference
@@ -178,7 +180,7 @@ class Bench:
 
 @click.command()
 @click.option("--dataset_name", type=click.Choice(list(EMBEDDED)), required=True)
-@click.option("--part", type=click.Choice(["plain", "teachers", "amed", "demo"]), required=True)
+@click.option("--part", type=click.Choice(["reference", "plain", "teachers", "amed", "demo"]), required=True)
 @click.option("--num", type=click.IntRange(2), default=256, show_default=True, help="Validation images")
 @click.option("--kimg", type=float, default=0.5, show_default=True, help="Length of each training")
 @click.option("--batch", type=int, default=16, show_default=True, help="Batch of each training")
@@ -191,6 +193,7 @@ def main(dataset_name, part, num, kimg, batch, seed):
     learned = part in ("amed", "demo")
     training = {"kimg": kimg, "batch": batch, "seed": seed} if learned else {}
     jobs = {
+        "reference": lambda: [REFERENCE],
         "plain": plain_jobs,
         "teachers": teacher_jobs,
         "amed": {"digits": digits_jobs, "cifar10-small": cifar10_jobs}[dataset_name],
