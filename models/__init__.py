@@ -93,7 +93,8 @@ def create_model(
     net.dataset_name = dataset_name
     net.source_path = str(path)
     net.weights_hash = _hash_files(path, classifier, config)
-    return net.eval().requires_grad_(False)
+    # Convolutions run faster on channels-last memory (a quarter on CPUs), which convolution weights impose on what follows.
+    return net.to(memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def use_tokenizer(net: Denoiser, folder: str | Path) -> None:
