@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from solvers.loop import SampleInfo, Solver, State, resolve_sigmas, sample
+from solvers.loop import SampleInfo, Solver, State, integrate, resolve_sigmas, sample
 from solvers.rules import SOLVERS, Option, Rule, make_rule
 from solvers.schedules import SCHEDULES, check_sigmas, get_schedule, refine
 
@@ -17,6 +17,7 @@ __all__ = [
     "State",
     "check_sigmas",
     "get_schedule",
+    "integrate",
     "make_rule",
     "refine",
     "resolve_sigmas",

@@ -1,6 +1,7 @@
 """The one sampling loop. It owns the schedule, AFS, the NFE count, trajectories and the predictor of learned points.
 
-``Solver.advance`` does one interval and is what distillation trains through; ``sample`` runs all of them.
+``Solver.advance`` does one interval and is what distillation trains through; ``sample`` runs all of them, and
+``integrate`` does so with gradients, to the starting noise, the noise levels and whatever the rule or predictor learns.
 """
 
 from collections.abc import Callable, Mapping
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from models.denoiser import BOTTLENECK_SIZE, read_bottleneck
 from solvers.rules import Rule, State, make_rule
@@ -51,7 +53,8 @@ class Solver:
     sigmas: [N] descending. afs: False, True or "data". ``nfe`` counts the network evaluations really made.
     noise: called without arguments, a standard normal tensor like x; what a stochastic rule draws.
     sigmas_net: [N] what the network is told at the points of the schedule in the place of their noise levels (LD3's
-    decoupled times); the arithmetic keeps to sigmas.
+    decoupled times); the arithmetic keeps to sigmas. checkpointing: under gradients, activations of the network are not
+    kept but computed again, so that memory does not grow with the number of evaluations.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Solver:
         observer=None,
         noise=None,
         sigmas_net=None,
+        checkpointing=False,
     ):
         if not (isinstance(afs, bool) or afs == "data"):
             raise UserError(f"afs={afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
@@ -80,7 +84,7 @@ class Solver:
             if self.sigmas_net.shape != sigmas.shape or not (self.sigmas_net > 0).all():
                 raise UserError(f"sigmas_net must be {len(sigmas)} positive numbers, one per noise level")
         self.afs, self.predictor, self.cond = afs, predictor, dict(cond or {})
-        self.observer, self._noise = observer, noise
+        self.observer, self._noise, self.checkpointing = observer, noise, checkpointing
         self.nfe = 0
         self.predicted: tuple | None = None  # (r, scale_dir, scale_time) of the latest interval
         self._reader = None
@@ -116,6 +120,8 @@ class Solver:
 
     def denoise(self, x, sigma):
         self.nfe += getattr(self.net, "evals_per_call", 1)
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.net, x, sigma, use_reentrant=False, **self.cond).to(x.dtype)
         return self.net(x, sigma, **self.cond).to(x.dtype)
 
     def told(self, i, r=None):
@@ -134,14 +140,15 @@ class Solver:
     def direction_at(self, x, i):
         """The direction at point i of the schedule, shown to the observer; at point 0 the analytical one under AFS.
 
-        It is differentiable only if x is: nothing learned enters it otherwise.
+        It is differentiable only if x or the noise level is: nothing learned enters it otherwise.
         """
-        sigma = self.sigma(i, x)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
+        sigma, told = self.sigma(i, x), self.told(i)
+        learned = x.requires_grad or sigma.requires_grad or (told is not None and told.requires_grad)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learned):
             if i == 0 and self.afs:
                 d = afs_direction(self.net, x, sigma, self.afs)
             else:
-                d = self.direction(x, sigma, told=self.told(i))
+                d = self.direction(x, sigma, told=told)
         if self.observer is not None:
             self.observer(i, sigma, x, x - sigma * d)
         return d
@@ -184,15 +191,14 @@ def resolve_sigmas(
 def _within_range(net, sigmas):
     """The schedule if the network supports its noise levels (up to the rounding of a published table)."""
     least, most = getattr(net, "sigma_min", 0.0), getattr(net, "sigma_max", float("inf"))
-    low, high = float(sigmas[-1]), float(sigmas[0])
+    low, high = sigmas[-1].item(), sigmas[0].item()
     if low < least * (1 - RANGE_SLACK) or high > most * (1 + RANGE_SLACK):
         wrong = low if high <= most * (1 + RANGE_SLACK) else high
         raise UserError(f"sigma={wrong:g} is outside the network's range, {least:g}..{most:g}")
     return sigmas
 
 
-@torch.no_grad()
-def sample(
+def integrate(
     net,
     latents: torch.Tensor,
     *,
@@ -216,6 +222,7 @@ def sample(
     callback: Callable | None = None,
     noise: Callable | None = None,
     original_code: bool = False,
+    checkpointing: bool = False,
     **solver_options,
 ):
     """Solves the probability-flow ODE from noise to images.
@@ -223,10 +230,14 @@ def sample(
     latents: unit-variance noise [B,C,H,W], scaled here by the first sigma; the dtype of latents is the dtype of all
     arithmetic. num_steps: time stamps (intervals + 1). sigmas: an explicit schedule that replaces num_steps and
     schedule_type; sigmas_net: what the network is told in their place, if not the same. predictor: an AMEDPredictor; it
-    inserts one learned evaluation per interval. cond: passed on to net. denoise_to_zero: one more evaluation at the last sigma. callback(i, sigma, x, denoised): called in every interval with
+    inserts one learned evaluation per interval. cond: passed on to net.
+    denoise_to_zero: one more evaluation at the last sigma. callback(i, sigma, x, denoised): called in every interval with
     the state and the denoised image at its start. noise(): standard normal noise like latents for stochastic solvers
     (default: torch's global generator). original_code: reproduce the published code where it deviates from its
-    paper (docs/solvers.md lists the places).
+    paper (docs/solvers.md lists the places). checkpointing: see ``Solver``.
+
+    Gradients flow to whatever requires them: latents, sigmas, sigmas_net, the parameters of a predictor. ``sample`` is the
+    same without gradients.
 
     Returns x [B,C,H,W]; with return_trajectory the states at all sigmas that the solver visits [N,B,C,H,W] (plus the
     denoised one); with return_info the pair (result, SampleInfo). Raises ValueError on unknown solvers and impossible
@@ -241,9 +252,18 @@ def sample(
         net, num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas, latents.device, original_code
     )
     run = Solver(
-        net, rule, times, afs=afs, predictor=predictor, cond=cond, observer=callback, noise=noise, sigmas_net=sigmas_net
+        net,
+        rule,
+        times,
+        afs=afs,
+        predictor=predictor,
+        cond=cond,
+        observer=callback,
+        noise=noise,
+        sigmas_net=sigmas_net,
+        checkpointing=checkpointing,
     )
-    info = SampleInfo(sigmas=times)
+    info = SampleInfo(sigmas=times.detach())
     state = State(latents * times[0].to(latents.dtype))
     points = [state.x]
     with run.reading():
@@ -264,3 +284,6 @@ def sample(
     info.nfe = run.nfe
     result = torch.stack(points) if return_trajectory else x
     return (result, info) if return_info else result
+
+
+sample = torch.no_grad()(integrate)

@@ -95,13 +95,15 @@ def get_schedule(
 
 
 def check_sigmas(sigmas, device=None) -> torch.Tensor:
-    """An explicit schedule as a float64 tensor [N], passed through unchanged. Raises ValueError unless it descends to > 0."""
-    sigmas = torch.as_tensor(sigmas, dtype=torch.float64).detach().cpu()
-    if sigmas.ndim != 1 or len(sigmas) < 2:
+    """An explicit schedule as a float64 tensor [N], passed through unchanged, gradients too. Raises ValueError unless it
+    descends to > 0."""
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
+    values = sigmas.detach().cpu()
+    if values.ndim != 1 or len(values) < 2:
         raise UserError("sigmas: give at least two noise levels")
-    if not torch.isfinite(sigmas).all() or not (sigmas[1:] < sigmas[:-1]).all() or sigmas[-1] <= 0:
-        raise UserError(f"sigmas must be finite, strictly decreasing and positive, got {sigmas.tolist()}")
-    return _to_device(sigmas, device)
+    if not torch.isfinite(values).all() or not (values[1:] < values[:-1]).all() or values[-1] <= 0:
+        raise UserError(f"sigmas must be finite, strictly decreasing and positive, got {values.tolist()}")
+    return _to_device(sigmas if sigmas.requires_grad else values, device)
 
 
 def refine(sigmas: torch.Tensor, extra: int) -> torch.Tensor:
