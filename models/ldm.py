@@ -4,6 +4,7 @@ The networks predict the noise of a variance-preserving process, x_t = sqrt(a_t)
 With sigma = sqrt((1 - a) / a) and x = x_t / sqrt(a) this is D(x; sigma) = x - sigma eps(x / sqrt(1 + sigma^2), t(sigma)).
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -135,7 +136,8 @@ class LatentDenoiser(Denoiser):
     The constructor takes the arguments of the published ``LatentDiffusion`` configurations; ``target`` entries only
     choose among the classes of this code. Parameters are named ``model.diffusion_model.*`` and ``first_stage_model.*``
     as in the official files. ``forward`` and all sigmas are about latents; ``decode`` and ``encode`` lead to images.
-    use_ema: which of the two sets of weights ``select_weights`` takes from a checkpoint.
+    use_ema: which of the two sets of weights ``select_weights`` takes from a checkpoint. scale_by_std: the factor between
+    latents and what the first stage decodes was measured in training and is a tensor of the checkpoint.
 
     ``autocast``: None, torch.bfloat16 or torch.float16; the dtype in which the U-Net's matrix work runs.
     """
@@ -153,6 +155,7 @@ class LatentDenoiser(Denoiser):
         beta_schedule="linear",
         parameterization="eps",
         scale_factor=1.0,
+        scale_by_std=False,
         use_ema=True,
         conditioning_key=None,
         **others,
@@ -172,6 +175,9 @@ class LatentDenoiser(Denoiser):
         self.img_resolution = int(image_size)
         self.img_channels = int(channels)
         self.scale_factor = float(scale_factor)
+        if not (math.isfinite(self.scale_factor) and self.scale_factor > 0):
+            raise UserError(f"scale_factor {scale_factor} has to be a positive number")
+        self.scale_by_std = bool(scale_by_std)
         self.use_ema = bool(use_ema)
         self.autocast: torch.dtype | None = None
         with torch.device("cpu"):  # wherever the network is laid out
@@ -231,9 +237,18 @@ class LatentDenoiser(Denoiser):
         """The network's own tensors among all those of a checkpoint, under the names of this module.
 
         Left out are the tables of the noise process, which are the only tensors without a dot in their names, and what
-        concerns training. With ``use_ema`` the moving averages stand in for ``model.*``: ``model_ema.*`` holds each
+        concerns training; a tensor ``scale_factor`` replaces the configured number. With ``use_ema`` the moving averages stand in for ``model.*``: ``model_ema.*`` holds each
         parameter under its name below "model." without dots. Raises UserError if the checkpoint has none.
         """
+        measured = state_dict.get("scale_factor")
+        if measured is not None:
+            if measured.numel() != 1 or not (math.isfinite(measured.item()) and measured.item() > 0):
+                raise UserError("the checkpoint's scale_factor is no positive number")
+            self.scale_factor = float(measured)
+        elif self.scale_by_std:
+            raise UserError(
+                "the checkpoint lacks the scale_factor that scale_by_std speaks of; give the number instead"
+            )
         training = ("model_ema.", "first_stage_model.loss.")
         chosen = {name: value for name, value in state_dict.items() if "." in name and not name.startswith(training)}
         if not self.use_ema:

@@ -144,6 +144,15 @@ def test_half_precision_options():
         assert 1e-5 < relative_error(net(io["x__2"], io["sigmas"][2]), expected) < 3e-2
 
 
+def test_the_factor_measured_in_training_is_the_one_used():
+    facts, weights, io = tiny_case("ldm_uncond_vq")
+    config = {**facts["init_kwargs"], "scale_by_std": True}
+    net = build_denoiser("ldm", config, {**weights, "scale_factor": torch.tensor(0.25)})
+    plain = build_denoiser("ldm", facts["init_kwargs"], weights)
+    z = torch.randn(2, net.img_channels, net.img_resolution, net.img_resolution, generator=torch.manual_seed(0))
+    torch.testing.assert_close(net.decode(z), plain.decode(z * plain.scale_factor / 0.25), rtol=1e-5, atol=1e-5)
+
+
 def test_mistakes_end_in_one_line(tmp_path):
     facts, weights, _ = tiny_case("ldm_uncond_vq")
     config = facts["init_kwargs"]
@@ -159,7 +168,11 @@ def test_mistakes_end_in_one_line(tmp_path):
     refused("parameterization 'v'", config={**config, "parameterization": "v"})
     refused("beta_schedule 'cosine'", config={**config, "beta_schedule": "cosine"})
     refused("conditioning_key 'concat'", config={**config, "conditioning_key": "concat"})
-    refused("unknown argument 'scale_by_std'", config={**config, "scale_by_std": True})
+    refused("unknown argument 'scale_by_sdt'", config={**config, "scale_by_sdt": True})
+    for value in (0, float("nan"), -1):
+        refused("scale_factor .* positive", config={**config, "scale_factor": value})
+        refused("scale_factor .* positive", weights={**weights, "scale_factor": torch.tensor(value)})
+    refused("lacks the scale_factor", config={**config, "scale_by_std": True})
     refused("noise table is unusable", config={**config, "timesteps": 1})
     refused("3 latent channels, the model 4", config={**config, "channels": 4})
     refused("unet_config", config={key: value for key, value in config.items() if key != "unet_config"})
