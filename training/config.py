@@ -58,6 +58,8 @@ class RunOptions:
     snap: int | None = None
     dump: int = 1
 
+    afs_kinds = AFS_KINDS
+
     def __post_init__(self):
         card = zoo.CARDS.get(self.dataset_name)
         kind = self.guidance_type or (card.guidance[0] if card is not None else None)
@@ -96,7 +98,7 @@ class RunOptions:
             )
         if self.amp not in AUTOCAST:
             raise UserError(f"amp={self.amp}: choose from {', '.join(AUTOCAST)}")
-        if self.afs not in AFS_KINDS:
+        if self.afs not in self.afs_kinds:
             raise UserError(f"afs={self.afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
 
     def check_prompts(self, needed: bool) -> None:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from solvers.loop import AFS_KINDS
 from solvers.optimize import Problem, run_dmn
 from solvers.schedules import SCHEDULES, check_sigmas, get_schedule
 from solvers.span import BASES, GROUPS, PRESETS, SpanStudent
@@ -16,7 +17,7 @@ RATES = {
     "inner": 1e-2,
     "time": 1e-2,
     "inner_time": 1e-2,
-    "coefficients": 1e-2,
+    "corrections": 1e-2,
     "scale": 1e-2,
     "contrast": 1e-3,
 }
@@ -83,6 +84,8 @@ class FinalOptions(RunOptions):
     phase_rounds: int = 1
     checkpointing: bool = False
 
+    afs_kinds = (None, *AFS_KINDS)
+
     def __post_init__(self):
         super().__post_init__()
         if self.sigmas is not None:
@@ -93,11 +96,7 @@ class FinalOptions(RunOptions):
         """Raises UserError for settings that no network could make work."""
         if self.objective != "final" or self.sampler_stu != "span":
             raise UserError(f"objective={self.objective} with sampler_stu={self.sampler_stu}: it trains a span student")
-        afs, self.afs = self.afs, self.afs or False  # None is the preset's
-        try:
-            super().check(world_size)
-        finally:
-            self.afs = afs
+        super().check(world_size)
         for name in ("init_pairs", "pairs", "val_pairs", "val_every", "phase_rounds"):
             positive(name, getattr(self, name), whole=True)
         for name in ("feature_sigma", "clip", "rho_tea"):
@@ -147,7 +146,9 @@ class FinalOptions(RunOptions):
         if not student.groups():
             raise UserError(f"preset={self.preset} with num_steps={self.num_steps} has nothing to learn")
         if student.evaluations() < 1:
-            raise UserError(f"num_steps={self.num_steps}: the student would not call the network: give more time stamps")
+            raise UserError(
+                f"num_steps={self.num_steps}: the student would not call the network: give more time stamps"
+            )
         return student
 
     def starts(self) -> list[tuple[str | None, str | None]]:
@@ -227,7 +228,7 @@ class FinalOptions(RunOptions):
         """(groups that are trained, share of the run), one after the other; the shares sum to one.
 
         phases: comma-separated ``group+group:share``, where "all" is every group; all of them phase_rounds times over.
-        Default: a first fifth for grid and times; grid and coefficients in turn where the coefficients do not follow the
+        Default: a first fifth for grid and times; grid and corrections in turn where the coefficients do not follow the
         grid and the preset is S4S; everything at once where there is one kind only.
         """
         learned = set(student.groups())

@@ -238,8 +238,8 @@ def choose_folder(options: RunOptions, net, run_dir) -> Path:
     return on_main(use_folder, options.outdir if run_dir is None else run_dir)
 
 
-def restore(trainer, options: RunOptions, state: dict, net, folder) -> float:
-    """Puts the state of an interrupted run back; returns the seconds it has trained."""
+def check_state(options: RunOptions, state: dict, net, folder) -> None:
+    """Raises UserError where a training state cannot be continued with this network and these options."""
     if state["network_hash"] != net.weights_hash:
         raise UserError(f"{net.source_path} is not the network that {folder} was trained on (another SHA-256)")
     prompts = sha256_of(options.prompt_path) if options.prompt_path is not None else None
@@ -248,6 +248,11 @@ def restore(trainer, options: RunOptions, state: dict, net, folder) -> float:
     if state["iteration"] * options.batch >= options.total_kimg * 1000 - 1e-6:
         reached = f"{state['iteration'] * options.batch / 1000:g} kimg"
         raise UserError(f"{folder} has reached {reached}: pass a larger --total_kimg to train on")
+
+
+def restore(trainer, options: RunOptions, state: dict, net, folder) -> float:
+    """Puts the state of an interrupted run back; returns the seconds it has trained."""
+    check_state(options, state, net, folder)
     try:
         trainer.load_state(state)
     except (RuntimeError, ValueError, KeyError) as error:

@@ -196,8 +196,6 @@ def load_network(options: RunOptions, device: torch.device):
     net.autocast = AUTOCAST[options.amp]
     if options.channels_last if options.channels_last is not None else device.type == "cpu":
         net = net.to(memory_format=torch.channels_last)
-    if options.afs:  # before a folder is made: the network may not know what afs="data" needs
-        afs_direction(net, torch.zeros(1, net.img_channels, 1, 1, device=device), torch.ones(()), options.afs)
     needs_prompts = getattr(net, "takes_prompts", False)
     options.check_prompts(needs_prompts)
     if options.tokenizer_path is not None:
@@ -244,6 +242,8 @@ def train_predictor(
     device = torch.device(device)
     options = TrainingOptions.from_dict(options) if isinstance(options, dict) else options
     options, net, prompts = prepare(options, device)
+    if options.afs:  # before a folder is made: the network may not know what afs="data" needs
+        afs_direction(net, torch.zeros(1, net.img_channels, 1, 1, device=device), torch.ones(()), options.afs)
     distiller = Distiller(
         net,
         options.predictor_config(net.img_resolution),
