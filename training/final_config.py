@@ -22,6 +22,7 @@ RATES = {
     "contrast": 1e-3,
 }
 GRID_GROUPS = ("labels", "inner", "time", "inner_time")
+CHANGEABLE_FINAL = ("checkpointing", "teacher_set")  # besides those of every run
 INITIAL_BASES = ("ab", "dpmpp")
 INITIAL_GRIDS = ("polynomial:7", "polynomial:4", "logsnr", "time_uniform:1", "dmn")
 
