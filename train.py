@@ -1,6 +1,8 @@
-"""Distil an AMED predictor: where a fast solver should look between its time stamps.
+"""Distil an AMED predictor: where a fast solver should look between its time stamps. Or train a span student, a whole
+solver as a learned table, on its final samples.
 
     python train.py --dataset_name=cifar10 --num_steps=4 --sampler_stu=amed --sampler_tea=heun --batch=128
+    python train.py --dataset_name=cifar10 --num_steps=6 --sampler_stu=span --objective=final --loss=features+0.2*huber
     torchrun --standalone --nproc_per_node=8 train.py --dataset_name=imagenet64 ...
     python train.py --resume=7            # continue ./exps/00007-* where it stopped
 
@@ -16,13 +18,21 @@ from click.core import ParameterSource
 
 from solvers import SCHEDULES
 from solvers.schedule_file import schedule_file_flag, use_schedule
+from solvers.span import PRESETS
 from torch_utils import distributed
 from torch_utils.errors import UserError
 from training.config import AUTOCAST, CHANGEABLE, STUDENTS, TEACHERS, TrainingOptions
+from training.final_config import CHANGEABLE_FINAL, FinalOptions
+from training.final_loop import train_student
+from training.final_loss import own_code
+from training.run import Interrupted
 from training.run_folder import find_run, load_newest_state, on_main
-from training.training_loop import Interrupted, train_predictor
+from training.teacher_set import teachers
+from training.training_loop import train_predictor
 
-_DEFAULT = {field.name: field.default for field in fields(TrainingOptions)}
+OPTIONS = {"per_step": TrainingOptions, "final": FinalOptions}
+_DEFAULTS = {objective: {field.name: field.default for field in fields(kind)} for objective, kind in OPTIONS.items()}
+_DEFAULT = {**_DEFAULTS["final"], **_DEFAULTS["per_step"]}
 
 
 class AFSType(click.ParamType):
@@ -57,14 +67,18 @@ class FloatList(click.ParamType):
 
 
 def option(name, kind, text, *aliases, **more):
-    """An option of TrainingOptions, with the default it has there."""
+    """An option of a run, with the default that it has there; where the objectives differ, both are in the text."""
     default = _DEFAULT[name]
+    of_final = _DEFAULTS["final"].get(name)
+    if name in _DEFAULTS["per_step"] and of_final is not None and of_final != default:
+        text = f"{text} (final: {of_final})"
     more = {"default": default, "show_default": default is not None, **more}
     return click.option(name, f"--{name}", *aliases, type=kind, help=text, **more)
 
 
 POSITIVE = click.FloatRange(0, min_open=True)
 COUNT = click.IntRange(min=1)
+WEIGHT = click.FloatRange(min=0)
 
 
 @click.command()
@@ -77,8 +91,14 @@ COUNT = click.IntRange(min=1)
     metavar="FILE",
 )
 @option("num_steps", click.IntRange(min=2), "Time stamps; the student evaluates 2 (N - 1) times, one less with AFS")
-@option("sampler_stu", click.Choice(STUDENTS), "Student solver")
-@option("sampler_tea", click.Choice(TEACHERS), "Teacher solver")
+@click.option(
+    "--objective",
+    type=click.Choice(list(OPTIONS)),
+    default=None,
+    help="per_step: each interval against the teacher's; final: the final samples of a span student (default for span)",
+)
+@option("sampler_stu", click.Choice([*STUDENTS, "span"]), "Student solver")
+@option("sampler_tea", click.Choice(list(dict.fromkeys([*TEACHERS, *teachers()]))), "Teacher solver")
 @option("M", click.IntRange(min=0), "Points the teacher adds to every interval")
 @option("guidance_type", click.Choice(["cg", "cfg", "uncond", "none"]), "Guidance of the network")
 @option("guidance_rate", float, "Strength of the guidance (default: 7.5 for cfg, 1 for cg, else 0)")
@@ -102,6 +122,34 @@ COUNT = click.IntRange(min=1)
     metavar="FILE",
 )
 @option("tokenizer_path", str, "Tokenizer of Stable Diffusion (default: from the hub)", metavar="DIR")
+# Only under --objective=final.
+@option("preset", click.Choice(list(PRESETS)), "final: kind of span student, what it learns")
+@option("parallel", COUNT, "final: calls of the network in one batch, per interval (default: the preset's)")
+@option(
+    "init", str, "final: starts that are tried, base@grid,... or preset (default: several for full)", metavar="LIST"
+)
+@option("init_pairs", COUNT, "final: pairs that each start is tried on")
+@option("loss", str, "final: weighted sum of l2, huber, features, lpips, module:function", metavar="W*TERM+...")
+@option("feature_sigma", POSITIVE, "final: noise level at which the denoiser's features are compared")
+@option("w_dist", WEIGHT, "final: weight of the energy distance between the distributions of features")
+@option("w_anchor", WEIGHT, "final: weight of the distance to the teacher's states at the beginning of the run")
+@option("anchor", click.FloatRange(0, 1), "final: share of the run over which that weight falls to 0")
+@option("w_delta", WEIGHT, "final: weight of the squared corrections of the coefficients")
+@option("num_steps_tea", click.IntRange(min=3), "final: time stamps of the teacher")
+@option("schedule_tea", click.Choice(list(SCHEDULES)), "final: schedule of the teacher")
+@option("rho_tea", POSITIVE, "final: exponent of that schedule")
+@option("pairs", COUNT, "final: teacher pairs to train on")
+@option("val_pairs", COUNT, "final: teacher pairs to validate with")
+@option("teacher_set", str, "final: file that keeps them (default: one in outdir/teacher-sets)", metavar="FILE")
+@option("lrs", str, "final: learning rates of groups, labels=0.01,corrections=0.02,...", metavar="GROUP=RATE,...")
+@option("lr_final", click.FloatRange(0, 1), "final: share of the rates that is left at the end")
+@option("warmup", click.IntRange(min=0), "final: iterations over which the rates rise")
+@option("clip", POSITIVE, "final: largest norm of the gradient")
+@option("ema", click.FloatRange(0, 1, max_open=True), "final: decay of the average that is validated and saved")
+@option("val_every", COUNT, "final: iterations between validations")
+@option("phases", str, "final: what is trained when, labels+time:0.2,all:0.8", metavar="GROUPS:SHARE,...")
+@option("phase_rounds", COUNT, "final: how often the phases take turns")
+@option("checkpointing", bool, "final: less memory, a third more time")
 # How.
 @option("total_kimg", POSITIVE, "Length of the training, in thousands of samples")
 @option("batch", COUNT, "Samples per iteration, over all processes")
@@ -123,7 +171,7 @@ COUNT = click.IntRange(min=1)
 @click.option("-n", "--dry-run", "--dry_run", "dry_run", is_flag=True, help="Print the options and quit")
 @click.pass_context
 def main(ctx, device, resume, dry_run, **values):
-    """Distil an AMED predictor for a pretrained network."""
+    """Distil an AMED predictor, or train a span student, for a pretrained network."""
     given = {name for name in values if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     schedule = use_schedule(values, given)
     if schedule is not None and values.pop("sigmas_net") is not None:
@@ -143,14 +191,32 @@ def main(ctx, device, resume, dry_run, **values):
             distributed.print0(json.dumps(options.to_dict(), indent=2))
             distributed.print0(f"Would run on {device}, in {folder or options.folder_name(0)}")
             return
-        train_predictor(options, device, folder, resume=folder is not None, schedule=schedule)
+        if isinstance(options, FinalOptions):
+            train_student(options, device, folder, resume=folder is not None)
+        else:
+            train_predictor(options, device, folder, resume=folder is not None, schedule=schedule)
     except Interrupted as stop:
         sys.exit(stop.exit_code)
     finally:
         distributed.shutdown()
 
 
-def new_options(values: dict, given: set[str]) -> TrainingOptions:
+def find_objective(values: dict, given: set[str]) -> str:
+    """ "per_step" or "final"; UserError for flags that contradict each other."""
+    span = values["sampler_stu"] == "span"
+    objective = values.pop("objective") or ("final" if span else "per_step")
+    if objective == "per_step" and span:
+        raise UserError("--sampler_stu=span is trained on its final samples: it needs --objective=final")
+    if objective == "final" and not span and "sampler_stu" in given:
+        raise UserError(f"--objective=final trains --sampler_stu=span, not {values['sampler_stu']}")
+    (other,) = set(OPTIONS) - {objective}
+    foreign = sorted(name for name in given if name in _DEFAULTS[other] and name not in _DEFAULTS[objective])
+    if foreign:
+        raise UserError(f"--{foreign[0]} belongs to --objective={other}: leave it out")
+    return objective
+
+
+def new_options(values: dict, given: set[str]) -> TrainingOptions | FinalOptions:
     if values["dataset_name"] is None:
         raise UserError("--dataset_name is missing: name a network ('python -m models.zoo list'), or --resume a run")
     if values["sigmas"] is not None:
@@ -159,23 +225,37 @@ def new_options(values: dict, given: set[str]) -> TrainingOptions:
             replaced.add("num_steps")
         if replaced:
             raise UserError(f"--sigmas replaces --{min(replaced)}: give only one of them")
-    return TrainingOptions.from_dict(values)
+    if find_objective(values, given) == "final":  # its defaults are others
+        return FinalOptions.from_dict({name: values[name] for name in given if name in _DEFAULTS["final"]})
+    options = TrainingOptions.from_dict({name: values[name] for name in _DEFAULTS["per_step"]})
+    if options.sampler_tea not in TEACHERS:
+        raise UserError(f"--sampler_tea={options.sampler_tea} can only make the pairs of --objective=final")
+    return options
 
 
-def continued_options(stored: dict, values: dict, given: set[str]) -> TrainingOptions:
+def continued_options(stored: dict, values: dict, given: set[str]) -> TrainingOptions | FinalOptions:
     """The options of the run that is continued, with those changes that leave its results alone."""
-    options = TrainingOptions.from_dict(stored)
+    final = stored.get("objective") == "final"
+    options = OPTIONS["final" if final else "per_step"].from_dict(stored)
+    if values["objective"] is None:
+        given = given - {"objective"}
     if values["guidance_type"] == "none" and options.guidance_type is None:  # the same, and stored so
         values["guidance_type"] = None
+    known = {**options.to_dict(), "objective": "final" if final else "per_step"}
+    allowed = (*CHANGEABLE, *(CHANGEABLE_FINAL if final else ()))
     for name in sorted(given - {"outdir"}):
-        if name in CHANGEABLE:
+        if name not in known:
+            raise UserError(f"--resume: this run has --objective={known['objective']}, without --{name}; leave it out")
+        if name in allowed:
             setattr(options, name, values[name])
-        elif values[name] != getattr(options, name):
-            changeable = ", ".join(f"--{key}" for key in CHANGEABLE)
+        elif values[name] != known[name]:
+            changeable = ", ".join(f"--{key}" for key in allowed)
             raise UserError(
-                f"--resume: this run has {name}={getattr(options, name)}, not {values[name]}; leave --{name} out "
+                f"--resume: this run has {name}={known[name]}, not {values[name]}; leave --{name} out "
                 f"(only {changeable} and --device may change)"
             )
+    if final and own_code(options.loss) and "loss" not in given:  # a file must not choose what code is run
+        raise UserError(f"--resume: the loss of this run is code of your own; repeat --loss='{options.loss}' to run it")
     return options
 
 

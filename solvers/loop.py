@@ -36,8 +36,10 @@ def afs_direction(net, x: torch.Tensor, sigma, kind) -> torch.Tensor:
 
     True: x / sqrt(1 + sigma^2), the published form for data centred at zero (Dockhorn et al. 2022, Appendix B).
     "data": exact for a Gaussian with the training data's mean image and variance, read from ``net.data_mean`` and
-    ``net.data_std``; it matters where the mean is far from zero, as for white strokes on black.
+    ``net.data_std``; it matters where the mean is far from zero, as for white strokes on black. A function: of (x, sigma).
     """
+    if callable(kind):
+        return kind(x, sigma)
     if kind is True:
         return x / (1 + sigma**2).sqrt()
     mean, std = getattr(net, "data_mean", None), getattr(net, "data_std", None)
@@ -50,7 +52,7 @@ def afs_direction(net, x: torch.Tensor, sigma, kind) -> torch.Tensor:
 class Solver:
     """A rule on a schedule with a network, and optionally a predictor that inserts one learned point per interval.
 
-    sigmas: [N] descending. afs: False, True or "data". ``nfe`` counts the network evaluations really made.
+    sigmas: [N] descending. afs: False, True, "data" or a function (see ``afs_direction``). ``nfe`` counts the network evaluations really made.
     noise: called without arguments, a standard normal tensor like x; what a stochastic rule draws.
     sigmas_net: [N] what the network is told at the points of the schedule in the place of their noise levels (LD3's
     decoupled times); the arithmetic keeps to sigmas. checkpointing: under gradients, activations of the network are not
@@ -71,13 +73,9 @@ class Solver:
         sigmas_net=None,
         checkpointing=False,
     ):
-        if not (isinstance(afs, bool) or afs == "data"):
+        if not (isinstance(afs, bool) or afs == "data" or callable(afs)):
             raise UserError(f"afs={afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
-        if predictor is None and rule.needs_predictor:
-            raise UserError(f"the solver '{rule.name}' needs a trained predictor")
-        if predictor is not None and not rule.can_learn:
-            raise UserError(f"no predictor can be inserted into the solver '{rule.name}'")
-        self.net, self.rule, self.sigmas = net, rule.bind(net, sigmas), sigmas
+        self.net, self.rule, self.sigmas = net, rule.adopt(predictor).bind(net, sigmas), sigmas
         self.sigmas_net = None
         if sigmas_net is not None:
             self.sigmas_net = torch.as_tensor(sigmas_net, dtype=sigmas.dtype).to(sigmas.device)
@@ -105,7 +103,7 @@ class Solver:
     @contextmanager
     def reading(self):
         """Context in which the network's bottleneck is read; needed around ``advance`` when there is a predictor."""
-        if self.predictor is None:
+        if self.predictor is None or self.rule.own_schedule:
             yield
             return
         with read_bottleneck(self.net) as self._reader:
@@ -118,11 +116,13 @@ class Solver:
 
     # What a rule may ask for.
 
-    def denoise(self, x, sigma):
-        self.nfe += getattr(self.net, "evals_per_call", 1)
+    def denoise(self, x, sigma, copies=1):
+        """D(x; sigma); copies: how many states of the batch x holds, one after the other (sigma then [copies B,1,1,1])."""
+        self.nfe += copies * getattr(self.net, "evals_per_call", 1)
+        cond = self.cond if copies == 1 else {name: _repeat(v, copies, len(x)) for name, v in self.cond.items()}
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.net, x, sigma, use_reentrant=False, **self.cond).to(x.dtype)
-        return self.net(x, sigma, **self.cond).to(x.dtype)
+            return checkpoint(self.net, x, sigma, use_reentrant=False, **cond).to(x.dtype)
+        return self.net(x, sigma, **cond).to(x.dtype)
 
     def told(self, i, r=None):
         """What the network is told at point i, or, for a given r, at sigmas[i + 1]^r sigmas[i]^(1 - r); None where that is
@@ -137,6 +137,20 @@ class Solver:
         told = sigma if told is None else told.to(x.dtype)
         return (x - self.denoise(x, told if scale_time is None else scale_time * told)) / sigma
 
+    def directions(self, points: list, sigmas: list, told: list) -> list:
+        """The directions at several points [B,C,H,W] in one call of the network, which is told the noise levels ``told``."""
+        if len(points) == 1:
+            return [self.direction(points[0], sigmas[0], told=told[0])]
+        batch = len(points[0])
+        levels = torch.stack([level.to(points[0]) for level in told]).repeat_interleave(batch).reshape(-1, 1, 1, 1)
+        denoised = self.denoise(torch.cat(points), levels, len(points)).split(batch)
+        return [(x - d) / sigma for x, d, sigma in zip(points, denoised, sigmas, strict=True)]
+
+    def observe(self, i, sigma, x, d):
+        """Shows the observer the direction d at point i of the schedule."""
+        if self.observer is not None:
+            self.observer(i, sigma, x, x - sigma * d)
+
     def direction_at(self, x, i):
         """The direction at point i of the schedule, shown to the observer; at point 0 the analytical one under AFS.
 
@@ -149,8 +163,7 @@ class Solver:
                 d = afs_direction(self.net, x, sigma, self.afs)
             else:
                 d = self.direction(x, sigma, told=told)
-        if self.observer is not None:
-            self.observer(i, sigma, x, x - sigma * d)
+        self.observe(i, sigma, x, d)
         return d
 
     def predict(self, x, i):
@@ -166,6 +179,13 @@ class Solver:
     def noise(self, x):
         """Standard normal noise like x."""
         return torch.randn_like(x) if self._noise is None else self._noise().to(x)
+
+
+def _repeat(value, copies, rows):
+    """A part of ``cond`` for a batch that holds itself several times; what belongs to no sample as it is."""
+    if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows // copies:
+        return value.repeat(copies, *[1] * (value.ndim - 1))
+    return value
 
 
 def resolve_sigmas(
@@ -230,7 +250,8 @@ def integrate(
     latents: unit-variance noise [B,C,H,W], scaled here by the first sigma; the dtype of latents is the dtype of all
     arithmetic. num_steps: time stamps (intervals + 1). sigmas: an explicit schedule that replaces num_steps and
     schedule_type; sigmas_net: what the network is told in their place, if not the same. predictor: an AMEDPredictor; it
-    inserts one learned evaluation per interval. cond: passed on to net.
+    inserts one learned evaluation per interval; for the solver "span" a SpanStudent, which brings schedule and first step
+    along. cond: passed on to net.
     denoise_to_zero: one more evaluation at the last sigma. callback(i, sigma, x, denoised): called in every interval with
     the state and the denoised image at its start. noise(): standard normal noise like latents for stochastic solvers
     (default: torch's global generator). original_code: reproduce the published code where it deviates from its
@@ -243,11 +264,15 @@ def integrate(
     denoised one); with return_info the pair (result, SampleInfo). Raises ValueError on unknown solvers and impossible
     settings.
     """
-    if sigmas is None and num_steps is None:
-        raise UserError("sample: give num_steps or an explicit list of sigmas")
     common = {"max_order": max_order, "predict_x0": predict_x0, "lower_order_final": lower_order_final}
     common["original_code"] = original_code
     rule = make_rule(solver, solver_options, common)
+    if rule.own_schedule:
+        rule.adopt(predictor)  # refuses what is no student of it
+        own = predictor.brings(num_steps, sigmas, sigmas_net, afs)
+        sigmas, sigmas_net, afs = own["sigmas"], own["sigmas_net"], own["afs"]
+    if sigmas is None and num_steps is None:
+        raise UserError("sample: give num_steps or an explicit list of sigmas")
     times = resolve_sigmas(
         net, num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas, latents.device, original_code
     )

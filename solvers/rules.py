@@ -82,6 +82,7 @@ class Rule:
     can_teach: bool = True
     can_learn: bool = True  # may a predictor be inserted?
     needs_predictor: bool = False
+    own_schedule: bool = False  # its predictor is a student that brings schedule and first step (``SpanStudent``)
     stochastic: bool = False  # draws noise while sampling
     fingerprint: str | None = None  # of a file that the bound rule steps with: the images depend on it
     max_order: int = 1
@@ -106,6 +107,19 @@ class Rule:
     def one_step(self) -> bool:
         """True when a step depends on the current point only, so that a trajectory may be restarted anywhere."""
         return self.keep == 1
+
+    def adopt(self, predictor) -> "Rule":
+        """The rule to use with this predictor (None: without): itself, or a copy that knows it.
+
+        Raises UserError where they do not go together.
+        """
+        if predictor is None and self.needs_predictor:
+            raise UserError(f"the solver '{self.name}' needs a trained predictor")
+        if predictor is not None and not self.can_learn:
+            raise UserError(f"no predictor can be inserted into the solver '{self.name}'")
+        if getattr(predictor, "solver", self.name) != self.name:
+            raise UserError(f"this predictor is a student of the solver '{predictor.solver}', not of '{self.name}'")
+        return self
 
     def bind(self, net, sigmas) -> "Rule":
         """The rule to use for this network and schedule [N]: itself, or a copy with what it needs to know of them.

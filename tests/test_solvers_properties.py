@@ -10,6 +10,7 @@ from toy import ToyNet, common
 
 from solvers import SOLVERS, Solver, State, get_schedule, make_rule, refine, sample
 from solvers.rules import DPMSolverPP, dynamic_threshold
+from solvers.span import SpanStudent
 from training.predictor import AMEDPredictor
 
 torch.set_num_threads(1)
@@ -419,6 +420,8 @@ def test_trajectory_rows_are_the_results_of_shorter_schedules(solver):
 def test_sampling_is_deterministic_and_leaves_its_inputs_alone(solver):
     torch.manual_seed(0)
     predictor = AMEDPredictor(scale_dir=0.01, scale_time=0.2).double() if SOLVERS[solver].can_learn else None
+    if SOLVERS[solver].own_schedule:
+        predictor = SpanStudent(sigmas=grid(4, "polynomial").tolist())
     before = None if predictor is None else {k: v.clone() for k, v in predictor.state_dict().items()}
     latents, sigmas = common("latents3"), grid(4, "polynomial")
     kept, kept_sigmas, cond = latents.clone(), sigmas.clone(), {}
@@ -438,6 +441,8 @@ def test_sampling_is_deterministic_and_leaves_its_inputs_alone(solver):
 @pytest.mark.parametrize("solver", list(SOLVERS))
 def test_dtype_of_latents_is_the_dtype_of_results(solver):
     predictor = AMEDPredictor() if SOLVERS[solver].needs_predictor else None
+    if SOLVERS[solver].own_schedule:
+        predictor = SpanStudent(num_steps=4)
     for dtype in (torch.float32, torch.float64):
         net, latents = ToyNet(dtype), common("latents2", dtype)
         trajectory, info = sample(

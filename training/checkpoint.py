@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from solvers.span import SpanStudent
 from torch_utils.errors import UserError
 from torch_utils.safe_pickle import PersistentObject, open_binary, safe_load
 from torch_utils.tensor_file import is_safetensors, json_entry, read_safetensors, write_safetensors
@@ -17,6 +18,7 @@ from training.predictor import AMEDPredictor
 from training.run_folder import numbered_runs
 
 FORMAT = "amed-predictor"
+KINDS = {"amed": AMEDPredictor, SpanStudent.kind: SpanStudent}  # a file that names no kind holds an AMEDPredictor
 
 # Constructor arguments of the original predictor, under the same names here.
 _ORIGINAL_KEYS = (
@@ -30,7 +32,7 @@ _FIXED = {"output_dim": 1, "bottleneck_input_dim": 64, "embedding_type": "positi
 _SIZES = {"hidden_dim": "enc_layer0", "bottleneck_output_dim": "enc_layer1", "noise_channels": "map_layer0"}
 
 
-def save_predictor(predictor: AMEDPredictor, path, provenance: dict | None = None) -> None:
+def save_predictor(predictor: AMEDPredictor | SpanStudent, path, provenance: dict | None = None) -> None:
     """Writes weights, configuration and provenance to one safetensors file, atomically.
 
     provenance: where the predictor comes from (network name and hash, code version, seed, kimg, ...), JSON values;
@@ -38,11 +40,13 @@ def save_predictor(predictor: AMEDPredictor, path, provenance: dict | None = Non
     """
     provenance = predictor.provenance if provenance is None else provenance
     metadata = {"format": FORMAT, "config": json.dumps(predictor.config), "provenance": json.dumps(provenance)}
+    if isinstance(predictor, SpanStudent):
+        metadata["kind"] = predictor.kind
     write_safetensors(path, predictor.state_dict(), metadata)
 
 
-def load_predictor(path) -> AMEDPredictor:
-    """The predictor of a file, on the CPU and in eval mode.
+def load_predictor(path) -> AMEDPredictor | SpanStudent:
+    """The predictor or span student of a file, on the CPU and in eval mode.
 
     path: a path or binary file object; a file of ``save_predictor``, or a ``.pkl`` / ``.pt`` snapshot of the original
     code. Raises UserError where it is something else, UnsafePickleError where a snapshot asks for more than data.
@@ -57,19 +61,35 @@ def load_predictor(path) -> AMEDPredictor:
                 raise UserError(f"{name} is a safetensors file, but not a predictor: its format is not '{FORMAT}'")
             config = json_entry(metadata, "config", name)
             provenance = json_entry(metadata, "provenance", name) if "provenance" in metadata else {}
+            kind = metadata.get("kind", "amed")
         else:
             config, tensors = _original_snapshot(safe_load(file), name)
-            provenance = {"converted_from": Path(name).name}
-    return _build(config, tensors, provenance, name)
+            kind, provenance = "amed", {"converted_from": Path(name).name}
+    if kind not in KINDS:
+        raise UserError(f"{name}: unknown kind of predictor '{kind}'; known: {', '.join(KINDS)}")
+    (_check_sizes if kind == "amed" else _check_table)(config, tensors, name)
+    return _build(KINDS[kind], config, tensors, provenance, name)
 
 
-def _build(config: dict, tensors: dict[str, torch.Tensor], provenance: dict, name: str) -> AMEDPredictor:
+def _check_sizes(config: dict, tensors: dict[str, torch.Tensor], name: str) -> None:
     for key, layer in _SIZES.items():
         weight = tensors.get(f"{layer}.weight")
         if key in config and (weight is None or weight.ndim != 2 or config[key] != weight.shape[0]):
             raise UserError(f"{name}: its '{key}' does not belong to its weights ({layer})")
+
+
+def _check_table(config: dict, tensors: dict[str, torch.Tensor], name: str) -> None:
+    """The same for a span student: nothing of a size that only its configuration claims is built."""
+    sizes = {key: list(value.shape) for key, value in tensors.items()}
+    if [config.get("num_steps")] != [length + 1 for length in sizes.get("labels", [])]:
+        raise UserError(f"{name}: its 'num_steps' does not belong to its weights (labels)")
+    if config.get("image_shape") != sizes.get("mean"):
+        raise UserError(f"{name}: its 'image_shape' does not belong to its weights (mean)")
+
+
+def _build(cls, config: dict, tensors: dict[str, torch.Tensor], provenance: dict, name: str):
     try:
-        predictor = AMEDPredictor(**config)
+        predictor = cls(**config)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     except (TypeError, ValueError, ArithmeticError) as error:

@@ -24,15 +24,14 @@ CHANGEABLE = ("total_kimg", "batch_gpu", "tick", "snap", "dump", "bench", "model
 
 
 @dataclass
-class TrainingOptions:
-    """Every option of train.py that a run depends on, with its default; names and defaults are the original code's.
+class RunOptions:
+    """What every training run has: the network, the length, the machine, and what is written where.
 
     guidance_rate: None is the network's own under guidance, and 0 without. prompt_path: captions for text-to-image
     networks, one drawn per sample; tokenizer_path: a local folder in place of the network's tokenizer from the hub.
-    sigmas: an explicit schedule that replaces num_steps, schedule_type and schedule_rho. batch: samples per iteration
-    over all processes; batch_gpu: samples per network call of one process (None: all of its share). tick: kimg between
-    lines of statistics; snap, dump: ticks between snapshots of the predictor and between training states (None: only at
-    the end). channels_last: memory format of the network (None: on the CPU only).
+    batch: samples per iteration over all processes; batch_gpu: samples per network call of one process (None: all of its
+    share). tick: kimg between lines of statistics; snap, dump: ticks between snapshots of the student and between
+    training states (None: only at the end). channels_last: memory format of the network (None: on the CPU only).
     """
 
     dataset_name: str
@@ -42,28 +41,15 @@ class TrainingOptions:
     nosubdir: bool = False
     total_kimg: float = 10
     num_steps: int = 4
-    sampler_stu: str = "amed"
-    sampler_tea: str = "heun"
-    M: int = 1
     guidance_type: str | None = None
     guidance_rate: float | None = None
     prompt_path: str | None = None
     tokenizer_path: str | None = None
-    schedule_type: str = "polynomial"
-    schedule_rho: float = 7
     sigma_min: float | None = None
     sigma_max: float | None = None
-    sigmas: list[float] | None = None
     afs: bool | str = True
-    scale_dir: float = 0.01
-    scale_time: float = 0.0
-    max_order: int = 3
-    predict_x0: bool = True
-    lower_order_final: bool = True
-    thresholding: bool = True
     batch: int = 512
     batch_gpu: int | None = None
-    lr: float = 5e-3
     seed: int | None = None
     amp: str = "none"
     channels_last: bool | None = None
@@ -72,17 +58,16 @@ class TrainingOptions:
     snap: int | None = None
     dump: int = 1
 
+    afs_kinds = AFS_KINDS
+
     def __post_init__(self):
-        if self.sigmas is not None:
-            self.sigmas = check_sigmas(self.sigmas).tolist()
-            self.num_steps = len(self.sigmas)
         card = zoo.CARDS.get(self.dataset_name)
         kind = self.guidance_type or (card.guidance[0] if card is not None else None)
         if self.guidance_rate is None and kind in ("none", "uncond"):
             self.guidance_rate = 0.0
 
     @classmethod
-    def from_dict(cls, values: dict) -> "TrainingOptions":
+    def from_dict(cls, values: dict):
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise UserError(f"unknown training option '{unknown[0]}'")
@@ -93,23 +78,17 @@ class TrainingOptions:
     def to_dict(self) -> dict:
         return asdict(self)
 
-    def predictor_config(self, img_resolution: int | None = None) -> dict:
-        """The configuration that the predictor carries, without what keeps its default."""
-        own = {key: getattr(self, key) for key in DEFAULTS if hasattr(self, key)}
-        return {**own, "img_resolution": img_resolution}
-
     def check(self, world_size: int) -> None:
-        """Raises UserError for settings that no network could make work; DistillationLoss checks the rest."""
+        """Raises UserError for settings that no network could make work."""
         card = zoo.find_card(self.dataset_name)
         if card is not None:
             self.check_prompts(card.takes_prompts)
-        _positive("batch", self.batch, whole=True)
-        _positive("lr", self.lr)
-        _positive("total_kimg", self.total_kimg)
-        _positive("tick", self.tick)
+        positive("batch", self.batch, whole=True)
+        positive("total_kimg", self.total_kimg)
+        positive("tick", self.tick)
         for name in ("batch_gpu", "snap", "dump"):
             if getattr(self, name) is not None:
-                _positive(name, getattr(self, name), whole=True)
+                positive(name, getattr(self, name), whole=True)
         if self.batch % world_size:
             raise UserError(f"batch={self.batch} must be divisible by the number of processes ({world_size})")
         share = self.batch // world_size
@@ -119,10 +98,8 @@ class TrainingOptions:
             )
         if self.amp not in AUTOCAST:
             raise UserError(f"amp={self.amp}: choose from {', '.join(AUTOCAST)}")
-        if self.afs not in AFS_KINDS:
+        if self.afs not in self.afs_kinds:
             raise UserError(f"afs={self.afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
-        make_rules(self.to_dict())
-        AMEDPredictor(**self.predictor_config())
 
     def check_prompts(self, needed: bool) -> None:
         """Raises UserError where the network needs prompts and there are none, or the other way round."""
@@ -131,6 +108,51 @@ class TrainingOptions:
         for name in ("prompt_path", "tokenizer_path"):
             if not needed and getattr(self, name) is not None:
                 raise UserError(f"--{name}: {self.dataset_name} is no text-to-image network; leave it out")
+
+    def guess_evals_per_call(self) -> int:
+        """What a call of the network costs, as far as the guidance tells."""
+        kind = self.guidance_type or ("cfg" if self.prompt_path is not None else None)
+        return 2 if kind == "cfg" and self.guidance_rate != 1 else 1
+
+
+@dataclass
+class TrainingOptions(RunOptions):
+    """Every option of train.py that a predictor's run depends on; names and defaults are the original code's.
+
+    sigmas: an explicit schedule that replaces num_steps, schedule_type and schedule_rho.
+    """
+
+    sampler_stu: str = "amed"
+    sampler_tea: str = "heun"
+    M: int = 1
+    schedule_type: str = "polynomial"
+    schedule_rho: float = 7
+    sigmas: list[float] | None = None
+    scale_dir: float = 0.01
+    scale_time: float = 0.0
+    max_order: int = 3
+    predict_x0: bool = True
+    lower_order_final: bool = True
+    thresholding: bool = True
+    lr: float = 5e-3
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sigmas is not None:
+            self.sigmas = check_sigmas(self.sigmas).tolist()
+            self.num_steps = len(self.sigmas)
+
+    def predictor_config(self, img_resolution: int | None = None) -> dict:
+        """The configuration that the predictor carries, without what keeps its default."""
+        own = {key: getattr(self, key) for key in DEFAULTS if hasattr(self, key)}
+        return {**own, "img_resolution": img_resolution}
+
+    def check(self, world_size: int) -> None:
+        """Raises UserError for settings that no network could make work; DistillationLoss checks the rest."""
+        super().check(world_size)
+        positive("lr", self.lr)
+        make_rules(self.to_dict())
+        AMEDPredictor(**self.predictor_config())
 
     @property
     def calls(self) -> int:
@@ -143,8 +165,7 @@ class TrainingOptions:
         evals_per_call: of the network; None guesses it from the guidance.
         """
         if evals_per_call is None:
-            kind = self.guidance_type or ("cfg" if self.prompt_path is not None else None)
-            evals_per_call = 2 if kind == "cfg" and self.guidance_rate != 1 else 1
+            evals_per_call = self.guess_evals_per_call()
         schedule = "sigmas" if self.sigmas is not None else self.schedule_type
         parts = [f"{number:05d}", self.dataset_name, self.num_steps, self.calls * evals_per_call, self.sampler_stu]
         parts += [self.sampler_tea, self.M, schedule, *(["afs"] if self.afs else [])]
@@ -163,7 +184,7 @@ class TrainingOptions:
         return [name for name in idle if name in names]
 
 
-def _positive(name: str, value, whole: bool = False) -> None:
+def positive(name: str, value, whole: bool = False) -> None:
     if not math.isfinite(value) or value <= 0 or (whole and int(value) != value):
         raise UserError(f"{name}={value} must be a {'whole ' if whole else ''}number above 0")
 

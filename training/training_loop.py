@@ -5,53 +5,30 @@ divided by the total batch, so the number of processes and of micro-batches chan
 """
 
 import copy
-import datetime
-import math
 import secrets
-import shlex
-import signal
-import threading
-import time
 from collections.abc import Sequence
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from models import create_model, use_tokenizer
 from solvers.loop import afs_direction
 from solvers.schedule_file import Schedule
 from torch_utils import distributed
-from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
 from torch_utils.prompts import read_prompts
-from torch_utils.seeds import SeededGenerators, stream_seeds
+from torch_utils.seeds import stream_seeds
 from training.checkpoint import save_predictor
-from training.config import AUTOCAST, TrainingOptions, code_version
+from training.config import AUTOCAST, RunOptions, TrainingOptions
+from training.inputs import draw_inputs
 from training.loss import DistillationLoss
 from training.predictor import AMEDPredictor
-from training.run_folder import (
-    OPTIONS_FILE,
-    RunLog,
-    create_run_folder,
-    load_newest_state,
-    on_main,
-    save_state,
-    use_folder,
-    write_json,
-)
+from training.run import Interrupted, Run, choose_folder, numbers, provenance_of, restore
+from training.run_folder import load_newest_state, on_main
+
+__all__ = ["Distiller", "Interrupted", "NotFinite", "load_network", "prepare", "train_predictor"]
 
 STATISTICS = ("loss", "r", "scale_dir", "scale_time")  # per interval, means over the batch
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM ended the run after a whole iteration, everything is saved; ``exit_code`` is 128 + signal."""
-
-    def __init__(self, number: int):
-        super().__init__(f"interrupted by {signal.Signals(number).name}")
-        self.exit_code = 128 + number
 
 
 class NotFinite(Exception):
@@ -115,19 +92,14 @@ class Distiller:
     def draw(self) -> list[tuple[torch.Tensor, dict]]:
         """(unit-variance noise, condition) of each micro-batch of the current iteration."""
         start = self.iteration * self.batch + distributed.rank() * self.share
-        shape = [self.net.img_channels, self.net.img_resolution, self.net.img_resolution]
-        drawn = []
-        for first in range(start, start + self.share, self.chunk):
-            generators = SeededGenerators(stream_seeds(self.seed, first, self.chunk))
-            latents = generators.randn(shape, self.dtype).to(self.device)
-            drawn.append((latents, self._condition(generators)))
-        return drawn
+        return [
+            draw_inputs(self.net, stream_seeds(self.seed, first, self.chunk), self.prompts, self.dtype, self.device)
+            for first in range(start, start + self.share, self.chunk)
+        ]
 
-    def _condition(self, generators: SeededGenerators) -> dict:
-        if self.prompts is not None:
-            numbers = generators.randint(len(self.prompts)).tolist()
-            return self.net.make_cond(generators, prompts=[self.prompts[number] for number in numbers])
-        return self.net.make_cond(generators) if self.net.label_dim else {}
+    def iterate(self) -> torch.Tensor:
+        """The next iteration; see ``step``."""
+        return self.step(self.draw())
 
     def step(self, micro_batches: list[tuple[torch.Tensor, dict]]) -> torch.Tensor:
         """One iteration; returns the statistics [intervals, 4] (see STATISTICS), means over all processes.
@@ -176,179 +148,54 @@ class Distiller:
         self.iteration = state["iteration"]
 
 
-@contextmanager
-def deferred_signals():
-    """Yields a list that collects SIGINT and SIGTERM instead of dying of them.
+class PredictorRun(Run):
+    """The distillation of a predictor, with a loss for each interval."""
 
-    A second Ctrl-C stops at once, except under torchrun, which passes on the one that the terminal sent us already.
-    """
-    received: list[int] = []
+    columns = STATISTICS
+    failures = (NotFinite,)
 
-    def handler(number, frame):
-        if received and number == signal.SIGINT and not distributed.launched_by_torchrun():
-            raise KeyboardInterrupt
-        received.append(number)
+    def save_product(self, progress: dict) -> None:
+        on_main(save_predictor, self.trainer.predictor, self.product_path, {**self.provenance, **progress})
 
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield received
-        return
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
-
-
-class Run:
-    """A distiller with its folder: decides when to log and to save, and does it."""
-
-    def __init__(self, distiller: Distiller, options: TrainingOptions, folder: Path, provenance: dict, elapsed=0.0):
-        self.distiller, self.options, self.folder = distiller, options, Path(folder)
-        self.provenance = provenance
-        self.log = RunLog(folder)
-        self.total = max(1, math.ceil(options.total_kimg * 1000 / options.batch - 1e-9))  # iterations
-        self._elapsed_before, self._start = elapsed, time.monotonic()
-        self._tick_start = self._start
-        self._collected: list[torch.Tensor] = []
-        self._shown: torch.Tensor | None = None
-        self._saved_at = -1  # iteration of the newest state on disk
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds of training, those of earlier parts of the run included."""
-        return self._elapsed_before + time.monotonic() - self._start
-
-    @property
-    def nimg(self) -> int:
-        return self.distiller.iteration * self.options.batch
-
-    @property
-    def predictor_path(self) -> Path:
-        return self.folder / f"predictor-{self.nimg // 1000:06d}.safetensors"
-
-    def loop(self) -> None:
-        """Trains to the end. Raises Interrupted after a signal and UserError for a loss that is not finite."""
-        with deferred_signals() as received, self._progress_bar() as bar:
-            while self.distiller.iteration < self.total:
-                begin = time.monotonic()
-                try:
-                    statistics = self.distiller.step(self.distiller.draw())
-                except NotFinite as error:
-                    self._give_up(error)
-                self._collected.append(statistics)
-                self._show(bar, statistics, time.monotonic() - begin)
-                stop = self._any_signal(received)
-                self._after_iteration(stop is not None)
-                if stop is not None and self.distiller.iteration < self.total:
-                    bar.close()
-                    world = distributed.world_size()
-                    start = "python" if world == 1 else f"torchrun --standalone --nproc_per_node={world}"
-                    command = f"{start} train.py --resume={shlex.quote(str(self.folder))}"
-                    self.log.say(f"Interrupted after {self.nimg / 1000:g} kimg; continue with: {command}")
-                    raise Interrupted(stop)
-
-    def _after_iteration(self, stopping: bool) -> None:
-        done = stopping or self.distiller.iteration == self.total
-        # Ticks are places in the stream of samples, so a continued run has them where an unbroken one would.
-        before, now = ((self.nimg - back) // (self.options.tick * 1000) for back in (self.options.batch, 0))
-        if not done and now == before:
-            return
-
-        def crosses(every: int | None) -> bool:
-            return every is not None and now // every > before // every
-
-        self._tick()
-        if done or crosses(self.options.snap):
-            self._save_predictor()
-        if done or crosses(self.options.dump):
-            self._save_state(self.distiller.state())
-
-    def _tick(self) -> None:
-        now = time.monotonic()
-        kimg = len(self._collected) * self.options.batch / 1000
-        means = torch.stack(self._collected).double().mean(dim=0)
-        per_interval = {name: means[:, column].tolist() for column, name in enumerate(STATISTICS)}
-        pace = (now - self._tick_start) / kimg
-        record = {"kimg": self.nimg / 1000, "iteration": self.distiller.iteration, **per_interval}
-        self.log.stats({**record, "sec": round(self.elapsed, 3), "sec_per_kimg": round(pace, 4)})
-        shown = "  ".join(f"{name} {_numbers(means[:, column])}" for column, name in enumerate(STATISTICS))
-        self.log.note(f"kimg {self.nimg / 1000:<8g} {shown}  sec {self.elapsed:.1f}  s/kimg {pace:.2f}")
-        self._collected, self._tick_start = [], now
-
-    def _save_predictor(self) -> None:
-        progress = {"kimg": self.nimg / 1000, "iteration": self.distiller.iteration, "date": _now()}
-        on_main(save_predictor, self.distiller.predictor, self.predictor_path, {**self.provenance, **progress})
-
-    def _save_state(self, state: dict) -> None:
-        more = {
-            "cur_nimg": self.nimg,
-            "seed": self.options.seed,
-            "elapsed": self.elapsed,
-            "options": self.options.to_dict(),
-            "network_hash": self.provenance["network_hash"],
-            "prompts_sha256": self.provenance.get("prompts_sha256"),
-        }
-        on_main(save_state, self.folder, self.nimg // 1000, {**state, **more})
-        self._saved_at = self.distiller.iteration
-
-    def _give_up(self, error: NotFinite) -> None:
+    def give_up(self, error: NotFinite) -> None:
         """Saves the state before the iteration that failed, and says what happened."""
-        if self._saved_at != self.distiller.iteration:
-            self._save_state(self.distiller.state())
-        cur, nxt = self.distiller.sigmas[error.interval : error.interval + 2].tolist()
+        self.save_state()
+        cur, nxt = self.trainer.sigmas[error.interval : error.interval + 2].tolist()
         message = (
-            f"the loss is not finite in iteration {self.distiller.iteration + 1} ({self.nimg / 1000:g} kimg), interval "
+            f"the loss is not finite in iteration {self.trainer.iteration + 1} ({self.nimg / 1000:g} kimg), interval "
             f"{error.interval} (sigma {cur:.4g} -> {nxt:.4g}), rank {', '.join(map(str, error.ranks))}; the state "
             f"before it is kept in {self.folder}: check the network, or start again with a smaller --lr or --amp=none"
         )
         self.log.note(f"Error: {message}")
         raise UserError(message) from None
 
-    def _any_signal(self, received: list[int]) -> int | None:
-        """The signal that any process has received, on every process."""
-        kinds = (signal.SIGINT, signal.SIGTERM)
-        flags = torch.tensor([float(kind in received) for kind in kinds], device=self.distiller.device)
-        flags = distributed.all_reduce_sum(flags).tolist()
-        return next((int(kind) for kind, flag in zip(kinds, flags, strict=True) if flag), None)
+    def shown(self, latest: torch.Tensor) -> str:
+        return f"loss {numbers(latest[:, 0])} r {numbers(latest[:, 1])}"
 
-    def _progress_bar(self) -> tqdm:
-        return tqdm(
-            total=self.total,
-            initial=self.distiller.iteration,
-            disable=distributed.rank() != 0,
-            mininterval=0.5,
-            dynamic_ncols=True,
-            bar_format="{percentage:3.0f}%|{bar:12}| [{elapsed}<{remaining}{postfix}]",
+    def announce(self, net, device: torch.device, resume: bool) -> None:
+        """Records the options, and says in a few lines what is going to happen."""
+        self.record_options(device)
+        options, distiller, world = self.options, self.trainer, distributed.world_size()
+        config = distiller.predictor.config
+        self.log.say(f"{'Continuing' if resume else 'Training'} in {self.folder}")
+        self.log.say(
+            f"{config['sampler_stu']} taught by {config['sampler_tea']} (M={config['M']}) on {options.dataset_name} "
+            f"({Path(net.source_path).name}), {config['num_steps']} time stamps, NFE {distiller.evaluations}"
         )
-
-    def _show(self, bar: tqdm, statistics: torch.Tensor, seconds: float) -> None:
-        pace = torch.full_like(statistics[:, :1], seconds / self.options.batch * 1000)
-        latest = torch.cat([statistics, pace], dim=1)
-        self._shown = latest if self._shown is None else torch.lerp(self._shown, latest, 0.1)
-        loss, r, pace = self._shown[:, 0], self._shown[:, 1], float(self._shown[0, -1])
-        kimg = f"{self.nimg / 1000:.2f}/{self.total * self.options.batch / 1000:.2f} kimg"
-        bar.set_postfix_str(f"{kimg} loss {_numbers(loss)} r {_numbers(r)} {pace:.3g} s/kimg", refresh=False)
-        bar.update()
+        self.log.say(f"noise levels {numbers(distiller.sigmas)}; seed {options.seed}")
+        steps = f"{len(distiller.losses)} x {distiller.chunk}" if len(distiller.losses) > 1 else f"{distiller.chunk}"
+        self.log.say(f"batch {options.batch} ({steps} on each of {world} processes), {self.total} iterations, {device}")
+        if resume:
+            self.log.say(f"from iteration {distiller.iteration} ({self.nimg / 1000:g} kimg)")
 
 
-def _numbers(values) -> str:
-    return " ".join(f"{float(value):.3g}" for value in values)
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _load_network(options: TrainingOptions, device: torch.device):
+def load_network(options: RunOptions, device: torch.device):
     net = create_model(
         options.dataset_name, options.model_path, options.guidance_type, options.guidance_rate, device=device
     )
     net.autocast = AUTOCAST[options.amp]
     if options.channels_last if options.channels_last is not None else device.type == "cpu":
         net = net.to(memory_format=torch.channels_last)
-    if options.afs:  # before a folder is made: the network may not know what afs="data" needs
-        afs_direction(net, torch.zeros(1, net.img_channels, 1, 1, device=device), torch.ones(()), options.afs)
     needs_prompts = getattr(net, "takes_prompts", False)
     options.check_prompts(needs_prompts)
     if options.tokenizer_path is not None:
@@ -367,43 +214,18 @@ def _load_network(options: TrainingOptions, device: torch.device):
     return net
 
 
-def _provenance(net, options: TrainingOptions) -> dict:
-    return {
-        "dataset_name": options.dataset_name,
-        "network": Path(net.source_path).name,
-        "network_hash": net.weights_hash,
-        **({"prompts_sha256": sha256_of(options.prompt_path)} if options.prompt_path is not None else {}),
-        "code_version": code_version(),
-        "torch": torch.__version__,
-        "seed": options.seed,
-        "batch": options.batch,
-        "lr": options.lr,
-        "amp": options.amp,
-    }
+def prepare(options: RunOptions, device: torch.device) -> tuple:
+    """(options, network, prompts or None): a checked copy of the options, in which a seed is chosen.
 
-
-def _choose_folder(options: TrainingOptions, net, run_dir) -> Path:
-    if run_dir is None and not options.nosubdir:
-        name = partial(options.folder_name, evals_per_call=getattr(net, "evals_per_call", 1))
-        return on_main(create_run_folder, options.outdir, name)
-    return on_main(use_folder, options.outdir if run_dir is None else run_dir)
-
-
-def _restore(distiller: Distiller, options: TrainingOptions, state: dict, net, folder) -> float:
-    """Puts the state of an interrupted run back; returns the seconds it has trained."""
-    if state["network_hash"] != net.weights_hash:
-        raise UserError(f"{net.source_path} is not the network that {folder} was trained on (another SHA-256)")
-    prompts = sha256_of(options.prompt_path) if options.prompt_path is not None else None
-    if state.get("prompts_sha256") != prompts:
-        raise UserError(f"{options.prompt_path} does not hold the prompts that {folder} was trained on")
-    if state["iteration"] * options.batch >= options.total_kimg * 1000 - 1e-6:
-        reached = f"{state['iteration'] * options.batch / 1000:g} kimg"
-        raise UserError(f"{folder} has reached {reached}: pass a larger --total_kimg to train on")
-    try:
-        distiller.load_state(state)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise UserError(f"the training state in {folder} does not fit its options ({str(error)[:120]})") from None
-    return float(state["elapsed"])
+    Raises UserError for settings that cannot work, before anything is written.
+    """
+    options = copy.copy(options)
+    options.check(distributed.world_size())
+    if options.seed is None:
+        options.seed = distributed.broadcast_object(secrets.randbelow(1 << 31))
+    torch.backends.cudnn.benchmark = options.bench
+    prompts = None if options.prompt_path is None else list(read_prompts(options.prompt_path).values())
+    return options, load_network(options, device), prompts
 
 
 def train_predictor(
@@ -413,17 +235,15 @@ def train_predictor(
 
     options: TrainingOptions, or a dict of its fields. run_dir: the folder to use; None makes the next numbered one in
     ``options.outdir``. resume: continue the run in run_dir from its newest state (``options`` are then those of that
-    state). schedule: the file that options.sigmas come from; what it was not made for is pointed out. Every process of a torchrun calls this. Raises UserError for settings that cannot work and for a loss that
-    is not finite, Interrupted after Ctrl-C or SIGTERM, when everything is saved.
+    state). schedule: the file that options.sigmas come from; what it was not made for is pointed out. Every process of
+    a torchrun calls this. Raises UserError for settings that cannot work and for a loss that is not finite, Interrupted
+    after Ctrl-C or SIGTERM, when everything is saved.
     """
-    options = TrainingOptions.from_dict(options) if isinstance(options, dict) else copy.copy(options)
     device = torch.device(device)
-    options.check(distributed.world_size())
-    if options.seed is None:
-        options.seed = distributed.broadcast_object(secrets.randbelow(1 << 31))
-    torch.backends.cudnn.benchmark = options.bench
-    prompts = None if options.prompt_path is None else list(read_prompts(options.prompt_path).values())
-    net = _load_network(options, device)
+    options = TrainingOptions.from_dict(options) if isinstance(options, dict) else options
+    options, net, prompts = prepare(options, device)
+    if options.afs:  # before a folder is made: the network may not know what afs="data" needs
+        afs_direction(net, torch.zeros(1, net.img_channels, 1, 1, device=device), torch.ones(()), options.afs)
     distiller = Distiller(
         net,
         options.predictor_config(net.img_resolution),
@@ -434,40 +254,15 @@ def train_predictor(
         prompts=prompts,
         device=device,
     )
-    provenance = _provenance(net, options)
+    provenance = provenance_of(net, options, ("seed", "batch", "lr", "amp"))
     elapsed = 0.0
     if resume:
-        elapsed = _restore(distiller, options, on_main(load_newest_state, run_dir), net, run_dir)
+        elapsed = restore(distiller, options, on_main(load_newest_state, run_dir), net, run_dir)
         folder = Path(run_dir)
     else:
-        folder = _choose_folder(options, net, run_dir)
-    run = Run(distiller, options, folder, provenance, elapsed)
-    _announce(run, net, device, resume)
+        folder = choose_folder(options, net, run_dir)
+    run = PredictorRun(distiller, options, folder, provenance, elapsed)
+    run.announce(net, device, resume)
     for line in [] if schedule is None else schedule.warnings(net, options.sampler_stu, options.afs):
         run.log.say(f"Warning: {line}")
-    try:
-        run.loop()
-    except torch.OutOfMemoryError:
-        raise UserError(f"{device} is out of memory: lower --batch-gpu (now {distiller.chunk})") from None
-    run.log.say(f"trained {run.predictor_path} NFE={distiller.evaluations} in {run.elapsed:.1f} s")
-    return run.predictor_path
-
-
-def _announce(run: Run, net, device: torch.device, resume: bool) -> None:
-    """Records the options, and says in a few lines what is going to happen."""
-    options, distiller = run.options, run.distiller
-    world = distributed.world_size()
-    where = {"device": str(device), "processes": world, "date": _now()}
-    record = {**options.to_dict(), "provenance": {**run.provenance, **where}}
-    on_main(write_json, run.folder / OPTIONS_FILE, record)
-    config = distiller.predictor.config
-    run.log.say(f"{'Continuing' if resume else 'Training'} in {run.folder}")
-    run.log.say(
-        f"{config['sampler_stu']} taught by {config['sampler_tea']} (M={config['M']}) on {options.dataset_name} "
-        f"({Path(net.source_path).name}), {config['num_steps']} time stamps, NFE {distiller.evaluations}"
-    )
-    run.log.say(f"noise levels {_numbers(distiller.sigmas)}; seed {options.seed}")
-    steps = f"{len(distiller.losses)} x {distiller.chunk}" if len(distiller.losses) > 1 else f"{distiller.chunk}"
-    run.log.say(f"batch {options.batch} ({steps} on each of {world} processes), {run.total} iterations, {device}")
-    if resume:
-        run.log.say(f"from iteration {distiller.iteration} ({run.nimg / 1000:g} kimg)")
+    return run.carry_out()

@@ -1,0 +1,20 @@
+"""What a trajectory starts from: noise and a condition that depend on the sample's seed alone."""
+
+from collections.abc import Sequence
+
+import torch
+
+from torch_utils.seeds import SeededGenerators
+
+
+def draw_inputs(net, seeds: Sequence[int], prompts: Sequence[str] | None = None, dtype=torch.float32, device="cpu"):
+    """(unit-variance noise [B,C,H,W], keyword arguments of net) of these seeds.
+
+    prompts: for text-to-image networks, of which every sample draws one.
+    """
+    generators = SeededGenerators(seeds)
+    latents = generators.randn([net.img_channels, net.img_resolution, net.img_resolution], dtype).to(device)
+    if prompts is not None:
+        numbers = generators.randint(len(prompts)).tolist()
+        return latents, net.make_cond(generators, prompts=[prompts[number] for number in numbers])
+    return latents, net.make_cond(generators) if net.label_dim else {}

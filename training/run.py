@@ -1,0 +1,260 @@
+"""A training run, whatever it trains: its iterations, what they write, and how it is interrupted and continued."""
+
+import datetime
+import math
+import shlex
+import signal
+import threading
+import time
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from torch_utils import distributed
+from torch_utils.download import sha256_of
+from torch_utils.errors import UserError
+from training.config import RunOptions, code_version
+from training.run_folder import OPTIONS_FILE, RunLog, create_run_folder, on_main, save_state, use_folder, write_json
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM ended the run after a whole iteration, everything is saved; ``exit_code`` is 128 + signal."""
+
+    def __init__(self, number: int):
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def deferred_signals():
+    """Yields a list that collects SIGINT and SIGTERM instead of dying of them.
+
+    A second Ctrl-C stops at once, except under torchrun, which passes on the one that the terminal sent us already.
+    """
+    received: list[int] = []
+
+    def handler(number, frame):
+        if received and number == signal.SIGINT and not distributed.launched_by_torchrun():
+            raise KeyboardInterrupt
+        received.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield received
+        return
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+class Run:
+    """A trainer with its folder: decides when to log and to save, and does it.
+
+    trainer: what is trained. Its ``iterate()`` does one iteration and returns statistics [rows, columns], the same on
+    every process; ``iteration`` is how many are done, ``state()`` a copy of everything that the next one depends on,
+    ``chunk`` the samples of a network call, ``evaluations`` the NFE of the student.
+
+    Subclasses name the ``columns`` of the statistics and say what is saved and what is shown.
+    """
+
+    columns: tuple[str, ...]
+
+    def __init__(self, trainer, options: RunOptions, folder: Path, provenance: dict, elapsed=0.0):
+        self.trainer, self.options, self.folder = trainer, options, Path(folder)
+        self.provenance = provenance
+        self.log = RunLog(folder)
+        self.total = max(1, math.ceil(options.total_kimg * 1000 / options.batch - 1e-9))  # iterations
+        self._elapsed_before, self._start = elapsed, time.monotonic()
+        self._tick_start = self._start
+        self._collected: list[torch.Tensor] = []
+        self._shown: torch.Tensor | None = None
+        self._saved_at = -1  # iteration of the newest state on disk
+
+    def save_product(self, progress: dict) -> None:
+        """Writes what has been trained so far to ``product_path``; progress: kimg, iteration and date."""
+        raise NotImplementedError
+
+    def give_up(self, error: Exception) -> None:
+        """Raises UserError for an exception that ``failures`` names; the trainer is as before the iteration."""
+        raise NotImplementedError
+
+    def shown(self, latest: torch.Tensor) -> str:
+        """The text of the progress bar for smoothed statistics."""
+        raise NotImplementedError
+
+    failures: tuple[type[Exception], ...] = ()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training, those of earlier parts of the run included."""
+        return self._elapsed_before + time.monotonic() - self._start
+
+    @property
+    def nimg(self) -> int:
+        return self.trainer.iteration * self.options.batch
+
+    @property
+    def product_path(self) -> Path:
+        return self.folder / f"predictor-{self.nimg // 1000:06d}.safetensors"
+
+    def loop(self) -> None:
+        """Trains to the end. Raises Interrupted after a signal and UserError for a loss that is not finite."""
+        with deferred_signals() as received, self._progress_bar() as bar:
+            while self.trainer.iteration < self.total:
+                begin = time.monotonic()
+                try:
+                    statistics = self.trainer.iterate()
+                except self.failures as error:
+                    self.give_up(error)
+                self._collected.append(statistics)
+                self._show(bar, statistics, time.monotonic() - begin)
+                stop = self._any_signal(received)
+                self._after_iteration(stop is not None)
+                if stop is not None and self.trainer.iteration < self.total:
+                    bar.close()
+                    world = distributed.world_size()
+                    start = "python" if world == 1 else f"torchrun --standalone --nproc_per_node={world}"
+                    command = f"{start} train.py --resume={shlex.quote(str(self.folder))}"
+                    self.log.say(f"Interrupted after {self.nimg / 1000:g} kimg; continue with: {command}")
+                    raise Interrupted(stop)
+
+    def carry_out(self) -> Path:
+        """``loop`` to the end; returns the file of the product. UserError where the device's memory does not do."""
+        try:
+            self.loop()
+        except torch.OutOfMemoryError:
+            device, chunk = self.trainer.device, self.trainer.chunk
+            raise UserError(f"{device} is out of memory: lower --batch-gpu (now {chunk})") from None
+        self.log.say(f"trained {self.product_path} NFE={self.trainer.evaluations} in {self.elapsed:.1f} s")
+        return self.product_path
+
+    def _after_iteration(self, stopping: bool) -> None:
+        done = stopping or self.trainer.iteration == self.total
+        # Ticks are places in the stream of samples, so a continued run has them where an unbroken one would.
+        before, now = ((self.nimg - back) // (self.options.tick * 1000) for back in (self.options.batch, 0))
+        if not done and now == before:
+            return
+
+        def crosses(every: int | None) -> bool:
+            return every is not None and now // every > before // every
+
+        self._tick()
+        if done or crosses(self.options.snap):
+            progress = {"kimg": self.nimg / 1000, "iteration": self.trainer.iteration, "date": date()}
+            self.save_product(progress)
+        if done or crosses(self.options.dump):
+            self.save_state()
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        kimg = len(self._collected) * self.options.batch / 1000
+        means = torch.stack(self._collected).double().mean(dim=0)
+        per_row = {name: means[:, column].tolist() for column, name in enumerate(self.columns)}
+        pace = (now - self._tick_start) / kimg
+        record = {"kimg": self.nimg / 1000, "iteration": self.trainer.iteration, **per_row}
+        self.log.stats({**record, "sec": round(self.elapsed, 3), "sec_per_kimg": round(pace, 4)})
+        shown = "  ".join(f"{name} {numbers(means[:, column])}" for column, name in enumerate(self.columns))
+        self.log.note(f"kimg {self.nimg / 1000:<8g} {shown}  sec {self.elapsed:.1f}  s/kimg {pace:.2f}")
+        self._collected, self._tick_start = [], now
+
+    def save_state(self) -> None:
+        """Keeps everything that continuing needs, unless the newest state on disk is of this iteration."""
+        if self._saved_at == self.trainer.iteration:
+            return
+        more = {
+            "cur_nimg": self.nimg,
+            "seed": self.options.seed,
+            "elapsed": self.elapsed,
+            "options": self.options.to_dict(),
+            "network_hash": self.provenance["network_hash"],
+            "prompts_sha256": self.provenance.get("prompts_sha256"),
+        }
+        on_main(save_state, self.folder, self.nimg // 1000, {**self.trainer.state(), **more})
+        self._saved_at = self.trainer.iteration
+
+    def _any_signal(self, received: list[int]) -> int | None:
+        """The signal that any process has received, on every process."""
+        kinds = (signal.SIGINT, signal.SIGTERM)
+        flags = torch.tensor([float(kind in received) for kind in kinds], device=self.trainer.device)
+        flags = distributed.all_reduce_sum(flags).tolist()
+        return next((int(kind) for kind, flag in zip(kinds, flags, strict=True) if flag), None)
+
+    def _progress_bar(self) -> tqdm:
+        return tqdm(
+            total=self.total,
+            initial=self.trainer.iteration,
+            disable=distributed.rank() != 0,
+            mininterval=0.5,
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar:12}| [{elapsed}<{remaining}{postfix}]",
+        )
+
+    def _show(self, bar: tqdm, statistics: torch.Tensor, seconds: float) -> None:
+        pace = torch.full_like(statistics[:, :1], seconds / self.options.batch * 1000)
+        latest = torch.cat([statistics, pace], dim=1)
+        self._shown = latest if self._shown is None else torch.lerp(self._shown, latest, 0.1)
+        kimg = f"{self.nimg / 1000:.2f}/{self.total * self.options.batch / 1000:.2f} kimg"
+        text = self.shown(self._shown[:, :-1])
+        bar.set_postfix_str(f"{kimg} {text} {float(self._shown[0, -1]):.3g} s/kimg", refresh=False)
+        bar.update()
+
+    def record_options(self, device: torch.device) -> None:
+        """Writes the options, and where the run takes place, into its folder."""
+        where = {"device": str(device), "processes": distributed.world_size(), "date": date()}
+        record = {**self.options.to_dict(), "provenance": {**self.provenance, **where}}
+        on_main(write_json, self.folder / OPTIONS_FILE, record)
+
+
+def numbers(values) -> str:
+    return " ".join(f"{float(value):.3g}" for value in values)
+
+
+def date() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def provenance_of(net, options: RunOptions, names: tuple[str, ...]) -> dict:
+    """Where a product comes from: network, code, and the options ``names``."""
+    return {
+        "dataset_name": options.dataset_name,
+        "network": Path(net.source_path).name,
+        "network_hash": net.weights_hash,
+        **({"prompts_sha256": sha256_of(options.prompt_path)} if options.prompt_path is not None else {}),
+        "code_version": code_version(),
+        "torch": torch.__version__,
+        **{name: getattr(options, name) for name in names},
+    }
+
+
+def choose_folder(options: RunOptions, net, run_dir) -> Path:
+    if run_dir is None and not options.nosubdir:
+        name = partial(options.folder_name, evals_per_call=getattr(net, "evals_per_call", 1))
+        return on_main(create_run_folder, options.outdir, name)
+    return on_main(use_folder, options.outdir if run_dir is None else run_dir)
+
+
+def check_state(options: RunOptions, state: dict, net, folder) -> None:
+    """Raises UserError where a training state cannot be continued with this network and these options."""
+    if state["network_hash"] != net.weights_hash:
+        raise UserError(f"{net.source_path} is not the network that {folder} was trained on (another SHA-256)")
+    prompts = sha256_of(options.prompt_path) if options.prompt_path is not None else None
+    if state.get("prompts_sha256") != prompts:
+        raise UserError(f"{options.prompt_path} does not hold the prompts that {folder} was trained on")
+    if state["iteration"] * options.batch >= options.total_kimg * 1000 - 1e-6:
+        reached = f"{state['iteration'] * options.batch / 1000:g} kimg"
+        raise UserError(f"{folder} has reached {reached}: pass a larger --total_kimg to train on")
+
+
+def restore(trainer, options: RunOptions, state: dict, net, folder) -> float:
+    """Puts the state of an interrupted run back; returns the seconds it has trained."""
+    check_state(options, state, net, folder)
+    try:
+        trainer.load_state(state)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(f"the training state in {folder} does not fit its options ({str(error)[:120]})") from None
+    return float(state["elapsed"])
