@@ -512,7 +512,7 @@ class Span(Rule):
     that there are, with sum_j c_ij = 1. Contains LD3, S4S, DyWeight, GS, EPD and AMED's table as restrictions.
     """
 
-    summary = "span solver: learned schedule, times and coefficients; needs its own student"
+    summary = "span solver: learned schedule, times and coefficients; needs its table"
     can_teach = False
     can_learn = False
     needs_predictor = True
