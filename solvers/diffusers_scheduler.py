@@ -77,6 +77,11 @@ class _Replay(Solver):
             self._answers, self._prediction = [], None
         return None
 
+    def start(self, x) -> _Question | None:
+        """From the beginning, at the noise x; again where a pipeline asks twice for the input of its first call."""
+        self.state, self.interval, self._answers, self._prediction = State(x), 0, [], None
+        return self.proceed()
+
     @property
     def inside(self) -> bool:
         """Whether the evaluation that is asked for lies inside an interval, not at its start."""
@@ -237,9 +242,9 @@ class _AMEDScheduler:
         self.process = noise_process(self.config, mu=mu)
         run = self._start(device)
         run.reader = None
-        shape = self.predictor.config.get("image_shape") or (1, 1, 1)  # the first step may have a mean image
-        run.state = State(run.sigmas.new_ones(1, *shape))
-        times, question = [], run.proceed()
+        config = self.predictor.config
+        shape = config.get("image_shape") or (config.get("img_channels") or 1, 1, 1)  # what a span student is made for
+        times, question = [], run.start(run.sigmas.new_ones(1, *shape))
         while question is not None:
             times.append(self.process.time(question.sigma.to(torch.float32)).flatten()[0])
             question = run.answer(torch.zeros_like(question.x))
@@ -274,8 +279,7 @@ class _AMEDScheduler:
         # Some pipelines do not say their device in set_timesteps.
         self._run.sigmas = self._run.sigmas.to(sample.device, dtype)
         self.predictor.to(sample.device)
-        self._run.state = State(sample.to(dtype) / self.process.scale(self._run.sigmas[0]))
-        return self._run.proceed()
+        return self._run.start(sample.to(dtype) / self.process.scale(self._run.sigmas[0]))
 
     def _first_input(self, sample: torch.Tensor) -> torch.Tensor:
         question = self._begin(sample)

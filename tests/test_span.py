@@ -14,6 +14,7 @@ import sample as cli
 from models import create_model
 from solvers import Solver, get_schedule, integrate, make_rule, sample
 from solvers.span import GROUPS, PRESETS, SpanStudent
+from solvers.span_heads import slope_features
 from torch_utils.errors import UserError
 from torch_utils.tensor_file import read_safetensors
 from training.checkpoint import load_predictor, save_predictor
@@ -455,6 +456,75 @@ def test_only_what_is_learned_has_gradients():
     assert {name for name, value in student.named_parameters() if value.grad is not None} == {"labels", "time"}
 
 
+# ---- heads -----------------------------------------------------------------------------------------------------------
+
+STRUCTURES = [{}, {"parallel": 2}, {"base": "midpoint", "parallel": 2}, {"first_step": "none", "window": 2}]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+@pytest.mark.parametrize("heads", [["sample"], ["spatial"], ["sample", "spatial"]], ids="-".join)
+def test_new_heads_change_nothing(heads, structure):
+    with_heads = SpanStudent(num_steps=5, heads=heads, img_channels=3, **structure)
+    plain, state = shaken(SpanStudent(num_steps=5, **structure)), torch.get_rng_state()
+    with_heads.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.equal(torch.get_rng_state(), state)  # nor the random numbers of others
+    for dtype in (torch.float64, torch.float32):
+        x = latents().to(dtype)
+        assert torch.equal(with_heads.run(ToyNet(dtype), x), plain.run(ToyNet(dtype), x))
+    with_heads.run(ToyNet(), latents()).sum().backward()
+    news = {name: value for name, value in with_heads.heads.named_parameters() if "mix" in name or "write" in name}
+    assert all(float(value.grad.abs().sum()) > 0 for value in news.values() if value.numel())
+    assert with_heads.table()["heads"] == heads
+
+
+def learned_heads(**config):
+    student = SpanStudent(num_steps=5, heads=["sample", "spatial"], img_channels=3, **config)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for value in student.head_parameters():
+            value.add_(0.1 * torch.randn(value.shape, generator=generator))
+    return student
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+def test_learned_heads_depend_on_each_sample_alone(structure, tmp_path):
+    student = learned_heads(**structure)
+    together, plain = (
+        one.run(ToyNet(), latents()).detach() for one in (student, SpanStudent(num_steps=5, **structure))
+    )
+    assert float((together - plain).abs().max()) > 1e-3
+    alone = student.run(ToyNet(), latents()[1:]).detach()
+    torch.testing.assert_close(together[1:], alone, rtol=0, atol=1e-5)
+    save_predictor(student, tmp_path / "p.safetensors")
+    assert torch.equal(load_predictor(tmp_path / "p.safetensors").run(ToyNet(), latents()), together)
+
+
+def test_the_sample_head_keeps_rows_of_sum_one_and_the_spatial_one_the_first_steps():
+    student = learned_heads()
+    features = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    for i in range(4):
+        change = student.heads["sample"](i, features).detach()
+        assert change.shape == (7, i + 1) and float(change.sum(1).abs().max()) < 1e-7
+        assert (float(change.abs().max()) > 1e-3) == (i > 0)
+    with torch.no_grad():
+        for value in student.heads["sample"].parameters():
+            value.zero_()
+    states = [one.run(ToyNet(), latents(), return_trajectory=True) for one in (student, SpanStudent(num_steps=5))]
+    changed = [not torch.equal(a, b) for a, b in zip(*states, strict=True)]
+    assert changed == [False, False, False, True, True]
+
+
+def test_features_of_slopes_by_hand():
+    x, g, before = (torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(k)).double() for k in range(3))
+    found = slope_features(x, torch.tensor(2.0), g, before)[1].tolist()
+    a, b, c = (v[1].flatten().numpy() for v in (x, g, before))
+    image = a - 2 * b
+    cosine = [float(u @ v / (u @ u * (v @ v)) ** 0.5) for u, v in ((b, c), (b, a))]
+    expected = [0.5 * math.log((b * b).mean()), *cosine, image.mean(), image.std()]
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert slope_features(x, torch.tensor(2.0), g, None)[:, 1].tolist() == [0, 0]
+
+
 # ---- files and command lines -----------------------------------------------------------------------------------------
 
 
@@ -488,6 +558,8 @@ def test_files_that_are_no_students(tmp_path):
         ({"sigma_min": "x"}, "p.safetensors"),
         ({"surprise": 1}, "surprise"),
         ({"learn": None}, "p.safetensors"),
+        ({"heads": ["spatial"], "img_channels": 10**9}, "img_channels"),
+        ({"heads": ["sample"]}, "do not fit"),
     ):
         save_file(tensors, path, {**metadata, "config": json.dumps({**config, **change})})
         with pytest.raises(UserError, match=message):
@@ -503,7 +575,7 @@ def test_files_that_are_no_students(tmp_path):
         ({"surprise": 1}, "unknown setting of a span student 'surprise'"),
         ({"base": "heun"}, "base='heun': choose from ab"),
         ({"first_step": True}, "first_step=True"),
-        ({"learn": ["labels", "x"]}, "unknown group 'x'"),
+        ({"learn": ["labels", "x"]}, "learn: unknown 'x'"),
         ({"parallel": 0}, "parallel=0"),
         ({"parallel": 2, "base": "dpmpp"}, "needs base='ab'"),
         ({"window": 0}, "window=0"),
@@ -512,6 +584,8 @@ def test_files_that_are_no_students(tmp_path):
         ({"contrast_bound": None}, "contrast_bound=None"),
         ({"num_steps": 1}, "at least 2 time stamps"),
         ({"sigma_min": 90.0}, "0 < sigma_min < sigma_max"),
+        ({"heads": ["tail"]}, "heads: unknown 'tail'"),
+        ({"heads": ["spatial"]}, "needs img_channels"),
         ({"sigmas": [3.0, 4.0]}, "strictly decreasing"),
         ({"sigmas": [3.0, 3.0 - 1e-9, 1.0]}, "nearly coincide"),
     ],
