@@ -328,8 +328,9 @@ def test_example(kind, tmp_path, monkeypatch):
         assert "needs the package 'diffusers'" in CliRunner().invoke(example.main, arguments).output
 
 
-@pytest.mark.parametrize("preset", ["gs", "full", "amed-table"])
-@pytest.mark.parametrize("first_step", ["none", "zero", "gaussian"])
+@pytest.mark.parametrize(
+    ("preset", "first_step"), [("gs", "none"), ("ld3", "zero"), ("full", "gaussian"), ("amed-table", "zero")]
+)
 def test_span_student(preset, first_step, tmp_path):
     """A table in the place of the predictor: the pipeline makes the images of the loop."""
     net = load_diffusers(pipeline_folder("sd"), guidance_rate=RATE)

@@ -15,6 +15,7 @@ from models import create_model
 from solvers import Solver, get_schedule, integrate, make_rule, sample
 from solvers.span import GROUPS, PRESETS, SpanStudent
 from solvers.span_heads import slope_features
+from tools import comparison_report
 from torch_utils.errors import UserError
 from torch_utils.tensor_file import read_safetensors
 from training.checkpoint import load_predictor, save_predictor
@@ -221,12 +222,12 @@ def test_gs_and_s4s_are_in_the_span():
 )
 def test_order_of_convergence(config, order):
     net, x, errors = Gauss(v=1.5), latents(), []
-    for intervals in (40, 80):
+    for intervals in (20, 40):
         sigmas = torch.linspace(1.2, 0.4, intervals + 1, dtype=torch.float64).tolist()
         student = SpanStudent(**config, sigmas=sigmas, first_step="none")
         found = sample(net, x, solver="span", predictor=student)
         errors.append(float((found - net.solution(1.2 * x, 1.2, 0.4)).abs().max()))
-    assert order - 0.15 < math.log2(errors[0] / errors[1]) < order + 0.35
+    assert order - 0.2 < math.log2(errors[0] / errors[1]) < order + 0.4
 
 
 @pytest.mark.parametrize("first_step", ["none", "gaussian"])
@@ -423,14 +424,15 @@ def test_gradients_against_finite_differences(config):
     for name, parameter in groups.items():
         torch.testing.assert_close(again[name], gradients[name], rtol=1e-9, atol=1e-9)
         assert float(gradients[name].abs().min()) > 0 or name == "corrections"
-        for k in range(parameter.numel()):
-            found = []
-            for step in (1e-6, -1e-6):
-                with torch.no_grad():
-                    parameter[k] += step
-                    found.append(float(value()))
-                    parameter[k] -= step
-            assert (found[0] - found[1]) / 2e-6 == pytest.approx(float(gradients[name][k]), rel=1e-4, abs=1e-5)
+        way = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        found = []
+        for step in (1e-6, -2e-6):
+            with torch.no_grad():
+                parameter += step * way
+                found.append(float(value()))
+        assert (found[0] - found[1]) / 2e-6 == pytest.approx(float(gradients[name] @ way), rel=1e-5, abs=1e-5)
+        with torch.no_grad():
+            parameter += 1e-6 * way
 
 
 def test_free_coefficients_do_not_follow_the_labels_and_relative_ones_do():
@@ -664,7 +666,8 @@ def test_sample_py(digits, tmp_path):
     assert cli.settings_of(student, {**options, "num_steps": 4}, {"num_steps"}).solver == "span"
 
 
-def test_compare_py(digits, tmp_path):
+def test_compare_py(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison_report, "plots_html", lambda rows: "")  # drawing takes longer than sampling here
     net, folder = digits
     arguments = ["--dataset_name=digits", "--solvers=none", f"--predictor_path={folder}", f"--outdir={tmp_path}"]
     done = invoke(compare.main, *arguments, "--num=6", "--groups=2", "--num_reference=2", "--reference_steps=3")
