@@ -206,7 +206,7 @@ def calculate_fid(
     source = ImageSource(images)
     indices = choose_images(source, num, seed)
     network = choose_detector(detector, reference, device, trust)
-    _warn_about_count(len(indices), network)
+    warn_about_count(len(indices), network)
     statistics = image_statistics(source, indices, network, batch, device, feature_cache)
     if distributed.rank() != 0:
         return None
@@ -224,7 +224,7 @@ def calculate_fid(
     )
 
 
-def _warn_about_count(count: int, detector: FeatureDetector) -> None:
+def warn_about_count(count: int, detector: FeatureDetector) -> None:
     if distributed.rank() != 0:
         return
     if count <= detector.feature_dim:

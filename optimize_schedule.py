@@ -2,6 +2,7 @@
 
     python optimize_schedule.py --method=gits --dataset_name=digits --num_steps=6 --solver=ipndm --dest=schedule.json
     python optimize_schedule.py --method=dmn --dataset_name=digits --num_steps=9 --solver=dpmpp --dest=schedule.json
+    python optimize_schedule.py --method=evolution --dataset_name=digits --num_steps=6 --solver=euler --dest=schedule.json
     torchrun --standalone --nproc_per_node=8 optimize_schedule.py --method=gits ... --batch=64
 
 The result is a small JSON file (solvers/schedule_file.py says what is in it). A run that was interrupted goes on when the
@@ -15,13 +16,17 @@ import click
 import torch
 from click.core import ParameterSource
 
+from fid import choose_detector, find_reference, warn_about_count
 from models import create_model
 from solvers import make_rule
 from solvers.flags import parse_afs, rule_flags, rule_option_names
 from solvers.optimize import METHODS, Problem, optimize
 from solvers.schedule_file import Schedule, save_schedule
 from torch_utils import distributed
+from torch_utils.distributed import together
 from torch_utils.errors import UserError
+from torch_utils.frechet import FeatureStatistics, frechet_distance
+from torch_utils.image_writer import to_uint8
 from torch_utils.seeds import SeededGenerators
 from training.config import AUTOCAST, code_version
 
@@ -68,6 +73,34 @@ def open_network(options: dict, device: torch.device):
     return net.to(memory_format=torch.channels_last) if device.type == "cpu" else net
 
 
+def fid_judge(dataset_name: str, device: torch.device):
+    """``make_judge`` of a Problem: FID as fid.py computes it, of images that are never written."""
+
+    def make_judge(ref: str, detector: str, count: int):
+        if ref == "auto" and dataset_name in ("custom", "diffusers"):
+            raise UserError(
+                f"--dataset_name={dataset_name} has no reference statistics: give --ref (fid.py ref makes them)"
+            )
+        reference = find_reference(dataset_name if ref == "auto" else ref)
+        network = choose_detector(None if detector == "auto" else detector, reference, device)
+        warn_about_count(count, network)
+
+        def judge(batches) -> float:
+            statistics = FeatureStatistics(network.feature_dim, device)
+            with together():
+                for images in batches:
+                    statistics.append(network(torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2)))
+            statistics.all_reduce()
+            if statistics.count < 2:  # all others were not finite
+                return float("nan")
+            mu, sigma = statistics.moments()
+            return distributed.broadcast_object(frechet_distance(mu, sigma, reference.mu, reference.sigma))
+
+        return judge
+
+    return make_judge
+
+
 def describe(schedule: Schedule, dest: Path) -> str:
     levels = ", ".join(f"{sigma:.4g}" for sigma in schedule.sigmas)
     return (
@@ -91,6 +124,7 @@ def run(options: dict, given: set[str], device: torch.device) -> None:
         labels=options["class_idx"],
         device=device,
         state_path=dest.with_name(f".{dest.name}.state"),
+        make_judge=fid_judge(options["dataset_name"], device),
         **{name: options[name] for name in ("solver", "num_steps", "sigma_min", "sigma_max", "afs", "seed", "batch")},
     )
     versions = {"code": code_version(), "python": platform.python_version(), "torch": torch.__version__}

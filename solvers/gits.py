@@ -112,23 +112,24 @@ def gits_cost(
     return total / count
 
 
-def gits_indices(cost, num_steps: int, coeff: float = 1.15, second: int = 1) -> list[int]:
+def gits_indices(cost, num_steps: int, coeff: float = 1.15, second: int = 1, method: str = "GITS") -> list[int]:
     """The cheapest chain of num_steps points from the first to the last of the teacher's grid, as indices into it.
 
     cost: [T,T], from i to j > i. coeff > 0: the m-th jump (from 0) weighs coeff^m, so values above 1 make errors late
     in the sampling dearer. second: the second point is at least this one (unless it is the last). Among equal chains the
-    one with the smallest indices is taken. Raises UserError where there is no such chain or cost is not finite.
+    one with the smallest indices is taken. Raises UserError, in the name of ``method``, where there is no such chain or
+    cost is not finite.
     """
     cost = torch.as_tensor(cost).detach().to("cpu", torch.float64).numpy()
     if cost.ndim != 2 or cost.shape[0] != cost.shape[1] or len(cost) < 2:
         raise UserError(f"gits_indices: the cost matrix must be [T,T] with T >= 2, not [{_shape(cost)}]")
     if not np.isfinite(cost).all():
-        raise UserError("the cost matrix of GITS is not finite: the teacher's trajectory broke down")
+        raise UserError(f"the cost matrix of {method} is not finite: the teacher's trajectory broke down")
     if not coeff > 0 or not np.isfinite(coeff):
         raise UserError(f"coeff={coeff} must be a positive number")
     if int(num_steps) != num_steps or not 2 <= num_steps <= len(cost):
         raise UserError(
-            f"num_steps={num_steps}: GITS chooses 2 to {len(cost)} of the {len(cost)} points of the teacher's grid"
+            f"num_steps={num_steps}: {method} chooses 2 to {len(cost)} of the {len(cost)} points of the teacher's grid"
         )
     jumps = np.where(np.triu(np.ones(cost.shape, bool), 1), cost, np.inf)
     jumps[0, 1 : min(second, len(cost) - 1)] = np.inf

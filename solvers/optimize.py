@@ -15,12 +15,15 @@ from tqdm import tqdm
 
 from models.denoiser import Denoiser
 from solvers.dmn import HIGHEST_ORDER, KINDS, dmn_sigmas
+from solvers.evolution import EVOLUTION_OPTIONS, evolution_sigmas
 from solvers.gits import METRICS, check_teacher, gits_cost, gits_indices, insert_afs_point, teacher_trajectory
 from solvers.loop import afs_direction, resolve_sigmas
+from solvers.ofs import OFS_OPTIONS, ofs_sigmas
 from solvers.rules import SOLVERS, Option, Rule, make_rule
 from solvers.schedule_file import Schedule
 from solvers.schedules import SCHEDULES
 from torch_utils import distributed
+from torch_utils.distributed import together
 from torch_utils.errors import UserError
 from torch_utils.image_data import atomic_path
 from torch_utils.seeds import SeededGenerators, stream_seeds
@@ -46,7 +49,9 @@ class Problem:
 
     num_steps: time stamps of the schedule; options: those of the solver that were set; sigma_min, sigma_max: its ends
     (None: the network's); afs: the free first step the schedule is meant for; seed: of all randomness; batch: samples per
-    network call; labels: class of all samples (None: drawn); state_path: where a method may keep its state.
+    network call; labels: class of all samples (None: drawn); state_path: where a method may keep its state; make_judge:
+    (ref, detector) -> judge(batches), the FID of this process's batches of decoded images [B,C,H,W] and those of the
+    others, the same on all of them; None where it cannot be had.
     """
 
     net: torch.nn.Module
@@ -61,6 +66,7 @@ class Problem:
     labels: int | None = None
     device: torch.device | str = "cpu"
     state_path: Path | None = None
+    make_judge: Callable | None = None
     evaluations: int = 0  # of the network by this process, counted per sample; with those before a resume
     seconds: float = 0.0  # spent before a resume
     identity: dict = field(default_factory=dict)  # what a state has to agree with, filled in by ``optimize``
@@ -99,6 +105,48 @@ class Problem:
         dtype = torch.float32 if torch.device(self.device).type == "mps" else torch.float64
         make_cond = getattr(self.net, "make_cond", lambda *_: {})
         return latents.to(self.device, dtype), make_cond(generators, self.labels)
+
+    def fresh_noise(self, seeds: list[int]) -> Callable[[], torch.Tensor]:
+        """A source of noise [B,C,H,W] beside that of ``noise``; every source made for these seeds gives the same."""
+        generators = SeededGenerators([stream_seeds(seed, 0, 1)[0] for seed in seeds])
+        shape = (self.net.img_channels, self.net.img_resolution, self.net.img_resolution)
+        return lambda: generators.randn(shape)
+
+    def teacher(self, solver_tea, num_steps_tea, schedule_type, schedule_rho, **more) -> dict:
+        """Keywords of ``sample`` for a teacher over the range of the schedule; it takes the student's SHARED_OPTIONS."""
+        shared = {
+            name: value
+            for name, value in self.options.items()
+            if name in SHARED_OPTIONS and name in SOLVERS[solver_tea].options
+        }
+        if shared.get("max_order") is not None:  # a teacher that has no such high order takes its highest
+            shared["max_order"] = min(shared["max_order"], SOLVERS[solver_tea].highest_order)
+        return {
+            "solver": solver_tea,
+            "num_steps": num_steps_tea,
+            "schedule_type": schedule_type,
+            "schedule_rho": schedule_rho,
+            "sigma_min": self.sigma_min,
+            "sigma_max": self.sigma_max,
+            **more,
+            **shared,
+        }
+
+    def mean_cost(self, samples: int, size: int, cost_of: Callable) -> torch.Tensor:
+        """The mean over so many samples of cost_of(seeds), the mean of a batch, float64 [size,size].
+
+        The batches are shared by the processes of a torchrun, and a run that was interrupted goes on after the last one.
+        """
+        mine = self.batches(samples)[distributed.rank() :: distributed.world_size()]
+        with together():
+            state = self.load_state() or {"rounds": 0, "cost": torch.zeros(size, size, dtype=torch.float64)}
+            total, done = state["cost"], state["rounds"]
+            with self.progress(len(mine), "batch", done) as bar:
+                for seeds in mine[done:]:
+                    total, done = total + len(seeds) * cost_of(seeds), done + 1
+                    self.save_state({"rounds": done, "cost": total})
+                    bar.update()
+        return torch.stack(distributed.gather_objects(total)).sum(0) / samples
 
     def progress(self, total: int, unit: str, done: int = 0) -> tqdm:
         return tqdm(total=total, initial=done, unit=unit, disable=distributed.rank() != 0)
@@ -194,40 +242,16 @@ def run_gits(
         raise UserError("GITS under AFS needs num_steps and num_steps_tea of at least 3: one point is the free one")
     count, second = (problem.num_steps - 1, 2) if inserts else (problem.num_steps, 1)
     gits_indices(torch.zeros(num_steps_tea, num_steps_tea), count, coeff, second)  # says at once what is impossible
-    shared = {
-        name: value
-        for name, value in problem.options.items()
-        if name in SHARED_OPTIONS and name in SOLVERS[solver_tea].options
-    }
-    if shared.get("max_order") is not None:  # a teacher that has no such high order takes its highest
-        shared["max_order"] = min(shared["max_order"], SOLVERS[solver_tea].highest_order)
     if afs:  # the student is tried in the end; what it is not prepared for is said before that
         ends = (problem.sigma_min, problem.sigma_max)
         problem.rule().bind(problem.net, resolve_sigmas(problem.net, problem.num_steps, "logsnr", 1, *ends))
-    teacher = {
-        "num_steps": num_steps_tea,
-        "schedule_type": schedule_type,
-        "schedule_rho": schedule_rho,
-        "sigma_min": problem.sigma_min,
-        "sigma_max": problem.sigma_max,
-        "original_code": original_code,
-        **shared,
-    }
+    teacher = problem.teacher(solver_tea, num_steps_tea, schedule_type, schedule_rho, original_code=original_code)
 
-    batches = problem.batches(num_warmup)
-    mine = batches[distributed.rank() :: distributed.world_size()]
-    total = torch.zeros(num_steps_tea, num_steps_tea, dtype=torch.float64)
-    with together():
-        state = problem.load_state() or {"rounds": 0, "cost": total}
-        total, done = state["cost"], state["rounds"]
-        with problem.progress(len(mine), "batch", done) as bar:
-            for seeds in mine[done:]:
-                latents, cond = problem.noise(seeds)
-                cost = gits_cost(problem.net, [latents], solver_tea, metric=metric, cond=cond, afs=afs, **teacher)
-                total, done = total + len(seeds) * cost, done + 1
-                problem.save_state({"rounds": done, "cost": total})
-                bar.update()
-    cost = torch.stack(distributed.gather_objects(total)).sum(0) / num_warmup
+    def cost_of(seeds):
+        latents, cond = problem.noise(seeds)
+        return gits_cost(problem.net, [latents], metric=metric, cond=cond, afs=afs, **teacher)
+
+    cost = problem.mean_cost(num_warmup, num_steps_tea, cost_of)
     chain = gits_indices(cost, count, coeff, second)
     grid = resolve_sigmas(
         problem.net,
@@ -240,9 +264,9 @@ def run_gits(
     )
     with together():
         if afs and distributed.rank() == 0:
-            latents, cond = problem.noise(batches[-1])
+            latents, cond = problem.noise(problem.batches(num_warmup)[-1])
             of_teacher = afs if original_code else False
-            states, _, _ = teacher_trajectory(problem.net, latents, solver_tea, cond=cond, afs=of_teacher, **teacher)
+            states, _, _ = teacher_trajectory(problem.net, latents, cond=cond, afs=of_teacher, **teacher)
 
             def noise():  # the same in every trial
                 generators = SeededGenerators(stream_seeds(problem.seed, -len(latents), len(latents)))
@@ -272,6 +296,16 @@ def run_dmn(problem: Problem, *, kind) -> Found:
     )
 
 
+def run_ofs(problem: Problem, **options) -> Found:
+    """The schedule half of "Optimizing Few-Step Sampler"; tools/train_denoiser.py does the other one."""
+    return Found(ofs_sigmas(problem, **options))
+
+
+def run_evolution(problem: Problem, **options) -> Found:
+    """AutoDiffusion's search, with what it works with in the place of a discrete diffusion's steps."""
+    return Found(evolution_sigmas(problem, **options))
+
+
 METHODS: dict[str, Method] = {
     "gits": Method(
         "GITS: dynamic programming along the trajectories of a teacher; any network and solver",
@@ -292,21 +326,20 @@ METHODS: dict[str, Method] = {
         run_dmn,
         {"kind": Option(("auto", *KINDS), "auto", "assumed error of the network")},
     ),
+    "ofs": Method(
+        "OFS: least upper bound of Euler's error along the trajectories of a teacher; for solvers of first order",
+        run_ofs,
+        OFS_OPTIONS,
+    ),
+    "evolution": Method(
+        "Evolutionary search by the distance to a teacher or by FID; any network and solver, dear",
+        run_evolution,
+        EVOLUTION_OPTIONS,
+    ),
 }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def together():
-    """Context for what processes do on their own between two exchanges: an error of one of them stops all."""
-    error = None
-    try:
-        yield
-    except Exception as exc:  # raised by agree(), on every rank
-        error = exc
-    distributed.agree(error)
 
 
 @contextmanager
