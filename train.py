@@ -155,6 +155,12 @@ WEIGHT = click.FloatRange(min=0)
 @option("batch", COUNT, "Samples per iteration, over all processes")
 @option("batch_gpu", COUNT, "Samples per network call (default: all of a process's share)", "--batch-gpu")
 @option("lr", POSITIVE, "Learning rate of Adam")
+@option(
+    "teacher_cache",
+    COUNT,
+    "Trajectories of the teacher that are kept and used again, a multiple of the batch (default: always new ones)",
+)
+@option("checkpointing", bool, "Less memory: activations of the network are computed again for the gradient")
 @option("seed", click.IntRange(0, (1 << 63) - 1), "Random seed (default: a random one, recorded)")
 @option("amp", click.Choice(list(AUTOCAST)), "Autocast of the network")
 @option("channels_last", bool, "Memory format of the network (default: True on the CPU)")

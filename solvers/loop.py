@@ -56,7 +56,8 @@ class Solver:
     noise: called without arguments, a standard normal tensor like x; what a stochastic rule draws.
     sigmas_net: [N] what the network is told at the points of the schedule in the place of their noise levels (LD3's
     decoupled times); the arithmetic keeps to sigmas. checkpointing: under gradients, activations of the network are not
-    kept but computed again, so that memory does not grow with the number of evaluations.
+    kept but computed again, so that memory does not grow with the number of evaluations. known: {i: (direction [B,C,H,W],
+    bottleneck [B,8,8])} of points of the schedule where the network need not be asked, since it was at that very state.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class Solver:
         noise=None,
         sigmas_net=None,
         checkpointing=False,
+        known=None,
     ):
         if not (isinstance(afs, bool) or afs == "data" or callable(afs)):
             raise UserError(f"afs={afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
@@ -83,6 +85,7 @@ class Solver:
                 raise UserError(f"sigmas_net must be {len(sigmas)} positive numbers, one per noise level")
         self.afs, self.predictor, self.cond = afs, predictor, dict(cond or {})
         self.observer, self._noise, self.checkpointing = observer, noise, checkpointing
+        self.known = dict(known or {})
         self.nfe = 0
         self.predicted: tuple | None = None  # (r, scale_dir, scale_time) of the latest interval
         self._reader = None
@@ -156,6 +159,8 @@ class Solver:
 
         It is differentiable only if x or the noise level is: nothing learned enters it otherwise.
         """
+        if i in self.known:
+            return self.known[i][0]
         sigma, told = self.sigma(i, x), self.told(i)
         learned = x.requires_grad or sigma.requires_grad or (told is not None and told.requires_grad)
         with torch.set_grad_enabled(torch.is_grad_enabled() and learned):
@@ -170,6 +175,8 @@ class Solver:
         """The predictor's (r, scale_dir, scale_time) for the interval from point i, each [B,1,1,1]."""
         if i == 0 and self.afs:  # the network was not run: the predictor sees zeros, as in the reference implementation
             feature = x.new_zeros(x.shape[0], BOTTLENECK_SIZE, BOTTLENECK_SIZE)
+        elif i in self.known:
+            feature = self.known[i][1]
         else:
             feature = self._reader.read(x.shape[0]).to(x.dtype)
         outputs = self.predictor(feature, self.sigma(i, x), self.sigma(i + 1, x))

@@ -189,3 +189,55 @@ def test_what_was_predicted_is_reported():
 def test_mistakes_are_explained(config, text):
     with pytest.raises(ValueError, match=text):
         DistillationLoss(ToyNet(), {**BASE, **config})
+
+
+@pytest.mark.parametrize("afs", [False, True])
+@pytest.mark.parametrize("teacher", ["heun", "ipndm", "dpmpp", "unipc"])
+@pytest.mark.parametrize("student", ["amed", "euler", "ipndm"])
+def test_what_the_teacher_evaluated_is_not_asked_again(student, teacher, afs):
+    """The same errors and gradients, with fewer calls of the network: one less wherever a lesson has the start."""
+    net, predictor, loss, x, _ = setup(sampler_stu=student, sampler_tea=teacher, afs=afs)
+    lesson = loss.teach(x)
+    torch.testing.assert_close(lesson.targets, loss.teacher_trajectory(x), rtol=0, atol=0)
+    intervals = range(3) if student in ONE_STEP else range(1)
+    if teacher == "unipc":  # it evaluates before it corrects: only the starting point is a state of its trajectory
+        intervals = range(1)
+    assert set(lesson.starts) == {k for k in intervals if k or not afs}
+    start, found = x, []
+    for k, target in enumerate(lesson.targets):
+        runs = []
+        for known in (None, lesson.starts.get(k)):
+            state = loss._state
+            predictor.zero_grad()
+            before = len(net.calls)
+            error, after = loss.student_step(predictor, start, k, target, None, known)
+            error.sum().backward()
+            gradient = torch.cat([p.grad.flatten() for p in predictor.parameters() if p.grad is not None])
+            runs.append((error.detach(), gradient, after, len(net.calls) - before))
+            loss._state, last = state, loss._state
+        loss._state = last
+        for plain, shared in zip(*(run[:3] for run in runs), strict=True):
+            torch.testing.assert_close(shared, plain, rtol=1e-7, atol=1e-9)
+        found.append(runs[0][3] - runs[1][3])
+        start = after
+    assert found == [int(k in lesson.starts) for k in range(3)]
+
+
+def test_checkpointing_leaves_the_gradients_alone_and_keeps_less():
+    """Recomputed activations: the same gradients to the last bit, and fewer bytes kept for the backward pass."""
+    kept, gradients = [], []
+    for checkpointing in (False, True):
+        _, predictor, loss, x, targets = setup(sampler_stu="amed")
+        loss.checkpointing = checkpointing
+        sizes = []
+
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            error, _ = loss.student_step(predictor, x, 0, targets[0])
+        error.sum().backward()
+        kept.append(sum(sizes))
+        gradients.append(torch.cat([p.grad.flatten() for p in predictor.parameters() if p.grad is not None]))
+    assert torch.equal(*gradients) and kept[1] < 0.7 * kept[0]

@@ -119,6 +119,37 @@ def test_initial_predictor_depends_on_the_seed_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_a_cache_of_trajectories_asks_the_teacher_once():
+    """The first pass is what it is without a cache; the second has the same samples and no call of the teacher."""
+    nets = [ToyNet(torch.float32) for _ in range(2)]
+    plain, cached = (
+        Distiller(net, {"num_steps": 3}, batch=2, teacher_cache=n) for net, n in zip(nets, (None, 4), strict=True)
+    )
+    for _ in range(2):
+        assert torch.equal(plain.iterate(), cached.iterate())
+    assert len(nets[0].calls) == len(nets[1].calls) > 0
+    assert torch.equal(cached.draw()[0][0], cached._taught[0][0])  # the stream begins again
+    counts = []
+    for distiller, net in ((plain, nets[0]), (cached, nets[1])):
+        before = len(net.calls)
+        distiller.iterate()
+        counts.append(len(net.calls) - before)
+    assert counts[0] - counts[1] == 8  # Heun, two intervals of two steps
+    with pytest.raises(UserError, match="multiple of the batch"):
+        Distiller(nets[0], {"num_steps": 3}, batch=2, teacher_cache=3)
+
+
+def test_a_run_with_a_cache_resumes_bit_for_bit(tiny, tmp_path):
+    long = settings(tiny, tmp_path / "long", total_kimg=0.01, teacher_cache=4)
+    train_predictor(long, run_dir=tmp_path / "long")
+    short = {**long, "total_kimg": 0.006, "outdir": str(tmp_path / "short")}
+    train_predictor(short, run_dir=tmp_path / "short")
+    train_predictor({**short, "total_kimg": 0.01}, run_dir=tmp_path / "short", resume=True)
+    ends = [load_predictor(sorted((tmp_path / name).glob("predictor-*.safetensors"))[-1]) for name in ("long", "short")]
+    for one, other in zip(*(end.state_dict().values() for end in ends), strict=True):
+        assert torch.equal(one, other)
+
+
 class Spoilt(ToyNet):
     """Answers NaN below a noise level from some call on."""
 

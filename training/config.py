@@ -20,7 +20,10 @@ STUDENTS = tuple(name for name, rule in SOLVERS.items() if rule.can_learn)
 TEACHERS = tuple(name for name, rule in SOLVERS.items() if rule.can_teach)
 # What may differ between the parts of one run: where and how long it runs and what it writes, not what it computes.
 # (Files may move; the network and the prompts in them may not change.)
-CHANGEABLE = ("total_kimg", "batch_gpu", "tick", "snap", "dump", "bench", "model_path", "prompt_path", "tokenizer_path")
+CHANGEABLE = (
+    *("total_kimg", "batch_gpu", "tick", "snap", "dump", "bench", "checkpointing"),
+    *("model_path", "prompt_path", "tokenizer_path"),
+)
 
 
 @dataclass
@@ -31,7 +34,8 @@ class RunOptions:
     networks, one drawn per sample; tokenizer_path: a local folder in place of the network's tokenizer from the hub.
     batch: samples per iteration over all processes; batch_gpu: samples per network call of one process (None: all of its
     share). tick: kimg between lines of statistics; snap, dump: ticks between snapshots of the student and between
-    training states (None: only at the end). channels_last: memory format of the network (None: on the CPU only).
+    training states (None: only at the end). channels_last: memory format of the network (None: on the CPU only). checkpointing:
+    activations of the network are not kept for the gradient but computed again.
     """
 
     dataset_name: str
@@ -53,6 +57,7 @@ class RunOptions:
     seed: int | None = None
     amp: str = "none"
     channels_last: bool | None = None
+    checkpointing: bool = False
     bench: bool = True
     tick: float = 1
     snap: int | None = None
@@ -119,7 +124,8 @@ class RunOptions:
 class TrainingOptions(RunOptions):
     """Every option of train.py that a predictor's run depends on; names and defaults are the original code's.
 
-    sigmas: an explicit schedule that replaces num_steps, schedule_type and schedule_rho.
+    sigmas: an explicit schedule that replaces num_steps, schedule_type and schedule_rho. teacher_cache: how many
+    trajectories of the teacher are computed and then used again and again (None: as many as samples).
     """
 
     sampler_stu: str = "amed"
@@ -135,6 +141,7 @@ class TrainingOptions(RunOptions):
     lower_order_final: bool = True
     thresholding: bool = True
     lr: float = 5e-3
+    teacher_cache: int | None = None
 
     def __post_init__(self):
         super().__post_init__()
@@ -151,6 +158,8 @@ class TrainingOptions(RunOptions):
         """Raises UserError for settings that no network could make work; DistillationLoss checks the rest."""
         super().check(world_size)
         positive("lr", self.lr)
+        if self.teacher_cache is not None and (self.teacher_cache < self.batch or self.teacher_cache % self.batch):
+            raise UserError(f"--teacher_cache={self.teacher_cache} must be a multiple of the batch, {self.batch}")
         make_rules(self.to_dict())
         AMEDPredictor(**self.predictor_config())
 

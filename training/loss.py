@@ -1,8 +1,12 @@
 """Distillation of a predictor: the student's interval is pulled towards a teacher that takes more steps (Section 3.3 of
 Zhou et al. 2024). The student's interval is the code that sampling runs, ``Solver.advance``."""
 
+import math
+from dataclasses import dataclass
+
 import torch
 
+from models.denoiser import read_bottleneck
 from solvers import SOLVERS, Rule, Solver, State, get_schedule, make_rule, refine, resolve_sigmas
 from torch_utils.errors import UserError
 from training.predictor import DEFAULTS
@@ -24,17 +28,29 @@ def make_rules(config: dict) -> tuple[Rule, Rule]:
     return student, teacher
 
 
+@dataclass
+class Lesson:
+    """What a teacher did from one batch of starting points.
+
+    targets: its states at the student's noise levels 1 .. num_steps - 1, [num_steps-1,B,C,H,W]. starts: {k: (direction,
+    bottleneck)} of the student's intervals k that begin where the teacher asked the network; nobody has to ask again.
+    """
+
+    targets: torch.Tensor
+    starts: dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+
 class DistillationLoss:
     """Per-interval squared error between a student with a predictor and its teacher.
 
     net: a Denoiser; config: the predictor's configuration (``training.predictor.DEFAULTS``; missing keys take the
     defaults). ``sigmas``: the student's schedule, float64 [num_steps]; ``teacher_sigmas``: the teacher's, with M points
     more in every interval. One-step students restart every interval from the teacher's state, multistep ones continue
-    from their own, whose history this object carries from step_idx to step_idx + 1.
+    from their own, whose history this object carries from step_idx to step_idx + 1. checkpointing: see ``Solver``.
     """
 
-    def __init__(self, net, config: dict):
-        self.net = net
+    def __init__(self, net, config: dict, checkpointing: bool = False):
+        self.net, self.checkpointing = net, checkpointing
         self.config = config = {**DEFAULTS, **config}
         if int(config["M"]) != config["M"] or config["M"] < 0:
             raise UserError(f"M={config['M']} must be a whole number >= 0")
@@ -69,23 +85,43 @@ class DistillationLoss:
     def sigma_max(self) -> float:
         return float(self.sigmas[0])
 
-    @torch.no_grad()
     def teacher_trajectory(self, latents: torch.Tensor, cond=None) -> torch.Tensor:
         """The teacher's states at the student's noise levels 1 .. num_steps - 1, [num_steps-1,B,C,H,W].
 
         latents: starting points, already scaled by sigma_max. The teacher never uses AFS or a predictor.
         """
-        run = Solver(self.net, self.teacher_rule, self._on(latents, self.teacher_sigmas), cond=cond)
-        state, targets = State(latents), []
-        for i in range(run.intervals):
-            state = run.advance(state, i)
-            if (i + 1) % (self.extra + 1) == 0:
-                targets.append(state.x)
-        return torch.stack(targets)
+        return self.teach(latents, cond).targets
 
-    def student_step(self, predictor, x, step_idx, target, cond=None):
+    @torch.no_grad()
+    def teach(self, latents: torch.Tensor, cond=None) -> Lesson:
+        """``teacher_trajectory`` with the evaluations in it that the student's intervals would repeat."""
+        wanted = {k * (self.extra + 1): k for k in range(len(self.sigmas) - 1) if self._begins_as_teacher(k)}
+        starts = {}
+        with read_bottleneck(self.net) as reader:
+
+            def keep(i, sigma, x, denoised):
+                if i in wanted and x is state.x:  # a corrector's evaluation is not at the state it leads to
+                    starts[wanted[i]] = ((x - denoised) / sigma, reader.read(len(x)).to(x.dtype))
+
+            run = Solver(self.net, self.teacher_rule, self._on(latents, self.teacher_sigmas), cond=cond, observer=keep)
+            state, targets = State(latents), []
+            for i in range(run.intervals):
+                state = run.advance(state, i)
+                if (i + 1) % (self.extra + 1) == 0:
+                    targets.append(state.x)
+        return Lesson(torch.stack(targets), starts)
+
+    def _begins_as_teacher(self, k: int) -> bool:
+        """Whether the student asks the network at the start of interval k, at a point of the teacher's trajectory."""
+        if k == 0 and self.config["afs"]:
+            return False
+        own, teachers = self.sigmas[k].item(), self.teacher_sigmas[k * (self.extra + 1)].item()
+        return (k == 0 or self.student_rule.one_step) and math.isclose(own, teachers, rel_tol=1e-12)
+
+    def student_step(self, predictor, x, step_idx, target, cond=None, start=None):
         """One interval of the student from x [B,C,H,W] at sigmas[step_idx], with gradients.
 
+        start: the (direction, bottleneck) there, if a ``Lesson`` has it; x is then the teacher's state.
         Returns the squared error per element [B,C,H,W] and the point where the next interval starts (detached): the
         target for one-step students, the student's own result for multistep ones.
         """
@@ -96,6 +132,8 @@ class DistillationLoss:
             afs=self.config["afs"],
             predictor=predictor,
             cond=cond,
+            checkpointing=self.checkpointing,
+            known=None if start is None else {step_idx: start},
         )
         history, updates = (
             ((), 0) if step_idx == 0 or self._state is None else (self._state.history, self._state.updates)

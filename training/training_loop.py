@@ -21,7 +21,7 @@ from torch_utils.seeds import stream_seeds
 from training.checkpoint import save_predictor
 from training.config import AUTOCAST, RunOptions, TrainingOptions
 from training.inputs import draw_inputs
-from training.loss import DistillationLoss
+from training.loss import DistillationLoss, Lesson
 from training.predictor import AMEDPredictor
 from training.run import Interrupted, Run, choose_folder, numbers, provenance_of, restore
 from training.run_folder import load_newest_state, on_main
@@ -44,7 +44,8 @@ class Distiller:
 
     net: a Denoiser; config: the predictor's configuration; batch: samples per iteration over all processes, of which
     this process takes a contiguous share, ``batch_gpu`` per network call. prompts: for text-to-image networks, of which
-    every sample draws one. Attributes: ``predictor``, ``optimizer``, ``iteration`` (how many are done), ``sigmas``.
+    every sample draws one. teacher_cache: so many trajectories of the teacher are computed and then used again and again
+    (None: every iteration has new ones). checkpointing: see ``solvers.Solver``. Attributes: ``predictor``, ``optimizer``, ``iteration`` (how many are done), ``sigmas``.
     """
 
     def __init__(
@@ -57,15 +58,20 @@ class Distiller:
         lr=5e-3,
         seed=0,
         prompts: Sequence[str] | None = None,
+        teacher_cache: int | None = None,
+        checkpointing: bool = False,
         device="cpu",
         dtype=torch.float32,
     ):
+        if teacher_cache is not None and (teacher_cache < batch or teacher_cache % batch):
+            raise UserError(f"teacher_cache={teacher_cache} must be a multiple of the batch, {batch}")
         self.net, self.batch, self.seed, self.prompts = net, batch, seed, prompts
+        self.teacher_cache, self._taught = teacher_cache, {}
         self.device, self.dtype = torch.device(device), dtype
         self.share = batch // distributed.world_size()
         self.chunk = min(batch_gpu or self.share, self.share)
         # A multistep student carries a history from interval to interval: one loss for each micro-batch.
-        self.losses = [DistillationLoss(net, config) for _ in range(self.share // self.chunk)]
+        self.losses = [DistillationLoss(net, config, checkpointing) for _ in range(self.share // self.chunk)]
         self.sigmas = self.losses[0].sigmas
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -91,30 +97,46 @@ class Distiller:
 
     def draw(self) -> list[tuple[torch.Tensor, dict]]:
         """(unit-variance noise, condition) of each micro-batch of the current iteration."""
-        start = self.iteration * self.batch + distributed.rank() * self.share
-        return [
-            draw_inputs(self.net, stream_seeds(self.seed, first, self.chunk), self.prompts, self.dtype, self.device)
-            for first in range(start, start + self.share, self.chunk)
-        ]
+        return [self._draw(first) for first in self._firsts()]
+
+    def _firsts(self) -> range:
+        """The number in the training stream of the first sample of each micro-batch."""
+        start = self.iteration * self.batch
+        start = (start if self.teacher_cache is None else start % self.teacher_cache) + distributed.rank() * self.share
+        return range(start, start + self.share, self.chunk)
+
+    def _draw(self, first: int) -> tuple[torch.Tensor, dict]:
+        return draw_inputs(self.net, stream_seeds(self.seed, first, self.chunk), self.prompts, self.dtype, self.device)
 
     def iterate(self) -> torch.Tensor:
         """The next iteration; see ``step``."""
-        return self.step(self.draw())
+        if self.teacher_cache is None:
+            return self.step(self.draw())
+        taught = []
+        for loss, first in zip(self.losses, self._firsts(), strict=True):
+            if first not in self._taught:
+                latents, cond = self._draw(first)
+                self._taught[first] = (latents, cond, loss.teach(latents * loss.sigma_max, cond))
+            taught.append(self._taught[first])
+        return self.step([(latents, cond) for latents, cond, _ in taught], [lesson for *_, lesson in taught])
 
-    def step(self, micro_batches: list[tuple[torch.Tensor, dict]]) -> torch.Tensor:
+    def step(self, micro_batches: list[tuple[torch.Tensor, dict]], lessons: list[Lesson] | None = None) -> torch.Tensor:
         """One iteration; returns the statistics [intervals, 4] (see STATISTICS), means over all processes.
 
-        Raises NotFinite, on every process, where a loss is NaN or infinite; predictor and optimizer are then as before.
+        lessons: of the teacher on these micro-batches, if known. Raises NotFinite, on every process, where a loss is NaN
+        or infinite; predictor and optimizer are then as before.
         """
         before = self.state()
         xs = [latents * self.losses[0].sigma_max for latents, _ in micro_batches]
         conds = [cond for _, cond in micro_batches]
-        targets = [loss.teacher_trajectory(*start) for loss, *start in zip(self.losses, xs, conds, strict=True)]
+        if lessons is None:
+            lessons = [loss.teach(*start) for loss, *start in zip(self.losses, xs, conds, strict=True)]
         rows, own = [], []
         for k in range(self.intervals):
             self._buffer.zero_()
             for slot, loss in enumerate(self.losses):
-                error, x_next = loss.student_step(self.predictor, xs[slot], k, targets[slot][k], conds[slot])
+                target, start = lessons[slot].targets[k], lessons[slot].starts.get(k)
+                error, x_next = loss.student_step(self.predictor, xs[slot], k, target, conds[slot], start)
                 total = error.sum()
                 total.backward()
                 values = [total.detach(), *(value.sum() for value in loss.predicted)]
@@ -194,8 +216,8 @@ def load_network(options: RunOptions, device: torch.device):
         options.dataset_name, options.model_path, options.guidance_type, options.guidance_rate, device=device
     )
     net.autocast = AUTOCAST[options.amp]
-    if options.channels_last if options.channels_last is not None else device.type == "cpu":
-        net = net.to(memory_format=torch.channels_last)
+    if options.channels_last is not None:
+        net = net.to(memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
     needs_prompts = getattr(net, "takes_prompts", False)
     options.check_prompts(needs_prompts)
     if options.tokenizer_path is not None:
@@ -252,9 +274,11 @@ def train_predictor(
         lr=options.lr,
         seed=options.seed,
         prompts=prompts,
+        teacher_cache=options.teacher_cache,
+        checkpointing=options.checkpointing,
         device=device,
     )
-    provenance = provenance_of(net, options, ("seed", "batch", "lr", "amp"))
+    provenance = provenance_of(net, options, ("seed", "batch", "lr", "amp", "teacher_cache"))
     elapsed = 0.0
     if resume:
         elapsed = restore(distiller, options, on_main(load_newest_state, run_dir), net, run_dir)

@@ -1,0 +1,113 @@
+"""Seconds per kimg of distillation, and the loss it ends with, against the straightforward loop.
+
+    OMP_NUM_THREADS=1 python benchmarks/distillation_speed.py --dataset_name=digits --num_seeds=3
+
+The straightforward loop computes every teacher trajectory in full and asks the network again wherever the student begins.
+The variants share evaluations ("shared") and also keep the teacher's trajectories ("cache"). All are trained side by side, a part of every variant in turn, so that a busy machine slows all
+of them alike. The validation loss is the student's squared error per sample and interval on noise that no variant has seen.
+"""
+
+import platform
+import sys
+import time
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from models import create_model
+from torch_utils.seeds import SeededGenerators, stream_seeds
+from training.loss import DistillationLoss
+from training.training_loop import Distiller
+
+AMED = {"sampler_stu": "amed", "sampler_tea": "heun", "M": 1, "schedule_type": "time_uniform", "schedule_rho": 1}
+IPNDM = {"sampler_stu": "ipndm", "sampler_tea": "ipndm", "M": 2, "schedule_type": "polynomial", "schedule_rho": 7}
+SETTINGS = {
+    "amed": AMED | {"scale_time": 0.0},
+    "ipndm": IPNDM | {"scale_time": 0.2, "max_order": 4},
+}  # Zhou et al. 2024
+
+
+class Straightforward(Distiller):
+    """The loop without anything shared."""
+
+    def step(self, micro_batches, lessons=None):
+        lessons = []
+        for loss, (latents, cond) in zip(self.losses, micro_batches, strict=True):
+            lesson = loss.teach(latents * loss.sigma_max, cond)
+            lesson.starts.clear()
+            lessons.append(lesson)
+        return super().step(micro_batches, lessons)
+
+
+@torch.no_grad()
+def validation_loss(distiller: Distiller, samples: int, batch: int) -> float:
+    """Mean over samples of the sum over intervals of the student's squared error; the seeds are of another stream."""
+    loss = DistillationLoss(distiller.net, distiller.predictor.config)
+    shape = [distiller.net.img_channels, distiller.net.img_resolution, distiller.net.img_resolution]
+    total = 0.0
+    for first in range(0, samples, batch):
+        generators = SeededGenerators(stream_seeds(987654321, first, min(batch, samples - first)))
+        x = generators.randn(shape, distiller.dtype).to(distiller.device) * loss.sigma_max
+        cond = distiller.net.make_cond(generators) if distiller.net.label_dim else {}
+        targets = loss.teacher_trajectory(x, cond)
+        for k, target in enumerate(targets):
+            error, x = loss.student_step(distiller.predictor, x, k, target, cond)
+            total += error.sum().item()
+    return total / samples
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.option("--dataset_name", default="digits", show_default=True)
+@click.option("--setting", type=click.Choice(list(SETTINGS)), default="amed", show_default=True)
+@click.option("--num_steps", type=click.IntRange(min=2), default=4, show_default=True)
+@click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True)
+@click.option("--iterations", type=click.IntRange(min=1), default=48, show_default=True)
+@click.option("--cache", type=click.IntRange(min=1), default=256, show_default=True, help="Trajectories that are kept")
+@click.option("--num_seeds", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--validation", type=click.IntRange(min=1), default=128, show_default=True, help="Samples of it")
+@click.option("--device", default="cpu", show_default=True)
+def main(dataset_name, setting, num_steps, batch, iterations, cache, num_seeds, validation, device):
+    net = create_model(dataset_name, device=device)
+    config = {**SETTINGS[setting], "num_steps": num_steps, "afs": True, "scale_dir": 0.01}
+    variants = {"straightforward": (Straightforward, None), "shared": (Distiller, None), "cache": (Distiller, cache)}
+    seconds = {name: [] for name in variants}
+    losses = {name: [] for name in variants}
+    for seed in range(num_seeds):
+        runs = {
+            name: kind(net, config, batch=batch, seed=seed, teacher_cache=kept, device=device)
+            for name, (kind, kept) in variants.items()
+        }
+        spent = dict.fromkeys(variants, 0.0)
+        for _ in range(iterations):
+            for name, distiller in runs.items():
+                start = time.perf_counter()
+                distiller.iterate()
+                if device != "cpu":
+                    torch.cuda.synchronize()
+                spent[name] += time.perf_counter() - start
+        for name, distiller in runs.items():
+            seconds[name].append(spent[name] / (iterations * batch / 1000))
+            losses[name].append(validation_loss(distiller, validation, batch))
+    print(
+        f"{dataset_name}, {setting}, {num_steps} stamps, batch {batch}, {iterations} iterations, {num_seeds} seeds, "
+        f"{cache} trajectories kept; torch {torch.__version__}, {platform.processor() or platform.machine()}, {device}, "
+        f"{torch.get_num_threads()} threads"
+    )
+    print(
+        "| loop | s/kimg, median (least - most) | ratio | validation loss, mean ± sd of the seeds |\n|---|---|---|---|"
+    )
+    plain = np.median(seconds["straightforward"])
+    for name in variants:
+        median, spread = np.median(seconds[name]), np.std(losses[name], ddof=1) if num_seeds > 1 else float("nan")
+        print(
+            f"| {name} | {median:.1f} ({min(seconds[name]):.1f} - {max(seconds[name]):.1f}) | {plain / median:.2f} | "
+            f"{np.mean(losses[name]):.3f} ± {spread:.3f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

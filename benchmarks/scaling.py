@@ -1,0 +1,98 @@
+"""Throughput of sample.py, fid.py and train.py with one process and with several, one thread each.
+
+    python benchmarks/scaling.py --processes=2 --repeats=5
+
+Every command is run twice, on little and on more work; the difference of the two times has no start-up in it. Strong
+scaling: the same work dealt out to more processes. The repetitions alternate between the numbers of processes.
+"""
+
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import click
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def timed(processes: int, arguments: list) -> float:
+    """Seconds of one command under torchrun; its output is shown only if it fails."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, *map(str, arguments)]
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise click.ClickException(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return time.perf_counter() - start
+
+
+def rate(processes: int, work: tuple[int, int], arguments) -> float:
+    """Units of work per second, from the difference between two amounts of it. arguments(amount) -> the command's."""
+    few, many = (timed(processes, arguments(amount)) for amount in work)
+    return (work[1] - work[0]) / (many - few)
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.option("--dataset_name", default="digits", show_default=True)
+@click.option("--processes", type=click.IntRange(min=2), default=2, show_default=True)
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--images", type=click.IntRange(min=256), default=1024, show_default=True)
+@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--only", type=click.Choice(["sample", "fid", "train"]), multiple=True, help="Part of it [default: all]")
+def main(dataset_name, processes, repeats, images, batch, only):
+    place = Path(tempfile.mkdtemp(prefix="scaling-"))
+    network = f"--dataset_name={dataset_name}"
+
+    def sample(count):
+        folder = place / "images"
+        shutil.rmtree(folder, ignore_errors=True)
+        flags = ["--solver=ipndm", "--num_steps=6", f"--seeds=0-{count - 1}", f"--batch={batch}", f"--outdir={folder}"]
+        return ["sample.py", network, *flags]
+
+    def fid(count):
+        return ["fid.py", "calc", f"--images={place / 'many'}", f"--ref={dataset_name}", f"--num_images={count}"]
+
+    def train(count):
+        flags = [
+            f"--batch={batch}",
+            f"--total_kimg={count / 1000}",
+            "--tick=1000",
+            "--seed=0",
+            f"--outdir={place / 'exps'}",
+        ]
+        return ["train.py", network, *flags, "--num_steps=4", "--schedule_type=time_uniform", "--schedule_rho=1"]
+
+    parts = {
+        "sample.py (images/s)": ("sample", sample, (images // 4, images)),
+        "fid.py calc (images/s)": ("fid", fid, (images // 4, 4 * images)),
+        "train.py (samples/s)": ("train", train, (batch, batch + images // 4)),
+    }
+    try:
+        if not only or "fid" in only:
+            timed(1, [*sample(4 * images)[:-1], "--num_steps=2", f"--outdir={place / 'many'}"])
+        print(
+            f"{dataset_name}, batch {batch} per call of sample.py and fid.py, {batch} in all of train.py; {repeats} repeats; "
+            f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+        )
+        print(f"| | 1 process | {processes} processes | ratio, median (least - most) |\n|---|---|---|---|")
+        for name, (part, arguments, work) in parts.items():
+            if only and part not in only:
+                continue
+            pairs = [(rate(1, work, arguments), rate(processes, work, arguments)) for _ in range(repeats)]
+            ratios = [several / one for one, several in pairs]
+            one, several = (statistics.median(column) for column in zip(*pairs, strict=True))
+            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
+            print(f"| {name} | {one:.1f} | {several:.1f} | {spread} |", flush=True)
+    finally:
+        shutil.rmtree(place)
+
+
+if __name__ == "__main__":
+    main()
