@@ -404,21 +404,22 @@ def test_a_damaged_file_is_named(files, tmp_path):
     assert done.exit_code == 2 and f"{path}: a damaged file" in done.output
 
 
-def _one_of_two(rank: int, port: int, arguments: list[str], environment: pytest.MonkeyPatch) -> None:
+def _one_of_two(rank: int, port: int, arguments: list[str], command, environment: pytest.MonkeyPatch) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in names.items():
         environment.setenv(name, str(value))
-    done = CliRunner().invoke(compare.main, arguments)
+    done = CliRunner().invoke(command, arguments)
     raise SystemExit(done.exit_code)
 
 
-def run_on_two(arguments: list[str]) -> list[int]:
+def run_on_two(arguments: list[str], command=compare.main) -> list[int]:
     """Exit codes of the two processes of a group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    both = [context.Process(target=_one_of_two, args=(k, port, arguments, pytest.MonkeyPatch())) for k in range(2)]
+    given = (port, arguments, command, pytest.MonkeyPatch())
+    both = [context.Process(target=_one_of_two, args=(k, *given)) for k in range(2)]
     for process in both:
         process.start()
     for process in both:
