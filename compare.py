@@ -2,6 +2,7 @@
 
     python compare.py --dataset_name=digits --solvers=euler,heun,dpmpp,ipndm --nfe=3,5,10 --num=5000
     python compare.py --dataset_name=digits --solvers=dpmpp,dpmpp:max_order=2:afs=data --predictor_path=exps/00003-x
+    python compare.py --dataset_name=digits --solvers=ipndm,ipndm:schedule=runs/gits-ipndm-{nfe}.json --nfe=4,5,6
     torchrun --standalone --nproc_per_node=8 compare.py ... --num_images=50000
 
 All methods have the same network, seeds and range of noise. A solver comes with its customary schedule and options
@@ -39,7 +40,8 @@ def parse_optional_afs(ctx, param, value):
     default="all",
     show_default=True,
     help="Solvers without a predictor, with options of their own if need be: dpmpp:max_order=2:schedule_type=logsnr."
-    " all: all that can run here; none: none",
+    " schedule=FILE: with the noise levels of a schedule file, at its number of evaluations; {nfe} in the name stands for"
+    " each of --nfe. all: all that can run here; none: none",
 )
 @click.option(
     "--nfe",
