@@ -19,6 +19,7 @@ import shlex
 import click
 from click.core import ParameterSource
 
+from sample import text_flags
 from solvers import SCHEDULES
 from solvers.flags import parse_afs, parse_sigmas
 from tools.comparison import compute, prepare
@@ -82,6 +83,7 @@ def parse_optional_afs(ctx, param, value):
 @click.option("--afs", metavar="True|False|data", callback=parse_optional_afs, help="Free first step, for all solvers")
 @click.option("--guidance_type", metavar="NAME", help="Guidance, where the network takes one")
 @click.option("--guidance_rate", type=float, help="Its strength")
+@text_flags("the number of a caption being its seed")
 @click.option("--ref", metavar="NPZ|URL|NAME", help="FID reference statistics (default: those of the network)")
 @click.option("--detector", metavar="NAME|PATH", help="Default: the reference's, else inception")
 @click.option("--trust", type=bool, default=False, show_default=True, help="Run a TorchScript detector not known here")

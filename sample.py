@@ -46,7 +46,7 @@ from training.config import AUTOCAST, code_version
 GRID_LIMIT = 100
 RECORD = "sampling.json"
 _GUIDANCE_OPTIONS = ("guidance_type", "guidance_rate")
-_TEXT_OPTIONS = ("prompt", "negative_prompt", "tokenizer_path")
+TEXT_OPTIONS = ("prompt", "negative_prompt", "tokenizer_path")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -394,7 +394,7 @@ def _is_file_of_prompts(prompt: str) -> bool:
 def check_text(net, dataset_name: str, options: dict, prompts) -> None:
     """UserError where prompts are missing, are of no use, or cannot be encoded."""
     if not getattr(net, "takes_prompts", False):
-        for given in _TEXT_OPTIONS:
+        for given in TEXT_OPTIONS:
             if options[given] is not None:
                 raise UserError(f"--{given}: {dataset_name} is no text-to-image network; leave it out")
         return
@@ -618,6 +618,29 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
 # Command line
 
 
+def text_flags(which_caption: str):
+    """Decorator: the flags of text-to-image networks. which_caption: what decides between the captions of a file."""
+    options = (
+        click.option(
+            "--prompt",
+            metavar="TEXT|FILE",
+            help="Text-to-image networks: a text for all images, or a .txt (one a line) or .csv file of captions,"
+            f" {which_caption}",
+        ),
+        click.option(
+            "--negative_prompt", metavar="TEXT", help="What the guidance leads away from (default: an empty text)"
+        ),
+        click.option("--tokenizer_path", metavar="DIR", help="Tokenizer of Stable Diffusion (default: from the hub)"),
+    )
+
+    def add(command):
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
 def _plain_solvers() -> str:
     return ", ".join(name for name, rule in SOLVERS.items() if not rule.needs_predictor)
 
@@ -637,14 +660,7 @@ def _plain_solvers() -> str:
 @click.option("--denoise_to_zero", type=bool, default=False, show_default=True, help="One more evaluation at the end")
 @click.option("--guidance_type", metavar="NAME", help="Guidance, where the network takes one")
 @click.option("--guidance_rate", type=float, help="Its strength (default: 7.5 for cfg, 1 for cg)")
-@click.option(
-    "--prompt",
-    metavar="TEXT|FILE",
-    help="Text-to-image networks: a text for all images, or a .txt (one a line) or .csv file of captions, the number of a"
-    " caption being its seed",
-)
-@click.option("--negative_prompt", metavar="TEXT", help="What the guidance leads away from (default: an empty text)")
-@click.option("--tokenizer_path", metavar="DIR", help="Tokenizer of Stable Diffusion (default: from the hub)")
+@text_flags("the number of a caption being its seed")
 @click.option("--seeds", default="0-63", show_default=True, help="One image each: 0-63 or 1,2,5-10")
 @click.option(
     "--batch",

@@ -29,12 +29,15 @@ from tqdm import tqdm
 from fid import choose_detector, find_reference
 from models import zoo
 from sample import (
+    TEXT_OPTIONS,
     Batch,
     Settings,
     check_network,
+    check_text,
     format_seeds,
     generate_images,
     open_network,
+    read_text,
     recorded_settings,
     settings_from_predictor,
 )
@@ -331,11 +334,15 @@ def write_arrays(path: Path, **arrays) -> None:
 class Comparison:
     """The network, the detector, the protocol and the cache of one comparison.
 
-    target: the statistics that FIDs are taken to. reference: settings of the converged solution that distances are taken
-    to. record: what every result depends on besides its own settings.
+    target: the statistics that FIDs are taken to. prompts: of text-to-image networks, as for ``generate_images``.
+    reference: settings of the converged solution that distances are taken to. record: what every result depends on besides
+    its own settings.
     """
 
-    def __init__(self, net, detector, target: Reference, protocol: Protocol, options: dict, device: torch.device):
+    def __init__(
+        self, net, detector, target: Reference, protocol: Protocol, options: dict, device: torch.device, prompts=None
+    ):
+        self.prompts = prompts
         self.net, self.detector, self.target, self.protocol = net, detector, target, protocol
         self.options, self.device, self.batch = options, device, options["batch"]
         self.folder = Path(options["outdir"])
@@ -405,6 +412,8 @@ class Comparison:
             seeds,
             batch=self.batch,
             predictor=None if predictor is None else predictor.to(self.device),
+            prompts=self.prompts,
+            negative_prompt=self.options["negative_prompt"],
             device=self.device,
             **settings.arguments(),
         )
@@ -574,6 +583,7 @@ class Comparison:
             flags |= {"afs": settings.afs or None, **settings.options}
             flags |= {name: getattr(settings, name) for name in GUIDANCE}
             flags |= {name: getattr(settings, name) or None for name in ("denoise_to_zero", "original_code")}
+        flags |= {name: options[name] for name in TEXT_OPTIONS}
         flags |= {"model_path": options["model_path"], "amp": None if options["amp"] == "none" else options["amp"]}
         flags["seeds"] = f"{self.protocol.first}-{self.protocol.first + self.protocol.num - 1}"
         given = (f"--{name}={shlex.quote(_short(value))}" for name, value in flags.items() if value is not None)
@@ -760,12 +770,15 @@ def prepare(options: dict, given: set[str], device: torch.device) -> tuple[Compa
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--outdir={folder} is a file; choose a folder")
     options = options | {"outdir": str(folder), "class_idx": None}
+    seeds = list(range(protocol.first, protocol.first + protocol.num))
+    prompts = read_text(options["prompt"], options["dataset_name"], seeds)
     net = open_network(methods[0].settings, options, None, device)
+    check_text(net, options["dataset_name"], options, prompts)
     target = find_reference(options["ref"] or options["dataset_name"])
     detector = choose_detector(options["detector"], target, device, options["trust"])
     # As many columns as fit beside each other; fewer of large images, which the page carries along.
     protocol = replace(protocol, shown=min(protocol.num, 16, max(4, 2**16 // net.img_resolution**2)))
-    comparison = Comparison(net, detector, target, protocol, options, device)
+    comparison = Comparison(net, detector, target, protocol, options, device, prompts)
     return comparison, make_jobs(comparison, methods, nfes)
 
 
