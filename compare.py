@@ -2,6 +2,7 @@
 
     python compare.py --dataset_name=digits --solvers=euler,heun,dpmpp,ipndm --nfe=3,5,10 --num=5000
     python compare.py --dataset_name=digits --solvers=dpmpp,dpmpp:max_order=2:afs=data --predictor_path=exps/00003-x
+    python compare.py --dataset_name=digits --solvers=ipndm,ipndm:schedule=runs/gits-ipndm-{nfe}.json --nfe=4,5,6
     torchrun --standalone --nproc_per_node=8 compare.py ... --num_images=50000
 
 All methods have the same network, seeds and range of noise. A solver comes with its customary schedule and options
@@ -18,6 +19,7 @@ import shlex
 import click
 from click.core import ParameterSource
 
+from sample import text_flags
 from solvers import SCHEDULES
 from solvers.flags import parse_afs, parse_sigmas
 from tools.comparison import compute, prepare
@@ -39,7 +41,8 @@ def parse_optional_afs(ctx, param, value):
     default="all",
     show_default=True,
     help="Solvers without a predictor, with options of their own if need be: dpmpp:max_order=2:schedule_type=logsnr."
-    " all: all that can run here; none: none",
+    " schedule=FILE: with the noise levels of a schedule file, at its number of evaluations; {nfe} in the name stands for"
+    " each of --nfe. all: all that can run here; none: none",
 )
 @click.option(
     "--nfe",
@@ -80,6 +83,7 @@ def parse_optional_afs(ctx, param, value):
 @click.option("--afs", metavar="True|False|data", callback=parse_optional_afs, help="Free first step, for all solvers")
 @click.option("--guidance_type", metavar="NAME", help="Guidance, where the network takes one")
 @click.option("--guidance_rate", type=float, help="Its strength")
+@text_flags("the number of a caption being its seed")
 @click.option("--ref", metavar="NPZ|URL|NAME", help="FID reference statistics (default: those of the network)")
 @click.option("--detector", metavar="NAME|PATH", help="Default: the reference's, else inception")
 @click.option("--trust", type=bool, default=False, show_default=True, help="Run a TorchScript detector not known here")

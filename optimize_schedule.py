@@ -1,6 +1,7 @@
 """A time schedule for one's own network and solver: where the few evaluations should be.
 
     python optimize_schedule.py --method=gits --dataset_name=digits --num_steps=6 --solver=ipndm --dest=schedule.json
+    python optimize_schedule.py --dataset_name=ms_coco --solver=dpmpp --prompt=captions.csv --dest=schedule.json
     python optimize_schedule.py --method=dmn --dataset_name=digits --num_steps=9 --solver=dpmpp --dest=schedule.json
     python optimize_schedule.py --method=evolution --dataset_name=digits --num_steps=6 --solver=euler --dest=schedule.json
     torchrun --standalone --nproc_per_node=8 optimize_schedule.py --method=gits ... --batch=64
@@ -18,6 +19,7 @@ from click.core import ParameterSource
 
 from fid import choose_detector, find_reference, warn_about_count
 from models import create_model
+from sample import check_text, read_text, text_flags
 from solvers import make_rule
 from solvers.flags import parse_afs, rule_flags, rule_option_names
 from solvers.optimize import METHODS, Problem, optimize
@@ -118,10 +120,15 @@ def run(options: dict, given: set[str], device: torch.device) -> None:
         raise UserError(f"--dest={dest} is a folder; name the file to write")
     if dest.exists() and not options["overwrite"]:
         raise UserError(f"{dest} exists: choose another --dest, or --overwrite=True to replace it")
+    text = read_text(options["prompt"], options["dataset_name"], [])
+    net = open_network(options, device)
+    check_text(net, options["dataset_name"], options, text)
     problem = Problem(
-        net=open_network(options, device),
+        net=net,
         options=solver_options,
         labels=options["class_idx"],
+        prompts=[text] if isinstance(text, str) else text and list(text.values()),
+        negative_prompt=options["negative_prompt"],
         device=device,
         state_path=dest.with_name(f".{dest.name}.state"),
         make_judge=fid_judge(options["dataset_name"], device),
@@ -166,6 +173,7 @@ def run(options: dict, given: set[str], device: torch.device) -> None:
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the samples that are used")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Samples per network call")
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Class of all samples (default: drawn)")
+@text_flags("of which every sample draws one")
 @click.option("--dest", metavar="FILE", required=True, help="The schedule file (.json)")
 @click.option("--overwrite", type=bool, default=False, show_default=True, help="Replace it if it exists")
 @click.option("--amp", type=click.Choice(list(AUTOCAST)), default="none", show_default=True, help="Mixed precision")

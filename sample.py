@@ -4,6 +4,7 @@
     python sample.py --dataset_name=digits --solver=ipndm --num_steps=6 --grid=True
     python sample.py --dataset_name=ms_coco --solver=dpmpp --num_steps=8 --prompt="a red fox in snow" --batch=4
     torchrun --standalone --nproc_per_node=8 sample.py --predictor_path=7 --seeds=0-49999 --batch=512
+    python sample.py --dataset_name=digits --solver=ipndm --candidates=4 --verifier=classifier      # the best of four
 
 One seed is one image, whatever the batch size and the number of processes. A rerun continues where the last one
 stopped; ``sampling.json`` beside the images says how they were made. Under torchrun write --r as --solver_r: torchrun
@@ -26,9 +27,11 @@ from click.core import ParameterSource
 from tqdm import tqdm
 
 from models import create_model, use_tokenizer, zoo
+from models.verifiers import FORMS, Verifier, judge, load_verifier
 from solvers import SOLVERS, SampleInfo, make_rule, resolve_sigmas, sample
 from solvers.flags import SCHEDULE_NAMES, rule_flags, rule_option_names, schedule_flags
 from solvers.loop import afs_direction
+from solvers.noise_search import ScoreFile, keep_best
 from solvers.schedule_file import Schedule, schedule_file_flag, use_schedule
 from solvers.span import SpanStudent
 from torch_utils import distributed
@@ -37,14 +40,14 @@ from torch_utils.errors import UserError
 from torch_utils.image_data import atomic_path, decode_image
 from torch_utils.image_writer import ImageWriter, image_grid, save_image, to_uint8
 from torch_utils.prompts import read_prompts
-from torch_utils.seeds import SeededGenerators, parse_seeds
+from torch_utils.seeds import SeededGenerators, candidate_seed, parse_seeds
 from training.checkpoint import find_predictor, load_predictor
 from training.config import AUTOCAST, code_version
 
 GRID_LIMIT = 100
 RECORD = "sampling.json"
 _GUIDANCE_OPTIONS = ("guidance_type", "guidance_rate")
-_TEXT_OPTIONS = ("prompt", "negative_prompt", "tokenizer_path")
+TEXT_OPTIONS = ("prompt", "negative_prompt", "tokenizer_path")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -170,12 +173,14 @@ def settings_of(predictor, options: dict, given: set[str]) -> Settings:
 
 @dataclass
 class Batch:
-    """Result of one batch. images: [B,C,H,W] in about [-1, 1]; intermediates: [K,B,C,H,W] denoised images, or None."""
+    """Result of one batch. images: [B,C,H,W] in about [-1, 1]; intermediates: [K,B,C,H,W] denoised images, or None; cond:
+    what the network was called with."""
 
     seeds: list[int]
     images: torch.Tensor
     intermediates: torch.Tensor | None
     info: SampleInfo
+    cond: Mapping
 
 
 @torch.no_grad()
@@ -188,6 +193,7 @@ def generate_images(
     labels: int | Sequence[int] | None = None,
     prompts: str | Mapping[int, str] | None = None,
     negative_prompt: str | None = None,
+    candidates: int = 1,
     keep_intermediates: bool = False,
     device: torch.device | str | None = None,
     **arguments,
@@ -195,19 +201,27 @@ def generate_images(
     """Samples batch after batch; the noise (and the class, if none is given) of an image depends on its seed alone.
 
     labels: None, one class for all, or one per seed. prompts: of text-to-image networks, one text for all, or texts by
-    seed; negative_prompt: for the unconditional side (None: the network's default). keep_intermediates: also the denoised
+    seed; negative_prompt: for the unconditional side (None: the network's default). candidates: so many images for each
+    seed, one after the other, of one class or prompt, the first of them the usual one. keep_intermediates: also the denoised
     images at the start of every interval. arguments: as of ``solvers.sample`` (solver, num_steps, afs, ...). device:
     where net is (found if None).
     """
     if device is None:
         device = next(net.parameters()).device
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
-    for start in range(0, len(seeds), batch):
-        chosen = [int(seed) for seed in seeds[start : start + batch]]
-        generators = SeededGenerators(chosen)
-        latents = generators.randn(shape).to(device)
-        of_batch = labels if labels is None or isinstance(labels, int) else labels[start : start + batch]
+    rows = [(index, number) for index in range(len(seeds)) for number in range(candidates)]
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
+        chosen = [int(seeds[index]) for index, _ in part]
+        noises = SeededGenerators([candidate_seed(seeds[index], number) for index, number in part])
+        latents = noises.randn(shape).to(device)
+        generators = noises
+        if candidates > 1:  # the class is drawn after the noise of the seed itself
+            generators = SeededGenerators(chosen)
+            generators.randn(shape)
+        of_batch = labels if labels is None or isinstance(labels, int) else [labels[index] for index, _ in part]
         cond = net.make_cond(generators, of_batch, **_text_of(chosen, prompts, negative_prompt))
+        noises.join(generators)
         denoised: list[torch.Tensor] = []
 
         def keep(i, sigma, x, image, denoised=denoised):
@@ -220,15 +234,22 @@ def generate_images(
             cond=cond,
             return_info=True,
             callback=keep if keep_intermediates else None,
-            noise=lambda generators=generators: generators.randn(shape),
+            noise=lambda noises=noises: noises.randn(shape),
             **arguments,
         )
-        yield Batch(chosen, net.decode(x), torch.stack(denoised) if keep_intermediates else None, info)
+        yield Batch(chosen, net.decode(x), torch.stack(denoised) if keep_intermediates else None, info, cond)
+
+
+def prompts_of(seeds: list[int], prompts: str | Mapping[int, str] | None) -> list[str] | None:
+    """One text per seed, None without prompts."""
+    if prompts is None:
+        return None
+    return [prompts if isinstance(prompts, str) else prompts[seed] for seed in seeds]
 
 
 def _text_of(seeds: list[int], prompts: str | Mapping[int, str] | None, negative_prompt: str | None) -> dict:
     """Keyword arguments of ``make_cond``; none for networks that take no prompts."""
-    own = prompts if prompts is None or isinstance(prompts, str) else [prompts[seed] for seed in seeds]
+    own = prompts if isinstance(prompts, str) else prompts_of(seeds, prompts)
     text = {"prompts": own, "negative_prompt": negative_prompt}
     return {name: value for name, value in text.items() if value is not None}
 
@@ -255,6 +276,10 @@ class Folder:
     @property
     def grid(self) -> Path:
         return self.path / "grid.png"
+
+    def scores(self) -> ScoreFile:
+        """What the search over noises chose, and why."""
+        return ScoreFile(self.path, distributed.rank())
 
     def done(self, seed: int) -> bool:
         return self.image(seed).exists() and (not self.inters or self.strip(seed).exists())
@@ -331,6 +356,7 @@ def _remove(folder: Folder, seeds: list[int]) -> None:
         folder.image(seed).unlink(missing_ok=True)
         folder.strip(seed).unlink(missing_ok=True)
     folder.grid.unlink(missing_ok=True)
+    folder.scores().remove()
 
 
 def _difference(old: dict, new: dict) -> str:
@@ -395,7 +421,7 @@ def _is_file_of_prompts(prompt: str) -> bool:
 def check_text(net, dataset_name: str, options: dict, prompts) -> None:
     """UserError where prompts are missing, are of no use, or cannot be encoded."""
     if not getattr(net, "takes_prompts", False):
-        for given in _TEXT_OPTIONS:
+        for given in TEXT_OPTIONS:
             if options[given] is not None:
                 raise UserError(f"--{given}: {dataset_name} is no text-to-image network; leave it out")
         return
@@ -452,6 +478,37 @@ def check_network(net, settings: Settings, predictor, device: torch.device) -> N
             print(f"Warning: the predictor was trained on other weights than {net.source_path}", file=sys.stderr)
 
 
+def check_search(candidates: int | None, verifier: str | None) -> None:
+    """UserError where --candidates and --verifier do not go together."""
+    if candidates is not None and candidates < 1:
+        raise UserError(f"--candidates={candidates}: of every seed there has to be at least 1 image")
+    if verifier is None and candidates not in (None, 1):
+        raise UserError(f"--candidates={candidates}: say how to choose among them, --verifier={FORMS}")
+    if verifier is not None and candidates is None:
+        raise UserError(f"--verifier={verifier} has no effect without --candidates=N")
+
+
+def open_verifier(text: str | None, net, device: torch.device) -> Verifier | None:
+    if text is None:
+        return None
+    with distributed.local_main_first():
+        return load_verifier(text, net, device)
+
+
+def search(
+    batches: Iterator[Batch], verifier: Verifier, candidates: int, prompts, scores: ScoreFile
+) -> Iterator[Batch]:
+    """The best candidate of every seed; what was chosen goes to ``scores``."""
+
+    def score(batch: Batch, rows: list[int]) -> torch.Tensor:
+        seeds = [batch.seeds[row] for row in rows]
+        pixels = torch.from_numpy(to_uint8(batch.images[rows])).permute(0, 3, 1, 2).contiguous()
+        labels = batch.cond.get("class_labels")
+        return judge(verifier, pixels, seeds, None if labels is None else labels[rows], prompts_of(seeds, prompts))
+
+    return keep_best(batches, candidates, score, scores.add)
+
+
 def recorded_settings(settings: Settings, options: dict, net, predictor_file: Path | None) -> dict:
     """What the images depend on, with the defaults of the solver and the noise levels spelled out."""
     rule, sigmas = settings.rule(), settings.resolve(net)
@@ -471,11 +528,20 @@ def recorded_settings(settings: Settings, options: dict, net, predictor_file: Pa
     }
 
 
-def describe_run(settings: Settings, options: dict, net, predictor, predictor_file: Path | None, device) -> dict:
+def describe_run(
+    settings: Settings, options: dict, net, predictor, predictor_file: Path | None, verifier: Verifier | None, device
+) -> dict:
     """The record of a run. What changes the images is under "settings"; a folder holds images of one such setting."""
+    recorded = recorded_settings(settings, options, net, predictor_file) | {"subdirs": options["subdirs"]}
+    nfe = settings.evaluations(net, predictor)
+    spent = {"nfe": nfe}
+    if verifier is not None:
+        candidates = options["candidates"]
+        recorded |= {"candidates": candidates, "verifier": verifier.name, "verifier_sha256": verifier.digest}
+        spent = {"nfe": candidates * nfe, "nfe_per_candidate": nfe, "scores": ScoreFile.NAME}
     return {
-        "settings": recorded_settings(settings, options, net, predictor_file) | {"subdirs": options["subdirs"]},
-        "nfe": settings.evaluations(net, predictor),
+        "settings": recorded,
+        **spent,
         "network_file": net.source_path,
         "tokenizer_path": options["tokenizer_path"],
         "predictor_file": str(predictor_file) if predictor_file is not None else None,
@@ -513,6 +579,7 @@ def write_images(batches: Iterator[Batch], folder: Folder, nfe: int, progress) -
 def run(options: dict, given: set[str], device: torch.device, schedule: Schedule | None = None) -> None:
     """Everything between the flags and the last file; every process of a torchrun calls it."""
     seeds = parse_seeds(options["seeds"])
+    check_search(options["candidates"], options["verifier"])
     settings, predictor, predictor_file = open_predictor(options, given)
     prompts = read_text(options["prompt"], settings.dataset_name, seeds)
     net = open_network(settings, options, predictor, device)
@@ -520,13 +587,17 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
         for line in schedule.warnings(net, settings.solver, settings.afs):
             print(f"Warning: {line}", file=sys.stderr)
     check_text(net, settings.dataset_name, options, prompts)
-    record = describe_run(settings, options, net, predictor, predictor_file, device)
-    default = Path("samples") / settings.dataset_name / f"{settings.solver}_nfe{record['nfe']}"
+    verifier, candidates = open_verifier(options["verifier"], net, device), options["candidates"] or 1
+    record = describe_run(settings, options, net, predictor, predictor_file, verifier, device)
+    nfe = settings.evaluations(net, predictor)
+    best_of = "" if verifier is None else f"_best{candidates}"
+    default = Path("samples") / settings.dataset_name / f"{settings.solver}_nfe{nfe}{best_of}"
     folder = Folder(Path(options["outdir"] or default), options["subdirs"], options["return_inters"])
     todo, error = None, None
     if distributed.rank() == 0:
         try:
             todo = prepare_folder(folder, record, seeds, options["overwrite"])
+            folder.scores().merge()  # what a killed run left
         except Exception as exc:  # raised by agree(), on every rank
             error = exc
     distributed.agree(error)
@@ -543,12 +614,15 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
             labels=options["class_idx"],
             prompts=prompts,
             negative_prompt=options["negative_prompt"],
+            candidates=candidates,
             keep_intermediates=folder.inters,
             device=device,
             **settings.arguments(),
         )
+        if verifier is not None:
+            batches = search(batches, verifier, candidates, prompts, folder.scores())
         with tqdm(total=len(share), unit="img", desc=folder.path.name, disable=distributed.rank() != 0) as bar:
-            write_images(batches, folder, record["nfe"], bar)
+            write_images(batches, folder, nfe, bar)
     except torch.OutOfMemoryError:
         error = UserError(f"{device} is out of memory: lower --batch (now {options['batch']})")
     except Exception as exc:  # raised by agree(), on every rank
@@ -556,10 +630,12 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
     distributed.agree(error)
     seconds = time.perf_counter() - started
     if distributed.rank() == 0:
+        folder.scores().merge()
         if options["grid"]:
             write_grid(folder, seeds)
+        each = "" if verifier is None else f" ({candidates} candidates of {nfe})"
         print(
-            f"sampled {len(todo)} images ({len(seeds) - len(todo)} skipped) NFE={record['nfe']} in {seconds:.1f} s"
+            f"sampled {len(todo)} images ({len(seeds) - len(todo)} skipped) NFE={record['nfe']}{each} in {seconds:.1f} s"
             f" ({len(todo) / max(seconds, 1e-9):.1f} img/s) -> {folder.path}",
             flush=True,
         )
@@ -568,6 +644,29 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
+
+
+def text_flags(which_caption: str):
+    """Decorator: the flags of text-to-image networks. which_caption: what decides between the captions of a file."""
+    options = (
+        click.option(
+            "--prompt",
+            metavar="TEXT|FILE",
+            help="Text-to-image networks: a text for all images, or a .txt (one a line) or .csv file of captions,"
+            f" {which_caption}",
+        ),
+        click.option(
+            "--negative_prompt", metavar="TEXT", help="What the guidance leads away from (default: an empty text)"
+        ),
+        click.option("--tokenizer_path", metavar="DIR", help="Tokenizer of Stable Diffusion (default: from the hub)"),
+    )
+
+    def add(command):
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
 
 
 def _plain_solvers() -> str:
@@ -589,14 +688,7 @@ def _plain_solvers() -> str:
 @click.option("--denoise_to_zero", type=bool, default=False, show_default=True, help="One more evaluation at the end")
 @click.option("--guidance_type", metavar="NAME", help="Guidance, where the network takes one")
 @click.option("--guidance_rate", type=float, help="Its strength (default: 7.5 for cfg, 1 for cg)")
-@click.option(
-    "--prompt",
-    metavar="TEXT|FILE",
-    help="Text-to-image networks: a text for all images, or a .txt (one a line) or .csv file of captions, the number of a"
-    " caption being its seed",
-)
-@click.option("--negative_prompt", metavar="TEXT", help="What the guidance leads away from (default: an empty text)")
-@click.option("--tokenizer_path", metavar="DIR", help="Tokenizer of Stable Diffusion (default: from the hub)")
+@text_flags("the number of a caption being its seed")
 @click.option("--seeds", default="0-63", show_default=True, help="One image each: 0-63 or 1,2,5-10")
 @click.option(
     "--batch",
@@ -607,6 +699,13 @@ def _plain_solvers() -> str:
     " change by one grey level",
 )
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Class of all images (default: drawn per seed)")
+@click.option(
+    "--candidates",
+    type=int,
+    metavar="N",
+    help="Noise search: for every seed the best of N images is kept; N times the evaluations",
+)
+@click.option("--verifier", metavar="V", help=f"What is best: {FORMS} (models/verifiers.py)")
 @click.option("--outdir", metavar="DIR", help="Default: samples/<dataset_name>/<solver>_nfe<NFE>")
 @click.option("--subdirs", type=bool, default=True, show_default=True, help="A folder for every 1000 seeds")
 @click.option("--grid", type=bool, default=False, show_default=True, help=f"Also grid.png, of up to {GRID_LIMIT}")

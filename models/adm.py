@@ -175,6 +175,13 @@ class ADMDenoiser(PixelUNetDenoiser):
             chosen = log_probs.gather(1, class_labels.reshape(-1, 1).expand(len(x_in), 1))
             return torch.autograd.grad(chosen.sum(), x_in)[0]
 
+    @torch.no_grad()
+    def classify(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits [B, label_dim] of clean images [B,C,H,W] in [-1, 1], taken as ones of the lowest noise level."""
+        sigma = torch.full([1, 1, 1, 1], self.sigma_min, device=images.device)
+        step = self.noise.step(self.noise.sigma_inv(sigma)).flatten().expand(len(images))
+        return self.classifier(images / (1 + sigma**2).sqrt(), step).float()
+
     def forward(self, x, sigma, class_labels=None):
         x = x.to(torch.float32)
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)

@@ -4,8 +4,10 @@ A method is one entry of ``METHODS``: a function from a ``Problem`` and its own 
 (optimize_schedule.py), the counting of evaluations and seconds, resuming and the schedule file are the same for all.
 """
 
+import hashlib
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,9 +51,10 @@ class Problem:
 
     num_steps: time stamps of the schedule; options: those of the solver that were set; sigma_min, sigma_max: its ends
     (None: the network's); afs: the free first step the schedule is meant for; seed: of all randomness; batch: samples per
-    network call; labels: class of all samples (None: drawn); state_path: where a method may keep its state; make_judge:
-    (ref, detector) -> judge(batches), the FID of this process's batches of decoded images [B,C,H,W] and those of the
-    others, the same on all of them; None where it cannot be had.
+    network call; labels: class of all samples (None: drawn); prompts: of text-to-image networks, texts of which each
+    sample draws one; negative_prompt: for the unconditional side (None: the network's default); state_path: where a method
+    may keep its state; make_judge: (ref, detector) -> judge(batches), the FID of this process's batches of decoded images
+    [B,C,H,W] and those of the others, the same on all of them; None where it cannot be had.
     """
 
     net: torch.nn.Module
@@ -64,6 +67,8 @@ class Problem:
     seed: int = 0
     batch: int = 64
     labels: int | None = None
+    prompts: Sequence[str] | None = None
+    negative_prompt: str | None = None
     device: torch.device | str = "cpu"
     state_path: Path | None = None
     make_judge: Callable | None = None
@@ -104,7 +109,20 @@ class Problem:
         latents = generators.randn((self.net.img_channels, self.net.img_resolution, self.net.img_resolution))
         dtype = torch.float32 if torch.device(self.device).type == "mps" else torch.float64
         make_cond = getattr(self.net, "make_cond", lambda *_: {})
-        return latents.to(self.device, dtype), make_cond(generators, self.labels)
+        text = {}
+        if self.prompts is not None:
+            numbers = generators.randint(len(self.prompts)).tolist()
+            text = {"prompts": [self.prompts[number] for number in numbers]}
+            text |= {} if self.negative_prompt is None else {"negative_prompt": self.negative_prompt}
+        return latents.to(self.device, dtype), make_cond(generators, self.labels, **text)
+
+    def texts(self) -> dict:
+        """What the file and the state say about the prompts: a text, or the number of captions and their SHA-256."""
+        if self.prompts is None:
+            return {}
+        digest = hashlib.sha256(json.dumps(list(self.prompts)).encode()).hexdigest()
+        many = {"captions": len(self.prompts), "sha256": digest}
+        return {"prompt": self.prompts[0] if len(self.prompts) == 1 else many, "negative_prompt": self.negative_prompt}
 
     def fresh_noise(self, seeds: list[int]) -> Callable[[], torch.Tensor]:
         """A source of noise [B,C,H,W] beside that of ``noise``; every source made for these seeds gives the same."""
@@ -364,7 +382,7 @@ def optimize(problem: Problem, method: str, options: dict | None = None, version
     if method not in METHODS:
         raise UserError(f"unknown method '{method}'; choose from {', '.join(METHODS)}")
     settings = METHODS[method].settings(options or {})
-    settings |= {"seed": problem.seed, "batch": problem.batch, "class": problem.labels}
+    settings |= {"seed": problem.seed, "batch": problem.batch, "class": problem.labels} | problem.texts()
     problem.identity = {
         "method": method,
         **settings,

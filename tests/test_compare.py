@@ -27,6 +27,7 @@ from models.edm import EDMDenoiser, load_edm_network
 from models.edm_io import save_edm_safetensors
 from solvers import SOLVERS, Rule, sample
 from solvers.dpm_solver_v3 import Statistics, save_statistics
+from solvers.schedule_file import Schedule, save_schedule
 from tools import comparison, comparison_report
 from tools.comparison import Settings, choose_steps, parse_method, pool_moments, share_out, spread
 from tools.comparison_report import plot, plots_html
@@ -325,6 +326,66 @@ def test_explicit_sigmas_pass_through(files, tmp_path, monkeypatch):
     assert "--sigmas=70,3.9,0.01" in rows[0]["command"]
 
 
+def write_schedule(path, sigmas, **changes):
+    network = {"sigma_min": 0.002, "sigma_max": 80.0}
+    save_schedule(path, Schedule(**({"sigmas": sigmas, "solver": "euler", "method": "gits"} | network | changes)))
+
+
+def test_schedule_files_stand_at_their_own_evaluations(files, tmp_path, calls):
+    """One file for each NFE; the same images as sample.py --schedule, which is the row's command; cached by content."""
+    write_schedule(tmp_path / "s" / "mine-2.json", [80, 1.7, 0.002])
+    write_schedule(tmp_path / "s" / "mine-4.json", [80, 9, 1.7, 0.3, 0.002], sigmas_net=[80, 8, 1.5, 0.25, 0.002])
+    pattern = f"{tmp_path / 's' / 'mine-{nfe}.json'}"
+    arguments = ["--nfe=2,3,4", "--num_reference=0"]
+    rows, output = run(files, tmp_path / "out", f"--solvers=euler:schedule={pattern},heun", *arguments)
+    label = "euler:mine-{nfe}"
+    assert [key for key in rows if key[0] == label] == [(label, 2), (label, 4)]
+    assert f"{label}: no schedule file for NFE 3, skipped" in output and "Warning" not in output
+    assert [rows[label, nfe]["nfe_requested"] for nfe in (2, 4)] == [[2], [4]]
+    assert rows[label, 4]["settings"] == "sigmas 80,9,1.7,0.3,0.002, sigmas_net 80,8,1.5,0.25,0.002"
+    line = next(line for line in output.splitlines() if line.startswith(f"| {label} |"))
+    assert [bool(cell.strip()) for cell in line.split("|")[2:-1]] == [True, True]  # one line of the table, at 2 and 4
+    for nfe in (2, 4):
+        command = rows[label, nfe]["command"].removeprefix("python sample.py ")
+        assert f"--schedule={tmp_path / 's' / f'mine-{nfe}.json'}" in command and "--sigmas" not in command
+        folder = tmp_path / f"images{nfe}"
+        call = [*shlex.split(command), f"--outdir={folder}", "--device=cpu"]
+        done = CliRunner().invoke(sample_cli.main, call)
+        assert done.exit_code == 0 and f"NFE={nfe} " in done.output, done.output
+        result = calculate_fid(folder, str(files / "ref.npz"), detector=str(files / "detector.safetensors"))
+        assert rows[label, nfe]["fid"] == pytest.approx(result.fid, rel=1e-3)
+
+    os.rename(tmp_path / "s" / "mine-4.json", tmp_path / "s" / "other.json")  # one file, at an NFE not asked for
+    calls.clear()
+    single = f"--solvers=euler:schedule={tmp_path / 's' / 'other.json'}"
+    again, output = run(files, tmp_path / "out", single, "--nfe=2", "--num_reference=0")
+    assert not calls and list(again) == [("euler:other", 4)] and again["euler:other", 4]["nfe_requested"] == []
+    assert again["euler:other", 4]["fid"] == rows[label, 4]["fid"]
+    write_schedule(tmp_path / "s" / "other.json", [80, 9, 1.7, 0.3, 0.002])  # other contents
+    changed, _ = run(files, tmp_path / "out", single, "--nfe=2", "--num_reference=0")
+    assert calls and changed["euler:other", 4]["fid"] != again["euler:other", 4]["fid"]
+
+
+def test_schedules_found_for_something_else_are_pointed_out(files, tmp_path):
+    write_schedule(tmp_path / "a" / "s.json", [80, 1.7, 0.002], network_hash="0" * 64, network="other")
+    write_schedule(tmp_path / "b" / "s.json", [80, 2.7, 0.002], afs=True)
+    names = [f"heun:schedule={tmp_path / 'a' / 's.json'}", f"euler:schedule={tmp_path / 'b' / 's.json'}"]
+    names += [f"euler:afs=True:schedule={tmp_path / 'a' / 's.json'}"]
+    rows, output = run(files, tmp_path / "out", f"--solvers={','.join(names)}", "--nfe=4", "--num_reference=0")
+    assert list(rows) == [("heun:s", 4), ("euler:s", 2), ("euler:afs=True:s", 1)]
+    warnings = [line for line in output.splitlines() if line.startswith("Warning")]
+    assert warnings == [
+        "Warning: heun:s: the schedule was found for another network ('other', another SHA-256)",
+        "Warning: heun:s: the schedule was found for the solver 'euler', not for 'heun'",
+        "Warning: euler:s: the schedule was found for afs=True, not for afs=False",
+        "Warning: euler:afs=True:s: the schedule was found for another network ('other', another SHA-256)",
+        "Warning: euler:afs=True:s: the schedule was found for afs=False, not for afs=True",
+    ]
+    names = [f"euler:schedule={tmp_path / folder / 's.json'}" for folder in "ab"]  # the same name twice: with folders
+    rows, _ = run(files, tmp_path / "out", f"--solvers={','.join(names)}", "--num_reference=0")
+    assert [label for label, _ in rows] == names
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The cache
 
@@ -404,21 +465,22 @@ def test_a_damaged_file_is_named(files, tmp_path):
     assert done.exit_code == 2 and f"{path}: a damaged file" in done.output
 
 
-def _one_of_two(rank: int, port: int, arguments: list[str], environment: pytest.MonkeyPatch) -> None:
+def _one_of_two(rank: int, port: int, arguments: list[str], command, environment: pytest.MonkeyPatch) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in names.items():
         environment.setenv(name, str(value))
-    done = CliRunner().invoke(compare.main, arguments)
+    done = CliRunner().invoke(command, arguments)
     raise SystemExit(done.exit_code)
 
 
-def run_on_two(arguments: list[str]) -> list[int]:
+def run_on_two(arguments: list[str], command=compare.main) -> list[int]:
     """Exit codes of the two processes of a group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    both = [context.Process(target=_one_of_two, args=(k, port, arguments, pytest.MonkeyPatch())) for k in range(2)]
+    given = (port, arguments, command, pytest.MonkeyPatch())
+    both = [context.Process(target=_one_of_two, args=(k, *given)) for k in range(2)]
     for process in both:
         process.start()
     for process in both:
@@ -591,6 +653,9 @@ def test_plot(baseline):
         (["--solvers=dpmpp:max_order"], "solver:option=value"),
         (["--solvers=dpmpp:schedule_type=linear"], "'linear' is not one of"),
         (["--solvers=dpmpp:afs=maybe"], "choose True, False or data"),
+        (["--solvers=euler:schedule=/nowhere.json"], "cannot read the schedule /nowhere.json"),
+        (["--solvers=euler:schedule=/no-{nfe}.json"], "no schedule file /no-2.json or /no-3.json"),
+        (["--solvers=euler:schedule=a.json:schedule_rho=3"], "schedule is the whole schedule: leave out"),
         (["--solvers=amed"], "'amed' needs a trained predictor"),
         (["--solvers=none"], "nothing to compare"),
         (["--nfe=0"], "no solver can spend 0 evaluations"),
@@ -631,6 +696,15 @@ def test_impossible_sigmas(files, tmp_path, sigmas, message):
     arguments = [flag for flag in flags(files, tmp_path / "out") if not flag.startswith("--nfe")]
     done = CliRunner().invoke(compare.main, [*arguments, "--solvers=euler", f"--sigmas={sigmas}"])
     assert done.exit_code == 2 and message in done.output and done.output.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_schedule_of_another_range_or_beside_sigmas(files, tmp_path):
+    write_schedule(tmp_path / "s.json", [40, 1.7, 0.002])
+    for more, message in (([], "different problems"), (["--sigmas=80,1"], "leave out one of the two")):
+        arguments = [flag for flag in flags(files, tmp_path / "out") if not (more and flag.startswith("--nfe"))]
+        done = CliRunner().invoke(compare.main, [*arguments, f"--solvers=euler:schedule={tmp_path / 's.json'}", *more])
+        assert done.exit_code == 2 and message in done.output and done.output.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 

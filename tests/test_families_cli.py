@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,17 +17,24 @@ from latent_nets import tiny_case
 from PIL import Image
 from safetensors.torch import save_file
 
+import compare as compare_cli
+import optimize_schedule as optimize_cli
 import sample as sample_cli
 import train as train_cli
+from fid import calculate_fid
 from models import create_model
 from models.adm import load_adm
 from models.cm import load_cm
+from models.detectors import ConvClassifier, save_classifier
 from models.ldm import load_ldm
-from models.sd import load_sd
+from models.sd import StableDiffusionDenoiser, load_sd
 from solvers import sample
+from solvers.schedule_file import load_schedule
+from tools import comparison, comparison_report
 from torch_utils import distributed
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
+from torch_utils.frechet import Reference
 from torch_utils.image_writer import to_uint8
 from torch_utils.seeds import SeededGenerators
 from training.checkpoint import load_predictor
@@ -243,6 +251,103 @@ def test_mistakes_about_prompts(flags, message, files, tmp_path):
     flags = [flag.replace("PLACE", str(place)) for flag in flags]
     assert message in call(sample_cli.main, *sd_flags(files, *flags), f"--outdir={tmp_path / 'o'}", ok=False)
     assert not (tmp_path / "o").exists()
+
+
+@pytest.fixture(scope="module")
+def judged(files):
+    """Flags that let compare.py judge the images of the text network."""
+    folder = files["captions"].parent
+    torch.manual_seed(0)
+    save_classifier(ConvClassifier(3, 128, 10, feature_dim=4, width=4).eval(), folder / "detector.safetensors")
+    Reference(np.zeros(4), np.eye(4)).save(folder / "ref.npz")
+    flags = ["--dataset_name=ms_coco", f"--model_path={files['ms_coco']}", f"--tokenizer_path={files['tokenizer']}"]
+    flags += [f"--detector={folder / 'detector.safetensors'}", f"--ref={folder / 'ref.npz'}", "--solvers=euler"]
+    return [*flags, "--nfe=2", "--num=4", "--groups=2", "--num_reference=2", "--reference_steps=1"]
+
+
+@TEXT
+def test_compare_with_prompts(files, judged, tmp_path, monkeypatch):
+    """The row's own command makes its images, with the caption of every seed; other texts are other results."""
+    monkeypatch.setattr(comparison_report, "plots_html", lambda rows: "")
+
+    def row(name, *flags):
+        call(compare_cli.main, *judged, *flags, "--outdir", tmp_path / name)
+        content = json.loads((tmp_path / name / "results.json").read_text())
+        return content["rows"][0], content["facts"]
+
+    one, facts = row("a", "--prompt", files["captions"], "--negative_prompt=e")
+    assert (
+        facts["prompt"] == f"captions.txt, SHA-256 {sha256_of(files['captions'])}" and facts["negative_prompt"] == "e"
+    )
+    command = shlex.split(one["command"].removeprefix("python sample.py "))
+    call(sample_cli.main, *command, "--outdir", tmp_path / "images")
+    place = files["captions"].parent
+    found = calculate_fid(tmp_path / "images", str(place / "ref.npz"), detector=str(place / "detector.safetensors"))
+    assert one["fid"] == pytest.approx(found.fid, rel=1e-3) and one["nfe"] == 2 and one["pixel"] > 0
+    record = json.loads((tmp_path / "images" / "sampling.json").read_text())["settings"]
+    assert record["prompt"]["file"] == "captions.txt" and record["negative_prompt"] == "e"
+
+    made, generate = [], comparison.generate_images
+    monkeypatch.setattr(comparison, "generate_images", lambda *a, **k: made.append(k["prompts"]) or generate(*a, **k))
+    again, _ = row("a", "--prompt", files["captions"], "--negative_prompt=e")
+    assert not made and again == one
+    texts = dict(enumerate(["a b", "c d", "e", "a"]))
+    other, _ = row("a", "--prompt", files["captions"], "--num_reference=0")  # without the negative prompt
+    assert other["key"] != one["key"] and other["fid"] != one["fid"]
+    assert made and all(text == texts for text in made)
+
+
+@TEXT
+def test_mistakes_about_prompts_in_comparisons(files, judged, tmp_path):
+    for flags, message in (
+        ([], "ms_coco needs a text: give --prompt=TEXT, or --prompt=FILE"),
+        ([f"--prompt={files['captions']}", "--num=6"], "has no caption for seeds 4-5"),
+        (
+            ["--prompt=a", "--guidance_type=none", "--negative_prompt=b"],
+            "has no effect without classifier-free guidance",
+        ),
+    ):
+        assert message in call(compare_cli.main, *judged, *flags, f"--outdir={tmp_path / 'o'}", ok=False)
+    digits = ["--dataset_name=digits", "--prompt=a"]
+    assert "digits is no text-to-image network" in call(
+        compare_cli.main, *digits, "--num=10", f"--outdir={tmp_path / 'o'}", ok=False
+    )
+    assert "digits is no text-to-image network" in call(
+        optimize_cli.main, *digits, f"--dest={tmp_path / 'o'}", ok=False
+    )
+    assert not (tmp_path / "o").exists()
+
+
+@TEXT
+def test_optimized_schedules_with_prompts(files, tmp_path, monkeypatch):
+    """Every sample draws a caption that depends on its seed alone; the file says which texts there were."""
+    asked, make_cond = {}, StableDiffusionDenoiser.make_cond
+
+    def noting(self, generator=None, labels=None, prompts=None, negative_prompt=""):
+        if generator.seeds != [0]:  # that one only tries out whether the texts can be encoded
+            for seed, text in zip(generator.seeds, prompts, strict=True):
+                assert asked.setdefault(seed, (text, negative_prompt)) == (text, negative_prompt)
+        return make_cond(self, generator, labels, prompts, negative_prompt)
+
+    monkeypatch.setattr(StableDiffusionDenoiser, "make_cond", noting)
+    flags = ["--dataset_name=ms_coco", f"--model_path={files['ms_coco']}", f"--tokenizer_path={files['tokenizer']}"]
+    flags += ["--method=gits", "--solver=euler", "--num_steps=3", "--num_steps_tea=4", "--solver_tea=euler"]
+    flags += ["--num_warmup=5", f"--prompt={files['captions']}", "--negative_prompt=d"]
+    found = {}
+    for name, more in (("a", ["--batch=5"]), ("b", ["--batch=3"])):
+        call(optimize_cli.main, *flags, *more, f"--dest={tmp_path / name}")
+        found[name] = load_schedule(tmp_path / name)
+    # The seeds of both runs are the same five.
+    assert len(asked) == 5 and {text for _, text in asked.values()} == {"d"}
+    assert {text for text, _ in asked.values()} <= {"a b", "c d", "e", "a"} and len(set(asked.values())) > 1
+    assert found["a"].sigmas == found["b"].sigmas and found["a"].evaluations == 5 * 3 * 2  # guided: two a call
+    texts = found["a"].settings["prompt"]
+    assert texts["captions"] == 4 and len(texts["sha256"]) == 64 and found["a"].settings["negative_prompt"] == "d"
+    asked.clear()
+    call(optimize_cli.main, *flags[:-2], "--num_warmup=1", "--prompt=c d", f"--dest={tmp_path / 'c'}")
+    assert load_schedule(tmp_path / "c").settings["prompt"] == "c d"
+    error = call(optimize_cli.main, *flags[:-2], f"--dest={tmp_path / 'd'}", ok=False)
+    assert "ms_coco needs a text" in error and not (tmp_path / "d").exists()
 
 
 @TEXT

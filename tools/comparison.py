@@ -1,7 +1,7 @@
 """A fair comparison of samplers: the same network, the same seeds, the same range of noise, evaluations really spent.
 
-A *method* is a solver with its customary schedule and options (``PRESETS``), or a trained predictor. A *job* is a method
-at one number of evaluations. The seeds are dealt out to groups (seed first + i belongs to group i mod groups), and one
+A *method* is a solver with its customary schedule and options (``PRESETS``) or with the noise levels of schedule files, or
+a trained predictor. A *job* is a method at one number of evaluations. The seeds are dealt out to groups (seed first + i belongs to group i mod groups), and one
 group of one job is the unit of work: stored as soon as it is done, so that a killed run goes on and ranks share the
 work. A finished job is one small file; the images themselves are never written.
 
@@ -29,17 +29,21 @@ from tqdm import tqdm
 from fid import choose_detector, find_reference
 from models import zoo
 from sample import (
+    TEXT_OPTIONS,
     Batch,
     Settings,
     check_network,
+    check_text,
     format_seeds,
     generate_images,
     open_network,
+    read_text,
     recorded_settings,
     settings_of,
 )
 from solvers import SCHEDULES, SOLVERS, check_sigmas
 from solvers.flags import SCHEDULE_NAMES, parse_afs
+from solvers.schedule_file import load_schedule
 from torch_utils import distributed
 from torch_utils.errors import UserError
 from torch_utils.frechet import FeatureStatistics, Reference, frechet_distance
@@ -74,6 +78,7 @@ SCHEDULE_SETTINGS = {  # what a method may say besides the options of its rule, 
     "denoise_to_zero": click.BOOL,
     "original_code": click.BOOL,  # of the rule and of the schedule
 }
+SCHEDULE_FILE, NFE_MARK = "schedule", "{nfe}"  # a further setting of a method: a file, or a pattern of files
 REFERENCE_SOLVER = {"solver": "heun", **POLYNOMIAL}
 CONFIDENCE = 0.95
 GUIDANCE = ("guidance_type", "guidance_rate")
@@ -86,24 +91,28 @@ GUIDANCE = ("guidance_type", "guidance_rate")
 @dataclass(frozen=True)
 class Method:
     """What is compared. settings: all but the number of steps where there is no predictor. named: asked for by name, not
-    as one of all solvers."""
+    as one of all solvers. schedule: the file with its noise levels, with {nfe} in the place of the evaluations if there are
+    several; they are read when the jobs are made."""
 
     label: str
     settings: Settings
     predictor: torch.nn.Module | None = None
     predictor_file: Path | None = None
     named: bool = True
+    schedule: str | None = None
 
 
 @dataclass(frozen=True)
 class Job:
-    """A method at one number of evaluations. requested: the evaluations asked for that led here; key: of the cache."""
+    """A method at one number of evaluations. requested: the evaluations asked for that led here; key: of the cache;
+    schedule: the schedule file that the noise levels are from."""
 
     method: Method
     settings: Settings
     nfe: int
     requested: tuple[int, ...]
     key: str
+    schedule: str | None = None
 
     @property
     def stochastic(self) -> bool:
@@ -140,24 +149,32 @@ def parse_method(text: str, common: dict, everywhere: dict) -> Method:
         name, equals, value = part.partition("=")
         if not equals or name in own:
             raise UserError(f"--solvers={text}: write each option once, as solver:option=value:option=value")
-        if name in SCHEDULE_SETTINGS:
+        if name == SCHEDULE_FILE:
+            own[name] = value
+        elif name in SCHEDULE_SETTINGS:
             own[name] = _parse_value(text, name, value, SCHEDULE_SETTINGS[name])
         elif name in rule.options:
             kind = rule.options[name].kind
             kind = click.Choice(kind) if isinstance(kind, tuple) else click.types.convert_type(kind)
             own[name] = _parse_value(text, name, value, kind)
         else:
-            known = ", ".join(dict.fromkeys([*rule.options, *SCHEDULE_SETTINGS]))
+            known = ", ".join(dict.fromkeys([*rule.options, *SCHEDULE_SETTINGS, SCHEDULE_FILE]))
             raise UserError(f"--solvers={text}: {solver} has no option '{name}' (its options: {known})")
+    file = own.pop(SCHEDULE_FILE, None)
     values = dict(PRESETS.get(solver, POLYNOMIAL))
     for layer in (everywhere, own):
         if layer.get("schedule_type", values["schedule_type"]) != values["schedule_type"]:
             values.pop("schedule_rho", None)  # an exponent belongs to its schedule
         values |= layer
-    if common.get("sigmas") is not None and {"schedule_type", "schedule_rho"} & own.keys():
-        raise UserError(f"--solvers={text}: --sigmas is the whole schedule: leave out its schedule_type, schedule_rho")
+    given = common.get("sigmas") is not None
+    whole = "--sigmas" if given else SCHEDULE_FILE
+    if (given or file is not None) and {"schedule_type", "schedule_rho"} & own.keys():
+        raise UserError(f"--solvers={text}: {whole} is the whole schedule: leave out its schedule_type, schedule_rho")
+    if given and file is not None:
+        raise UserError(f"--solvers={text}: --sigmas is the schedule of all methods; leave out one of the two")
     schedule = {name: values.pop(name) for name in tuple(values) if name in SCHEDULE_SETTINGS}
-    method = Method(text.strip(), Settings(solver=solver, **common, **schedule, options=values))
+    settings = Settings(solver=solver, **common, **schedule, options=values)
+    method = Method(text.strip(), settings, schedule=file)
     method.settings.rule()  # refuses what does not go together
     return method
 
@@ -323,11 +340,15 @@ def write_arrays(path: Path, **arrays) -> None:
 class Comparison:
     """The network, the detector, the protocol and the cache of one comparison.
 
-    target: the statistics that FIDs are taken to. reference: settings of the converged solution that distances are taken
-    to. record: what every result depends on besides its own settings.
+    target: the statistics that FIDs are taken to. prompts: of text-to-image networks, as for ``generate_images``.
+    reference: settings of the converged solution that distances are taken to. record: what every result depends on besides
+    its own settings.
     """
 
-    def __init__(self, net, detector, target: Reference, protocol: Protocol, options: dict, device: torch.device):
+    def __init__(
+        self, net, detector, target: Reference, protocol: Protocol, options: dict, device: torch.device, prompts=None
+    ):
+        self.prompts = prompts
         self.net, self.detector, self.target, self.protocol = net, detector, target, protocol
         self.options, self.device, self.batch = options, device, options["batch"]
         self.folder = Path(options["outdir"])
@@ -364,7 +385,7 @@ class Comparison:
         sigmas = settings.resolve(self.net)
         return float(sigmas[0]), float(sigmas[-1])
 
-    def make_job(self, method: Method, settings: Settings, nfe: int, requested=()) -> Job:
+    def make_job(self, method: Method, settings: Settings, nfe: int, requested=(), schedule=None) -> Job:
         """Raises UserError where the method cannot be compared with the others."""
         ends = self._ends(settings)
         if not np.allclose(ends, self.range, rtol=1e-6, atol=0):
@@ -375,7 +396,7 @@ class Comparison:
         check_network(self.net, settings, method.predictor, self.device)
         recorded = self._recorded(settings, method.predictor_file)  # refuses what the rule is not prepared for
         key = digest_of([recorded, nfe, self.record])[:16]
-        return Job(method, settings, nfe, tuple(requested), key)
+        return Job(method, settings, nfe, tuple(requested), key, schedule)
 
     # Files
 
@@ -397,6 +418,8 @@ class Comparison:
             seeds,
             batch=self.batch,
             predictor=None if predictor is None else predictor.to(self.device),
+            prompts=self.prompts,
+            negative_prompt=self.options["negative_prompt"],
             device=self.device,
             **settings.arguments(),
         )
@@ -557,13 +580,16 @@ class Comparison:
             flags["predictor_path"] = job.method.predictor_file
         else:
             flags["solver"] = settings.solver
-            if settings.sigmas is not None:
+            if job.schedule is not None:
+                flags["schedule"] = job.schedule
+            elif settings.sigmas is not None:
                 flags["sigmas"] = ",".join(f"{sigma:.12g}" for sigma in settings.sigmas)
             else:
                 flags |= {name: getattr(settings, name) for name in SCHEDULE_NAMES}
             flags |= {"afs": settings.afs or None, **settings.options}
             flags |= {name: getattr(settings, name) for name in GUIDANCE}
             flags |= {name: getattr(settings, name) or None for name in ("denoise_to_zero", "original_code")}
+        flags |= {name: options[name] for name in TEXT_OPTIONS}
         flags |= {"model_path": options["model_path"], "amp": None if options["amp"] == "none" else options["amp"]}
         flags["seeds"] = f"{self.protocol.first}-{self.protocol.first + self.protocol.num - 1}"
         given = (f"--{name}={shlex.quote(_short(value))}" for name, value in flags.items() if value is not None)
@@ -578,6 +604,8 @@ def describe_settings(settings: Settings) -> str:
     """The schedule and options of a job in a few words."""
     if settings.sigmas is not None:
         words = ["sigmas " + ",".join(f"{sigma:g}" for sigma in settings.sigmas)]
+        if settings.sigmas_net is not None:
+            words += ["sigmas_net " + ",".join(f"{sigma:g}" for sigma in settings.sigmas_net)]
     else:
         rho = "" if settings.schedule_type == "logsnr" else f" rho {settings.schedule_rho:g}"
         words = [f"{settings.schedule_type}{rho}, {settings.num_steps - 1} intervals"]
@@ -611,12 +639,26 @@ def make_methods(options: dict, given: set[str]) -> list[Method]:
     elif names == ["none"]:
         names = []
     methods = [parse_method(text, common, everywhere) for text in dict.fromkeys(names)]
-    methods = [replace(method, named=not everything) for method in methods]
+    methods = [replace(method, named=not everything) for method in name_schedules(methods)]
     for path in dict.fromkeys(split_list(options["predictor_path"])):
         methods.append(predictor_method(path, options["dataset_name"], options))
     if not methods:
         raise UserError("nothing to compare: name --solvers or --predictor_path")
     return methods
+
+
+def name_schedules(methods: list[Method]) -> list[Method]:
+    """Schedule files go by their names without folder and ending, unless that makes two methods one."""
+
+    def short(method: Method) -> str:
+        full = f":{SCHEDULE_FILE}={method.schedule}"
+        return method.label if method.schedule is None else method.label.replace(full, f":{Path(method.schedule).stem}")
+
+    labels = [short(method) for method in methods]
+    return [
+        replace(method, label=label) if labels.count(label) == 1 else method
+        for method, label in zip(methods, labels, strict=True)
+    ]
 
 
 def make_jobs(comparison: Comparison, methods: list[Method], nfes: list[int]) -> list[Job]:
@@ -643,12 +685,46 @@ def make_jobs(comparison: Comparison, methods: list[Method], nfes: list[int]) ->
     return _distinguish(list(jobs.values()))
 
 
+def _scheduled_jobs(comparison: Comparison, method: Method, nfes: list[int]) -> list[Job]:
+    """A job for every schedule file of a method, at the evaluations that the file takes; files of a pattern that are not
+    there are skipped, with a word."""
+    files = {method.schedule: None}
+    if NFE_MARK in method.schedule:
+        files = {method.schedule.replace(NFE_MARK, str(nfe)): nfe for nfe in nfes}
+        missing = [nfe for file, nfe in files.items() if not Path(file).is_file()]
+        if len(missing) == len(files):
+            raise UserError(f"'{method.label}': there is no schedule file {' or '.join(files)}")
+        if missing:
+            skipped = ",".join(map(str, missing))
+            distributed.print0(f"{method.label}: no schedule file for NFE {skipped}, skipped", file=sys.stderr)
+        files = {file: nfe for file, nfe in files.items() if nfe not in missing}
+    jobs, warnings = [], {}
+    for file, nfe in files.items():
+        schedule = load_schedule(file)
+        settings = method.settings
+        warnings |= dict.fromkeys(schedule.warnings(comparison.net, settings.solver, settings.afs))
+        levels = {"sigmas": schedule.sigmas, "sigmas_net": schedule.sigmas_net, "num_steps": len(schedule.sigmas)}
+        settings = replace(settings, **levels)
+        spent = _spent(comparison, method, settings)
+        requested = (spent,) if nfe is None and spent in nfes else (nfe,) if nfe is not None else ()
+        jobs.append(comparison.make_job(method, settings, spent, requested, file))
+    for line in warnings:
+        distributed.print0(f"Warning: {method.label}: {line}", file=sys.stderr)
+    return jobs
+
+
+def _spent(comparison: Comparison, method: Method, settings: Settings) -> int:
+    spent = settings.evaluations(comparison.net, method.predictor)
+    if spent < 1:
+        raise UserError(f"'{method.label}' would spend no evaluation at all: give it more noise levels")
+    return spent
+
+
 def _jobs_of(comparison: Comparison, method: Method, nfes: list[int]) -> list[Job]:
+    if method.schedule is not None:
+        return _scheduled_jobs(comparison, method, nfes)
     if method.predictor is not None or method.settings.sigmas is not None:
-        spent = method.settings.evaluations(comparison.net, method.predictor)
-        if spent < 1:
-            raise UserError(f"'{method.label}' would spend no evaluation at all: give it more noise levels")
-        return [comparison.make_job(method, method.settings, spent)]
+        return [comparison.make_job(method, method.settings, _spent(comparison, method, method.settings))]
     chosen = [(nfe, *choose_steps(method.settings, comparison.net, nfe)) for nfe in nfes]
     return [comparison.make_job(method, settings, spent, (nfe,)) for nfe, settings, spent in chosen]
 
@@ -700,12 +776,15 @@ def prepare(options: dict, given: set[str], device: torch.device) -> tuple[Compa
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--outdir={folder} is a file; choose a folder")
     options = options | {"outdir": str(folder), "class_idx": None}
+    seeds = list(range(protocol.first, protocol.first + protocol.num))
+    prompts = read_text(options["prompt"], options["dataset_name"], seeds)
     net = open_network(methods[0].settings, options, None, device)
+    check_text(net, options["dataset_name"], options, prompts)
     target = find_reference(options["ref"] or options["dataset_name"])
     detector = choose_detector(options["detector"], target, device, options["trust"])
     # As many columns as fit beside each other; fewer of large images, which the page carries along.
     protocol = replace(protocol, shown=min(protocol.num, 16, max(4, 2**16 // net.img_resolution**2)))
-    comparison = Comparison(net, detector, target, protocol, options, device)
+    comparison = Comparison(net, detector, target, protocol, options, device, prompts)
     return comparison, make_jobs(comparison, methods, nfes)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sample import recorded_text
 from tools.comparison import CONFIDENCE, Comparison, Job, describe_settings
 from torch_utils.errors import MissingExtra
 from torch_utils.image_data import atomic_path
@@ -52,9 +53,14 @@ def make_facts(comparison: Comparison, command: str) -> dict:
         f"{comparison.reference.solver}, {describe_settings(comparison.reference)}, {comparison.reference_nfe} evaluations,"
         f" of the first {protocol.num_reference} seeds"
     )
+    texts = {
+        name: text if isinstance(text, str) else f"{text['file']}, SHA-256 {text['sha256']}"
+        for name, text in recorded_text(options).items()
+    }
     return {
         "command": command,
         "dataset_name": options["dataset_name"],
+        **texts,
         "network": f"{Path(net.source_path).name}, SHA-256 {net.weights_hash}",
         "detector": f"{detector.name} ({detector.file}, SHA-256 {detector.digest})",
         "FID reference": f"{options['ref'] or options['dataset_name']}, {comparison.target.num or 'unknown number of'} images",

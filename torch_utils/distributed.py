@@ -13,7 +13,9 @@ import torch.distributed as dist
 
 from torch_utils.errors import UserError
 
-_TIMEOUT = datetime.timedelta(minutes=30)
+_TIMEOUT = datetime.timedelta(minutes=30)  # of one exchange between processes that are at the same place
+_PATIENCE = datetime.timedelta(days=30)  # of agree(), where processes wait for each other's work or download
+_patient = None  # the group for that: gloo, which notices at once when a process has died
 
 
 def launched_by_torchrun() -> bool:
@@ -60,6 +62,7 @@ def pick_device(device: str | None = None) -> torch.device:
 
 def init(device: str | None = None) -> torch.device:
     """Joins the process group when torchrun started us; returns the device to compute on."""
+    global _patient
     chosen = pick_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -67,10 +70,13 @@ def init(device: str | None = None) -> torch.device:
         if os.name == "nt":
             os.environ.setdefault("USE_LIBUV", "0")
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        _patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
     return chosen
 
 
 def shutdown() -> None:
+    global _patient
+    _patient = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -99,18 +105,21 @@ def broadcast_object(value, source: int = 0):
     return box[0]
 
 
-def gather_objects(value) -> list:
-    """The values of all ranks, in rank order, on every rank."""
+def gather_objects(value, group=None) -> list:
+    """The values of all ranks, in rank order, on every rank. group: another one than the default of all processes."""
     if not dist.is_initialized():
         return [value]
     values = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
 def agree(error: Exception | None) -> None:
-    """Raises on every rank when any rank has an error: nobody is left waiting in the next collective."""
-    errors = gather_objects(None if error is None else f"{error}")
+    """Raises on every rank when any rank has an error: nobody is left waiting in the next collective.
+
+    It is the place to wait after work that processes do on their own: one may come hours after the others.
+    """
+    errors = gather_objects(None if error is None else f"{error}", _patient)
     if error is not None:
         raise error
     for index, message in enumerate(errors):

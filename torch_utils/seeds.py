@@ -30,6 +30,23 @@ class SeededGenerators:
     def randint(self, high: int, shape: Sequence[int] = ()) -> torch.Tensor:
         return torch.stack([torch.randint(high, tuple(shape), generator=g) for g in self._generators])
 
+    def join(self, other: "SeededGenerators") -> None:
+        """Samples that have the same seed in ``other``, place by place, share its stream from now on."""
+        pairs = zip(self.seeds, other.seeds, self._generators, other._generators, strict=True)
+        self._generators = [theirs if seed == same else own for seed, same, own, theirs in pairs]
+
+
+def candidate_seed(seed: int, number: int) -> int:
+    """Seed of the noise of candidate ``number`` = 0, 1, ... for the image of a seed: its own noise, then hashes (32 bits).
+
+    A function of (seed, number) only: more candidates leave the first ones what they were.
+    """
+    return int(seed) if number == 0 else _hash32(f"candidate:{int(seed)}:{number}")
+
+
+def _hash32(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+
 
 def stream_seeds(seed: int, start: int, count: int) -> list[int]:
     """32-bit seeds of the samples ``start .. start + count - 1`` of the training stream named ``seed``.
@@ -38,10 +55,7 @@ def stream_seeds(seed: int, start: int, count: int) -> list[int]:
     what is drawn. Hashing keeps it apart from the plain seeds 0, 1, 2, ... that sampling uses (a collision with one of
     50,000 evaluation seeds has probability about 1e-5 per training sample, and a single one is harmless).
     """
-    return [
-        int.from_bytes(hashlib.blake2b(f"train:{seed}:{i}".encode(), digest_size=4).digest(), "little")
-        for i in range(start, start + count)
-    ]
+    return [_hash32(f"train:{seed}:{i}") for i in range(start, start + count)]
 
 
 def parse_seeds(text: str) -> list[int]:
