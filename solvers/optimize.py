@@ -21,6 +21,7 @@ from solvers.rules import SOLVERS, Option, Rule, make_rule
 from solvers.schedule_file import Schedule
 from solvers.schedules import SCHEDULES
 from torch_utils import distributed
+from torch_utils.distributed import together
 from torch_utils.errors import UserError
 from torch_utils.image_data import atomic_path
 from torch_utils.seeds import SeededGenerators, stream_seeds
@@ -85,6 +86,16 @@ class Problem:
     def rule(self) -> Rule:
         """The solver with its options; UserError where they do not go together."""
         return make_rule(self.solver, self.options)
+
+    def shared_options(self, solver_tea: str) -> dict:
+        """The options that a teacher takes from the solver."""
+        teacher = SOLVERS[solver_tea]
+        shared = {
+            name: value for name, value in self.options.items() if name in SHARED_OPTIONS and name in teacher.options
+        }
+        if shared.get("max_order") is not None:  # a teacher that has no such high order takes its highest
+            shared["max_order"] = min(shared["max_order"], teacher.highest_order)
+        return shared
 
     def batches(self, samples: int) -> list[list[int]]:
         """The seeds of so many samples, batch by batch. They are not those of ``sample.py``, so that what is found is not
@@ -194,13 +205,6 @@ def run_gits(
         raise UserError("GITS under AFS needs num_steps and num_steps_tea of at least 3: one point is the free one")
     count, second = (problem.num_steps - 1, 2) if inserts else (problem.num_steps, 1)
     gits_indices(torch.zeros(num_steps_tea, num_steps_tea), count, coeff, second)  # says at once what is impossible
-    shared = {
-        name: value
-        for name, value in problem.options.items()
-        if name in SHARED_OPTIONS and name in SOLVERS[solver_tea].options
-    }
-    if shared.get("max_order") is not None:  # a teacher that has no such high order takes its highest
-        shared["max_order"] = min(shared["max_order"], SOLVERS[solver_tea].highest_order)
     if afs:  # the student is tried in the end; what it is not prepared for is said before that
         ends = (problem.sigma_min, problem.sigma_max)
         problem.rule().bind(problem.net, resolve_sigmas(problem.net, problem.num_steps, "logsnr", 1, *ends))
@@ -211,7 +215,7 @@ def run_gits(
         "sigma_min": problem.sigma_min,
         "sigma_max": problem.sigma_max,
         "original_code": original_code,
-        **shared,
+        **problem.shared_options(solver_tea),
     }
 
     batches = problem.batches(num_warmup)
@@ -296,17 +300,6 @@ METHODS: dict[str, Method] = {
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def together():
-    """Context for what processes do on their own between two exchanges: an error of one of them stops all."""
-    error = None
-    try:
-        yield
-    except Exception as exc:  # raised by agree(), on every rank
-        error = exc
-    distributed.agree(error)
 
 
 @contextmanager

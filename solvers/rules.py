@@ -83,6 +83,7 @@ class Rule:
     can_learn: bool = True  # may a predictor be inserted?
     needs_predictor: bool = False
     stochastic: bool = False  # draws noise while sampling
+    differentiable: bool = True  # do gradients flow to the noise levels?
     fingerprint: str | None = None  # of a file that the bound rule steps with: the images depend on it
     max_order: int = 1
     highest_order: int = 1  # the option max_order may be 1..highest_order

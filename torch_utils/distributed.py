@@ -119,6 +119,17 @@ def agree(error: Exception | None) -> None:
 
 
 @contextmanager
+def together():
+    """Context for what processes do on their own between two exchanges: an error of one of them stops all."""
+    error = None
+    try:
+        yield
+    except Exception as exc:  # raised by agree(), on every rank
+        error = exc
+    agree(error)
+
+
+@contextmanager
 def local_main_first():
     """The first process of each machine runs the block before the others do (downloads, caches).
 
