@@ -16,6 +16,9 @@ from tqdm import tqdm
 from models.denoiser import Denoiser
 from solvers.dmn import HIGHEST_ORDER, KINDS, dmn_sigmas
 from solvers.gits import METRICS, check_teacher, gits_cost, gits_indices, insert_afs_point, teacher_trajectory
+from solvers.ld3 import OPTIONS as LD3_OPTIONS
+from solvers.ld3 import SUMMARY as LD3_SUMMARY
+from solvers.ld3 import ld3_schedule
 from solvers.loop import afs_direction, resolve_sigmas
 from solvers.rules import SOLVERS, Option, Rule, make_rule
 from solvers.schedule_file import Schedule
@@ -296,6 +299,7 @@ METHODS: dict[str, Method] = {
         run_dmn,
         {"kind": Option(("auto", *KINDS), "auto", "assumed error of the network")},
     ),
+    "ld3": Method(LD3_SUMMARY, lambda problem, **options: Found(*ld3_schedule(problem, **options)), LD3_OPTIONS),
 }
 
 
