@@ -286,6 +286,7 @@ class DPMSolverV3(Rule):
     one_step = False
     can_learn = False
     can_teach = False
+    differentiable = False  # the coefficients of the steps are numbers, made from the file
     fingerprint: str | None = None  # SHA-256 of the file in use, once bound: the images depend on it
 
     def bind(self, net, sigmas):

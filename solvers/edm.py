@@ -45,7 +45,7 @@ class EDM(Heun):
         return min(self.S_churn / levels, math.sqrt(2) - 1)
 
     def advance(self, run, state: State, i: int) -> State:
-        gamma = self.gamma(float(run.sigmas[i]), len(run.sigmas))
+        gamma = self.gamma(run.sigmas[i].item(), len(run.sigmas))
         if gamma == 0:
             return super().advance(run, state, i)
         cur, nxt = run.sigma(i, state.x), run.sigma(i + 1, state.x)

@@ -9,6 +9,9 @@ import torch
 from torch_utils.errors import UserError
 
 
+DEFAULT_SIGMA = 0.1  # of images in [-1, 1]: little noise, and the encoder still has to look at the whole image
+
+
 class _Enough(Exception):
     """Ends a forward pass at the bottleneck: the decoder is not wanted."""
 
@@ -22,12 +25,14 @@ class DenoiserFeatures:
     """features(x, cond=None) -> the encoder's last map at each of its resolutions, finest first, each [B,C,h,w] float32.
 
     net: a Denoiser, whose parameters are left alone; x [B,C,H,W] clean images (or latents), with gradients if they
-    require some. sigma: the noise level that the network is told; no noise is added. cond: keyword arguments of net, of
+    require some. sigma: the noise level that the network is told (None: 0.1, or the nearest it supports); no noise is added. cond: keyword arguments of net, of
     every call or of one. The pass ends at ``net.bottleneck``, so a call costs about half an evaluation, and hooks on the
     whole network do not see it. Raises UserError where the network has no such encoder.
     """
 
-    def __init__(self, net: torch.nn.Module, sigma: float, cond=None):
+    def __init__(self, net: torch.nn.Module, sigma: float | None = None, cond=None):
+        if sigma is None:
+            sigma = min(max(DEFAULT_SIGMA, net.sigma_min), net.sigma_max)
         if not (net.sigma_min <= sigma <= net.sigma_max):
             raise UserError(f"features at sigma={sigma:g}: the network's range is {net.sigma_min:g}..{net.sigma_max:g}")
         self.net, self.sigma, self.cond = net, float(sigma), dict(cond or {})

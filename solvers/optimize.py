@@ -19,6 +19,9 @@ from models.denoiser import Denoiser
 from solvers.dmn import HIGHEST_ORDER, KINDS, dmn_sigmas
 from solvers.evolution import EVOLUTION_OPTIONS, evolution_sigmas
 from solvers.gits import METRICS, check_teacher, gits_cost, gits_indices, insert_afs_point, teacher_trajectory
+from solvers.ld3 import OPTIONS as LD3_OPTIONS
+from solvers.ld3 import SUMMARY as LD3_SUMMARY
+from solvers.ld3 import ld3_schedule
 from solvers.loop import afs_direction, resolve_sigmas
 from solvers.ofs import OFS_OPTIONS, ofs_sigmas
 from solvers.rules import SOLVERS, Option, Rule, make_rule
@@ -97,6 +100,16 @@ class Problem:
         """The solver with its options; UserError where they do not go together."""
         return make_rule(self.solver, self.options)
 
+    def shared_options(self, solver_tea: str) -> dict:
+        """The options that a teacher takes from the solver."""
+        teacher = SOLVERS[solver_tea]
+        shared = {
+            name: value for name, value in self.options.items() if name in SHARED_OPTIONS and name in teacher.options
+        }
+        if shared.get("max_order") is not None:  # a teacher that has no such high order takes its highest
+            shared["max_order"] = min(shared["max_order"], teacher.highest_order)
+        return shared
+
     def batches(self, samples: int) -> list[list[int]]:
         """The seeds of so many samples, batch by batch. They are not those of ``sample.py``, so that what is found is not
         fitted to the images that evaluate it."""
@@ -132,13 +145,6 @@ class Problem:
 
     def teacher(self, solver_tea, num_steps_tea, schedule_type, schedule_rho, **more) -> dict:
         """Keywords of ``sample`` for a teacher over the range of the schedule; it takes the student's SHARED_OPTIONS."""
-        shared = {
-            name: value
-            for name, value in self.options.items()
-            if name in SHARED_OPTIONS and name in SOLVERS[solver_tea].options
-        }
-        if shared.get("max_order") is not None:  # a teacher that has no such high order takes its highest
-            shared["max_order"] = min(shared["max_order"], SOLVERS[solver_tea].highest_order)
         return {
             "solver": solver_tea,
             "num_steps": num_steps_tea,
@@ -147,7 +153,7 @@ class Problem:
             "sigma_min": self.sigma_min,
             "sigma_max": self.sigma_max,
             **more,
-            **shared,
+            **self.shared_options(solver_tea),
         }
 
     def mean_cost(self, samples: int, size: int, cost_of: Callable) -> torch.Tensor:
@@ -354,6 +360,7 @@ METHODS: dict[str, Method] = {
         run_evolution,
         EVOLUTION_OPTIONS,
     ),
+    "ld3": Method(LD3_SUMMARY, lambda problem, **options: Found(*ld3_schedule(problem, **options)), LD3_OPTIONS),
 }
 
 

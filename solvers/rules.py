@@ -84,6 +84,7 @@ class Rule:
     needs_predictor: bool = False
     own_schedule: bool = False  # its predictor is a student that brings schedule and first step (``SpanStudent``)
     stochastic: bool = False  # draws noise while sampling
+    differentiable: bool = True  # do gradients flow to the noise levels?
     fingerprint: str | None = None  # of a file that the bound rule steps with: the images depend on it
     max_order: int = 1
     highest_order: int = 1  # the option max_order may be 1..highest_order

@@ -3,16 +3,19 @@
 import copy
 import math
 
-import numpy as np
+import torch
 
 from solvers.rules import EXPONENTIAL_OPTIONS, DPMSolverPP, Option, State, order_option, register
 
 
-def phi_functions(z: float, count: int) -> list[float]:
-    """phi_1 .. phi_count at z != 0, where phi_1 = (e^z - 1) / z and phi_k+1 = (phi_k - 1 / k!) / z."""
+def phi_functions(z, count: int) -> list[torch.Tensor]:
+    """phi_1 .. phi_count at the number z != 0, where phi_1 = (e^z - 1) / z and phi_k+1 = (phi_k - 1 / k!) / z; float64
+    scalars with gradients to z."""
+    z = torch.as_tensor(z, dtype=torch.float64)
     if abs(z) < 1:  # the recursion cancels here: phi_k(z) = sum over j >= 0 of z^j / (j + k)!
-        return [sum(z**j / math.factorial(j + k) for j in range(18)) for k in range(1, count + 1)]
-    values = [math.expm1(z) / z]
+        series = [[1 / math.factorial(j + k) for j in range(18)] for k in range(1, count + 1)]
+        return list(torch.tensor(series, dtype=torch.float64) @ z ** torch.arange(18))
+    values = [torch.expm1(z) / z]
     for k in range(1, count):
         values.append((values[-1] - 1 / math.factorial(k)) / z)
     return values
@@ -44,7 +47,8 @@ class UniPC(DPMSolverPP):
 
     def bind(self, net, sigmas):
         bound = copy.copy(self)
-        bound.grid = sigmas.tolist()
+        # Scalars on the CPU: in float64 whatever the device of x has, and nothing waits for that device.
+        bound.grid = sigmas.to("cpu").to(torch.float64).unbind()
         return bound
 
     def corrects_last(self, intervals: int) -> bool:
@@ -61,15 +65,15 @@ class UniPC(DPMSolverPP):
             sigma = run.sigma(i, state.x)
             history = ((self.output(state.x, run.direction_at(state.x, i), sigma), sigma),)
         order = self.order(i, run.intervals)
-        h = math.log(cur / nxt)
+        h = (cur / nxt).log()
         z = -h if self.predict_x0 else h
         newest = history[-1][0]
         # Differences to the newest output and their places in the interval: 0 is its start, 1 its end.
-        places = [math.log(cur / self.grid[i - k]) / h for k in range(1, order)]
+        places = [(cur / self.grid[i - k]).log() / h for k in range(1, order)]
         differences = [history[-1 - k][0] - newest for k in range(1, order)]
         # The exact solution if the model output stayed what it is at the start.
         factor, weight = (nxt / cur, 1.0) if self.predict_x0 else (1.0, nxt)
-        base = factor * state.x - weight * math.expm1(z) * newest
+        base = factor * state.x - weight * torch.expm1(z) * newest
 
         def step(differences, places, fixed):
             weights = self.weights(z, places, fixed) if places else []
@@ -85,14 +89,16 @@ class UniPC(DPMSolverPP):
         corrected = step([*differences, output - newest], [*places, 1.0], fixed=order == 1)
         return State(corrected, (*history, (output, sigma))[-self.keep :], state.updates + 1)
 
-    def weights(self, z: float, places: list[float], fixed: bool) -> list[float]:
+    def weights(self, z, places: list, fixed: bool) -> list[torch.Tensor]:
         """Weights of the differences, such that polynomials of degree len(places) through them are integrated exactly.
 
         fixed: the one weight is B / (2 place), correct to leading order, instead.
         """
+        z, *places = (torch.as_tensor(value, dtype=torch.float64) for value in (z, *places))
         if fixed:
-            return [0.5 * (z if self.variant == "bh1" else math.expm1(z)) / places[0]]
-        count = len(places)
+            return [0.5 * (z if self.variant == "bh1" else torch.expm1(z)) / places[0]]
+        count, places = len(places), torch.stack(places)
         # int_0^1 z e^(z (1 - s)) s^k ds = k! z phi_{k+1}(z): what the weights have to give for the output s^k.
         moments = [math.factorial(k) * z * phi for k, phi in enumerate(phi_functions(z, count + 1))][1:]
-        return np.linalg.solve([[p**k for p in places] for k in range(1, count + 1)], moments).tolist()
+        powers = torch.stack([places**k for k in range(1, count + 1)])
+        return list(torch.linalg.solve(powers, torch.stack(moments)))
