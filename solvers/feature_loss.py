@@ -8,7 +8,6 @@ import torch
 
 from torch_utils.errors import UserError
 
-
 DEFAULT_SIGMA = 0.1  # of images in [-1, 1]: little noise, and the encoder still has to look at the whole image
 
 
