@@ -14,10 +14,13 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from models.edm import load_edm_network
+from models.edm import EDMDenoiser, load_edm_network
+from solvers.schedule_file import Schedule, save_schedule
 from tools import train_denoiser
 from torch_utils import distributed
+from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
+from torch_utils.tensor_file import read_safetensors
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"model_channels": 8, "channel_mult": "1,2", "attn": "", "batch": 16, "device": "cpu"}
@@ -260,6 +263,8 @@ WRONG = {  # flag -> (value, what the error says)
     "grid": [("maybe", "not a valid boolean")],
     "resume": [("maybe", "not a valid boolean"), (True, "--resume: there is no")],
     "device": [("tpu9", "--device=tpu9")],
+    "init": [("a.pkl", "--init brings its architecture: leave out --model_channels")],
+    "schedule": [("no-such.json", "cannot read the schedule no-such.json"), (__file__, "not a schedule file")],
 }
 
 
@@ -314,3 +319,136 @@ def test_damaged_state(tmp_path, few):
         state.write_bytes(content)
         line = complaint(invoke(data=few, outdir=tmp_path, total_kimg=0.016, resume=True))
         assert f"--resume: cannot read {state}" in line
+
+
+# Fine-tuning at the noise levels of a schedule
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A folder with images and a network that has seen them for a moment."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    write_images(folder / "data.zip", count=32)
+    done = invoke(data=folder / "data.zip", outdir=folder / "first", total_kimg=0.32, grid=False)
+    assert done.exit_code == 0, done.output
+    return folder, only(folder / "first", "network-snapshot-*.safetensors")
+
+
+def write_schedule(path, sigmas=(80.0, 5.0, 0.7, 0.002), solver="euler", **more):
+    save_schedule(path, Schedule(list(sigmas), solver, "by hand", 0.002, 80.0, **more))
+    return path
+
+
+def fine_tune(pretrained, tmp_path, **options):
+    """Without the flags of the architecture."""
+    folder, network = pretrained
+    given = {"data": folder / "data.zip", "outdir": tmp_path / "run", "init": network, "batch": 16, "device": "cpu"}
+    given |= {"grid": False, "total_kimg": 0.16, **options}
+    return CliRunner().invoke(train_denoiser.main, [f"--{name}={value}" for name, value in given.items()])
+
+
+def loss_at(network, levels, images):
+    """EDM's loss at these noise levels, for fixed noise."""
+    net = load_edm_network(network)
+    images = torch.from_numpy(images).float()[:, None]
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        losses = [train_denoiser.edm_loss(net, images, None, generator, 0, 1, net.sigma_data, levels) for _ in range(4)]
+    return float(torch.stack(losses).mean())
+
+
+def test_fine_tuning_at_a_schedule(pretrained, tmp_path, monkeypatch):
+    schedule = write_schedule(tmp_path / "s.json")
+    seen, forward = [], EDMDenoiser.forward
+    monkeypatch.setattr(
+        EDMDenoiser,
+        "forward",
+        lambda self, x, sigma, **cond: (
+            seen.append((self.training, torch.as_tensor(sigma))) or forward(self, x, sigma, **cond)
+        ),
+    )
+    done = fine_tune(pretrained, tmp_path, schedule=schedule, total_kimg=0.64, lr=1e-3)
+    assert done.exit_code == 0, done.output
+    monkeypatch.undo()
+    trained = torch.cat([sigma.flatten() for training, sigma in seen if training])
+    levels, counts = trained.unique(return_counts=True)
+    np.testing.assert_allclose(levels, [0.7, 5.0, 80.0], rtol=1e-6)  # the last one of the schedule is never asked for
+    assert counts.sum() == 640 and counts.min() > 640 / 3 - 5 * np.sqrt(640 * 2 / 9)
+
+    network = only(tmp_path / "run", "network-snapshot-*.safetensors")
+    _, metadata = read_safetensors(network.read_bytes(), "file")
+    record = json.loads(metadata["training"])
+    assert record["schedule"]["sigmas"] == [80.0, 5.0, 0.7, 0.002] and record["schedule"]["solver"] == "euler"
+    assert record["init"] == {"file": pretrained[1].name, "sha256": sha256_of(pretrained[1])}
+    images = write_images(tmp_path / "again.zip", count=32)
+    before, after = (loss_at(path, (80.0, 5.0, 0.7), images) for path in (pretrained[1], network))
+    assert after < 0.98 * before
+
+    other = write_schedule(tmp_path / "t.json", sigmas=(80.0, 4.0, 0.002))
+    wrong = fine_tune(pretrained, tmp_path, schedule=other, total_kimg=0.8, resume=True)
+    assert "has levels=(80.0, 5.0, 0.7), not (80.0, 4.0); repeat its flags" in complaint(wrong)
+    more = fine_tune(pretrained, tmp_path, schedule=schedule, total_kimg=0.8, resume=True)
+    assert more.exit_code == 0, more.output
+
+
+def test_starts_from_the_given_weights(pretrained, tmp_path):
+    """Also of the embedded network, whose architecture is another one; the learning rate is a small one."""
+    done = fine_tune(pretrained, tmp_path, total_kimg=0.016, lr=1e-9, dropout=0.1)
+    assert done.exit_code == 0, done.output
+    before, after = (load_edm_network(path) for path in (pretrained[1], only(tmp_path / "run", "*.safetensors")))
+    assert after.config["dropout"] == 0.1 and before.config["dropout"] == 0
+    for name, value in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[name], value, rtol=0, atol=1e-7)
+    write_images(tmp_path / "digits.zip", shape=(32, 32), count=4)
+    digits = ROOT / "models" / "pretrained" / "digits-edm.safetensors"
+    own = {"data": tmp_path / "digits.zip", "outdir": tmp_path / "digits", "init": digits, "batch": 4}
+    done = fine_tune(pretrained, tmp_path, **own, total_kimg=0.004)
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "digits" / "training_options.json").read_text())["lr"] == train_denoiser.LR_OF_INIT
+    assert load_edm_network(only(tmp_path / "digits", "*.safetensors")).config == load_edm_network(digits).config
+
+
+@pytest.mark.parametrize(
+    ("solver", "more", "expected"),
+    [
+        ("euler", {}, [80, 5, 0.7]),
+        ("ipndm", {"afs": True}, [5, 0.7]),
+        ("dpmpp", {"afs": "data", "solver_options": {"max_order": 2}}, [5, 0.7]),
+        ("heun", {}, [80, 5, 0.7, 0.002]),
+        ("dpm", {}, [80, 20, 5, np.sqrt(3.5), 0.7, np.sqrt(0.7 * 0.002)]),
+    ],
+)
+def test_the_levels_that_a_solver_asks_for(solver, more, expected):
+    net = EDMDenoiser(img_resolution=4, img_channels=1, model_channels=32, channel_mult=[1], num_blocks=1)
+    net.data_mean, net.data_std = torch.zeros(1, 4, 4), 0.5
+    found = train_denoiser.evaluated_levels(net, Schedule([80.0, 5.0, 0.7, 0.002], solver, "m", 0.002, 80.0, **more))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "text"),
+    [
+        ({"sigmas": (100.0, 1.0)}, {}, "sigma=100 is outside the network's range"),
+        ({"sigmas_net": [80.0, 4.0, 0.6, 0.002]}, {}, "cannot be trained on"),
+        ({"solver": "nope"}, {}, "unknown solver 'nope'"),
+        ({"solver": "amed"}, {}, "needs a trained predictor"),
+        ({}, {"p_mean": -1}, "leave out --p_mean"),
+        ({}, {"model_channels": 8}, "--init brings its architecture: leave out --model_channels"),
+        ({}, {"init": "no-such.pkl"}, "--init=no-such.pkl: "),
+        ({}, {"init": __file__}, f"--init={__file__}: "),
+        ({}, {"data": "other.zip"}, "its network has img_resolution=16, the images of --data 8"),
+    ],
+)
+def test_schedules_and_networks_that_do_not_fit(pretrained, tmp_path, schedule, options, text):
+    path = write_schedule(tmp_path / "s.json", **schedule)
+    if "data" in options:
+        write_images(tmp_path / "other.zip", shape=(8, 8), count=2)
+        options = {"data": tmp_path / "other.zip"}
+    assert text in complaint(fine_tune(pretrained, tmp_path, schedule=path, **options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_schedule_of_another_network_is_noted(pretrained, tmp_path):
+    path = write_schedule(tmp_path / "s.json", network="digits", network_hash="0" * 64)
+    done = fine_tune(pretrained, tmp_path, schedule=path, total_kimg=0.016)
+    assert done.exit_code == 0 and "Warning: the schedule was found for another network ('digits'" in done.output

@@ -3,10 +3,23 @@
     python -m tools.train_denoiser --data=datasets/mnist-train.zip --outdir=runs --minutes=90
 
 Plain python or torchrun; stops at --total_kimg or --minutes, whichever comes first, and continues a run with --resume.
+
+--init starts from a network, --schedule trains only at the noise levels at which the solver of a schedule file asks it.
+In turns with optimize_schedule.py this fits a few-step schedule and its network to each other ("Optimizing Few-Step Sampler",
+Huang 2024; its rounds as far as its abstract tells). The network forgets the other noise levels.
+
+    net=models/pretrained/digits-edm.safetensors
+    for round in 1 2 3; do
+        python optimize_schedule.py --method=ofs --dataset_name=custom --model_path=$net --solver=euler --dest=runs/ofs$round.json
+        python -m tools.train_denoiser --data=datasets/mnist-train.zip --init=$net --schedule=runs/ofs$round.json \\
+            --total_kimg=100 --outdir=runs/ofs$round
+        net=$(ls runs/ofs$round/network-snapshot-*.safetensors | tail -n 1)
+    done
 """
 
 import math
 import pickle
+import sys
 import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -15,18 +28,23 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from click.core import ParameterSource
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from models.edm import EDMDenoiser, save_edm_safetensors
+from models.edm import EDMDenoiser, load_edm_network, save_edm_safetensors
 from models.networks import count_parameters
+from solvers import sample
+from solvers.schedule_file import Schedule, load_schedule
 from torch_utils import distributed
+from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
 from torch_utils.image_data import ImageSource, atomic_path, load_array
 from torch_utils.seeds import stream_seeds
 from training.run_folder import OPTIONS_FILE, RunLog, on_main, write_json
 
 STATE_FILE = "training-state.pt"
+LR, LR_OF_INIT = 2e-3, 1e-4
 ARCHITECTURES = {
     "ddpmpp": {
         "model_type": "SongUNet",
@@ -48,10 +66,17 @@ ARCHITECTURES = {
 }
 
 
-def edm_loss(net, images, labels, generator, p_mean, p_std, sigma_data):
-    """EDM's weighted denoising loss (eq. 8 and Table 1), per element [B,C,H,W]; ln sigma ~ N(p_mean, p_std^2)."""
+def edm_loss(net, images, labels, generator, p_mean, p_std, sigma_data, levels=None):
+    """EDM's weighted denoising loss (eq. 8 and Table 1), per element [B,C,H,W]; ln sigma ~ N(p_mean, p_std^2).
+
+    levels: noise levels of which one is drawn for each image instead, all with the same probability.
+    """
     shape = [images.shape[0], 1, 1, 1]
-    sigma = (torch.randn(shape, generator=generator) * p_std + p_mean).exp().to(images.device)
+    if levels is None:
+        sigma = (torch.randn(shape, generator=generator) * p_std + p_mean).exp().to(images.device)
+    else:
+        drawn = torch.randint(len(levels), shape, generator=generator)
+        sigma = torch.tensor(levels, dtype=torch.float32)[drawn].to(images.device)
     noise = torch.randn(images.shape, generator=generator).to(images.device) * sigma
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     return weight * (net(images + noise, sigma, class_labels=labels) - images) ** 2
@@ -105,7 +130,6 @@ def load_data(path, cond):
 
 def save_grid(net, path, device, columns=10):
     """A grid of columns^2 images of fixed seeds, Heun with 18 stamps."""
-    from solvers import sample
     from torch_utils.image_writer import image_grid, save_image, to_uint8
     from torch_utils.seeds import SeededGenerators
 
@@ -136,6 +160,8 @@ class Options:
     seed: int
     snap: float
     grid: bool
+    init: str | None = None
+    schedule: str | None = None
 
 
 def build_network(net_config):
@@ -153,6 +179,47 @@ def build_network(net_config):
         ) from None
 
 
+def load_initial(path, shape):
+    """The network that --init names, and the SHA-256 of its file.
+
+    shape: img_resolution, img_channels and label_dim that it must have. Raises UserError where it is no EDM network, or
+    not one of such images.
+    """
+    try:
+        net, digest = load_edm_network(path), sha256_of(path)
+    except (OSError, UserError) as error:
+        raise UserError(f"--init={path}: {error}") from None
+    for name, wanted in shape.items():
+        if getattr(net, name) != wanted:
+            raise UserError(
+                f"--init={path}: its network has {name}={getattr(net, name)}, the images of --data {wanted}"
+            )
+    return net, digest
+
+
+@torch.no_grad()
+def evaluated_levels(net, schedule: Schedule) -> tuple[float, ...]:
+    """The noise levels at which the solver of a schedule asks the network, each once, descending; found by trying.
+
+    All points but the last, for most solvers; without the first under AFS; inner points of two-stage solvers as well.
+    net: on the CPU.
+    Raises UserError where the schedule cannot be used with this network, or not be trained on.
+    """
+    if schedule.sigmas_net is not None:
+        raise UserError(
+            "its network is told other noise levels (sigmas_net) than there are: it cannot be trained on them"
+        )
+    asked = []
+    handle = net.register_forward_pre_hook(lambda module, arguments: asked.append(float(arguments[1])))
+    try:
+        latents = torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution, dtype=torch.float64)
+        options = schedule.solver_options
+        sample(net, latents, solver=schedule.solver, sigmas=schedule.sigmas, afs=schedule.afs, **options)
+    finally:
+        handle.remove()
+    return tuple(sorted(set(asked), reverse=True))
+
+
 class NotFinite(Exception):
     """The loss of an iteration is NaN or infinite on the processes ``ranks``, or its gradient is (then on all)."""
 
@@ -165,13 +232,22 @@ class Learner:
     """The network, its moving average, the optimizer, and one iteration on this process's share of a batch.
 
     net_config: the arguments of EDMDenoiser but for those that the images decide; images, labels, data_mean, data_std:
-    see load_data. Attributes: ``net``, ``ema``, ``optimizer``, ``iteration`` (how many are done).
+    see load_data. With options.init these are the arguments of the network to start from, but for what net_config names.
+    Attributes: ``net``, ``ema``, ``optimizer``, ``iteration`` (how many are done), ``levels`` (trained noise levels, None
+    for all), ``origin`` (what the written networks tell of init and schedule).
     """
 
     def __init__(self, net_config, images, labels, data_mean, data_std, options, device):
-        levels, resolution = len(net_config["channel_mult"]), images.shape[2]
-        if resolution % (1 << (levels - 1)):
-            raise UserError(f"--channel_mult: {resolution} pixels cannot be halved {levels - 1} times")
+        label_dim = 0 if labels is None else labels.shape[1]
+        shape = {"img_resolution": images.shape[2], "img_channels": images.shape[1], "label_dim": label_dim}
+        self.origin, initial = {}, None
+        if options.init is not None:
+            initial, digest = load_initial(options.init, shape)
+            self.origin["init"] = {"file": Path(options.init).name, "sha256": digest}
+            ends = {"sigma_min": initial.sigma_min, "sigma_max": initial.sigma_max}
+            net_config = {**initial.config, **ends, **net_config}
+        elif images.shape[2] % (1 << ((levels := len(net_config["channel_mult"])) - 1)):
+            raise UserError(f"--channel_mult: {images.shape[2]} pixels cannot be halved {levels - 1} times")
         if options.batch % distributed.world_size():
             raise UserError(
                 f"--batch={options.batch} must be divisible by the number of processes ({distributed.world_size()})"
@@ -179,19 +255,38 @@ class Learner:
         self.options, self.device, self.iteration = options, device, 0
         self.batches = Batches(images, labels, options.batch, options.seed, options.xflip)
         torch.manual_seed(options.seed)
-        label_dim = 0 if labels is None else labels.shape[1]
-        shape = {"img_resolution": resolution, "img_channels": images.shape[1], "label_dim": label_dim}
-        self.net = build_network({**shape, **net_config}).to(device).train()
+        self.net = build_network({**shape, **net_config})
+        self.net.data_mean, self.net.data_std = data_mean, data_std
+        if initial is not None:
+            self.net.load_state_dict(initial.state_dict())
+            initial.weights_hash = digest
+        self.levels = None
+        if options.schedule is not None:
+            self.levels = self._use_schedule(options.schedule, initial or self.net)
+        self.net = self.net.to(device).train()
         self.net.autocast = {"bf16": torch.bfloat16, "none": None}[options.amp]
         if options.channels_last:
             self.net = self.net.to(memory_format=torch.channels_last)
         self.ema = deepcopy(self.net).eval().requires_grad_(False)
-        self.ema.data_mean, self.ema.data_std = data_mean.to(device), data_std
+        self.ema.data_mean = data_mean.to(device)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=options.lr, betas=(0.9, 0.99), eps=1e-8)
         if options.compile:
             self.net.compile()
         several = distributed.world_size() > 1
         self._ddp = DistributedDataParallel(self.net, broadcast_buffers=False) if several else self.net
+
+    def _use_schedule(self, path, net):
+        """The noise levels to train at; notes where they come from. net: the network as it is before training."""
+        schedule = load_schedule(path)
+        for line in schedule.warnings(net):
+            distributed.print0(f"Warning: {line}", file=sys.stderr)
+        try:
+            levels = evaluated_levels(net, schedule)
+        except UserError as error:
+            raise UserError(f"--schedule={path}: {error}") from None
+        names = ("sigmas", "solver", "solver_options", "afs", "method")
+        self.origin["schedule"] = {"file": Path(path).name, **{name: getattr(schedule, name) for name in names}}
+        return levels
 
     @property
     def kimg(self):
@@ -211,7 +306,8 @@ class Learner:
         torch.manual_seed(stream_seeds(seed, -1 - index, 1)[0])
         images, labels = self.batches.get(self.iteration, generator, self.device)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = edm_loss(self._ddp, images, labels, generator, p_mean, p_std, self.net.sigma_data).mean()
+        sigma_data, levels = self.net.sigma_data, self.levels
+        loss = edm_loss(self._ddp, images, labels, generator, p_mean, p_std, sigma_data, levels).mean()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         mean_loss = self._agreed(loss.detach(), norm)
@@ -270,9 +366,9 @@ class Run:
     def restore(self):
         """Puts the state of an interrupted run back."""
         state = on_main(read_state, self.state_path)
-        for name, before in state.get("settings", {}).items():  # what the order of the images and the count depend on
-            if getattr(self.options, name) != before:
-                now = getattr(self.options, name)
+        settings = self._settings()
+        for name, before in state.get("settings", {}).items():
+            if (now := settings.get(name)) != before:
                 raise UserError(f"--resume: the run in {self.folder} has {name}={before}, not {now}; repeat its flags")
         try:
             self.learner.load_state(state)
@@ -303,6 +399,11 @@ class Run:
         if self._saved_at != self.learner.iteration:
             self.snapshot()
 
+    def _settings(self):
+        """What a continued run must have in common with its beginning: the noise, the order of the images and the count."""
+        settings = {name: getattr(self.options, name) for name in ("batch", "seed", "cond", "xflip")}
+        return {**settings, "levels": self.learner.levels}
+
     def snapshot(self):
         on_main(self._write_snapshot)
         self._snap_kimg, self._saved_at = self.learner.kimg, self.learner.iteration
@@ -312,12 +413,12 @@ class Run:
         meta = {"trained_kimg": kimg, "minutes": self.elapsed / 60, "data": Path(self.data).name, "loss": self.loss}
         for name in ("seed", "batch", "lr", "p_mean", "p_std", "amp", "ema_kimg", "xflip"):
             meta[name] = getattr(options, name)
+        meta |= self.learner.origin
         network = self.folder / f"network-snapshot-{int(kimg):06d}.safetensors"
         save_edm_safetensors(self.learner.ema, network, {"training": meta})
         with atomic_path(self.state_path) as temporary:
             try:
-                settings = {name: getattr(options, name) for name in ("batch", "seed", "cond", "xflip")}
-                state = {**self.learner.state(), "elapsed": self.elapsed, "settings": settings}
+                state = {**self.learner.state(), "elapsed": self.elapsed, "settings": self._settings()}
                 torch.save(state, temporary)
             except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
                 raise UserError(f"cannot write {self.state_path}: {str(error)[:200]}") from None
@@ -430,6 +531,10 @@ class Number(click.FloatRange):
 
 @click.command()
 @click.option("--data", help="Training images: zip or folder", required=True, type=click.Path(exists=True))
+@click.option("--init", metavar="FILE", help="Start from this EDM network (.safetensors, .pkl), with its architecture")
+@click.option(
+    "--schedule", metavar="FILE", help="Train only at the noise levels that this schedule file's solver asks for"
+)
 @click.option("--outdir", help="Where to write snapshots", default="runs/denoiser", show_default=True)
 @click.option("--arch", type=click.Choice(list(ARCHITECTURES)), default="ddpmpp", show_default=True)
 @click.option("--model_channels", type=click.IntRange(8), default=16, show_default=True)
@@ -440,7 +545,7 @@ class Number(click.FloatRange):
 @click.option("--total_kimg", type=Number(0, min_open=True), default=2000, show_default=True)
 @click.option("--minutes", type=Number(0), default=0, help="Wall-clock budget, 0 = none", show_default=True)
 @click.option("--batch", type=click.IntRange(1), default=128, help="Total batch size", show_default=True)
-@click.option("--lr", type=Number(0, min_open=True), default=2e-3, show_default=True)
+@click.option("--lr", type=Number(0, min_open=True), help=f"Default: {LR:g}; with --init {LR_OF_INIT:g}")
 @click.option("--warmup_kimg", type=Number(0), default=10, show_default=True)
 @click.option("--ema_kimg", type=Number(0), default=50, help="EMA half-life", show_default=True)
 @click.option("--p_mean", type=Number(), default=-1.2, help="Mean of ln sigma in training", show_default=True)
@@ -455,8 +560,10 @@ class Number(click.FloatRange):
 @click.option("--grid", type=bool, default=True, help="Sample a grid at each snapshot", show_default=True)
 @click.option("--resume", type=bool, default=False, help="Continue the run in --outdir", show_default=True)
 @click.option("--device", default=None, help="cpu, cuda, mps; default: the best there is")
-def main(arch, model_channels, channel_mult, num_blocks, attn, dropout, device, **options):
-    """Train a small EDM denoiser on a zip or folder of images."""
+@click.pass_context
+def main(ctx, arch, model_channels, channel_mult, num_blocks, attn, dropout, device, **options):
+    """Train a small EDM denoiser on a zip or folder of images, or fine-tune one (--init), also for the few noise levels
+    of a schedule (--schedule)."""
     net_config = {
         **ARCHITECTURES[arch],
         "model_channels": model_channels,
@@ -467,6 +574,18 @@ def main(arch, model_channels, channel_mult, num_blocks, attn, dropout, device, 
     }
     if not net_config["channel_mult"]:
         raise UserError("--channel_mult is empty; give one number for each resolution, for example 1,2,4")
+    given = [name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT]
+    if options["init"] is not None:
+        for name in ("arch", "model_channels", "channel_mult", "num_blocks", "attn"):
+            if name in given:
+                raise UserError(f"--init brings its architecture: leave out --{name}")
+        net_config = {"dropout": dropout} if "dropout" in given else {}
+    if options["schedule"] is not None:
+        for name in ("p_mean", "p_std"):
+            if name in given:
+                raise UserError(f"--schedule decides the noise levels: leave out --{name}")
+    if options["lr"] is None:
+        options["lr"] = LR if options["init"] is None else LR_OF_INIT
     chosen = distributed.init(device)
     try:
         train(net_config=net_config, device=chosen, **options)
