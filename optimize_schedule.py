@@ -16,6 +16,7 @@ import torch
 from click.core import ParameterSource
 
 from models import create_model
+from models.execution import AUTOCAST, prepare_network
 from solvers import make_rule
 from solvers.flags import parse_afs, rule_flags, rule_option_names
 from solvers.optimize import METHODS, Problem, optimize
@@ -23,7 +24,7 @@ from solvers.schedule_file import Schedule, save_schedule
 from torch_utils import distributed
 from torch_utils.errors import UserError
 from torch_utils.seeds import SeededGenerators
-from training.config import AUTOCAST, code_version
+from training.config import code_version
 
 
 def method_flags(command):
@@ -58,14 +59,10 @@ def open_network(options: dict, device: torch.device):
     net = create_model(
         options["dataset_name"], options["model_path"], options["guidance_type"], options["guidance_rate"], device
     )
-    amp = AUTOCAST[options["amp"]]
-    if amp is not None:
-        if not hasattr(net, "autocast"):
-            raise UserError(f"--amp={options['amp']} is not available for {options['dataset_name']}; use --amp=none")
-        net.autocast = amp
+    prepare_network(net, options["amp"])
     if options["class_idx"] is not None:
         net.make_cond(SeededGenerators([0]), options["class_idx"])  # what the network cannot do is said here
-    return net.to(memory_format=torch.channels_last) if device.type == "cpu" else net
+    return net
 
 
 def describe(schedule: Schedule, dest: Path) -> str:

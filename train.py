@@ -14,11 +14,12 @@ from dataclasses import fields
 import click
 from click.core import ParameterSource
 
+from models.execution import AUTOCAST, COMPILE_MODES
 from solvers import SCHEDULES
 from solvers.schedule_file import schedule_file_flag, use_schedule
 from torch_utils import distributed
 from torch_utils.errors import UserError
-from training.config import AUTOCAST, CHANGEABLE, STUDENTS, TEACHERS, TrainingOptions
+from training.config import CHANGEABLE, STUDENTS, TEACHERS, TrainingOptions
 from training.run_folder import find_run, load_newest_state, on_main
 from training.training_loop import Interrupted, train_predictor
 
@@ -109,6 +110,13 @@ COUNT = click.IntRange(min=1)
 @option("lr", POSITIVE, "Learning rate of Adam")
 @option("seed", click.IntRange(0, (1 << 63) - 1), "Random seed (default: a random one, recorded)")
 @option("amp", click.Choice(list(AUTOCAST)), "Autocast of the network")
+@option(
+    "compile",
+    click.Choice(COMPILE_MODES[:2]),
+    "torch.compile of the network (--compile is --compile=default); minutes to start",
+    is_flag=False,
+    flag_value="default",
+)
 @option("channels_last", bool, "Memory format of the network (default: True on the CPU)")
 @option("bench", bool, "cuDNN benchmarking")
 @click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")

@@ -6,16 +6,14 @@ import subprocess
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import torch
-
 from models import zoo
+from models.execution import AUTOCAST, COMPILE_MODES
 from solvers import SOLVERS, check_sigmas
 from solvers.loop import AFS_KINDS
 from torch_utils.errors import UserError
 from training.loss import make_rules
 from training.predictor import DEFAULTS, AMEDPredictor
 
-AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 STUDENTS = tuple(name for name, rule in SOLVERS.items() if rule.can_learn)
 TEACHERS = tuple(name for name, rule in SOLVERS.items() if rule.can_teach)
 # What may differ between the parts of one run: where and how long it runs and what it writes, not what it computes.
@@ -32,7 +30,7 @@ class TrainingOptions:
     sigmas: an explicit schedule that replaces num_steps, schedule_type and schedule_rho. batch: samples per iteration
     over all processes; batch_gpu: samples per network call of one process (None: all of its share). tick: kimg between
     lines of statistics; snap, dump: ticks between snapshots of the predictor and between training states (None: only at
-    the end). channels_last: memory format of the network (None: on the CPU only).
+    the end). compile: "default" compiles the network. channels_last: memory format of the network (None: on the CPU only).
     """
 
     dataset_name: str
@@ -66,6 +64,7 @@ class TrainingOptions:
     lr: float = 5e-3
     seed: int | None = None
     amp: str = "none"
+    compile: str = "none"
     channels_last: bool | None = None
     bench: bool = True
     tick: float = 1
@@ -119,6 +118,8 @@ class TrainingOptions:
             )
         if self.amp not in AUTOCAST:
             raise UserError(f"amp={self.amp}: choose from {', '.join(AUTOCAST)}")
+        if self.compile not in COMPILE_MODES[:2]:  # a CUDA graph would overwrite activations that gradients need
+            raise UserError(f"compile={self.compile}: choose from {', '.join(COMPILE_MODES[:2])}")
         if self.afs not in AFS_KINDS:
             raise UserError(f"afs={self.afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
         make_rules(self.to_dict())

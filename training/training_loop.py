@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from models import create_model, use_tokenizer
+from models.execution import prepare_network
 from solvers.loop import afs_direction
 from solvers.schedule_file import Schedule
 from torch_utils import distributed
@@ -29,7 +30,7 @@ from torch_utils.errors import UserError
 from torch_utils.prompts import read_prompts
 from torch_utils.seeds import SeededGenerators, stream_seeds
 from training.checkpoint import save_predictor
-from training.config import AUTOCAST, TrainingOptions, code_version
+from training.config import TrainingOptions, code_version
 from training.loss import DistillationLoss
 from training.predictor import AMEDPredictor
 from training.run_folder import (
@@ -344,9 +345,7 @@ def _load_network(options: TrainingOptions, device: torch.device):
     net = create_model(
         options.dataset_name, options.model_path, options.guidance_type, options.guidance_rate, device=device
     )
-    net.autocast = AUTOCAST[options.amp]
-    if options.channels_last if options.channels_last is not None else device.type == "cpu":
-        net = net.to(memory_format=torch.channels_last)
+    prepare_network(net, options.amp, options.channels_last, options.compile)
     if options.afs:  # before a folder is made: the network may not know what afs="data" needs
         afs_direction(net, torch.zeros(1, net.img_channels, 1, 1, device=device), torch.ones(()), options.afs)
     needs_prompts = getattr(net, "takes_prompts", False)
@@ -379,6 +378,7 @@ def _provenance(net, options: TrainingOptions) -> dict:
         "batch": options.batch,
         "lr": options.lr,
         "amp": options.amp,
+        "compile": options.compile,
     }
 
 
