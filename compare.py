@@ -19,13 +19,13 @@ import shlex
 import click
 from click.core import ParameterSource
 
+from models.execution import AUTOCAST, COMPILE_MODES
 from sample import text_flags
 from solvers import SCHEDULES
 from solvers.flags import parse_afs, parse_sigmas
 from tools.comparison import compute, prepare
 from tools.comparison_report import write_report
 from torch_utils import distributed
-from training.config import AUTOCAST
 
 
 def parse_optional_afs(ctx, param, value):
@@ -90,6 +90,15 @@ def parse_optional_afs(ctx, param, value):
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images per network call")
 @click.option("--outdir", metavar="DIR", help="Default: runs/compare-<dataset_name>")
 @click.option("--amp", type=click.Choice(list(AUTOCAST)), default="none", show_default=True, help="Mixed precision")
+@click.option(
+    "--compile",
+    type=click.Choice(COMPILE_MODES),
+    default="none",
+    show_default=True,
+    is_flag=False,
+    flag_value="default",
+    help="torch.compile of the network (--compile is --compile=default); minutes to start",
+)
 @click.option("--channels_last", type=bool, help="Memory layout (default: True on the CPU)")
 @click.option("--device", help="cpu, cuda or mps (default: the best there is)")
 @click.pass_context

@@ -19,6 +19,7 @@ from click.core import ParameterSource
 
 from fid import choose_detector, find_reference, warn_about_count
 from models import create_model
+from models.execution import AUTOCAST, prepare_network
 from sample import check_text, read_text, text_flags
 from solvers import make_rule
 from solvers.flags import parse_afs, rule_flags, rule_option_names
@@ -30,7 +31,7 @@ from torch_utils.errors import UserError
 from torch_utils.frechet import FeatureStatistics, frechet_distance
 from torch_utils.image_writer import to_uint8
 from torch_utils.seeds import SeededGenerators
-from training.config import AUTOCAST, code_version
+from training.config import code_version
 
 
 def method_flags(command):
@@ -65,14 +66,10 @@ def open_network(options: dict, device: torch.device):
     net = create_model(
         options["dataset_name"], options["model_path"], options["guidance_type"], options["guidance_rate"], device
     )
-    amp = AUTOCAST[options["amp"]]
-    if amp is not None:
-        if not hasattr(net, "autocast"):
-            raise UserError(f"--amp={options['amp']} is not available for {options['dataset_name']}; use --amp=none")
-        net.autocast = amp
+    prepare_network(net, options["amp"])
     if options["class_idx"] is not None:
         net.make_cond(SeededGenerators([0]), options["class_idx"])  # what the network cannot do is said here
-    return net.to(memory_format=torch.channels_last) if device.type == "cpu" else net
+    return net
 
 
 def fid_judge(dataset_name: str, device: torch.device):

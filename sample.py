@@ -27,6 +27,7 @@ from click.core import ParameterSource
 from tqdm import tqdm
 
 from models import create_model, use_tokenizer, zoo
+from models.execution import AUTOCAST, COMPILE_MODES, prepare_network
 from models.verifiers import FORMS, Verifier, judge, load_verifier
 from solvers import SOLVERS, SampleInfo, make_rule, resolve_sigmas, sample
 from solvers.flags import SCHEDULE_NAMES, rule_flags, rule_option_names, schedule_flags
@@ -42,7 +43,7 @@ from torch_utils.image_writer import ImageWriter, image_grid, save_image, to_uin
 from torch_utils.prompts import read_prompts
 from torch_utils.seeds import SeededGenerators, candidate_seed, parse_seeds
 from training.checkpoint import find_predictor, load_predictor
-from training.config import AUTOCAST, code_version
+from training.config import code_version
 
 GRID_LIMIT = 100
 RECORD = "sampling.json"
@@ -449,13 +450,7 @@ def open_network(settings: Settings, options: dict, predictor, device: torch.dev
     net = create_model(
         settings.dataset_name, options["model_path"], settings.guidance_type, settings.guidance_rate, device
     )
-    amp = AUTOCAST[options["amp"]]
-    if amp is not None:
-        if not hasattr(net, "autocast"):
-            raise UserError(f"--amp={options['amp']} is not available for {settings.dataset_name}; use --amp=none")
-        net.autocast = amp
-    if options["channels_last"] or (options["channels_last"] is None and device.type == "cpu"):
-        net.to(memory_format=torch.channels_last)
+    prepare_network(net, options["amp"], options["channels_last"], options["compile"])
     # What the network cannot do is said before anything is written.
     if options["class_idx"] is not None:
         net.make_cond(SeededGenerators([0]), options["class_idx"])
@@ -523,6 +518,7 @@ def recorded_settings(settings: Settings, options: dict, net, predictor_file: Pa
         "sigmas": sigmas.tolist(),
         "class": options["class_idx"],
         "amp": options["amp"],
+        **({"compile": options["compile"]} if options["compile"] != "none" else {}),
         "network_sha256": net.weights_hash,
         "predictor_sha256": sha256_of(predictor_file) if predictor_file is not None else None,
     }
@@ -715,6 +711,16 @@ def _plain_solvers() -> str:
 @click.option("--overwrite", type=bool, default=False, show_default=True, help="Redo images that exist already")
 @click.option("--amp", type=click.Choice(list(AUTOCAST)), default="none", show_default=True, help="Mixed precision")
 @click.option("--use_fp16", type=bool, default=False, show_default=True, help="The same as --amp=fp16")
+@click.option(
+    "--compile",
+    type=click.Choice(COMPILE_MODES),
+    default="none",
+    show_default=True,
+    is_flag=False,
+    flag_value="default",
+    help="torch.compile of the network (--compile is --compile=default); minutes to start. reduce-overhead records CUDA"
+    " graphs, for small batches",
+)
 @click.option("--channels_last", type=bool, help="Memory layout (default: True on the CPU)")
 @click.option("--device", help="cpu, cuda or mps (default: the best there is)")
 @click.pass_context

@@ -16,12 +16,13 @@ from dataclasses import fields
 import click
 from click.core import ParameterSource
 
+from models.execution import AUTOCAST, COMPILE_MODES
 from solvers import SCHEDULES
 from solvers.schedule_file import schedule_file_flag, use_schedule
 from solvers.span import PRESETS
 from torch_utils import distributed
 from torch_utils.errors import UserError
-from training.config import AUTOCAST, CHANGEABLE, STUDENTS, TEACHERS, TrainingOptions
+from training.config import CHANGEABLE, STUDENTS, TEACHERS, TrainingOptions
 from training.final_config import CHANGEABLE_FINAL, FinalOptions
 from training.final_loop import train_student
 from training.final_loss import own_code
@@ -163,6 +164,13 @@ WEIGHT = click.FloatRange(min=0)
 @option("checkpointing", bool, "Less memory: activations of the network are computed again for the gradient")
 @option("seed", click.IntRange(0, (1 << 63) - 1), "Random seed (default: a random one, recorded)")
 @option("amp", click.Choice(list(AUTOCAST)), "Autocast of the network")
+@option(
+    "compile",
+    click.Choice(COMPILE_MODES[:2]),
+    "torch.compile of the network (--compile is --compile=default); minutes to start",
+    is_flag=False,
+    flag_value="default",
+)
 @option("channels_last", bool, "Memory format of the network (default: True on the CPU)")
 @option("bench", bool, "cuDNN benchmarking")
 @click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")

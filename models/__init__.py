@@ -56,12 +56,14 @@ def create_model(
     the classifier lies beside ``model_path``, under its published name. guidance_type: None is the network's default;
     guidance_rate: None is 7.5 under "cfg" (diffusers: the pipeline's default) and 1 under "cg".
 
-    The result also has ``dataset_name``, ``source_path`` and ``weights_hash``: the SHA-256 of the file, or of the list of
+    On the CPU its convolution weights lie channels last (``models.execution.prepare_network`` changes that, the precision, and
+    whether it is compiled). The result also has ``dataset_name``, ``source_path`` and ``weights_hash``: the SHA-256 of the file, or of the list of
     hashes where a classifier or a description belongs to the network.
 
     Raises UserError for unknown names, guidance that the network does not take, and files that are not this network.
     """
     from models import zoo
+    from models.execution import prepare_network
 
     card = zoo.find_card(dataset_name)
     if dataset_name == zoo.DIFFUSERS:
@@ -93,10 +95,7 @@ def create_model(
     net.dataset_name = dataset_name
     net.source_path = str(path)
     net.weights_hash = _hash_files(path, classifier, config)
-    if torch.device(device).type == "cpu":
-        # Convolutions run a quarter faster on channels-last memory, which their weights impose on what follows.
-        net = net.to(memory_format=torch.channels_last)
-    return net.eval().requires_grad_(False)
+    return prepare_network(net.eval().requires_grad_(False))
 
 
 def use_tokenizer(net: Denoiser, folder: str | Path) -> None:

@@ -35,6 +35,12 @@ class Denoiser(torch.nn.Module):
     evals_per_call: int = 1
     data_mean: torch.Tensor | None = None
     data_std: float | None = None
+    compiled = None  # models.execution.CompiledForward, which then stands in for forward
+
+    def __call__(self, x, sigma, *args, **cond):
+        if self.compiled is None or args:
+            return super().__call__(x, sigma, *args, **cond)
+        return self.compiled(x, sigma, cond)
 
     @property
     def bottleneck(self) -> torch.nn.Module:
@@ -61,35 +67,52 @@ class Denoiser(torch.nn.Module):
         return x
 
 
+def bottleneck_map(feature, batch: int) -> torch.Tensor:
+    """What the predictor reads of a bottleneck module's output [B',C,H,W] (or a tuple that begins with it): [batch,8,8].
+
+    That is the channel mean, without a gradient. Under guidance the conditional rows, which come last, are taken.
+    """
+    feature = (feature[0] if isinstance(feature, tuple) else feature).detach()
+    if feature.shape[0] != batch:
+        feature = feature[-batch:]
+    feature = feature.mean(dim=1)
+    if feature.shape[-2:] != (BOTTLENECK_SIZE, BOTTLENECK_SIZE):
+        feature = F.adaptive_avg_pool2d(feature.unsqueeze(1), BOTTLENECK_SIZE).squeeze(1)
+    return feature
+
+
 class BottleneckReader:
-    """Holds the channel mean of the bottleneck feature of the latest call of a denoiser, [B,8,8]."""
+    """Holds the bottleneck feature of the latest call of a denoiser."""
 
-    def __init__(self, net: torch.nn.Module):
-        self._evals_per_call = getattr(net, "evals_per_call", 1)
-        self._feature: torch.Tensor | None = None
+    def __init__(self):
+        self._feature = None
 
-    def _hook(self, module, inputs, output) -> None:
-        self._feature = output[0] if isinstance(output, tuple) else output
+    def keep(self, feature) -> None:
+        """feature: the bottleneck module's output, or the finished map [B,8,8]."""
+        self._feature = feature
 
     def read(self, batch: int) -> torch.Tensor:
-        """The feature of the latest call, detached. Under guidance the conditional rows, which come last, are taken."""
+        """The map of the latest call, [batch,8,8]; see ``bottleneck_map``."""
         if self._feature is None:
             raise RuntimeError("the denoiser's bottleneck module was not run by the latest call")
-        feature = self._feature.detach()
-        if feature.shape[0] != batch:
-            feature = feature[-batch:]
-        feature = feature.mean(dim=1)
-        if feature.shape[-2:] != (BOTTLENECK_SIZE, BOTTLENECK_SIZE):
-            feature = F.adaptive_avg_pool2d(feature.unsqueeze(1), BOTTLENECK_SIZE).squeeze(1)
-        self._feature = None
-        return feature
+        feature, self._feature = self._feature, None
+        is_map = isinstance(feature, torch.Tensor) and feature.ndim == 3
+        return feature.detach() if is_map else bottleneck_map(feature, batch)
 
 
 @contextmanager
 def read_bottleneck(net: torch.nn.Module):
-    """Yields a BottleneckReader attached to ``net.bottleneck`` and detaches it afterwards."""
-    reader = BottleneckReader(net)
-    handle = net.bottleneck.register_forward_hook(reader._hook)
+    """Yields a BottleneckReader attached to ``net`` and detaches it afterwards.
+
+    It is attached by a hook on ``net.bottleneck``; a compiled graph, which would not see it, returns the map itself.
+    """
+    reader = BottleneckReader()
+    compiled = getattr(net, "compiled", None)
+    if compiled is not None:
+        with compiled.shown_to(reader):
+            yield reader
+        return
+    handle = net.bottleneck.register_forward_hook(lambda module, inputs, output: reader.keep(output))
     try:
         yield reader
     finally:

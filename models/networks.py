@@ -68,11 +68,14 @@ class Conv2d(nn.Module):
             shape = [out_channels, in_channels, kernel, kernel]
             self.weight = _init(shape, in_channels * area, out_channels * area, init, gain)
             self.bias = nn.Parameter(torch.zeros(out_channels))
+        self._box = tuple(resample_filter) == (1, 1)
         taps = torch.as_tensor(resample_filter, dtype=torch.float32)
         taps = torch.outer(taps, taps) / taps.sum().square()
         self.register_buffer("resample_filter", taps[None, None] if up or down else None)
 
     def _resample(self, x, padding):
+        if self._box and not padding:  # the same as the convolutions below: every pixel four times, the mean of four
+            return F.interpolate(x, scale_factor=2, mode="nearest") if self.up else F.avg_pool2d(x, 2)
         channels = x.shape[1]
         taps = self.resample_filter.to(x.dtype)
         if self.up:
@@ -198,7 +201,8 @@ class UNetBlock(nn.Module):
         batch, channels, height, width = x.shape
         # The official layout interleaves q, k, v within each head: [heads, channels per head, 3].
         qkv = self.qkv(self.norm2(x)).reshape(batch, self.num_heads, channels // self.num_heads, 3, height * width)
-        q, k, v = (t.transpose(-1, -2) for t in qkv.unbind(3))
+        # Fused kernels need the channels of a head side by side in memory.
+        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous().unbind(0)
         a = F.scaled_dot_product_attention(q, k, v)
         return self.proj(a.transpose(-1, -2).reshape(batch, channels, height, width))
 

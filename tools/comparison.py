@@ -591,6 +591,7 @@ class Comparison:
             flags |= {name: getattr(settings, name) or None for name in ("denoise_to_zero", "original_code")}
         flags |= {name: options[name] for name in TEXT_OPTIONS}
         flags |= {"model_path": options["model_path"], "amp": None if options["amp"] == "none" else options["amp"]}
+        flags["compile"] = None if options["compile"] == "none" else options["compile"]
         flags["seeds"] = f"{self.protocol.first}-{self.protocol.first + self.protocol.num - 1}"
         given = (f"--{name}={shlex.quote(_short(value))}" for name, value in flags.items() if value is not None)
         return " ".join(["python sample.py", *given])

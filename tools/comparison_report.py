@@ -69,6 +69,7 @@ def make_facts(comparison: Comparison, command: str) -> dict:
         "reference solution": solution if protocol.num_reference else "none",
         "sigma": f"{comparison.range[0]:g} to {comparison.range[1]:g}",
         "amp": options["amp"],
+        "compile": options["compile"],
         "code": comparison.code,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -6,16 +6,14 @@ import subprocess
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-import torch
-
 from models import zoo
+from models.execution import AUTOCAST, COMPILE_MODES
 from solvers import SOLVERS, check_sigmas
 from solvers.loop import AFS_KINDS
 from torch_utils.errors import UserError
 from training.loss import make_rules
 from training.predictor import DEFAULTS, AMEDPredictor
 
-AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 STUDENTS = tuple(name for name, rule in SOLVERS.items() if rule.can_learn)
 TEACHERS = tuple(name for name, rule in SOLVERS.items() if rule.can_teach)
 # What may differ between the parts of one run: where and how long it runs and what it writes, not what it computes.
@@ -34,8 +32,9 @@ class RunOptions:
     networks, one drawn per sample; tokenizer_path: a local folder in place of the network's tokenizer from the hub.
     batch: samples per iteration over all processes; batch_gpu: samples per network call of one process (None: all of its
     share). tick: kimg between lines of statistics; snap, dump: ticks between snapshots of the student and between
-    training states (None: only at the end). channels_last: memory format of the network (None: on the CPU only). checkpointing:
-    activations of the network are not kept for the gradient but computed again.
+    training states (None: only at the end). compile: "default" compiles the network. channels_last: memory format of the
+    network (None: on the CPU only). checkpointing: activations of the network are not kept for the gradient but computed
+    again.
     """
 
     dataset_name: str
@@ -56,6 +55,7 @@ class RunOptions:
     batch_gpu: int | None = None
     seed: int | None = None
     amp: str = "none"
+    compile: str = "none"
     channels_last: bool | None = None
     checkpointing: bool = False
     bench: bool = True
@@ -103,6 +103,8 @@ class RunOptions:
             )
         if self.amp not in AUTOCAST:
             raise UserError(f"amp={self.amp}: choose from {', '.join(AUTOCAST)}")
+        if self.compile not in COMPILE_MODES[:2]:  # a CUDA graph would overwrite activations that gradients need
+            raise UserError(f"compile={self.compile}: choose from {', '.join(COMPILE_MODES[:2])}")
         if self.afs not in self.afs_kinds:
             raise UserError(f"afs={self.afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
 

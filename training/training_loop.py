@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from models import create_model, use_tokenizer
+from models.execution import prepare_network
 from solvers.loop import afs_direction
 from solvers.schedule_file import Schedule
 from torch_utils import distributed
@@ -19,7 +20,7 @@ from torch_utils.errors import UserError
 from torch_utils.prompts import read_prompts
 from torch_utils.seeds import stream_seeds
 from training.checkpoint import save_predictor
-from training.config import AUTOCAST, RunOptions, TrainingOptions
+from training.config import RunOptions, TrainingOptions
 from training.inputs import draw_inputs
 from training.loss import DistillationLoss, Lesson
 from training.predictor import AMEDPredictor
@@ -215,9 +216,7 @@ def load_network(options: RunOptions, device: torch.device):
     net = create_model(
         options.dataset_name, options.model_path, options.guidance_type, options.guidance_rate, device=device
     )
-    net.autocast = AUTOCAST[options.amp]
-    if options.channels_last is not None:
-        net = net.to(memory_format=torch.channels_last if options.channels_last else torch.contiguous_format)
+    prepare_network(net, options.amp, options.channels_last, options.compile)
     needs_prompts = getattr(net, "takes_prompts", False)
     options.check_prompts(needs_prompts)
     if options.tokenizer_path is not None:
@@ -278,7 +277,7 @@ def train_predictor(
         checkpointing=options.checkpointing,
         device=device,
     )
-    provenance = provenance_of(net, options, ("seed", "batch", "lr", "amp", "teacher_cache"))
+    provenance = provenance_of(net, options, ("seed", "batch", "lr", "amp", "compile", "teacher_cache"))
     elapsed = 0.0
     if resume:
         elapsed = restore(distiller, options, on_main(load_newest_state, run_dir), net, run_dir)

@@ -1,0 +1,112 @@
+"""How fast a network runs and in which precision: autocast, memory format, torch.compile.
+
+``prepare_network`` is what the command lines call. A compiled denoiser is one graph without breaks, in which the noise level is a
+number per sample and from which the bottleneck comes as a second output.
+"""
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+
+import torch
+from torch._dynamo.exc import TorchDynamoException
+
+from models.denoiser import BottleneckReader, Denoiser, bottleneck_map
+from torch_utils.errors import UserError
+
+AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The modes of torch.compile. The last two record CUDA graphs, for small batches, whose kernels are shorter than their launch.
+COMPILE_MODES = ("none", "default", "reduce-overhead", "max-autotune")
+_CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
+
+
+def prepare_network(
+    net: Denoiser, amp: str = "none", channels_last: bool | None = None, compile_mode: str = "none"
+) -> Denoiser:
+    """Sets precision, memory format and compilation of a loaded network, in place; returns it.
+
+    amp: a key of AUTOCAST; around the network only, the solvers' arithmetic stays as it is. channels_last: None is True on
+    the CPU, where convolutions are a quarter faster for it, and False elsewhere: on CUDA group normalisation knows only the
+    other format. compile_mode: one of COMPILE_MODES.
+    """
+    if amp not in AUTOCAST:
+        raise UserError(f"amp={amp}: choose from {', '.join(AUTOCAST)}")
+    if AUTOCAST[amp] is not None and not hasattr(net, "autocast"):
+        raise UserError(
+            f"--amp={amp} is not available for {getattr(net, 'dataset_name', 'this network')}; use --amp=none"
+        )
+    net.autocast = AUTOCAST[amp]
+    if channels_last is None:
+        channels_last = next(net.parameters()).device.type == "cpu"
+    net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    if compile_mode not in COMPILE_MODES:
+        raise UserError(f"compile={compile_mode}: choose from {', '.join(COMPILE_MODES)}")
+    net.compiled = None if compile_mode == "none" else CompiledForward(net, compile_mode)
+    return net
+
+
+class CompiledForward:
+    """The compiled ``forward`` of a denoiser; called by the denoiser as (x, sigma, cond).
+
+    A batch smaller than the largest one so far is filled up with copies of its last sample: that costs less than another
+    graph, and the last batch of a run is mostly smaller than the others.
+    """
+
+    def __init__(self, net: Denoiser, mode: str = "default", backend: str = "inductor"):
+        self.net, self.mode, self.batch = net, mode, 0
+        self._reader: BottleneckReader | None = None
+        self._feature = None
+        if hasattr(net, "sigma_inv"):  # tables that the first call puts on the device would make the second a new graph
+            net.sigma_inv(torch.ones(1, device=next(net.parameters()).device))
+        # Put there before anything is compiled, so that it becomes part of the graph.
+        net.bottleneck.register_forward_hook(self._keep)
+        own_mode = {} if mode == "default" else {"mode": mode}
+        self.graph = torch.compile(self._both, fullgraph=True, dynamic=False, backend=backend, **own_mode)
+
+    def _keep(self, module, inputs, output) -> None:
+        self._feature = output
+
+    def _both(self, x, sigma, cond) -> tuple[torch.Tensor, torch.Tensor]:
+        """(denoised image [B,C,H,W], bottleneck map [B,8,8])."""
+        image = self.net.forward(x, sigma, **cond)
+        feature, self._feature = self._feature, None
+        return image, bottleneck_map(feature, x.shape[0])
+
+    @contextmanager
+    def shown_to(self, reader: BottleneckReader):
+        """Within the context ``reader`` gets the map of every call."""
+        self._reader = reader
+        try:
+            yield
+        finally:
+            self._reader = None
+
+    def arguments(self, x: torch.Tensor, sigma, cond: Mapping) -> tuple:
+        """What the graph gets: always of the same kind and size, as every new kind is minutes of compilation."""
+        count = x.shape[0]
+        missing = max(self.batch - count, 0)
+        self.batch = count + missing
+        x = x.to(torch.float32)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1).expand(count)
+
+        def fill(value):
+            if not isinstance(value, torch.Tensor):
+                return value
+            if missing and value.ndim and value.shape[0] == count:
+                value = torch.cat([value, value[-1:].expand(missing, *value.shape[1:])])
+            return value.contiguous()
+
+        return fill(x), fill(sigma), {name: fill(value) for name, value in cond.items()}
+
+    def __call__(self, x: torch.Tensor, sigma, cond: Mapping) -> torch.Tensor:
+        recorded = x.is_cuda and self.mode in _CUDA_GRAPHS
+        if recorded:
+            torch.compiler.cudagraph_mark_step_begin()
+        try:
+            image, feature = self.graph(*self.arguments(x, sigma, cond))
+        except TorchDynamoException as exc:
+            reason = str(exc).strip().partition("\n")[0][:200]
+            raise UserError(f"--compile={self.mode}: torch.compile failed ({reason}); leave --compile out") from exc
+        if self._reader is not None:
+            self._reader.keep(feature[: len(x)].clone() if recorded else feature[: len(x)])
+        # The next run of a CUDA graph overwrites its results, which solvers keep.
+        return image[: len(x)].clone() if recorded else image[: len(x)]
