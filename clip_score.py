@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 from models.clip import DEFAULT_CLIP, ClipNetwork
 from torch_utils import distributed
+from torch_utils.cli import SEED, Group, offline_flag
 from torch_utils.errors import UserError
 from torch_utils.frechet import read_batches
-from torch_utils.image_data import ImageSource, atomic_path
+from torch_utils.image_data import ImageSource, atomic_path, check_destination
 from torch_utils.prompts import read_prompts, seed_of
 
 _EXAMPLES = 5  # how many of the images that were left out are named
@@ -201,7 +202,7 @@ def _report(what: str, names: list[str], total: int) -> None:
         print(f"Warning: {len(names)} of {total} images {what} and are left out: {examples}", file=sys.stderr)
 
 
-@click.group()
+@click.group(cls=Group)
 def main():
     """CLIP score of images and their captions."""
 
@@ -218,13 +219,16 @@ def main():
     default=None,
     help="Take this many of the images that have a caption, at random (default: all)",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed of that choice")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed of that choice")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images per network call")
 @click.option("--json", "json_path", default=None, metavar="FILE", help="Also write the result to this file")
 @click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")
 @click.option("--amp", type=bool, default=False, show_default=True, help="Half precision: faster, slightly different")
+@offline_flag
 def calc(json_path, device, **options):
     """CLIP score of images; prints 'CLIP score 0.3012 images=... model=... weights=...'."""
+    if json_path is not None:
+        check_destination(json_path, "--json")
     device = distributed.init(device)
     try:
         result = calculate_clip_score(device=device, **options)

@@ -22,17 +22,18 @@ from click.core import ParameterSource
 from models.execution import AUTOCAST, COMPILE_MODES
 from sample import text_flags
 from solvers import SCHEDULES
-from solvers.flags import parse_afs, parse_sigmas
+from solvers.flags import POSITIVE, parse_afs, parse_sigmas
 from tools.comparison import compute, prepare
 from tools.comparison_report import write_report
 from torch_utils import distributed
+from torch_utils.cli import Command, Number, offline_flag
 
 
 def parse_optional_afs(ctx, param, value):
     return None if value is None else parse_afs(ctx, param, value)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--dataset_name", metavar="NAME", help="Network: digits, cifar10, ...")
 @click.option("--model_path", metavar="FILE", help="The network's file (default: embedded or downloaded)")
 @click.option(
@@ -76,13 +77,13 @@ def parse_optional_afs(ctx, param, value):
     help="Steps of the reference solution (Heun, 2 evaluations each)",
 )
 @click.option("--schedule_type", type=click.Choice(list(SCHEDULES)), help="For all solvers (default: customary)")
-@click.option("--schedule_rho", type=float, help="Its exponent")
-@click.option("--sigma_min", type=float, help="Last noise level (default: the network's)")
-@click.option("--sigma_max", type=float, help="First noise level (default: the network's)")
+@click.option("--schedule_rho", type=POSITIVE, help="Its exponent")
+@click.option("--sigma_min", type=POSITIVE, help="Last noise level (default: the network's)")
+@click.option("--sigma_max", type=POSITIVE, help="First noise level (default: the network's)")
 @click.option("--sigmas", metavar="S,S,...", callback=parse_sigmas, help="Explicit noise levels for all solvers")
 @click.option("--afs", metavar="True|False|data", callback=parse_optional_afs, help="Free first step, for all solvers")
 @click.option("--guidance_type", metavar="NAME", help="Guidance, where the network takes one")
-@click.option("--guidance_rate", type=float, help="Its strength")
+@click.option("--guidance_rate", type=Number(), help="Its strength")
 @text_flags("the number of a caption being its seed")
 @click.option("--ref", metavar="NPZ|URL|NAME", help="FID reference statistics (default: those of the network)")
 @click.option("--detector", metavar="NAME|PATH", help="Default: the reference's, else inception")
@@ -101,6 +102,7 @@ def parse_optional_afs(ctx, param, value):
 )
 @click.option("--channels_last", type=bool, help="Memory layout (default: True on the CPU)")
 @click.option("--device", help="cpu, cuda or mps (default: the best there is)")
+@offline_flag
 @click.pass_context
 def main(ctx, **options):
     """Compares solvers and trained predictors on one network, the same seeds and the same noise range."""

@@ -12,9 +12,9 @@ With --detector=digits (and --ref=digits) features come from the embedded digit 
 comparable with the usual, Inception FID.
 """
 
+import hashlib
 import json
 import sys
-import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,10 +28,12 @@ from tqdm import tqdm
 from models import zoo
 from models.detectors import KNOWN, FeatureDetector, cache_dir, is_published_inception, load_detector
 from torch_utils import distributed
+from torch_utils.arrays import read_npz
+from torch_utils.cli import SEED, Group, offline_flag
 from torch_utils.download import download_file
 from torch_utils.errors import UserError
 from torch_utils.frechet import FeatureStatistics, Reference, compute_statistics, frechet_distance
-from torch_utils.image_data import ImageSource, atomic_path
+from torch_utils.image_data import ImageSource, atomic_path, check_destination
 
 _USUAL_COUNT = 10_000  # below this the bias of FID makes figures of different sample sizes incomparable
 
@@ -58,7 +60,9 @@ def find_reference(ref: str) -> Reference:
     if ref in zoo.CARDS:
         return Reference.load(zoo.resolve_fid_ref(ref))
     if ref.startswith(("http://", "https://")):
-        path = cache_dir() / "fid-refs" / (Path(urlparse(ref).path).name or "reference.npz")
+        # Files of one name from two addresses are two files.
+        name = f"{hashlib.sha256(ref.encode()).hexdigest()[:12]}-{Path(urlparse(ref).path).name or 'reference.npz'}"
+        path = cache_dir() / "fid-refs" / name
         with distributed.local_main_first():
             if distributed.local_rank() == 0 and not path.is_file():
                 download_file([ref], path, desc=path.name, hint="pass a local file as --ref")
@@ -156,9 +160,11 @@ def _from_cache(
     rows, error = None, None
     if distributed.rank() == 0 and path.exists():
         try:
-            with np.load(path, allow_pickle=False) as data:
-                keys, features, digest = data["keys"], data["features"], str(data["detector_sha256"])
-        except (OSError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile) as exc:
+            data = read_npz(path)
+            keys, features, digest = data["keys"], data["features"], str(data["detector_sha256"])
+            if features.shape != (len(keys), detector.feature_dim) or features.dtype.kind != "f":
+                raise ValueError(f"features {list(features.shape)} of {len(keys)} images")
+        except (ValueError, KeyError, TypeError) as exc:
             error = UserError(f"--feature-cache={path}: not a feature cache ({exc}); name another file or delete it")
         else:
             known = {str(key): row for row, key in enumerate(keys)} if digest == detector.digest else {}
@@ -235,7 +241,7 @@ def warn_about_count(count: int, detector: FeatureDetector) -> None:
         print(f"Note: {message} (published figures: 50000)", file=sys.stderr)
 
 
-@click.group()
+@click.group(cls=Group)
 def main():
     """Fréchet inception distance (FID): calc, or ref to make reference statistics."""
 
@@ -250,15 +256,19 @@ def main():
     default=None,
     help="Take this many images at random (default: all)",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed of that choice")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed of that choice")
 @click.option("--batch", type=click.IntRange(min=1), default=250, show_default=True, help="Images per network call")
 @click.option("--detector", default=None, metavar="NAME|PATH", help="Default: the reference's, else inception")
 @click.option("--feature-cache", "--feature_cache", default=None, metavar="NPZ", help="Keep and reuse features here")
 @click.option("--json", "json_path", default=None, metavar="FILE", help="Also write the result to this file")
 @click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")
 @click.option("--trust", type=bool, default=False, show_default=True, help="Run a TorchScript detector not known here")
+@offline_flag
 def calc(images, ref, num, seed, batch, detector, feature_cache, json_path, device, trust):
     """FID of images to a reference; prints 'FID 12.3456 images=... detector=... weights=... ref=...'."""
+    for flag, path in (("--json", json_path), ("--feature-cache", feature_cache)):
+        if path is not None:
+            check_destination(path, flag)
     device = distributed.init(device)
     try:
         result = calculate_fid(
@@ -294,13 +304,15 @@ def calc(images, ref, num, seed, batch, detector, feature_cache, json_path, devi
     default=None,
     help="Take this many images at random (default: all)",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed of that choice")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed of that choice")
 @click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")
 @click.option("--trust", type=bool, default=False, show_default=True, help="Run a TorchScript detector not known here")
+@offline_flag
 def ref(data, dest, batch, detector, num, seed, device, trust):
     """Reference statistics of a data set, for --ref."""
     if Path(dest).suffix != ".npz":
         raise UserError(f"--dest={dest}: must end in .npz")
+    check_destination(dest, "--dest")
     device = distributed.init(device)
     try:
         source = ImageSource(data)

@@ -22,13 +22,15 @@ from models import create_model
 from models.execution import AUTOCAST, prepare_network
 from sample import check_text, read_text, text_flags
 from solvers import make_rule
-from solvers.flags import parse_afs, rule_flags, rule_option_names
+from solvers.flags import POSITIVE, flag_type, parse_afs, rule_flags, rule_option_names
 from solvers.optimize import METHODS, Problem, optimize
 from solvers.schedule_file import Schedule, save_schedule
 from torch_utils import distributed
+from torch_utils.cli import SEED, Command, Number, offline_flag
 from torch_utils.distributed import together
 from torch_utils.errors import UserError
 from torch_utils.frechet import FeatureStatistics, frechet_distance
+from torch_utils.image_data import check_destination
 from torch_utils.image_writer import to_uint8
 from torch_utils.seeds import SeededGenerators
 from training.config import code_version
@@ -43,9 +45,7 @@ def method_flags(command):
         if any(option.kind != kind for option in users.values()):
             raise TypeError(f"the methods {', '.join(users)} disagree about the type of their option '{name}'")
         text = "; ".join(f"{key}: {option.help} (default: {option.default})" for key, option in users.items())
-        command = click.option(f"--{name}", type=click.Choice(kind) if isinstance(kind, tuple) else kind, help=text)(
-            command
-        )
+        command = click.option(f"--{name}", type=flag_type(kind), help=text)(command)
     return command
 
 
@@ -55,7 +55,9 @@ def split_options(options: dict, given: set[str]) -> tuple[dict, dict]:
     known = {*rule_option_names(), *(name for entry in METHODS.values() for name in entry.options)}
     for name in sorted(known & given):
         if name not in rule and name not in method:
-            raise UserError(f"--{name} has no effect with --method={options['method']} --solver={options['solver']}")
+            raise UserError(
+                f"--{name} has no effect with --method={options['method']} --solver={options['solver']}; leave it out"
+            )
     return (
         {name: options[name] for name in rule if name in given},
         {name: options[name] for name in method if name in given},
@@ -113,8 +115,7 @@ def run(options: dict, given: set[str], device: torch.device) -> None:
     solver_options, method_options = split_options(options, given)
     dest = Path(options["dest"])
     distributed.barrier()  # nobody looks for the file while a faster process may be writing it
-    if dest.is_dir():
-        raise UserError(f"--dest={dest} is a folder; name the file to write")
+    check_destination(dest, "--dest")
     if dest.exists() and not options["overwrite"]:
         raise UserError(f"{dest} exists: choose another --dest, or --overwrite=True to replace it")
     text = read_text(options["prompt"], options["dataset_name"], [])
@@ -147,16 +148,16 @@ def run(options: dict, given: set[str], device: torch.device) -> None:
     problem.drop_state()
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--method", type=click.Choice(list(METHODS)), default="gits", show_default=True, help="How it is found")
 @click.option("--dataset_name", metavar="NAME", required=True, help="Network: digits, cifar10, ...")
 @click.option("--model_path", metavar="FILE", help="The network's file (default: embedded or downloaded)")
 @click.option("--guidance_type", metavar="NAME", help="Guidance, where the network takes one")
-@click.option("--guidance_rate", type=float, help="Its strength")
+@click.option("--guidance_rate", type=Number(), help="Its strength")
 @click.option("--solver", metavar="NAME", default="ipndm", show_default=True, help="Solver the schedule is for")
 @click.option("--num_steps", type=click.IntRange(min=2), default=6, show_default=True, help="Intervals + 1")
-@click.option("--sigma_min", type=float, help="Last noise level (default: the network's)")
-@click.option("--sigma_max", type=float, help="First noise level (default: the network's)")
+@click.option("--sigma_min", type=POSITIVE, help="Last noise level (default: the network's)")
+@click.option("--sigma_max", type=POSITIVE, help="First noise level (default: the network's)")
 @click.option(
     "--afs",
     default="False",
@@ -167,7 +168,7 @@ def run(options: dict, given: set[str], device: torch.device) -> None:
 )
 @method_flags
 @rule_flags
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the samples that are used")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Of the samples that are used")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Samples per network call")
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Class of all samples (default: drawn)")
 @text_flags("of which every sample draws one")
@@ -175,6 +176,7 @@ def run(options: dict, given: set[str], device: torch.device) -> None:
 @click.option("--overwrite", type=bool, default=False, show_default=True, help="Replace it if it exists")
 @click.option("--amp", type=click.Choice(list(AUTOCAST)), default="none", show_default=True, help="Mixed precision")
 @click.option("--device", help="cpu, cuda or mps (default: the best there is)")
+@offline_flag
 @click.pass_context
 def main(ctx, **options):
     """Optimises the time schedule of a solver for a network and writes it to a file."""

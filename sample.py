@@ -36,6 +36,7 @@ from solvers.noise_search import ScoreFile, keep_best
 from solvers.schedule_file import Schedule, schedule_file_flag, use_schedule
 from solvers.span import SpanStudent
 from torch_utils import distributed
+from torch_utils.cli import Command, Number, offline_flag
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
 from torch_utils.image_data import atomic_path, decode_image
@@ -669,7 +670,7 @@ def _plain_solvers() -> str:
     return ", ".join(name for name, rule in SOLVERS.items() if not rule.needs_predictor)
 
 
-@click.command()
+@click.command(cls=Command, may_be_empty=("prompt", "negative_prompt"))
 @click.option("--predictor_path", metavar="N|DIR|FILE", help="Trained predictor: experiment number, folder or file")
 @click.option("--dataset_name", metavar="NAME", help="Network, where there is no predictor: digits, cifar10, ...")
 @click.option(
@@ -683,7 +684,7 @@ def _plain_solvers() -> str:
 @rule_flags
 @click.option("--denoise_to_zero", type=bool, default=False, show_default=True, help="One more evaluation at the end")
 @click.option("--guidance_type", metavar="NAME", help="Guidance, where the network takes one")
-@click.option("--guidance_rate", type=float, help="Its strength (default: 7.5 for cfg, 1 for cg)")
+@click.option("--guidance_rate", type=Number(), help="Its strength (default: 7.5 for cfg, 1 for cg)")
 @text_flags("the number of a caption being its seed")
 @click.option("--seeds", default="0-63", show_default=True, help="One image each: 0-63 or 1,2,5-10")
 @click.option(
@@ -723,6 +724,7 @@ def _plain_solvers() -> str:
 )
 @click.option("--channels_last", type=bool, help="Memory layout (default: True on the CPU)")
 @click.option("--device", help="cpu, cuda or mps (default: the best there is)")
+@offline_flag
 @click.pass_context
 def main(ctx, **options):
     """Samples images, one per seed, with a trained predictor or a plain solver."""

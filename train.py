@@ -18,9 +18,11 @@ from click.core import ParameterSource
 
 from models.execution import AUTOCAST, COMPILE_MODES
 from solvers import SCHEDULES
+from solvers.flags import POSITIVE
 from solvers.schedule_file import schedule_file_flag, use_schedule
 from solvers.span import PRESETS
 from torch_utils import distributed
+from torch_utils.cli import SEED, Command, Number, offline_flag
 from torch_utils.errors import UserError
 from training.config import CHANGEABLE, STUDENTS, TEACHERS, TrainingOptions
 from training.final_config import CHANGEABLE_FINAL, FinalOptions
@@ -77,12 +79,11 @@ def option(name, kind, text, *aliases, **more):
     return click.option(name, f"--{name}", *aliases, type=kind, help=text, **more)
 
 
-POSITIVE = click.FloatRange(0, min_open=True)
 COUNT = click.IntRange(min=1)
 WEIGHT = click.FloatRange(min=0)
 
 
-@click.command()
+@click.command(cls=Command)
 # What is trained.
 @option("dataset_name", str, "Network: digits, cifar10, ffhq, ... ('python -m models.zoo list')", default=None)
 @option(
@@ -102,7 +103,7 @@ WEIGHT = click.FloatRange(min=0)
 @option("sampler_tea", click.Choice(list(dict.fromkeys([*TEACHERS, *teachers()]))), "Teacher solver")
 @option("M", click.IntRange(min=0), "Points the teacher adds to every interval")
 @option("guidance_type", click.Choice(["cg", "cfg", "uncond", "none"]), "Guidance of the network")
-@option("guidance_rate", float, "Strength of the guidance (default: 7.5 for cfg, 1 for cg, else 0)")
+@option("guidance_rate", Number(), "Strength of the guidance (default: 7.5 for cfg, 1 for cg, else 0)")
 @option("schedule_type", click.Choice(list(SCHEDULES)), "Time schedule")
 @option("schedule_rho", POSITIVE, "Exponent of the schedule")
 @option("sigma_min", POSITIVE, "Lowest noise level (default: the network's)")
@@ -110,8 +111,8 @@ WEIGHT = click.FloatRange(min=0)
 @option("sigmas", FloatList(), "Explicit noise levels, descending; they replace num_steps and schedule_*")
 @schedule_file_flag
 @option("afs", AFSType(), "Analytical first step; 'data' uses the mean and spread of the training data")
-@option("scale_dir", click.FloatRange(0, 1, max_open=True), "Directions are scaled by up to 1 +- this")
-@option("scale_time", click.FloatRange(0, 1, max_open=True), "Noise levels shown to the network, by up to 1 +- this")
+@option("scale_dir", Number(0, 1, max_open=True), "Directions are scaled by up to 1 +- this")
+@option("scale_time", Number(0, 1, max_open=True), "Noise levels shown to the network, by up to 1 +- this")
 @option("max_order", click.IntRange(1, 4), "Order of ipndm (1-4) and dpmpp (1-3)")
 @option("predict_x0", bool, "dpmpp: predict the data rather than the noise")
 @option("lower_order_final", bool, "dpmpp: lower orders at the end")
@@ -162,7 +163,7 @@ WEIGHT = click.FloatRange(min=0)
     "Trajectories of the teacher that are kept and used again, a multiple of the batch (default: always new ones)",
 )
 @option("checkpointing", bool, "Less memory: activations of the network are computed again for the gradient")
-@option("seed", click.IntRange(0, (1 << 63) - 1), "Random seed (default: a random one, recorded)")
+@option("seed", SEED, "Random seed (default: a random one, recorded)")
 @option("amp", click.Choice(list(AUTOCAST)), "Autocast of the network")
 @option(
     "compile",
@@ -183,6 +184,7 @@ WEIGHT = click.FloatRange(min=0)
 @option("dump", COUNT, "Ticks between training states")
 @click.option("--resume", metavar="RUN", help="Continue a run: its number, its folder, or True for the newest one")
 @click.option("-n", "--dry-run", "--dry_run", "dry_run", is_flag=True, help="Print the options and quit")
+@offline_flag
 @click.pass_context
 def main(ctx, device, resume, dry_run, **values):
     """Distil an AMED predictor, or train a span student, for a pretrained network."""

@@ -163,7 +163,9 @@ def clip_folder(model: str) -> tuple[str, str | None]:
         revision = folder.name
     for name in ("config.json", "preprocessor_config.json"):
         if not (folder / name).is_file():
-            raise UserError(f"--model={model}: no CLIP model in the format of transformers, it has no {name}")
+            raise UserError(
+                f"--model={model}: no CLIP model in the format of transformers, it has no {name}; give another"
+            )
     if not has_tokenizer(folder):
         raise UserError(f"--model={model}: it has neither tokenizer.json nor vocab.json and merges.txt")
     if not _weight_files(folder):

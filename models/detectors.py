@@ -18,10 +18,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from models import fill_weights, lay_out
 from models.inception import FEATURE_DIM, load_inception
 from torch_utils.download import download_file, sha256_of
 from torch_utils.errors import UserError
 from torch_utils.image_data import atomic_path
+from torch_utils.tensor_file import json_entry
 
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 CLASSIFIER_FORMAT = "amed-classifier-1"
@@ -104,10 +106,15 @@ def load_classifier(path: str | Path) -> tuple[ConvClassifier, dict[str, str]]:
             if metadata.get("format") != CLASSIFIER_FORMAT:
                 raise UserError(f"{path}: not a classifier from tools/train_classifier.py")
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
-        model = ConvClassifier(**json.loads(metadata["config"]))
-        model.load_state_dict(state)
-    except (SafetensorError, OSError, json.JSONDecodeError, KeyError, TypeError, RuntimeError) as exc:
+        config = json_entry(metadata, "config", str(path))
+        if not all(type(value) is int and 0 < value < 1 << 20 for value in config.values()):
+            raise UserError(f"{path}: not a usable classifier file (its sizes are not whole numbers)")
+        model = lay_out(ConvClassifier, config, "a classifier")
+        fill_weights(model, state, "cpu")
+    except (SafetensorError, OSError) as exc:
         raise UserError(f"{path}: not a usable classifier file ({exc})") from None
+    except UserError as exc:
+        raise UserError(f"{path}: not a usable classifier file ({str(exc).removeprefix(f'{path}: ')})") from None
     return model.eval().requires_grad_(False), metadata
 
 
@@ -274,7 +281,9 @@ def load_detector(name_or_path: str | Path, device: torch.device | str = "cpu", 
         return ClassifierDetector(PRETRAINED / EMBEDDED[name_or_path], device, name=name_or_path)
     path = Path(name_or_path)
     if not path.is_file():
-        raise UserError(f"--detector={name_or_path}: neither a known detector ({', '.join(KNOWN)}) nor a file")
+        raise UserError(
+            f"--detector={name_or_path}: neither a known detector ({', '.join(KNOWN)}) nor a file; choose one"
+        )
     if path.suffix == ".safetensors":
         return ClassifierDetector(path, device)
     if path.suffix == ".pth":

@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from torch_utils import distributed
+from torch_utils.cli import Group
 from torch_utils.download import download_file, download_member, known_sha256, recorded_sha256, sha256_of
 from torch_utils.errors import UserError
 
@@ -374,7 +375,7 @@ def verify(card: Card) -> list[tuple[str, Path]]:
     return states
 
 
-@click.group()
+@click.group(cls=Group)
 def main():
     """The pretrained networks that this code knows."""
 

@@ -4,10 +4,19 @@ import click
 
 from solvers.rules import SOLVERS
 from solvers.schedules import SCHEDULES
+from torch_utils.cli import Number
 from torch_utils.errors import UserError
 
 SECOND_NAMES = {"r": "--solver_r"}  # torchrun takes --r for one of its own options
+POSITIVE = Number(0, min_open=True)
 SCHEDULE_NAMES = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_max")
+
+
+def flag_type(kind):
+    """The click type of an ``Option.kind``."""
+    if isinstance(kind, tuple):
+        return click.Choice(kind)
+    return Number(infinite=True) if kind is float else kind
 
 
 def rule_option_names() -> tuple[str, ...]:
@@ -27,7 +36,7 @@ def rule_flags(command):
             texts.setdefault(option.help, []).append(f"{solver} {option.default}")
         text = "; ".join(f"{help} (default: {', '.join(defaults)})" for help, defaults in texts.items())
         names = [f"--{name}", *([SECOND_NAMES[name]] if name in SECOND_NAMES else []), name]
-        command = click.option(*names, type=click.Choice(kind) if isinstance(kind, tuple) else kind, help=text)(command)
+        command = click.option(*names, type=flag_type(kind), help=text)(command)
     return command
 
 
@@ -61,9 +70,9 @@ def schedule_flags(command):
             show_default=True,
             help="Time schedule",
         ),
-        click.option("--schedule_rho", type=float, default=7, show_default=True, help="Its exponent"),
-        click.option("--sigma_min", type=float, help="Last noise level (default: the network's)"),
-        click.option("--sigma_max", type=float, help="First noise level (default: the network's)"),
+        click.option("--schedule_rho", type=POSITIVE, default=7, show_default=True, help="Its exponent"),
+        click.option("--sigma_min", type=POSITIVE, help="Last noise level (default: the network's)"),
+        click.option("--sigma_max", type=POSITIVE, help="First noise level (default: the network's)"),
         click.option(
             "--sigmas", metavar="S,S,...", callback=parse_sigmas, help="Explicit noise levels instead of a schedule"
         ),

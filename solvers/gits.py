@@ -129,7 +129,8 @@ def gits_indices(cost, num_steps: int, coeff: float = 1.15, second: int = 1, met
         raise UserError(f"coeff={coeff} must be a positive number")
     if int(num_steps) != num_steps or not 2 <= num_steps <= len(cost):
         raise UserError(
-            f"num_steps={num_steps}: {method} chooses 2 to {len(cost)} of the {len(cost)} points of the teacher's grid"
+            f"num_steps={num_steps}: {method} chooses 2 to {len(cost)} of the {len(cost)} points of the teacher's grid;"
+            " choose another num_steps or a finer grid"
         )
     jumps = np.where(np.triu(np.ones(cost.shape, bool), 1), cost, np.inf)
     jumps[0, 1 : min(second, len(cost) - 1)] = np.inf

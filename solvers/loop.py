@@ -221,7 +221,9 @@ def _within_range(net, sigmas):
     low, high = sigmas[-1].item(), sigmas[0].item()
     if low < least * (1 - RANGE_SLACK) or high > most * (1 + RANGE_SLACK):
         wrong = low if high <= most * (1 + RANGE_SLACK) else high
-        raise UserError(f"sigma={wrong:g} is outside the network's range, {least:g}..{most:g}")
+        raise UserError(
+            f"sigma={wrong:g} is outside the network's range, {least:g}..{most:g}; choose sigma_min, sigma_max or sigmas within it"
+        )
     return sigmas
 
 

@@ -93,7 +93,11 @@ class Problem:
             )
         self.sigma_min = self.net.sigma_min if self.sigma_min is None else self.sigma_min
         self.sigma_max = self.net.sigma_max if self.sigma_max is None else self.sigma_max
-        resolve_sigmas(self.net, 2, "logsnr", 1, self.sigma_min, self.sigma_max)  # says what is wrong with them
+        sigmas = resolve_sigmas(
+            self.net, 2, "logsnr", 1, self.sigma_min, self.sigma_max
+        )  # says what is wrong with them
+        if self.options:  # a file that an option names is looked at now
+            rule.bind(self.net, sigmas)
         self._started = time.perf_counter()
 
     def rule(self) -> Rule:

@@ -12,6 +12,7 @@ Each module of this package that registers a rule is found by itself (``solvers/
 d = (x - D) / sigma is the direction dx/dsigma of the probability-flow ODE throughout.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -64,7 +65,7 @@ class Option:
             return value
         if self.kind in (int, float) and not isinstance(value, bool):
             number = float(value) if isinstance(value, int | float) else None
-            if number is not None and (self.kind is float or number.is_integer()):
+            if number is not None and (number.is_integer() or (self.kind is float and not math.isnan(number))):
                 return self.kind(number)
         elif isinstance(value, self.kind):
             return value
@@ -93,7 +94,7 @@ class Rule:
         unknown = sorted(set(values) - set(self.options))
         if unknown:
             known = ", ".join(self.options) or "none"
-            raise UserError(f"{self.name} has no option '{unknown[0]}' (its options: {known})")
+            raise UserError(f"{self.name} has no option '{unknown[0]}'; it takes {known}")
         for name, option in self.options.items():
             setattr(self, name, option.check(name, values.get(name)))
         if not 1 <= self.max_order <= self.highest_order:

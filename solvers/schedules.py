@@ -17,6 +17,7 @@ def _logsnr(u, lo, hi, rho, net, original_code):
     return (math.log(hi) + u * (math.log(lo) - math.log(hi))).exp()
 
 
+MOST_STEPS = 1_000_000  # far beyond any use; larger numbers would exhaust the memory
 VP_EPS = 1e-3  # the time of sigma_min; sigma_max is at time 1
 
 
@@ -82,7 +83,9 @@ def get_schedule(
     """
     if schedule_type not in SCHEDULES:
         raise UserError(f"unknown schedule_type '{schedule_type}'; choose from {', '.join(SCHEDULES)}")
-    if int(num_steps) != num_steps or num_steps < 2:
+    if isinstance(num_steps, bool) or not (isinstance(num_steps, int | float) and 2 <= num_steps <= MOST_STEPS):
+        raise UserError(f"num_steps={num_steps}: a schedule needs a whole number of 2 to {MOST_STEPS} time stamps")
+    if int(num_steps) != num_steps:
         raise UserError(f"num_steps={num_steps}: a schedule needs at least 2 time stamps (a whole number)")
     sigma_min, sigma_max, rho = float(sigma_min), float(sigma_max), float(schedule_rho)
     if not (math.isfinite(sigma_max) and 0 < sigma_min < sigma_max):

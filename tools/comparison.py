@@ -15,7 +15,6 @@ import math
 import shlex
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,9 +44,10 @@ from solvers import SCHEDULES, SOLVERS, check_sigmas
 from solvers.flags import SCHEDULE_NAMES, parse_afs
 from solvers.schedule_file import load_schedule
 from torch_utils import distributed
+from torch_utils.arrays import read_npz
 from torch_utils.errors import UserError
 from torch_utils.frechet import FeatureStatistics, Reference, frechet_distance
-from torch_utils.image_data import atomic_path
+from torch_utils.image_data import atomic_path, check_destination
 from torch_utils.image_writer import to_uint8
 from training.checkpoint import find_predictor, load_predictor
 from training.config import code_version
@@ -159,7 +159,7 @@ def parse_method(text: str, common: dict, everywhere: dict) -> Method:
             own[name] = _parse_value(text, name, value, kind)
         else:
             known = ", ".join(dict.fromkeys([*rule.options, *SCHEDULE_SETTINGS, SCHEDULE_FILE]))
-            raise UserError(f"--solvers={text}: {solver} has no option '{name}' (its options: {known})")
+            raise UserError(f"--solvers={text}: {solver} has no option '{name}'; choose from {known}")
     file = own.pop(SCHEDULE_FILE, None)
     values = dict(PRESETS.get(solver, POLYNOMIAL))
     for layer in (everywhere, own):
@@ -175,7 +175,10 @@ def parse_method(text: str, common: dict, everywhere: dict) -> Method:
     schedule = {name: values.pop(name) for name in tuple(values) if name in SCHEDULE_SETTINGS}
     settings = Settings(solver=solver, **common, **schedule, options=values)
     method = Method(text.strip(), settings, schedule=file)
-    method.settings.rule()  # refuses what does not go together
+    try:
+        method.settings.rule()  # refuses what does not go together
+    except UserError as error:
+        raise UserError(f"--solvers={text}: {error}") from None
     return method
 
 
@@ -243,7 +246,7 @@ def parse_nfe(text: str) -> list[int]:
     except ValueError:
         raise UserError(f"--nfe={text}: write whole numbers like 3,4,5,6,8,10") from None
     if values[0] < 1:
-        raise UserError(f"--nfe={text}: no solver can spend {values[0]} evaluations; the least is 1")
+        raise UserError(f"--nfe={text}: no solver can spend {values[0]} evaluations; choose 1 or more")
     return values
 
 
@@ -326,9 +329,8 @@ def digest_of(content) -> str:
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as data:
-            return {name: data[name] for name in data.files}
-    except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as exc:
+        return read_npz(path)
+    except UserError as exc:
         raise UserError(f"{path}: a damaged file of the cache ({exc}); delete it and run again") from None
 
 
@@ -776,6 +778,7 @@ def prepare(options: dict, given: set[str], device: torch.device) -> tuple[Compa
     folder = Path(options["outdir"] or f"runs/compare-{options['dataset_name']}")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--outdir={folder} is a file; choose a folder")
+    check_destination(folder / "results.csv", "--outdir")
     options = options | {"outdir": str(folder), "class_idx": None}
     seeds = list(range(protocol.first, protocol.first + protocol.num))
     prompts = read_text(options["prompt"], options["dataset_name"], seeds)

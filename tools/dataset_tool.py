@@ -20,12 +20,15 @@ from tqdm import tqdm
 if not __package__:  # run as a file: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from torch_utils.arrays import npz_names, read_npz
+from torch_utils.cli import Command
 from torch_utils.errors import UserError
 from torch_utils.image_data import ImageSource, atomic_path, evenly_spaced
 
 _IMAGE_KEYS = ("images", "x", "data")
 _LABEL_KEYS = ("labels", "y")
 _IMAGES_PER_FOLDER = 1000
+_MOST_BYTES = 1 << 36  # of an npz file, which is read as a whole; more images come in a folder or a zip
 
 
 def parse_resolution(text: str | None) -> tuple[int, int] | None:
@@ -43,18 +46,12 @@ class ArraySource:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            with np.load(path, allow_pickle=False) as data:
-                image_key = _first_key(data.files, _IMAGE_KEYS)
-                if image_key is None:
-                    raise UserError(f"{path}: no array named {' or '.join(_IMAGE_KEYS)}; it holds {data.files}")
-                images = data[image_key]
-                label_key = _first_key(data.files, _LABEL_KEYS)
-                labels = None if label_key is None else data[label_key]
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, AttributeError) as exc:
-            if isinstance(exc, UserError):
-                raise
-            raise UserError(f"{path}: not a readable npz file of plain arrays ({exc})") from None
+        names = npz_names(path)
+        image_key, label_key = _first_key(names, _IMAGE_KEYS), _first_key(names, _LABEL_KEYS)
+        if image_key is None:
+            raise UserError(f"{path}: no array named {' or '.join(_IMAGE_KEYS)}; it holds {names[:20]}")
+        data = read_npz(path, (image_key, label_key), _MOST_BYTES)
+        images, labels = data[image_key], data.get(label_key)
         if images.dtype != np.uint8 or not (images.ndim == 3 or images.ndim == 4 and images.shape[3] in (1, 3)):
             raise UserError(
                 f"{path}: '{image_key}' is {images.dtype} {list(images.shape)}; expected uint8 [N,H,W], [N,H,W,1] or"
@@ -175,7 +172,7 @@ def make_dataset(
     return len(indices)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--source", required=True, metavar="PATH", help="Folder, zip or npz (images or x, labels or y)")
 @click.option("--dest", required=True, metavar="ZIP", help="The dataset zip to write")
 @click.option("--resolution", metavar="N|WxH", default=None, help="Size of the output images")
@@ -194,7 +191,7 @@ def make_dataset(
 def main(source, dest, resolution, transform, pad, max_images, overwrite):
     """Make an EDM-style dataset zip from an npz file, a folder or a zip of images."""
     if pad and transform == "center-crop":
-        raise UserError("--pad and --transform=center-crop exclude each other")
+        raise UserError("--pad and --transform=center-crop exclude each other; choose one")
     transform = "pad" if pad else transform
     count = make_dataset(source, dest, parse_resolution(resolution), transform, max_images, overwrite)
     print(f"{dest}: {count} images")

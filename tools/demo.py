@@ -25,6 +25,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from fid import calculate_fid
+from torch_utils.cli import Command
 from torch_utils.errors import UserError
 from torch_utils.image_data import ImageSource, load_array
 from torch_utils.image_writer import image_grid, save_image
@@ -234,7 +235,7 @@ def prepare_folder(out):
         (out / name).unlink(missing_ok=True)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--outdir", default="demo", show_default=True, help="Replaced if it is an earlier demo")
 @click.option("--only", type=click.Choice(list(HALVES)), help="One network instead of both")
 @click.option("--images", type=click.IntRange(REFERENCE_SEEDS), default=1000, show_default=True, help="Per method")

@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 
 from solvers import SCHEDULES, SOLVERS
+from torch_utils.cli import Command
 from torch_utils.errors import UserError
 from torch_utils.image_data import atomic_path
 
@@ -33,6 +34,8 @@ SCRIPTS = {
     "python -m tools.train_classifier": "tools.train_classifier",
     "python -m tools.model_statistics": "tools.model_statistics",
     "python -m tools.demo": "tools.demo",
+    "python -m models.zoo": "models.zoo",
+    "python -m torch_utils.doctor": "torch_utils.doctor",
 }
 
 
@@ -112,7 +115,10 @@ def renew(path: Path, parts: dict, check: bool) -> bool:
     if not path.is_file():
         raise UserError(f"there is no {path}")
     old = path.read_text(encoding="utf-8")
-    new = render(old, parts)
+    try:
+        new = render(old, parts)
+    except UserError as error:
+        raise UserError(f"--file={path}: {error}") from None
     if new == old:
         click.echo(f"{path} is up to date")
     elif check:
@@ -124,7 +130,7 @@ def renew(path: Path, parts: dict, check: bool) -> bool:
     return new != old
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--check", is_flag=True, help="Change nothing; exit with status 1 if a document is stale")
 @click.option("--file", "path", type=click.Path(path_type=Path), help="One document with the parts of docs/solvers.md")
 def main(check, path):

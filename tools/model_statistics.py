@@ -24,7 +24,9 @@ from models import create_model
 from solvers import get_schedule, sample
 from solvers.dpm_solver_v3 import Statistics, guidance_rate, node_slopes, save_statistics, statistics_path
 from torch_utils import distributed
+from torch_utils.cli import SEED, Command, Number, offline_flag
 from torch_utils.errors import UserError
+from torch_utils.image_data import check_destination
 from torch_utils.seeds import SeededGenerators, stream_seeds
 
 DERIVATIVES = ("auto", "forward", "finite")
@@ -172,16 +174,16 @@ def estimate_statistics(
     return Statistics(sigmas, l, *(torch.stack(values) for values in zip(*lines, strict=True)), metadata)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--dataset_name", required=True, help="A network of models/zoo.py, or custom with --model_path")
 @click.option("--model_path", metavar="FILE", help="Its weights, if not the embedded or downloaded ones")
 @click.option("--guidance_type", help="Guidance of the network")
-@click.option("--guidance_rate", type=float, help="Its strength")
+@click.option("--guidance_rate", type=Number(), help="Its strength")
 @click.option("--dest", metavar="FILE", help="The .safetensors file to write (default: where dpm_v3 looks for it)")
 @click.option("--nodes", type=click.IntRange(min=3), default=32, show_default=True, help="Noise levels")
 @click.option("--samples", type=click.IntRange(min=2), default=64, show_default=True, help="Trajectories")
 @click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Trajectories at a time")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option(
     "--derivatives",
     type=click.Choice(DERIVATIVES),
@@ -190,6 +192,7 @@ def estimate_statistics(
     help="Forward-mode differentiation, finite differences, or forward on a GPU that can and finite elsewhere",
 )
 @click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")
+@offline_flag
 def main(
     dataset_name, model_path, guidance_type, guidance_rate, dest, nodes, samples, batch, seed, derivatives, device
 ):
@@ -201,6 +204,8 @@ def main(
     device = distributed.pick_device(device)
     if dest is not None and Path(dest).suffix != ".safetensors":
         raise UserError(f"--dest={dest}: must end in .safetensors")
+    if dest is not None:
+        check_destination(dest, "--dest")
     net = create_model(dataset_name, model_path, guidance_type, guidance_rate, device)
     dest = statistics_path(net) if dest is None else Path(dest)
     begin = time.perf_counter()

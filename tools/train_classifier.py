@@ -18,9 +18,10 @@ if not __package__:  # run as a file: the repository root is not on the path
 
 from models.detectors import ConvClassifier, save_classifier
 from torch_utils import distributed
+from torch_utils.cli import SEED, Command, Number
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
-from torch_utils.image_data import ImageSource, load_array
+from torch_utils.image_data import ImageSource, check_destination, load_array
 
 
 def load_labelled(path: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,23 +77,24 @@ def train(model, images, labels, *, epochs, batch, lr, shift, flip, device) -> N
                     bar.set_postfix(loss=f"{loss.item():.4f}")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--data", required=True, metavar="PATH", help="Labelled training images: folder or zip")
 @click.option("--test", required=True, metavar="PATH", help="Labelled test images: folder or zip")
 @click.option("--dest", required=True, metavar="FILE", help="The .safetensors file to write")
 @click.option("--epochs", type=click.IntRange(min=1), default=6, show_default=True)
 @click.option("--batch", type=click.IntRange(min=2), default=128, show_default=True)
-@click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=4e-3, show_default=True)
+@click.option("--lr", type=Number(min=0, min_open=True), default=4e-3, show_default=True)
 @click.option("--width", type=click.IntRange(min=1), default=16, show_default=True, help="Channels of the first layer")
 @click.option("--feature_dim", type=click.IntRange(min=1), default=64, show_default=True, help="Number of features")
 @click.option("--shift", type=click.IntRange(min=0), default=2, show_default=True, help="Largest random shift, pixels")
 @click.option("--flip", type=bool, default=False, show_default=True, help="Mirror at random (not for digits)")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")
 def main(data, test, dest, epochs, batch, lr, width, feature_dim, shift, flip, seed, device):
     """Train a small classifier on a labelled image set."""
     if Path(dest).suffix != ".safetensors":
         raise UserError(f"--dest={dest}: must end in .safetensors")
+    check_destination(dest, "--dest")
     device = distributed.pick_device(device)
     images, labels = load_labelled(data)
     test_images, test_labels = load_labelled(test)
@@ -100,7 +102,7 @@ def main(data, test, dest, epochs, batch, lr, width, feature_dim, shift, flip, s
     if test_images.shape[1:] != images.shape[1:] or int(test_labels.max()) >= num_classes:
         raise UserError(f"--test={test}: the images or classes differ from those of --data")
     if len(images) < batch:
-        raise UserError(f"--batch={batch}: larger than the {len(images)} images of --data")
+        raise UserError(f"--batch={batch}: larger than the {len(images)} images of --data; choose a smaller one")
     torch.manual_seed(seed)
     model = ConvClassifier(images.shape[1], images.shape[2], num_classes, feature_dim, width).to(device)
     start = time.perf_counter()

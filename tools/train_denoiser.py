@@ -37,6 +37,7 @@ from models.networks import count_parameters
 from solvers import sample
 from solvers.schedule_file import Schedule, load_schedule
 from torch_utils import distributed
+from torch_utils.cli import SEED, Command, Number
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
 from torch_utils.image_data import ImageSource, atomic_path, load_array
@@ -118,7 +119,7 @@ def load_data(path, cond):
     labels = None
     if cond:
         if source.labels is None:
-            raise UserError(f"--cond=True, but {path} has no labels (dataset.json)")
+            raise UserError(f"--cond=True, but {path} has no labels (dataset.json); leave --cond out")
         labels = np.eye(max(source.labels) + 1, dtype=np.float32)[np.asarray(source.labels)]
     scaled_mean = images.mean(axis=0, dtype=np.float64) / 127.5 - 1
     second = np.zeros(images.shape[1:])
@@ -519,17 +520,7 @@ def parse_ints(text, option):
     return values
 
 
-class Number(click.FloatRange):
-    """A finite number in a range: click lets NaN through."""
-
-    def convert(self, value, param, ctx):
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number", param, ctx)
-        return number
-
-
-@click.command()
+@click.command(cls=Command, may_be_empty=("attn",))
 @click.option("--data", help="Training images: zip or folder", required=True, type=click.Path(exists=True))
 @click.option("--init", metavar="FILE", help="Start from this EDM network (.safetensors, .pkl), with its architecture")
 @click.option(
@@ -555,7 +546,7 @@ class Number(click.FloatRange):
 @click.option("--channels_last", type=bool, default=True, show_default=True)
 @click.option("--xflip", type=bool, default=False, help="Random horizontal flips", show_default=True)
 @click.option("--cond", type=bool, default=False, help="Class-conditional", show_default=True)
-@click.option("--seed", type=click.IntRange(0, (1 << 63) - 1), default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--snap", type=Number(0), default=100, help="kimg between snapshots, 0 = end", show_default=True)
 @click.option("--grid", type=bool, default=True, help="Sample a grid at each snapshot", show_default=True)
 @click.option("--resume", type=bool, default=False, help="Continue the run in --outdir", show_default=True)

@@ -101,8 +101,31 @@ def known_sha256(path: Path, pinned: bool = False) -> str:
 
 
 def offline() -> bool:
-    """Whether AMED_OFFLINE=1 forbids downloads."""
+    """Whether AMED_OFFLINE=1, or the flag --offline, forbids downloads."""
     return os.environ.get("AMED_OFFLINE", "") not in ("", "0")
+
+
+def _why_offline() -> str:
+    reason = os.environ["AMED_OFFLINE"]
+    return f"{reason} was given" if reason.startswith("--") else "AMED_OFFLINE is set"
+
+
+@contextmanager
+def no_network(reason: str = "1"):
+    """Inside, here and in child processes, nothing is downloaded; the libraries of the Hugging Face hub are told as well.
+
+    reason: what the variable AMED_OFFLINE is set to; a flag is named to the user where a file is missing.
+    """
+    before = {name: os.environ.get(name) for name in ("AMED_OFFLINE", "HF_HUB_OFFLINE")}
+    os.environ |= {"AMED_OFFLINE": reason, "HF_HUB_OFFLINE": "1"}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def download_file(
@@ -127,7 +150,7 @@ def download_file(
     if job.is_done():
         return dest
     if offline():
-        raise _give_up([(url, "AMED_OFFLINE is set") for url in urls[:1]], dest, hint)
+        raise _give_up([(url, _why_offline()) for url in urls[:1]], dest, hint)
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         with _locked(dest.with_name(dest.name + ".lock"), f"another process is downloading {dest}; waiting for it"):

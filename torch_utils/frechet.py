@@ -5,7 +5,6 @@ eigenvalues of A^T S2 A for any A with S1 = A A^T: a symmetric matrix, so nothin
 """
 
 import os
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ import scipy.linalg
 import torch
 
 from torch_utils import distributed
+from torch_utils.arrays import read_npz
 from torch_utils.errors import UserError
 from torch_utils.image_data import ImageSource, atomic_path
 
@@ -91,18 +91,18 @@ class Reference:
     @classmethod
     def load(cls, path: str | Path) -> "Reference":
         """Reads our files and EDM's. Raises UserError, naming the file."""
+        data = read_npz(path)
+        if not {"mu", "sigma"} <= data.keys():
+            raise UserError(f"{path}: not FID statistics (an npz with mu and sigma); make them with fid.py ref")
         try:
-            data = np.load(path, allow_pickle=False)
-            if not isinstance(data, np.lib.npyio.NpzFile) or not {"mu", "sigma"} <= set(data.files):
-                raise UserError(f"{path}: not FID statistics (an npz with mu and sigma); make them with fid.py ref")
-            with data:
-                known = {key: data[key].item() for key in ("detector", "detector_sha256", "num") if key in data.files}
-                mu, sigma = _checked(data["mu"], data["sigma"], f"{path}:")
-        except UserError:
-            raise
-        except (OSError, EOFError, ValueError, AttributeError, zipfile.BadZipFile) as exc:
-            raise UserError(f"{path}: not a readable npz file ({exc})") from None
-        return cls(mu, sigma, **known)
+            known = {
+                key: kind(data[key].item())
+                for key, kind in (("detector", str), ("detector_sha256", str), ("num", int))
+                if key in data
+            }
+            return cls(*_checked(data["mu"], data["sigma"], "stored"), **known)
+        except (TypeError, ValueError, ArithmeticError) as error:  # a UserError is a ValueError
+            raise UserError(f"{path}: no usable FID statistics ({error}); make them anew with fid.py ref") from None
 
 
 class FeatureStatistics:

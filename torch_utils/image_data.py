@@ -46,6 +46,17 @@ def atomic_path(dest: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_destination(dest: str | Path, flag: str) -> None:
+    """Raises UserError, before work is done for it, where the file ``dest``, given as ``flag``, could not be written."""
+    dest = Path(dest)
+    if dest.is_dir():
+        raise UserError(f"{flag}={dest} is a folder; name the file to write")
+    place = next((parent for parent in dest.parents if parent.exists()), Path())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        problem = "cannot be written to" if place.is_dir() else "is a file and no folder"
+        raise UserError(f"{flag}={dest}: {place} {problem}; choose another place")
+
+
 def decode_image(data: bytes, name: str) -> np.ndarray:
     """The bytes of a PNG or JPEG file -> uint8 [C,H,W] with C = 1 (grey) or 3 (RGB, palette).
 

@@ -67,10 +67,10 @@ def parse_seeds(text: str) -> list[int]:
             raise UserError(f"seeds: '{part}' is not a number or a range; write for example 0-63 or 1,2,5-10")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise UserError(f"seeds: the range '{part.strip()}' runs backwards")
+            raise UserError(f"seeds: the range '{part.strip()}' runs backwards; write the smaller number first")
         if last >= 1 << 32 or last - first >= 100_000_000:
             raise UserError(f"seeds: '{part.strip()}' is out of range (seeds are below 2^32, a range below 1e8 long)")
         seeds.extend(range(first, last + 1))
     if len(set(seeds)) != len(seeds):
-        raise UserError(f"seeds: '{text}' names a seed twice")
+        raise UserError(f"seeds: '{text}' names a seed twice; list each once")
     return seeds

@@ -107,6 +107,13 @@ class RunOptions:
             raise UserError(f"compile={self.compile}: choose from {', '.join(COMPILE_MODES[:2])}")
         if self.afs not in self.afs_kinds:
             raise UserError(f"afs={self.afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
+        self._check_desc()
+
+    def _check_desc(self) -> None:
+        """It becomes part of the name of a folder."""
+        text = self.desc or ""
+        if len(text) > 100 or not text.isprintable() or set(text) & set('/\\:*?"<>|'):
+            raise UserError(f"desc={text[:40]!r}: choose at most 100 printable characters that a folder name may have")
 
     def check_prompts(self, needed: bool) -> None:
         """Raises UserError where the network needs prompts and there are none, or the other way round."""

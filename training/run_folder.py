@@ -73,7 +73,9 @@ def find_run(resume: str, outdir) -> Path:
     if text.lower() == "true":
         candidates = [Path(outdir)] if _states(outdir) else [folder for _, folder in runs if _states(folder)]
         if not candidates:
-            raise UserError(f"--resume={text}: no run in {outdir} has a training state to continue from")
+            raise UserError(
+                f"--resume={text}: no run in {outdir} has a training state to continue from; choose another run"
+            )
         return candidates[-1]
     if re.fullmatch(r"[0-9]{1,9}", text):
         matches = [folder for number, folder in runs if number == int(text)]
@@ -110,7 +112,9 @@ def load_newest_state(folder) -> dict:
     """What ``save_state`` wrote last, on the CPU. Raises UserError where there is none or it is damaged."""
     states = _states(folder)
     if not states:
-        raise UserError(f"{folder} has no training state (training-state-*.pt) to continue from")
+        raise UserError(
+            f"{folder} has no training state (training-state-*.pt) to continue from: give --resume another run"
+        )
     path = states[-1][1]
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

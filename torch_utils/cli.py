@@ -1,0 +1,115 @@
+"""What all command lines share: mistakes in one line, numbers that are finite, the flag --offline.
+
+@click.command(cls=Command)
+@click.option("--strength", type=Number(0), help="...")
+@offline_flag
+def main(strength): ...
+"""
+
+import math
+from contextlib import contextmanager
+
+import click
+
+from torch_utils.download import no_network
+from torch_utils.errors import UserError
+
+
+@contextmanager
+def _in_one_line(ctx: click.Context):
+    """Turns click's three lines about a wrong option into the one line of a UserError; the exit code is 2 as well."""
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        message = error.format_message().rstrip(".")
+        raise UserError(f"{message}; '{ctx.command_path} --help' explains the options") from None
+
+
+SEED = click.IntRange(0, (1 << 63) - 1)  # what the generators of torch and numpy both take
+
+
+@contextmanager
+def _named_files():
+    """A file or folder that the operating system refuses (permissions, full disk, a name too long) is no bug: one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise UserError(f"cannot use {str(error.filename)[:100]}: {error.strerror}; choose another place") from error
+
+
+class Command(click.Command):
+    """A command whose usage errors are one line, like all mistakes of the user.
+
+    Empty values are refused: "--model_path=$FILE" with FILE unset would otherwise mean the default, and "--grid=" False.
+    may_be_empty: names of the parameters for which an empty text has a meaning of its own.
+    """
+
+    def __init__(self, *args, may_be_empty: tuple[str, ...] = (), **more):
+        super().__init__(*args, **more)
+        self.may_be_empty = may_be_empty
+
+    def parse_args(self, ctx, args):
+        self._refuse_empty(args)
+        with _in_one_line(ctx), _named_files():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx):
+        with _named_files():
+            return super().invoke(ctx)
+
+    def _refuse_empty(self, args: list[str]) -> None:
+        flags = {flag: param for param in self.params for flag in param.opts}
+        for before, argument in zip([None, *args], args, strict=False):
+            flag, _, value = argument.partition("=") if argument else (before, "", "")
+            empty = argument in ("", f"{flag}=") and not value
+            if empty and flag in flags and flags[flag].name not in self.may_be_empty:
+                raise UserError(f"{flag} is empty: give it a value or leave it out")
+
+
+class Group(click.Group):
+    """The same for a command with subcommands, which are ``Command``s."""
+
+    command_class = Command
+
+    def parse_args(self, ctx, args):
+        with _in_one_line(ctx):
+            return super().parse_args(ctx, args)
+
+    def resolve_command(self, ctx, args):
+        with _in_one_line(ctx):
+            return super().resolve_command(ctx, args)
+
+
+class Number(click.FloatRange):
+    """A number in a range; NaN, which click lets through, is none, and infinity only where ``infinite`` allows it."""
+
+    def __init__(self, *args, infinite: bool = False, **more):
+        super().__init__(*args, **more)
+        self.infinite = infinite
+
+    def convert(self, value, param, ctx):
+        number = super().convert(value, param, ctx)
+        if math.isnan(number) or (math.isinf(number) and not self.infinite):
+            self.fail(f"{value} is not a {'' if self.infinite else 'finite '}number", param, ctx)
+        return number
+
+
+def offline_flag(command):
+    """Decorator: the flag --offline, which holds for everything below the command and is no argument of its function."""
+
+    def forbid(ctx, param, value):
+        if value:
+            ctx.with_resource(no_network("--offline"))
+
+    return click.option(
+        "--offline",
+        is_flag=True,
+        expose_value=False,
+        is_eager=True,
+        callback=forbid,
+        help="Open no connection, use local files only (as AMED_OFFLINE=1)",
+    )(command)
