@@ -55,7 +55,7 @@ def test_distance():
     a, b = features(x), features(y)
     distance = feature_distance(a, b)
     assert distance.shape == (3,) and (feature_distance(a, a) == 0).all()
-    assert torch.equal(distance, feature_distance(b, a)) and (0 < distance).all() and (distance < 4).all()
+    assert torch.equal(distance, feature_distance(b, a)) and (distance > 0).all() and (distance < 4).all()
     torch.testing.assert_close(feature_distance([m[1:2] for m in a], [m[1:2] for m in b]), distance[1:2])
     near = feature_distance(a, features(x + 0.01 * y))
     assert (near < 0.1 * distance).all()
