@@ -64,7 +64,7 @@ def load_lpips(path: str | Path, device="cpu") -> LPIPS:
     net = LPIPS()
     try:
         net.load_state_dict(_renamed(state))
-    except (RuntimeError, TypeError, AttributeError):
+    except (RuntimeError, TypeError, AttributeError, KeyError):
         raise UserError(f"{path} does not have the weights of LPIPS on VGG-16: make the file with  {HOW}") from None
     return net.eval().requires_grad_(False).to(device)
 
