@@ -1,6 +1,7 @@
 """The evolutionary search: its genomes, that it finds known optima, resuming, and its two objectives."""
 
 import itertools
+import json
 import math
 import os
 import subprocess
@@ -303,7 +304,7 @@ def test_file(found):
     assert schedule.method == "evolution" and schedule.settings["population"] == 3
     # Two generations of 3 candidates, 2 evaluations of 3 samples each; the teacher; the finalists.
     assert schedule.evaluations == 6 * 2 * 3 + 6 * 3 + 2 * 2 * 3
-    assert "chosen from 6 schedules (polynomial 0." in done.output and "of 2 finalists" in done.output
+    assert "chosen from 6 schedules (polynomial " in done.output and "of 2 finalists" in done.output
     assert "3 images for 64 features" in done.output
     assert list(dest.parent.iterdir()) == [dest]
 
@@ -346,6 +347,33 @@ def test_killed_runs_continue(tmp_path, at):
     assert again.sigmas == whole.sigmas
     teacher = 3 * 16 if at < 24 else 0  # its samples are made anew
     assert again.evaluations == whole.evaluations + teacher
+
+
+SHARED = """
+import json, sys
+from pathlib import Path
+from test_evolution import TINY, toy_problem
+from solvers.optimize import optimize
+from torch_utils import distributed
+
+distributed.init("cpu")
+found = optimize(toy_problem(), "evolution", TINY)
+Path(sys.argv[1], f"{distributed.rank()}.json").write_text(json.dumps([found.sigmas, found.evaluations]))
+distributed.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(tmp_path):
+    (tmp_path / "shared.py").write_text(SHARED)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(tmp_path / "shared.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    one = optimize.optimize(toy_problem(), "evolution", TINY)
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == [one.sigmas, one.evaluations]
 
 
 def test_fid_of_the_command_line_is_that_of_fid_py():

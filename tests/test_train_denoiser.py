@@ -367,7 +367,7 @@ def test_fine_tuning_at_a_schedule(pretrained, tmp_path, monkeypatch):
             seen.append((self.training, torch.as_tensor(sigma))) or forward(self, x, sigma, **cond)
         ),
     )
-    done = fine_tune(pretrained, tmp_path, schedule=schedule, total_kimg=0.64, lr=1e-3)
+    done = fine_tune(pretrained, tmp_path, schedule=schedule, total_kimg=0.64, lr=2e-3, warmup_kimg=0.05)
     assert done.exit_code == 0, done.output
     monkeypatch.undo()
     trained = torch.cat([sigma.flatten() for training, sigma in seen if training])
