@@ -30,6 +30,7 @@ from solvers import SOLVERS, SampleInfo, make_rule, resolve_sigmas, sample
 from solvers.flags import SCHEDULE_NAMES, rule_flags, rule_option_names, schedule_flags
 from solvers.loop import afs_direction
 from solvers.schedule_file import Schedule, schedule_file_flag, use_schedule
+from solvers.span import SpanStudent
 from torch_utils import distributed
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
@@ -84,9 +85,12 @@ class Settings:
         names = (*SCHEDULE_NAMES, "sigmas", "original_code")
         return resolve_sigmas(net, **{name: getattr(self, name) for name in names})
 
-    def evaluations(self, net, with_predictor: bool) -> int:
+    def evaluations(self, net, predictor=None) -> int:
         """Network evaluations per image that these settings should take."""
-        calls = self.rule().evaluations(len(self.resolve(net)) - 1, self.afs, with_predictor)
+        if predictor is not None:
+            calls = predictor.evaluations()
+        else:
+            calls = self.rule().evaluations(len(self.resolve(net)) - 1, self.afs)
         return (calls + bool(self.denoise_to_zero)) * getattr(net, "evals_per_call", 1)
 
 
@@ -135,6 +139,29 @@ def settings_from_predictor(config: dict, options: dict, given: set[str]) -> Set
                 " leave the flag out"
             )
     return Settings(**values, options=rule_options, denoise_to_zero=options["denoise_to_zero"])
+
+
+def settings_from_student(student: SpanStudent, options: dict, given: set[str]) -> Settings:
+    """Settings of a span student; UserError where a flag that the user wrote contradicts them."""
+    config = student.config
+    own = {name: config[name] for name in ("dataset_name", *_GUIDANCE_OPTIONS)}
+    own = {name: options[name] if value is None else value for name, value in own.items()}
+    if own["dataset_name"] is None:
+        raise UserError("this student does not say which network it belongs to: give --dataset_name")
+    brought = {**own, "solver": student.solver, "afs": student.afs}
+    brought |= {name: config[name] for name in ("num_steps", "sigma_min", "sigma_max")}
+    for name in ("schedule_type", "schedule_rho", "sigmas", *rule_option_names(), *brought):
+        if name in given and options[name] != brought.get(name):
+            raise UserError(f"--{name}: the span student brings its own solver, schedule and first step; leave it out")
+    lists = {name: getattr(student, name)().tolist() for name in ("sigmas", "sigmas_net")}
+    return Settings(**brought, **lists, denoise_to_zero=options["denoise_to_zero"])
+
+
+def settings_of(predictor, options: dict, given: set[str]) -> Settings:
+    """Settings that a predictor of any kind was trained for."""
+    if isinstance(predictor, SpanStudent):
+        return settings_from_student(predictor, options, given)
+    return settings_from_predictor(predictor.config, options, given)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -337,7 +364,7 @@ def open_predictor(options: dict, given: set[str]):
         return settings_from_flags(options, given), None, None
     path = find_predictor(options["predictor_path"])
     predictor = load_predictor(path)
-    return settings_from_predictor(predictor.config, options, given), predictor, path
+    return settings_of(predictor, options, given), predictor, path
 
 
 def read_text(prompt: str | None, dataset_name: str, seeds: list[int]) -> str | dict[int, str] | None:
@@ -413,8 +440,9 @@ def open_network(settings: Settings, options: dict, predictor, device: torch.dev
 def check_network(net, settings: Settings, predictor, device: torch.device) -> None:
     """UserError where the network cannot do what the settings ask; warns where the predictor belongs to other weights."""
     if settings.afs:
-        zero = torch.zeros(1, net.img_channels, 1, 1, device=device)
-        afs_direction(net, zero, torch.ones((), device=device), settings.afs)
+        zero = torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution, device=device)
+        kind = predictor.first_direction if isinstance(predictor, SpanStudent) else settings.afs
+        afs_direction(net, zero, torch.ones((), device=device), kind)
     if predictor is not None:
         resolution = predictor.config["img_resolution"]
         if resolution not in (None, net.img_resolution):
@@ -443,11 +471,11 @@ def recorded_settings(settings: Settings, options: dict, net, predictor_file: Pa
     }
 
 
-def describe_run(settings: Settings, options: dict, net, predictor_file: Path | None, device: torch.device) -> dict:
+def describe_run(settings: Settings, options: dict, net, predictor, predictor_file: Path | None, device) -> dict:
     """The record of a run. What changes the images is under "settings"; a folder holds images of one such setting."""
     return {
         "settings": recorded_settings(settings, options, net, predictor_file) | {"subdirs": options["subdirs"]},
-        "nfe": settings.evaluations(net, predictor_file is not None),
+        "nfe": settings.evaluations(net, predictor),
         "network_file": net.source_path,
         "tokenizer_path": options["tokenizer_path"],
         "predictor_file": str(predictor_file) if predictor_file is not None else None,
@@ -492,7 +520,7 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
         for line in schedule.warnings(net, settings.solver, settings.afs):
             print(f"Warning: {line}", file=sys.stderr)
     check_text(net, settings.dataset_name, options, prompts)
-    record = describe_run(settings, options, net, predictor_file, device)
+    record = describe_run(settings, options, net, predictor, predictor_file, device)
     default = Path("samples") / settings.dataset_name / f"{settings.solver}_nfe{record['nfe']}"
     folder = Folder(Path(options["outdir"] or default), options["subdirs"], options["return_inters"])
     todo, error = None, None

@@ -20,6 +20,7 @@ import torch
 from models.denoiser import BOTTLENECK_SIZE, read_bottleneck
 from solvers.loop import Solver, resolve_sigmas
 from solvers.rules import SOLVERS, State, make_rule
+from solvers.schedules import check_sigmas
 from torch_utils.errors import UserError
 
 
@@ -76,6 +77,11 @@ class _Replay(Solver):
             self._answers, self._prediction = [], None
         return None
 
+    def start(self, x) -> _Question | None:
+        """From the beginning, at the noise x; again where a pipeline asks twice for the input of its first call."""
+        self.state, self.interval, self._answers, self._prediction = State(x), 0, [], None
+        return self.proceed()
+
     @property
     def inside(self) -> bool:
         """Whether the evaluation that is asked for lies inside an interval, not at its start."""
@@ -98,11 +104,26 @@ class _Network(SimpleNamespace):
         )
 
 
+def _rule_of(predictor):
+    """The rule that a predictor is for; UserError where a pipeline cannot run it."""
+    settings, solver = predictor.config, getattr(predictor, "solver", None)
+    if solver is not None:  # a student with a rule of its own
+        if settings["parallel"] > 1:
+            raise UserError("a pipeline asks the network for one point at a time: students with parallel=1 only")
+        return make_rule(solver)
+    if settings["sampler_stu"] not in SOLVERS:
+        raise UserError(f"the predictor was trained for an unknown solver '{settings['sampler_stu']}'")
+    if settings["afs"] == "data":
+        raise UserError("a predictor with afs='data' needs the statistics of the data, which a pipeline does not have")
+    options = {name: settings[name] for name in SOLVERS[settings["sampler_stu"]].options if name in settings}
+    return make_rule(settings["sampler_stu"], {k: v for k, v in options.items() if v is not None})
+
+
 class _AMEDScheduler:
-    """Drop-in scheduler for diffusers pipelines that samples with a trained AMED predictor.
+    """Drop-in scheduler for diffusers pipelines that samples with a trained AMED predictor or span student.
 
     predictor: an AMEDPredictor; its configuration says which rule (AMED-Plugin on dpmpp, euler, ipndm, or amed), which
-    noise levels and whether AFS. config: that of the pipeline's own scheduler, which describes the network. network: the
+    noise levels and whether AFS. Or a SpanStudent with one call per stage; it needs no network. config: that of the pipeline's own scheduler, which describes the network. network: the
     pipeline's U-Net for the per-sample mode, in which the predictor sees the bottleneck (see ``attach``); without it the
     predictor sees zeros (time-only mode). Raises UserError where these do not go together.
 
@@ -115,15 +136,7 @@ class _AMEDScheduler:
 
     def __init__(self, predictor, config, network=None):
         super().__init__()
-        settings = predictor.config
-        if settings["sampler_stu"] not in SOLVERS:
-            raise UserError(f"the predictor was trained for an unknown solver '{settings['sampler_stu']}'")
-        if settings["afs"] == "data":
-            raise UserError(
-                "a predictor with afs='data' needs the statistics of the data, which a pipeline does not have"
-            )
-        options = {name: settings[name] for name in SOLVERS[settings["sampler_stu"]].options if name in settings}
-        self.rule = make_rule(settings["sampler_stu"], {k: v for k, v in options.items() if v is not None})
+        self.rule = _rule_of(predictor)
         self.predictor = predictor
         # Some pipelines look for their scheduler's settings; with use_flow_sigmas they leave the noise levels to it.
         flow = "base_image_seq_len" in config or bool(config.get("use_flow_sigmas"))
@@ -200,12 +213,7 @@ class _AMEDScheduler:
 
     def __len__(self) -> int:
         """Evaluations of the network: the only number of inference steps that the predictor was trained for."""
-        return self.rule.evaluations(self._intervals, self.predictor.config["afs"], learned=True)
-
-    @property
-    def _intervals(self) -> int:
-        sigmas = self.predictor.config["sigmas"]
-        return (len(sigmas) if sigmas else self.predictor.config["num_steps"]) - 1
+        return self.predictor.evaluations()
 
     @property
     def init_noise_sigma(self) -> float:
@@ -216,6 +224,11 @@ class _AMEDScheduler:
 
     def _start(self, device) -> _Replay:
         settings, network = self.predictor.config, _Network(self.process)
+        if self.rule.own_schedule:
+            own = self.predictor.brings()
+            return _Replay(
+                network, self.rule, check_sigmas(own.pop("sigmas").detach(), device), predictor=self.predictor, **own
+            )
         names = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_max", "sigmas")
         sigmas = resolve_sigmas(network, **{name: settings[name] for name in names}, device=device)
         predictor = self.predictor.to(device)
@@ -229,8 +242,9 @@ class _AMEDScheduler:
         self.process = noise_process(self.config, mu=mu)
         run = self._start(device)
         run.reader = None
-        run.state = State(run.sigmas.new_ones(1, 1, 1, 1))
-        times, question = [], run.proceed()
+        config = self.predictor.config
+        shape = config.get("image_shape") or (config.get("img_channels") or 1, 1, 1)  # what a span student is made for
+        times, question = [], run.start(run.sigmas.new_ones(1, *shape))
         while question is not None:
             times.append(self.process.time(question.sigma.to(torch.float32)).flatten()[0])
             question = run.answer(torch.zeros_like(question.x))
@@ -265,8 +279,7 @@ class _AMEDScheduler:
         # Some pipelines do not say their device in set_timesteps.
         self._run.sigmas = self._run.sigmas.to(sample.device, dtype)
         self.predictor.to(sample.device)
-        self._run.state = State(sample.to(dtype) / self.process.scale(self._run.sigmas[0]))
-        return self._run.proceed()
+        return self._run.start(sample.to(dtype) / self.process.scale(self._run.sigmas[0]))
 
     def _first_input(self, sample: torch.Tensor) -> torch.Tensor:
         question = self._begin(sample)

@@ -37,6 +37,7 @@ from solvers.deis import gauss_legendre, lagrange_basis
 from solvers.loop import integrate
 from solvers.rules import Rule, State, make_rule, register
 from solvers.schedules import check_sigmas, get_schedule
+from solvers.span_heads import HEADS, LIFTED, SampleHead, SpatialHead, slope_features
 from torch_utils.errors import UserError
 from torch_utils.seeds import SeededGenerators
 
@@ -73,6 +74,9 @@ DEFAULTS = {
     "time_bound": 0.3,  # |ln a|; None: unbounded
     "scale_bound": 0.05,  # |scale - 1|
     "contrast_bound": 0.05,  # |delta|
+    # optional networks beside the table (solvers/span_heads.py), which start at zero
+    "heads": [],  # "sample", "spatial"
+    "img_channels": None,  # for spatial
 }
 
 PRESETS = {
@@ -200,6 +204,7 @@ class SpanStudent(nn.Module):
         }
         for name in GROUPS:
             setattr(self, name, nn.Parameter(start[name], requires_grad=name in self.config["learn"]))
+        self.heads = self._make_heads()
         self.register_buffer("mean", None)
         self.register_buffer("variance", None)
         if self.config["image_shape"] is not None:
@@ -221,9 +226,12 @@ class SpanStudent(nn.Module):
         for name, known in (("base", BASES), ("first_step", FIRST_STEPS)):
             if c[name] not in known:
                 raise UserError(f"{name}={c[name]!r}: choose from {', '.join(known)}")
-        wrong = [name for name in c["learn"] if name not in GROUPS]
-        if wrong:
-            raise UserError(f"learn: unknown group '{wrong[0]}'; choose from {', '.join(GROUPS)}")
+        for name, known in (("learn", GROUPS), ("heads", HEADS)):
+            wrong = [part for part in c[name] if part not in known]
+            if wrong:
+                raise UserError(f"{name}: unknown '{wrong[0]}'; choose from {', '.join(known)}")
+        if "spatial" in c["heads"] and not (isinstance(c["img_channels"], int) and c["img_channels"] > 0):
+            raise UserError("the spatial head needs img_channels, the channels of the images or latents")
         for name, most in (("parallel", 16), ("window", None), ("max_order", 4)):
             value = c[name]
             whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= (most or value)
@@ -282,6 +290,18 @@ class SpanStudent(nn.Module):
             stages += [2 * i + 1] * points if self.nested else [i] * (points + 1)
             add(i, None)
         return rows
+
+    def _make_heads(self) -> nn.ModuleDict:
+        heads, steps = nn.ModuleDict(), [row for row in self.rows if row.inner is None]
+        if "sample" in self.config["heads"]:
+            heads["sample"] = SampleHead([row.free for row in steps], [row.count - 1 - row.free for row in steps])
+        if "spatial" in self.config["heads"]:
+            heads["spatial"] = SpatialHead(self.config["img_channels"], {r.interval: r.count for r in steps[-LIFTED:]})
+        return heads
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The weights of the optional heads, float32; not among ``groups``."""
+        return list(self.heads.parameters())
 
     def groups(self) -> dict[str, nn.Parameter]:
         """What is learned, by kind; kinds without any entry are left out."""
@@ -418,6 +438,7 @@ class SpanStudent(nn.Module):
             intervals.append({**own, "coefficients": c.tolist(), "inner": points})
         names = ("preset", "first_step", "base", "parallel")
         result = {name: self.config[name] for name in names}
+        result["heads"] = list(self.heads)  # with any of them the numbers are not the whole solver
         result |= {"evaluations": self.evaluations(), "sigmas": plan.sigmas.tolist(), "intervals": intervals}
         return result
 
@@ -512,7 +533,7 @@ class Span(Rule):
     that there are, with sum_j c_ij = 1. Contains LD3, S4S, DyWeight, GS, EPD and AMED's table as restrictions.
     """
 
-    summary = "span solver: learned schedule, times and coefficients; needs its own student"
+    summary = "span solver: learned schedule, times and coefficients; needs its table"
     can_teach = False
     can_learn = False
     needs_predictor = True
@@ -523,12 +544,13 @@ class Span(Rule):
         if not isinstance(predictor, SpanStudent):
             raise UserError("the solver 'span' needs its own trained student as predictor (SpanStudent)")
         adopted = copy.copy(self)
-        adopted.plan, adopted.nested = predictor.plan(), predictor.nested
+        adopted.plan, adopted.nested, adopted.heads = predictor.plan(), predictor.nested, predictor.heads
         return adopted
 
     def advance(self, run, state, i):
         x, sigma, inner = state.x, run.sigma(i, state.x), self.plan.inner[i]
         slopes = [slope for slope, _ in state.history]
+        known = len(slopes)
         if self.nested or not inner:
             slopes.append(run.direction_at(x, i))
             labels = [sigma]
@@ -543,9 +565,19 @@ class Span(Rule):
             run.observe(i, sigma, x, slopes[-len(points)])
         c, scale, contrast = self.plan.steps[i]
         length = (scale * (self.plan.sigmas[i + 1] - self.plan.sigmas[i])).to(x.dtype)
-        x = (1 + contrast).to(x.dtype) * x + length * combine(c, slopes)
+        x = (1 + contrast).to(x.dtype) * x + length * self._average(i, x, sigma, slopes, known, c)
         history = (*state.history, *zip(slopes[-len(labels) :], labels, strict=True))
         return State(x, history, state.updates + 1)
+
+    def _average(self, i, x, sigma, slopes, known, c):
+        """What step i follows, table and heads together; known: how many slopes there were before it."""
+        if "sample" in self.heads:
+            features = slope_features(x, sigma, slopes[known], slopes[known - 1] if known else None)
+            change = self.heads["sample"](i, features)
+            c = c.to(change) + change
+        direction = combine(c, slopes)
+        lift = self.heads["spatial"](i, x, sigma, slopes, slopes[known]) if "spatial" in self.heads else None
+        return direction if lift is None else direction + lift
 
     @staticmethod
     def _points(x, sigma, slopes, inner):
@@ -556,6 +588,9 @@ class Span(Rule):
 
 
 def combine(coefficients: torch.Tensor, slopes: list[torch.Tensor]) -> torch.Tensor:
-    """sum_j c_j g_j, without the terms that are zero for good: nothing is learned there."""
-    terms = zip(coefficients.unbind(), slopes, strict=True)
-    return sum(c.to(slope.dtype) * slope for c, slope in terms)
+    """sum_j c_j g_j for slopes [B,...] and c [number of slopes], or [B, number of slopes]."""
+    total = 0
+    for c, slope in zip(coefficients.unbind(-1), slopes, strict=True):
+        c = c.to(slope.dtype)
+        total = total + (c.reshape(-1, *[1] * (slope.ndim - 1)) if c.ndim else c) * slope
+    return total

@@ -15,6 +15,7 @@ from PIL import Image
 
 from models.diffusers_model import load_diffusers
 from solvers import SOLVERS, sample
+from solvers.span import SpanStudent
 from torch_utils.errors import UserError
 from training.checkpoint import save_predictor
 from training.predictor import AMEDPredictor
@@ -325,3 +326,29 @@ def test_example(kind, tmp_path, monkeypatch):
         assert result.exit_code == 2 and f"Error: {tmp_path} is not a diffusers pipeline" in result.output
         monkeypatch.setitem(sys.modules, "diffusers", None)
         assert "needs the package 'diffusers'" in CliRunner().invoke(example.main, arguments).output
+
+
+@pytest.mark.parametrize(
+    ("preset", "first_step"), [("gs", "none"), ("ld3", "zero"), ("full", "gaussian"), ("amed-table", "zero")]
+)
+def test_span_student(preset, first_step, tmp_path):
+    """A table in the place of the predictor: the pipeline makes the images of the loop."""
+    net = load_diffusers(pipeline_folder("sd"), guidance_rate=RATE)
+    ends = {"sigma_min": net.sigma_min, "sigma_max": net.sigma_max}
+    student = SpanStudent.preset(preset, num_steps=4, first_step=first_step, **ends)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for value in student.groups().values():
+            value.add_(0.2 * torch.randn(value.shape, generator=generator, dtype=value.dtype))
+    if first_step == "gaussian":
+        student._set_gaussian(torch.randn(net.img_channels, SIZE, SIZE, generator=generator), torch.tensor(0.8))
+    noise, cond = noise_like(net), net.make_cond(prompts=PROMPTS)
+    expected, info = sample(net, noise.double(), solver="span", predictor=student, cond=cond, return_info=True)
+    save_predictor(student, tmp_path / "predictor-000001.safetensors")
+    network = net.pipeline.unet if first_step == "none" else None
+    scheduler = AMEDScheduler.from_predictor(tmp_path, net.pipeline.scheduler.config, network)
+    assert len(scheduler) == student.evaluations() == info.nfe / 2
+    for _ in range(2):
+        assert relative_error(run_pipeline(net, scheduler, noise), expected.float()) < TOLERANCE
+    with pytest.raises(UserError, match="parallel=1 only"):
+        AMEDScheduler(SpanStudent(parallel=2), net.pipeline.scheduler.config)

@@ -36,7 +36,7 @@ from sample import (
     generate_images,
     open_network,
     recorded_settings,
-    settings_from_predictor,
+    settings_of,
 )
 from solvers import SCHEDULES, SOLVERS, check_sigmas
 from solvers.flags import SCHEDULE_NAMES, parse_afs
@@ -173,7 +173,7 @@ def predictor_method(path: str, dataset_name: str, options: dict) -> Method:
     predictor = load_predictor(file)
     neutral = {"dataset_name": dataset_name, "r": None, "denoise_to_zero": False}
     neutral |= {name: options[name] for name in GUIDANCE}
-    settings = settings_from_predictor(predictor.config, neutral, set())
+    settings = settings_of(predictor, neutral, set())
     if settings.dataset_name != dataset_name:
         raise UserError(f"{file}: trained for dataset_name '{settings.dataset_name}', not '{dataset_name}'")
     brought = _guidance(settings.guidance_type, settings.guidance_rate)
@@ -182,8 +182,14 @@ def predictor_method(path: str, dataset_name: str, options: dict) -> Method:
             f"{file}: trained under guidance_type {brought[0]}, rate {brought[1]:g}; all methods share one network:"
             f" give --guidance_type={brought[0]} --guidance_rate={brought[1]:g}, or leave the predictor out"
         )
-    label = "AMED-Solver" if settings.solver == "amed" else f"AMED-Plugin({settings.solver})"
-    return Method(label, settings, predictor, file)
+    return Method(_label(predictor, settings.solver), settings, predictor, file)
+
+
+def _label(predictor, solver: str) -> str:
+    if solver == "span":
+        preset = predictor.config["preset"]
+        return f"span({preset})" if preset else "span"
+    return "AMED-Solver" if solver == "amed" else f"AMED-Plugin({solver})"
 
 
 def choose_steps(settings: Settings, net, nfe: int) -> tuple[Settings, int]:
@@ -196,7 +202,7 @@ def choose_steps(settings: Settings, net, nfe: int) -> tuple[Settings, int]:
     for intervals in range(1, 8 * nfe + 9):  # no rule covers more than a few intervals per evaluation
         candidate = replace(settings, num_steps=intervals + 1)
         try:
-            cost = candidate.evaluations(net, False)
+            cost = candidate.evaluations(net)
         except UserError as error:  # a number of steps that this rule or schedule does not take
             refusal = error
             continue
@@ -336,7 +342,7 @@ class Comparison:
             ends = {"sigma_max": options["sigmas"][0], "sigma_min": options["sigmas"][-1]}
             self.reference = replace(self.reference, **ends)
         self.range = self._ends(self.reference)
-        self.reference_nfe = self.reference.evaluations(net, False)
+        self.reference_nfe = self.reference.evaluations(net)
         self.code = code_version()
         solution = self._recorded(self.reference, None)
         self.record = {
@@ -638,9 +644,8 @@ def make_jobs(comparison: Comparison, methods: list[Method], nfes: list[int]) ->
 
 
 def _jobs_of(comparison: Comparison, method: Method, nfes: list[int]) -> list[Job]:
-    learned = method.predictor is not None
-    if learned or method.settings.sigmas is not None:
-        spent = method.settings.evaluations(comparison.net, learned)
+    if method.predictor is not None or method.settings.sigmas is not None:
+        spent = method.settings.evaluations(comparison.net, method.predictor)
         if spent < 1:
             raise UserError(f"'{method.label}' would spend no evaluation at all: give it more noise levels")
         return [comparison.make_job(method, method.settings, spent)]

@@ -83,6 +83,9 @@ def _check_table(config: dict, tensors: dict[str, torch.Tensor], name: str) -> N
     sizes = {key: list(value.shape) for key, value in tensors.items()}
     if [config.get("num_steps")] != [length + 1 for length in sizes.get("labels", [])]:
         raise UserError(f"{name}: its 'num_steps' does not belong to its weights (labels)")
+    channels = {size[0] for key, size in sizes.items() if key.startswith("heads.spatial.write.") and len(size) == 4}
+    if "spatial" in (config.get("heads") or []) and {config.get("img_channels")} != channels:
+        raise UserError(f"{name}: its 'img_channels' does not belong to its weights (heads)")
     if config.get("image_shape") != sizes.get("mean"):
         raise UserError(f"{name}: its 'image_shape' does not belong to its weights (mean)")
 
