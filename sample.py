@@ -690,7 +690,7 @@ def _plain_solvers() -> str:
     help="Noise search: for every seed the best of N images is kept; N times the evaluations",
 )
 @click.option("--verifier", metavar="V", help=f"What is best: {FORMS} (models/verifiers.py)")
-@click.option("--outdir", metavar="DIR", help="Default: samples/<dataset_name>/<solver>_nfe<NFE>")
+@click.option("--outdir", metavar="DIR", help="Default: samples/<dataset_name>/<solver>_nfe<NFE>[_best<N>]")
 @click.option("--subdirs", type=bool, default=True, show_default=True, help="A folder for every 1000 seeds")
 @click.option("--grid", type=bool, default=False, show_default=True, help=f"Also grid.png, of up to {GRID_LIMIT}")
 @click.option(
