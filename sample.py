@@ -85,6 +85,16 @@ class Settings:
         names = ("solver", *SCHEDULE_NAMES, "sigmas", "sigmas_net", "afs", "denoise_to_zero", "original_code")
         return {name: getattr(self, name) for name in names} | self.options
 
+    def warnings(self) -> list[str]:
+        """One line for every setting that changes nothing."""
+        whole = self.sigmas is not None
+        bent = not whole and self.schedule_type == "discrete" and self.schedule_rho != 1
+        if self.original_code and "original_code" not in SOLVERS[self.solver].options and not bent:
+            return [
+                f"original_code has no effect on '{self.solver}' with {'this' if whole else self.schedule_type} schedule"
+            ]
+        return []
+
     def resolve(self, net) -> torch.Tensor:
         """The noise levels, float64 on the CPU."""
         names = (*SCHEDULE_NAMES, "sigmas", "original_code")
@@ -580,9 +590,11 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
     settings, predictor, predictor_file = open_predictor(options, given)
     prompts = read_text(options["prompt"], settings.dataset_name, seeds)
     net = open_network(settings, options, predictor, device)
-    if schedule is not None and distributed.rank() == 0:
-        for line in schedule.warnings(net, settings.solver, settings.afs):
-            print(f"Warning: {line}", file=sys.stderr)
+    warnings = settings.warnings()
+    if schedule is not None:
+        warnings += schedule.warnings(net, settings.solver, settings.afs)
+    for line in warnings:
+        distributed.print0(f"Warning: {line}", file=sys.stderr)
     check_text(net, settings.dataset_name, options, prompts)
     verifier, candidates = open_verifier(options["verifier"], net, device), options["candidates"] or 1
     record = describe_run(settings, options, net, predictor, predictor_file, verifier, device)
@@ -703,7 +715,7 @@ def _plain_solvers() -> str:
     help="Noise search: for every seed the best of N images is kept; N times the evaluations",
 )
 @click.option("--verifier", metavar="V", help=f"What is best: {FORMS} (models/verifiers.py)")
-@click.option("--outdir", metavar="DIR", help="Default: samples/<dataset_name>/<solver>_nfe<NFE>")
+@click.option("--outdir", metavar="DIR", help="Default: samples/<dataset_name>/<solver>_nfe<NFE>[_best<N>]")
 @click.option("--subdirs", type=bool, default=True, show_default=True, help="A folder for every 1000 seeds")
 @click.option("--grid", type=bool, default=False, show_default=True, help=f"Also grid.png, of up to {GRID_LIMIT}")
 @click.option(

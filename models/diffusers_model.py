@@ -90,12 +90,13 @@ class RectifiedFlow:
 
     x = y_t / (1 - t) has sigma = t / (1 - t), so y = x / (1 + sigma) and t = sigma / (1 + sigma). The noise is infinite
     at t = 1, so the range ends one of the N steps before. shift: t = shift u / (1 + (shift - 1) u) for u uniform in
-    time (Esser et al. 2024, Section 5.3.2), that is sigma = shift u / (1 - u); ``sigma`` and ``sigma_inv`` are about u.
+    time (Esser et al. 2024, Section 5.3.2), that is sigma = shift u / (1 - u); ``sigma`` and ``sigma_inv`` are about u from 0 to 1, where
+    sigma is infinite: schedules stay within sigma_min .. sigma_max, the levels of u = 1 / N and 1 - 1 / N.
     """
 
     def __init__(self, steps: int = 1000, shift: float = 1.0):
         self.steps, self.shift = int(steps), float(shift)
-        if self.steps < 2 or not (math.isfinite(self.shift) and self.shift > 0):
+        if self.steps < 3 or not (math.isfinite(self.shift) and self.shift > 0):
             raise UserError(f"a flow scheduler with {steps} steps and shift {shift} is not supported")
         ends = torch.tensor([1 / self.steps, 1 - 1 / self.steps], dtype=torch.float64)
         self.sigma_min, self.sigma_max = self.sigma(ends).tolist()

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.denoiser import BOTTLENECK_SIZE, read_bottleneck
 from solvers.rules import Rule, State, make_rule
-from solvers.schedules import check_sigmas, get_schedule
+from solvers.schedules import check_sigmas, get_schedule, levels_tensor
 from torch_utils.errors import UserError
 
 RANGE_SLACK = 1e-3  # schedules in float32 and rounded ends of a range may exceed it by this share
@@ -80,7 +80,7 @@ class Solver:
         self.net, self.rule, self.sigmas = net, rule.adopt(predictor).bind(net, sigmas), sigmas
         self.sigmas_net = None
         if sigmas_net is not None:
-            self.sigmas_net = torch.as_tensor(sigmas_net, dtype=sigmas.dtype).to(sigmas.device)
+            self.sigmas_net = levels_tensor("sigmas_net", sigmas_net, sigmas.dtype).to(sigmas.device)
             if self.sigmas_net.shape != sigmas.shape or not (self.sigmas_net > 0).all():
                 raise UserError(f"sigmas_net must be {len(sigmas)} positive numbers, one per noise level")
         self.afs, self.predictor, self.cond = afs, predictor, dict(cond or {})
@@ -273,6 +273,9 @@ def integrate(
     denoised one); with return_info the pair (result, SampleInfo). Raises ValueError on unknown solvers and impossible
     settings.
     """
+    if not torch.is_tensor(latents) or not latents.is_floating_point():
+        found = f"{latents.dtype}" if torch.is_tensor(latents) else type(latents).__name__
+        raise UserError(f"sample: latents must be a floating-point tensor [B,C,H,W], got {found}")
     common = {"max_order": max_order, "predict_x0": predict_x0, "lower_order_final": lower_order_final}
     common["original_code"] = original_code
     rule = make_rule(solver, solver_options, common)

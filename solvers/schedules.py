@@ -79,15 +79,17 @@ def get_schedule(
     """Noise levels from sigma_max down to sigma_min, float64 [num_steps].
 
     num_steps counts the time stamps, so there are num_steps - 1 intervals. net: only for ``discrete``, a denoiser with
-    ``sigma(t)`` and ``sigma_inv(sigma)``. original_code: the published code's ``discrete`` for rho != 1. Raises ValueError on an unknown type and on impossible values.
+    ``sigma(t)`` and ``sigma_inv(sigma)``. original_code: the published code's ``discrete`` for rho != 1. Raises ValueError
+    on an unknown type and on impossible values.
     """
     if schedule_type not in SCHEDULES:
         raise UserError(f"unknown schedule_type '{schedule_type}'; choose from {', '.join(SCHEDULES)}")
-    if isinstance(num_steps, bool) or not (isinstance(num_steps, int | float) and 2 <= num_steps <= MOST_STEPS):
+    if isinstance(num_steps, bool) or not 2 <= _number("num_steps", num_steps) <= MOST_STEPS:
         raise UserError(f"num_steps={num_steps}: a schedule needs a whole number of 2 to {MOST_STEPS} time stamps")
     if int(num_steps) != num_steps:
         raise UserError(f"num_steps={num_steps}: a schedule needs at least 2 time stamps (a whole number)")
-    sigma_min, sigma_max, rho = float(sigma_min), float(sigma_max), float(schedule_rho)
+    sigma_min, sigma_max = _number("sigma_min", sigma_min), _number("sigma_max", sigma_max)
+    rho = _number("schedule_rho", schedule_rho)
     if not (math.isfinite(sigma_max) and 0 < sigma_min < sigma_max):
         raise UserError(f"a schedule needs 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
     if not (math.isfinite(rho) and rho > 0):
@@ -100,13 +102,29 @@ def get_schedule(
 def check_sigmas(sigmas, device=None) -> torch.Tensor:
     """An explicit schedule as a float64 tensor [N], passed through unchanged, gradients too. Raises ValueError unless it
     descends to > 0."""
-    sigmas = torch.as_tensor(sigmas, dtype=torch.float64)
+    sigmas = levels_tensor("sigmas", sigmas)
     values = sigmas.detach().cpu()
     if values.ndim != 1 or len(values) < 2:
         raise UserError("sigmas: give at least two noise levels")
     if not torch.isfinite(values).all() or not (values[1:] < values[:-1]).all() or values[-1] <= 0:
         raise UserError(f"sigmas must be finite, strictly decreasing and positive, got {values.tolist()}")
     return _to_device(sigmas if sigmas.requires_grad else values, device)
+
+
+def levels_tensor(name: str, values, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """The values as a tensor, gradients and all; UserError where they are no numbers."""
+    try:
+        return torch.as_tensor(values, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{name} must be a list of numbers, got {str(values)[:100]}") from None
+
+
+def _number(name: str, value) -> float:
+    """A number of Python, numpy or torch as a float; UserError for anything else."""
+    try:
+        return float(None if isinstance(value, str) else value)
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(f"{name}={value!r} must be a number") from None
 
 
 def refine(sigmas: torch.Tensor, extra: int) -> torch.Tensor:

@@ -419,6 +419,8 @@ def test_networks_that_are_not_supported(tmp_path):
         noise_process({**BETAS, "prediction_type": "flow"})
     with pytest.raises(UserError, match="shift"):
         RectifiedFlow(1000, -1.0)
+    with pytest.raises(UserError, match="with 2 steps"):  # a range from sigma 1 to sigma 1
+        RectifiedFlow(2)
 
 
 def test_pickled_weights_are_not_read_unless_allowed(tmp_path):

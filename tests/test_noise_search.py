@@ -8,17 +8,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import test_clip_score
+import test_families_cli
 import torch
 from click.testing import CliRunner
 from latent_nets import tiny_case
 from PIL import Image
 from test_clip_score import CAPTIONS
 from test_compare import run_on_two
-from test_families_cli import adm_config
+from test_families_cli import adm_config, pictures, sd_flags
 from test_sample_cli import BrokenNet, ClassNet, assert_same_pictures, numbered
 
 import sample as cli
 from models import build_denoiser, create_model, verifiers
+from models.clip import ClipNetwork
 from models.detectors import EMBEDDED, PRETRAINED, ConvClassifier, load_classifier, save_classifier
 from models.verifiers import find_function, judge, load_verifier
 from solvers import sample
@@ -28,6 +30,7 @@ from torch_utils.image_writer import to_uint8
 from torch_utils.seeds import candidate_seed
 
 model, images, cosines = test_clip_score.model, test_clip_score.images, test_clip_score.cosines  # fixtures
+files = test_families_cli.files
 EULER = ("--dataset_name=digits", "--solver=euler", "--num_steps=3", "--device=cpu")
 SEARCH = (*EULER, "--candidates=3", "--verifier=classifier", "--seeds=0-5")
 
@@ -332,6 +335,17 @@ def test_clip(model, images, cosines):
         assert found.item() == pytest.approx(cosines[seed, seed], abs=1e-5)
     with pytest.raises(UserError, match=r"^--verifier=clip:/nowhere: no such folder"):
         load_verifier("clip:/nowhere", net)
+
+
+def test_prompts_of_the_command_line_reach_clip(files, model, tmp_path):
+    """Every image was compared with the caption of its own seed."""
+    flags = sd_flags(files, "--prompt", files["table"], "--seeds=5,7", "--candidates=2", f"--verifier=clip:{model}")
+    run(*flags, "--batch=3", "--device=cpu", "--outdir", tmp_path)
+    network, shown = ClipNetwork(model), pictures(tmp_path)
+    for seed, caption in ((5, "a b"), (7, "c d")):
+        prepared = network.prepare(shown[seed].astype(np.uint8).transpose(2, 0, 1))
+        expected = network.similarity(torch.from_numpy(prepared)[None], [caption]).item()
+        assert choices(tmp_path)[seed]["score"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_clip_without_its_package(monkeypatch):

@@ -1,5 +1,6 @@
 """sample.py, through the real script: images per seed, reruns, predictors, several processes, mistakes."""
 
+import dataclasses
 import json
 import os
 import re
@@ -314,6 +315,27 @@ def test_mistakes_take_one_line_and_leave_nothing(tmp_path, flags, message):
     lines = done.output.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("Error") and message in lines[0]
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "idle"),
+    [
+        (("--solver=euler",), "'euler' with polynomial schedule"),
+        (("--solver=euler", "--sigmas=80,1"), "'euler' with this schedule"),
+        (("--solver=deis",), None),
+        (("--solver=euler", "--original_code=False"), None),
+    ],
+)
+def test_original_code_without_effect_is_said(tmp_path, flags, idle):
+    shared = ("--dataset_name=digits", "--seeds=0", "--outdir", tmp_path, "--original_code=True")
+    done = call_here(*shared, *flags)
+    line = f"Warning: original_code has no effect on {idle}\n"
+    assert (line in done.stderr) if idle else ("Warning" not in done.stderr)
+
+
+def test_original_code_has_an_effect_on_the_discrete_schedule():
+    idle = cli.Settings("x", "euler", schedule_type="discrete", schedule_rho=1, original_code=True)
+    assert idle.warnings() and not dataclasses.replace(idle, schedule_rho=2).warnings()
 
 
 def test_analytic_step_that_the_network_cannot_take_is_said_at_once(tmp_path, monkeypatch, net):

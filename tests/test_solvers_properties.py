@@ -11,6 +11,7 @@ from toy import ToyNet, common
 from solvers import SOLVERS, Solver, State, get_schedule, make_rule, refine, sample
 from solvers.rules import DPMSolverPP, dynamic_threshold
 from solvers.span import SpanStudent
+from torch_utils.errors import UserError
 from training.predictor import AMEDPredictor
 
 torch.set_num_threads(1)
@@ -589,3 +590,36 @@ def test_a_schedule_that_would_rise_is_refused():
     """time_uniform is not monotone when sigma_min is large: better an error than samples of noise."""
     with pytest.raises(ValueError, match="strictly decreasing"):
         get_schedule(6, 0.2, 80, "time_uniform", 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_steps": "x"}, "num_steps='x' must be a number"),
+        ({"num_steps": "4"}, "num_steps='4' must be a number"),
+        ({"num_steps": [4]}, "num_steps=.* must be a number"),
+        ({"num_steps": 3.5}, "whole number"),
+        ({"num_steps": math.inf}, "whole number"),
+        ({"sigmas": ["a", "b"]}, "sigmas must be a list of numbers, got .'a', 'b'"),
+        ({"sigmas": "80,1"}, "sigmas must be a list of numbers"),
+        ({"sigmas": [80, None]}, "sigmas must be a list of numbers"),
+        ({"sigmas_net": "a"}, "sigmas_net must be a list of numbers"),
+        ({"sigma_min": "a"}, "sigma_min='a' must be a number"),
+        ({"sigma_max": [80, 70]}, "sigma_max=.* must be a number"),
+        ({"schedule_rho": None}, "schedule_rho=None must be a number"),
+        ({"afs": 2}, "afs=2: choose from"),
+        ({"afs": None}, "afs=None: choose from"),
+        ({"latents": [1.0, 2.0]}, "floating-point tensor .*, got list"),
+        ({"latents": torch.zeros(1, 3, 16, 16, dtype=torch.int64)}, "floating-point tensor .*, got torch.int64"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(change, message):
+    arguments = {"latents": torch.zeros(1, 3, 16, 16), "solver": "euler", "num_steps": 3} | change
+    with pytest.raises(UserError, match=message):
+        sample(ToyNet(), arguments.pop("latents"), **arguments)
+
+
+def test_whole_numbers_of_other_kinds_are_numbers():
+    expected = get_schedule(5, 0.01, 50)
+    for five in (5.0, np.int64(5), torch.tensor(5)):
+        assert torch.equal(get_schedule(five, np.float64(0.01), torch.tensor(50)), expected)

@@ -643,6 +643,9 @@ def make_methods(options: dict, given: set[str]) -> list[Method]:
         names = []
     methods = [parse_method(text, common, everywhere) for text in dict.fromkeys(names)]
     methods = [replace(method, named=not everything) for method in name_schedules(methods)]
+    for method in methods:
+        for line in method.settings.warnings():
+            distributed.print0(f"Warning: {method.label}: {line}", file=sys.stderr)
     for path in dict.fromkeys(split_list(options["predictor_path"])):
         methods.append(predictor_method(path, options["dataset_name"], options))
     if not methods:
