@@ -6,7 +6,6 @@ Plain python or torchrun; stops at --total_kimg or --minutes, whichever comes fi
 """
 
 import math
-import pickle
 import time
 from copy import deepcopy
 from dataclasses import asdict, dataclass
@@ -379,7 +378,7 @@ def read_state(path):
         state = torch.load(path, weights_only=True, map_location="cpu")
         if not isinstance(state, dict) or not {"net", "ema", "optimizer", "it", "elapsed"} <= state.keys():
             raise ValueError("it is not a training state")
-    except (OSError, EOFError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever a damaged file provokes in torch
         raise UserError(f"--resume: cannot read {path} ({str(error).strip()[:120]})") from None
     return state
 
