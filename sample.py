@@ -38,7 +38,7 @@ from solvers.span import SpanStudent
 from torch_utils import distributed
 from torch_utils.cli import Command, Number, offline_flag
 from torch_utils.download import sha256_of
-from torch_utils.errors import UserError
+from torch_utils.errors import UserError, parse_json
 from torch_utils.image_data import atomic_path, decode_image
 from torch_utils.image_writer import ImageWriter, image_grid, save_image, to_uint8
 from torch_utils.prompts import read_prompts
@@ -305,7 +305,7 @@ class Folder:
         if not path.exists():
             return None
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = parse_json(path.read_text(encoding="utf-8"))
             parse_seeds(record["seeds"])
             dict(record["settings"])
         except (OSError, ValueError, KeyError, TypeError):

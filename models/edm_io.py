@@ -9,6 +9,7 @@ from torch_utils.errors import UserError
 from torch_utils.safe_pickle import PersistentObject, open_binary, safe_load
 from torch_utils.tensor_file import is_safetensors, json_entry, read_safetensors, write_safetensors
 
+_LARGEST = 1 << 14  # pixels
 _STATISTICS = ("data_mean", "data_std")  # tensors of a file that are not weights
 
 
@@ -96,6 +97,8 @@ def _build(config: dict, state: dict[str, torch.Tensor], name: str) -> EDMDenois
     except Exception as error:  # whatever wrong arguments provoke in the constructors
         reason = f"{type(error).__name__}: {error}"[:200]
         raise UserError(f"{name}: cannot build a network from its constructor arguments ({reason})") from error
+    if not (0 < net.img_resolution <= _LARGEST and 0 < net.sigma_min < net.sigma_max and 0 < net.sigma_data < 1e6):
+        raise UserError(f"{name}: its resolution or its noise levels are impossible")
     weights = {key: value.to(torch.float32).contiguous() for key, value in state.items()}
     try:
         net.load_state_dict(weights, strict=True, assign=True)

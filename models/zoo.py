@@ -3,7 +3,6 @@
 ``python -m models.zoo list`` prints it, ``python -m models.zoo verify`` checks the files that were downloaded.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import click
 from torch_utils import distributed
 from torch_utils.cli import Group
 from torch_utils.download import download_file, download_member, known_sha256, recorded_sha256, sha256_of
-from torch_utils.errors import UserError
+from torch_utils.errors import UserError, parse_json
 
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 _NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/edm"
@@ -321,7 +320,7 @@ def own_settings(path: Path) -> tuple[str, dict] | None:
     if not file.is_file():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
         family, config = content["family"], content["config"]
         if not isinstance(family, str) or not isinstance(config, dict):
             raise TypeError

@@ -26,7 +26,7 @@ import click
 from solvers.flags import SCHEDULE_NAMES
 from solvers.loop import AFS_KINDS, RANGE_SLACK
 from solvers.schedules import check_sigmas
-from torch_utils.errors import UserError
+from torch_utils.errors import UserError, parse_json
 from torch_utils.image_data import atomic_path
 
 FORMAT = "amed-schedule-1"
@@ -118,10 +118,10 @@ def save_schedule(path: str | Path, schedule: Schedule) -> None:
 def load_schedule(path: str | Path) -> Schedule:
     """The schedule in a file. Raises UserError, naming the file, where there is none or it is not a valid one."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_json(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read the schedule {path}: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path} is not a schedule file: not valid JSON ({error})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f'{path} is not a schedule file of this version: it needs "format": "{FORMAT}"')

@@ -18,7 +18,6 @@ Huang 2024; its rounds as far as its abstract tells). The network forgets the ot
 """
 
 import math
-import pickle
 import sys
 import time
 from copy import deepcopy
@@ -480,7 +479,7 @@ def read_state(path):
         state = torch.load(path, weights_only=True, map_location="cpu")
         if not isinstance(state, dict) or not {"net", "ema", "optimizer", "it", "elapsed"} <= state.keys():
             raise ValueError("it is not a training state")
-    except (OSError, EOFError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever a damaged file provokes in torch
         raise UserError(f"--resume: cannot read {path} ({str(error).strip()[:120]})") from None
     return state
 

@@ -1,6 +1,7 @@
 """Numpy archives of other people, read as plain numbers and never larger than they may be."""
 
 import math
+import sys
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -58,8 +59,14 @@ def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
         shape, fortran, dtype = readers[version](file)
         if dtype.hasobject:
             raise ValueError(f"{info.filename} holds pickled objects, which are never loaded")
+        if dtype.kind not in "biufcSU" or dtype.names or dtype.subdtype:
+            raise ValueError(f"{info.filename} holds values of the kind {dtype}")
         count = math.prod(shape)
         if min(shape, default=0) < 0 or count * dtype.itemsize != info.file_size - file.tell():
             raise ValueError(f"{info.filename} announces {list(shape)} of {dtype}, which is not what it holds")
         values = np.frombuffer(bytearray(file.read()), dtype=dtype, count=count)
+    if dtype.kind == "U" and dtype.itemsize:  # numpy itself trusts that these are characters
+        codes = values.view(np.dtype(np.uint32).newbyteorder(dtype.byteorder))
+        if codes.size and codes.max() > sys.maxunicode:
+            raise ValueError(f"{info.filename} holds text that is none")
     return values.reshape(shape[::-1]).T if fortran else values.reshape(shape)

@@ -1,5 +1,6 @@
 """Errors that are meant for the person at the keyboard."""
 
+import json
 import os
 
 import click
@@ -24,6 +25,14 @@ class UserError(click.ClickException, ValueError):
         rank = os.environ.get("RANK")
         where = f" [rank {rank}]" if rank is not None and os.environ.get("WORLD_SIZE", "1") != "1" else ""
         click.echo(f"Error{where}: {self.message}", file=file, err=file is None)
+
+
+def parse_json(text: str | bytes):
+    """``json.loads`` for files of others: too deep a nesting is a ValueError like all else that is wrong."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 class MissingExtra(UserError):

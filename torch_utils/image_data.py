@@ -1,9 +1,9 @@
 """Images in: folders and zips of PNG and JPEG files, with the labels of EDM's ``dataset.json``; atomic files out."""
 
 import io
-import json
 import os
 import secrets
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from torch_utils.errors import UserError
+from torch_utils.errors import UserError, parse_json
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg")
 _CHANNELS = {"1": 1, "L": 1, "P": 3, "RGB": 3}  # file mode -> channels it is read as
@@ -112,7 +112,7 @@ class ImageSource:
             found = (p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file())
         elif self.path.suffix.lower() == ".zip":
             self.is_zip = True
-            found = (entry.filename for entry in self._open_zip().infolist() if not entry.is_dir())
+            found = (entry.filename for entry in self._open_zip().infolist() if not entry.filename.endswith("/"))
         else:
             raise UserError(f"{self.path}: expected a folder or a .zip of PNG or JPEG images")
         found = list(found)
@@ -170,7 +170,7 @@ class ImageSource:
         if self._zip is None or self._zip_owner != os.getpid():  # a forked child must not share the file offset
             try:
                 self._zip = zipfile.ZipFile(self.path)
-            except (zipfile.BadZipFile, OSError) as exc:
+            except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as exc:
                 raise UserError(f"{self.path}: not a readable zip file ({exc})") from None
             self._zip_owner = os.getpid()
         return self._zip
@@ -184,7 +184,9 @@ class ImageSource:
             if entry.file_size > _MAX_FILE_BYTES:
                 raise UserError(f"{where}: unpacks to {entry.file_size} bytes; refused")
             return self._open_zip().read(entry)
-        except (OSError, RuntimeError, NotImplementedError, zipfile.BadZipFile, zlib.error) as exc:
+        except UserError:
+            raise
+        except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error, struct.error) as exc:
             raise UserError(f"{where}: cannot be read ({exc})") from None
 
     def _read_labels(self) -> list[int] | None:
@@ -193,12 +195,12 @@ class ImageSource:
             return None
         where = f"{self.path}:{_LABEL_FILE}" if self.is_zip else str(self.path / _LABEL_FILE)
         try:
-            content = json.loads(self._read_bytes(_LABEL_FILE))
+            content = parse_json(self._read_bytes(_LABEL_FILE))
             pairs = content.get("labels") if isinstance(content, dict) else content
             if pairs is None:
                 return None
             table = {str(name).replace("\\", "/"): label for name, label in pairs}
-        except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as exc:
+        except (UnicodeDecodeError, TypeError, ValueError) as exc:
             if isinstance(exc, UserError):
                 raise
             raise UserError(f'{where}: expected {{"labels": [["name.png", 3], ...]}} ({exc})') from None

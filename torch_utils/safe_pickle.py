@@ -29,6 +29,8 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first value of a file in the older tor
 _LEGACY_PROTOCOL = 1001
 _MAX_DEPTH = 32  # of nested modules
 _MAX_TENSORS = 100_000
+_MOST_PARTS = 5_000_000  # of a plain container, with all that is in it
+_DEEPEST = 200  # plain containers in each other
 
 
 class UnsafePickleError(UserError, pickle.UnpicklingError):
@@ -209,16 +211,11 @@ def _build_parameter(data, requires_grad=False, hooks=None) -> torch.Tensor:
 
 
 def _build_storage(data) -> _Storage:
-    """A nested storage. Its own little stream is held against the allow-list and its size first, then read by torch."""
+    """A nested storage: a file of the older torch.save of its own, in which nothing but storages may be named."""
     _require(isinstance(data, bytes), "a nested storage is not bytes")
-    declared = _load_legacy(_Source(io.BytesIO(data)), _STORAGE_GLOBALS)
-    _require(isinstance(declared, _Storage), "a nested storage holds something else")
-    storage = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
-    _require(isinstance(storage, torch.storage.TypedStorage), "a nested storage holds something else")
-    untyped, dtype, count = storage._untyped_storage, declared.flat.dtype, declared.flat.numel()
-    same = storage.dtype == dtype and untyped.nbytes() == count * dtype.itemsize
-    _require(same, "a nested storage contradicts itself")
-    return _Storage(torch.empty(0, dtype=dtype).set_(untyped, 0, (count,), (1,)))
+    storage = _load_legacy(_Source(io.BytesIO(data)), _STORAGE_GLOBALS)
+    _require(isinstance(storage, _Storage), "a nested storage holds something else")
+    return storage
 
 
 _STORAGE_GLOBALS = {
@@ -589,21 +586,67 @@ def _load(file):
     source = _Source(file)
     allowed = _OBJECT_GLOBALS | _STORAGE_GLOBALS
     if _starts_like_zip(file):
-        return _load_zip(file, source.remaining(), allowed)
+        return _of_sane_extent(_load_zip(file, source.remaining(), allowed))
     result = _SafeUnpickler(source, _OBJECT_GLOBALS).load()
     if isinstance(result, int) and result == _LEGACY_MAGIC:
-        return _load_legacy(source, allowed, magic_read=True)
-    return result
+        result = _load_legacy(source, allowed, magic_read=True)
+    return _of_sane_extent(result)
 
 
 def _load_tolerant(file, path: str | None):
     source = _Source(file)
     allowed = _WEIGHT_GLOBALS | _STORAGE_GLOBALS
     if not _starts_like_zip(file):
-        return _load_legacy(source, allowed, unpickler=_TolerantUnpickler)
+        return _of_sane_extent(_load_legacy(source, allowed, unpickler=_TolerantUnpickler))
     size = source.remaining()
     mapping = None if path is None else torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
-    return _load_zip(file, size, allowed, _TolerantUnpickler, mapping)
+    return _of_sane_extent(_load_zip(file, size, allowed, _TolerantUnpickler, mapping))
+
+
+def _parts(value) -> list:
+    """What a container holds, as far as printing it would show."""
+    if isinstance(value, dict):
+        return [*value.keys(), *value.values()]
+    return list(value) if isinstance(value, (list, tuple, set, frozenset)) else []
+
+
+def _of_sane_extent(content):
+    """``content``, unless printing a part of it could take forever: k pairs that each hold the one before twice have 2^k
+    leaves. An error message must be able to quote any value. Nor may plain containers nest deeply, or hold themselves.
+    """
+    extents: dict[int, tuple[int, int]] = {}  # of containers: (leaves, depth)
+    open_now: set[int] = set()
+    roots = [content]
+    while roots:
+        stack = [roots.pop()]
+        while stack:
+            value = stack[-1]
+            if id(value) in extents:
+                stack.pop()
+                continue
+            if isinstance(value, PersistentObject):  # printed by its name alone, so a start of its own
+                extents[id(value)] = (1, 0)
+                roots.append(value.state)
+                continue
+            parts = _parts(value)
+            todo = [part for part in parts if id(part) not in extents and (_parts(part) or _is_record(part))]
+            if todo:
+                _require(id(value) not in open_now, "a container holds itself, or too many others")
+                open_now.add(id(value))
+                stack.extend(todo)
+                _require(len(stack) <= _MOST_PARTS, "it has too many parts")
+                continue
+            known = [extents.get(id(part), (1, 0)) for part in parts]
+            leaves, depth = sum(n for n, _ in known), 1 + max((d for _, d in known), default=0)
+            _require(leaves <= _MOST_PARTS and depth <= _DEEPEST, "its containers are nested or shared without end")
+            extents[id(value)] = (leaves, depth)
+            open_now.discard(id(value))
+            stack.pop()
+    return content
+
+
+def _is_record(value) -> bool:
+    return isinstance(value, PersistentObject)
 
 
 def _starts_like_zip(file) -> bool:

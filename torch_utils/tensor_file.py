@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from torch_utils.errors import UserError
+from torch_utils.errors import UserError, parse_json
 from torch_utils.image_data import atomic_path
 
 
@@ -41,7 +41,7 @@ def json_entry(metadata: dict[str, str], key: str, name: str) -> dict:
     if key not in metadata:
         raise UserError(f"{name} has no '{key}' in its metadata; found: {', '.join(sorted(metadata)) or 'no metadata'}")
     try:
-        value = json.loads(metadata[key])
+        value = parse_json(metadata[key])
     except ValueError:
         value = None
     if not isinstance(value, dict):

@@ -12,7 +12,7 @@ from solvers import SOLVERS, check_sigmas
 from solvers.loop import AFS_KINDS
 from torch_utils.errors import UserError
 from training.loss import make_rules
-from training.predictor import DEFAULTS, AMEDPredictor
+from training.predictor import DEFAULTS, AMEDPredictor, check_kinds
 
 STUDENTS = tuple(name for name, rule in SOLVERS.items() if rule.can_learn)
 TEACHERS = tuple(name for name, rule in SOLVERS.items() if rule.can_teach)
@@ -78,6 +78,7 @@ class RunOptions:
             raise UserError(f"unknown training option '{unknown[0]}'")
         if "dataset_name" not in values:
             raise UserError("the training options name no dataset_name")
+        check_kinds(values, {field.name: field.type for field in fields(cls)})
         return cls(**values)
 
     def to_dict(self) -> dict:

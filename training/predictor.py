@@ -3,6 +3,9 @@
 Zhou et al. 2024, "Fast ODE-based Sampling for Diffusion Models in Around 5 Steps" (arXiv 2312.00094), Section 3.3.
 """
 
+import types
+import typing
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -40,6 +43,42 @@ DEFAULTS = {
 }
 
 
+# What the values may be: files bring them. (Names that are not here may be of any kind that ``json`` knows.)
+KINDS = {
+    **dict.fromkeys(("dataset_name", "guidance_type"), str | None),
+    **dict.fromkeys(("sampler_stu", "sampler_tea", "schedule_type"), str),
+    **dict.fromkeys(("num_steps", "M", "hidden_dim", "bottleneck_output_dim", "noise_channels"), int),
+    **dict.fromkeys(("img_resolution", "max_order"), int | None),
+    **dict.fromkeys(("guidance_rate", "scale_dir", "scale_time", "sigma_min", "sigma_max"), float | None),
+    **dict.fromkeys(("predict_x0", "lower_order_final", "thresholding"), bool | None),
+    "schedule_rho": float,
+    "afs": bool | str,
+    "sigmas": list[float] | None,
+}
+_WIDEST = 1 << 16  # of any layer
+
+
+def fits(value, kind) -> bool:
+    """Whether a value is of a kind: a type, a union of types or a list of one. A whole number is a float too; True and
+    False are no numbers, and neither are NaN, infinity and what float64 cannot hold."""
+    if isinstance(kind, types.UnionType):
+        return any(fits(value, part) for part in kind.__args__)
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list | tuple) and all(fits(part, kind.__args__[0]) for part in value)
+    if kind in (int, float):
+        number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        return number and -1e300 < value < 1e300
+    return isinstance(value, kind)
+
+
+def check_kinds(config: dict, kinds: dict) -> None:
+    """Raises UserError, naming the setting, where a value is of another kind than ``kinds`` says."""
+    for name, value in config.items():
+        if not fits(value, kinds.get(name, object)):
+            wanted = getattr(kinds[name], "__name__", str(kinds[name]))
+            raise UserError(f"{name}={str(value)[:60]!r} is of the wrong kind: it must be {wanted}")
+
+
 class AMEDPredictor(nn.Module):
     """predictor(bottleneck, t_cur, t_next) -> (r, scale_dir, scale_time), each [B,1,1,1].
 
@@ -54,6 +93,10 @@ class AMEDPredictor(nn.Module):
         if unknown:
             raise UserError(f"unknown predictor setting '{unknown[0]}'; known: {', '.join(DEFAULTS)}")
         self.config = {**DEFAULTS, **config}
+        check_kinds(self.config, KINDS)
+        for name in ("hidden_dim", "bottleneck_output_dim", "noise_channels"):
+            if not 1 <= self.config[name] <= _WIDEST:
+                raise UserError(f"{name}={self.config[name]} must be from 1 to {_WIDEST}")
         self.provenance: dict = {}
         for name in ("scale_dir", "scale_time"):
             bound = float(self.config[name] or 0)

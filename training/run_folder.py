@@ -1,7 +1,6 @@
 """The folder of a run: its number, its log, its training states."""
 
 import json
-import pickle
 import re
 from pathlib import Path
 
@@ -120,7 +119,9 @@ def load_newest_state(folder) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not {"predictor", "optimizer", "iteration", "options"} <= state.keys():
             raise ValueError("it is not a training state")
-    except (OSError, EOFError, ValueError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+        if not isinstance(state["options"], dict) or not all(isinstance(name, str) for name in state["options"]):
+            raise ValueError("its options are damaged")
+    except Exception as error:  # whatever a damaged file provokes in torch
         older = f"; delete it to continue from {states[-2][1].name}" if len(states) > 1 else ""
         raise UserError(f"cannot read {path} ({str(error).strip()[:120]}){older}") from None
     return state
