@@ -8,6 +8,8 @@
 One seed is one image, whatever the batch size and the number of processes. A rerun continues where the last one
 stopped; ``sampling.json`` beside the images says how they were made. Under torchrun write --r as --solver_r: torchrun
 takes --r for one of its own options.
+
+--fid_ref gives the FID of the images as they are made; they are not written then unless --save_images=True.
 """
 
 import json
@@ -25,6 +27,7 @@ import torch
 from click.core import ParameterSource
 from tqdm import tqdm
 
+from fid import StreamedFID
 from models import create_model, use_tokenizer, zoo
 from models.execution import AUTOCAST, COMPILE_MODES, prepare_network
 from solvers import SOLVERS, SampleInfo, make_rule, resolve_sigmas, sample
@@ -35,7 +38,7 @@ from torch_utils import distributed
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
 from torch_utils.image_data import atomic_path, decode_image
-from torch_utils.image_writer import ImageWriter, image_grid, save_image, to_uint8
+from torch_utils.image_writer import ImageWriter, image_grid, save_image, to_pixels, to_uint8
 from torch_utils.prompts import read_prompts
 from torch_utils.seeds import SeededGenerators, parse_seeds
 from training.checkpoint import find_predictor, load_predictor
@@ -176,12 +179,22 @@ def generate_images(
     if device is None:
         device = next(net.parameters()).device
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
-    for start in range(0, len(seeds), batch):
+
+    def draw(start: int) -> tuple:
         chosen = [int(seed) for seed in seeds[start : start + batch]]
         generators = SeededGenerators(chosen)
-        latents = generators.randn(shape).to(device)
+        latents = _to_device(generators.randn(shape), device)
         of_batch = labels if labels is None or isinstance(labels, int) else labels[start : start + batch]
-        cond = net.make_cond(generators, of_batch, **_text_of(chosen, prompts, negative_prompt))
+        return (
+            chosen,
+            generators,
+            latents,
+            net.make_cond(generators, of_batch, **_text_of(chosen, prompts, negative_prompt)),
+        )
+
+    drawn = draw(0) if len(seeds) else None
+    for start in range(0, len(seeds), batch):
+        chosen, generators, latents, cond = drawn
         denoised: list[torch.Tensor] = []
 
         def keep(i, sigma, x, image, denoised=denoised):
@@ -197,7 +210,17 @@ def generate_images(
             noise=lambda generators=generators: generators.randn(shape),
             **arguments,
         )
-        yield Batch(chosen, net.decode(x), torch.stack(denoised) if keep_intermediates else None, info)
+        images = net.decode(x)
+        if start + batch < len(seeds):  # while a GPU still works on the images above: nothing has waited for them yet
+            drawn = draw(start + batch)
+        yield Batch(chosen, images, torch.stack(denoised) if keep_intermediates else None, info)
+
+
+def _to_device(noise: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Through pinned memory to a CUDA device, so that nothing waits for the copy."""
+    if torch.device(device).type == "cuda":
+        return noise.pin_memory().to(device, non_blocking=True)
+    return noise.to(device)
 
 
 def _text_of(seeds: list[int], prompts: str | Mapping[int, str] | None, negative_prompt: str | None) -> dict:
@@ -454,16 +477,24 @@ def describe_run(settings: Settings, options: dict, net, predictor_file: Path | 
     }
 
 
-def write_images(batches: Iterator[Batch], folder: Folder, nfe: int, progress) -> None:
-    """Drains ``generate_images`` into files; UserError, naming the seeds, where an image is not finite."""
+def write_images(
+    batches: Iterator[Batch], folder: Folder | None, nfe: int, progress, stream: StreamedFID | None = None
+) -> None:
+    """Drains ``generate_images`` into the files of a folder, a stream of features, or both.
+
+    Files are encoded and written in the background. UserError, naming the seeds, where an image is not finite.
+    """
     with ImageWriter() as writer:
         for result in batches:
             if result.info.nfe != nfe:
                 raise RuntimeError(f"sampling took {result.info.nfe} network evaluations instead of {nfe}")
+            pixels = to_pixels(result.images)
             finite = result.images.isfinite().flatten(1).all(dim=1).tolist()
-            images = to_uint8(result.images)
+            if stream is not None and all(finite):
+                stream.append(pixels)
+            images = None if folder is None else to_uint8(pixels)
             for row, seed in enumerate(result.seeds):
-                if not finite[row]:
+                if folder is None or not finite[row]:
                     continue
                 if folder.inters:
                     steps = to_uint8(torch.cat([result.intermediates[:, row], result.images[row : row + 1]]))
@@ -478,6 +509,34 @@ def write_images(batches: Iterator[Batch], folder: Folder, nfe: int, progress) -
             progress.update(len(result.seeds))
 
 
+def open_stream(options: dict, given: set[str], count: int, device: torch.device) -> StreamedFID | None:
+    """What --fid_ref asks for; sets ``options["save_images"]``. UserError for flags that would have no effect."""
+    if options["fid_ref"] is None:
+        for name in ("fid_detector", "fid_json", "save_images"):
+            if name in given and options[name] is not True:
+                raise UserError(f"--{name} goes with --fid_ref; leave it out, or give the reference as well")
+        options["save_images"] = True
+        return None
+    options["save_images"] = bool(options["save_images"])
+    if not options["save_images"]:
+        for name in ("outdir", "grid", "return_inters", "overwrite", "subdirs"):
+            if name in given:
+                raise UserError(f"--{name}: with --fid_ref nothing is written; add --save_images=True or leave it out")
+    return StreamedFID(options["fid_ref"], count, options["fid_detector"], device)
+
+
+def report_fid(stream: StreamedFID, options: dict, record: dict, source: str) -> None:
+    """Every process calls it; rank 0 prints the FID, and writes it beside the record of the run with --fid_json."""
+    result = stream.result(source)
+    if result is None:
+        return
+    if options["fid_json"] is not None:
+        content = asdict(result) | {"sampling": record | {"seeds": format_seeds(parse_seeds(options["seeds"]))}}
+        with atomic_path(options["fid_json"]) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(result.line(), flush=True)
+
+
 def run(options: dict, given: set[str], device: torch.device, schedule: Schedule | None = None) -> None:
     """Everything between the flags and the last file; every process of a torchrun calls it."""
     seeds = parse_seeds(options["seeds"])
@@ -489,15 +548,18 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
             print(f"Warning: {line}", file=sys.stderr)
     check_text(net, settings.dataset_name, options, prompts)
     record = describe_run(settings, options, net, predictor_file, device)
+    stream = open_stream(options, given, len(seeds), device)
     default = Path("samples") / settings.dataset_name / f"{settings.solver}_nfe{record['nfe']}"
     folder = Folder(Path(options["outdir"] or default), options["subdirs"], options["return_inters"])
     todo, error = None, None
-    if distributed.rank() == 0:
+    if distributed.rank() == 0 and options["save_images"]:
         try:
             todo = prepare_folder(folder, record, seeds, options["overwrite"])
         except Exception as exc:  # raised by agree(), on every rank
             error = exc
     distributed.agree(error)
+    if stream is not None:  # features come from images as they are made: those of an earlier run are made again
+        todo = seeds
     todo = distributed.broadcast_object(todo)
 
     share = todo[distributed.rank() :: distributed.world_size()]
@@ -516,7 +578,7 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
             **settings.arguments(),
         )
         with tqdm(total=len(share), unit="img", desc=folder.path.name, disable=distributed.rank() != 0) as bar:
-            write_images(batches, folder, record["nfe"], bar)
+            write_images(batches, folder if options["save_images"] else None, record["nfe"], bar, stream)
     except torch.OutOfMemoryError:
         error = UserError(f"{device} is out of memory: lower --batch (now {options['batch']})")
     except Exception as exc:  # raised by agree(), on every rank
@@ -528,9 +590,11 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
             write_grid(folder, seeds)
         print(
             f"sampled {len(todo)} images ({len(seeds) - len(todo)} skipped) NFE={record['nfe']} in {seconds:.1f} s"
-            f" ({len(todo) / max(seconds, 1e-9):.1f} img/s) -> {folder.path}",
+            f" ({len(todo) / max(seconds, 1e-9):.1f} img/s)" + (f" -> {folder.path}" if options["save_images"] else ""),
             flush=True,
         )
+    if stream is not None:
+        report_fid(stream, options, record, str(folder.path) if options["save_images"] else "sample.py, not written")
     distributed.barrier()
 
 
@@ -581,6 +645,10 @@ def _plain_solvers() -> str:
 @click.option(
     "--return_inters", type=bool, default=False, show_default=True, help="Also strips of denoised images, in inters/"
 )
+@click.option("--fid_ref", metavar="NPZ|URL|NAME", help="Also the FID of these images, as fid.py calc --ref")
+@click.option("--fid_detector", metavar="NAME|PATH", help="Its detector (default: the reference's, else inception)")
+@click.option("--fid_json", metavar="FILE", help="Also write the FID and how the images were made to this file")
+@click.option("--save_images", type=bool, help="Write images (default: True, with --fid_ref False)")
 @click.option("--overwrite", type=bool, default=False, show_default=True, help="Redo images that exist already")
 @click.option("--amp", type=click.Choice(list(AUTOCAST)), default="none", show_default=True, help="Mixed precision")
 @click.option("--use_fp16", type=bool, default=False, show_default=True, help="The same as --amp=fp16")
