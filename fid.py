@@ -129,6 +129,7 @@ def image_statistics(
     batch: int,
     device: torch.device,
     feature_cache: str | Path | None = None,
+    workers: int | None = None,
 ) -> FeatureStatistics:
     """Statistics over all ranks, with a progress bar, and from or into ``feature_cache``."""
     detector.check(source.shape, source.where(0))
@@ -146,7 +147,7 @@ def image_statistics(
                 kept.append(features.cpu().numpy())
 
         statistics = compute_statistics(
-            source, detector, indices=indices, batch=batch, device=device, on_batch=on_batch
+            source, detector, indices=indices, batch=batch, device=device, workers=workers, on_batch=on_batch
         )
     if feature_cache is not None:
         _to_cache(Path(feature_cache), source, indices, detector, kept)
@@ -205,6 +206,7 @@ def calculate_fid(
     feature_cache: str | Path | None = None,
     device: torch.device | str = "cpu",
     trust: bool = False,
+    workers: int | None = None,
 ) -> FIDResult | None:
     """FID of a folder or zip of images; the result on rank 0, None on the others. Warnings go to stderr."""
     device = torch.device(device)
@@ -213,21 +215,52 @@ def calculate_fid(
     indices = choose_images(source, num, seed)
     network = choose_detector(detector, reference, device, trust)
     warn_about_count(len(indices), network)
-    statistics = image_statistics(source, indices, network, batch, device, feature_cache)
+    statistics = image_statistics(source, indices, network, batch, device, feature_cache, workers)
     if distributed.rank() != 0:
         return None
+    seed = None if len(indices) == len(source) else seed
+    return _result(statistics, reference, network, ref=str(ref), source=str(images), seed=seed)
+
+
+def _result(statistics: FeatureStatistics, reference: Reference, network: FeatureDetector, **more) -> FIDResult:
     mu, sigma = statistics.moments()
     return FIDResult(
         fid=frechet_distance(mu, sigma, reference.mu, reference.sigma),
-        images=len(indices),
+        images=statistics.count,
         detector=network.name,
         detector_file=network.file,
         detector_sha256=network.digest,
-        ref=str(ref),
         ref_images=reference.num,
-        source=str(images),
-        seed=None if len(indices) == len(source) else seed,
+        **more,
     )
+
+
+class StreamedFID:
+    """FID of images that come from a sampler and need not be written; every process of a torchrun makes one.
+
+    count: how many images there will be on all processes, for the warnings. Raises UserError for an unknown reference and
+    a detector that does not suit it.
+    """
+
+    def __init__(self, ref: str, count: int, detector: str | None = None, device: torch.device | str = "cpu"):
+        self.ref, device = ref, torch.device(device)
+        if count < 2:
+            raise UserError(f"the FID of {count} image: a covariance needs at least 2")
+        self.reference = find_reference(ref)
+        self.detector = choose_detector(detector, self.reference, device)
+        self.statistics = FeatureStatistics(self.detector.feature_dim, device)
+        warn_about_count(count, self.detector)
+
+    def append(self, pixels: torch.Tensor) -> None:
+        """pixels: uint8 [B,C,H,W], on any device."""
+        self.statistics.append(self.detector(pixels))
+
+    def result(self, source: str) -> FIDResult | None:
+        """Adds up what the processes have; the result on rank 0, None on the others. source: what to record as such."""
+        self.statistics.all_reduce()
+        if distributed.rank() != 0:
+            return None
+        return _result(self.statistics, self.reference, self.detector, ref=self.ref, source=source, seed=None)
 
 
 def warn_about_count(count: int, detector: FeatureDetector) -> None:
@@ -259,12 +292,13 @@ def main():
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed of that choice")
 @click.option("--batch", type=click.IntRange(min=1), default=250, show_default=True, help="Images per network call")
 @click.option("--detector", default=None, metavar="NAME|PATH", help="Default: the reference's, else inception")
+@click.option("--workers", type=click.IntRange(min=0), help="Processes that decode images (default: 0 on the CPU)")
 @click.option("--feature-cache", "--feature_cache", default=None, metavar="NPZ", help="Keep and reuse features here")
 @click.option("--json", "json_path", default=None, metavar="FILE", help="Also write the result to this file")
 @click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")
 @click.option("--trust", type=bool, default=False, show_default=True, help="Run a TorchScript detector not known here")
 @offline_flag
-def calc(images, ref, num, seed, batch, detector, feature_cache, json_path, device, trust):
+def calc(images, ref, num, seed, batch, detector, workers, feature_cache, json_path, device, trust):
     """FID of images to a reference; prints 'FID 12.3456 images=... detector=... weights=... ref=...'."""
     for flag, path in (("--json", json_path), ("--feature-cache", feature_cache)):
         if path is not None:
@@ -281,6 +315,7 @@ def calc(images, ref, num, seed, batch, detector, feature_cache, json_path, devi
             feature_cache=feature_cache,
             device=device,
             trust=trust,
+            workers=workers,
         )
         if result is not None:
             if json_path is not None:

@@ -9,6 +9,8 @@
 One seed is one image, whatever the batch size and the number of processes. A rerun continues where the last one
 stopped; ``sampling.json`` beside the images says how they were made. Under torchrun write --r as --solver_r: torchrun
 takes --r for one of its own options.
+
+--fid_ref gives the FID of the images as they are made; they are not written then unless --save_images=True.
 """
 
 import json
@@ -26,6 +28,7 @@ import torch
 from click.core import ParameterSource
 from tqdm import tqdm
 
+from fid import StreamedFID
 from models import create_model, use_tokenizer, zoo
 from models.execution import AUTOCAST, COMPILE_MODES, prepare_network
 from models.verifiers import FORMS, Verifier, judge, load_verifier
@@ -40,7 +43,7 @@ from torch_utils.cli import Command, Number, offline_flag
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError, parse_json
 from torch_utils.image_data import atomic_path, decode_image
-from torch_utils.image_writer import ImageWriter, image_grid, save_image, to_uint8
+from torch_utils.image_writer import ImageWriter, image_grid, save_image, to_pixels, to_uint8
 from torch_utils.prompts import read_prompts
 from torch_utils.seeds import SeededGenerators, candidate_seed, parse_seeds
 from training.checkpoint import find_predictor, load_predictor
@@ -222,11 +225,12 @@ def generate_images(
         device = next(net.parameters()).device
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     rows = [(index, number) for index in range(len(seeds)) for number in range(candidates)]
-    for start in range(0, len(rows), batch):
+
+    def draw(start: int) -> tuple:
         part = rows[start : start + batch]
         chosen = [int(seeds[index]) for index, _ in part]
         noises = SeededGenerators([candidate_seed(seeds[index], number) for index, number in part])
-        latents = noises.randn(shape).to(device)
+        latents = _to_device(noises.randn(shape), device)
         generators = noises
         if candidates > 1:  # the class is drawn after the noise of the seed itself
             generators = SeededGenerators(chosen)
@@ -234,6 +238,11 @@ def generate_images(
         of_batch = labels if labels is None or isinstance(labels, int) else [labels[index] for index, _ in part]
         cond = net.make_cond(generators, of_batch, **_text_of(chosen, prompts, negative_prompt))
         noises.join(generators)
+        return chosen, noises, latents, cond
+
+    drawn = draw(0) if rows else None
+    for start in range(0, len(rows), batch):
+        chosen, noises, latents, cond = drawn
         denoised: list[torch.Tensor] = []
 
         def keep(i, sigma, x, image, denoised=denoised):
@@ -249,7 +258,17 @@ def generate_images(
             noise=lambda noises=noises: noises.randn(shape),
             **arguments,
         )
-        yield Batch(chosen, net.decode(x), torch.stack(denoised) if keep_intermediates else None, info, cond)
+        images = net.decode(x)
+        if start + batch < len(rows):  # while a GPU still works on the images above: nothing has waited for them yet
+            drawn = draw(start + batch)
+        yield Batch(chosen, images, torch.stack(denoised) if keep_intermediates else None, info, cond)
+
+
+def _to_device(noise: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Through pinned memory to a CUDA device, so that nothing waits for the copy."""
+    if torch.device(device).type == "cuda":
+        return noise.pin_memory().to(device, non_blocking=True)
+    return noise.to(device)
 
 
 def prompts_of(seeds: list[int], prompts: str | Mapping[int, str] | None) -> list[str] | None:
@@ -559,16 +578,24 @@ def describe_run(
     }
 
 
-def write_images(batches: Iterator[Batch], folder: Folder, nfe: int, progress) -> None:
-    """Drains ``generate_images`` into files; UserError, naming the seeds, where an image is not finite."""
+def write_images(
+    batches: Iterator[Batch], folder: Folder | None, nfe: int, progress, stream: StreamedFID | None = None
+) -> None:
+    """Drains ``generate_images`` into the files of a folder, a stream of features, or both.
+
+    Files are encoded and written in the background. UserError, naming the seeds, where an image is not finite.
+    """
     with ImageWriter() as writer:
         for result in batches:
             if result.info.nfe != nfe:
                 raise RuntimeError(f"sampling took {result.info.nfe} network evaluations instead of {nfe}")
+            pixels = to_pixels(result.images)
             finite = result.images.isfinite().flatten(1).all(dim=1).tolist()
-            images = to_uint8(result.images)
+            if stream is not None and all(finite):
+                stream.append(pixels)
+            images = None if folder is None else to_uint8(pixels)
             for row, seed in enumerate(result.seeds):
-                if not finite[row]:
+                if folder is None or not finite[row]:
                     continue
                 if folder.inters:
                     steps = to_uint8(torch.cat([result.intermediates[:, row], result.images[row : row + 1]]))
@@ -581,6 +608,34 @@ def write_images(batches: Iterator[Batch], folder: Folder, nfe: int, progress) -
                     " try --amp=none, more steps or another solver"
                 )
             progress.update(len(result.seeds))
+
+
+def open_stream(options: dict, given: set[str], count: int, device: torch.device) -> StreamedFID | None:
+    """What --fid_ref asks for; sets ``options["save_images"]``. UserError for flags that would have no effect."""
+    if options["fid_ref"] is None:
+        for name in ("fid_detector", "fid_json", "save_images"):
+            if name in given and options[name] is not True:
+                raise UserError(f"--{name} goes with --fid_ref; leave it out, or give the reference as well")
+        options["save_images"] = True
+        return None
+    options["save_images"] = bool(options["save_images"])
+    if not options["save_images"]:
+        for name in ("outdir", "grid", "return_inters", "overwrite", "subdirs", "candidates"):
+            if name in given:
+                raise UserError(f"--{name}: with --fid_ref nothing is written; add --save_images=True or leave it out")
+    return StreamedFID(options["fid_ref"], count, options["fid_detector"], device)
+
+
+def report_fid(stream: StreamedFID, options: dict, record: dict, source: str) -> None:
+    """Every process calls it; rank 0 prints the FID, and writes it beside the record of the run with --fid_json."""
+    result = stream.result(source)
+    if result is None:
+        return
+    if options["fid_json"] is not None:
+        content = asdict(result) | {"sampling": record | {"seeds": format_seeds(parse_seeds(options["seeds"]))}}
+        with atomic_path(options["fid_json"]) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(result.line(), flush=True)
 
 
 def run(options: dict, given: set[str], device: torch.device, schedule: Schedule | None = None) -> None:
@@ -598,18 +653,21 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
     check_text(net, settings.dataset_name, options, prompts)
     verifier, candidates = open_verifier(options["verifier"], net, device), options["candidates"] or 1
     record = describe_run(settings, options, net, predictor, predictor_file, verifier, device)
+    stream = open_stream(options, given, len(seeds), device)
     nfe = settings.evaluations(net, predictor)
     best_of = "" if verifier is None else f"_best{candidates}"
     default = Path("samples") / settings.dataset_name / f"{settings.solver}_nfe{nfe}{best_of}"
     folder = Folder(Path(options["outdir"] or default), options["subdirs"], options["return_inters"])
     todo, error = None, None
-    if distributed.rank() == 0:
+    if distributed.rank() == 0 and options["save_images"]:
         try:
             todo = prepare_folder(folder, record, seeds, options["overwrite"])
             folder.scores().merge()  # what a killed run left
         except Exception as exc:  # raised by agree(), on every rank
             error = exc
     distributed.agree(error)
+    if stream is not None:  # features come from images as they are made: those of an earlier run are made again
+        todo = seeds
     todo = distributed.broadcast_object(todo)
 
     share = todo[distributed.rank() :: distributed.world_size()]
@@ -631,7 +689,7 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
         if verifier is not None:
             batches = search(batches, verifier, candidates, prompts, folder.scores())
         with tqdm(total=len(share), unit="img", desc=folder.path.name, disable=distributed.rank() != 0) as bar:
-            write_images(batches, folder, nfe, bar)
+            write_images(batches, folder if options["save_images"] else None, nfe, bar, stream)
     except torch.OutOfMemoryError:
         error = UserError(f"{device} is out of memory: lower --batch (now {options['batch']})")
     except Exception as exc:  # raised by agree(), on every rank
@@ -639,15 +697,18 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
     distributed.agree(error)
     seconds = time.perf_counter() - started
     if distributed.rank() == 0:
-        folder.scores().merge()
+        if options["save_images"]:
+            folder.scores().merge()
         if options["grid"]:
             write_grid(folder, seeds)
         each = "" if verifier is None else f" ({candidates} candidates of {nfe})"
         print(
             f"sampled {len(todo)} images ({len(seeds) - len(todo)} skipped) NFE={record['nfe']}{each} in {seconds:.1f} s"
-            f" ({len(todo) / max(seconds, 1e-9):.1f} img/s) -> {folder.path}",
+            f" ({len(todo) / max(seconds, 1e-9):.1f} img/s)" + (f" -> {folder.path}" if options["save_images"] else ""),
             flush=True,
         )
+    if stream is not None:
+        report_fid(stream, options, record, str(folder.path) if options["save_images"] else "sample.py, not written")
     distributed.barrier()
 
 
@@ -721,6 +782,10 @@ def _plain_solvers() -> str:
 @click.option(
     "--return_inters", type=bool, default=False, show_default=True, help="Also strips of denoised images, in inters/"
 )
+@click.option("--fid_ref", metavar="NPZ|URL|NAME", help="Also the FID of these images, as fid.py calc --ref")
+@click.option("--fid_detector", metavar="NAME|PATH", help="Its detector (default: the reference's, else inception)")
+@click.option("--fid_json", metavar="FILE", help="Also write the FID and how the images were made to this file")
+@click.option("--save_images", type=bool, help="Write images (default: True, with --fid_ref False)")
 @click.option("--overwrite", type=bool, default=False, show_default=True, help="Redo images that exist already")
 @click.option("--amp", type=click.Choice(list(AUTOCAST)), default="none", show_default=True, help="Mixed precision")
 @click.option("--use_fp16", type=bool, default=False, show_default=True, help="The same as --amp=fp16")

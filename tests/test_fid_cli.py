@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ import fid
 from fid import calculate_fid, choose_detector, choose_images, find_reference
 from models import detectors
 from models.detectors import load_detector
+from torch_utils import frechet
 from torch_utils.errors import UserError
-from torch_utils.frechet import Reference
+from torch_utils.frechet import Reference, read_batches
 from torch_utils.image_data import ImageSource, load_array
 
 ROOT = Path(__file__).parents[1]
@@ -250,3 +252,27 @@ def test_a_damaged_file_stops_all_processes(tmp_path):
     done = run_fid("calc", f"--images={folder}", "--ref=digits", processes=2)
     assert done.returncode != 0 and "FID" not in done.stdout
     assert "000003.png: not a readable PNG" in done.stderr
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_in_order_from_threads_and_processes(tmp_path, workers):
+    folder = write_images(tmp_path / "in", 23)
+    source = ImageSource(folder)
+    batches = list(read_batches(source, range(22), 5, workers=workers))
+    assert [len(batch) for batch in batches] == [5, 5, 5, 5, 2]
+    assert np.array_equal(torch.cat(batches).numpy(), load_array(source)[:22])
+    (folder / "000013.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="^[^\n]*000013.png: not a readable PNG or JPEG image; remove or replace it$"):
+        list(read_batches(source, range(22), 5, workers=workers))
+
+
+def test_workers_are_for_gpus_with_room_in_shared_memory(noise, monkeypatch):
+    source = ImageSource(noise)
+    monkeypatch.setattr(frechet.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(frechet.Path, "is_dir", lambda path: True)
+    monkeypatch.setattr(frechet.shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
+    assert frechet.choose_workers("cpu", source, 250) == 0
+    assert frechet.choose_workers("cuda", source, 250) == 6
+    assert frechet.choose_workers("cuda", source, 8000) == 0  # 8 MB each, three of each worker: not within 16 MB
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert frechet.choose_workers("cuda", source, 250) == 2

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 import sample as cli
+from fid import calculate_fid
 from models import create_model
 from solvers import sample
 from torch_utils.errors import UserError
@@ -379,6 +381,78 @@ def test_images_that_are_not_finite_are_named_and_not_written(tmp_path):
     with pytest.raises(UserError, match="for seeds 11: not written"), cli.tqdm(disable=True) as bar:
         cli.write_images(batches, folder, 2, bar)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000010.png", "000012.png"]
+
+
+def test_errors_of_the_background_writer_reach_the_user(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "000000").write_text("a file where the folder of the images should be")
+    done = CliRunner().invoke(cli.main, [*EULER, "--device=cpu", "--seeds=0-3", f"--outdir={tmp_path / 'out'}"])
+    assert done.exit_code == 2 and "cannot write" in done.output and "Traceback" not in done.output
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Speed: compilation, FID without files
+
+
+def test_compilation_is_part_of_the_record(tmp_path, monkeypatch):
+    """The code is not generated here (tests/test_execution.py does): what counts is what the folder says."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    call_here(*EULER, "--seeds=0-1", "--outdir", tmp_path, "--compile")
+    assert json.loads((tmp_path / "sampling.json").read_text())["settings"]["compile"] == "default"
+    done = CliRunner().invoke(cli.main, [*EULER, "--device=cpu", "--seeds=0-2", f"--outdir={tmp_path}"])
+    assert done.exit_code == 2 and 'compile: "default" there, null now' in done.output
+    done = CliRunner().invoke(cli.main, [*EULER, "--device=cpu", "--compile=fast"])
+    assert done.exit_code == 2 and "'fast' is not one of" in done.output
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory):
+    """(folder of images, what --fid_json wrote while they were made)"""
+    folder = tmp_path_factory.mktemp("streamed")
+    flags = (
+        "--fid_ref=digits",
+        "--save_images=True",
+        f"--fid_json={folder / 'fid.json'}",
+        f"--outdir={folder / 'out'}",
+    )
+    done = call_here(*EULER, "--seeds=0-79", "--batch=30", *flags)
+    found = json.loads((folder / "fid.json").read_text())
+    assert f"FID {found['fid']:.4f} images=80 detector=digits" in done.output
+    return folder / "out", found
+
+
+def test_streamed_fid_is_that_of_the_files(streamed):
+    folder, found = streamed
+    expected = asdict(calculate_fid(folder, "digits"))
+    assert found["fid"] == pytest.approx(expected["fid"], rel=1e-6) and found["fid"] > 10
+    same = ("images", "detector", "detector_sha256", "ref", "ref_images", "seed")
+    assert {name: found[name] for name in same} == {name: expected[name] for name in same}
+    assert found["sampling"]["seeds"] == "0-79" and found["sampling"]["settings"]["solver"] == "euler"
+
+
+def test_streamed_fid_needs_no_files(streamed, tmp_path):
+    """Nor does it depend on batches and processes."""
+    flags = ("--fid_ref=digits", "--batch=17", f"--fid_json={tmp_path / 'fid.json'}")
+    done = call(*EULER, "--seeds=0-79", *flags, launcher=TORCHRUN, cwd=tmp_path)
+    found = json.loads((tmp_path / "fid.json").read_text())
+    assert found["fid"] == pytest.approx(streamed[1]["fid"], rel=1e-4) and found["images"] == 80
+    assert [path.name for path in tmp_path.iterdir()] == ["fid.json"]
+    assert done.stdout.count("FID ") == 1 and "not written" in found["source"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--fid_ref=digits", "--grid=True"), "--grid: with --fid_ref nothing is written"),
+        (("--fid_ref=digits", "--seeds=4"), "covariance needs at least 2"),
+        (("--fid_ref=nowhere.npz",), "no such file"),
+        (("--save_images=False",), "--save_images goes with --fid_ref"),
+        (("--fid_json=x.json",), "--fid_json goes with --fid_ref"),
+    ],
+)
+def test_refused_with_streamed_fid(flags, message):
+    done = CliRunner().invoke(cli.main, ["--device=cpu", *EULER, *flags])
+    assert done.exit_code == 2 and message in done.output
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -27,23 +27,27 @@ def atomic_path(dest: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside ``dest`` that becomes ``dest`` when the block ends well and vanishes when not."""
     dest = Path(dest)
     try:
-        dest.parent.mkdir(parents=True, exist_ok=True)
         temporary = dest.parent / f".{dest.name[:80]}-{secrets.token_hex(6)}.part"
-        temporary.open("xb").close()
-        mode = temporary.stat().st_mode
+        try:
+            file = temporary.open("xb")
+        except FileNotFoundError:  # asked for only now: most files go to folders that exist
+            dest.parent.mkdir(parents=True, exist_ok=True)
+            file = temporary.open("xb")
+        with file:
+            mode = os.fstat(file.fileno()).st_mode
     except OSError as exc:
         raise UserError(f"cannot write {dest}: {exc.strerror or exc}") from None
     try:
         yield temporary
         try:
-            if dest.is_dir():
-                raise IsADirectoryError(None, "it is a folder")
             os.chmod(temporary, mode)  # some writers (safetensors) put a file for the owner's eyes only in its place
             os.replace(temporary, dest)
         except OSError as exc:
-            raise UserError(f"cannot write {dest}: {exc.strerror or exc}") from None
-    finally:
+            reason = "it is a folder" if dest.is_dir() else exc.strerror or exc
+            raise UserError(f"cannot write {dest}: {reason}") from None
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
 
 
 def check_destination(dest: str | Path, flag: str) -> None:

@@ -12,12 +12,17 @@ from torch_utils.errors import UserError
 from torch_utils.image_data import atomic_path
 
 
+def to_pixels(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1] -> uint8, on their device; values beyond the range are clipped (EDM's rounding)."""
+    return (images.detach() * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
 def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """Images [B,C,H,W] in [-1, 1] -> uint8 [B,H,W,C]; values beyond the range are clipped (EDM's rounding).
+    """Images [B,C,H,W], in [-1, 1] or as ``to_pixels`` gives them -> uint8 array [B,H,W,C].
 
     The conversion runs on the images' device, so that only bytes are copied from it.
     """
-    pixels = (images.detach() * 127.5 + 128).clip(0, 255).to(torch.uint8)
+    pixels = images if images.dtype == torch.uint8 else to_pixels(images)
     return np.ascontiguousarray(pixels.permute(0, 2, 3, 1).cpu().numpy())
 
 

@@ -1,0 +1,71 @@
+"""What the benchmarks share: repeats side by side, so that a busy machine slows all variants, and a table that names it."""
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+
+def processor() -> str:
+    """The name of the CPU and of the GPU, where there is one."""
+    names = [platform.processor() or platform.machine()]
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text(errors="replace").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")][:1] or names
+    if torch.cuda.is_available():
+        names.append(torch.cuda.get_device_name())
+    return " + ".join(names)
+
+
+def describe_machine(device: torch.device | str = "cpu") -> str:
+    """One line: hardware, versions, threads, and how busy the machine is."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return (
+        f"{processor()}, {cores} of {os.cpu_count()} CPU cores, {torch.get_num_threads()} torch threads, device {device};"
+        f" Python {platform.python_version()}, torch {torch.__version__}{load}; {time.strftime('%Y-%m-%d')}"
+    )
+
+
+def synchronize(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    elif torch.device(device).type == "mps":
+        torch.mps.synchronize()
+
+
+def interleaved(
+    variants: Mapping[str, Callable[[], object]], repeats: int, device: torch.device | str = "cpu", warmup: int = 1
+) -> dict[str, list[tuple[float, float]]]:
+    """(wall seconds, CPU seconds of the process) of every variant in every round, A B C A B C ...
+
+    On a machine with other work the CPU seconds are the steadier ones; on a GPU only the wall seconds say anything.
+    """
+    for function in variants.values():
+        for _ in range(warmup):
+            function()
+    synchronize(device)
+    seconds: dict = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, function in variants.items():
+            wall, cpu = time.perf_counter(), time.process_time()
+            function()
+            synchronize(device)
+            seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return seconds
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """Median and range, "1.23 (1.20-1.31)"."""
+    return f"{statistics.median(values):.{digits}g} ({min(values):.{digits}g}-{max(values):.{digits}g})"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,94 @@
+"""What sampling costs beside the network: sample.py end to end against its evaluations alone.
+
+    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/sampling_overhead.py
+
+End to end is everything from the drawing of the noise to the last PNG file on disk (network, predictor and solver, decoding,
+rounding, checks, writing); start-up and the loading of the network are left out. The evaluations alone are as many calls of
+the same network on the same batches.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.measuring import describe_machine, interleaved, spread, table
+from fid import StreamedFID
+from models import create_model
+from models.execution import AUTOCAST, prepare_network
+from sample import Folder, generate_images, write_images
+from solvers import make_rule
+from torch_utils.distributed import pick_device
+from torch_utils.seeds import SeededGenerators
+from training.predictor import AMEDPredictor
+
+
+@click.command()
+@click.option("--dataset_name", default="digits", show_default=True)
+@click.option("--model_path", default=None)
+@click.option("--num_images", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--num_steps", type=click.IntRange(min=2), default=6, show_default=True, help="Time stamps without predictor"
+)
+@click.option("--repeats", type=click.IntRange(min=1), default=7, show_default=True)
+@click.option("--amp", type=click.Choice(list(AUTOCAST)), default="none", show_default=True)
+@click.option("--device", default=None)
+def main(dataset_name, model_path, num_images, batch, num_steps, repeats, amp, device):
+    device = pick_device(device)
+    net = prepare_network(create_model(dataset_name, model_path, device=device), amp)
+    intervals = num_steps // 2
+    predictor = AMEDPredictor(num_steps=intervals + 1, scale_dir=0.01).to(device).eval().requires_grad_(False)
+    plain = {"solver": "dpmpp", "num_steps": num_steps}
+    learned = {"solver": "amed", "num_steps": intervals + 1, "predictor": predictor}
+    print(describe_machine(device))
+    print(f"{dataset_name}, {num_images} images in batches of {batch}, amp {amp}, {repeats} interleaved repeats\n")
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for label, arguments, more in (
+            ("dpmpp, PNG files", plain, {}),
+            ("dpmpp, FID stream without files", plain, {"stream": dataset_name}),
+            ("amed with predictor, PNG files", learned, {}),
+        ):
+            rows.append(measure(net, label, arguments, num_images, batch, repeats, device, Path(folder), **more))
+    print(table(["sampling", "NFE", "end to end, s", "network alone, s", "ratio, CPU time", "ratio, wall"], rows))
+
+
+def measure(net, label, arguments, num_images, batch, repeats, device, folder, stream=None) -> list[str]:
+    steps, with_predictor = arguments["num_steps"], "predictor" in arguments
+    nfe = make_rule(arguments["solver"], {}, {}).evaluations(steps - 1, False, with_predictor) * net.evals_per_call
+    shape = (net.img_channels, net.img_resolution, net.img_resolution)
+    sigma = torch.tensor(1.0, device=device)
+    sizes = [min(batch, num_images - start) for start in range(0, num_images, batch)]
+    inputs = {
+        size: (torch.randn(size, *shape, device=device), net.make_cond(SeededGenerators(range(size))))
+        for size in set(sizes)
+    }
+
+    @torch.no_grad()
+    def network():
+        for size in sizes:
+            x, cond = inputs[size]
+            for _ in range(nfe // net.evals_per_call):
+                net(x, sigma, **cond)
+
+    def end_to_end():
+        batches = generate_images(net, range(num_images), batch=batch, device=device, **arguments)
+        features = StreamedFID(stream, num_images, device=device) if stream else None
+        target = None if stream else Folder(folder, subdirs=True, inters=False)
+        write_images(batches, target, nfe, tqdm(disable=True), features)
+
+    seconds = interleaved({"all": end_to_end, "network": network}, repeats, device)
+    pairs = list(zip(seconds["all"], seconds["network"], strict=True))
+    wall, cpu = ([whole[kind] / alone[kind] for whole, alone in pairs] for kind in (0, 1))
+    times = [spread([pair[side][1] for pair in pairs]) for side in (0, 1)]
+    return [label, str(nfe), *times, spread(cpu, 4), spread(wall, 4)]
+
+
+if __name__ == "__main__":
+    main()
