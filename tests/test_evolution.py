@@ -141,7 +141,7 @@ def test_seeds():
     assert list(runs[0].items()) == list(runs[1].items()) and list(runs[0]) != list(runs[2])
 
 
-@pytest.mark.parametrize("killed_at", [1, 29, 30, 31, 95, 269])
+@pytest.mark.parametrize("killed_at", [1, 30, 95])
 def test_a_killed_search_goes_on_as_if_it_had_not_been(killed_at, tmp_path):
     whole, first, second = toy_search(), toy_search(), toy_search()
     whole.run(toy_fitness)
