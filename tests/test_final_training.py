@@ -16,7 +16,7 @@ from torch_utils.errors import UserError
 from torch_utils.seeds import SeededGenerators
 from training import final_loop, training_loop
 from training.checkpoint import load_predictor
-from training.final_config import FinalOptions, grid_sigmas, parse_phases
+from training.final_config import FinalOptions, grid_sigmas, learned, parse_phases
 from training.final_loop import FinalTrainer, NotFinite, train_student
 from training.run import Interrupted
 from training.run_folder import load_newest_state
@@ -149,6 +149,23 @@ def test_phases(folder):
     assert all(torch.equal(after[name], first[name]) for name in ("labels", "time", "contrast"))
 
 
+def test_heads_join_at_the_end(folder):
+    """They change nothing before, and then lower the loss further."""
+    trainer = make_trainer(folder, heads="sample,spatial", total_kimg=0.12)  # 30 iterations
+    assert ["heads" in trainer._phase() for trainer.iteration in range(30)] == [False] * 20 + [True] * 10
+    trainer.iteration = 0
+    start = [weight.clone() for weight in trainer.student.head_parameters()]
+    train(trainer, 20)
+    assert same_state(start, trainer.student.head_parameters())
+    train(trainer)
+    assert not any(map(torch.equal, start[-2:], trainer.student.head_parameters()[-2:]))
+    assert not any(map(torch.equal, start[-2:], learned(trainer.averaged)["heads"][-2:]))
+    alone = make_trainer(folder, heads="sample,spatial", phases="heads:1", lrs="heads=0.01")
+    before = {name: value.clone() for name, value in alone.student.groups().items()}
+    train(alone)
+    assert same_state(before, alone.student.groups()) and alone.best["value"] < 0.99 * alone.first[0]
+
+
 def test_phases_in_turn():
     learned = {"labels", "time", "corrections"}
     once = parse_phases("labels:1,all:3", 1, learned)
@@ -171,10 +188,10 @@ def test_gradient_is_that_of_the_mean_loss(folder):
     for batch_gpu in (None, 2, 1):
         trainer = make_trainer(folder, batch_gpu=batch_gpu, loss="l2", w_delta=0.3, phases="all:1")
         with torch.no_grad():
-            trainer.groups["corrections"].add_(0.05)
+            trainer.student.corrections.add_(0.05)
         names = list(trainer.groups)
         trainer._accumulate(names)
-        found.append({name: trainer.groups[name].grad.clone() for name in names})
+        found.append({name: trainer.student.groups()[name].grad.clone() for name in names})
     student = trainer.student
     latents, _, images = trainer.pairs.batch(trainer._indices())
     loss = (student.run(trainer.net, latents) - images).square().mean() + 0.3 * student.corrections.square().sum()
@@ -186,12 +203,12 @@ def test_gradient_is_that_of_the_mean_loss(folder):
 
 def test_clipping_and_rates(folder):
     trainer = make_trainer(folder, clip=1e-3, lrs="labels=0.5,time=0", warmup=4, lr_final=0.1, phases="all:1")
-    time = trainer.groups["time"].detach().clone()
+    time = trainer.student.time.detach().clone()
     row = trainer.iterate()
     assert row[0, 3] > 1e-3  # what is reported is the norm before
-    moments = [trainer.optimizer.state[p]["exp_avg"] for p in trainer.groups.values()]
+    moments = [trainer.optimizer.state[p]["exp_avg"] for p in trainer.student.groups().values()]
     assert float(torch.stack([m.norm() for m in moments]).norm()) == pytest.approx(0.1 * 1e-3, rel=1e-6)
-    assert torch.equal(trainer.groups["time"], time)
+    assert torch.equal(trainer.student.time, time)
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.5 * 0.25)
     rates = [trainer._rate() for trainer.iteration in range(21)]
     cosine = [0.1 + 0.45 * (1 + math.cos(math.pi * it / 20)) for it in range(21)]
@@ -383,6 +400,7 @@ def test_a_damaged_state_is_explained(toy_model, tmp_path):
         ({"init": "ab", "schedule_type": "logsnr"}, "give only one of them"),
         ({"schedule_rho": 3.0, "init": None}, "--schedule_rho needs --schedule_type"),
         ({"loss": "l3"}, "unknown term 'l3'"),
+        ({"heads": "temporal"}, "heads: unknown 'temporal'"),
         ({"lrs": "labels"}, "'labels' should be group=rate"),
         ({"lrs": "scale=1"}, "does not learn 'scale'"),
         ({"lrs": "labels=0,time=0,corrections=0,contrast=0"}, "all learning rates are 0"),

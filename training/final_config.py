@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+import torch
+
 from solvers.loop import AFS_KINDS
 from solvers.optimize import Problem, run_dmn
 from solvers.schedules import SCHEDULES, check_sigmas, get_schedule
@@ -20,7 +22,9 @@ RATES = {
     "corrections": 1e-2,
     "scale": 1e-2,
     "contrast": 1e-3,
+    "heads": 1e-3,
 }
+KINDS = (*GROUPS, "heads")
 GRID_GROUPS = ("labels", "inner", "time", "inner_time")
 CHANGEABLE_FINAL = ("checkpointing", "teacher_set")  # besides those of every run
 INITIAL_BASES = ("ab", "dpmpp")
@@ -31,7 +35,8 @@ INITIAL_GRIDS = ("polynomial:7", "polynomial:4", "logsnr", "time_uniform:1", "dm
 class FinalOptions(RunOptions):
     """Every option of train.py under ``--objective=final``; see RunOptions for those of all runs.
 
-    preset: of ``solvers.span.PRESETS``; parallel: calls per batch of the network; afs: None is the preset's first step,
+    preset: of ``solvers.span.PRESETS``; heads: comma-separated ``solvers.span_heads.HEADS``; parallel: calls per batch of
+    the network; afs: None is the preset's first step,
     else False, True (data of mean zero) or "data" (measured mean and variance). schedule_type, schedule_rho, sigmas: the
     labels that the student starts from (None: the preset's, or found by trial); init: which starts are tried (see
     ``starts``), on init_pairs pairs.
@@ -56,6 +61,7 @@ class FinalOptions(RunOptions):
     batch: int = 32
     afs: bool | str | None = None
     preset: str = "full"
+    heads: str = ""
     parallel: int | None = None
     schedule_type: str | None = None
     schedule_rho: float | None = None
@@ -114,7 +120,7 @@ class FinalOptions(RunOptions):
             raise UserError(f"warmup={self.warmup} must be at least 0")
         if self.w_dist and self.val_pairs < 2:
             raise UserError("w_dist needs val_pairs of at least 2")
-        if self.batch // world_size > 0 and self.pairs < self.batch:
+        if self.pairs < self.batch:
             raise UserError(f"pairs={self.pairs} must be at least the batch, {self.batch}")
         if self.init is not None and (self.schedule_type is not None or self.sigmas is not None):
             raise UserError("--init: the student starts from --sigmas or --schedule_type; give only one of them")
@@ -138,13 +144,15 @@ class FinalOptions(RunOptions):
         for name in ("parallel", "schedule_type", "schedule_rho", "sigmas"):
             if getattr(self, name) is not None:
                 own[name] = getattr(self, name)
+        if self.heads:
+            own |= {"heads": [name.strip() for name in self.heads.split(",")], "img_channels": 3}
         if self.afs is not None:
             own["first_step"] = {False: "none", True: "zero", "data": "gaussian"}[self.afs]
         return {**PRESETS[self.preset], **own, **more}
 
     def make_student(self, sigma_min: float, sigma_max: float, **more) -> SpanStudent:
         student = SpanStudent(**self.student_config(sigma_min, sigma_max, **more))
-        if not student.groups():
+        if not learned(student):
             raise UserError(f"preset={self.preset} with num_steps={self.num_steps} has nothing to learn")
         if student.evaluations() < 1:
             raise UserError(
@@ -215,12 +223,12 @@ class FinalOptions(RunOptions):
                 rate = float(value)
             except ValueError:
                 rate = math.nan
-            if name not in GROUPS or not (math.isfinite(rate) and rate >= 0):
-                raise UserError(f"--lrs: '{part}' should be group=rate, with a group of {', '.join(GROUPS)}")
-            if name not in student.groups():
+            if name not in KINDS or not (math.isfinite(rate) and rate >= 0):
+                raise UserError(f"--lrs: '{part}' should be group=rate, with a group of {', '.join(KINDS)}")
+            if name not in learned(student):
                 raise UserError(f"--lrs: the preset {self.preset} does not learn '{name}'")
             given[name] = rate
-        rates = {name: given.get(name, RATES[name]) for name in student.groups()}
+        rates = {name: given.get(name, RATES[name]) for name in learned(student)}
         if not any(rates.values()):
             raise UserError("--lrs: all learning rates are 0")
         return rates
@@ -230,20 +238,23 @@ class FinalOptions(RunOptions):
 
         phases: comma-separated ``group+group:share``, where "all" is every group; all of them phase_rounds times over.
         Default: a first fifth for grid and times; grid and corrections in turn where the coefficients do not follow the
-        grid and the preset is S4S; everything at once where there is one kind only.
+        grid and the preset is S4S; everything at once where there is one kind only. Heads join for the last third.
         """
-        learned = set(student.groups())
-        text, rounds = self.phases, self.phase_rounds
+        names, text, rounds = set(learned(student)), self.phases, self.phase_rounds
         if text is None:
-            grid = [name for name in GRID_GROUPS if name in learned]
-            if not grid or set(grid) == learned:
-                text = "all:1"
+            table = sorted(names - {"heads"})
+            grid = [name for name in GRID_GROUPS if name in names]
+            if not grid or sorted(grid) == table:
+                text = f"{'+'.join(table)}:1" if table else "all:1"
             elif self.preset == "s4s":
-                text = f"{'+'.join(grid)}:1,{'+'.join(sorted(learned - set(grid)))}:1"
+                text = f"{'+'.join(grid)}:1,{'+'.join(name for name in table if name not in grid)}:1"
                 rounds = 4 if rounds == 1 else rounds
             else:
-                text = f"{'+'.join(grid)}:0.2,all:0.8"
-        return parse_phases(text, rounds, learned)
+                text = f"{'+'.join(grid)}:0.2,{'+'.join(table)}:0.8"
+        phases = parse_phases(text, rounds, names)
+        if self.phases is None and table and "heads" in names:
+            return [*((groups, share * 2 / 3) for groups, share in phases), (frozenset(names), 1 / 3)]
+        return phases
 
     def teacher(self, sigma_min: float, sigma_max: float) -> TeacherSettings:
         """The settings of the teacher's pairs, over the student's range."""
@@ -263,24 +274,33 @@ class FinalOptions(RunOptions):
         )
 
 
-def parse_phases(text: str, rounds: int, learned: set[str]) -> list[tuple[frozenset[str], float]]:
+def learned(student: SpanStudent) -> dict[str, list[torch.nn.Parameter]]:
+    """What a student learns by kind: the groups of its table, and its heads."""
+    groups = {name: [parameter] for name, parameter in student.groups().items()}
+    heads = student.head_parameters()
+    return {**groups, "heads": heads} if heads else groups
+
+
+def parse_phases(text: str, rounds: int, names: set[str]) -> list[tuple[frozenset[str], float]]:
     """The phases of ``FinalOptions.phase_list``. Raises UserError for unknown groups and shares that are no numbers."""
     phases = []
     for part in text.split(","):
-        names, colon, share = part.strip().rpartition(":")
+        kinds, colon, share = part.strip().rpartition(":")
         try:
             value = float(share)
         except ValueError:
             value = math.nan
         if not colon or not (math.isfinite(value) and value > 0):
             raise UserError(f"--phases={text}: '{part.strip()}' should be groups:share, for example labels+time:0.2")
-        groups = set(names.split("+"))
-        unknown = sorted(groups - set(GROUPS) - {"all"})
+        groups = set(kinds.split("+"))
+        unknown = sorted(groups - set(KINDS) - {"all"})
         if unknown:
-            raise UserError(f"--phases={text}: unknown group '{unknown[0]}'; choose from all, {', '.join(GROUPS)}")
-        groups = learned if "all" in groups else groups & learned
+            raise UserError(f"--phases={text}: unknown group '{unknown[0]}'; choose from all, {', '.join(KINDS)}")
+        groups = names if "all" in groups else groups & names
         if not groups:
-            raise UserError(f"--phases={text}: nothing is learned in '{part.strip()}' (learned: {', '.join(learned)})")
+            raise UserError(
+                f"--phases={text}: nothing is learned in '{part.strip()}' (learned: {', '.join(sorted(names))})"
+            )
         phases.append((frozenset(groups), value))
     phases = phases * rounds
     total = sum(share for _, share in phases)

@@ -18,7 +18,7 @@ from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
 from torch_utils.seeds import stream_seeds
 from training.checkpoint import save_predictor
-from training.final_config import FinalOptions, grid_sigmas
+from training.final_config import FinalOptions, grid_sigmas, learned
 from training.final_loss import DistributionTerm, PairLoss, energy_distance
 from training.run import Run, check_state, choose_folder, numbers, provenance_of, restore
 from training.run_folder import load_newest_state, on_main
@@ -37,7 +37,7 @@ class NotFinite(Exception):
 class FinalTrainer:
     """A span student, its optimiser, and one iteration: an Adam step for the loss of a batch of final samples.
 
-    net: a Denoiser; student: a SpanStudent, trained in place on the CPU's copy of its scalars; pairs: a TeacherSet;
+    net: a Denoiser; student: a SpanStudent, trained in place: its table on the CPU, its heads on the device; pairs: a TeacherSet;
     total: iterations of the whole run, over which rates decay and phases take turns. report(text): told what is unusual.
 
     ``averaged`` is the student with the moving average of the parameters; ``best`` its best state in validation, with
@@ -52,8 +52,9 @@ class FinalTrainer:
         self.pair_loss = PairLoss(options.loss, net, options.feature_sigma)
         self.distribution = DistributionTerm(net, options.feature_sigma, QUEUE) if options.w_dist else None
         self.rates, self.phases = options.rates(student), options.phase_list(student)
-        self.groups = student.groups()
-        groups = [{"params": [parameter], "lr": self.rates[name]} for name, parameter in self.groups.items()]
+        student.heads.to(self.device)
+        self.groups = learned(student)
+        groups = [{"params": parameters, "lr": self.rates[name]} for name, parameters in self.groups.items()]
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999))
         self.averaged = copy.deepcopy(student)
         self.iteration, self.failures = 0, 0
@@ -84,8 +85,8 @@ class FinalTrainer:
             self.first = self.validate()
         trained = self._phase()
         loss = self._accumulate(trained)
-        gradients = [self.groups[name].grad for name in trained]
-        norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+        gradients = [parameter.grad for name in trained for parameter in self.groups[name]]
+        norm = torch.stack([gradient.norm().cpu().double() for gradient in gradients]).norm()
         good = math.isfinite(loss) and bool(norm.isfinite())
         self._latest[0, -1] = float(not good)
         if good:
@@ -138,26 +139,25 @@ class FinalTrainer:
 
     def _accumulate(self, trained: list[str]) -> float:
         """Puts the gradients of the batch into the parameters of these groups; returns the loss, the mean over it."""
-        for parameter in self.groups.values():
-            parameter.grad = None
+        self.optimizer.zero_grad(set_to_none=True)
         total, vectors = 0.0, []
         for indices in _chunks(self._indices(), self.chunk):
             losses, features = self._losses(indices)
             losses.sum().backward()
             total += float(losses.detach().double().sum())
             vectors.append(features)
-        parameters = [self.groups[name] for name in trained]
+        parameters = [parameter for name in trained for parameter in self.groups[name]]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        sums = torch.cat([*(g.flatten() for g in gradients), torch.tensor([total], dtype=torch.float64)])
+        parts = [g.flatten().cpu().double() for g in gradients]
+        sums = torch.cat([*parts, torch.tensor([total], dtype=torch.float64)])
         sums = distributed.all_reduce_sum(_for_exchange(sums, self.device)).cpu() / self.options.batch
-        for parameter in self.groups.values():
-            parameter.grad = None  # Adam leaves alone what has none
+        self.optimizer.zero_grad(set_to_none=True)  # Adam leaves alone what has no gradient
         sizes = [p.numel() for p in parameters]
         for parameter, gradient in zip(parameters, sums[:-1].split(sizes), strict=True):
-            parameter.grad = gradient.view_as(parameter).clone()
+            parameter.grad = gradient.view_as(parameter).to(parameter, copy=True)
         loss = float(sums[-1])
         if self.options.w_delta and "corrections" in trained:
-            corrections = self.groups["corrections"]
+            (corrections,) = self.groups["corrections"]
             loss += self.options.w_delta * float(corrections.detach().square().sum())
             corrections.grad += 2 * self.options.w_delta * corrections.detach()
         if self.distribution is not None:
@@ -201,8 +201,9 @@ class FinalTrainer:
         self.optimizer.step()
         decay = min(self.options.ema, (1 + self.iteration) / (10 + self.iteration))
         with torch.no_grad():
-            for name, average in self.averaged.groups().items():
-                average.lerp_(self.groups[name], 1 - decay)
+            for name, averages in learned(self.averaged).items():
+                for average, parameter in zip(averages, self.groups[name], strict=True):
+                    average.lerp_(parameter, 1 - decay)
 
     # Validation
 
@@ -309,6 +310,8 @@ def choose_start(net, options: FinalOptions, pairs: TeacherSet, ends: tuple, chu
     results = []
     for base, grid in tqdm(starts, unit="start", disable=distributed.rank() != 0 or len(starts) == 1, leave=False):
         more = {"image_shape": list(gaussian["mean"].shape)} if gaussian else {}
+        if options.heads:
+            more["img_channels"] = net.img_channels
         if base is not None:
             more["base"] = base
         if grid is not None:
@@ -320,6 +323,7 @@ def choose_start(net, options: FinalOptions, pairs: TeacherSet, ends: tuple, chu
                 raise
             continue  # two levels of this grid coincide, for example
         student.load_state_dict(gaussian, strict=False)
+        student.heads.to(pairs.device)
         loss = measure(net, student, pairs, indices, pair_loss, chunk)[0] if len(starts) > 1 else 0.0
         results.append((loss, len(results), f"{base or 'preset'}@{grid or 'given'}", student))
     if not results:
@@ -385,7 +389,7 @@ class FinalRun(Run):
         self.log.say(
             f"span student ({options.preset}, base {config['base']}) taught by {options.sampler_tea} on "
             f"{options.dataset_name} ({Path(net.source_path).name}), {config['num_steps']} time stamps, "
-            f"NFE {trainer.evaluations}, {trainer.student.scalars()} scalars"
+            f"NFE {trainer.evaluations}, {_size(trainer.student)}"
         )
         self.log.say(f"noise levels {numbers(trainer.student.sigmas().detach())}; seed {options.seed}")
         self.log.say(
@@ -467,3 +471,8 @@ def _student_of(state: dict, folder) -> SpanStudent:
     except (TypeError, ValueError, ArithmeticError, KeyError, RuntimeError) as error:
         raise UserError(f"the training state in {folder} is not that of a span student ({str(error)[:120]})") from None
     return student
+
+
+def _size(student: SpanStudent) -> str:
+    heads = sum(parameter.numel() for parameter in student.head_parameters())
+    return f"{student.scalars()} scalars" + (f" and {heads} weights of heads" if heads else "")

@@ -180,8 +180,10 @@ def _compute(net, settings: TeacherSettings, prompts, batch: int, device) -> dic
                 raise UserError(f"the teacher {settings.solver} skips time stamps: choose another, or --w_anchor=0")
             levels = info.sigmas.cpu()
             mine[start] = (states[-1].float().cpu(), states[rows].float().cpu() if settings.states else None)
-    except (UserError, torch.OutOfMemoryError) as exc:  # raised on every process by agree()
+    except UserError as exc:  # raised on every process by agree()
         error = exc
+    except torch.OutOfMemoryError:
+        error = UserError(f"{device} is out of memory: lower --batch-gpu (now {batch})")
     distributed.agree(error)
     parts: dict[int, tuple] = {}
     for part in distributed.gather_objects(mine):
