@@ -91,6 +91,9 @@ class Number(click.FloatRange):
         super().__init__(*args, **more)
         self.infinite = infinite
 
+    def _describe_range(self) -> str:
+        return "" if self.min is None and self.max is None else super()._describe_range()
+
     def convert(self, value, param, ctx):
         number = super().convert(value, param, ctx)
         if math.isnan(number) or (math.isinf(number) and not self.infinite):
