@@ -1,0 +1,74 @@
+"""Peak memory of distillation by the number of time stamps, with and without micro-batches and recomputed activations.
+
+    OMP_NUM_THREADS=1 python benchmarks/memory.py --dataset_name=digits --batch=64
+
+Every setting is one iteration in a process of its own; printed is how far its resident memory rose above that of the loaded
+network. The reading of checkpoints is measured by benchmarks/full_size.py.
+"""
+
+import json
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from models import create_model
+from training.training_loop import Distiller
+
+
+def peak_memory() -> float:
+    """MB of this process at its peak."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+
+
+def measure(dataset_name, num_steps, batch, batch_gpu, checkpointing) -> float:
+    net = create_model(dataset_name)
+    config = {
+        "sampler_stu": "ipndm",
+        "sampler_tea": "ipndm",
+        "M": 2,
+        "scale_dir": 0.01,
+        "scale_time": 0.2,
+        "max_order": 4,
+    }
+    more = {"batch": batch, "batch_gpu": batch_gpu, "checkpointing": checkpointing}
+    distiller = Distiller(net, {**config, "num_steps": num_steps}, **more)
+    before = peak_memory()
+    distiller.iterate()
+    return peak_memory() - before
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.option("--dataset_name", default="digits", show_default=True)
+@click.option("--batch", type=click.IntRange(min=4), default=64, show_default=True)
+@click.option("--one", hidden=True, help="One setting, as JSON")
+def main(dataset_name, batch, one):
+    if one is not None:
+        print(measure(**json.loads(one)))
+        return
+    print(
+        f"{dataset_name}, AMED-Plugin(iPNDM), batch {batch}; torch {torch.__version__}, "
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads; MB above the loaded network"
+    )
+    print("| time stamps | plain | batch_gpu = a quarter | checkpointing |\n|---|---|---|---|")
+    for num_steps in (3, 4, 6, 11):
+        found = []
+        for batch_gpu, checkpointing in ((None, False), (batch // 4, False), (None, True)):
+            own = {"num_steps": num_steps, "batch_gpu": batch_gpu, "checkpointing": checkpointing}
+            setting = json.dumps({"dataset_name": dataset_name, "batch": batch, **own})
+            done = subprocess.run([sys.executable, __file__, f"--one={setting}"], capture_output=True, text=True)
+            if done.returncode:
+                raise click.ClickException(done.stderr[-2000:])
+            found.append(float(done.stdout))
+        print(f"| {num_steps} | " + " | ".join(f"{value:.0f}" for value in found) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
