@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.measuring import describe_machine, interleaved, spread, table
+from benchmarks.measuring import describe_machine, interleaved, spread, table, table_line
 from fid import StreamedFID
 from models import create_model
 from models.execution import AUTOCAST, prepare_network
@@ -48,15 +48,16 @@ def main(dataset_name, model_path, num_images, batch, num_steps, repeats, amp, d
     learned = {"solver": "amed", "num_steps": intervals + 1, "predictor": predictor}
     print(describe_machine(device))
     print(f"{dataset_name}, {num_images} images in batches of {batch}, amp {amp}, {repeats} interleaved repeats\n")
-    rows = []
+    header = ["sampling", "NFE", "end to end, s", "network alone, s", "ratio, CPU time", "ratio, wall"]
+    print(table(header, []), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for label, arguments, more in (
             ("dpmpp, PNG files", plain, {}),
             ("dpmpp, FID stream without files", plain, {"stream": dataset_name}),
             ("amed with predictor, PNG files", learned, {}),
         ):
-            rows.append(measure(net, label, arguments, num_images, batch, repeats, device, Path(folder), **more))
-    print(table(["sampling", "NFE", "end to end, s", "network alone, s", "ratio, CPU time", "ratio, wall"], rows))
+            row = measure(net, label, arguments, num_images, batch, repeats, device, Path(folder), **more)
+            print(table_line(row), flush=True)
 
 
 def measure(net, label, arguments, num_images, batch, repeats, device, folder, stream=None) -> list[str]:
@@ -77,9 +78,10 @@ def measure(net, label, arguments, num_images, batch, repeats, device, folder, s
             for _ in range(nfe // net.evals_per_call):
                 net(x, sigma, **cond)
 
+    features = StreamedFID(stream, num_images, device=device) if stream else None
+
     def end_to_end():
         batches = generate_images(net, range(num_images), batch=batch, device=device, **arguments)
-        features = StreamedFID(stream, num_images, device=device) if stream else None
         target = None if stream else Folder(folder, subdirs=True, inters=False)
         write_images(batches, target, nfe, tqdm(disable=True), features)
 

@@ -268,7 +268,7 @@ def test_batches_come_in_order_from_threads_and_processes(tmp_path, workers):
 
 def test_workers_are_for_gpus_with_room_in_shared_memory(noise, monkeypatch):
     source = ImageSource(noise)
-    monkeypatch.setattr(frechet.os, "cpu_count", lambda: 6)
+    monkeypatch.setattr(frechet.os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
     monkeypatch.setattr(frechet.Path, "is_dir", lambda path: True)
     monkeypatch.setattr(frechet.shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
     assert frechet.choose_workers("cpu", source, 250) == 0

@@ -176,7 +176,8 @@ def choose_workers(device: torch.device | str, source: ImageSource, batch: int) 
         return 0
     processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     room = shutil.disk_usage(shared).free // 4 // processes // (_BATCHES_AHEAD * batch * math.prod(source.shape))
-    wanted = min(_MAX_WORKERS, (os.cpu_count() or 1) // processes, room)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    wanted = min(_MAX_WORKERS, cores // processes, room)
     return wanted if wanted > 1 else 0
 
 
