@@ -60,8 +60,12 @@ def find_reference(ref: str) -> Reference:
     if ref in zoo.CARDS:
         return Reference.load(zoo.resolve_fid_ref(ref))
     if ref.startswith(("http://", "https://")):
+        try:
+            last = Path(urlparse(ref).path).name[-100:] or "reference.npz"
+        except ValueError as exc:
+            raise UserError(f"--ref={ref}: not a usable address ({exc})") from None
         # Files of one name from two addresses are two files.
-        name = f"{hashlib.sha256(ref.encode()).hexdigest()[:12]}-{Path(urlparse(ref).path).name or 'reference.npz'}"
+        name = f"{hashlib.sha256(ref.encode('utf-8', 'replace')).hexdigest()[:12]}-{last}"
         path = cache_dir() / "fid-refs" / name
         with distributed.local_main_first():
             if distributed.local_rank() == 0 and not path.is_file():

@@ -35,9 +35,7 @@ class PFDiff(Rule):
     def __init__(self, **values):
         super().__init__(**values)
         if not 1 <= self.pfdiff_k <= MOST_SKIPPED:
-            raise UserError(
-                f"pfdiff_k={self.pfdiff_k}: {self.name} skips 1..{MOST_SKIPPED} points; choose one of these"
-            )
+            raise UserError(f"pfdiff_k={self.pfdiff_k}: {self.name} skips 1..{MOST_SKIPPED} points")
         if not 1 <= self.pfdiff_h <= self.pfdiff_k:
             raise UserError(f"pfdiff_h={self.pfdiff_h}: with pfdiff_k={self.pfdiff_k} choose 1..{self.pfdiff_k}")
 

@@ -257,7 +257,7 @@ GOOD = {
 REMEDY = re.compile(
     r"\b(choose|use|give|pass|leave|write|must|expected|needs?|remove|make|set|put|try|delete|lower|install|"
     r"is not (a|one|in|among)|no such|does not exist|only|holds?|cannot (write|read|make|be)|not a|no network|takes?|"
-    r"add|name|save|list|supports|too|outside|there is no|requires|lacks|below|above)\b",
+    r"add|name|save|list|skips|supports|too|outside|there is no|requires|lacks|below|above)\b",
     re.IGNORECASE,
 )
 

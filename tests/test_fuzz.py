@@ -32,15 +32,14 @@ def test_twenty_thousand_damaged_files(tmp_path):
 
 @pytest.mark.parametrize("case", sorted(CORPUS.iterdir()), ids=lambda path: path.name)
 def test_what_once_broke_something(case, tmp_path, monkeypatch):
-    """<seed>-<number>-<file of a target>"""
+    """Named <seed>-<number>-<file of a target>; some of them load, now that what is wrong in them does no harm."""
     target = next(t for t in TARGETS if t.file == case.name.split("-", 2)[2])
     place = tmp_path / "place"
     place.mkdir()
     monkeypatch.chdir(place)
-    path = place / target.file
-    path.write_bytes(case.read_bytes())
-    with pytest.raises(UserError):
-        target.load(path)
+    (place / "net.pkl").write_bytes(b"")
+    outcome = attempt(target, case.read_bytes(), place, Watch())
+    assert outcome["result"] != "failed", outcome
 
 
 def test_cases_depend_on_their_number_alone(tmp_path):

@@ -11,10 +11,12 @@ from torch_utils.download import download_file, no_network, offline
 from torch_utils.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
-# Prints every socket that Python opens and every name that it looks up (native code, here none, would escape).
+# Prints every connection that Python opens, every name that it looks up and every datagram. (urllib3 makes a socket when it
+# is imported, to see whether this machine has IPv6; it is connected to nothing.)
 SPY = """
 import importlib, sys
-sys.addaudithook(lambda event, args: print("OPENED", event, args[:3]) if event.startswith("socket.") else None)
+TALK = ("socket.connect", "socket.get", "socket.send")
+sys.addaudithook(lambda event, args: print("OPENED", event, args[1:3]) if event.startswith(TALK) else None)
 for line in sys.argv[1].splitlines():
     module, *arguments = line.split()
     command = importlib.import_module(module).main

@@ -36,7 +36,7 @@ from training.predictor import DEFAULTS, AMEDPredictor
 
 # Examples are the same in every run; files are rewritten by each, so sharing a folder is fine.
 bounded = settings(
-    max_examples=60,
+    max_examples=40,
     derandomize=True,
     deadline=None,
     database=None,
@@ -271,11 +271,9 @@ def test_caption_tables_there_and_back(tmp_path, rows, column):
     (tmp_path / "c.csv").write_bytes(buffer.getvalue().encode("utf-8", "surrogatepass"))
     found = or_refused(read_prompts, tmp_path / "c.csv")
     if found is not None and column != "n":
-        table = dict(rows)
-        assert len(table) == len(rows) and all(
-            caption == table[number].replace("\r\n", "\n").strip() or "\r" in table[number]
-            for number, caption in found.items()
-        )
+        written = {number: caption.strip() for number, caption in rows if caption.strip()}
+        assert found.keys() == written.keys()
+        assert all(caption == written[number] or "\r" in written[number] for number, caption in found.items())
 
 
 @bounded

@@ -330,7 +330,9 @@ class _Job:
                 self._check_space(start, total)
                 self._receive(reply, url, start, total)
                 return start > 0
-        except (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema, requests.exceptions.MissingSchema):
+        except UserError:
+            raise
+        except ValueError:  # requests.exceptions.InvalidURL and its like, and what urllib raises itself
             raise _Refused("not a usable address") from None
         except requests.RequestException as exc:
             raise _Broken(_short_reason(exc)) from None

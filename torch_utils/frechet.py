@@ -42,6 +42,8 @@ def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma
 
 
 def _checked(mu, sigma, which: str) -> tuple[np.ndarray, np.ndarray]:
+    if np.iscomplexobj(mu) or np.iscomplexobj(sigma):
+        raise UserError(f"the {which} statistics are complex numbers; were they made by another program?")
     mu = np.atleast_1d(np.asarray(mu, dtype=np.float64))
     sigma = np.atleast_2d(np.asarray(sigma, dtype=np.float64))
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
