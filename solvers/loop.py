@@ -140,7 +140,7 @@ class Solver:
     def directions(self, points: list, sigmas: list, told: list) -> list:
         """The directions at several points [B,C,H,W] in one call of the network, which is told the noise levels ``told``."""
         if len(points) == 1:
-            return [self.direction(points[0], sigmas[0], told=told[0])]
+            return [self.direction(points[0], sigmas[0], told=told[0].to(points[0]))]
         batch = len(points[0])
         levels = torch.stack([level.to(points[0]) for level in told]).repeat_interleave(batch).reshape(-1, 1, 1, 1)
         denoised = self.denoise(torch.cat(points), levels, len(points)).split(batch)

@@ -1,4 +1,4 @@
-"""The span solver: every explicit linear sampler as one learned table, with its own schedule and first step.
+"""The span solver: explicit linear samplers as one learned table, with its own schedule and first step.
 
     student = SpanStudent.preset("full", num_steps=5, sigma_min=0.002, sigma_max=80.0)   # 4 network calls with a first step
     student.measure_gaussian(net)                       # only for first_step="gaussian"
@@ -87,7 +87,8 @@ PRESETS = {
         **{"time_bound": None},
     },
     # S4S (Frankel et al. 2025): x_{i+1} = (t/s) x_i + (1 - t/s) sum of three b_j D_j with free b that start as DPM++'s, and
-    # LD3's times. Here the b sum to one, and do not follow the labels, hence S4S-Alt trains both in turn.
+    # LD3's times. The b do not follow the labels, hence S4S-Alt trains both in turn. Here the three newest slopes are
+    # corrected, not the three newest images, and rows sum to one.
     "s4s": {
         **{"first_step": "none", "base": "dpmpp", "schedule_type": "logsnr", "relative": False, "window": 3},
         **{"learn": ["labels", "time", "corrections"], "time_bound": None},
@@ -460,22 +461,24 @@ class SpanStudent(nn.Module):
         self.config["image_shape"] = list(mean.shape)
 
     @torch.no_grad()
-    def measure_gaussian(self, net, calls: int = 256, seed: int = 0, batch: int = 64) -> None:
+    def measure_gaussian(self, net, calls: int = 256, seed: int = 0, batch: int = 64, make_cond=None) -> None:
         """Finds mean image mu and variance v of the data, as the network has them, for first_step="gaussian".
 
-        D is asked for ``calls`` samples x of pure noise at sigma_max, its class (if any) drawn as in sampling. For Gaussian
-        data D = mu + v / (v + sigma^2) (x - mu); mu is the mean of D, and v follows from the slope of D on x by least
-        squares, over all pixels. Depends on the seed only.
+        D is asked for ``calls`` samples x of pure noise at sigma_max, its class (if any) drawn as in sampling; make_cond:
+        called with the generators of a batch for its cond (default: the network's; text-to-image networks need prompts).
+        For Gaussian data D = mu + v / (v + sigma^2) (x - mu); mu is the mean of D, and v follows from the slope of D on x
+        by least squares over all pixels, 0 where a network has it negative: at sigma = 80 it is below 1e-4, and v matters
+        as little. Depends on the seed only.
         """
         sigma = torch.tensor(float(self.config["sigma_max"]), dtype=torch.float64)
         device = next(net.parameters(), torch.empty(0)).device
         shape = (net.img_channels, net.img_resolution, net.img_resolution)
+        make_cond = getattr(net, "make_cond", lambda generators: {}) if make_cond is None else make_cond
         total, images = {"x": 0.0, "d": 0.0, "xd": 0.0, "xx": 0.0}, 0
         for start in range(0, calls, batch):
             generators = SeededGenerators(range(seed + start, seed + min(start + batch, calls)))
             x = generators.randn(shape).to(device) * float(sigma)
-            cond = net.make_cond(generators) if hasattr(net, "make_cond") else {}
-            denoised = net(x, sigma.to(x), **cond)
+            denoised = net(x, sigma.to(x), **make_cond(generators))
             x, denoised = (value.to("cpu", torch.float64) for value in (x, denoised))
             for name, value in (("x", x), ("d", denoised), ("xd", x * denoised), ("xx", x * x)):
                 total[name] = total[name] + value.sum(0)

@@ -280,8 +280,15 @@ def test_gaussian_data_are_measured():
     x = 80 * latents()
     slope = student.first_direction(x, torch.tensor(80.0, dtype=torch.float64))
     torch.testing.assert_close(slope, (x - net(x, torch.tensor(80.0))) / 80, rtol=0, atol=1e-4)
+
+    class Prompted(Gauss):
+        def forward(self, x, sigma, rows):
+            assert rows == len(x)
+            return super().forward(x, sigma)
+
     again = SpanStudent(first_step="gaussian")
-    again.measure_gaussian(net, calls=96, batch=17)
+    prompted = Prompted(mean, v=0.3)
+    again.measure_gaussian(prompted, calls=96, batch=17, make_cond=lambda generators: {"rows": len(generators.seeds)})
     torch.testing.assert_close(again.mean, student.mean, rtol=0, atol=1e-6)
     with pytest.raises(UserError, match="images of shape"):
         student.run(net, latents()[..., :8])
