@@ -221,7 +221,7 @@ def main(ctx, device, resume, dry_run, **values):
 def find_objective(values: dict, given: set[str]) -> str:
     """ "per_step" or "final"; UserError for flags that contradict each other."""
     span = values["sampler_stu"] == "span"
-    objective = values.pop("objective") or ("final" if span else "per_step")
+    objective = values["objective"] or ("final" if span else "per_step")
     if objective == "per_step" and span:
         raise UserError("--sampler_stu=span is trained on its final samples: it needs --objective=final")
     if objective == "final" and not span and "sampler_stu" in given:
