@@ -23,6 +23,7 @@ from solvers.flags import parse_afs, parse_sigmas
 from tools.comparison import compute, prepare
 from tools.comparison_report import write_report
 from torch_utils import distributed
+from torch_utils.session import session
 from training.config import AUTOCAST
 
 
@@ -95,16 +96,13 @@ def main(ctx, **options):
     command = " ".join(
         ["python compare.py", *(f"--{name}={shlex.quote(_text(options[name]))}" for name in sorted(given))]
     )
-    device = distributed.init(options["device"])
-    try:
+    with session(options["device"]) as device:
         comparison, jobs = prepare(options, given, device)
         done = compute(comparison, jobs)
         if distributed.rank() == 0:
             print(write_report(comparison, jobs, command))
             print(f"{done} of {len(jobs)} rows computed, the rest from the cache -> {comparison.folder}", flush=True)
         distributed.barrier()
-    finally:
-        distributed.shutdown()
 
 
 def _text(value) -> str:

@@ -18,9 +18,11 @@ from solvers import SCHEDULES
 from solvers.schedule_file import schedule_file_flag, use_schedule
 from torch_utils import distributed
 from torch_utils.errors import UserError
+from torch_utils.memory import BatchSize
+from torch_utils.session import session
 from training.config import AUTOCAST, CHANGEABLE, STUDENTS, TEACHERS, TrainingOptions
-from training.run_folder import find_run, load_newest_state, on_main
-from training.training_loop import Interrupted, train_predictor
+from training.run_folder import find_run, on_main, stored_options
+from training.training_loop import train_predictor
 
 _DEFAULT = {field.name: field.default for field in fields(TrainingOptions)}
 
@@ -105,7 +107,12 @@ COUNT = click.IntRange(min=1)
 # How.
 @option("total_kimg", POSITIVE, "Length of the training, in thousands of samples")
 @option("batch", COUNT, "Samples per iteration, over all processes")
-@option("batch_gpu", COUNT, "Samples per network call (default: all of a process's share)", "--batch-gpu")
+@option(
+    "batch_gpu",
+    BatchSize(),
+    "Samples per network call (default: all of a process's share; auto: as many as fit into memory)",
+    "--batch-gpu",
+)
 @option("lr", POSITIVE, "Learning rate of Adam")
 @option("seed", click.IntRange(0, (1 << 63) - 1), "Random seed (default: a random one, recorded)")
 @option("amp", click.Choice(list(AUTOCAST)), "Autocast of the network")
@@ -128,14 +135,13 @@ def main(ctx, device, resume, dry_run, **values):
     schedule = use_schedule(values, given)
     if schedule is not None and values.pop("sigmas_net") is not None:
         raise UserError("--schedule: it tells the network other noise levels than its own, which training cannot do")
-    device = distributed.init(device)
-    try:
+    with session(device) as device:
         folder = None
         if resume is None:
             options = new_options(values, given)
         else:
             folder = on_main(find_run, resume, values["outdir"])
-            options = continued_options(on_main(load_newest_state, folder)["options"], values, given)
+            options = continued_options(on_main(stored_options, folder), values, given)
         options.check(distributed.world_size())
         for name in options.without_effect(given):
             distributed.print0(f"Note: --{name} has no effect with the other settings", file=sys.stderr)
@@ -144,10 +150,6 @@ def main(ctx, device, resume, dry_run, **values):
             distributed.print0(f"Would run on {device}, in {folder or options.folder_name(0)}")
             return
         train_predictor(options, device, folder, resume=folder is not None, schedule=schedule)
-    except Interrupted as stop:
-        sys.exit(stop.exit_code)
-    finally:
-        distributed.shutdown()
 
 
 def new_options(values: dict, given: set[str]) -> TrainingOptions:

@@ -12,6 +12,7 @@ from models import zoo
 from solvers import SOLVERS, check_sigmas
 from solvers.loop import AFS_KINDS
 from torch_utils.errors import UserError
+from torch_utils.memory import AUTO
 from training.loss import make_rules
 from training.predictor import DEFAULTS, AMEDPredictor
 
@@ -30,7 +31,7 @@ class TrainingOptions:
     guidance_rate: None is the network's own under guidance, and 0 without. prompt_path: captions for text-to-image
     networks, one drawn per sample; tokenizer_path: a local folder in place of the network's tokenizer from the hub.
     sigmas: an explicit schedule that replaces num_steps, schedule_type and schedule_rho. batch: samples per iteration
-    over all processes; batch_gpu: samples per network call of one process (None: all of its share). tick: kimg between
+    over all processes; batch_gpu: samples per network call of one process (None: all of its share; "auto": what fits). tick: kimg between
     lines of statistics; snap, dump: ticks between snapshots of the predictor and between training states (None: only at
     the end). channels_last: memory format of the network (None: on the CPU only).
     """
@@ -62,7 +63,7 @@ class TrainingOptions:
     lower_order_final: bool = True
     thresholding: bool = True
     batch: int = 512
-    batch_gpu: int | None = None
+    batch_gpu: int | str | None = None
     lr: float = 5e-3
     seed: int | None = None
     amp: str = "none"
@@ -108,12 +109,12 @@ class TrainingOptions:
         _positive("total_kimg", self.total_kimg)
         _positive("tick", self.tick)
         for name in ("batch_gpu", "snap", "dump"):
-            if getattr(self, name) is not None:
+            if getattr(self, name) not in (None, AUTO):
                 _positive(name, getattr(self, name), whole=True)
         if self.batch % world_size:
             raise UserError(f"batch={self.batch} must be divisible by the number of processes ({world_size})")
         share = self.batch // world_size
-        if self.batch_gpu is not None and share % min(self.batch_gpu, share):
+        if self.batch_gpu not in (None, AUTO) and share % min(self.batch_gpu, share):
             raise UserError(
                 f"batch_gpu={self.batch_gpu} must divide each process's share of the batch, {share} samples"
             )

@@ -9,11 +9,8 @@ import datetime
 import math
 import secrets
 import shlex
-import signal
-import threading
 import time
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,8 +23,12 @@ from solvers.schedule_file import Schedule
 from torch_utils import distributed
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
+from torch_utils.image_data import remove_leftovers
+from torch_utils.memory import AUTO, explained_oom, is_out_of_memory, release_memory
+from torch_utils.progress import progress_bar
 from torch_utils.prompts import read_prompts
 from torch_utils.seeds import SeededGenerators, stream_seeds
+from torch_utils.signals import Interrupted, any_signal, deferred_signals
 from training.checkpoint import save_predictor
 from training.config import AUTOCAST, TrainingOptions, code_version
 from training.loss import DistillationLoss
@@ -36,7 +37,7 @@ from training.run_folder import (
     OPTIONS_FILE,
     RunLog,
     create_run_folder,
-    load_newest_state,
+    newest_state,
     on_main,
     save_state,
     use_folder,
@@ -44,14 +45,6 @@ from training.run_folder import (
 )
 
 STATISTICS = ("loss", "r", "scale_dir", "scale_time")  # per interval, means over the batch
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM ended the run after a whole iteration, everything is saved; ``exit_code`` is 128 + signal."""
-
-    def __init__(self, number: int):
-        super().__init__(f"interrupted by {signal.Signals(number).name}")
-        self.exit_code = 128 + number
 
 
 class NotFinite(Exception):
@@ -164,6 +157,14 @@ class Distiller:
         self.iteration += 1
         return statistics
 
+    def rehearse(self) -> None:
+        """What needs the memory of an iteration, for one micro-batch and without learning; spoils the solvers' history."""
+        latents, cond = self.draw()[0]
+        x, loss = latents * self.losses[0].sigma_max, self.losses[0]
+        for k, target in enumerate(loss.teacher_trajectory(x, cond)):
+            error, x = loss.student_step(self.predictor, x, k, target, cond)
+            error.sum().backward()
+
     def state(self) -> dict:
         """A copy of everything that the next iteration depends on."""
         predictor = {name: value.detach().clone() for name, value in self.predictor.state_dict().items()}
@@ -176,28 +177,26 @@ class Distiller:
         self.iteration = state["iteration"]
 
 
-@contextmanager
-def deferred_signals():
-    """Yields a list that collects SIGINT and SIGTERM instead of dying of them.
+def fitting_batch_gpu(make: Callable[..., Distiller], share: int, device) -> int:
+    """The largest divisor of the share with which a Distiller works in the memory of every process.
 
-    A second Ctrl-C stops at once, except under torchrun, which passes on the one that the terminal sent us already.
+    make: makes one from ``batch_gpu``. Raises UserError where not even one sample fits.
     """
-    received: list[int] = []
-
-    def handler(number, frame):
-        if received and number == signal.SIGINT and not distributed.launched_by_torchrun():
-            raise KeyboardInterrupt
-        received.append(number)
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield received
-        return
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
+    for batch_gpu in sorted((n for n in range(1, share + 1) if share % n == 0), reverse=True):
+        fits = True
+        try:
+            make(batch_gpu=batch_gpu).rehearse()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            fits = False
+        release_memory()
+        if all(distributed.gather_objects(fits)):
+            return batch_gpu
+        distributed.print0(
+            f"Note: --batch-gpu=auto: {batch_gpu} samples at once do not fit into the memory of {device}"
+        )
+    raise UserError(f"{device} is out of memory even with --batch-gpu=1: use another device or --amp")
 
 
 class Run:
@@ -238,7 +237,7 @@ class Run:
                     self._give_up(error)
                 self._collected.append(statistics)
                 self._show(bar, statistics, time.monotonic() - begin)
-                stop = self._any_signal(received)
+                stop = any_signal(received, self.distiller.device)
                 self._after_iteration(stop is not None)
                 if stop is not None and self.distiller.iteration < self.total:
                     bar.close()
@@ -305,18 +304,10 @@ class Run:
         self.log.note(f"Error: {message}")
         raise UserError(message) from None
 
-    def _any_signal(self, received: list[int]) -> int | None:
-        """The signal that any process has received, on every process."""
-        kinds = (signal.SIGINT, signal.SIGTERM)
-        flags = torch.tensor([float(kind in received) for kind in kinds], device=self.distiller.device)
-        flags = distributed.all_reduce_sum(flags).tolist()
-        return next((int(kind) for kind, flag in zip(kinds, flags, strict=True) if flag), None)
-
     def _progress_bar(self) -> tqdm:
-        return tqdm(
-            total=self.total,
+        return progress_bar(
+            self.total,
             initial=self.distiller.iteration,
-            disable=distributed.rank() != 0,
             mininterval=0.5,
             dynamic_ncols=True,
             bar_format="{percentage:3.0f}%|{bar:12}| [{elapsed}<{remaining}{postfix}]",
@@ -424,31 +415,36 @@ def train_predictor(
     torch.backends.cudnn.benchmark = options.bench
     prompts = None if options.prompt_path is None else list(read_prompts(options.prompt_path).values())
     net = _load_network(options, device)
-    distiller = Distiller(
+    make = partial(
+        Distiller,
         net,
         options.predictor_config(net.img_resolution),
         batch=options.batch,
-        batch_gpu=options.batch_gpu,
         lr=options.lr,
         seed=options.seed,
         prompts=prompts,
         device=device,
     )
+    if options.batch_gpu == AUTO:
+        options.batch_gpu = fitting_batch_gpu(make, options.batch // distributed.world_size(), device)
+    distiller = make(batch_gpu=options.batch_gpu)
     provenance = _provenance(net, options)
     elapsed = 0.0
     if resume:
-        elapsed = _restore(distiller, options, on_main(load_newest_state, run_dir), net, run_dir)
-        folder = Path(run_dir)
+        folder, state = Path(run_dir), on_main(newest_state, run_dir)
+        if state is not None:  # else it was killed before the first one: from the start, with its options and its seed
+            elapsed = _restore(distiller, options, state, net, run_dir)
     else:
         folder = _choose_folder(options, net, run_dir)
     run = Run(distiller, options, folder, provenance, elapsed)
+    if resume:
+        on_main(remove_leftovers, folder)
+        on_main(run.log.rewind, "iteration", distiller.iteration)
     _announce(run, net, device, resume)
     for line in [] if schedule is None else schedule.warnings(net, options.sampler_stu, options.afs):
         run.log.say(f"Warning: {line}")
-    try:
+    with explained_oom(device, f"lower --batch-gpu (now {distiller.chunk})"):
         run.loop()
-    except torch.OutOfMemoryError:
-        raise UserError(f"{device} is out of memory: lower --batch-gpu (now {distiller.chunk})") from None
     run.log.say(f"trained {run.predictor_path} NFE={distiller.evaluations} in {run.elapsed:.1f} s")
     return run.predictor_path
 
