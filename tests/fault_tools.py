@@ -57,10 +57,14 @@ class Group:
         return any(self.launcher.poll(pid) is None for pid in self.pids)
 
     def out(self, rank: int = 0) -> str:
-        return self.files[rank].with_suffix(".out").read_text()
+        return self._text(rank, ".out")
 
     def err(self, rank: int = 0) -> str:
-        return self.files[rank].with_suffix(".err").read_text()
+        return self._text(rank, ".err")
+
+    def _text(self, rank: int, kind: str) -> str:
+        path = self.files[rank].with_suffix(kind)
+        return path.read_text() if path.exists() else ""  # it has hardly started
 
     def texts(self) -> str:
         return "\n".join(self.out(rank) + self.err(rank) for rank in range(len(self.pids)))

@@ -247,7 +247,7 @@ def test_sampling_killed_at_random_moments(sample, tmp_path):
 
 @pytest.mark.slow
 def test_sampling_killed_twenty_times(sample, tmp_path):
-    kill_sampling(sample, tmp_path, count=1500, kills=20)
+    kill_sampling(sample, tmp_path, count=400, kills=20)
 
 
 def test_an_image_broken_off_by_a_power_cut_is_made_again(sample, tmp_path):
@@ -622,7 +622,7 @@ def test_micro_batches_that_fit(train, tmp_path):
 
 
 class Stalling(test_download.Handler):
-    """Sends a third of the file, and no more until ``go`` is set."""
+    """Sends two thirds of the file, and no more until ``go`` is set."""
 
     def do_GET(self):
         go = self.server.go
@@ -632,7 +632,7 @@ class Stalling(test_download.Handler):
         self.answer(
             200,
             test_download.DATA,
-            sent=len(test_download.DATA) // 3,
+            sent=len(test_download.DATA) // 3 * 2,
             ETag='"one"',
             Content_Length=len(test_download.DATA),
         )
