@@ -24,7 +24,6 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from models.clip import DEFAULT_CLIP, ClipNetwork
 from torch_utils import distributed
@@ -32,7 +31,10 @@ from torch_utils.cli import SEED, Group, offline_flag
 from torch_utils.errors import UserError
 from torch_utils.frechet import read_batches
 from torch_utils.image_data import ImageSource, atomic_path, check_destination
+from torch_utils.memory import explained_oom
+from torch_utils.progress import progress_bar
 from torch_utils.prompts import read_prompts, seed_of
+from torch_utils.session import session
 
 _EXAMPLES = 5  # how many of the images that were left out are named
 
@@ -131,13 +133,13 @@ def image_similarities(
     cosines: list[float] = []
     error = None
     try:
-        with tqdm(total=len(indices_here), unit="img", desc="CLIP", disable=distributed.rank() != 0) as bar:
+        advice = f"lower --batch (now {batch})"
+        with progress_bar(len(indices_here), unit="img", desc="CLIP") as bar, explained_oom(network.device, advice):
             for images in read_batches(_Prepared(source, network), indices_here, batch):
+                distributed.check_peers()
                 texts = captions_here[len(cosines) : len(cosines) + len(images)]
                 cosines.extend(network.similarity(images, texts).tolist())
                 bar.update(len(images))
-    except torch.OutOfMemoryError:
-        error = UserError(f"{network.device} is out of memory: lower --batch (now {batch})")
     except Exception as exc:  # raised by agree(), on every rank
         error = exc
     distributed.agree(error)
@@ -229,8 +231,7 @@ def calc(json_path, device, **options):
     """CLIP score of images; prints 'CLIP score 0.3012 images=... model=... weights=...'."""
     if json_path is not None:
         check_destination(json_path, "--json")
-    device = distributed.init(device)
-    try:
+    with session(device) as device:
         result = calculate_clip_score(device=device, **options)
         if distributed.rank() == 0:
             if json_path is not None:
@@ -238,8 +239,6 @@ def calc(json_path, device, **options):
                     temporary.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
             print(result.line(), flush=True)
         distributed.barrier()
-    finally:
-        distributed.shutdown()
 
 
 if __name__ == "__main__":

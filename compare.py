@@ -27,6 +27,7 @@ from tools.comparison import compute, prepare
 from tools.comparison_report import write_report
 from torch_utils import distributed
 from torch_utils.cli import Command, Number, offline_flag
+from torch_utils.session import session
 
 
 def parse_optional_afs(ctx, param, value):
@@ -110,16 +111,13 @@ def main(ctx, **options):
     command = " ".join(
         ["python compare.py", *(f"--{name}={shlex.quote(_text(options[name]))}" for name in sorted(given))]
     )
-    device = distributed.init(options["device"])
-    try:
+    with session(options["device"]) as device:
         comparison, jobs = prepare(options, given, device)
         done = compute(comparison, jobs)
         if distributed.rank() == 0:
             print(write_report(comparison, jobs, command))
             print(f"{done} of {len(jobs)} rows computed, the rest from the cache -> {comparison.folder}", flush=True)
         distributed.barrier()
-    finally:
-        distributed.shutdown()
 
 
 def _text(value) -> str:

@@ -23,7 +23,6 @@ from urllib.parse import urlparse
 import click
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from models import zoo
 from models.detectors import KNOWN, FeatureDetector, cache_dir, is_published_inception, load_detector
@@ -34,6 +33,9 @@ from torch_utils.download import download_file
 from torch_utils.errors import UserError
 from torch_utils.frechet import FeatureStatistics, Reference, compute_statistics, frechet_distance
 from torch_utils.image_data import ImageSource, atomic_path, check_destination
+from torch_utils.memory import explained_oom
+from torch_utils.progress import progress_bar
+from torch_utils.session import session
 
 _USUAL_COUNT = 10_000  # below this the bias of FID makes figures of different sample sizes incomparable
 
@@ -143,16 +145,17 @@ def image_statistics(
             return cached
     share = indices[distributed.rank() :: distributed.world_size()]
     kept: list[np.ndarray] = []
-    with tqdm(total=len(share), unit="img", desc=detector.name, disable=distributed.rank() != 0) as bar:
+    with progress_bar(len(share), unit="img", desc=detector.name) as bar:
 
         def on_batch(features: torch.Tensor) -> None:
             bar.update(len(features))
             if feature_cache is not None:
                 kept.append(features.cpu().numpy())
 
-        statistics = compute_statistics(
-            source, detector, indices=indices, batch=batch, device=device, workers=workers, on_batch=on_batch
-        )
+        with explained_oom(device, f"lower --batch (now {batch})"):
+            statistics = compute_statistics(
+                source, detector, indices=indices, batch=batch, device=device, workers=workers, on_batch=on_batch
+            )
     if feature_cache is not None:
         _to_cache(Path(feature_cache), source, indices, detector, kept)
     return statistics
@@ -307,8 +310,7 @@ def calc(images, ref, num, seed, batch, detector, workers, feature_cache, json_p
     for flag, path in (("--json", json_path), ("--feature-cache", feature_cache)):
         if path is not None:
             check_destination(path, flag)
-    device = distributed.init(device)
-    try:
+    with session(device) as device:
         result = calculate_fid(
             images,
             ref,
@@ -327,8 +329,6 @@ def calc(images, ref, num, seed, batch, detector, workers, feature_cache, json_p
                     temporary.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
             print(result.line(), flush=True)
         distributed.barrier()
-    finally:
-        distributed.shutdown()
 
 
 @main.command()
@@ -352,8 +352,7 @@ def ref(data, dest, batch, detector, num, seed, device, trust):
     if Path(dest).suffix != ".npz":
         raise UserError(f"--dest={dest}: must end in .npz")
     check_destination(dest, "--dest")
-    device = distributed.init(device)
-    try:
+    with session(device) as device:
         source = ImageSource(data)
         indices = choose_images(source, num, seed)
         network = choose_detector(detector, None, device, trust)
@@ -363,8 +362,6 @@ def ref(data, dest, batch, detector, num, seed, device, trust):
             Reference(mu, sigma, network.name, network.digest, len(indices)).save(dest)
             print(f"{dest}: {len(indices)} images, {network.feature_dim} features, detector={network.name}", flush=True)
         distributed.barrier()
-    finally:
-        distributed.shutdown()
 
 
 if __name__ == "__main__":

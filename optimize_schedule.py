@@ -32,7 +32,9 @@ from torch_utils.errors import UserError
 from torch_utils.frechet import FeatureStatistics, frechet_distance
 from torch_utils.image_data import check_destination
 from torch_utils.image_writer import to_uint8
+from torch_utils.memory import explained_oom
 from torch_utils.seeds import SeededGenerators
+from torch_utils.session import session
 from training.config import code_version
 
 
@@ -133,10 +135,8 @@ def run(options: dict, given: set[str], device: torch.device) -> None:
         **{name: options[name] for name in ("solver", "num_steps", "sigma_min", "sigma_max", "afs", "seed", "batch")},
     )
     versions = {"code": code_version(), "python": platform.python_version(), "torch": torch.__version__}
-    try:
+    with explained_oom(device, f"lower --batch (now {options['batch']})"):
         schedule = optimize(problem, options["method"], method_options, versions)
-    except torch.OutOfMemoryError:
-        raise UserError(f"{device} is out of memory: lower --batch (now {options['batch']})") from None
     error = None
     if distributed.rank() == 0:
         try:
@@ -181,11 +181,8 @@ def run(options: dict, given: set[str], device: torch.device) -> None:
 def main(ctx, **options):
     """Optimises the time schedule of a solver for a network and writes it to a file."""
     given = {name for name in options if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
-    device = distributed.init(options["device"])
-    try:
+    with session(options["device"]) as device:
         run(options, given, device)
-    finally:
-        distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
 from click.core import ParameterSource
-from tqdm import tqdm
 
 from fid import StreamedFID
 from models import create_model, use_tokenizer, zoo
@@ -42,10 +42,14 @@ from torch_utils import distributed
 from torch_utils.cli import Command, Number, offline_flag
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError, parse_json
-from torch_utils.image_data import atomic_path, decode_image
+from torch_utils.image_data import atomic_path, decode_image, is_whole_png, remove_leftovers
 from torch_utils.image_writer import ImageWriter, image_grid, save_image, to_pixels, to_uint8
+from torch_utils.memory import AUTO, BatchSize, explained_oom, first_batch, is_out_of_memory, release_memory
+from torch_utils.progress import progress_bar
 from torch_utils.prompts import read_prompts
 from torch_utils.seeds import SeededGenerators, candidate_seed, parse_seeds
+from torch_utils.session import session
+from torch_utils.signals import Interrupted, deferred_signals
 from training.checkpoint import find_predictor, load_predictor
 from training.config import code_version
 
@@ -209,6 +213,7 @@ def generate_images(
     prompts: str | Mapping[int, str] | None = None,
     negative_prompt: str | None = None,
     candidates: int = 1,
+    first: int = 0,
     keep_intermediates: bool = False,
     device: torch.device | str | None = None,
     **arguments,
@@ -217,14 +222,14 @@ def generate_images(
 
     labels: None, one class for all, or one per seed. prompts: of text-to-image networks, one text for all, or texts by
     seed; negative_prompt: for the unconditional side (None: the network's default). candidates: so many images for each
-    seed, one after the other, of one class or prompt, the first of them the usual one. keep_intermediates: also the denoised
-    images at the start of every interval. arguments: as of ``solvers.sample`` (solver, num_steps, afs, ...). device:
+    seed, one after the other, of one class or prompt, the first of them the usual one. first: how many of all these images
+    to leave out. keep_intermediates: also the denoised images at the start of every interval. arguments: as of ``solvers.sample`` (solver, num_steps, afs, ...). device:
     where net is (found if None).
     """
     if device is None:
         device = next(net.parameters()).device
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
-    rows = [(index, number) for index in range(len(seeds)) for number in range(candidates)]
+    rows = [(index, number) for index in range(len(seeds)) for number in range(candidates)][first:]
 
     def draw(start: int) -> tuple:
         part = rows[start : start + batch]
@@ -278,6 +283,45 @@ def prompts_of(seeds: list[int], prompts: str | Mapping[int, str] | None) -> lis
     return [prompts if isinstance(prompts, str) else prompts[seed] for seed in seeds]
 
 
+def generate_fitting(net, seeds: Sequence[int], *, device: torch.device, **arguments) -> Iterator[Batch]:
+    """The same with the largest batch that memory allows: it is halved when an allocation fails, and that is said.
+
+    The images are those of any other batch. Raises UserError where not even one image fits.
+    """
+    rows = len(seeds) * arguments.get("candidates", 1)
+    batch, start, told = min(first_batch(device), max(rows, 1)), 0, None
+    while start < rows:
+        try:
+            for result in generate_images(net, seeds, batch=batch, device=device, first=start, **arguments):
+                start += len(result.seeds)
+                if told != batch:
+                    told = _tell_batch(batch, device)
+                yield result
+            return
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if batch == 1:
+                raise UserError(f"{device} is out of memory even with --batch=1: use another device or --amp") from None
+        release_memory()
+        batch //= 2
+
+
+def _tell_batch(batch: int, device: torch.device) -> int:
+    rank = f" (rank {distributed.rank()})" if distributed.world_size() > 1 else ""
+    print(f"Note: --batch=auto: {batch} images at once fit into the memory of {device}{rank}", file=sys.stderr)
+    return batch
+
+
+def until_stopped(batches: Iterator[Batch], received: list[int]) -> Iterator[Batch]:
+    """The batches, up to a failure of another process (UserError) or to a signal (Interrupted)."""
+    for result in batches:
+        yield result
+        distributed.check_peers()
+        if received:
+            raise Interrupted(received[0], ": the images that are done are kept; repeat the command to go on")
+
+
 def _text_of(seeds: list[int], prompts: str | Mapping[int, str] | None, negative_prompt: str | None) -> dict:
     """Keyword arguments of ``make_cond``; none for networks that take no prompts."""
     own = prompts if isinstance(prompts, str) else prompts_of(seeds, prompts)
@@ -313,7 +357,7 @@ class Folder:
         return ScoreFile(self.path, distributed.rank())
 
     def done(self, seed: int) -> bool:
-        return self.image(seed).exists() and (not self.inters or self.strip(seed).exists())
+        return is_whole_png(self.image(seed)) and (not self.inters or is_whole_png(self.strip(seed)))
 
     def begun(self, seed: int) -> bool:
         return self.image(seed).exists() or self.strip(seed).exists()
@@ -363,7 +407,10 @@ def prepare_folder(folder: Folder, record: dict, seeds: list[int], overwrite: bo
     record = record | {"seeds": format_seeds([*made, *seeds])}
     with atomic_path(folder.path / RECORD) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return seeds if overwrite else [seed for seed in seeds if not folder.done(seed)]
+    todo = seeds if overwrite else [seed for seed in seeds if not folder.done(seed)]
+    for parent in {folder.path, folder.path / "inters", *(folder.image(seed).parent for seed in todo)}:
+        remove_leftovers(parent)
+    return todo
 
 
 def _check_replacement(folder: Folder, seeds: list[int], made: list[int], different: str, overwrite: bool) -> None:
@@ -658,6 +705,7 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
     best_of = "" if verifier is None else f"_best{candidates}"
     default = Path("samples") / settings.dataset_name / f"{settings.solver}_nfe{nfe}{best_of}"
     folder = Folder(Path(options["outdir"] or default), options["subdirs"], options["return_inters"])
+    distributed.barrier()  # nothing is written before every process has got so far
     todo, error = None, None
     if distributed.rank() == 0 and options["save_images"]:
         try:
@@ -672,11 +720,12 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
 
     share = todo[distributed.rank() :: distributed.world_size()]
     started = time.perf_counter()
+    generate = generate_fitting if options["batch"] == AUTO else partial(generate_images, batch=options["batch"])
+    advice = f"lower --batch (now {options['batch']}), or --batch=auto"
     try:
-        batches = generate_images(
+        batches = generate(
             net,
             share,
-            batch=options["batch"],
             predictor=None if predictor is None else predictor.to(device),
             labels=options["class_idx"],
             prompts=prompts,
@@ -688,10 +737,13 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
         )
         if verifier is not None:
             batches = search(batches, verifier, candidates, prompts, folder.scores())
-        with tqdm(total=len(share), unit="img", desc=folder.path.name, disable=distributed.rank() != 0) as bar:
-            write_images(batches, folder if options["save_images"] else None, nfe, bar, stream)
-    except torch.OutOfMemoryError:
-        error = UserError(f"{device} is out of memory: lower --batch (now {options['batch']})")
+        with (
+            deferred_signals() as received,
+            progress_bar(len(share), unit="img", desc=folder.path.name) as bar,
+            explained_oom(device, advice),
+        ):
+            place = folder if options["save_images"] else None
+            write_images(until_stopped(batches, received), place, nfe, bar, stream)
     except Exception as exc:  # raised by agree(), on every rank
         error = exc
     distributed.agree(error)
@@ -762,10 +814,10 @@ def _plain_solvers() -> str:
 @click.option("--seeds", default="0-63", show_default=True, help="One image each: 0-63 or 1,2,5-10")
 @click.option(
     "--batch",
-    type=click.IntRange(min=1),
+    type=BatchSize(),
     default=64,
     show_default=True,
-    help="Images per process and network call. The noise does not depend on it, but rounding does: a few pixels may"
+    help="Images per process and network call; auto: as many as fit into memory. The noise does not depend on it, but rounding does: a few pixels may"
     " change by one grey level",
 )
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Class of all images (default: drawn per seed)")
@@ -811,11 +863,8 @@ def main(ctx, **options):
             raise UserError(f"--use_fp16=True means --amp=fp16, but --amp={options['amp']} was given; choose one")
         options["amp"] = "fp16"
     schedule = use_schedule(options, given)
-    device = distributed.init(options["device"])
-    try:
+    with session(options["device"]) as device:
         run(options, given, device, schedule)
-    finally:
-        distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -24,12 +24,13 @@ from solvers.span import PRESETS
 from torch_utils import distributed
 from torch_utils.cli import SEED, Command, Number, offline_flag
 from torch_utils.errors import UserError
+from torch_utils.memory import BatchSize
+from torch_utils.session import session
 from training.config import CHANGEABLE, STUDENTS, TEACHERS, TrainingOptions
 from training.final_config import CHANGEABLE_FINAL, FinalOptions
 from training.final_loop import train_student
 from training.final_loss import own_code
-from training.run import Interrupted
-from training.run_folder import find_run, load_newest_state, on_main
+from training.run_folder import find_run, on_main, stored_options
 from training.teacher_set import teachers
 from training.training_loop import train_predictor
 
@@ -156,7 +157,12 @@ WEIGHT = click.FloatRange(min=0)
 # How.
 @option("total_kimg", POSITIVE, "Length of the training, in thousands of samples")
 @option("batch", COUNT, "Samples per iteration, over all processes")
-@option("batch_gpu", COUNT, "Samples per network call (default: all of a process's share)", "--batch-gpu")
+@option(
+    "batch_gpu",
+    BatchSize(),
+    "Samples per network call (default: all of a process's share; auto: as many as fit into memory)",
+    "--batch-gpu",
+)
 @option("lr", POSITIVE, "Learning rate of Adam")
 @option(
     "teacher_cache",
@@ -193,14 +199,13 @@ def main(ctx, device, resume, dry_run, **values):
     schedule = use_schedule(values, given)
     if schedule is not None and values.pop("sigmas_net") is not None:
         raise UserError("--schedule: it tells the network other noise levels than its own, which training cannot do")
-    device = distributed.init(device)
-    try:
+    with session(device) as device:
         folder = None
         if resume is None:
             options = new_options(values, given)
         else:
             folder = on_main(find_run, resume, values["outdir"])
-            options = continued_options(on_main(load_newest_state, folder)["options"], values, given)
+            options = continued_options(on_main(stored_options, folder), values, given)
         options.check(distributed.world_size())
         for name in options.without_effect(given):
             distributed.print0(f"Note: --{name} has no effect with the other settings", file=sys.stderr)
@@ -212,10 +217,6 @@ def main(ctx, device, resume, dry_run, **values):
             train_student(options, device, folder, resume=folder is not None)
         else:
             train_predictor(options, device, folder, resume=folder is not None, schedule=schedule)
-    except Interrupted as stop:
-        sys.exit(stop.exit_code)
-    finally:
-        distributed.shutdown()
 
 
 def find_objective(values: dict, given: set[str]) -> str:

@@ -30,8 +30,9 @@ from solvers.schedules import SCHEDULES
 from torch_utils import distributed
 from torch_utils.distributed import together
 from torch_utils.errors import UserError
-from torch_utils.image_data import atomic_path
+from torch_utils.progress import progress_bar
 from torch_utils.seeds import SeededGenerators, stream_seeds
+from torch_utils.tensor_file import write_state
 
 SHARED_OPTIONS = ("max_order", "predict_x0", "lower_order_final", "thresholding")  # a teacher takes the student's
 
@@ -177,7 +178,7 @@ class Problem:
         return torch.stack(distributed.gather_objects(total)).sum(0) / samples
 
     def progress(self, total: int, unit: str, done: int = 0) -> tqdm:
-        return tqdm(total=total, initial=done, unit=unit, disable=distributed.rank() != 0)
+        return progress_bar(total, initial=done, unit=unit)
 
     # A method that takes long keeps a state and goes on from it. Every process of a torchrun has one of its own.
 
@@ -208,8 +209,7 @@ class Problem:
         if path is None:
             return
         spent = {"evaluations": self.evaluations, "seconds": self.elapsed()}
-        with atomic_path(path) as temporary:
-            torch.save({"identity": self.identity, "state": state, **spent}, temporary)
+        write_state(path, {"identity": self.identity, "state": state, **spent})
 
     def drop_state(self) -> None:
         path = self._state_file()

@@ -378,7 +378,7 @@ class BrokenNet(torch.nn.Module):
 def test_images_that_are_not_finite_are_named_and_not_written(tmp_path):
     folder = cli.Folder(tmp_path, subdirs=False, inters=False)
     batches = cli.generate_images(BrokenNet(), [10, 11, 12], device="cpu", solver="euler", num_steps=3)
-    with pytest.raises(UserError, match="for seeds 11: not written"), cli.tqdm(disable=True) as bar:
+    with pytest.raises(UserError, match="for seeds 11: not written"), cli.progress_bar(disable=True) as bar:
         cli.write_images(batches, folder, 2, bar)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000010.png", "000012.png"]
 

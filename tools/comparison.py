@@ -23,7 +23,6 @@ import click
 import numpy as np
 import torch
 from scipy.special import stdtrit
-from tqdm import tqdm
 
 from fid import choose_detector, find_reference
 from models import zoo
@@ -49,6 +48,8 @@ from torch_utils.errors import UserError
 from torch_utils.frechet import FeatureStatistics, Reference, frechet_distance
 from torch_utils.image_data import atomic_path, check_destination
 from torch_utils.image_writer import to_uint8
+from torch_utils.memory import explained_oom
+from torch_utils.progress import progress_bar
 from training.checkpoint import find_predictor, load_predictor
 from training.config import code_version
 
@@ -427,10 +428,9 @@ class Comparison:
         )
         while True:
             started = self._clock()
-            try:
+            distributed.check_peers()
+            with explained_oom(self.device, f"lower --batch (now {self.batch})"):
                 result: Batch | None = next(batches, None)
-            except torch.OutOfMemoryError:
-                raise UserError(f"{self.device} is out of memory: lower --batch (now {self.batch})") from None
             seconds = self._clock() - started
             if result is None:
                 return
@@ -819,7 +819,7 @@ def compute(comparison: Comparison, jobs: list[Job]) -> int:
     def measure():
         share = share_out([job.nfe for job, _ in units], processes)[rank]
         warm = None
-        with tqdm(total=len(share), unit="group", disable=rank != 0) as bar:
+        with progress_bar(len(share), unit="group") as bar:
             for job, group in (units[index] for index in share):
                 bar.set_description(f"{job.method.label} {job.nfe}")
                 if job is not warm:

@@ -15,7 +15,6 @@ from pathlib import Path
 import click
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 if not __package__:  # run as a file: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,6 +23,7 @@ from torch_utils.arrays import npz_names, read_npz
 from torch_utils.cli import Command
 from torch_utils.errors import UserError
 from torch_utils.image_data import ImageSource, atomic_path, evenly_spaced
+from torch_utils.progress import progress_bar
 
 _IMAGE_KEYS = ("images", "x", "data")
 _LABEL_KEYS = ("labels", "y")
@@ -162,7 +162,8 @@ def make_dataset(
     indices = evenly_spaced(len(images), max_images)
     names = []
     with atomic_path(dest) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
-        for name, data in tqdm(_entries(images, indices, apply), total=len(indices), unit="img", desc=dest.name):
+        bar = progress_bar(len(indices), iterable=_entries(images, indices, apply), unit="img", desc=dest.name)
+        for name, data in bar:
             archive.writestr(zipfile.ZipInfo(name), data)
             names.append(name)
         labels = None

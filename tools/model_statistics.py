@@ -15,7 +15,6 @@ from pathlib import Path
 import click
 import torch
 from torch.func import jvp
-from tqdm import tqdm
 
 if not __package__:  # run as a file: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,6 +26,7 @@ from torch_utils import distributed
 from torch_utils.cli import SEED, Command, Number, offline_flag
 from torch_utils.errors import UserError
 from torch_utils.image_data import check_destination
+from torch_utils.progress import progress_bar
 from torch_utils.seeds import SeededGenerators, stream_seeds
 
 DERIVATIVES = ("auto", "forward", "finite")
@@ -134,7 +134,7 @@ def estimate_statistics(
     derivative = Derivative(net, derivatives, torch.device(device).type)
     moments, traces = [Moments() for _ in sigmas], [Moments() for _ in sigmas]
     seeds = stream_seeds(seed, 0, samples)
-    bar = tqdm(total=nodes * samples, unit="state", disable=not progress)
+    bar = progress_bar(nodes * samples, unit="state", disable=not progress)
     for start in range(0, samples, batch):
         generators = SeededGenerators(seeds[start : start + batch])
         latents = generators.randn(shape, dtype=dtype).to(device)

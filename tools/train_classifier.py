@@ -11,7 +11,6 @@ from pathlib import Path
 import click
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 if not __package__:  # run as a file: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -22,6 +21,7 @@ from torch_utils.cli import SEED, Command, Number
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
 from torch_utils.image_data import ImageSource, check_destination, load_array
+from torch_utils.progress import progress_bar
 
 
 def load_labelled(path: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,7 +62,7 @@ def train(model, images, labels, *, epochs, batch, lr, shift, flip, device) -> N
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.25)
     model.train()
-    with tqdm(total=steps, unit="step") as bar:
+    with progress_bar(steps, unit="step") as bar:
         for _ in range(epochs):
             order = torch.randperm(len(images))[: len(images) // batch * batch]
             for chosen in order.split(batch):

@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from click.core import ParameterSource
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from models.edm import EDMDenoiser, load_edm_network, save_edm_safetensors
 from models.networks import count_parameters
@@ -39,8 +38,13 @@ from torch_utils import distributed
 from torch_utils.cli import SEED, Command, Number
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
-from torch_utils.image_data import ImageSource, atomic_path, load_array
+from torch_utils.image_data import ImageSource, load_array
+from torch_utils.memory import explained_oom
+from torch_utils.progress import progress_bar
 from torch_utils.seeds import stream_seeds
+from torch_utils.session import session
+from torch_utils.signals import Interrupted, any_signal, deferred_signals
+from torch_utils.tensor_file import write_state
 from training.run_folder import OPTIONS_FILE, RunLog, on_main, write_json
 
 STATE_FILE = "training-state.pt"
@@ -376,12 +380,14 @@ class Run:
             raise UserError(f"--resume: the run in {self.folder} has another architecture; repeat its flags") from None
         self._elapsed_before, self._start = state["elapsed"], time.monotonic()
         self._snap_kimg, self._saved_at = self.learner.kimg, self.learner.iteration
+        on_main(self.log.rewind, "kimg", self.learner.kimg)
         if self._progress() >= 1:
             raise UserError(f"--resume: {self.folder} is finished; pass a larger --total_kimg or --minutes to train on")
 
     def loop(self):
-        """Trains to the end. Raises UserError, on every process, for a loss that is not finite."""
-        with self._progress_bar() as bar:
+        """Trains to the end. Raises UserError, on every process, for a loss that is not finite; Interrupted, with
+        everything saved, after SIGINT or SIGTERM."""
+        with deferred_signals() as received, self._progress_bar() as bar:
             while (progress := self._progress()) < 1:
                 lr = self._learning_rate(progress)
                 try:
@@ -394,6 +400,10 @@ class Run:
                     bar.set_postfix_str(f"loss {self.loss:.4f} {100 * progress:.0f}% done")
                     kimg = self.learner.kimg
                     self.log.stats({"kimg": kimg, "loss": self.loss, "seconds": self.elapsed, "lr": lr})
+                stop = any_signal(received, self.learner.device)
+                if stop is not None and self._progress() < 1:
+                    self.snapshot()
+                    raise Interrupted(stop, f" at {self.learner.kimg:g} kimg; repeat the command with --resume=True")
                 if self.options.snap and self.learner.kimg - self._snap_kimg >= self.options.snap:
                     self.snapshot()
         if self._saved_at != self.learner.iteration:
@@ -416,12 +426,7 @@ class Run:
         meta |= self.learner.origin
         network = self.folder / f"network-snapshot-{int(kimg):06d}.safetensors"
         save_edm_safetensors(self.learner.ema, network, {"training": meta})
-        with atomic_path(self.state_path) as temporary:
-            try:
-                state = {**self.learner.state(), "elapsed": self.elapsed, "settings": self._settings()}
-                torch.save(state, temporary)
-            except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-                raise UserError(f"cannot write {self.state_path}: {str(error)[:200]}") from None
+        write_state(self.state_path, {**self.learner.state(), "elapsed": self.elapsed, "settings": self._settings()})
         if options.grid:
             save_grid(self.learner.ema, self.folder / f"grid-{int(kimg):06d}.png", self.learner.device)
 
@@ -451,11 +456,10 @@ class Run:
         ) from None
 
     def _progress_bar(self):
-        return tqdm(
-            total=self.options.total_kimg,
+        return progress_bar(
+            self.options.total_kimg,
             initial=min(self.learner.kimg, self.options.total_kimg),
             unit="kimg",
-            disable=distributed.rank() != 0,
             mininterval=5,
             bar_format="{l_bar}{bar}{r_bar}",
         )
@@ -502,10 +506,8 @@ def train(*, data, outdir, net_config, device, resume=False, **options):
         on_main(write_json, Path(outdir) / OPTIONS_FILE, {**net_config, "data": str(data), **asdict(settings)})
     size = f"{count_parameters(learner.net):,} parameters, {len(images):,} images"
     distributed.print0(f"{size}, batch {settings.batch}, {outdir}")
-    try:
+    with explained_oom(device, f"lower --batch (now {settings.batch})"):
         run.loop()
-    except torch.OutOfMemoryError:
-        raise UserError(f"{device} is out of memory: lower --batch (now {settings.batch})") from None
 
 
 def parse_ints(text, option):
@@ -576,11 +578,8 @@ def main(ctx, arch, model_channels, channel_mult, num_blocks, attn, dropout, dev
                 raise UserError(f"--schedule decides the noise levels: leave out --{name}")
     if options["lr"] is None:
         options["lr"] = LR if options["init"] is None else LR_OF_INIT
-    chosen = distributed.init(device)
-    try:
+    with session(device) as chosen:
         train(net_config=net_config, device=chosen, **options)
-    finally:
-        distributed.shutdown()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The same script on one process, on many GPUs and on many CPU processes.
 
 Without torchrun there is no process group at all and every function here is trivial. Under torchrun the group uses nccl
-where CUDA is present and gloo otherwise.
+where CUDA is present and gloo otherwise. Functions that exchange objects wait for slow processes without a limit and end
+at once where one fails (torch_utils/peers.py); torch_utils/session.py is the frame that command lines run in.
 """
 
 import datetime
@@ -12,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from torch_utils.errors import UserError
+from torch_utils.peers import Peers
 
-_TIMEOUT = datetime.timedelta(minutes=30)  # of one exchange between processes that are at the same place
-_PATIENCE = datetime.timedelta(days=30)  # of agree(), where processes wait for each other's work or download
-_patient = None  # the group for that: gloo, which notices at once when a process has died
+_TIMEOUT = datetime.timedelta(minutes=30)  # of a collective of torch
+_peers: Peers | None = None
 
 
 def launched_by_torchrun() -> bool:
@@ -62,7 +63,7 @@ def pick_device(device: str | None = None) -> torch.device:
 
 def init(device: str | None = None) -> torch.device:
     """Joins the process group when torchrun started us; returns the device to compute on."""
-    global _patient
+    global _peers
     chosen = pick_device(device)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -70,18 +71,44 @@ def init(device: str | None = None) -> torch.device:
         if os.name == "nt":
             os.environ.setdefault("USE_LIBUV", "0")
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_TIMEOUT)
-        _patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        _peers = Peers.join(rank(), world_size()) if world_size() > 1 else None
     return chosen
 
 
 def shutdown() -> None:
-    global _patient
-    _patient = None
+    global _peers
+    if _peers is not None:
+        _peers.close()
+        _peers = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
+def check_peers() -> None:
+    """Raises UserError where another process has failed. For loops that exchange nothing; takes no time."""
+    if _peers is not None:
+        _peers.check()
+
+
+def report_failure(why: str) -> None:
+    """Tells all other processes that this one fails: they end, too, at their next exchange or in 20 seconds."""
+    if _peers is not None:
+        _peers.report(why)
+
+
+def peer_failed(within: float) -> bool:
+    """Whether the failure of a process is known, or gets known within so many seconds."""
+    return _peers is not None and _peers.wait_for_failure(within)
+
+
+def meet() -> None:
+    """Waits for all processes, however long they take; UserError where one fails meanwhile."""
+    if _peers is not None:
+        _peers.meet()
+
+
 def barrier() -> None:
+    meet()
     if dist.is_initialized():
         if dist.get_backend() == "nccl":
             dist.barrier(device_ids=[torch.cuda.current_device()])
@@ -100,6 +127,7 @@ def broadcast_object(value, source: int = 0):
     """The value that rank ``source`` holds, on every rank."""
     if not dist.is_initialized():
         return value
+    meet()
     box = [value]
     dist.broadcast_object_list(box, src=source)
     return box[0]
@@ -109,6 +137,7 @@ def gather_objects(value, group=None) -> list:
     """The values of all ranks, in rank order, on every rank. group: another one than the default of all processes."""
     if not dist.is_initialized():
         return [value]
+    meet()
     values = [None] * world_size()
     dist.all_gather_object(values, value, group=group)
     return values
@@ -117,9 +146,12 @@ def gather_objects(value, group=None) -> list:
 def agree(error: Exception | None) -> None:
     """Raises on every rank when any rank has an error: nobody is left waiting in the next collective.
 
-    It is the place to wait after work that processes do on their own: one may come hours after the others.
+    The rank with the error does not wait for the others; they learn of it here or in ``check_peers``.
     """
-    errors = gather_objects(None if error is None else f"{error}", _patient)
+    if error is not None and _peers is not None:
+        report_failure(f"{error}")
+        raise error
+    errors = gather_objects(None if error is None else f"{error}")  # one process, or none that watches the others
     if error is not None:
         raise error
     for index, message in enumerate(errors):

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import requests
-from tqdm import tqdm
 
 from torch_utils import distributed
 from torch_utils.errors import UserError
 from torch_utils.image_data import atomic_path
+from torch_utils.progress import progress_bar
 
 _TIMEOUT_S = (15, 60)  # to connect, and between two pieces of data
 _ATTEMPTS = 3  # per mirror, in a row without any progress
@@ -377,14 +377,13 @@ class _Job:
                 validator = reply.headers.get("Last-Modified")
             self._forget()
             self.meta.write_text(json.dumps({"url": url, "validator": validator}))
-        bar = tqdm(
+        bar = progress_bar(
+            total,
             desc=self.desc,
-            total=total,
             initial=start,
             unit="B",
             unit_scale=True,
             unit_divisor=1024,
-            mininterval=0.2 if sys.stderr.isatty() else 30,
             disable=distributed.local_rank() != 0,
         )
         with bar, open(self.part, "ab", buffering=1 << 20) as file:

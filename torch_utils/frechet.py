@@ -136,6 +136,7 @@ class FeatureStatistics:
 
     def all_reduce(self) -> "FeatureStatistics":
         """Adds up the sums of all ranks, in place, on every rank."""
+        distributed.meet()  # shares may take very different times
         distributed.all_reduce_sum(self._sums)
         return self
 
@@ -255,6 +256,7 @@ def compute_statistics(
         indices = indices[distributed.rank() :: distributed.world_size()]
         images = read_batches(images, indices, batch, device, workers)
     for images_of_batch in images:
+        distributed.check_peers()
         features = detector(images_of_batch)
         statistics.append(features)
         if on_batch is not None:

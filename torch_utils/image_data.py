@@ -1,9 +1,12 @@
 """Images in: folders and zips of PNG and JPEG files, with the labels of EDM's ``dataset.json``; atomic files out."""
 
+import errno
 import io
 import os
+import re
 import secrets
 import struct
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -22,9 +25,20 @@ _LABEL_FILE = "dataset.json"
 _SAMPLING_FILE = "sampling.json"  # of sample.py
 
 
+_PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"  # the last chunk: no data, its name, its CRC
+_LEFTOVER = re.compile(r"-[0-9a-f]{12}\.part$")
+# What a full, protected or failing disk says, whoever meets it; other errors in the block of atomic_path are its own.
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM})
+_LEFT_S = 3600.0  # a temporary file that nobody has written to for so long belongs to a program that was killed
+
+
 @contextmanager
-def atomic_path(dest: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``dest`` that becomes ``dest`` when the block ends well and vanishes when not."""
+def atomic_path(dest: str | Path, durable: bool = True) -> Iterator[Path]:
+    """Yields a temporary path beside ``dest`` that becomes ``dest`` when the block ends well and vanishes when not.
+
+    durable: the contents reach the disk before the name does, so that a power cut leaves the old file or the new one;
+    False for many small files that can be made again. Raises UserError where the file cannot be written.
+    """
     dest = Path(dest)
     try:
         temporary = dest.parent / f".{dest.name[:80]}-{secrets.token_hex(6)}.part"
@@ -38,9 +52,16 @@ def atomic_path(dest: str | Path) -> Iterator[Path]:
     except OSError as exc:
         raise UserError(f"cannot write {dest}: {exc.strerror or exc}") from None
     try:
-        yield temporary
+        try:
+            yield temporary
+        except OSError as exc:
+            if exc.errno in _DISK_ERRORS:
+                raise UserError(f"cannot write {dest}: {exc.strerror or exc}") from None
+            raise
         try:
             os.chmod(temporary, mode)  # some writers (safetensors) put a file for the owner's eyes only in its place
+            if durable:
+                _sync(temporary)
             os.replace(temporary, dest)
         except OSError as exc:
             reason = "it is a folder" if dest.is_dir() else exc.strerror or exc
@@ -59,6 +80,26 @@ def check_destination(dest: str | Path, flag: str) -> None:
     if not place.is_dir() or not os.access(place, os.W_OK):
         problem = "cannot be written to" if place.is_dir() else "is a file and no folder"
         raise UserError(f"{flag}={dest}: {place} {problem}; choose another place")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def remove_leftovers(folder: str | Path) -> int:
+    """Removes the temporary files that killed programs left in a folder (not below it); returns how many."""
+    removed = 0
+    for path in Path(folder).glob(".*.part"):
+        try:
+            if _LEFTOVER.search(path.name) and time.time() - path.stat().st_mtime > _LEFT_S:
+                path.unlink()
+                removed += 1
+        except FileNotFoundError:
+            continue  # another process was faster
+        except OSError as exc:
+            raise UserError(f"cannot remove {path}: {exc.strerror or exc}") from None
+    return removed
 
 
 def decode_image(data: bytes, name: str) -> np.ndarray:
@@ -87,6 +128,16 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
     if array.ndim == 2:
         array = array[:, :, None]
     return np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def is_whole_png(path: Path) -> bool:
+    """Whether a file is there and ends as a PNG does; a power cut can leave one that is empty or broken off."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(_PNG_END), os.SEEK_END)
+            return file.read() == _PNG_END
+    except OSError:  # not there, or shorter than that
+        return False
 
 
 class ImageSource:

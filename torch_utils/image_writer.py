@@ -48,7 +48,7 @@ def save_image(array: np.ndarray, path: str | Path) -> None:
         array = array[:, :, 0]
     if array.dtype != np.uint8 or not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3)):
         raise UserError(f"{path}: cannot write {array.dtype} {list(array.shape)} as PNG; expected uint8 grey or RGB")
-    with atomic_path(path) as temporary:
+    with atomic_path(path, durable=False) as temporary:
         try:
             Image.fromarray(array).save(temporary, format="PNG")
         except OSError as exc:

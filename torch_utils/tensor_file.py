@@ -26,6 +26,16 @@ def write_safetensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str
             raise UserError(f"cannot write {path}: {error.strerror or error}") from None
 
 
+def write_state(path, state: dict) -> None:
+    """A dict of tensors, numbers and texts as a file of torch.save, whole or not at all; UserError where it cannot be."""
+    with atomic_path(path) as temporary:
+        try:
+            torch.save(state, temporary)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
+            raise UserError(f"cannot write {path}: {reason} (is the disk full?)") from None
+
+
 def read_safetensors(data: bytes, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """(tensors, metadata) of the file whose bytes are ``data``; UserError naming ``name`` where it is damaged."""
     try:

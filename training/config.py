@@ -11,6 +11,7 @@ from models.execution import AUTOCAST, COMPILE_MODES
 from solvers import SOLVERS, check_sigmas
 from solvers.loop import AFS_KINDS
 from torch_utils.errors import UserError
+from torch_utils.memory import AUTO
 from training.loss import make_rules
 from training.predictor import DEFAULTS, AMEDPredictor, check_kinds
 
@@ -31,10 +32,10 @@ class RunOptions:
     guidance_rate: None is the network's own under guidance, and 0 without. prompt_path: captions for text-to-image
     networks, one drawn per sample; tokenizer_path: a local folder in place of the network's tokenizer from the hub.
     batch: samples per iteration over all processes; batch_gpu: samples per network call of one process (None: all of its
-    share). tick: kimg between lines of statistics; snap, dump: ticks between snapshots of the student and between
-    training states (None: only at the end). compile: "default" compiles the network. channels_last: memory format of the
-    network (None: on the CPU only). checkpointing: activations of the network are not kept for the gradient but computed
-    again.
+    share; "auto": what fits). tick: kimg between lines of statistics; snap, dump: ticks between snapshots of the student
+    and between training states (None: only at the end). compile: "default" compiles the network. channels_last: memory
+    format of the network (None: on the CPU only). checkpointing: activations of the network are not kept for the gradient
+    but computed again.
     """
 
     dataset_name: str
@@ -52,7 +53,7 @@ class RunOptions:
     sigma_max: float | None = None
     afs: bool | str = True
     batch: int = 512
-    batch_gpu: int | None = None
+    batch_gpu: int | str | None = None
     seed: int | None = None
     amp: str = "none"
     compile: str = "none"
@@ -93,12 +94,12 @@ class RunOptions:
         positive("total_kimg", self.total_kimg)
         positive("tick", self.tick)
         for name in ("batch_gpu", "snap", "dump"):
-            if getattr(self, name) is not None:
+            if getattr(self, name) not in (None, AUTO):
                 positive(name, getattr(self, name), whole=True)
         if self.batch % world_size:
             raise UserError(f"batch={self.batch} must be divisible by the number of processes ({world_size})")
         share = self.batch // world_size
-        if self.batch_gpu is not None and share % min(self.batch_gpu, share):
+        if self.batch_gpu not in (None, AUTO) and share % min(self.batch_gpu, share):
             raise UserError(
                 f"batch_gpu={self.batch_gpu} must divide each process's share of the batch, {share} samples"
             )

@@ -10,18 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from solvers.span import SpanStudent
 from torch_utils import distributed
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
+from torch_utils.progress import progress_bar
 from torch_utils.seeds import stream_seeds
 from training.checkpoint import save_predictor
 from training.final_config import FinalOptions, grid_sigmas, learned
 from training.final_loss import DistributionTerm, PairLoss, energy_distance
 from training.run import Run, check_state, choose_folder, numbers, provenance_of, restore
-from training.run_folder import load_newest_state, on_main
+from training.run_folder import newest_state, on_main
 from training.teacher_set import TeacherSet, file_of, identity_of, teacher_set
 from training.training_loop import prepare
 
@@ -308,7 +308,9 @@ def choose_start(net, options: FinalOptions, pairs: TeacherSet, ends: tuple, chu
     starts, indices = options.starts(), pairs.train[: options.init_pairs]
     gaussian = _data_gaussian(net, options, ends)
     results = []
-    for base, grid in tqdm(starts, unit="start", disable=distributed.rank() != 0 or len(starts) == 1, leave=False):
+    bar = progress_bar(len(starts), unit="start", disable=len(starts) == 1 or None, leave=False)
+    for base, grid in starts:
+        bar.update()
         more = {"image_shape": list(gaussian["mean"].shape)} if gaussian else {}
         if options.heads:
             more["img_channels"] = net.img_channels
@@ -326,6 +328,7 @@ def choose_start(net, options: FinalOptions, pairs: TeacherSet, ends: tuple, chu
         student.heads.to(pairs.device)
         loss = measure(net, student, pairs, indices, pair_loss, chunk)[0] if len(starts) > 1 else 0.0
         results.append((loss, len(results), f"{base or 'preset'}@{grid or 'given'}", student))
+    bar.close()
     if not results:
         raise UserError(f"--init={options.init}: none of its starts is possible with num_steps={options.num_steps}")
     results.sort(key=lambda result: result[:2])
@@ -416,8 +419,8 @@ def train_student(options: FinalOptions | dict, device="cpu", run_dir=None, resu
     if options.sigmas is not None:
         ends = (options.sigmas[-1], options.sigmas[0])
     options.make_student(*ends)  # says what is wrong with the noise levels
-    state = on_main(load_newest_state, run_dir) if resume else None
-    if resume:
+    state = on_main(newest_state, run_dir) if resume else None  # None: it was killed before the first one
+    if state is not None:
         check_state(options, state, net, run_dir)
     own_place = run_dir is not None or options.nosubdir
     folder = choose_folder(options, net, run_dir) if own_place and not resume else None  # before the work: is it free?
@@ -434,12 +437,15 @@ def train_student(options: FinalOptions | dict, device="cpu", run_dir=None, resu
     provenance = provenance_of(net, options, names)
     elapsed = 0.0
     if resume:
-        elapsed = restore(trainer, options, state, net, run_dir)
         folder = Path(run_dir)
+        if state is not None:
+            elapsed = restore(trainer, options, state, net, run_dir)
     elif folder is None:
         folder = choose_folder(options, net, run_dir)
     run = FinalRun(trainer, options, folder, provenance, elapsed)
     trainer.report = run.log.say
+    if resume:
+        run.tidy()
     run.announce(net, device, resume)
     for line in lines:
         run.log.say(line)

@@ -3,10 +3,7 @@
 import datetime
 import math
 import shlex
-import signal
-import threading
 import time
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -16,40 +13,21 @@ from tqdm import tqdm
 from torch_utils import distributed
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
+from torch_utils.image_data import remove_leftovers
+from torch_utils.memory import explained_oom
+from torch_utils.progress import progress_bar
+from torch_utils.signals import Interrupted, any_signal, deferred_signals
 from training.config import RunOptions, code_version
-from training.run_folder import OPTIONS_FILE, RunLog, create_run_folder, on_main, save_state, use_folder, write_json
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM ended the run after a whole iteration, everything is saved; ``exit_code`` is 128 + signal."""
-
-    def __init__(self, number: int):
-        super().__init__(f"interrupted by {signal.Signals(number).name}")
-        self.exit_code = 128 + number
-
-
-@contextmanager
-def deferred_signals():
-    """Yields a list that collects SIGINT and SIGTERM instead of dying of them.
-
-    A second Ctrl-C stops at once, except under torchrun, which passes on the one that the terminal sent us already.
-    """
-    received: list[int] = []
-
-    def handler(number, frame):
-        if received and number == signal.SIGINT and not distributed.launched_by_torchrun():
-            raise KeyboardInterrupt
-        received.append(number)
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield received
-        return
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
+from training.run_folder import (
+    OPTIONS_FILE,
+    RunLog,
+    create_run_folder,
+    newest_state,
+    on_main,
+    save_state,
+    use_folder,
+    write_json,
+)
 
 
 class Run:
@@ -113,7 +91,7 @@ class Run:
                     self.give_up(error)
                 self._collected.append(statistics)
                 self._show(bar, statistics, time.monotonic() - begin)
-                stop = self._any_signal(received)
+                stop = any_signal(received, self.trainer.device)
                 self._after_iteration(stop is not None)
                 if stop is not None and self.trainer.iteration < self.total:
                     bar.close()
@@ -125,11 +103,8 @@ class Run:
 
     def carry_out(self) -> Path:
         """``loop`` to the end; returns the file of the product. UserError where the device's memory does not do."""
-        try:
+        with explained_oom(self.trainer.device, f"lower --batch-gpu (now {self.trainer.chunk})"):
             self.loop()
-        except torch.OutOfMemoryError:
-            device, chunk = self.trainer.device, self.trainer.chunk
-            raise UserError(f"{device} is out of memory: lower --batch-gpu (now {chunk})") from None
         self.log.say(f"trained {self.product_path} NFE={self.trainer.evaluations} in {self.elapsed:.1f} s")
         return self.product_path
 
@@ -177,18 +152,10 @@ class Run:
         on_main(save_state, self.folder, self.nimg // 1000, {**self.trainer.state(), **more})
         self._saved_at = self.trainer.iteration
 
-    def _any_signal(self, received: list[int]) -> int | None:
-        """The signal that any process has received, on every process."""
-        kinds = (signal.SIGINT, signal.SIGTERM)
-        flags = torch.tensor([float(kind in received) for kind in kinds], device=self.trainer.device)
-        flags = distributed.all_reduce_sum(flags).tolist()
-        return next((int(kind) for kind, flag in zip(kinds, flags, strict=True) if flag), None)
-
     def _progress_bar(self) -> tqdm:
-        return tqdm(
-            total=self.total,
+        return progress_bar(
+            self.total,
             initial=self.trainer.iteration,
-            disable=distributed.rank() != 0,
             mininterval=0.5,
             dynamic_ncols=True,
             bar_format="{percentage:3.0f}%|{bar:12}| [{elapsed}<{remaining}{postfix}]",
@@ -202,6 +169,11 @@ class Run:
         text = self.shown(self._shown[:, :-1])
         bar.set_postfix_str(f"{kimg} {text} {float(self._shown[0, -1]):.3g} s/kimg", refresh=False)
         bar.update()
+
+    def tidy(self) -> None:
+        """What a run that is continued has to put in order: files that a kill left, lines beyond the newest state."""
+        on_main(remove_leftovers, self.folder)
+        on_main(self.log.rewind, "iteration", self.trainer.iteration)
 
     def record_options(self, device: torch.device) -> None:
         """Writes the options, and where the run takes place, into its folder."""
@@ -258,3 +230,12 @@ def restore(trainer, options: RunOptions, state: dict, net, folder) -> float:
     except (RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"the training state in {folder} does not fit its options ({str(error)[:120]})") from None
     return float(state["elapsed"])
+
+
+def resume_run(trainer, options: RunOptions, net, folder) -> tuple[float, Path]:
+    """Puts the newest state in the folder back, if there is one; (seconds it has trained, folder).
+
+    A run that was killed before its first state begins again, with its options and its seed.
+    """
+    state = on_main(newest_state, folder)
+    return (0.0 if state is None else restore(trainer, options, state, net, folder)), Path(folder)

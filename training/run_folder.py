@@ -1,15 +1,17 @@
 """The folder of a run: its number, its log, its training states."""
 
 import json
+import math
 import re
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from torch_utils import distributed
 from torch_utils.errors import UserError
 from torch_utils.image_data import atomic_path
+from torch_utils.progress import say
+from torch_utils.tensor_file import write_state
 
 OPTIONS_FILE = "training_options.json"
 _STATE = re.compile(r"training-state-(\d+)\.pt")
@@ -56,7 +58,7 @@ def create_run_folder(outdir, name_of_number) -> Path:
 def use_folder(folder) -> Path:
     """The folder itself as the place of a new run; UserError where it holds one already."""
     folder = Path(folder)
-    if (folder / OPTIONS_FILE).exists() or (folder.is_dir() and _states(folder)):
+    if _is_run(folder):
         raise UserError(f"{folder} already holds a run: continue it with --resume={folder}, or choose another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,15 +68,13 @@ def use_folder(folder) -> Path:
 
 
 def find_run(resume: str, outdir) -> Path:
-    """The folder to continue: a folder, the number of a run in outdir, or "true" for the newest one with a state."""
+    """The folder to continue: a folder, the number of a run in outdir, or "true" for the newest one."""
     text = str(resume).strip()
     runs = numbered_runs(outdir)
     if text.lower() == "true":
-        candidates = [Path(outdir)] if _states(outdir) else [folder for _, folder in runs if _states(folder)]
+        candidates = [Path(outdir)] if _is_run(outdir) else [folder for _, folder in runs if _is_run(folder)]
         if not candidates:
-            raise UserError(
-                f"--resume={text}: no run in {outdir} has a training state to continue from; choose another run"
-            )
+            raise UserError(f"--resume={text}: no run in {outdir} can be continued; choose another run")
         return candidates[-1]
     if re.fullmatch(r"[0-9]{1,9}", text):
         matches = [folder for number, folder in runs if number == int(text)]
@@ -94,14 +94,34 @@ def _states(folder) -> list[tuple[int, Path]]:
     return sorted((int(m[1]), path) for path in names if (m := _STATE.fullmatch(path.name)))
 
 
+def _is_run(folder) -> bool:
+    """Whether a run has begun here. One that was killed very early has its options, but no state yet."""
+    return (Path(folder) / OPTIONS_FILE).is_file() or bool(_states(folder))
+
+
+def stored_options(folder) -> dict:
+    """The options of the run in a folder: of its newest state, else those that it began with."""
+    if _states(folder):
+        return load_newest_state(folder)["options"]
+    path = Path(folder) / OPTIONS_FILE
+    try:
+        options = json.loads(path.read_text(encoding="utf-8"))
+        return {name: value for name, value in options.items() if name != "provenance"}
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no training state (training-state-*.pt) to continue from") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"cannot read {path} ({error})") from None
+
+
+def newest_state(folder) -> dict | None:
+    """What ``save_state`` wrote last; None where a run was killed before its first state."""
+    return load_newest_state(folder) if _states(folder) or not _is_run(folder) else None
+
+
 def save_state(folder, kimg: int, state: dict) -> Path:
     """Writes ``training-state-<kimg>.pt`` whole or not at all; keeps the newest two."""
     path = Path(folder) / f"training-state-{kimg:06d}.pt"
-    with atomic_path(path) as temporary:
-        try:
-            torch.save(state, temporary)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            raise UserError(f"cannot write {path}: {str(error)[:200]}") from None
+    write_state(path, state)
     for _, old in _states(folder)[:-_KEEP_STATES]:
         old.unlink(missing_ok=True)
     return path
@@ -133,7 +153,8 @@ def write_json(path, value) -> None:
 
 
 def on_main(function, *arguments):
-    """Calls the function on the first process; its result, or its UserError, reaches all processes."""
+    """Calls the function on the first process, once all have got here; its result or UserError reaches all of them."""
+    distributed.meet()
     result = error = None
     if distributed.rank() == 0:
         try:
@@ -144,8 +165,15 @@ def on_main(function, *arguments):
     return distributed.broadcast_object(result)
 
 
+def _value(line: str, key: str) -> float:
+    try:
+        return float(json.loads(line)[key])
+    except (ValueError, KeyError, TypeError):  # the disk was full when it was written
+        return math.inf
+
+
 class RunLog:
-    """log.txt and stats.jsonl of a run: both only grow, and only the first process writes."""
+    """log.txt and stats.jsonl of a run, which only the first process writes."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
@@ -154,7 +182,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """A line on the screen (beside the progress bar) and in the log."""
         if self.active:
-            tqdm.write(text)
+            say(text)
         self.note(text)
 
     def note(self, text: str) -> None:
@@ -163,6 +191,17 @@ class RunLog:
 
     def stats(self, record: dict) -> None:
         self._append("stats.jsonl", json.dumps(record))
+
+    def rewind(self, key: str, limit: float) -> None:
+        """Drops what stats.jsonl says beyond ``limit``, where a continued run begins; and lines that were cut off."""
+        path = self.folder / "stats.jsonl"
+        if not self.active or not path.exists():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _value(line, key) <= limit]
+        if kept != lines:
+            with atomic_path(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def _append(self, name: str, line: str) -> None:
         if not self.active:

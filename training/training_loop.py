@@ -6,7 +6,8 @@ divided by the total batch, so the number of processes and of micro-batches chan
 
 import copy
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from solvers.loop import afs_direction
 from solvers.schedule_file import Schedule
 from torch_utils import distributed
 from torch_utils.errors import UserError
+from torch_utils.memory import AUTO, is_out_of_memory, release_memory
 from torch_utils.prompts import read_prompts
 from torch_utils.seeds import stream_seeds
 from training.checkpoint import save_predictor
@@ -24,10 +26,10 @@ from training.config import RunOptions, TrainingOptions
 from training.inputs import draw_inputs
 from training.loss import DistillationLoss, Lesson
 from training.predictor import AMEDPredictor
-from training.run import Interrupted, Run, choose_folder, numbers, provenance_of, restore
-from training.run_folder import load_newest_state, on_main
+from training.run import Run, choose_folder, numbers, provenance_of, resume_run
+from training.run_folder import on_main
 
-__all__ = ["Distiller", "Interrupted", "NotFinite", "load_network", "prepare", "train_predictor"]
+__all__ = ["Distiller", "NotFinite", "load_network", "prepare", "train_predictor"]
 
 STATISTICS = ("loss", "r", "scale_dir", "scale_time")  # per interval, means over the batch
 
@@ -159,6 +161,14 @@ class Distiller:
         self.iteration += 1
         return statistics
 
+    def rehearse(self) -> None:
+        """What needs the memory of an iteration, for one micro-batch and without learning; spoils the solvers' history."""
+        latents, cond = self.draw()[0]
+        x, loss = latents * self.losses[0].sigma_max, self.losses[0]
+        for k, target in enumerate(loss.teacher_trajectory(x, cond)):
+            error, x = loss.student_step(self.predictor, x, k, target, cond)
+            error.sum().backward()
+
     def state(self) -> dict:
         """A copy of everything that the next iteration depends on."""
         predictor = {name: value.detach().clone() for name, value in self.predictor.state_dict().items()}
@@ -169,6 +179,28 @@ class Distiller:
         self.predictor.load_state_dict(state["predictor"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.iteration = state["iteration"]
+
+
+def fitting_batch_gpu(make: Callable[..., Distiller], share: int, device) -> int:
+    """The largest divisor of the share with which a Distiller works in the memory of every process.
+
+    make: makes one from ``batch_gpu``. Raises UserError where not even one sample fits.
+    """
+    for batch_gpu in sorted((n for n in range(1, share + 1) if share % n == 0), reverse=True):
+        fits = True
+        try:
+            make(batch_gpu=batch_gpu).rehearse()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            fits = False
+        release_memory()
+        if all(distributed.gather_objects(fits)):
+            return batch_gpu
+        distributed.print0(
+            f"Note: --batch-gpu=auto: {batch_gpu} samples at once do not fit into the memory of {device}"
+        )
+    raise UserError(f"{device} is out of memory even with --batch-gpu=1: use another device or --amp")
 
 
 class PredictorRun(Run):
@@ -265,11 +297,11 @@ def train_predictor(
     options, net, prompts = prepare(options, device)
     if options.afs:  # before a folder is made: the network may not know what afs="data" needs
         afs_direction(net, torch.zeros(1, net.img_channels, 1, 1, device=device), torch.ones(()), options.afs)
-    distiller = Distiller(
+    make = partial(
+        Distiller,
         net,
         options.predictor_config(net.img_resolution),
         batch=options.batch,
-        batch_gpu=options.batch_gpu,
         lr=options.lr,
         seed=options.seed,
         prompts=prompts,
@@ -277,14 +309,16 @@ def train_predictor(
         checkpointing=options.checkpointing,
         device=device,
     )
+    if options.batch_gpu == AUTO:
+        options.batch_gpu = fitting_batch_gpu(make, options.batch // distributed.world_size(), device)
+    distiller = make(batch_gpu=options.batch_gpu)
     provenance = provenance_of(net, options, ("seed", "batch", "lr", "amp", "compile", "teacher_cache"))
-    elapsed = 0.0
-    if resume:
-        elapsed = restore(distiller, options, on_main(load_newest_state, run_dir), net, run_dir)
-        folder = Path(run_dir)
-    else:
-        folder = choose_folder(options, net, run_dir)
+    elapsed, folder = (
+        resume_run(distiller, options, net, run_dir) if resume else (0.0, choose_folder(options, net, run_dir))
+    )
     run = PredictorRun(distiller, options, folder, provenance, elapsed)
+    if resume:
+        run.tidy()
     run.announce(net, device, resume)
     for line in [] if schedule is None else schedule.warnings(net, options.sampler_stu, options.afs):
         run.log.say(f"Warning: {line}")

@@ -1,0 +1,77 @@
+"""Ctrl-C and SIGTERM (schedulers and torchrun send it) end a program tidily: after the current piece of work, or at once."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+import torch
+
+from torch_utils import distributed
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(click.ClickException):
+    """A signal ended the program and what it has made is in order; ``exit_code`` is 128 + signal, as shells have it.
+
+    It reaches the user as one line; note: what follows after "interrupted by SIGTERM".
+    """
+
+    def __init__(self, number: int, note: str = ""):
+        super().__init__(f"interrupted by {signal.Signals(number).name}{note}")
+        self.exit_code = 128 + number
+
+    def show(self, file=None) -> None:
+        if distributed.rank() == 0:
+            click.echo(self.message[:1].upper() + self.message[1:], file=file, err=file is None)
+
+
+@contextmanager
+def deferred_signals() -> Iterator[list[int]]:
+    """Yields a list that collects SIGINT and SIGTERM instead of dying of them.
+
+    A second Ctrl-C stops at once, except under torchrun, which passes on the one that the terminal sent us already.
+    """
+    received: list[int] = []
+
+    def handler(number, frame):
+        if received and number == signal.SIGINT and not distributed.launched_by_torchrun():
+            raise KeyboardInterrupt
+        received.append(number)
+
+    with _handled(handler, STOPPING):
+        yield received
+
+
+@contextmanager
+def raised_sigterm() -> Iterator[None]:
+    """SIGTERM raises Interrupted, so that files half written are removed; if a peer has failed, that is said instead."""
+
+    def handler(number, frame):
+        distributed.check_peers()
+        raise Interrupted(number)
+
+    with _handled(handler, (signal.SIGTERM,)):
+        yield
+
+
+@contextmanager
+def _handled(handler, numbers) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def any_signal(received: list[int], device) -> int | None:
+    """The signal that any process has received, on every process."""
+    flags = torch.tensor([float(kind in received) for kind in STOPPING], device=device)
+    flags = distributed.all_reduce_sum(flags).tolist()
+    return next((int(kind) for kind, flag in zip(STOPPING, flags, strict=True) if flag), None)
