@@ -20,6 +20,7 @@ from torch_utils.seeds import stream_seeds
 from training.checkpoint import save_predictor
 from training.final_config import FinalOptions, grid_sigmas, learned
 from training.final_loss import DistributionTerm, PairLoss, energy_distance
+from training.inputs import draw_condition
 from training.run import Run, check_state, choose_folder, numbers, provenance_of, restore
 from training.run_folder import newest_state, on_main
 from training.teacher_set import TeacherSet, file_of, identity_of, teacher_set
@@ -306,7 +307,7 @@ def choose_start(net, options: FinalOptions, pairs: TeacherSet, ends: tuple, chu
     """The untrained student: the best of ``options.starts`` on the first init_pairs pairs. say(text): told the scores."""
     pair_loss = PairLoss(options.loss, net, options.feature_sigma)
     starts, indices = options.starts(), pairs.train[: options.init_pairs]
-    gaussian = _data_gaussian(net, options, ends)
+    gaussian = _data_gaussian(net, options, ends, pairs.prompts)
     results = []
     bar = progress_bar(len(starts), unit="start", disable=len(starts) == 1 or None, leave=False)
     for base, grid in starts:
@@ -339,14 +340,14 @@ def choose_start(net, options: FinalOptions, pairs: TeacherSet, ends: tuple, chu
     return results[0][-1]
 
 
-def _data_gaussian(net, options: FinalOptions, ends: tuple) -> dict:
+def _data_gaussian(net, options: FinalOptions, ends: tuple, prompts) -> dict:
     """Mean and variance of the data for the student's first step, measured on one process; empty where it needs none."""
     student = options.make_student(*ends)
     if student.config["first_step"] != "gaussian":
         return {}
 
     def measured():
-        student.measure_gaussian(net)
+        student.measure_gaussian(net, make_cond=lambda generators: draw_condition(net, generators, prompts))
         return {name: student.state_dict()[name].cpu() for name in ("mean", "variance")}
 
     return on_main(measured)

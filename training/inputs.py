@@ -14,7 +14,12 @@ def draw_inputs(net, seeds: Sequence[int], prompts: Sequence[str] | None = None,
     """
     generators = SeededGenerators(seeds)
     latents = generators.randn([net.img_channels, net.img_resolution, net.img_resolution], dtype).to(device)
+    return latents, draw_condition(net, generators, prompts)
+
+
+def draw_condition(net, generators: SeededGenerators, prompts: Sequence[str] | None = None) -> dict:
+    """Keyword arguments of net: a class, or one of the prompts, for every generator."""
     if prompts is not None:
         numbers = generators.randint(len(prompts)).tolist()
-        return latents, net.make_cond(generators, prompts=[prompts[number] for number in numbers])
-    return latents, net.make_cond(generators) if net.label_dim else {}
+        return net.make_cond(generators, prompts=[prompts[number] for number in numbers])
+    return net.make_cond(generators) if net.label_dim else {}
