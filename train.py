@@ -153,7 +153,6 @@ WEIGHT = click.FloatRange(min=0)
 @option("val_every", COUNT, "final: iterations between validations")
 @option("phases", str, "final: what is trained when, labels+time:0.2,all:0.8", metavar="GROUPS:SHARE,...")
 @option("phase_rounds", COUNT, "final: how often the phases take turns")
-@option("checkpointing", bool, "final: less memory, a third more time")
 # How.
 @option("total_kimg", POSITIVE, "Length of the training, in thousands of samples")
 @option("batch", COUNT, "Samples per iteration, over all processes")

@@ -26,7 +26,7 @@ RATES = {
 }
 KINDS = (*GROUPS, "heads")
 GRID_GROUPS = ("labels", "inner", "time", "inner_time")
-CHANGEABLE_FINAL = ("checkpointing", "teacher_set")  # besides those of every run
+CHANGEABLE_FINAL = ("teacher_set",)  # besides those of every run
 INITIAL_BASES = ("ab", "dpmpp")
 INITIAL_GRIDS = ("polynomial:7", "polynomial:4", "logsnr", "time_uniform:1", "dmn")
 
@@ -89,7 +89,6 @@ class FinalOptions(RunOptions):
     val_every: int = 25
     phases: str | None = None
     phase_rounds: int = 1
-    checkpointing: bool = False
 
     afs_kinds = (None, *AFS_KINDS)
 
