@@ -36,7 +36,7 @@ def prepare_network(
         )
     net.autocast = AUTOCAST[amp]
     if channels_last is None:
-        channels_last = next(net.parameters()).device.type == "cpu"
+        channels_last = next(net.parameters(), torch.empty(0)).device.type == "cpu"
     net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     if compile_mode not in COMPILE_MODES:
         raise UserError(f"compile={compile_mode}: choose from {', '.join(COMPILE_MODES)}")

@@ -85,7 +85,9 @@ def get_schedule(
     if schedule_type not in SCHEDULES:
         raise UserError(f"unknown schedule_type '{schedule_type}'; choose from {', '.join(SCHEDULES)}")
     if isinstance(num_steps, bool) or not 2 <= _number("num_steps", num_steps) <= MOST_STEPS:
-        raise UserError(f"num_steps={num_steps}: a schedule needs a whole number of 2 to {MOST_STEPS} time stamps")
+        raise UserError(
+            f"num_steps={num_steps}: a schedule needs at least 2 time stamps (a whole number, at most {MOST_STEPS})"
+        )
     if int(num_steps) != num_steps:
         raise UserError(f"num_steps={num_steps}: a schedule needs at least 2 time stamps (a whole number)")
     sigma_min, sigma_max = _number("sigma_min", sigma_min), _number("sigma_max", sigma_max)

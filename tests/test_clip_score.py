@@ -374,7 +374,9 @@ def test_model_of_the_hub(model, tmp_path, monkeypatch):
     assert (network.model, network.revision) == ("someone/clip", "0123abcd")
     assert not (snapshot / "open_clip_pytorch_model.bin").exists()
     pixels = torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(network.similarity(pixels, ["cat"]), local.similarity(pixels, ["cat"]))
+    # Weights that lie elsewhere in memory may take another kernel, which rounds differently.
+    found, expected = network.similarity(pixels, ["cat"]), local.similarity(pixels, ["cat"])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 def test_model_that_cannot_be_had(images, prompts, tmp_path, monkeypatch):

@@ -668,7 +668,7 @@ def test_plot(baseline):
         (["--sigma_min=0.001"], "outside the network's range"),
         (["--sigma_min=90"], "0 < sigma_min < sigma_max"),
         (["--sigmas=1,2"], "--sigmas is the whole schedule"),  # beside --nfe
-        (["--schedule_rho=-1"], "must be a positive number"),
+        (["--schedule_rho=-1"], "'--schedule_rho': -1.0 is not in the range x>0"),
         (["--afs=data"], "mean and spread"),
         (["--solvers=euler:schedule_type=discrete"], "discrete noise table"),
         (["--predictor_path=/nowhere"], "there is no predictor at /nowhere"),

@@ -200,9 +200,9 @@ def test_roles():
     [
         ({"S_churn": -1}, "S_churn=-1.0 must be a finite number >= 0"),
         ({"S_churn": math.inf}, "S_churn=inf must be a finite number >= 0"),
-        ({"S_min": math.nan}, "S_min=nan must be a finite number >= 0"),
+        ({"S_min": math.nan}, "S_min=nan must be a number"),
         ({"S_min": 2, "S_max": 1}, "S_max=1.0 must be a number >= S_min=2.0"),
-        ({"S_max": math.nan}, "S_max=nan must be a number >= S_min=0.0"),
+        ({"S_max": math.nan}, "S_max=nan must be a number"),
         ({"S_noise": -0.1}, "S_noise=-0.1 must be a finite number >= 0"),
         ({"S_noise": "much"}, "S_noise=much must be a number"),
         ({"predictor": Constant(0.5)}, "no predictor can be inserted into the solver 'edm'"),

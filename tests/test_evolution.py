@@ -401,7 +401,7 @@ def test_fid_of_the_command_line_is_that_of_fid_py():
         (("--population=1",), "population of 2 or more"),
         (("--generations=-1",), "generations"),
         (("--mutation=0",), "mutation=0.0 must be a probability"),
-        (("--mutation=nan",), "mutation=nan must be a probability"),
+        (("--mutation=nan",), "'--mutation': nan is not a number"),
         (("--solver_tea=amed",), "'amed' cannot be the teacher"),
         (("--num_steps_tea=1",), "num_steps=1"),
         (("--spread=1",), "--spread has no effect"),

@@ -44,7 +44,7 @@ def test_losses_that_cannot_be_read(text):
 
 
 def test_features_of_ones_own(tmp_path, monkeypatch):
-    (tmp_path / "own_features.py").write_text(
+    (tmp_path / "features_of_ones_own.py").write_text(
         "def halves(net):\n"
         "    return lambda images: [images[:, :, :8].flatten(1), images.mean(1, keepdim=True)]\n"
         "def wrong(net):\n    return lambda images: images.sum()\n"
@@ -52,18 +52,18 @@ def test_features_of_ones_own(tmp_path, monkeypatch):
     )
     monkeypatch.syspath_prepend(tmp_path)
     net, x, y = ToyNet(torch.float32), images(2).requires_grad_(), images(2, 1)
-    loss = PairLoss("own_features:halves+0.1*l2", net, 0.2)(x, y, {})
+    loss = PairLoss("features_of_ones_own:halves+0.1*l2", net, 0.2)(x, y, {})
     first, second = x[:, :, :8].flatten(1), y[:, :, :8].flatten(1)
     cosine = torch.nn.functional.cosine_similarity(first, second)
     same = torch.sign(x.mean(1)) == torch.sign(y.mean(1))  # a single channel: 0 or 4 at each place
     expected = ((2 - 2 * cosine) + 4 * (~same).flatten(1).float().mean(1)) / 2 + 0.1 * l2(x, y)
     torch.testing.assert_close(loss, expected, rtol=1e-3, atol=1e-3)
-    assert own_code("own_features:halves+l2") == ["own_features:halves"] and own_code("l2") == []
+    assert own_code("features_of_ones_own:halves+l2") == ["features_of_ones_own:halves"] and own_code("l2") == []
     with pytest.raises(UserError, match=r"must be tensors \[B,C\]"):
-        PairLoss("own_features:wrong", net, 0.2)(x, y, {})
+        PairLoss("features_of_ones_own:wrong", net, 0.2)(x, y, {})
     for text, message in (
-        ("own_features:nothing", "returned NoneType"),
-        ("own_features:none", "has no function 'none'"),
+        ("features_of_ones_own:nothing", "returned NoneType"),
+        ("features_of_ones_own:none", "has no function 'none'"),
         ("no_such_module_here:f", "cannot import no_such_module_here"),
     ):
         with pytest.raises(UserError, match=message):

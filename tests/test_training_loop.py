@@ -16,11 +16,12 @@ from models.edm import save_edm_safetensors
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
 from torch_utils.seeds import SeededGenerators, stream_seeds
+from torch_utils.signals import Interrupted
 from training import training_loop
 from training.checkpoint import load_predictor
 from training.config import TrainingOptions
 from training.run_folder import create_run_folder, find_run, load_newest_state, save_state
-from training.training_loop import Distiller, Interrupted, NotFinite, train_predictor
+from training.training_loop import Distiller, NotFinite, train_predictor
 
 TINY = Path(__file__).parent / "golden" / "nets" / "tiny"
 TRAIN, TRAIN_JSON = load_golden("train")

@@ -76,7 +76,7 @@ def check_kinds(config: dict, kinds: dict) -> None:
     for name, value in config.items():
         if not fits(value, kinds.get(name, object)):
             wanted = getattr(kinds[name], "__name__", str(kinds[name]))
-            raise UserError(f"{name}={str(value)[:60]!r} is of the wrong kind: it must be {wanted}")
+            raise UserError(f"{name}={str(value)[:60]} is of the wrong kind: it must be {wanted}")
 
 
 class AMEDPredictor(nn.Module):
@@ -93,6 +93,8 @@ class AMEDPredictor(nn.Module):
         if unknown:
             raise UserError(f"unknown predictor setting '{unknown[0]}'; known: {', '.join(DEFAULTS)}")
         self.config = {**DEFAULTS, **config}
+        if torch.is_tensor(self.config["sigmas"]):
+            self.config["sigmas"] = self.config["sigmas"].tolist()
         check_kinds(self.config, KINDS)
         for name in ("hidden_dim", "bottleneck_output_dim", "noise_channels"):
             if not 1 <= self.config[name] <= _WIDEST:
