@@ -17,8 +17,8 @@ declare -A BUDGET=(
     [gits_l2]="--num_warmup=64 --metric=l2 --coeff=1.0"
     [dmn]=""
     [ofs]="--num_warmup=32"
-    [evolution]="--num_samples=32 --solver_tea=ipndm --num_steps_tea=31 --population=16 --generations=4 --elites=5"
-    [ld3]="--num_train=64 --num_valid=32 --rounds=15 --rounds_grid=5 --solver_tea=ipndm --num_steps_tea=31 --checkpointing=False"
+    [evolution]="--num_samples=24 --solver_tea=ipndm --num_steps_tea=31 --population=12 --generations=4 --elites=4"
+    [ld3]="--num_train=64 --num_valid=32 --rounds=10 --rounds_grid=4 --solver_tea=ipndm --num_steps_tea=31 --checkpointing=False"
 )
 
 commands() { # prints one command for every schedule that is wanted
@@ -64,7 +64,7 @@ for file in "$OUT"/files/*.json; do
 done
 methods+=("unipc:thresholding=False:schedule_type=logsnr" "unipc:thresholding=False:schedule_type=time_uniform:schedule_rho=1")
 run() {
-    "$PYTHON" compare.py --dataset_name="$DATASET" --nfe="$NFE" --num_images="${NUM:-512}" --groups=4 --num_reference=128 \
+    "$PYTHON" compare.py --dataset_name="$DATASET" --nfe="$NFE" --num_images="${NUM:-256}" --groups=4 --num_reference=128 \
         --solvers="$(IFS=,; echo "${methods[*]}")" --outdir="$OUT" "$@"
 }
 run
