@@ -25,6 +25,7 @@ import click
 import numpy as np
 import torch
 
+from models import zoo
 from models.clip import DEFAULT_CLIP, ClipNetwork
 from torch_utils import distributed
 from torch_utils.cli import SEED, Group, offline_flag
@@ -162,7 +163,7 @@ def calculate_clip_score(
     amp: bool = False,
 ) -> ClipResult:
     """CLIP score of a folder or zip of images. Images that have no caption are named on stderr and left out."""
-    captions = read_prompts(prompts, column)
+    captions = read_prompts(zoo.resolve_prompts(prompts), column)
     source = ImageSource(images, uniform=False)
     pairs = pair_by_seed(source, captions)
     chosen = choose_pairs(len(pairs.indices), num, seed)

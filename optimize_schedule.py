@@ -18,7 +18,7 @@ import torch
 from click.core import ParameterSource
 
 from fid import choose_detector, find_reference, warn_about_count
-from models import create_model
+from models import create_model, zoo
 from models.execution import AUTOCAST, prepare_network
 from sample import check_text, read_text, text_flags
 from solvers import make_rule
@@ -120,6 +120,7 @@ def run(options: dict, given: set[str], device: torch.device) -> None:
     check_destination(dest, "--dest")
     if dest.exists() and not options["overwrite"]:
         raise UserError(f"{dest} exists: choose another --dest, or --overwrite=True to replace it")
+    options["prompt"] = zoo.resolve_prompts(options["prompt"])
     text = read_text(options["prompt"], options["dataset_name"], [])
     net = open_network(options, device)
     check_text(net, options["dataset_name"], options, text)

@@ -690,6 +690,7 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
     seeds = parse_seeds(options["seeds"])
     check_search(options["candidates"], options["verifier"])
     settings, predictor, predictor_file = open_predictor(options, given)
+    options["prompt"] = zoo.resolve_prompts(options["prompt"])
     prompts = read_text(options["prompt"], settings.dataset_name, seeds)
     net = open_network(settings, options, predictor, device)
     warnings = settings.warnings()
@@ -775,7 +776,7 @@ def text_flags(which_caption: str):
             "--prompt",
             metavar="TEXT|FILE",
             help="Text-to-image networks: a text for all images, or a .txt (one a line) or .csv file of captions,"
-            f" {which_caption}",
+            f" {which_caption}; {zoo.COCO_30K}: the 30,000 captions of MS-COCO, downloaded",
         ),
         click.option(
             "--negative_prompt", metavar="TEXT", help="What the guidance leads away from (default: an empty text)"

@@ -121,7 +121,7 @@ WEIGHT = click.FloatRange(min=0)
 @option(
     "prompt_path",
     str,
-    "Captions for text-to-image networks, a .csv or .txt file; one is drawn per sample",
+    "Captions for text-to-image networks, a .csv or .txt file, or coco30k; one is drawn per sample",
     metavar="FILE",
 )
 @option("tokenizer_path", str, "Tokenizer of Stable Diffusion (default: from the hub)", metavar="DIR")

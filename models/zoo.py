@@ -18,6 +18,10 @@ _NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/edm"
 _OPENAI = "https://openaipublic.blob.core.windows.net"
 _ADM_REFERENCES = f"{_OPENAI}/diffusion/jul-2021/ref_batches"
 _COMPVIS = "https://ommer-lab.com/files/latent-diffusion"
+# The list that the AMED authors sample for Stable Diffusion.
+_TEXT_TO_IMAGE_BENCHMARK = "https://github.com/boomb0om/text2image-benchmark/releases/download/v0.0.1"
+_COCO_30K_FILE = "MS-COCO_val2014_30k_captions.csv"
+COCO_30K = "coco30k"  # in the place of a prompt
 
 
 @dataclass(frozen=True)
@@ -292,6 +296,15 @@ def resolve_fid_ref(dataset_name: str) -> Path:
             "'python fid.py ref' and pass the file as --ref"
         )
     return _fetch(card, card.fid_file, card.fid_refs, "pass --ref")
+
+
+def resolve_prompts(prompt: str | None) -> str | None:
+    """``prompt`` as it is, or the file of the 30,000 captions of MS-COCO (validation set of 2014) that COCO_30K names;
+    it is downloaded to ``./src/ms_coco/`` like networks are."""
+    if prompt != COCO_30K:
+        return prompt
+    address = f"{_TEXT_TO_IMAGE_BENCHMARK}/{_COCO_30K_FILE}"
+    return str(_fetch(get_card("ms_coco"), _COCO_30K_FILE, (address,), "give a .csv file of captions of your own"))
 
 
 def _fetch(card: Card, name: str, urls: tuple[str, ...], hint: str, member: str = "") -> Path:

@@ -19,6 +19,7 @@ from models.denoiser import read_bottleneck
 from models.edm import EDMDenoiser
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
+from torch_utils.prompts import read_prompts
 from torch_utils.seeds import SeededGenerators
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -419,3 +420,22 @@ def test_classes_of_a_batch():
     ):
         with pytest.raises(UserError, match=text):
             net.make_cond(three, labels)
+
+
+def test_the_list_of_coco_captions(tmp_path, monkeypatch):
+    """coco30k stands for a file that is fetched once; anything else is a prompt or a file already."""
+    asked = []
+
+    def download(urls, dest, **more):
+        asked.append(urls)
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        dest.write_text('image_id,text\n139,"a room, with a table"\n285,a bear\n')
+        return dest
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(zoo, "download_file", download)
+    monkeypatch.setattr(zoo, "known_sha256", lambda path, pinned: "")
+    path = zoo.resolve_prompts("coco30k")
+    assert [url.rpartition("/")[2] for url in asked[0]] == [Path(path).name] and Path(path).parent == Path("src/ms_coco")
+    assert read_prompts(path) == {0: "a room, with a table", 1: "a bear"}  # in the order of the list, as the seeds are
+    assert zoo.resolve_prompts("a red fox") == "a red fox" and zoo.resolve_prompts(None) is None

@@ -784,6 +784,7 @@ def prepare(options: dict, given: set[str], device: torch.device) -> tuple[Compa
     check_destination(folder / "results.csv", "--outdir")
     options = options | {"outdir": str(folder), "class_idx": None}
     seeds = list(range(protocol.first, protocol.first + protocol.num))
+    options["prompt"] = zoo.resolve_prompts(options["prompt"])
     prompts = read_text(options["prompt"], options["dataset_name"], seeds)
     net = open_network(methods[0].settings, options, None, device)
     check_text(net, options["dataset_name"], options, prompts)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from models import create_model, use_tokenizer
+from models import create_model, use_tokenizer, zoo
 from models.execution import prepare_network
 from solvers.loop import afs_direction
 from solvers.schedule_file import Schedule
@@ -277,6 +277,7 @@ def prepare(options: RunOptions, device: torch.device) -> tuple:
     if options.seed is None:
         options.seed = distributed.broadcast_object(secrets.randbelow(1 << 31))
     torch.backends.cudnn.benchmark = options.bench
+    options.prompt_path = zoo.resolve_prompts(options.prompt_path)
     prompts = None if options.prompt_path is None else list(read_prompts(options.prompt_path).values())
     return options, load_network(options, device), prompts
 
