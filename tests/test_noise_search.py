@@ -403,11 +403,11 @@ def test_a_seed_without_any_finite_image_is_named(tmp_path):
     verifier = load_verifier("math:fsum", None)
     verifier._function = lambda images, **_: torch.ones(len(images))
     folder = cli.Folder(tmp_path, subdirs=False, inters=False)
-    with cli.tqdm(disable=True) as bar:  # one of two candidates is broken: the other one is kept
+    with cli.progress_bar(disable=True) as bar:  # one of two candidates is broken: the other one is kept
         cli.write_images(cli.search(batches, verifier, 2, None, scores), folder, 2, bar)
     assert {seed: choice.candidate for seed, choice in scores.read().items()} == {10: 0, 11: 0}
     batches = cli.generate_images(BrokenNet(), [10, 11], candidates=1, device="cpu", solver="euler", num_steps=3)
-    with pytest.raises(UserError, match="for seeds 11: not written"), cli.tqdm(disable=True) as bar:
+    with pytest.raises(UserError, match="for seeds 11: not written"), cli.progress_bar(disable=True) as bar:
         cli.write_images(cli.search(batches, verifier, 1, None, scores), folder, 2, bar)
 
 
