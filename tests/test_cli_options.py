@@ -331,7 +331,7 @@ GOOD = {
     "fid ref": ["--data=images", "--dest=ref.npz", "--detector=digits"],
     "clip_score calc": ["--images=images", "--prompts=captions.csv", "--model=empty", "--offline"],
     "compare": [*DIGITS, "--solvers=euler", "--nfe=2", "--num=4", "--groups=2", "--num_reference=0"],
-    "optimize_schedule": [*DIGITS, "--dest=found.json", "--num_steps=3", "--num_steps_tea=4", "--num_warmup=1"],
+    "optimize_schedule": [*DIGITS, "--dest=found.json", "--num_steps=3", "--num_steps_tea=4"],
     "tools.dataset_tool": ["--source=images", "--dest=new.zip"],
     "tools.train_denoiser": ["--data=images", "--outdir=net", "--total_kimg=0.001", "--batch=1", "--grid=False"],
     "tools.train_classifier": [

@@ -108,7 +108,9 @@ def stored_options(folder) -> dict:
         options = json.loads(path.read_text(encoding="utf-8"))
         return {name: value for name, value in options.items() if name != "provenance"}
     except FileNotFoundError:
-        raise UserError(f"{folder} has no training state (training-state-*.pt) to continue from") from None
+        raise UserError(
+            f"{folder} has no training state (training-state-*.pt) to continue from: --resume needs a run that wrote one"
+        ) from None
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read {path} ({error})") from None
 
@@ -132,7 +134,7 @@ def load_newest_state(folder) -> dict:
     states = _states(folder)
     if not states:
         raise UserError(
-            f"{folder} has no training state (training-state-*.pt) to continue from: give --resume another run"
+            f"{folder} has no training state (training-state-*.pt) to continue from: --resume needs a run that wrote one: give --resume another run"
         )
     path = states[-1][1]
     try:
