@@ -126,7 +126,9 @@ def _to_range(images: torch.Tensor, device) -> torch.Tensor:
 
 def _clip(text: str, model: str, net, device) -> ClipVerifier:
     if not getattr(net, "takes_prompts", False):
-        raise UserError(f"--verifier={text}: this network has no prompts that images could be compared with")
+        raise UserError(
+            f"--verifier={text}: this network has no prompts to compare images with; choose another verifier"
+        )
     try:
         return ClipVerifier(text, ClipNetwork(model, device))
     except UserError as error:  # there the model is a flag of its own

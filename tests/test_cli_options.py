@@ -344,7 +344,7 @@ GOOD = {
     "tools.model_statistics": [*DIGITS, "--dest=new.safetensors", "--nodes=3", "--samples=2"],
 }
 REMEDY = re.compile(
-    r"\b(choose|use|give|pass|leave|write|must|expected|needs?|remove|make|set|put|try|delete|lower|install|"
+    r"\b(choose|use|should be|give|pass|leave|write|must|expected|needs?|remove|make|set|put|try|delete|lower|install|"
     r"is not (a|one|in|among)|no such|does not exist|only|holds?|cannot (write|read|make|be)|not a|no network|takes?|"
     r"add|name|save|list|skips|supports|too|outside|there is no|requires|lacks|below|above)\b",
     re.IGNORECASE,

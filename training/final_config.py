@@ -226,7 +226,7 @@ class FinalOptions(RunOptions):
             except ValueError:
                 rate = math.nan
             if name not in KINDS or not (math.isfinite(rate) and rate >= 0):
-                raise UserError(f"--lrs: '{part}' must be group=rate, with a group of {', '.join(KINDS)}")
+                raise UserError(f"--lrs: '{part}' should be group=rate, with a group of {', '.join(KINDS)}")
             if name not in learned(student):
                 raise UserError(f"--lrs: the preset {self.preset} does not learn '{name}'; leave it out")
             given[name] = rate
@@ -293,7 +293,7 @@ def parse_phases(text: str, rounds: int, names: set[str]) -> list[tuple[frozense
         except ValueError:
             value = math.nan
         if not colon or not (math.isfinite(value) and value > 0):
-            raise UserError(f"--phases={text}: '{part.strip()}' must be groups:share, for example labels+time:0.2")
+            raise UserError(f"--phases={text}: '{part.strip()}' should be groups:share, for example labels+time:0.2")
         groups = set(kinds.split("+"))
         unknown = sorted(groups - set(KINDS) - {"all"})
         if unknown:

@@ -118,7 +118,7 @@ def parse_loss(text: str) -> list[tuple[float, str]]:
         except ValueError:
             value = math.nan
         if not (math.isfinite(value) and value > 0):
-            raise UserError(f"--loss={text}: '{part.strip()}' must be a weight above 0, a star and a term")
+            raise UserError(f"--loss={text}: '{part.strip()}' should be a weight above 0, a star and a term")
         if name not in TERMS and not _OWN.fullmatch(name):
             raise UserError(f"--loss={text}: unknown term '{name}'; choose from {', '.join(TERMS)}, or module:function")
         terms.append((value, name))

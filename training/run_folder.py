@@ -134,7 +134,7 @@ def load_newest_state(folder) -> dict:
     states = _states(folder)
     if not states:
         raise UserError(
-            f"{folder} has no training state (training-state-*.pt) to continue from: --resume needs a run that wrote one: give --resume another run"
+            f"{folder} has no training state (training-state-*.pt) to continue from: give --resume another run"
         )
     path = states[-1][1]
     try:
