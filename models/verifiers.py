@@ -147,10 +147,12 @@ def find_function(text: str) -> tuple[Callable, str | None]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise UserError(f"--verifier={text}: cannot import the module '{module_name}' ({error})") from None
+        raise UserError(
+            f"--verifier={text}: cannot import the module '{module_name}' ({error}); choose {FORMS}"
+        ) from None
     function = getattr(module, name, None)
     if not callable(function):
-        raise UserError(f"--verifier={text}: the module '{module_name}' has no function '{name}'")
+        raise UserError(f"--verifier={text}: the module '{module_name}' has no function '{name}'; choose {FORMS}")
     return function, getattr(module, "__file__", None)
 
 
