@@ -106,7 +106,10 @@ def _classifier(text: str, file: str, net, device) -> ClassifierVerifier:
             " (tools/train_classifier.py makes one), clip or MODULE:FUNCTION"
         )
     path = Path(file) if file else PRETRAINED / embedded
-    model, _ = load_classifier(path)
+    try:
+        model, _ = load_classifier(path)
+    except UserError as error:  # it does not know by which flag the file was named
+        raise UserError(f"--verifier={text}: {error}; give a file of tools/train_classifier.py") from None
     shape, known = (net.img_channels, net.img_resolution), model.config
     if shape != (known["img_channels"], known["img_resolution"]):
         raise UserError(
