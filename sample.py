@@ -553,11 +553,11 @@ def check_network(net, settings: Settings, predictor, device: torch.device) -> N
 def check_search(candidates: int | None, verifier: str | None) -> None:
     """UserError where --candidates and --verifier do not go together."""
     if candidates is not None and candidates < 1:
-        raise UserError(f"--candidates={candidates}: of every seed there has to be at least 1 image")
+        raise UserError(f"--candidates={candidates}: of every seed there must be at least 1 image")
     if verifier is None and candidates not in (None, 1):
         raise UserError(f"--candidates={candidates}: say how to choose among them, --verifier={FORMS}")
     if verifier is not None and candidates is None:
-        raise UserError(f"--verifier={verifier} has no effect without --candidates=N")
+        raise UserError(f"--verifier={verifier[:100]} has no effect without --candidates=N: give both or none")
 
 
 def open_verifier(text: str | None, net, device: torch.device) -> Verifier | None:

@@ -225,7 +225,7 @@ def find_objective(values: dict, given: set[str]) -> str:
     if objective == "per_step" and span:
         raise UserError("--sampler_stu=span is trained on its final samples: it needs --objective=final")
     if objective == "final" and not span and "sampler_stu" in given:
-        raise UserError(f"--objective=final trains --sampler_stu=span, not {values['sampler_stu']}")
+        raise UserError(f"--objective=final trains span students: use --sampler_stu=span, not {values['sampler_stu']}")
     (other,) = set(OPTIONS) - {objective}
     foreign = sorted(name for name in given if name in _DEFAULTS[other] and name not in _DEFAULTS[objective])
     if foreign:

@@ -106,7 +106,10 @@ def _classifier(text: str, file: str, net, device) -> ClassifierVerifier:
             " (tools/train_classifier.py makes one), clip or MODULE:FUNCTION"
         )
     path = Path(file) if file else PRETRAINED / embedded
-    model, _ = load_classifier(path)
+    try:
+        model, _ = load_classifier(path)
+    except UserError as error:  # it does not know by which flag the file was named
+        raise UserError(f"--verifier={text}: {error}; give a file of tools/train_classifier.py") from None
     shape, known = (net.img_channels, net.img_resolution), model.config
     if shape != (known["img_channels"], known["img_resolution"]):
         raise UserError(
@@ -126,7 +129,9 @@ def _to_range(images: torch.Tensor, device) -> torch.Tensor:
 
 def _clip(text: str, model: str, net, device) -> ClipVerifier:
     if not getattr(net, "takes_prompts", False):
-        raise UserError(f"--verifier={text}: this network has no prompts that images could be compared with")
+        raise UserError(
+            f"--verifier={text}: this network has no prompts to compare images with; choose another verifier"
+        )
     try:
         return ClipVerifier(text, ClipNetwork(model, device))
     except UserError as error:  # there the model is a flag of its own
@@ -145,10 +150,12 @@ def find_function(text: str) -> tuple[Callable, str | None]:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise UserError(f"--verifier={text}: cannot import the module '{module_name}' ({error})") from None
+        raise UserError(
+            f"--verifier={text}: cannot import the module '{module_name}' ({error}); choose {FORMS}"
+        ) from None
     function = getattr(module, name, None)
     if not callable(function):
-        raise UserError(f"--verifier={text}: the module '{module_name}' has no function '{name}'")
+        raise UserError(f"--verifier={text}: the module '{module_name}' has no function '{name}'; choose {FORMS}")
     return function, getattr(module, "__file__", None)
 
 

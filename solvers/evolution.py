@@ -121,7 +121,8 @@ class Evolution:
     def __post_init__(self):
         if not 2 <= self.length <= self.size:
             raise UserError(
-                f"num_steps={self.length}: the evolution chooses 2 to {self.size} of the {self.size} points of its grid"
+                f"num_steps={self.length}: the evolution chooses 2 to {self.size} points of its"
+                f" grid_points={self.size}: give num_steps in that range, or more grid_points"
             )
         if self.population < 2 or self.elites < 1 or self.generations < 0 or self.reach < 0:
             raise UserError(

@@ -129,7 +129,7 @@ def make_distance(net, loss: str, lpips_weights: str | None = None, device="cpu"
     if (loss == "lpips") != (lpips_weights is not None):
         if loss == "lpips":
             raise UserError("loss=lpips needs lpips_weights=FILE, the weights of LPIPS on VGG-16 (see models/lpips.py)")
-        raise UserError(f"lpips_weights has no effect with loss={loss}")
+        raise UserError(f"lpips_weights has no effect with loss={loss}; leave it out")
     if loss == "lpips":
         from models.lpips import load_lpips
 

@@ -69,7 +69,7 @@ def load_learned(path):
     neutral = dict.fromkeys(("dataset_name", "guidance_type", "guidance_rate", "r"), None)
     options = {name: None for rule in SOLVERS.values() for name in rule.options}
     settings = settings_from_predictor(predictor.config, {**options, **neutral, "denoise_to_zero": False}, set())
-    settings.evaluations(Net(), True)
+    settings.evaluations(Net(), predictor)
     predictor(torch.zeros(1, 8, 8), torch.tensor(80.0), torch.tensor(1.0))
 
 

@@ -41,6 +41,21 @@ SIGMAS = ["1,2", "80", "1,x", "80,nan", "80,0", "80,-1", "inf,1", "1,1", "1e9,1"
 GUIDANCE = ["cfg", "nope"]
 SEED = [*NATURAL, str(1 << 80)]
 
+
+def along(name, values, *with_them):
+    """Wrong values of an option that only has a meaning beside other arguments."""
+    return [(*with_them, f"--{name}={value}") for value in values]
+
+
+def final(name, values):
+    """The same of an option of span students; beside another student it is out of place with any value."""
+    return along(name, values, "--sampler_stu=span")
+
+
+def search(method, name, values):
+    return along(name, values, f"--method={method}")
+
+
 SHARED = {
     "device": ["nope", "cuda:x", "cuda:99", "meta", "cpu:7:7"],
     "offline": FLAG,
@@ -50,7 +65,11 @@ SHARED = {
     "guidance_type": GUIDANCE,
     "guidance_rate": [*NUMBER, "3"],
     "tokenizer_path": ["empty"],
+    "prompt": [*TEXT_ONLY, "a fox", "missing.csv"],
+    "negative_prompt": ["a fox"],
     "amp": CHOICE,
+    "compile": CHOICE,
+    "checkpointing": BOOL,
     "channels_last": BOOL,
     "schedule_type": ["discrete"],
     "schedule_rho": POSITIVE,
@@ -116,6 +135,37 @@ OWN = {
         "resume": ["99", "missing", "true", "empty"],
         "dry_run": FLAG,
         "model_path": [*FILE, "broken.pkl", "text.txt"],
+        "teacher_cache": [*COUNT, ("--batch=2", "--teacher_cache=3"), ("--batch=2", "--teacher_cache=1")],
+        "objective": [
+            "nope",
+            ("--sampler_stu=amed", "--objective=final"),
+            ("--sampler_stu=span", "--objective=per_step"),
+        ],
+        "preset": ["ld3"],
+        "heads": ["sample", *final("heads", ["nope", "sample,sample", ","])],
+        "parallel": ["2", *final("parallel", COUNT)],
+        "init": ["preset", *final("init", ["nope", "@", "ab@nope", "ab@polynomial:x", "ab@polynomial:0", "ab,"])],
+        "init_pairs": ["4", *final("init_pairs", COUNT)],
+        "loss": ["l2", *final("loss", ["nope", "0*l2", "-1*l2", "x*l2", "l2+l2", "l2+", "nan*l2"])],
+        "feature_sigma": ["0.2", *final("feature_sigma", POSITIVE)],
+        "w_dist": ["1", *final("w_dist", ["-1", "nan", "inf"])],
+        "w_anchor": ["1", *final("w_anchor", ["-1", "nan", "inf"])],
+        "anchor": ["0.2", *final("anchor", ["-0.1", "1.1", "nan"])],
+        "w_delta": ["1", *final("w_delta", ["-1", "nan", "inf"])],
+        "num_steps_tea": ["31", *final("num_steps_tea", ["2", "1.5"])],
+        "schedule_tea": ["logsnr"],
+        "rho_tea": ["7", *final("rho_tea", POSITIVE)],
+        "pairs": ["4", *final("pairs", COUNT), ("--sampler_stu=span", "--batch=8", "--pairs=4")],
+        "val_pairs": ["4", *final("val_pairs", COUNT), ("--sampler_stu=span", "--w_dist=1", "--val_pairs=1")],
+        "teacher_set": ["x.safetensors"],
+        "lrs": ["labels=1", *final("lrs", ["nope=1", "labels", "labels=x", "labels=-1", "labels=nan"])],
+        "lr_final": ["0.1", *final("lr_final", ["-0.1", "1.1", "nan"])],
+        "warmup": ["1", *final("warmup", NATURAL)],
+        "clip": ["1", *final("clip", POSITIVE)],
+        "ema": ["0.5", *final("ema", ["1", "-0.1", "nan"])],
+        "val_every": ["1", *final("val_every", COUNT)],
+        "phases": ["all:1", *final("phases", ["all", "nope:1", "all:0", "all:x", "all:nan", ",", "all:1,"])],
+        "phase_rounds": ["2", *final("phase_rounds", COUNT)],
     },
     "sample": {
         "predictor_path": [
@@ -127,18 +177,28 @@ OWN = {
         ],
         "solver": ["nope", "amed"],
         "denoise_to_zero": BOOL,
-        "prompt": [*TEXT_ONLY, "a fox", "missing.csv"],
-        "negative_prompt": ["a fox"],
         "seeds": ["x", "3-1", "1,1", "-1", "0-99999999999", "1,,2", "4294967296"],
         "outdir": ["text.txt", "text.txt/out"],
         "subdirs": BOOL,
         "grid": BOOL,
         "return_inters": BOOL,
         "use_fp16": [("--use_fp16=True", "--amp=bf16")],
+        "candidates": [*COUNT, "2", ("--verifier=classifier", "--candidates=0")],
+        "verifier": [
+            "classifier",
+            *along(
+                "verifier", ["nope", "clip", "missing_module:f", "os:nope", "classifier:text.txt"], "--candidates=2"
+            ),
+        ],
+        "fid_ref": ["missing.npz", "empty", "broken.npz", "text.txt", "notfid.npz"],
+        "fid_detector": ["digits", ("--fid_ref=digits", "--fid_detector=nope")],
+        "fid_json": ["x.json", ("--fid_ref=digits", "--fid_detector=digits", "--fid_json=text.txt/x.json")],
+        "save_images": ["False"],
     },
     "fid calc": {
         "images": ["missing", "empty", "text.txt", "broken.zip", "mixed"],
         "feature_cache": ["broken.npz", "text.txt/cache.npz", "empty"],
+        "workers": NATURAL,
     },
     "fid ref": {
         "data": ["missing", "empty", "text.txt", "broken.zip", "mixed"],
@@ -170,7 +230,35 @@ OWN = {
         "metric": CHOICE,
         "coeff": [*NUMBER, "-1"],
         "num_warmup": COUNT,
-        "kind": [("--method=dmn", "--kind=nope")],
+        "kind": search("dmn", "kind", ["nope"]),
+        "trajectories": ["noised"],
+        "spread": ["1", *search("ofs", "spread", ["-1", "nan"])],
+        "objective": ["fid"],
+        "finalists": ["1", *search("evolution", "finalists", ["-1"])],
+        "num_samples": ["4", *search("evolution", "num_samples", ["0"])],
+        "fid_samples": ["4", *search("evolution", "fid_samples", ["1"])],
+        "grid_points": ["4", *search("evolution", "grid_points", ["0", "2"])],
+        "population": ["4", *search("evolution", "population", ["1"])],
+        "generations": ["4", *search("evolution", "generations", ["-1"])],
+        "elites": ["4", *search("evolution", "elites", ["0"])],
+        "mutation": ["0.5", *search("evolution", "mutation", ["0", "1.5", "nan"])],
+        "reach": ["4", *search("evolution", "reach", ["-1"])],
+        "init": ["auto", *search("ld3", "init", [*FILE, "text.txt", "broken.json"])],
+        "mode": ["time"],
+        "loss": ["l2", *search("ld3", "loss", ["lpips"])],
+        "lpips_weights": ["x", *search("ld3", "lpips_weights", ["x"])],
+        "num_train": ["4", *search("ld3", "num_train", ["0"])],
+        "num_valid": ["4", *search("ld3", "num_valid", ["0"])],
+        "update_batch": ["4", *search("ld3", "update_batch", ["0"])],
+        "rounds": ["4", *search("ld3", "rounds", ["0"])],
+        "rounds_grid": ["4", *search("ld3", "rounds_grid", ["-1"])],
+        "valid_every": ["4", *search("ld3", "valid_every", ["0"])],
+        "patience": ["4", *search("ld3", "patience", ["0"])],
+        "lr": ["1", *search("ld3", "lr", ["-1", "nan"])],
+        "lr_net": ["1", *search("ld3", "lr_net", ["-1", "nan"])],
+        "win_rate": ["0.5", *search("ld3", "win_rate", ["-1", "0.6", "nan"])],
+        "radius": ["1", *search("ld3", "radius", ["-1", "nan"])],
+        "checkpointing": ["True"],
         "dest": ["empty", "text.txt/x.json", "text.txt"],
         "schedule_rho": [*POSITIVE],
     },
@@ -204,6 +292,7 @@ OWN = {
         "snap": ["-1", "nan", "inf"],
         "grid": BOOL,
         "resume": ["True"],
+        "init": [*FILE, "text.txt", "broken.pkl", "broken.safetensors"],
     },
     "tools.train_classifier": {
         "data": ["missing", "empty", "text.txt", "images"],
@@ -242,7 +331,7 @@ GOOD = {
     "fid ref": ["--data=images", "--dest=ref.npz", "--detector=digits"],
     "clip_score calc": ["--images=images", "--prompts=captions.csv", "--model=empty", "--offline"],
     "compare": [*DIGITS, "--solvers=euler", "--nfe=2", "--num=4", "--groups=2", "--num_reference=0"],
-    "optimize_schedule": [*DIGITS, "--dest=found.json", "--num_steps=3", "--num_steps_tea=4", "--num_warmup=1"],
+    "optimize_schedule": [*DIGITS, "--dest=found.json", "--num_steps=3", "--num_steps_tea=4"],
     "tools.dataset_tool": ["--source=images", "--dest=new.zip"],
     "tools.train_denoiser": ["--data=images", "--outdir=net", "--total_kimg=0.001", "--batch=1", "--grid=False"],
     "tools.train_classifier": [
@@ -255,7 +344,7 @@ GOOD = {
     "tools.model_statistics": [*DIGITS, "--dest=new.safetensors", "--nodes=3", "--samples=2"],
 }
 REMEDY = re.compile(
-    r"\b(choose|use|give|pass|leave|write|must|expected|needs?|remove|make|set|put|try|delete|lower|install|"
+    r"\b(choose|use|should be|give|pass|leave|write|must|expected|needs?|remove|make|set|put|try|delete|lower|install|"
     r"is not (a|one|in|among)|no such|does not exist|only|holds?|cannot (write|read|make|be)|not a|no network|takes?|"
     r"add|name|save|list|skips|supports|too|outside|there is no|requires|lacks|below|above)\b",
     re.IGNORECASE,
@@ -284,7 +373,7 @@ def by_type(param, may_be_empty):
     flag = max(param.opts, key=len)
     if param.is_flag:
         return [(f"{flag}=yes",)]
-    wrong = [(flag,)]
+    wrong = [] if isinstance(param.flag_value, str) else [(flag,)]  # --compile alone has a meaning
     if not isinstance(param.type, click.types.StringParamType | click.Path):
         return [*wrong, (f"{flag}=nonsense",), (f"{flag}=",)]
     wrong += [] if param.name in may_be_empty else [(f"{flag}=",)]

@@ -144,7 +144,10 @@ class FinalOptions(RunOptions):
             if getattr(self, name) is not None:
                 own[name] = getattr(self, name)
         if self.heads:
-            own |= {"heads": [name.strip() for name in self.heads.split(",")], "img_channels": 3}
+            heads = [name.strip() for name in self.heads.split(",")]
+            if len(set(heads)) < len(heads):
+                raise UserError(f"--heads={self.heads}: name each head only once")
+            own |= {"heads": heads, "img_channels": 3}
         if self.afs is not None:
             own["first_step"] = {False: "none", True: "zero", "data": "gaussian"}[self.afs]
         return {**PRESETS[self.preset], **own, **more}
@@ -225,7 +228,7 @@ class FinalOptions(RunOptions):
             if name not in KINDS or not (math.isfinite(rate) and rate >= 0):
                 raise UserError(f"--lrs: '{part}' should be group=rate, with a group of {', '.join(KINDS)}")
             if name not in learned(student):
-                raise UserError(f"--lrs: the preset {self.preset} does not learn '{name}'")
+                raise UserError(f"--lrs: the preset {self.preset} does not learn '{name}'; leave it out")
             given[name] = rate
         rates = {name: given.get(name, RATES[name]) for name in learned(student)}
         if not any(rates.values()):

@@ -124,7 +124,7 @@ def parse_loss(text: str) -> list[tuple[float, str]]:
         terms.append((value, name))
     names = [name for _, name in terms]
     if len(set(names)) < len(names):
-        raise UserError(f"--loss={text} names a term twice")
+        raise UserError(f"--loss={text}: name each term only once")
     return terms
 
 

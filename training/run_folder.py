@@ -108,7 +108,9 @@ def stored_options(folder) -> dict:
         options = json.loads(path.read_text(encoding="utf-8"))
         return {name: value for name, value in options.items() if name != "provenance"}
     except FileNotFoundError:
-        raise UserError(f"{folder} has no training state (training-state-*.pt) to continue from") from None
+        raise UserError(
+            f"{folder} has no training state (training-state-*.pt) to continue from: --resume needs a run that wrote one"
+        ) from None
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"cannot read {path} ({error})") from None
 
