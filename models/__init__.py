@@ -7,6 +7,7 @@ The two functions here are the way in: ``create_model`` for a network of the tab
 import hashlib
 import importlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -134,8 +135,24 @@ def _find(place: str) -> Callable:
     return getattr(importlib.import_module(module), function)
 
 
+_MOST = {"num_blocks": 256, "num_res_blocks": 256, "num_heads": 4096, "transformer_depth": 256, "classifier_depth": 256}
+_MOST_LEVELS = 32
+
+
+def _check_counts(config, what: str) -> None:
+    """Refuses descriptions of networks so deep that laying them out would never end."""
+    for name, value in config.items() if isinstance(config, Mapping) else ():
+        if isinstance(value, Mapping):
+            _check_counts(value, what)
+        counts = value if isinstance(value, list | tuple) else [value]
+        most = _MOST.get(name, math.inf)
+        if any(isinstance(count, int | float) and count > most for count in counts) or len(counts) > _MOST_LEVELS:
+            raise UserError(f"these are not the arguments of {what}: {name}={str(value)[:60]} is too much")
+
+
 def lay_out(constructor: Callable, config: Mapping, what: str) -> torch.nn.Module:
     """``constructor(**config)`` on the meta device, without memory for the weights; a UserError naming ``what`` if refused."""
+    _check_counts(config, what)
     try:
         with torch.device("meta"):  # the initial values would be overwritten anyway
             return constructor(**config)
