@@ -361,7 +361,7 @@ def test_clip_without_its_package(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--candidates=0", "--verifier=classifier"), "--candidates=0: of every seed there has to be at least 1"),
+        (("--candidates=0", "--verifier=classifier"), "--candidates=0: of every seed there must be at least 1"),
         (("--candidates=4",), "--candidates=4: say how to choose among them"),
         (("--verifier=classifier",), "has no effect without --candidates"),
         (("--candidates=2", "--verifier=nobody:f"), "cannot import the module 'nobody'"),
