@@ -141,7 +141,7 @@ class Launcher:
 
     def close(self) -> None:
         self._warm.stdin.close()
-        self._warm.wait(30)
+        self._warm.wait(200)
         self._warm.stdout.close()
 
 
