@@ -390,7 +390,7 @@ def test_fid_of_the_command_line_is_that_of_fid_py():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--num_steps=10",), "num_steps=10: the evolution chooses 2 to 9 of the 9 points"),
+        (("--num_steps=10",), "num_steps=10: the evolution chooses 2 to 9 points of its"),
         (("--objective=fid", "--ref=nowhere.npz"), "--ref=nowhere.npz: no such file"),
         (("--objective=fid", "--detector=nowhere.pt"), "--detector=nowhere.pt"),
         (("--objective=fid", "--finalists=2"), "leave them out with objective=fid"),

@@ -110,3 +110,15 @@ def test_the_flag_holds_for_one_command_only(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="--offline was given"):
             download_file(["http://127.0.0.1:9/x"], tmp_path / "x")
     assert not offline() and os.environ["HF_HUB_OFFLINE"] == "0" and "AMED_OFFLINE" not in os.environ
+
+
+def test_the_flag_ends_with_the_command(monkeypatch):
+    """Also where the command never begins, as its other flags are wrong."""
+    monkeypatch.delenv("AMED_OFFLINE", raising=False)
+    from click.testing import CliRunner
+
+    import sample
+
+    for flags in (["--help"], ["--num_steps=x"], ["--solver=nothing", "--dataset_name=digits"]):
+        CliRunner().invoke(sample.main, ["--offline", *flags])
+        assert "AMED_OFFLINE" not in os.environ

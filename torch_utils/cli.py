@@ -54,8 +54,12 @@ class Command(click.Command):
 
     def parse_args(self, ctx, args):
         self._refuse_empty(args)
-        with _in_one_line(ctx), _named_files():
-            return super().parse_args(ctx, args)
+        try:
+            with _in_one_line(ctx), _named_files():
+                return super().parse_args(ctx, args)
+        except BaseException:
+            ctx.close()  # what callbacks have opened (--offline); click closes it only once parsing has succeeded
+            raise
 
     def invoke(self, ctx):
         with _named_files():
