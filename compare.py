@@ -19,8 +19,8 @@ import shlex
 import click
 from click.core import ParameterSource
 
-from models.execution import AUTOCAST, COMPILE_MODES
-from sample import text_flags
+from models.execution import AUTOCAST
+from sample import compile_flag, text_flags
 from solvers import SCHEDULES
 from solvers.flags import POSITIVE, parse_afs, parse_sigmas
 from tools.comparison import compute, prepare
@@ -92,15 +92,7 @@ def parse_optional_afs(ctx, param, value):
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images per network call")
 @click.option("--outdir", metavar="DIR", help="Default: runs/compare-<dataset_name>")
 @click.option("--amp", type=click.Choice(list(AUTOCAST)), default="none", show_default=True, help="Mixed precision")
-@click.option(
-    "--compile",
-    type=click.Choice(COMPILE_MODES),
-    default="none",
-    show_default=True,
-    is_flag=False,
-    flag_value="default",
-    help="torch.compile of the network (--compile is --compile=default); minutes to start",
-)
+@compile_flag
 @click.option("--channels_last", type=bool, help="Memory layout (default: True on the CPU)")
 @click.option("--device", help="cpu, cuda or mps (default: the best there is)")
 @offline_flag

@@ -792,6 +792,20 @@ def text_flags(which_caption: str):
     return add
 
 
+def compile_flag(command):
+    """Decorator: the flag --compile of commands that only run the network forwards."""
+    return click.option(
+        "--compile",
+        type=click.Choice(COMPILE_MODES),
+        default="none",
+        show_default=True,
+        is_flag=False,
+        flag_value="default",
+        help="torch.compile of the network (--compile is --compile=default); minutes to start. reduce-overhead records CUDA"
+        " graphs, for small batches",
+    )(command)
+
+
 def _plain_solvers() -> str:
     return ", ".join(name for name, rule in SOLVERS.items() if not rule.needs_predictor)
 
@@ -842,16 +856,7 @@ def _plain_solvers() -> str:
 @click.option("--overwrite", type=bool, default=False, show_default=True, help="Redo images that exist already")
 @click.option("--amp", type=click.Choice(list(AUTOCAST)), default="none", show_default=True, help="Mixed precision")
 @click.option("--use_fp16", type=bool, default=False, show_default=True, help="The same as --amp=fp16")
-@click.option(
-    "--compile",
-    type=click.Choice(COMPILE_MODES),
-    default="none",
-    show_default=True,
-    is_flag=False,
-    flag_value="default",
-    help="torch.compile of the network (--compile is --compile=default); minutes to start. reduce-overhead records CUDA"
-    " graphs, for small batches",
-)
+@compile_flag
 @click.option("--channels_last", type=bool, help="Memory layout (default: True on the CPU)")
 @click.option("--device", help="cpu, cuda or mps (default: the best there is)")
 @offline_flag

@@ -48,7 +48,8 @@ class Distiller:
     net: a Denoiser; config: the predictor's configuration; batch: samples per iteration over all processes, of which
     this process takes a contiguous share, ``batch_gpu`` per network call. prompts: for text-to-image networks, of which
     every sample draws one. teacher_cache: so many trajectories of the teacher are computed and then used again and again
-    (None: every iteration has new ones). checkpointing: see ``solvers.Solver``. Attributes: ``predictor``, ``optimizer``, ``iteration`` (how many are done), ``sigmas``.
+    (None: every iteration has new ones). checkpointing: see ``solvers.Solver``. Attributes:
+    ``predictor``, ``optimizer``, ``iteration`` (how many are done), ``sigmas``.
     """
 
     def __init__(
