@@ -112,44 +112,55 @@ def teacher_jobs():
 
 
 class Bench:
-    """The network, the validation noise, its converged solution and the scores."""
+    """The network, the noise of ``num`` seeds from ``first`` on, the converged solution of the first ``num_reference``
+    (default: all) of them, and the scores."""
 
-    def __init__(self, dataset_name, num, batch=128):
-        self.dataset_name = dataset_name
+    def __init__(self, dataset_name, num, batch=128, first=FIRST_SEED, num_reference=None):
+        self.dataset_name, self.num_reference = dataset_name, num_reference or num
         self.net = create_model(dataset_name).to(memory_format=torch.channels_last)
         self.batch, self.num = batch, num
         shape = (self.net.img_channels, self.net.img_resolution, self.net.img_resolution)
-        self.latents = SeededGenerators(range(FIRST_SEED, FIRST_SEED + num)).randn(shape)
+        self.first = first
+        self.latents = SeededGenerators(range(first, first + num)).randn(shape)
         self.detector = load_detector(dataset_name)
         self.target = Reference.load(zoo.resolve_fid_ref(dataset_name))
         self.reference = None
 
-    def solve(self, **settings):
+    def solve(self, count=None, **settings):
+        """(images of the first ``count`` seeds, evaluations spent)."""
         parts, info = [], None
-        for start in range(0, self.num, self.batch):
-            x, info = sample(self.net, self.latents[start : start + self.batch], return_info=True, **settings)
+        for latents in self.latents[:count].split(self.batch):
+            x, info = sample(self.net, latents, return_info=True, **settings)
             parts.append(x)
         return torch.cat(parts), info.nfe
 
     def converged(self):
         if self.reference is None:
-            cache = cache_dir() / f"{self.dataset_name}-reference-{self.net.weights_hash[:16]}-{self.num}.pt"
+            seeds = str(self.num_reference) if self.first == FIRST_SEED else f"{self.first}-{self.num_reference}"
+            cache = cache_dir() / f"{self.dataset_name}-reference-{self.net.weights_hash[:16]}-{seeds}.pt"
             if cache.exists():
                 self.reference = torch.load(cache, weights_only=True)
             else:
-                self.reference, _ = self.solve(**REFERENCE)
+                self.reference, _ = self.solve(self.num_reference, **REFERENCE)
                 cache.parent.mkdir(parents=True, exist_ok=True)
                 torch.save(self.reference, cache)
         return self.reference
 
-    def score(self, x):
-        statistics = FeatureStatistics(self.detector.feature_dim)
+    def features(self, x, detector):
+        """Features [N,D] of the PNG files that these images would be."""
         images = torch.from_numpy(to_uint8(x)).permute(0, 3, 1, 2).contiguous()
-        for part in images.split(250):
-            statistics.append(self.detector(part))
-        fid = frechet_distance(*statistics.moments(), self.target.mu, self.target.sigma)
-        apart = (x - self.converged()).square().mean(dim=(1, 2, 3)).sqrt().mean()
-        return {"fid": round(float(fid), 3), "distance": round(float(apart), 4)}
+        return torch.cat([detector(part) for part in images.split(250)])
+
+    def frechet(self, features, target):
+        statistics = FeatureStatistics(features.shape[1])
+        statistics.append(features)
+        return float(frechet_distance(*statistics.moments(), target.mu, target.sigma))
+
+    def score(self, x):
+        fid = self.frechet(self.features(x, self.detector), self.target)
+        reference = self.converged()
+        apart = (x[: len(reference)] - reference).square().mean(dim=(1, 2, 3)).sqrt().mean()
+        return {"fid": round(fid, 3), "distance": round(float(apart), 4)}
 
     def plain(self, job):
         started = time.perf_counter()

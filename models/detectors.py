@@ -15,6 +15,7 @@ import os
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -90,15 +91,63 @@ class ConvClassifier(torch.nn.Module):
         return self.head(self.features(images))
 
 
-def save_classifier(model: ConvClassifier, path: str | Path, **provenance) -> None:
+class _ResidualBlock(torch.nn.Module):
+    """x + two normalised 3x3 convolutions; the first may halve the resolution."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int):
+        super().__init__()
+        self.norm1 = torch.nn.GroupNorm(4, channels_in)
+        self.conv1 = torch.nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1)
+        self.norm2 = torch.nn.GroupNorm(4, channels_out)
+        self.conv2 = torch.nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.skip = torch.nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        return self.skip(x) + self.conv2(F.silu(self.norm2(y)))
+
+
+class ResidualClassifier(torch.nn.Module):
+    """A second kind of classifier, for a second opinion: residual blocks under group normalisation, and features that are
+    a linear map of pooled ones, so of either sign. Interface and arguments of ConvClassifier; width: a multiple of 4."""
+
+    def __init__(self, img_channels: int, img_resolution: int, num_classes: int, feature_dim=64, width=16):
+        super().__init__()
+        self.config = {
+            "img_channels": img_channels,
+            "img_resolution": img_resolution,
+            "num_classes": num_classes,
+            "feature_dim": feature_dim,
+            "width": width,
+        }
+        if width % 4:
+            raise UserError(f"width={width}: must be a multiple of 4")
+        self.stem = torch.nn.Conv2d(img_channels, width, 5, stride=2, padding=2)
+        plan = [(width, 2 * width, 1), (2 * width, 4 * width, 2), (4 * width, 4 * width, 1)]
+        self.blocks = torch.nn.Sequential(*(_ResidualBlock(*sizes) for sizes in plan))
+        self.embed = torch.nn.Linear(4 * width, feature_dim)
+        self.head = torch.nn.Linear(feature_dim, num_classes)
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return self.embed(F.silu(self.blocks(self.stem(images))).mean(dim=(2, 3)))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(F.silu(self.features(images)))
+
+
+ARCHITECTURES = {"conv": ConvClassifier, "residual": ResidualClassifier}
+
+
+def save_classifier(model: torch.nn.Module, path: str | Path, **provenance) -> None:
     """safetensors with the configuration and ``provenance`` (accuracy, seed, ...) in the metadata."""
-    metadata = {"format": CLASSIFIER_FORMAT, "config": json.dumps(model.config)}
+    architecture = next(name for name, kind in ARCHITECTURES.items() if type(model) is kind)
+    metadata = {"format": CLASSIFIER_FORMAT, "architecture": architecture, "config": json.dumps(model.config)}
     metadata.update({key: str(value) for key, value in provenance.items()})
     with atomic_path(path) as temporary:
         save_file({key: value.contiguous() for key, value in model.state_dict().items()}, temporary, metadata=metadata)
 
 
-def load_classifier(path: str | Path) -> tuple[ConvClassifier, dict[str, str]]:
+def load_classifier(path: str | Path) -> tuple[torch.nn.Module, dict[str, str]]:
     """The classifier in evaluation mode, and the file's metadata."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -109,7 +158,10 @@ def load_classifier(path: str | Path) -> tuple[ConvClassifier, dict[str, str]]:
         config = json_entry(metadata, "config", str(path))
         if not all(type(value) is int and 0 < value < 1 << 20 for value in config.values()):
             raise UserError(f"{path}: not a usable classifier file (its sizes are not whole numbers)")
-        model = lay_out(ConvClassifier, config, "a classifier")
+        architecture = metadata.get("architecture", "conv")  # older files do not say
+        if architecture not in ARCHITECTURES:
+            raise UserError(f"{path}: unknown architecture '{architecture[:40]}'; known: {', '.join(ARCHITECTURES)}")
+        model = lay_out(ARCHITECTURES[architecture], config, "a classifier")
         fill_weights(model, state, "cpu")
     except (SafetensorError, OSError) as exc:
         raise UserError(f"{path}: not a usable classifier file ({exc})") from None

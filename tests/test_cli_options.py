@@ -297,6 +297,7 @@ OWN = {
     "tools.train_classifier": {
         "data": ["missing", "empty", "text.txt", "images"],
         "test": ["missing", "empty", "text.txt", "images"],
+        "arch": ["vgg", ""],
         "dest": ["x.txt", "text.txt/x.safetensors", "folder.safetensors"],
         "epochs": COUNT,
         "batch": ["1", "-1", "1000"],

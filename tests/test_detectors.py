@@ -1,6 +1,7 @@
 """The embedded digit classifier, and which files are accepted as detectors."""
 
 import hashlib
+import json
 import pickle
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from models import detectors
-from models.detectors import ConvClassifier, cache_dir, load_classifier, load_detector, save_classifier
+from models.detectors import ARCHITECTURES, ConvClassifier, cache_dir, load_classifier, load_detector, save_classifier
 from torch_utils.errors import UserError
 from torch_utils.image_data import ImageSource, load_array
 
@@ -68,9 +69,10 @@ def test_images_that_do_not_suit_are_errors():
         detector(torch.zeros([1, 1, 32, 32]))
 
 
-def test_classifier_file_round_trip(tmp_path):
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_classifier_file_round_trip(architecture, tmp_path):
     torch.manual_seed(0)
-    model = ConvClassifier(3, 16, 5, feature_dim=12, width=4).eval()
+    model = ARCHITECTURES[architecture](3, 16, 5, feature_dim=12, width=4).eval()
     save_classifier(model, tmp_path / "own.safetensors", seed=7)
     detector = load_detector(tmp_path / "own.safetensors")
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 16, 16), dtype=np.uint8))
@@ -78,6 +80,14 @@ def test_classifier_file_round_trip(tmp_path):
     assert detector.name.startswith("own-") and len(detector.digest) == 64
     assert load_classifier(tmp_path / "own.safetensors")[1]["seed"] == "7"
     assert list(tmp_path.iterdir()) == [tmp_path / "own.safetensors"]
+
+
+def test_a_classifier_of_unknown_architecture_is_refused(tmp_path):
+    path = tmp_path / "other.safetensors"
+    config = json.dumps(ConvClassifier(1, 8, 2, 2, 4).config)
+    save_file({"x": torch.zeros(1)}, path, {"format": "amed-classifier-1", "architecture": "mystery", "config": config})
+    with pytest.raises(UserError, match="unknown architecture 'mystery'; known: conv, residual"):
+        load_classifier(path)
 
 
 def test_unknown_torchscript_needs_trust(script):

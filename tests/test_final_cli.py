@@ -103,7 +103,10 @@ def test_continuing_from_the_command_line(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--objective=final", "--sampler_stu=amed"], "--objective=final trains span students: use --sampler_stu=span, not amed"),
+        (
+            ["--objective=final", "--sampler_stu=amed"],
+            "--objective=final trains span students: use --sampler_stu=span, not amed",
+        ),
         (["--objective=per_step", "--sampler_stu=span"], "it needs --objective=final"),
         (["--objective=final", "--M=2"], "--M belongs to --objective=per_step: leave it out"),
         (["--sampler_stu=span", "--lr=0.1"], "--lr belongs to --objective=per_step: leave it out"),

@@ -436,7 +436,9 @@ def test_the_list_of_coco_captions(tmp_path, monkeypatch):
     monkeypatch.setattr(zoo, "download_file", download)
     monkeypatch.setattr(zoo, "known_sha256", lambda path, pinned: "")
     path = zoo.resolve_prompts("coco30k")
-    assert [url.rpartition("/")[2] for url in asked[0]] == [Path(path).name] and Path(path).parent == Path("src/ms_coco")
+    assert [url.rpartition("/")[2] for url in asked[0]] == [Path(path).name] and Path(path).parent == Path(
+        "src/ms_coco"
+    )
     assert read_prompts(path) == {0: "a room, with a table", 1: "a bear"}  # in the order of the list, as the seeds are
     assert zoo.resolve_prompts("a red fox") == "a red fox" and zoo.resolve_prompts(None) is None
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 if not __package__:  # run as a file: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.detectors import ConvClassifier, save_classifier
+from models.detectors import ARCHITECTURES, save_classifier
 from torch_utils import distributed
 from torch_utils.cli import SEED, Command, Number
 from torch_utils.download import sha256_of
@@ -48,7 +48,7 @@ def augment(images: torch.Tensor, shift: int, flip: bool) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def accuracy(model: ConvClassifier, images: torch.Tensor, labels: torch.Tensor, device: torch.device) -> float:
+def accuracy(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, device: torch.device) -> float:
     model.eval()
     hits = 0
     for part, truth in zip(images.split(500), labels.split(500), strict=True):
@@ -81,6 +81,7 @@ def train(model, images, labels, *, epochs, batch, lr, shift, flip, device) -> N
 @click.option("--data", required=True, metavar="PATH", help="Labelled training images: folder or zip")
 @click.option("--test", required=True, metavar="PATH", help="Labelled test images: folder or zip")
 @click.option("--dest", required=True, metavar="FILE", help="The .safetensors file to write")
+@click.option("--arch", type=click.Choice(list(ARCHITECTURES)), default="conv", show_default=True, help="Architecture")
 @click.option("--epochs", type=click.IntRange(min=1), default=6, show_default=True)
 @click.option("--batch", type=click.IntRange(min=2), default=128, show_default=True)
 @click.option("--lr", type=Number(min=0, min_open=True), default=4e-3, show_default=True)
@@ -90,7 +91,7 @@ def train(model, images, labels, *, epochs, batch, lr, shift, flip, device) -> N
 @click.option("--flip", type=bool, default=False, show_default=True, help="Mirror at random (not for digits)")
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")
-def main(data, test, dest, epochs, batch, lr, width, feature_dim, shift, flip, seed, device):
+def main(data, test, dest, arch, epochs, batch, lr, width, feature_dim, shift, flip, seed, device):
     """Train a small classifier on a labelled image set."""
     if Path(dest).suffix != ".safetensors":
         raise UserError(f"--dest={dest}: must end in .safetensors")
@@ -104,7 +105,7 @@ def main(data, test, dest, epochs, batch, lr, width, feature_dim, shift, flip, s
     if len(images) < batch:
         raise UserError(f"--batch={batch}: larger than the {len(images)} images of --data; choose a smaller one")
     torch.manual_seed(seed)
-    model = ConvClassifier(images.shape[1], images.shape[2], num_classes, feature_dim, width).to(device)
+    model = ARCHITECTURES[arch](images.shape[1], images.shape[2], num_classes, feature_dim, width).to(device)
     start = time.perf_counter()
     train(model, images, labels, epochs=epochs, batch=batch, lr=lr, shift=shift, flip=flip, device=device)
     result = accuracy(model, test_images, test_labels, device)

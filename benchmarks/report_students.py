@@ -1,0 +1,246 @@
+"""Tables and figures of benchmarks/students_<network>.jsonl.
+
+    python -m benchmarks.report_students            # benchmarks/students.md, docs/students.png, docs/span_tables.png
+
+Needs matplotlib (extra "plot") for the figures.
+"""
+
+import json
+import statistics
+from collections import defaultdict
+
+import click
+
+from benchmarks.demo_settings import ROOT
+from torch_utils.errors import MissingExtra
+
+NETWORKS = ("digits", "cifar10-small")
+ORDER = [
+    *("plain, best fid", "plain, best distance", "gits", "AMED-Solver", "AMED-Plugin (iPNDM)"),
+    *("ld3", "s4s", "dyweight", "gs", "amed-table", "epd", "full"),
+]
+SCORES = {"fid": ("FID", 2), "fid2": ("FID of the second classifier", 2), "distance": ("distance", 4)}
+MORE = {"precision": ("precision", 3), "recall": ("recall", 3)}
+
+
+def read(network):
+    file = ROOT / "benchmarks" / f"students_{network}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def spread(values, digits):
+    """Mean of the training seeds, and their standard deviation where there are several."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def collect(rows, part):
+    """(method, nfe) -> rows of all training seeds."""
+    found = defaultdict(list)
+    for row in rows:
+        if row["part"] == part:
+            found[row["method"], row["nfe"]].append(row)
+    return found
+
+
+def main_table(rows, score, digits):
+    found = collect(rows, "main")
+    nfes = sorted({nfe for method, nfe in found if method != "teacher"})
+    lines = ["| method | " + " | ".join(f"{nfe}" for nfe in nfes) + " |", "|---" * (len(nfes) + 1) + "|"]
+    learned = [method for method in ORDER if not method.startswith("plain")]
+    best = {}
+    for nfe in nfes:
+        means = {m: statistics.mean(r[score] for r in found[m, nfe]) for m in learned if found.get((m, nfe))}
+        if means:
+            best[nfe] = (max if score in MORE else min)(means, key=means.get)
+    for method in ORDER:
+        cells = []
+        for nfe in nfes:
+            values = [row[score] for row in found.get((method, nfe), [])]
+            cell = spread(values, digits) if values else ""
+            cells.append(f"**{cell}**" if values and best.get(nfe) == method else cell)
+        if any(cells):
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    teacher = found.get(("teacher", 30))
+    if teacher:
+        lines.append(f"| teacher, 30 evaluations | {teacher[0][score]:.{digits}f} |" + " |" * (len(nfes) - 1))
+    return lines
+
+
+def target_table(rows):
+    """What issue is taken with AMED-Plugin: the excess over the teacher, and how much of it is left."""
+    found = collect(rows, "main")
+    if ("teacher", 30) not in found:
+        return []
+    lines = [
+        "| evaluations | metric | excess of AMED-Plugin | excess of full | ratio | best other restriction | its excess |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for nfe in sorted({nfe for method, nfe in found if method == "full"}):
+        for score, (title, _) in SCORES.items():
+            if score == "distance" or ("AMED-Plugin (iPNDM)", nfe) not in found:
+                continue
+            zero = found["teacher", 30][0][score]
+            excess = {
+                method: statistics.mean(row[score] for row in found[method, nfe]) - zero
+                for method in ORDER[4:]
+                if found.get((method, nfe))
+            }
+            others = {m: v for m, v in excess.items() if m not in ("full", "AMED-Plugin (iPNDM)")}
+            rival = min(others, key=others.get)
+            plugin, full = excess["AMED-Plugin (iPNDM)"], excess["full"]
+            ratio = f"{full / plugin:.2f}" if plugin > 0 else "-"
+            lines.append(f"| {nfe} | {title} | {plugin:.2f} | {full:.2f} | {ratio} | {rival} | {others[rival]:.2f} |")
+    return lines
+
+
+def cost_table(rows):
+    found = collect(rows, "main")
+    lines = ["| method | seconds of training at 3 / 4 / 5 / 6 evaluations |", "|---|---|"]
+    for method in ORDER[2:]:
+        cells = []
+        for nfe in (3, 4, 5, 6):
+            values = [row["training_seconds"] for row in found.get((method, nfe), [])]
+            cells.append(f"{statistics.mean(values):.0f}" if values else "-")
+        lines.append(f"| {method} | {' / '.join(cells)} |")
+    return lines
+
+
+def ablation_table(rows):
+    found, base = collect(rows, "ablation"), collect(rows, "main")
+    nfes = sorted({nfe for _, nfe in found})
+    lines = []
+    for nfe in nfes:
+        names = ["full", *(method for method, at in found if at == nfe)]
+        lines += [
+            "",
+            f"{nfe} evaluations:",
+            "",
+            "| | FID | second FID | precision | recall | distance |",
+            "|---" * 6 + "|",
+        ]
+        seeds = {row["seed"] for method, at in found if at == nfe for row in found[method, at]}
+        for name in names:
+            group = found.get((name, nfe)) or [row for row in base[name, nfe] if row["seed"] in seeds]
+            if group:
+                cells = [
+                    spread([row[score] for row in group], digits)
+                    for score, digits in (("fid", 2), ("fid2", 2), ("precision", 3), ("recall", 3), ("distance", 4))
+                ]
+                lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def plain_table(rows):
+    found = [row for row in rows if row["part"] == "plain"]
+    lines = ["| evaluations | least FID | | least distance | |", "|---|---|---|---|---|"]
+    for nfe in sorted({row["nfe"] for row in found}):
+        cells = []
+        for score in ("fid", "distance"):
+            row = min((row for row in found if row["nfe"] == nfe), key=lambda row: row[score])
+            cells += [f"{row['method']} on {row['grid']}", f"{row[score]:g}"]
+        lines.append(f"| {nfe} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def page(networks):
+    lines = ["# Learned samplers, compared", "", "Written by `python -m benchmarks.report_students`.", ""]
+    for network, rows in networks.items():
+        seeds = len({row["seed"] for row in rows if row["part"] == "main" and row["seed"] is not None})
+        dates = sorted({row["date"] for row in rows})
+        lines += [f"# {network}", "", f"{len(rows)} rows, {seeds} training seeds, {dates[0]} to {dates[-1]}.", ""]
+        for score, (title, digits) in (SCORES | MORE).items():
+            lines += [f"## {title}", "", *main_table(rows, score, digits), ""]
+        lines += ["## Against the target", "", *target_table(rows), ""]
+        lines += ["## Cost of training", "", *cost_table(rows), ""]
+        if any(row["part"] == "ablation" for row in rows):
+            lines += ["## Ablations of full", *ablation_table(rows), ""]
+        lines += ["## Solvers without training, on the validation seeds", "", *plain_table(rows), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def draw_scores(networks, pyplot, dest):
+    """FID over evaluations, one panel for each network and classifier."""
+    shown = {
+        "plain, best fid": ("best without training", "tab:gray"), "gits": ("GITS", "tab:olive"),
+        "AMED-Solver": ("AMED-Solver", "tab:orange"), "AMED-Plugin (iPNDM)": ("AMED-Plugin", "tab:red"),
+        "ld3": ("LD3", "tab:green"), "s4s": ("S4S", "tab:cyan"), "dyweight": ("DyWeight", "tab:purple"),
+        "gs": ("GS", "tab:brown"), "epd": ("EPD", "tab:pink"), "full": ("span (full)", "black"),
+    }  # fmt: skip
+    figure, grid = pyplot.subplots(len(networks), 2, figsize=(10, 3.6 * len(networks)), squeeze=False)
+    for line, (network, rows) in zip(grid, networks.items(), strict=True):
+        found = collect(rows, "main")
+        for axes, score in zip(line, ("fid", "fid2"), strict=True):
+            for method, (label, colour) in shown.items():
+                nfes = sorted(nfe for name, nfe in found if name == method)
+                values = [statistics.mean(row[score] for row in found[method, nfe]) for nfe in nfes]
+                width = 2.2 if method == "full" else 1.2
+                axes.plot(nfes, values, "o-", color=colour, label=label, linewidth=width, markersize=4)
+            if ("teacher", 30) in found:
+                axes.axhline(found["teacher", 30][0][score], color="black", linestyle=":", label="teacher, 30")
+            axes.set_yscale("log")
+            axes.set_xticks(sorted({nfe for name, nfe in found if name != "teacher"}))
+            axes.set_xlabel("network evaluations")
+            axes.set_title(f"{network}: {SCORES[score][0]}", fontsize=10)
+            axes.grid(alpha=0.3, which="both")
+    grid[0][0].legend(fontsize=7, ncols=2)
+    figure.tight_layout()
+    figure.savefig(dest, dpi=100)
+
+
+def draw_tables(rows, pyplot, dest, nfe):
+    """Learned noise levels, what the network is told, and coefficients of every student of one seed."""
+    found = {row["method"]: row for row in rows if row["part"] == "main" and row["nfe"] == nfe and row.get("table")}
+    names = [name for name in ORDER if name in found and found[name]["seed"] == min(r["seed"] for r in found.values())]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 1 + 0.62 * len(names)), width_ratios=(3, 2))
+    for height, name in enumerate(reversed(names)):
+        table = found[name]["table"]
+        calls = [(s, t) for s, t in zip(table["sigmas"][:-1], table["sigmas_net"][:-1], strict=True)]
+        if table["first_step"] != "none":
+            left.plot(calls[0][0], height, "o", color="white", markeredgecolor="black", markersize=6)
+            calls = calls[1:]
+        calls += [(point[0], point[1]) for points in table["inner"] for point in points]
+        left.plot(*zip(*[(s, height) for s, _ in calls], strict=True), "o", color="tab:blue", markersize=6)
+        left.plot([t for _, t in calls], [height] * len(calls), "|", color="black", markersize=12)
+        left.plot(table["sigmas"][-1], height, "x", color="tab:blue")
+        last = table["steps"][-1][0]
+        bottom = {1: 0.0, -1: 0.0}
+        colours = pyplot.get_cmap("viridis")
+        for k, value in enumerate(reversed(last)):
+            sign = 1 if value >= 0 else -1
+            right.barh(height, value, left=bottom[sign], color=colours(min(k / 5, 1)), height=0.6)
+            bottom[sign] += value
+    for axes in (left, right):
+        axes.set_yticks(range(len(names)), list(reversed(names)), fontsize=9)
+    left.set_xscale("log")
+    left.invert_xaxis()
+    left.set_xlabel(
+        "sigma of the calls (bars: what the network is told; open: free first step; x: the end)", fontsize=8
+    )
+    right.axvline(1, color="black", linewidth=0.6)
+    right.set_xlabel("coefficients of the last step, newest slope first (dark to light), sum 1", fontsize=8)
+    figure.suptitle(f"{nfe} evaluations", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(dest, dpi=100)
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.option("--nfe", type=int, default=5, show_default=True, help="Of the picture of the tables")
+def main(nfe):
+    networks = {name: rows for name in NETWORKS if (rows := read(name))}
+    (ROOT / "benchmarks" / "students.md").write_text(page(networks))
+    try:
+        import matplotlib
+    except ImportError:
+        raise MissingExtra("matplotlib", "plot", "the figures") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    draw_scores(networks, pyplot, ROOT / "docs" / "students.png")
+    for name, rows in networks.items():
+        draw_tables(rows, pyplot, ROOT / "docs" / f"span_tables_{name}.png", nfe)
+    print(f"benchmarks/students.md: {', '.join(f'{name} {len(rows)} rows' for name, rows in networks.items())}")
+
+
+if __name__ == "__main__":
+    main()
