@@ -214,9 +214,18 @@ EXPONENTIAL_OPTIONS = {
 
 def dynamic_threshold(denoised: torch.Tensor, quantile: float = 0.995) -> torch.Tensor:
     """Clips each sample to its own quantile of |x0| (at least 1) and rescales it to [-1, 1] (Saharia et al. 2022, 2.3)."""
-    flat = denoised.flatten(1).abs()
-    limit = torch.quantile(flat, quantile, dim=1).clamp(min=1).reshape(-1, *[1] * (denoised.ndim - 1))
+    limit = upper_quantile(denoised.flatten(1).abs(), quantile)
+    limit = limit.clamp(min=1).reshape(-1, *[1] * (denoised.ndim - 1))
     return torch.minimum(torch.maximum(denoised, -limit), limit) / limit
+
+
+def upper_quantile(values: torch.Tensor, quantile: float) -> torch.Tensor:
+    """torch.quantile(values, quantile, dim=1) for values [B,N] and a quantile near 1, to the bit; it sorts the largest ones
+    only, which is some twenty times faster, and knows no limit of N."""
+    rank = values.new_tensor(quantile, device="cpu") * (values.shape[1] - 1)  # in this dtype, as torch.quantile has it
+    below = int(rank)
+    top = values.topk(values.shape[1] - below, dim=1).values
+    return torch.lerp(top[:, -1], top[:, max(-2, -top.shape[1])], float(rank - below))
 
 
 def exponential_multistep(x, history, sigma_next, order, predict_x0, scale=1.0):

@@ -9,7 +9,7 @@ import torch
 from toy import ToyNet, common
 
 from solvers import SOLVERS, Solver, State, get_schedule, make_rule, refine, sample
-from solvers.rules import DPMSolverPP, dynamic_threshold
+from solvers.rules import DPMSolverPP, dynamic_threshold, upper_quantile
 from solvers.span import SpanStudent
 from torch_utils.errors import UserError
 from training.predictor import AMEDPredictor
@@ -491,6 +491,14 @@ def test_cond_is_passed_on_at_every_call():
 
 
 # ---- rules -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1, 2, 199, 1024, 49152])
+def test_the_quantile_of_the_threshold_is_that_of_torch(size, dtype):
+    values = torch.randn(4, size, dtype=dtype, generator=torch.Generator().manual_seed(size)).abs()
+    for quantile in (0.9, 0.995):
+        assert torch.equal(upper_quantile(values, quantile), torch.quantile(values, quantile, dim=1))
 
 
 def test_dynamic_threshold():
