@@ -4,6 +4,7 @@ The short versions run always; the long ones, with their numbers of repetitions,
 """
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -212,10 +213,10 @@ def kill_sampling(sample, tmp_path: Path, count: int, kills: int, ranks: int = 2
     """Kills all ranks, or one of them, at random moments; each continuation makes what is missing and nothing else."""
     seeds, whole, clock = f"0-{count - 1}", tmp_path / "whole", time.monotonic()
     finished(sample(whole, seeds, ranks=ranks))
-    length, clean, draw, done, folder = time.monotonic() - clock, pixels(whole), random.Random(0), 0, None
+    length, clean, draw, done = time.monotonic() - clock, pixels(whole), random.Random(0), 0
+    folders = (tmp_path / f"run{number}" for number in itertools.count())
+    folder = next(folders)
     while True:
-        if folder is None:
-            folder = tmp_path / f"run{done}"
         before = images(folder)
         group = sample(folder, seeds, ranks=ranks)
         if done < kills:
@@ -232,7 +233,7 @@ def kill_sampling(sample, tmp_path: Path, count: int, kills: int, ranks: int = 2
             assert made in group.out() and after.keys() == clean.keys()
             if done >= kills:
                 return
-            folder = None  # it was too fast for the kill
+            folder = next(folders)  # it was too fast for the kill, or is whole now
         else:
             assert -9 in codes, group.texts()
             assert 0 not in codes or after.keys() == clean.keys()  # a rank may end well if all was done before the kill
