@@ -62,7 +62,7 @@ BUDGET = {
     **{"dataset_name": None, "sampler_stu": "span", "objective": "final", "batch": 8, "total_kimg": 0.96},
     **{"pairs": PAIRS, "val_pairs": VALIDATION, "val_every": 40, "loss": "features+0.2*huber"},
 }
-PRESETS = ("ld3", "s4s", "dyweight", "gs", "amed-table", "epd", "full")
+STUDENTS = ("full + spatial", "full", "ld3", "s4s", "dyweight", "gs", "amed-table", "epd")
 STEPS = {  # time stamps of a preset that spend nfe evaluations; None: impossible
     "ld3": lambda nfe: {"num_steps": nfe + 1},
     "s4s": lambda nfe: {"num_steps": nfe + 1},
@@ -84,13 +84,12 @@ ABLATIONS = {
     "distribution term": {"w_dist": 0.3},
     "anchor to the teacher's states": {"w_anchor": 0.1},
     "sample head": {"heads": "sample"},
-    "spatial head": {"heads": "spatial"},
     "two calls in one batch": {"parallel": 2},
     "twice the training": {"total_kimg": 1.92},
 }
 STRUCTURE = {  # ablations of the student's structure, which the command line does not offer
     "time scale within 5 %": {"time_bound": 0.05},
-    "time scale within 60 %": {"time_bound": 0.6},
+    "time scale within 30 %": {"time_bound": 0.3},
     "time scale fixed": {"learn": ["labels", "inner", "corrections", "contrast"]},
     "coefficients free, not relative": {"relative": False},
     "coefficients of the theory": {"learn": ["labels", "inner", "time", "inner_time", "contrast"]},
@@ -307,15 +306,16 @@ class Students:
                         take(
                             f"plain, best {score}", nfe, None, lambda s=found, n=nfe: self.solved(**s, num_steps=n + 2)
                         )
-                take("gits", nfe, seed, lambda n=nfe, s=seed: self.gits(n, s))
+                    take("gits", nfe, seed, lambda n=nfe, s=seed: self.gits(n, s))
                 for name in ("AMED-Solver", "AMED-Plugin (iPNDM)"):
                     settings = amed_flags(self.dataset_name, nfe, name)
                     take(name, nfe, seed, lambda f=settings, s=seed, k=f"{name}-{nfe}-{seed}": self.trained(f, s, k))
-                for preset in PRESETS:
-                    settings = span_flags(self.dataset_name, nfe, preset)
+                for name in STUDENTS:
+                    preset, _, heads = name.partition(" + ")
+                    settings = span_flags(self.dataset_name, nfe, preset, {"heads": heads} if heads else None)
                     if settings is not None:
-                        key = f"{preset}-{nfe}-{seed}"
-                        take(preset, nfe, seed, lambda f=settings, s=seed, k=key: self.trained(f, s, k))
+                        key = f"{name}-{nfe}-{seed}"
+                        take(name, nfe, seed, lambda f=settings, s=seed, k=key: self.trained(f, s, k))
 
     def ablation(self, nfes, seeds, wanted):
         for seed in seeds:

@@ -124,7 +124,10 @@ PRESETS = {
         **{"learn": ["inner", "inner_time", "scale", "corrections"], "window": 1, "time_bound": 0.05},
     },
     # Everything, relative to Adams-Bashforth of order 3 on the current labels.
-    "full": {"first_step": "gaussian", "learn": ["labels", "inner", "time", "inner_time", "corrections", "contrast"]},
+    "full": {
+        **{"first_step": "gaussian", "learn": ["labels", "inner", "time", "inner_time", "corrections", "contrast"]},
+        **{"time_bound": 1.0},
+    },
 }
 
 

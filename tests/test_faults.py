@@ -382,9 +382,12 @@ def _cpu_seconds(pid: int) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["sample.py", "train.py", "fid.py", "compare.py", "tools/train_denoiser.py"])
-def test_under_torchrun(program, net, programs, sample, tmp_path):
+def test_under_torchrun(program, net, tmp_path):
     """The real launcher; the second process is killed in the middle of the work."""
-    finished(sample(tmp_path / "images", "0-499", "--batch=50"))
+    (tmp_path / "images").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, [60_000 if program == "fid.py" else 50, 32, 32], np.uint8)
+    for number, image in enumerate(noise):
+        Image.fromarray(image).save(tmp_path / "images" / f"{number:05d}.png", compress_level=0)
     flags = {
         "sample.py": [*SAMPLE, f"--model_path={net}", f"--outdir={tmp_path / 'out'}", "--seeds=0-99999"],
         "train.py": [*TRAIN, f"--model_path={net}", f"--outdir={tmp_path / 'out'}", "--total_kimg=1000"],
@@ -416,7 +419,7 @@ def test_under_torchrun(program, net, programs, sample, tmp_path):
     try:
         deadline = time.monotonic() + 300
         while (worker := _worker(process.pid, 1)) is None or _cpu_seconds(worker) < 12:  # imports take about 6
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()
             time.sleep(0.1)
         os.kill(worker, signal.SIGKILL)
         out, err = process.communicate(timeout=STOP_S)

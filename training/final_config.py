@@ -15,19 +15,19 @@ from training.final_loss import parse_loss
 from training.teacher_set import TeacherSettings
 
 RATES = {
-    "labels": 1e-2,
+    "labels": 2e-2,
     "inner": 1e-2,
-    "time": 1e-2,
+    "time": 2e-2,
     "inner_time": 1e-2,
-    "corrections": 1e-2,
+    "corrections": 3e-2,
     "scale": 1e-2,
     "contrast": 1e-3,
-    "heads": 1e-3,
+    "heads": 3e-3,
 }
 KINDS = (*GROUPS, "heads")
 GRID_GROUPS = ("labels", "inner", "time", "inner_time")
 CHANGEABLE_FINAL = ("teacher_set",)  # besides those of every run
-INITIAL_BASES = ("ab", "dpmpp")
+INITIAL_BASES = ("ab", "dpmpp", "ipndm")
 INITIAL_GRIDS = ("polynomial:7", "polynomial:4", "logsnr", "time_uniform:1", "dmn")
 
 
@@ -67,7 +67,7 @@ class FinalOptions(RunOptions):
     schedule_rho: float | None = None
     sigmas: list[float] | None = None
     init: str | None = None
-    init_pairs: int = 32
+    init_pairs: int = 16
     loss: str = "huber"
     feature_sigma: float = 0.2
     w_dist: float = 0.0
@@ -239,24 +239,15 @@ class FinalOptions(RunOptions):
         """(groups that are trained, share of the run), one after the other; the shares sum to one.
 
         phases: comma-separated ``group+group:share``, where "all" is every group; all of them phase_rounds times over.
-        Default: a first fifth for grid and times; grid and corrections in turn where the coefficients do not follow the
-        grid and the preset is S4S; everything at once where there is one kind only. Heads join for the last third.
+        Default: everything at once, but grid and corrections in turn for S4S, as published.
         """
         names, text, rounds = set(learned(student)), self.phases, self.phase_rounds
         if text is None:
-            table = sorted(names - {"heads"})
-            grid = [name for name in GRID_GROUPS if name in names]
-            if not grid or sorted(grid) == table:
-                text = f"{'+'.join(table)}:1" if table else "all:1"
-            elif self.preset == "s4s":
-                text = f"{'+'.join(grid)}:1,{'+'.join(name for name in table if name not in grid)}:1"
-                rounds = 4 if rounds == 1 else rounds
-            else:
-                text = f"{'+'.join(grid)}:0.2,{'+'.join(table)}:0.8"
-        phases = parse_phases(text, rounds, names)
-        if self.phases is None and table and "heads" in names:
-            return [*((groups, share * 2 / 3) for groups, share in phases), (frozenset(names), 1 / 3)]
-        return phases
+            text = "all:1"
+            grid = sorted(names & set(GRID_GROUPS))
+            if self.preset == "s4s" and "corrections" in names and grid:
+                text, rounds = f"{'+'.join(grid)}:1,corrections+heads:1", 4 if rounds == 1 else rounds
+        return parse_phases(text, rounds, names)
 
     def teacher(self, sigma_min: float, sigma_max: float) -> TeacherSettings:
         """The settings of the teacher's pairs, over the student's range."""
