@@ -69,7 +69,7 @@ class Schedule:
             if not isinstance(getattr(self, name), dict):
                 raise UserError(f"{name} must be an object")
         if not any(self.afs is kind or (kind == "data" and self.afs == kind) for kind in AFS_KINDS):
-            raise UserError(f"afs must be false, true or 'data', got {self.afs!r}")
+            raise UserError(f"afs must be false, true or 'data', got {str(self.afs)[:60]}")
         least, most, *cost = _numbers(
             "sigma_min, sigma_max, evaluations and seconds",
             [self.sigma_min, self.sigma_max, self.evaluations, self.seconds],

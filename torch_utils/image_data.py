@@ -238,11 +238,13 @@ class ImageSource:
             entry = self._open_zip().getinfo(name)
             if entry.file_size > _MAX_FILE_BYTES:
                 raise UserError(f"{where}: unpacks to {entry.file_size} bytes; refused")
+            if entry.compress_size > self.path.stat().st_size:  # zipfile would make room for it all first
+                raise UserError(f"{where}: cannot be read (it claims more bytes than the archive has)")
             return self._open_zip().read(entry)
         except UserError:
             raise
         except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error, struct.error) as exc:
-            raise UserError(f"{where}: cannot be read ({exc})") from None
+            raise UserError(f"{where}: cannot be read ({str(exc)[:200]})") from None  # it may quote the file
 
     def _read_labels(self) -> list[int] | None:
         listed = self._open_zip().namelist() if self.is_zip else os.listdir(self.path)
