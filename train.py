@@ -133,6 +133,9 @@ WEIGHT = click.FloatRange(min=0)
     "init", str, "final: starts that are tried, base@grid,... or preset (default: several for full)", metavar="LIST"
 )
 @option("init_pairs", COUNT, "final: pairs that each start is tried on")
+@option(
+    "init_trial", click.FloatRange(0, 1), "final: share of the run that the three best of them are trained for first"
+)
 @option("loss", str, "final: weighted sum of l2, huber, features, lpips, module:function", metavar="W*TERM+...")
 @option("feature_sigma", POSITIVE, "final: noise level at which the denoiser's features are compared")
 @option("w_dist", WEIGHT, "final: weight of the energy distance between the distributions of features")

@@ -1,9 +1,11 @@
 """Throughput of sample.py, fid.py and train.py with one process and with several, one thread each.
 
     python benchmarks/scaling.py --processes=2 --repeats=5
+    python benchmarks/scaling.py --processes=2 --repeats=5 --weak
 
 Every command is run twice, on little and on more work; the difference of the two times has no start-up in it. Strong
-scaling: the same work dealt out to more processes. The repetitions alternate between the numbers of processes.
+scaling: the same work dealt out to more processes; weak: as much work for each process as for one alone. The repetitions
+alternate between the numbers of processes.
 """
 
 import os
@@ -33,10 +35,11 @@ def timed(processes: int, arguments: list) -> float:
     return time.perf_counter() - start
 
 
-def rate(processes: int, work: tuple[int, int], arguments) -> float:
-    """Units of work per second, from the difference between two amounts of it. arguments(amount) -> the command's."""
-    few, many = (timed(processes, arguments(amount)) for amount in work)
-    return (work[1] - work[0]) / (many - few)
+def rate(processes: int, work: tuple[int, int], arguments, times: int = 1) -> float:
+    """Units of work per second, from the difference between two amounts of it, each ``times`` as large as given.
+    arguments(amount, times) -> the command's."""
+    few, many = (timed(processes, arguments(amount * times, times)) for amount in work)
+    return (work[1] - work[0]) * times / (many - few)
 
 
 @click.command(help=__doc__.split("\n")[0])
@@ -45,23 +48,26 @@ def rate(processes: int, work: tuple[int, int], arguments) -> float:
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
 @click.option("--images", type=click.IntRange(min=256), default=1024, show_default=True)
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--weak", is_flag=True, help="As much work for each process as for one alone (train.py: batch and samples)"
+)
 @click.option("--only", type=click.Choice(["sample", "fid", "train"]), multiple=True, help="Part of it [default: all]")
-def main(dataset_name, processes, repeats, images, batch, only):
+def main(dataset_name, processes, repeats, images, batch, weak, only):
     place = Path(tempfile.mkdtemp(prefix="scaling-"))
     network = f"--dataset_name={dataset_name}"
 
-    def sample(count):
+    def sample(count, times=1):
         folder = place / "images"
         shutil.rmtree(folder, ignore_errors=True)
         flags = ["--solver=ipndm", "--num_steps=6", f"--seeds=0-{count - 1}", f"--batch={batch}", f"--outdir={folder}"]
         return ["sample.py", network, *flags]
 
-    def fid(count):
+    def fid(count, times=1):
         return ["fid.py", "calc", f"--images={place / 'many'}", f"--ref={dataset_name}", f"--num_images={count}"]
 
-    def train(count):
+    def train(count, times=1):
         flags = [
-            f"--batch={batch}",
+            f"--batch={batch * times}",
             f"--total_kimg={count / 1000}",
             "--tick=1000",
             "--seed=0",
@@ -76,16 +82,20 @@ def main(dataset_name, processes, repeats, images, batch, only):
     }
     try:
         if not only or "fid" in only:
-            timed(1, [*sample(4 * images)[:-1], "--num_steps=2", f"--outdir={place / 'many'}"])
+            timed(
+                1,
+                [*sample((processes if weak else 1) * 4 * images)[:-1], "--num_steps=2", f"--outdir={place / 'many'}"],
+            )
         print(
-            f"{dataset_name}, batch {batch} per call of sample.py and fid.py, {batch} in all of train.py; {repeats} repeats; "
+            f"{'weak' if weak else 'strong'} scaling, {dataset_name}, batch {batch} per call of sample.py and fid.py, {batch} in all of train.py; {repeats} repeats; "
             f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores"
         )
         print(f"| | 1 process | {processes} processes | ratio, median (least - most) |\n|---|---|---|---|")
         for name, (part, arguments, work) in parts.items():
             if only and part not in only:
                 continue
-            pairs = [(rate(1, work, arguments), rate(processes, work, arguments)) for _ in range(repeats)]
+            times = processes if weak else 1
+            pairs = [(rate(1, work, arguments), rate(processes, work, arguments, times)) for _ in range(repeats)]
             ratios = [several / one for one, several in pairs]
             one, several = (statistics.median(column) for column in zip(*pairs, strict=True))
             spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"

@@ -32,6 +32,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 from fuzz_mutations import MARKER, mutate  # noqa: E402  (after the path is set)
 
 MEMORY_GIB = 1.0  # address space beyond what the imports take
+LARGEST = 1 << 26  # bytes of a file, damaged or written
 CPU_SECONDS = 10  # per file; the usual is a few thousandths
 FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "pickle.find_class", "socket.")
 
@@ -287,7 +288,7 @@ def attempt(target: Target, data: bytes, folder: Path, watch: Watch) -> dict:
     from torch_utils.errors import UserError
 
     path = folder / target.file
-    path.write_bytes(data)
+    path.write_bytes(data[:LARGEST])
     before, watch.seen[:] = set(os.listdir(folder)), []
     outcome = {"result": "loaded"}
     try:
@@ -334,7 +335,7 @@ def work(folder: Path, seed: int, first: int, end: int, step: int) -> None:
     if pages:
         most = pages * resource.getpagesize() + int(MEMORY_GIB * 2**30)
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 26, 1 << 26))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LARGEST, LARGEST))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for number in range(first, end, step):
         target, data = damaged(good, seed, number)

@@ -146,6 +146,7 @@ OWN = {
         "parallel": ["2", *final("parallel", COUNT)],
         "init": ["preset", *final("init", ["nope", "@", "ab@nope", "ab@polynomial:x", "ab@polynomial:0", "ab,"])],
         "init_pairs": ["4", *final("init_pairs", COUNT)],
+        "init_trial": ["0.1", *final("init_trial", ["-0.1", "1.1", "nan"])],
         "loss": ["l2", *final("loss", ["nope", "0*l2", "-1*l2", "x*l2", "l2+l2", "l2+", "nan*l2"])],
         "feature_sigma": ["0.2", *final("feature_sigma", POSITIVE)],
         "w_dist": ["1", *final("w_dist", ["-1", "nan", "inf"])],

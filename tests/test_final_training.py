@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -337,6 +338,7 @@ def test_the_best_start_is_taken(toy_model, tmp_path):
         "teacher_set": str(tmp_path / "set"),
         "total_kimg": 0.004,
         "init_pairs": 24,
+        "init_trial": 0.0,
     }
     first = {}
     for init in (*names, ",".join(names)):
@@ -348,6 +350,29 @@ def test_the_best_start_is_taken(toy_model, tmp_path):
     assert len({value[0] for value in first.values()}) == 3
     expected = grid_sigmas("polynomial:7", 5, 0.002, 80.0, Toy())
     assert first[names[0]][1:] == ("ab", pytest.approx(expected))
+
+
+def test_the_start_that_learns_best_is_taken(toy_model, tmp_path):
+    """Of the best untrained ones; they are tried from the same state, and the run then begins untrained."""
+    names = ["ab@polynomial:7", "euler@logsnr", "dpmpp@polynomial:4", "ab@polynomial:4", "ipndm@polynomial:7"]
+    kept = {**USUAL, "teacher_set": str(tmp_path / "set"), "total_kimg": 0.08, "init_pairs": 24, "val_every": 1000}
+    short = {**kept, "total_kimg": 0.016, "warmup": 1}  # what a trial of a fifth comes to, warm-up and all
+    untrained, trained, starts = {}, {}, {}
+    for number, init in enumerate(names):
+        path = train_student({**short, "init": init, "outdir": str(tmp_path / str(number))})
+        state = load_newest_state(path.parent)
+        untrained[init], trained[init] = state["first"][0], state["validation"][0]
+        starts[init] = (state["student_config"]["base"], state["student_config"]["sigmas"])
+    said = train_student({**kept, "init": ",".join(names), "init_trial": 0.2, "outdir": str(tmp_path / "all")}).parent
+    state = load_newest_state(said)
+    finalists = re.search(r"after 4 iterations: (.*)", (said / "log.txt").read_text())[1]
+    assert len(finalists.split(", ")) == 3
+    for part in finalists.split(", "):
+        name, value = part.split()
+        assert float(value) == pytest.approx(trained[name], rel=1e-3)
+    winner = finalists.split()[0]
+    assert (state["student_config"]["base"], state["student_config"]["sigmas"]) == starts[winner]
+    assert state["first"][0] == untrained[winner]
 
 
 @pytest.mark.parametrize("more", [{}, {"w_dist": 0.1, "w_anchor": 0.1, "preset": "s4s"}])

@@ -28,7 +28,7 @@ KINDS = (*GROUPS, "heads")
 GRID_GROUPS = ("labels", "inner", "time", "inner_time")
 CHANGEABLE_FINAL = ("teacher_set",)  # besides those of every run
 INITIAL_BASES = ("ab", "dpmpp", "ipndm")
-INITIAL_GRIDS = ("polynomial:7", "polynomial:4", "logsnr", "time_uniform:1", "dmn")
+INITIAL_GRIDS = ("polynomial:7", "polynomial:4", "logsnr", "time_uniform:1")
 
 
 @dataclass
@@ -39,7 +39,7 @@ class FinalOptions(RunOptions):
     the network; afs: None is the preset's first step,
     else False, True (data of mean zero) or "data" (measured mean and variance). schedule_type, schedule_rho, sigmas: the
     labels that the student starts from (None: the preset's, or found by trial); init: which starts are tried (see
-    ``starts``), on init_pairs pairs.
+    ``starts``), on init_pairs pairs; init_trial: share of the iterations for which the three best of them are trained first.
 
     loss: see ``training.final_loss``; feature_sigma: noise level at which the denoiser's features are compared. w_dist:
     weight of the energy distance; w_anchor: of the distance to the teacher's states, which decays to 0 over the first
@@ -68,6 +68,7 @@ class FinalOptions(RunOptions):
     sigmas: list[float] | None = None
     init: str | None = None
     init_pairs: int = 16
+    init_trial: float = 0.1
     loss: str = "huber"
     feature_sigma: float = 0.2
     w_dist: float = 0.0
@@ -110,7 +111,7 @@ class FinalOptions(RunOptions):
         for name in ("w_dist", "w_anchor", "w_delta"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise UserError(f"{name}={getattr(self, name)} must be a number of at least 0")
-        for name, least, most in (("lr_final", 0, 1), ("ema", 0, 1), ("anchor", 0, 1)):
+        for name, least, most in (("lr_final", 0, 1), ("ema", 0, 1), ("anchor", 0, 1), ("init_trial", 0, 1)):
             if not least <= getattr(self, name) <= most:
                 raise UserError(f"{name}={getattr(self, name)} must lie in {least}..{most}")
         if self.ema == 1:
@@ -207,7 +208,7 @@ class FinalOptions(RunOptions):
         if not self.w_anchor:
             idle.append("anchor")
         if len(self.starts()) == 1:
-            idle.append("init_pairs")
+            idle += ["init_pairs", "init_trial"]
         if self.schedule_tea == "logsnr":
             idle.append("rho_tea")
         if self.nosubdir:

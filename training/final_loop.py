@@ -7,6 +7,7 @@ total batch, so the number of processes and of micro-batches changes results by 
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from training.training_loop import prepare
 
 STATISTICS = ("loss", "val", "rms", "gradient", "skipped")
 PATIENCE = 5  # iterations in a row without a finite gradient, after which the run ends
+FINALISTS = 3  # starts that are trained for a moment before one is chosen
 QUEUE = 1024  # student samples whose features the energy distance remembers
 
 
@@ -303,8 +305,12 @@ def measure(net, student, pairs: TeacherSet, indices, pair_loss, chunk: int, dis
 # The start
 
 
-def choose_start(net, options: FinalOptions, pairs: TeacherSet, ends: tuple, chunk: int, say) -> SpanStudent:
-    """The untrained student: the best of ``options.starts`` on the first init_pairs pairs. say(text): told the scores."""
+def choose_start(
+    net, options: FinalOptions, pairs: TeacherSet, ends: tuple, chunk: int, total: int, say
+) -> SpanStudent:
+    """The untrained student: of ``options.starts`` those are picked whose loss on the first init_pairs pairs is least, and
+    of these the one that is best after a short training (``try_finalists``). total: iterations of the run; say(text): told
+    the scores."""
     pair_loss = PairLoss(options.loss, net, options.feature_sigma)
     starts, indices = options.starts(), pairs.train[: options.init_pairs]
     gaussian = _data_gaussian(net, options, ends, pairs.prompts)
@@ -337,6 +343,30 @@ def choose_start(net, options: FinalOptions, pairs: TeacherSet, ends: tuple, chu
         raise UserError("no start of the student has a finite loss: check the network, or --amp=none")
     if len(results) > 1:
         say("starts: " + ", ".join(f"{name} {loss:.4g}" for loss, _, name, _ in results))
+    finalists = [(name, student) for loss, _, name, student in results[:FINALISTS] if math.isfinite(loss)]
+    if len(finalists) == 1 or not options.init_trial:
+        return finalists[0][1]
+    return try_finalists(net, options, pairs, finalists, math.ceil(options.init_trial * total), say)
+
+
+def try_finalists(net, options: FinalOptions, pairs: TeacherSet, finalists: list, iterations: int, say) -> SpanStudent:
+    """The one of ``finalists``, (name, student) pairs, that is best in validation after so many iterations; untrained.
+
+    Solvers that err alike before training may be far apart after it, and a few iterations show that.
+    """
+    short = replace(options, warmup=min(options.warmup, iterations // 4))
+    results = []
+    for name, student in finalists:
+        trainer = FinalTrainer(net, copy.deepcopy(student), pairs, short, iterations, pairs.device)
+        trainer.first = (math.nan, math.nan)  # its validation is not needed
+        try:
+            for _ in range(iterations):
+                trainer.iterate()
+        except NotFinite:
+            trainer.best["value"] = math.inf
+        results.append((trainer.best["value"], len(results), name, student))
+    results.sort(key=lambda result: result[:2])
+    say(f"after {iterations} iterations: " + ", ".join(f"{name} {value:.4g}" for value, _, name, _ in results))
     return results[0][-1]
 
 
@@ -427,12 +457,12 @@ def train_student(options: FinalOptions | dict, device="cpu", run_dir=None, resu
     folder = choose_folder(options, net, run_dir) if own_place and not resume else None  # before the work: is it free?
     pairs = _pairs(net, options, ends, prompts, device)
     chunk = min(options.batch_gpu or options.batch, options.batch // distributed.world_size())
+    total = math.ceil(options.total_kimg * 1000 / options.batch - 1e-9)
     lines: list[str] = []
     if state is None:
-        student = choose_start(net, options, pairs, ends, chunk, lines.append)
+        student = choose_start(net, options, pairs, ends, chunk, max(1, total), lines.append)
     else:
         student = _student_of(state, run_dir)
-    total = math.ceil(options.total_kimg * 1000 / options.batch - 1e-9)
     trainer = FinalTrainer(net, student, pairs, options, max(1, total), device)
     names = ("seed", "batch", "amp", "objective", "loss", "sampler_tea", "num_steps_tea", "pairs")
     provenance = provenance_of(net, options, names)
