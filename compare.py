@@ -93,7 +93,7 @@ def parse_optional_afs(ctx, param, value):
 @click.option("--outdir", metavar="DIR", help="Default: runs/compare-<dataset_name>")
 @click.option("--amp", type=click.Choice(list(AUTOCAST)), default="none", show_default=True, help="Mixed precision")
 @compile_flag
-@click.option("--channels_last", type=bool, help="Memory layout (default: True on the CPU)")
+@click.option("--channels_last", type=bool, help="Memory layout (default: True on the CPU in float32)")
 @click.option("--device", help="cpu, cuda or mps (default: the best there is)")
 @offline_flag
 @click.pass_context

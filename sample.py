@@ -857,7 +857,7 @@ def _plain_solvers() -> str:
 @click.option("--amp", type=click.Choice(list(AUTOCAST)), default="none", show_default=True, help="Mixed precision")
 @click.option("--use_fp16", type=bool, default=False, show_default=True, help="The same as --amp=fp16")
 @compile_flag
-@click.option("--channels_last", type=bool, help="Memory layout (default: True on the CPU)")
+@click.option("--channels_last", type=bool, help="Memory layout (default: True on the CPU in float32)")
 @click.option("--device", help="cpu, cuda or mps (default: the best there is)")
 @offline_flag
 @click.pass_context

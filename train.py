@@ -181,7 +181,7 @@ WEIGHT = click.FloatRange(min=0)
     is_flag=False,
     flag_value="default",
 )
-@option("channels_last", bool, "Memory format of the network (default: True on the CPU)")
+@option("channels_last", bool, "Memory format of the network (default: True on the CPU in float32)")
 @option("bench", bool, "cuDNN benchmarking")
 @click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")
 # What is written, and where.

@@ -143,6 +143,8 @@ def test_memory_format():
     assert weight().is_contiguous() and torch.equal(weight(), before)
     prepare_network(net)  # the CPU's default
     assert weight().is_contiguous(memory_format=torch.channels_last) and not weight().is_contiguous()
+    prepare_network(net, amp="bf16")
+    assert weight().is_contiguous()
 
 
 @pytest.mark.parametrize("case", CASES)
