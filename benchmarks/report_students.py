@@ -17,7 +17,7 @@ from torch_utils.errors import MissingExtra
 NETWORKS = ("digits", "cifar10-small")
 ORDER = [
     *("plain, best fid", "plain, best distance", "gits", "AMED-Solver", "AMED-Plugin (iPNDM)"),
-    *("ld3", "s4s", "dyweight", "gs", "amed-table", "epd", "full"),
+    *("ld3", "s4s", "dyweight", "gs", "amed-table", "epd", "full", "full + spatial"),
 ]
 SCORES = {"fid": ("FID", 2), "fid2": ("FID of the second classifier", 2), "distance": ("distance", 4)}
 MORE = {"precision": ("precision", 3), "recall": ("recall", 3)}
@@ -46,7 +46,7 @@ def collect(rows, part):
 def main_table(rows, score, digits):
     found = collect(rows, "main")
     nfes = sorted({nfe for method, nfe in found if method != "teacher"})
-    lines = ["| method | " + " | ".join(f"{nfe}" for nfe in nfes) + " |", "|---" * (len(nfes) + 1) + "|"]
+    lines = ["| evaluations | " + " | ".join(f"{nfe}" for nfe in nfes) + " |", "|---" * (len(nfes) + 1) + "|"]
     learned = [method for method in ORDER if not method.startswith("plain")]
     best = {}
     for nfe in nfes:
@@ -68,12 +68,12 @@ def main_table(rows, score, digits):
 
 
 def target_table(rows):
-    """What issue is taken with AMED-Plugin: the excess over the teacher, and how much of it is left."""
+    """How much of AMED-Plugin's excess over the teacher is left, and what the best restriction has of it."""
     found = collect(rows, "main")
     if ("teacher", 30) not in found:
         return []
     lines = [
-        "| evaluations | metric | excess of AMED-Plugin | excess of full | ratio | best other restriction | its excess |",
+        "| evaluations | metric | excess of AMED-Plugin | of full (ratio) | of full + spatial (ratio) | best other restriction | its excess |",
         "|---|---|---|---|---|---|---|",
     ]
     for nfe in sorted({nfe for method, nfe in found if method == "full"}):
@@ -86,7 +86,7 @@ def target_table(rows):
                 for method in ORDER[4:]
                 if found.get((method, nfe))
             }
-            others = {m: v for m, v in excess.items() if m not in ("full", "AMED-Plugin (iPNDM)")}
+            others = {m: v for m, v in excess.items() if m not in ("full", "full + spatial", "AMED-Plugin (iPNDM)")}
             rival = min(others, key=others.get)
             plugin, full = excess["AMED-Plugin (iPNDM)"], excess["full"]
             ratio = f"{full / plugin:.2f}" if plugin > 0 else "-"
@@ -96,11 +96,11 @@ def target_table(rows):
 
 def cost_table(rows):
     found = collect(rows, "main")
-    lines = ["| method | seconds of training at 3 / 4 / 5 / 6 evaluations |", "|---|---|"]
+    lines = ["| method | CPU seconds of training at 3 / 4 / 5 / 6 evaluations |", "|---|---|"]
     for method in ORDER[2:]:
         cells = []
         for nfe in (3, 4, 5, 6):
-            values = [row["training_seconds"] for row in found.get((method, nfe), [])]
+            values = [row["training_seconds"] for row in found.get((method, nfe), []) if row["training_seconds"]]
             cells.append(f"{statistics.mean(values):.0f}" if values else "-")
         lines.append(f"| {method} | {' / '.join(cells)} |")
     return lines
@@ -148,14 +148,14 @@ def page(networks):
     for network, rows in networks.items():
         seeds = len({row["seed"] for row in rows if row["part"] == "main" and row["seed"] is not None})
         dates = sorted({row["date"] for row in rows})
-        lines += [f"# {network}", "", f"{len(rows)} rows, {seeds} training seeds, {dates[0]} to {dates[-1]}.", ""]
+        lines += [f"## {network}", "", f"{len(rows)} rows, {seeds} training seeds, {dates[0]} to {dates[-1]}.", ""]
         for score, (title, digits) in (SCORES | MORE).items():
-            lines += [f"## {title}", "", *main_table(rows, score, digits), ""]
-        lines += ["## Against the target", "", *target_table(rows), ""]
-        lines += ["## Cost of training", "", *cost_table(rows), ""]
+            lines += [f"### {title}", "", *main_table(rows, score, digits), ""]
+        lines += ["### Against the target", "", *target_table(rows), ""]
+        lines += ["### Cost of training", "", *cost_table(rows), ""]
         if any(row["part"] == "ablation" for row in rows):
-            lines += ["## Ablations of full", *ablation_table(rows), ""]
-        lines += ["## Solvers without training, on the validation seeds", "", *plain_table(rows), ""]
+            lines += ["### Ablations of full", *ablation_table(rows), ""]
+        lines += ["### Solvers without training, on the validation seeds", "", *plain_table(rows), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -165,7 +165,8 @@ def draw_scores(networks, pyplot, dest):
         "plain, best fid": ("best without training", "tab:gray"), "gits": ("GITS", "tab:olive"),
         "AMED-Solver": ("AMED-Solver", "tab:orange"), "AMED-Plugin (iPNDM)": ("AMED-Plugin", "tab:red"),
         "ld3": ("LD3", "tab:green"), "s4s": ("S4S", "tab:cyan"), "dyweight": ("DyWeight", "tab:purple"),
-        "gs": ("GS", "tab:brown"), "epd": ("EPD", "tab:pink"), "full": ("span (full)", "black"),
+        "gs": ("GS", "tab:brown"), "epd": ("EPD", "tab:pink"), "full": ("span (full)", "tab:blue"),
+        "full + spatial": ("span (full + spatial)", "black"),
     }  # fmt: skip
     figure, grid = pyplot.subplots(len(networks), 2, figsize=(10, 3.6 * len(networks)), squeeze=False)
     for line, (network, rows) in zip(grid, networks.items(), strict=True):
@@ -174,7 +175,7 @@ def draw_scores(networks, pyplot, dest):
             for method, (label, colour) in shown.items():
                 nfes = sorted(nfe for name, nfe in found if name == method)
                 values = [statistics.mean(row[score] for row in found[method, nfe]) for nfe in nfes]
-                width = 2.2 if method == "full" else 1.2
+                width = 2.2 if method.startswith("full") else 1.2
                 axes.plot(nfes, values, "o-", color=colour, label=label, linewidth=width, markersize=4)
             if ("teacher", 30) in found:
                 axes.axhline(found["teacher", 30][0][score], color="black", linestyle=":", label="teacher, 30")
@@ -191,7 +192,7 @@ def draw_scores(networks, pyplot, dest):
 def draw_tables(rows, pyplot, dest, nfe):
     """Learned noise levels, what the network is told, and coefficients of every student of one seed."""
     found = {row["method"]: row for row in rows if row["part"] == "main" and row["nfe"] == nfe and row.get("table")}
-    names = [name for name in ORDER if name in found and found[name]["seed"] == min(r["seed"] for r in found.values())]
+    names = [name for name in ORDER if name in found and name != "full + spatial" and found[name]["seed"] == min(r["seed"] for r in found.values())]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 1 + 0.62 * len(names)), width_ratios=(3, 2))
     for height, name in enumerate(reversed(names)):
         table = found[name]["table"]
