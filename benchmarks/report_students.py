@@ -87,6 +87,8 @@ def target_table(rows):
                 if found.get((method, nfe))
             }
             others = {m: v for m, v in excess.items() if m not in ("full", "full + spatial", "AMED-Plugin (iPNDM)")}
+            if not others:
+                continue
             rival = min(others, key=others.get)
             plugin, full = excess["AMED-Plugin (iPNDM)"], excess["full"]
             ratio = f"{full / plugin:.2f}" if plugin > 0 else "-"
@@ -180,6 +182,9 @@ def draw_scores(networks, pyplot, dest):
             if ("teacher", 30) in found:
                 axes.axhline(found["teacher", 30][0][score], color="black", linestyle=":", label="teacher, 30")
             axes.set_yscale("log")
+            for kind in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                kind(pyplot.FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.tick_params(axis="y", which="both", labelsize=7)
             axes.set_xticks(sorted({nfe for name, nfe in found if name != "teacher"}))
             axes.set_xlabel("network evaluations")
             axes.set_title(f"{network}: {SCORES[score][0]}", fontsize=10)
@@ -191,8 +196,13 @@ def draw_scores(networks, pyplot, dest):
 
 def draw_tables(rows, pyplot, dest, nfe):
     """Learned noise levels, what the network is told, and coefficients of every student of one seed."""
-    found = {row["method"]: row for row in rows if row["part"] == "main" and row["nfe"] == nfe and row.get("table")}
-    names = [name for name in ORDER if name in found and name != "full + spatial" and found[name]["seed"] == min(r["seed"] for r in found.values())]
+    chosen = [
+        row for row in rows if row["part"] == "main" and row["nfe"] == nfe and row.get("table") and row["seed"] == 0
+    ]
+    found = {row["method"]: row for row in chosen}
+    names = [name for name in ORDER if name in found and name != "full + spatial"]
+    if not names:
+        return
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 1 + 0.62 * len(names)), width_ratios=(3, 2))
     for height, name in enumerate(reversed(names)):
         table = found[name]["table"]
