@@ -90,9 +90,12 @@ def target_table(rows):
             if not others:
                 continue
             rival = min(others, key=others.get)
-            plugin, full = excess["AMED-Plugin (iPNDM)"], excess["full"]
-            ratio = f"{full / plugin:.2f}" if plugin > 0 else "-"
-            lines.append(f"| {nfe} | {title} | {plugin:.2f} | {full:.2f} | {ratio} | {rival} | {others[rival]:.2f} |")
+            plugin = excess["AMED-Plugin (iPNDM)"]
+            cells = [
+                f"{excess[name]:.2f} ({excess[name] / plugin:.2f})" if name in excess and plugin > 0 else ""
+                for name in ("full", "full + spatial")
+            ]
+            lines.append(f"| {nfe} | {title} | {plugin:.2f} | {' | '.join(cells)} | {rival} | {others[rival]:.2f} |")
     return lines
 
 
