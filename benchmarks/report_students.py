@@ -1,6 +1,6 @@
 """Tables and figures of benchmarks/students_<network>.jsonl.
 
-    python -m benchmarks.report_students            # benchmarks/students.md, docs/students.png, docs/span_tables.png
+    python -m benchmarks.report_students            # benchmarks/students.md, docs/students.png, docs/span_tables_*.png
 
 Needs matplotlib (extra "plot") for the figures.
 """

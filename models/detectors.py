@@ -60,13 +60,10 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amed-solver"
 
 
-class ConvClassifier(torch.nn.Module):
-    """A small convolutional classifier of C x R x R images; ``features`` are pooled before the last, linear layer.
+class _Classifier(torch.nn.Module):
+    """Keeps its arguments, which are what a file needs beside the weights."""
 
-    forward: [B,C,R,R] in [0, 1] -> logits [B, num_classes]; features: -> [B, feature_dim].
-    """
-
-    def __init__(self, img_channels: int, img_resolution: int, num_classes: int, feature_dim=64, width=16):
+    def __init__(self, img_channels: int, img_resolution: int, num_classes: int, feature_dim: int, width: int):
         super().__init__()
         self.config = {
             "img_channels": img_channels,
@@ -75,6 +72,16 @@ class ConvClassifier(torch.nn.Module):
             "feature_dim": feature_dim,
             "width": width,
         }
+
+
+class ConvClassifier(_Classifier):
+    """A small convolutional classifier of C x R x R images; ``features`` are pooled before the last, linear layer.
+
+    forward: [B,C,R,R] in [0, 1] -> logits [B, num_classes]; features: -> [B, feature_dim].
+    """
+
+    def __init__(self, img_channels: int, img_resolution: int, num_classes: int, feature_dim=64, width=16):
+        super().__init__(img_channels, img_resolution, num_classes, feature_dim, width)
         plan = [(img_channels, width, 2), (width, 2 * width, 2), (2 * width, 4 * width, 1), (4 * width, feature_dim, 1)]
         layers = []
         for channels_in, channels_out, stride in plan:
@@ -107,19 +114,12 @@ class _ResidualBlock(torch.nn.Module):
         return self.skip(x) + self.conv2(F.silu(self.norm2(y)))
 
 
-class ResidualClassifier(torch.nn.Module):
+class ResidualClassifier(_Classifier):
     """A second kind of classifier, for a second opinion: residual blocks under group normalisation, and features that are
     a linear map of pooled ones, so of either sign. Interface and arguments of ConvClassifier; width: a multiple of 4."""
 
     def __init__(self, img_channels: int, img_resolution: int, num_classes: int, feature_dim=64, width=16):
-        super().__init__()
-        self.config = {
-            "img_channels": img_channels,
-            "img_resolution": img_resolution,
-            "num_classes": num_classes,
-            "feature_dim": feature_dim,
-            "width": width,
-        }
+        super().__init__(img_channels, img_resolution, num_classes, feature_dim, width)
         if width % 4:
             raise UserError(f"width={width}: must be a multiple of 4")
         self.stem = torch.nn.Conv2d(img_channels, width, 5, stride=2, padding=2)

@@ -123,7 +123,7 @@ PRESETS = {
         **{"first_step": "zero", "base": "midpoint", "parallel": 2, "schedule_type": "time_uniform", "schedule_rho": 1},
         **{"learn": ["inner", "inner_time", "scale", "corrections"], "window": 1, "time_bound": 0.05},
     },
-    # Everything, relative to Adams-Bashforth of order 3 on the current labels.
+    # Everything, relative to Adams-Bashforth of order 3 on the current labels; training tries other bases as well.
     "full": {
         **{"first_step": "gaussian", "learn": ["labels", "inner", "time", "inner_time", "corrections", "contrast"]},
         **{"time_bound": 1.0},
