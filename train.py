@@ -127,7 +127,7 @@ WEIGHT = click.FloatRange(min=0)
 @option("tokenizer_path", str, "Tokenizer of Stable Diffusion (default: from the hub)", metavar="DIR")
 # Only under --objective=final.
 @option("preset", click.Choice(list(PRESETS)), "final: kind of span student, what it learns")
-@option("heads", str, "final: networks beside the table, sample,spatial", metavar="NAME,...")
+@option("heads", str, "final: networks beside the table, sample,spatial,time", metavar="NAME,...")
 @option("parallel", COUNT, "final: calls of the network in one batch, per interval (default: the preset's)")
 @option(
     "init", str, "final: starts that are tried, base@grid,... or preset (default: several for full)", metavar="LIST"

@@ -73,7 +73,7 @@ BUDGET = {
 }
 # A quarter less for the preset that tries starts, as its three trials take a tenth of the run each: 0.72 * 1.3 = 0.94.
 TRIED = {"total_kimg": 0.72}
-STUDENTS = ("full + spatial", "full", "ld3", "s4s", "dyweight", "gs", "amed-table", "epd")
+STUDENTS = ("full + spatial,time", "full + spatial", "full", "ld3", "s4s", "dyweight", "gs", "amed-table", "epd")
 STEPS = {  # time stamps of a preset that spend nfe evaluations; None: impossible
     "ld3": lambda nfe: {"num_steps": nfe + 1},
     "s4s": lambda nfe: {"num_steps": nfe + 1},
@@ -95,6 +95,7 @@ ABLATIONS = {
     "distribution term": {"w_dist": 0.3},
     "anchor to the teacher's states": {"w_anchor": 0.1},
     "sample head": {"heads": "sample"},
+    "time head": {"heads": "time"},
     "two calls in one batch": {"parallel": 2},
     "twice the training": {"total_kimg": 1.44},
 }

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 
+from torch_utils.errors import UserError
+
 BOTTLENECK_SIZE = 8  # the predictor reads an 8x8 map
 
 
@@ -23,6 +25,7 @@ class Denoiser(torch.nn.Module):
     img_channels, img_resolution   of the space that is sampled
     label_dim                  number of classes, 0 = unconditional
     bottleneck                 the submodule whose output is the U-Net bottleneck
+    noise_embedding            the linear layer whose output [B or 1, E] tells the blocks the noise level
     evals_per_call             network evaluations one call costs
     data_mean, data_std        optional statistics of the training data (a broadcastable image and a scalar), else None
     """
@@ -45,6 +48,10 @@ class Denoiser(torch.nn.Module):
     @property
     def bottleneck(self) -> torch.nn.Module:
         raise NotImplementedError(f"{type(self).__name__} does not say where its bottleneck is")
+
+    @property
+    def noise_embedding(self) -> torch.nn.Module:
+        raise UserError(f"{type(self).__name__} does not say where its noise embedding is: leave the head 'time' out")
 
     def make_cond(self, generator=None, labels=None) -> dict:
         """Keyword arguments of ``forward`` for one batch.
@@ -115,5 +122,30 @@ def read_bottleneck(net: torch.nn.Module):
     handle = net.bottleneck.register_forward_hook(lambda module, inputs, output: reader.keep(output))
     try:
         yield reader
+    finally:
+        handle.remove()
+
+
+def add_shift(embedding: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """The noise embedding [B' or 1, E] plus shift [1, E] or [B, E]; guidance may have the batch several times, B' = k B."""
+    if len(shift) > 1:
+        shift = shift.repeat(len(embedding) // len(shift), 1)
+    return embedding + shift.to(embedding.dtype)
+
+
+def call_shifted(net: torch.nn.Module, shift: torch.Tensor, x, sigma, **cond) -> torch.Tensor:
+    """D(x; sigma) with shift, [1, E] or [B, E], added to the embedding of the noise level; gradients flow to it.
+
+    Raises UserError where the network does not say which of its layers puts that out.
+    """
+    compiled = getattr(net, "compiled", None)
+    if compiled is not None:
+        return compiled(x, sigma, cond, shift)
+    layer = getattr(net, "noise_embedding", None)
+    if layer is None:
+        raise UserError(f"{type(net).__name__} has no noise_embedding that could be shifted: leave the head 'time' out")
+    handle = layer.register_forward_hook(lambda module, inputs, output: add_shift(output, shift))
+    try:
+        return net(x, sigma, **cond)
     finally:
         handle.remove()

@@ -74,6 +74,10 @@ class EDMDenoiser(Denoiser):
     def bottleneck(self) -> torch.nn.Module:
         return self.model.bottleneck
 
+    @property
+    def noise_embedding(self) -> torch.nn.Module:
+        return self.model.map_layer1
+
     def make_cond(self, generator=None, labels=None) -> dict:
         if not self.label_dim:
             if labels is not None:

@@ -5,12 +5,12 @@ number per sample and from which the bottleneck comes as a second output.
 """
 
 from collections.abc import Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from models.denoiser import BottleneckReader, Denoiser, bottleneck_map
+from models.denoiser import BottleneckReader, Denoiser, add_shift, bottleneck_map
 from torch_utils.errors import UserError
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,21 +54,28 @@ class CompiledForward:
     def __init__(self, net: Denoiser, mode: str = "default", backend: str = "inductor"):
         self.net, self.mode, self.batch = net, mode, 0
         self._reader: BottleneckReader | None = None
-        self._feature = None
+        self._feature = self._shift = None
         if hasattr(net, "sigma_inv"):  # tables that the first call puts on the device would make the second a new graph
             net.sigma_inv(torch.ones(1, device=next(net.parameters()).device))
-        # Put there before anything is compiled, so that it becomes part of the graph.
+        # Put there before anything is compiled, so that they become part of the graph.
         net.bottleneck.register_forward_hook(self._keep)
+        with suppress(UserError):  # of networks that do not say where it is
+            net.noise_embedding.register_forward_hook(self._add)
         own_mode = {} if mode == "default" else {"mode": mode}
         self.graph = torch.compile(self._both, fullgraph=True, dynamic=False, backend=backend, **own_mode)
 
     def _keep(self, module, inputs, output) -> None:
         self._feature = output
 
-    def _both(self, x, sigma, cond) -> tuple[torch.Tensor, torch.Tensor]:
-        """(denoised image [B,C,H,W], bottleneck map [B,8,8])."""
+    def _add(self, module, inputs, output):
+        return output if self._shift is None else add_shift(output, self._shift)
+
+    def _both(self, x, sigma, cond, shift) -> tuple[torch.Tensor, torch.Tensor]:
+        """(denoised image [B,C,H,W], bottleneck map [B,8,8]); shift: of the noise embedding, or None."""
+        self._shift = shift
         image = self.net.forward(x, sigma, **cond)
         feature, self._feature = self._feature, None
+        self._shift = None
         return image, bottleneck_map(feature, x.shape[0])
 
     @contextmanager
@@ -80,7 +87,7 @@ class CompiledForward:
         finally:
             self._reader = None
 
-    def arguments(self, x: torch.Tensor, sigma, cond: Mapping) -> tuple:
+    def arguments(self, x: torch.Tensor, sigma, cond: Mapping, shift: torch.Tensor | None) -> tuple:
         """What the graph gets: always of the same kind and size, as every new kind is minutes of compilation."""
         count = x.shape[0]
         missing = max(self.batch - count, 0)
@@ -95,14 +102,16 @@ class CompiledForward:
                 value = torch.cat([value, value[-1:].expand(missing, *value.shape[1:])])
             return value.contiguous()
 
-        return fill(x), fill(sigma), {name: fill(value) for name, value in cond.items()}
+        return fill(x), fill(sigma), {name: fill(value) for name, value in cond.items()}, fill(shift)
 
-    def __call__(self, x: torch.Tensor, sigma, cond: Mapping) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, sigma, cond: Mapping, shift: torch.Tensor | None = None) -> torch.Tensor:
+        if shift is not None:
+            _ = self.net.noise_embedding  # raises where there is none
         recorded = x.is_cuda and self.mode in _CUDA_GRAPHS
         if recorded:
             torch.compiler.cudagraph_mark_step_begin()
         try:
-            image, feature = self.graph(*self.arguments(x, sigma, cond))
+            image, feature = self.graph(*self.arguments(x, sigma, cond, shift))
         except TorchDynamoException as exc:
             reason = str(exc).strip().partition("\n")[0][:200]
             raise UserError(f"--compile={self.mode}: torch.compile failed ({reason}); leave --compile out") from exc

@@ -199,6 +199,10 @@ class LatentDenoiser(Denoiser):
     def bottleneck(self) -> torch.nn.Module:
         return self.unet.middle_block
 
+    @property
+    def noise_embedding(self) -> torch.nn.Module:
+        return self.unet.time_embed[-1]
+
     def sigma(self, t: torch.Tensor) -> torch.Tensor:
         """Noise level at times t in (0, 1] of any shape; 1/N is sigma_min, 1 is sigma_max."""
         return self.time.sigma(t)

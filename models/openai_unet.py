@@ -491,6 +491,10 @@ class PixelUNetDenoiser(Denoiser):
     def bottleneck(self) -> torch.nn.Module:
         return self.model.middle_block
 
+    @property
+    def noise_embedding(self) -> torch.nn.Module:
+        return self.model.time_embed[-1]
+
     def convert_torso(self, dtype: torch.dtype) -> None:
         """float16 (as published), bfloat16 or float32 weights between the first and the last layers."""
         self.model.convert_torso(dtype)

@@ -48,7 +48,7 @@ class _Replay(Solver):
         self._used = 0
         self._prediction: tuple | None = None  # of the current interval
 
-    def denoise(self, x, sigma):
+    def denoise(self, x, sigma, copies=1, shift=None):  # ``_rule_of`` sees to it that the last two are these
         if self._used == len(self._answers):
             raise _Question(x, sigma)
         self._used += 1
@@ -110,6 +110,8 @@ def _rule_of(predictor):
     if solver is not None:  # a student with a rule of its own
         if settings["parallel"] > 1:
             raise UserError("a pipeline asks the network for one point at a time: students with parallel=1 only")
+        if "time" in settings["heads"]:
+            raise UserError("a pipeline calls its network itself: students without the head 'time' only")
         return make_rule(solver)
     if settings["sampler_stu"] not in SOLVERS:
         raise UserError(f"the predictor was trained for an unknown solver '{settings['sampler_stu']}'")

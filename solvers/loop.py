@@ -7,11 +7,12 @@
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from models.denoiser import BOTTLENECK_SIZE, read_bottleneck
+from models.denoiser import BOTTLENECK_SIZE, call_shifted, read_bottleneck
 from solvers.rules import Rule, State, make_rule
 from solvers.schedules import check_sigmas, get_schedule, levels_tensor
 from torch_utils.errors import UserError
@@ -119,13 +120,18 @@ class Solver:
 
     # What a rule may ask for.
 
-    def denoise(self, x, sigma, copies=1):
-        """D(x; sigma); copies: how many states of the batch x holds, one after the other (sigma then [copies B,1,1,1])."""
+    def denoise(self, x, sigma, copies=1, shift=None):
+        """D(x; sigma); copies: how many states of the batch x holds, one after the other (sigma then [copies B,1,1,1]);
+        shift [copies, E]: what is added to the network's embedding of the noise level."""
         self.nfe += copies * getattr(self.net, "evals_per_call", 1)
         cond = self.cond if copies == 1 else {name: _repeat(v, copies, len(x)) for name, v in self.cond.items()}
+        net = self.net
+        if shift is not None:
+            rows = shift if copies == 1 else shift.repeat_interleave(len(x) // copies, 0)
+            net = partial(call_shifted, net, rows)
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.net, x, sigma, use_reentrant=False, **cond).to(x.dtype)
-        return self.net(x, sigma, **cond).to(x.dtype)
+            return checkpoint(net, x, sigma, use_reentrant=False, **cond).to(x.dtype)
+        return net(x, sigma, **cond).to(x.dtype)
 
     def told(self, i, r=None):
         """What the network is told at point i, or, for a given r, at sigmas[i + 1]^r sigmas[i]^(1 - r); None where that is
@@ -135,18 +141,20 @@ class Solver:
             return None
         return levels[i] if r is None else levels[i + 1] ** r * levels[i] ** (1 - r)
 
-    def direction(self, x, sigma, scale_time=None, told=None):
-        """d = (x - D) / sigma; told (see there) and scale_time change only the noise level that the network is told."""
+    def direction(self, x, sigma, scale_time=None, told=None, shift=None):
+        """d = (x - D) / sigma; told (see there) and scale_time change only the noise level that the network is told, shift
+        [1, E] its embedding."""
         told = sigma if told is None else told.to(x.dtype)
-        return (x - self.denoise(x, told if scale_time is None else scale_time * told)) / sigma
+        return (x - self.denoise(x, told if scale_time is None else scale_time * told, shift=shift)) / sigma
 
-    def directions(self, points: list, sigmas: list, told: list) -> list:
-        """The directions at several points [B,C,H,W] in one call of the network, which is told the noise levels ``told``."""
+    def directions(self, points: list, sigmas: list, told: list, shift=None) -> list:
+        """The directions at several points [B,C,H,W] in one call of the network, which is told the noise levels ``told``,
+        their embeddings shifted by shift [number of points, E]."""
         if len(points) == 1:
-            return [self.direction(points[0], sigmas[0], told=told[0].to(points[0]))]
+            return [self.direction(points[0], sigmas[0], told=told[0].to(points[0]), shift=shift)]
         batch = len(points[0])
         levels = torch.stack([level.to(points[0]) for level in told]).repeat_interleave(batch).reshape(-1, 1, 1, 1)
-        denoised = self.denoise(torch.cat(points), levels, len(points)).split(batch)
+        denoised = self.denoise(torch.cat(points), levels, len(points), shift).split(batch)
         return [(x - d) / sigma for x, d, sigma in zip(points, denoised, sigmas, strict=True)]
 
     def observe(self, i, sigma, x, d):
@@ -154,7 +162,7 @@ class Solver:
         if self.observer is not None:
             self.observer(i, sigma, x, x - sigma * d)
 
-    def direction_at(self, x, i):
+    def direction_at(self, x, i, shift=None):
         """The direction at point i of the schedule, shown to the observer; at point 0 the analytical one under AFS.
 
         It is differentiable only if x or the noise level is: nothing learned enters it otherwise.
@@ -162,12 +170,12 @@ class Solver:
         if i in self.known:
             return self.known[i][0]
         sigma, told = self.sigma(i, x), self.told(i)
-        learned = x.requires_grad or sigma.requires_grad or (told is not None and told.requires_grad)
+        learned = any(value is not None and value.requires_grad for value in (x, sigma, told, shift))
         with torch.set_grad_enabled(torch.is_grad_enabled() and learned):
             if i == 0 and self.afs:
                 d = afs_direction(self.net, x, sigma, self.afs)
             else:
-                d = self.direction(x, sigma, told=told)
+                d = self.direction(x, sigma, told=told, shift=shift)
         self.observe(i, sigma, x, d)
         return d
 

@@ -37,7 +37,7 @@ from solvers.deis import gauss_legendre, lagrange_basis
 from solvers.loop import integrate
 from solvers.rules import Rule, State, make_rule, register
 from solvers.schedules import check_sigmas, get_schedule
-from solvers.span_heads import HEADS, LIFTED, SampleHead, SpatialHead, slope_features
+from solvers.span_heads import HEADS, LIFTED, SampleHead, SpatialHead, TimeHead, slope_features
 from torch_utils.errors import UserError
 from torch_utils.seeds import SeededGenerators
 
@@ -75,8 +75,9 @@ DEFAULTS = {
     "scale_bound": 0.05,  # |scale - 1|
     "contrast_bound": 0.05,  # |delta|
     # optional networks beside the table (solvers/span_heads.py), which start at zero
-    "heads": [],  # "sample", "spatial"
+    "heads": [],  # "sample", "spatial", "time"
     "img_channels": None,  # for spatial
+    "embedding_width": None,  # for time: entries of the network's noise embedding
 }
 
 PRESETS = {
@@ -236,6 +237,9 @@ class SpanStudent(nn.Module):
                 raise UserError(f"{name}: unknown '{wrong[0]}'; choose from {', '.join(known)}")
         if "spatial" in c["heads"] and not (isinstance(c["img_channels"], int) and c["img_channels"] > 0):
             raise UserError("the spatial head needs img_channels, the channels of the images or latents")
+        width = c["embedding_width"]
+        if "time" in c["heads"] and not (isinstance(width, int) and width > 0):
+            raise UserError("the time head needs embedding_width, the length of the network's noise embedding")
         for name, most in (("parallel", 16), ("window", None), ("max_order", 4)):
             value = c[name]
             whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= (most or value)
@@ -301,6 +305,8 @@ class SpanStudent(nn.Module):
             heads["sample"] = SampleHead([row.free for row in steps], [row.count - 1 - row.free for row in steps])
         if "spatial" in self.config["heads"]:
             heads["spatial"] = SpatialHead(self.config["img_channels"], {r.interval: r.count for r in steps[-LIFTED:]})
+        if "time" in self.config["heads"]:
+            heads["time"] = TimeHead(self.evaluations(), self.config["embedding_width"])
         return heads
 
     def head_parameters(self) -> list[nn.Parameter]:
@@ -551,6 +557,7 @@ class Span(Rule):
             raise UserError("the solver 'span' needs its own trained student as predictor (SpanStudent)")
         adopted = copy.copy(self)
         adopted.plan, adopted.nested, adopted.heads = predictor.plan(), predictor.nested, predictor.heads
+        adopted.analytic = predictor.analytic
         return adopted
 
     def advance(self, run, state, i):
@@ -558,22 +565,27 @@ class Span(Rule):
         slopes = [slope for slope, _ in state.history]
         known = len(slopes)
         if self.nested or not inner:
-            slopes.append(run.direction_at(x, i))
+            slopes.append(run.direction_at(x, i, self._shift(known, 1)))
             labels = [sigma]
             if inner:
                 points, labels_inner, told = self._points(x, sigma, slopes, inner)
-                slopes += run.directions(points, labels_inner, told)
+                slopes += run.directions(points, labels_inner, told, self._shift(known + 1, len(points)))
                 labels += labels_inner
         else:
             points, labels, told = self._points(x, sigma, slopes, inner)
             points, labels, told = [x, *points], [sigma, *labels], [run.told(i).to(x.dtype), *told]
-            slopes += run.directions(points, labels, told)
+            slopes += run.directions(points, labels, told, self._shift(known, len(points)))
             run.observe(i, sigma, x, slopes[-len(points)])
         c, scale, contrast = self.plan.steps[i]
         length = (scale * (self.plan.sigmas[i + 1] - self.plan.sigmas[i])).to(x.dtype)
         x = (1 + contrast).to(x.dtype) * x + length * self._average(i, x, sigma, slopes, known, c)
         history = (*state.history, *zip(slopes[-len(labels) :], labels, strict=True))
         return State(x, history, state.updates + 1)
+
+    def _shift(self, slope, count):
+        """What the time head adds to the noise embedding of the calls for ``count`` slopes from this one on, or None."""
+        call = slope - self.analytic
+        return self.heads["time"](call, count) if "time" in self.heads and call >= 0 else None
 
     def _average(self, i, x, sigma, slopes, known, c):
         """What step i follows, table and heads together; known: how many slopes there were before it."""

@@ -1,6 +1,6 @@
 """Optional heads of a span student: what a table cannot do, because it depends on the sample or leaves the span.
 
-Both start at zero, so that a student with new heads makes exactly the images that it made without. Their networks are in
+All start at zero, so that a student with new heads makes exactly the images that it made without. Their networks are in
 float32 and small; the order of use is: learn the table first, then its heads.
 """
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-HEADS = ("sample", "spatial")
+HEADS = ("sample", "spatial", "time")
 FEATURES, HIDDEN, RANK = 5, 16, 4
 LIFT_CHANNELS = 16
 LIFTED = 2  # the last so many steps
@@ -86,3 +86,18 @@ class SpatialHead(nn.Module):
             return None
         images = torch.cat([x / (1 + sigma**2).sqrt(), x - sigma * slope, *slopes], 1).to(torch.float32)
         return self.write[str(i)](F.silu(self.read[str(i)](images))).to(x.dtype)
+
+
+class TimeHead(nn.Module):
+    """A vector for each call, added to the network's embedding of the noise level: the time scale a_i moves that embedding
+    along one curve, this in every direction. Zero at first.
+
+    MTEO (arXiv 2603.22375) learns such vectors for every layer."""
+
+    def __init__(self, calls: int, width: int):
+        super().__init__()
+        self.vectors = nn.Parameter(torch.zeros(calls, width))
+
+    def forward(self, first: int, count: int) -> torch.Tensor:
+        """[count, width]: those of the calls ``first`` .. ``first + count - 1``."""
+        return self.vectors[first : first + count]

@@ -352,3 +352,5 @@ def test_span_student(preset, first_step, tmp_path):
         assert relative_error(run_pipeline(net, scheduler, noise), expected.float()) < TOLERANCE
     with pytest.raises(UserError, match="parallel=1 only"):
         AMEDScheduler(SpanStudent(parallel=2), net.pipeline.scheduler.config)
+    with pytest.raises(UserError, match="without the head 'time' only"):
+        AMEDScheduler(SpanStudent(heads=["time"], embedding_width=4), net.pipeline.scheduler.config)

@@ -5,7 +5,7 @@ import torch
 from latent_nets import relative_error, tiny_case
 
 from models import build_denoiser, create_model
-from models.denoiser import read_bottleneck
+from models.denoiser import call_shifted, read_bottleneck
 from models.execution import CompiledForward, prepare_network
 from solvers import sample
 from torch_utils.errors import UserError
@@ -91,6 +91,31 @@ def test_one_graph_serves_every_form_of_the_noise_level_and_returns_the_bottlene
     with pytest.raises(RuntimeError, match="not run"):
         found.read(2)
     assert len(graphs) == 1 and graphs[0] > 50
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_shift_of_the_noise_embedding_is_a_shift_of_the_bias_that_puts_it_out(case):
+    """For every family, compiled or not, one shift for the batch or one per image."""
+    net, cond, io = tiny_network(case)
+    x, layer = io["x__2"], net.noise_embedding
+    shifts = torch.randn(2, layer.out_features, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, expected = net(x, 2.0, **cond), []
+        for shift in shifts:
+            layer.bias.add_(shift)
+            expected.append(net(x, 2.0, **cond))
+            layer.bias.sub_(shift)
+        each = torch.cat([expected[0][:1], expected[1][1:]])
+        sigma = torch.full((2,), 2.0)
+        assert relative_error(expected[0], before) > 1e-3
+        assert relative_error(call_shifted(net, shifts[:1], x, 2.0, **cond), expected[0]) < 1e-4
+        assert relative_error(call_shifted(net, shifts, x, sigma, **cond), each) < 1e-4
+        assert relative_error(net(x, 2.0, **cond), before) < 1e-4 and not layer._forward_hooks
+        if case == "sd_cfg_kl":
+            graphs = watched(net)
+            assert relative_error(call_shifted(net, shifts[:1], x, 2.0, **cond), expected[0]) < 1e-4
+            assert relative_error(net(x, 2.0, **cond), before) < 1e-4 and len(graphs) == 2
+            assert relative_error(call_shifted(net, shifts, x, sigma, **cond), each) < 1e-4
 
 
 @pytest.mark.slow

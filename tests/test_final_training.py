@@ -163,6 +163,7 @@ def test_heads_may_join_at_the_end(folder):
     assert not any(map(torch.equal, start[-2:], trainer.student.head_parameters()[-2:]))
     assert not any(map(torch.equal, start[-2:], learned(trainer.averaged)["heads"][-2:]))
     alone = make_trainer(folder, heads="sample,spatial", phases="heads:1", lrs="heads=0.01")
+    assert "shifts" not in alone.groups
     before = {name: value.clone() for name, value in alone.student.groups().items()}
     train(alone)
     assert same_state(before, alone.student.groups()) and alone.best["value"] < 0.99 * alone.first[0]

@@ -46,6 +46,28 @@ def set_(student, **values):
     return student
 
 
+class Embedding(torch.nn.Module):
+    """A noise embedding of two numbers, zero but for what is added to it."""
+
+    out_features = 2
+
+    def forward(self, noise):
+        return torch.zeros(len(noise), 2, dtype=noise.dtype)
+
+
+class EmbeddedToy(ToyNet):
+    """A toy network with a noise embedding: its first number is a contrast, its second a brightness."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__(dtype)
+        self.noise_embedding = Embedding()
+
+    def forward(self, x, sigma):
+        sigma = torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, 1, 1, 1)
+        contrast, brightness = self.noise_embedding(sigma.flatten())[..., None, None].split(1, 1)
+        return super().forward(x, sigma) * (1 + contrast) + brightness
+
+
 class Gauss(torch.nn.Module):
     """Data N(mean, v) in every pixel."""
 
@@ -471,23 +493,28 @@ STRUCTURES = [{}, {"parallel": 2}, {"base": "midpoint", "parallel": 2}, {"first_
 
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
-@pytest.mark.parametrize("heads", [["sample"], ["spatial"], ["sample", "spatial"]], ids="-".join)
+@pytest.mark.parametrize("heads", [["sample"], ["spatial"], ["time"], ["sample", "spatial", "time"]], ids="-".join)
 def test_new_heads_change_nothing(heads, structure):
-    with_heads = SpanStudent(num_steps=5, heads=heads, img_channels=3, **structure)
+    with_heads = SpanStudent(num_steps=5, heads=heads, img_channels=3, embedding_width=2, **structure)
     plain, state = shaken(SpanStudent(num_steps=5, **structure)), torch.get_rng_state()
     with_heads.load_state_dict(plain.state_dict(), strict=False)
     assert torch.equal(torch.get_rng_state(), state)  # nor the random numbers of others
     for dtype in (torch.float64, torch.float32):
         x = latents().to(dtype)
-        assert torch.equal(with_heads.run(ToyNet(dtype), x), plain.run(ToyNet(dtype), x))
-    with_heads.run(ToyNet(), latents()).sum().backward()
-    news = {name: value for name, value in with_heads.heads.named_parameters() if "mix" in name or "write" in name}
+        assert torch.equal(with_heads.run(EmbeddedToy(dtype), x), plain.run(ToyNet(dtype), x))
+    with_heads.run(EmbeddedToy(), latents()).sum().backward()
+    news = {
+        name: value
+        for name, value in with_heads.heads.named_parameters()
+        if name.split(".")[1] in ("mix", "write", "vectors")
+    }
     assert all(float(value.grad.abs().sum()) > 0 for value in news.values() if value.numel())
     assert with_heads.table()["heads"] == heads
 
 
 def learned_heads(**config):
-    student = SpanStudent(num_steps=5, heads=["sample", "spatial"], img_channels=3, **config)
+    heads = ["sample", "spatial", "time"]
+    student = SpanStudent(num_steps=5, heads=heads, img_channels=3, embedding_width=2, **config)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for value in student.head_parameters():
@@ -499,13 +526,23 @@ def learned_heads(**config):
 def test_learned_heads_depend_on_each_sample_alone(structure, tmp_path):
     student = learned_heads(**structure)
     together, plain = (
-        one.run(ToyNet(), latents()).detach() for one in (student, SpanStudent(num_steps=5, **structure))
+        one.run(EmbeddedToy(), latents()).detach() for one in (student, SpanStudent(num_steps=5, **structure))
     )
     assert float((together - plain).abs().max()) > 1e-3
-    alone = student.run(ToyNet(), latents()[1:]).detach()
+    alone = student.run(EmbeddedToy(), latents()[1:]).detach()
     torch.testing.assert_close(together[1:], alone, rtol=0, atol=1e-5)
     save_predictor(student, tmp_path / "p.safetensors")
-    assert torch.equal(load_predictor(tmp_path / "p.safetensors").run(ToyNet(), latents()), together)
+    assert torch.equal(load_predictor(tmp_path / "p.safetensors").run(EmbeddedToy(), latents()), together)
+    network = EmbeddedToy()
+    images = student.run(network, latents(), checkpointing=True)
+    torch.testing.assert_close(images.detach(), together, rtol=0, atol=1e-12)
+    gradients = []
+    for found in (images, student.run(network, latents())):
+        student.zero_grad()
+        found.square().sum().backward()
+        gradients.append(student.heads["time"].vectors.grad.clone())
+    assert not network.noise_embedding._forward_hooks and float(gradients[0].abs().min()) > 0
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-9)
 
 
 def test_the_sample_head_keeps_rows_of_sum_one_and_the_spatial_one_the_first_steps():
@@ -516,11 +553,44 @@ def test_the_sample_head_keeps_rows_of_sum_one_and_the_spatial_one_the_first_ste
         assert change.shape == (7, i + 1) and float(change.sum(1).abs().max()) < 1e-7
         assert (float(change.abs().max()) > 1e-3) == (i > 0)
     with torch.no_grad():
-        for value in student.heads["sample"].parameters():
+        for value in (*student.heads["sample"].parameters(), student.heads["time"].vectors):
             value.zero_()
-    states = [one.run(ToyNet(), latents(), return_trajectory=True) for one in (student, SpanStudent(num_steps=5))]
+    states = [one.run(EmbeddedToy(), latents(), return_trajectory=True) for one in (student, SpanStudent(num_steps=5))]
     changed = [not torch.equal(a, b) for a, b in zip(*states, strict=True)]
     assert changed == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize("structure", STRUCTURES, ids=str)
+def test_the_time_head_shifts_the_embedding_of_its_own_call(structure):
+    """Against the closed form: a shift (c, b) of one call makes its denoised image (1 + c) D + b, and no other's."""
+    plain = shaken(SpanStudent(num_steps=4, **structure))
+    student = SpanStudent(num_steps=4, heads=["time"], embedding_width=2, **structure)
+    student.load_state_dict(plain.state_dict(), strict=False)
+
+    class Changed(ToyNet):
+        """The toy network, its answer number ``which`` changed."""
+
+        def forward(self, x, sigma):
+            found, rows = super().forward(x, sigma), len(latents())
+            for part in range(len(x) // rows):
+                if self.asked == which:
+                    found = torch.cat([*(p if k != part else p * 1.25 - 0.5 for k, p in enumerate(found.split(rows)))])
+                self.asked += 1
+            return found
+
+    images = []
+    for which in range(student.evaluations()):
+        with torch.no_grad():
+            student.heads["time"].vectors.zero_()[which] = torch.tensor([0.25, -0.5])
+        network = Changed()
+        network.asked = 0
+        images.append(student.run(EmbeddedToy(), latents()).detach())
+        torch.testing.assert_close(images[-1], plain.run(network, latents()).detach(), rtol=0, atol=1e-10)
+        assert network.asked == student.evaluations()
+    unchanged = plain.run(ToyNet(), latents()).detach()
+    assert all(float((image - unchanged).abs().max()) > 1e-3 for image in images)
+    with pytest.raises(UserError, match="leave the head 'time' out"):
+        student.run(ToyNet(), latents())
 
 
 def test_features_of_slopes_by_hand():
@@ -568,6 +638,7 @@ def test_files_that_are_no_students(tmp_path):
         ({"surprise": 1}, "surprise"),
         ({"learn": None}, "p.safetensors"),
         ({"heads": ["spatial"], "img_channels": 10**9}, "img_channels"),
+        ({"heads": ["time"], "embedding_width": 10**9}, "embedding_width"),
         ({"heads": ["sample"]}, "do not fit"),
     ):
         save_file(tensors, path, {**metadata, "config": json.dumps({**config, **change})})
@@ -595,6 +666,7 @@ def test_files_that_are_no_students(tmp_path):
         ({"sigma_min": 90.0}, "0 < sigma_min < sigma_max"),
         ({"heads": ["tail"]}, "heads: unknown 'tail'"),
         ({"heads": ["spatial"]}, "needs img_channels"),
+        ({"heads": ["time"]}, "needs embedding_width"),
         ({"sigmas": [3.0, 4.0]}, "strictly decreasing"),
         ({"sigmas": [3.0, 3.0 - 1e-9, 1.0]}, "nearly coincide"),
     ],

@@ -86,6 +86,9 @@ def _check_table(config: dict, tensors: dict[str, torch.Tensor], name: str) -> N
     channels = {size[0] for key, size in sizes.items() if key.startswith("heads.spatial.write.") and len(size) == 4}
     if "spatial" in (config.get("heads") or []) and {config.get("img_channels")} != channels:
         raise UserError(f"{name}: its 'img_channels' does not belong to its weights (heads)")
+    width = sizes.get("heads.time.vectors", [None])[-1]
+    if "time" in (config.get("heads") or []) and config.get("embedding_width") != width:
+        raise UserError(f"{name}: its 'embedding_width' does not belong to its weights (heads)")
     if config.get("image_shape") != sizes.get("mean"):
         raise UserError(f"{name}: its 'image_shape' does not belong to its weights (mean)")
 

@@ -23,8 +23,9 @@ RATES = {
     "scale": 1e-2,
     "contrast": 1e-3,
     "heads": 3e-3,
+    "shifts": 1e-2,
 }
-KINDS = (*GROUPS, "heads")
+KINDS = (*GROUPS, "heads", "shifts")
 GRID_GROUPS = ("labels", "inner", "time", "inner_time")
 CHANGEABLE_FINAL = ("teacher_set",)  # besides those of every run
 INITIAL_BASES = ("ab", "dpmpp", "ipndm")
@@ -144,14 +145,21 @@ class FinalOptions(RunOptions):
         for name in ("parallel", "schedule_type", "schedule_rho", "sigmas"):
             if getattr(self, name) is not None:
                 own[name] = getattr(self, name)
-        if self.heads:
-            heads = [name.strip() for name in self.heads.split(",")]
-            if len(set(heads)) < len(heads):
-                raise UserError(f"--heads={self.heads}: name each head only once")
-            own |= {"heads": heads, "img_channels": 3}
+        if self.head_names():
+            own |= {
+                "heads": self.head_names(),
+                "img_channels": 3,
+                "embedding_width": 1,
+            }  # the network's are in ``more``
         if self.afs is not None:
             own["first_step"] = {False: "none", True: "zero", "data": "gaussian"}[self.afs]
         return {**PRESETS[self.preset], **own, **more}
+
+    def head_names(self) -> list[str]:
+        names = [name.strip() for name in self.heads.split(",")] if self.heads else []
+        if len(set(names)) < len(names):
+            raise UserError(f"--heads={self.heads}: name each head only once")
+        return names
 
     def make_student(self, sigma_min: float, sigma_max: float, **more) -> SpanStudent:
         student = SpanStudent(**self.student_config(sigma_min, sigma_max, **more))
@@ -247,7 +255,7 @@ class FinalOptions(RunOptions):
             text = "all:1"
             grid = sorted(names & set(GRID_GROUPS))
             if self.preset == "s4s" and "corrections" in names and grid:
-                text, rounds = f"{'+'.join(grid)}:1,corrections+heads:1", 4 if rounds == 1 else rounds
+                text, rounds = f"{'+'.join(grid)}:1,corrections+heads+shifts:1", 4 if rounds == 1 else rounds
         return parse_phases(text, rounds, names)
 
     def teacher(self, sigma_min: float, sigma_max: float) -> TeacherSettings:
@@ -269,10 +277,11 @@ class FinalOptions(RunOptions):
 
 
 def learned(student: SpanStudent) -> dict[str, list[torch.nn.Parameter]]:
-    """What a student learns by kind: the groups of its table, and its heads."""
+    """What a student learns by kind: the groups of its table, "shifts" of the head "time", and "heads", all others."""
     groups = {name: [parameter] for name, parameter in student.groups().items()}
-    heads = student.head_parameters()
-    return {**groups, "heads": heads} if heads else groups
+    for name, head in student.heads.items():
+        groups.setdefault("shifts" if name == "time" else "heads", []).extend(head.parameters())
+    return groups
 
 
 def parse_phases(text: str, rounds: int, names: set[str]) -> list[tuple[frozenset[str], float]]:

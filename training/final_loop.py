@@ -320,7 +320,8 @@ def choose_start(
         bar.update()
         more = {"image_shape": list(gaussian["mean"].shape)} if gaussian else {}
         if options.heads:
-            more["img_channels"] = net.img_channels
+            width = net.noise_embedding.out_features if "time" in options.head_names() else None
+            more |= {"img_channels": net.img_channels, "embedding_width": width}
         if base is not None:
             more["base"] = base
         if grid is not None:
