@@ -16,9 +16,10 @@ from torch_utils.errors import MissingExtra
 
 NETWORKS = ("digits", "cifar10-small")
 ORDER = [
-    *("plain, best fid", "plain, best distance", "gits", "AMED-Solver", "AMED-Plugin (iPNDM)"),
-    *("ld3", "s4s", "dyweight", "gs", "amed-table", "epd", "full", "full + spatial"),
+    *("plain, best fid", "plain, best distance", "gits", "ld3, own trainer", "AMED-Solver", "AMED-Plugin (iPNDM)"),
+    *("ld3", "s4s", "dyweight", "gs", "amed-table", "epd", "full", "full + spatial", "full + spatial,time"),
 ]
+WHOLE = [method for method in ORDER if method.startswith("full")]
 SCORES = {"fid": ("FID", 2), "fid2": ("FID of the second classifier", 2), "distance": ("distance", 4)}
 MORE = {"precision": ("precision", 3), "recall": ("recall", 3)}
 
@@ -73,8 +74,8 @@ def target_table(rows):
     if ("teacher", 30) not in found:
         return []
     lines = [
-        "| evaluations | metric | excess of AMED-Plugin | of full (ratio) | of full + spatial (ratio) | best other restriction | its excess |",
-        "|---|---|---|---|---|---|---|",
+        f"| evaluations | metric | excess of AMED-Plugin | {' | '.join(f'of {name} (ratio)' for name in WHOLE)} | best restriction | its excess |",
+        "|---" * (5 + len(WHOLE)) + "|",
     ]
     for nfe in sorted({nfe for method, nfe in found if method == "full"}):
         for score, (title, _) in SCORES.items():
@@ -83,17 +84,17 @@ def target_table(rows):
             zero = found["teacher", 30][0][score]
             excess = {
                 method: statistics.mean(row[score] for row in found[method, nfe]) - zero
-                for method in ORDER[4:]
+                for method in ORDER[ORDER.index("AMED-Plugin (iPNDM)") :]
                 if found.get((method, nfe))
             }
-            others = {m: v for m, v in excess.items() if m not in ("full", "full + spatial", "AMED-Plugin (iPNDM)")}
+            others = {m: v for m, v in excess.items() if m not in (*WHOLE, "AMED-Plugin (iPNDM)")}
             if not others:
                 continue
             rival = min(others, key=others.get)
             plugin = excess["AMED-Plugin (iPNDM)"]
             cells = [
                 f"{excess[name]:.2f} ({excess[name] / plugin:.2f})" if name in excess and plugin > 0 else ""
-                for name in ("full", "full + spatial")
+                for name in WHOLE
             ]
             lines.append(f"| {nfe} | {title} | {plugin:.2f} | {' | '.join(cells)} | {rival} | {others[rival]:.2f} |")
     return lines
@@ -101,10 +102,12 @@ def target_table(rows):
 
 def cost_table(rows):
     found = collect(rows, "main")
-    lines = ["| method | CPU seconds of training at 3 / 4 / 5 / 6 evaluations |", "|---|---|"]
+    nfes = sorted({nfe for method, nfe in found if method == "full"})
+    title = " / ".join(map(str, nfes))
+    lines = [f"| method | CPU seconds of training at {title} evaluations |", "|---|---|"]
     for method in ORDER[2:]:
         cells = []
-        for nfe in (3, 4, 5, 6):
+        for nfe in nfes:
             values = [row["training_seconds"] for row in found.get((method, nfe), []) if row["training_seconds"]]
             cells.append(f"{statistics.mean(values):.0f}" if values else "-")
         lines.append(f"| {method} | {' / '.join(cells)} |")
@@ -171,7 +174,7 @@ def draw_scores(networks, pyplot, dest):
         "AMED-Solver": ("AMED-Solver", "tab:orange"), "AMED-Plugin (iPNDM)": ("AMED-Plugin", "tab:red"),
         "ld3": ("LD3", "tab:green"), "s4s": ("S4S", "tab:cyan"), "dyweight": ("DyWeight", "tab:purple"),
         "gs": ("GS", "tab:brown"), "epd": ("EPD", "tab:pink"), "full": ("span (full)", "tab:blue"),
-        "full + spatial": ("span (full + spatial)", "black"),
+        "full + spatial,time": ("span (full + spatial, time)", "black"),
     }  # fmt: skip
     figure, grid = pyplot.subplots(len(networks), 2, figsize=(10, 3.6 * len(networks)), squeeze=False)
     for line, (network, rows) in zip(grid, networks.items(), strict=True):
@@ -203,7 +206,7 @@ def draw_tables(rows, pyplot, dest, nfe):
         row for row in rows if row["part"] == "main" and row["nfe"] == nfe and row.get("table") and row["seed"] == 0
     ]
     found = {row["method"]: row for row in chosen}
-    names = [name for name in ORDER if name in found and name != "full + spatial"]
+    names = [name for name in ORDER if name in found and name not in WHOLE[1:]]
     if not names:
         return
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 1 + 0.62 * len(names)), width_ratios=(3, 2))

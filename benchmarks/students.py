@@ -74,6 +74,15 @@ BUDGET = {
 # A quarter less for the preset that tries starts, as its three trials take a tenth of the run each: 0.72 * 1.3 = 0.94.
 TRIED = {"total_kimg": 0.72}
 STUDENTS = ("full + spatial,time", "full + spatial", "full", "ld3", "s4s", "dyweight", "gs", "amed-table", "epd")
+# Schedules for iPNDM, with the options of optimize_schedule.py. GITS: l2 cost with coefficient 1, its best setting here
+# (docs/schedules.md); LD3: its own trainer, as in benchmarks/schedules.sh, which tries four grids before it trains.
+SCHEDULES = {
+    "gits": {"method": "gits", "metric": "l2", "coeff": 1.0, "num_warmup": 64},
+    "ld3, own trainer": {
+        **{"method": "ld3", "num_train": 64, "num_valid": 32, "rounds": 10, "rounds_grid": 4, "checkpointing": False},
+        **{"solver_tea": "ipndm", "num_steps_tea": 31},
+    },
+}
 STEPS = {  # time stamps of a preset that spend nfe evaluations; None: impossible
     "ld3": lambda nfe: {"num_steps": nfe + 1},
     "s4s": lambda nfe: {"num_steps": nfe + 1},
@@ -271,19 +280,20 @@ class Students:
             FinalOptions.student_config = original
         return {**found, "command": found["command"] + f"  # with {changes} in the student's configuration"}
 
-    def gits(self, nfe, seed):
-        """GITS' grid for iPNDM by l2 cost with coefficient 1, which is its best setting here (docs/schedules.md)."""
-        destination = self.work / f"gits-{nfe}-{seed}.json"
+    def scheduled(self, name, nfe, seed):
+        """iPNDM on an optimised schedule of ``SCHEDULES``."""
+        destination = self.work / f"{name.replace(' ', '_')}-{nfe}-{seed}.json"
         destination.unlink(missing_ok=True)
-        settings = {"dataset_name": self.dataset_name, "method": "gits", "solver": "ipndm", "num_steps": nfe + 2}
-        settings |= {"afs": "data", "metric": "l2", "coeff": 1.0, "num_warmup": 64, "seed": seed}
+        settings = {"dataset_name": self.dataset_name, **SCHEDULES[name], "solver": "ipndm", "num_steps": nfe + 2}
+        settings |= {"afs": "data", "seed": seed}
         started = time.process_time()
         with contextlib.redirect_stdout(io.StringIO()):
             optimize_schedule.main(flags(settings | {"dest": destination}), standalone_mode=False)
         seconds = time.process_time() - started
         schedule = load_schedule(destination)
         command = "python optimize_schedule.py " + " ".join(flags(settings))
-        found = self.solved(**PLAIN["ipndm"], sigmas=list(schedule.sigmas), afs="data")
+        told = {} if schedule.sigmas_net is None else {"sigmas_net": list(schedule.sigmas_net)}
+        found = self.solved(**PLAIN["ipndm"], sigmas=list(schedule.sigmas), **told, afs="data")
         return {"command": command, "training_seconds": round(seconds, 1), **found}
 
     # Parts
@@ -324,7 +334,8 @@ class Students:
                         take(
                             f"plain, best {score}", nfe, None, lambda s=found, n=nfe: self.solved(**s, num_steps=n + 2)
                         )
-                    take("gits", nfe, seed, lambda n=nfe, s=seed: self.gits(n, s))
+                for name in SCHEDULES:
+                    take(name, nfe, seed, lambda k=name, n=nfe, s=seed: self.scheduled(k, n, s))
                 for name in ("AMED-Solver", "AMED-Plugin (iPNDM)"):
                     settings = amed_flags(self.dataset_name, nfe, name)
                     take(name, nfe, seed, lambda f=settings, s=seed, k=f"{name}-{nfe}-{seed}": self.trained(f, s, k))
