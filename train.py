@@ -19,6 +19,7 @@ from click.core import ParameterSource
 from models.execution import AUTOCAST, COMPILE_MODES
 from solvers import SCHEDULES
 from solvers.flags import POSITIVE
+from solvers.pair_loss import own_code
 from solvers.schedule_file import schedule_file_flag, use_schedule
 from solvers.span import PRESETS
 from torch_utils import distributed
@@ -29,7 +30,6 @@ from torch_utils.session import session
 from training.config import CHANGEABLE, STUDENTS, TEACHERS, TrainingOptions
 from training.final_config import CHANGEABLE_FINAL, FinalOptions
 from training.final_loop import train_student
-from training.final_loss import own_code
 from training.run_folder import find_run, on_main, stored_options
 from training.teacher_set import teachers
 from training.training_loop import train_predictor

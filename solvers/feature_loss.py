@@ -33,7 +33,9 @@ class DenoiserFeatures:
         if sigma is None:
             sigma = min(max(DEFAULT_SIGMA, net.sigma_min), net.sigma_max)
         if not (net.sigma_min <= sigma <= net.sigma_max):
-            raise UserError(f"features at sigma={sigma:g}: the network's range is {net.sigma_min:g}..{net.sigma_max:g}")
+            raise UserError(
+                f"features at sigma={sigma:g}: it must lie in the network's range, {net.sigma_min:g}..{net.sigma_max:g}"
+            )
         self.net, self.sigma, self.cond = net, float(sigma), dict(cond or {})
         self._chosen: list[torch.nn.Module] | None = None
 

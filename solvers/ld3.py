@@ -15,14 +15,14 @@ schedules or one from a file, as equal gaps in ln sigma are a bad one for few st
 import copy
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from solvers.feature_loss import DenoiserFeatures, feature_distance
 from solvers.gits import check_teacher
 from solvers.loop import integrate, resolve_sigmas, sample
+from solvers.pair_loss import PairLoss, parse_loss
 from solvers.rules import Option
 from solvers.schedule_file import load_schedule
 from solvers.schedules import SCHEDULES, VPTime, check_sigmas
@@ -30,7 +30,6 @@ from torch_utils import distributed
 from torch_utils.errors import UserError
 
 INITIAL = {"polynomial": 7, "time_uniform": 1, "logsnr": 1, "discrete": 1}  # schedule_type: its usual schedule_rho
-LOSSES = ("features", "l2", "huber", "lpips")
 SUMMARY = "LD3: gradient descent through the sampler; needs a differentiable solver"
 OPTIONS = {
     "solver_tea": Option(str, "unipc", "solver of the teacher"),
@@ -41,8 +40,12 @@ OPTIONS = {
         str, "auto", f"where to start: {', '.join(INITIAL)}, a schedule file, or auto, the best of the names"
     ),
     "mode": Option(("lambda", "time"), "lambda", "what the gaps are measured in: -ln sigma or the time of the VP SDE"),
-    "loss": Option(LOSSES, "features", "distance to the teacher: of the denoiser's features, of samples, or LPIPS-VGG"),
-    "lpips_weights": Option(str, None, "file with the weights of LPIPS-VGG"),
+    "loss": Option(
+        str, "features", "distance to the teacher: weighted sum of l2, huber, features, lpips, module:function"
+    ),
+    "feature_sigma": Option(
+        float, None, "noise level at which features of the denoiser are compared, 0.1 if it knows that"
+    ),
     "num_train": Option(int, 256, "pairs of noise and image to learn from"),
     "num_valid": Option(int, 64, "pairs to choose the result by"),
     "update_batch": Option(int, 32, "pairs per update, over all processes; --batch is per network call"),
@@ -121,41 +124,6 @@ class Pairs:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The distance between two batches of samples, [B]
-
-
-def make_distance(net, loss: str, lpips_weights: str | None = None, device="cpu") -> Callable:
-    """distance(x, y, cond) -> [B] by name; UserError where something it needs is missing."""
-    if (loss == "lpips") != (lpips_weights is not None):
-        if loss == "lpips":
-            raise UserError("loss=lpips needs lpips_weights=FILE, the weights of LPIPS on VGG-16 (see models/lpips.py)")
-        raise UserError(f"lpips_weights has no effect with loss={loss}; leave it out")
-    if loss == "lpips":
-        from models.lpips import load_lpips
-
-        lpips = load_lpips(lpips_weights, device)
-        return lambda x, y, cond: lpips(net.decode(x), net.decode(y))
-    if loss == "features":
-        features = DenoiserFeatures(net)
-
-        def of_features(x, y, cond):
-            with torch.no_grad():
-                expected = features(y, cond)
-            return feature_distance(features(x, cond), expected)
-
-        return of_features
-    if loss == "huber":
-        return pseudo_huber
-    return lambda x, y, cond: (x - y).square().flatten(1).mean(1)
-
-
-def pseudo_huber(x, y, cond=None):
-    """sqrt(|x - y|^2 + c^2) - c with c = 0.00054 sqrt(C H W) (Song & Dhariwal 2023, Section 3.3)."""
-    c = 0.00054 * math.sqrt(x[0].numel())
-    return ((x - y).square().flatten(1).sum(1) + c**2).sqrt() - c
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Which solvers have gradients
 
 
@@ -227,7 +195,9 @@ class Trainer:
 
     def __init__(self, problem, options: dict):
         self.problem, self.options = problem, options
-        self.distance = make_distance(problem.net, options["loss"], options["lpips_weights"], problem.device)
+        self.distance = PairLoss(options["loss"], problem.net, options["feature_sigma"])
+        if options["feature_sigma"] is not None and "features" not in [name for _, name in parse_loss(options["loss"])]:
+            raise UserError(f"feature_sigma has no effect with loss={options['loss']}; leave it out")
         self.intervals = problem.num_steps - 1
         numbers = problem.net.img_channels * problem.net.img_resolution**2
         self.radius = options["radius"] * numbers / self.intervals**2

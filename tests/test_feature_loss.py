@@ -87,6 +87,6 @@ def test_networks_that_cannot(tiny):
     x = images(ToyNet(torch.float32))
     with pytest.raises(UserError, match="no encoder"):
         DenoiserFeatures(Blind(torch.float32), 0.1)(x)
-    with pytest.raises(UserError, match=r"range is 0.002..80"):
+    with pytest.raises(UserError, match=r"range, 0.002..80"):
         DenoiserFeatures(tiny, 0.0)
     assert [f.shape[-1] for f in DenoiserFeatures(ToyNet(torch.float32), 0.1)(x)] == [8]

@@ -16,8 +16,9 @@ import optimize_schedule
 import sample as sample_cli
 from models import build_denoiser, create_model
 from solvers import SOLVERS, get_schedule, integrate, ld3, sample
-from solvers.ld3 import Grid, NotFinite, Pairs, Trainer, check_gradients, make_distance, pseudo_huber
+from solvers.ld3 import Grid, NotFinite, Pairs, Trainer, check_gradients
 from solvers.optimize import METHODS, Problem, optimize
+from solvers.pair_loss import huber
 from solvers.rules import Euler, register
 from solvers.schedule_file import load_schedule
 from torch_utils.errors import UserError
@@ -129,7 +130,7 @@ def test_gradients_equal_differences(solver, afs):
         grid.u, grid.v = point[:4], point[4:7]
         sigmas, told = grid.levels()
         settings = {"sigmas": sigmas, "sigmas_net": told, "solver": solver, "afs": afs, "checkpointing": True, **plain}
-        return pseudo_huber(integrate(net, latents + point[7] * target, **settings), target).sum()
+        return huber(integrate(net, latents + point[7] * target, **settings), target).sum()
 
     # Where v is 0, the bounds of the levels, which follow u without a gradient, do not matter.
     point = torch.tensor([0.2, -0.4, 0.1, 0.5, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
@@ -140,7 +141,7 @@ def test_gradients_equal_differences(solver, afs):
         for i, shift in enumerate(step * torch.eye(len(point), dtype=torch.float64)):
             expected[i] = (loss(point + shift) - loss(point - shift)) / (2 * step)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7 * float(expected.abs().max()))
-    assert (expected.abs() > 1e-4).sum() >= 7  # pfdiff does not evaluate at every point
+    assert (expected.abs() > 3e-6).sum() >= 7  # pfdiff does not evaluate at every point
 
 
 @pytest.mark.parametrize("solver", DIFFERENTIABLE)
@@ -358,19 +359,6 @@ def test_not_finite_sums_stop_everybody():
         trained(problem())._summed(torch.tensor([1.0, float("inf")]))
 
 
-# ---- distances -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("loss", ["l2", "huber", "features"])
-def test_distances(loss):
-    net = ToyNet()
-    distance = make_distance(net, loss)
-    x = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert distance(x, x, {}).abs().max() < 1e-12
-    near, far = distance(x, 0.99 * x + 0.01 * x.flip(0), {}), distance(x, x.flip(0), {})
-    assert near.shape == (3,) and (near >= 0).all() and (near[[0, 2]] < far[[0, 2]]).all()
-
-
 # ---- command line ----------------------------------------------------------------------------------------------------
 
 DIGITS = ("--method=ld3", "--dataset_name=digits", "--device=cpu")
@@ -398,9 +386,9 @@ def test_command_line_and_sampling(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--loss=lpips",), "loss=lpips needs lpips_weights=FILE"),
-        (("--lpips_weights=x.pth",), "lpips_weights has no effect with loss=features"),
-        (("--loss=lpips", "--lpips_weights=nowhere.pth"), "there is no file nowhere.pth"),
+        (("--loss=lpip",), "unknown term 'lpip'; choose from l2, huber, features, lpips, or module:function"),
+        (("--loss=l2", "--feature_sigma=0.1"), "feature_sigma has no effect with loss=l2"),
+        (("--feature_sigma=100",), "features at sigma=100: it must lie in the network's range"),
         (("--num_steps=2",), "num_steps of at least 3"),
         (("--solver=edm",), "draws noise: choose a deterministic one"),
         (("--solver_tea=amed",), "'amed' cannot be the teacher"),

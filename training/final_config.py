@@ -7,11 +7,11 @@ import torch
 
 from solvers.loop import AFS_KINDS
 from solvers.optimize import Problem, run_dmn
+from solvers.pair_loss import parse_loss
 from solvers.schedules import SCHEDULES, check_sigmas, get_schedule
 from solvers.span import BASES, GROUPS, PRESETS, SpanStudent
 from torch_utils.errors import UserError
 from training.config import RunOptions, positive
-from training.final_loss import parse_loss
 from training.teacher_set import TeacherSettings
 
 RATES = {
@@ -42,7 +42,7 @@ class FinalOptions(RunOptions):
     labels that the student starts from (None: the preset's, or found by trial); init: which starts are tried (see
     ``starts``), on init_pairs pairs; init_trial: share of the iterations for which the three best of them are trained first.
 
-    loss: see ``training.final_loss``; feature_sigma: noise level at which the denoiser's features are compared. w_dist:
+    loss: see ``solvers.pair_loss``; feature_sigma: noise level at which the denoiser's features are compared. w_dist:
     weight of the energy distance; w_anchor: of the distance to the teacher's states, which decays to 0 over the first
     ``anchor`` share of the run; w_delta: of the squared corrections.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from solvers.pair_loss import PairLoss
 from solvers.span import SpanStudent
 from torch_utils import distributed
 from torch_utils.download import sha256_of
@@ -19,8 +20,8 @@ from torch_utils.errors import UserError
 from torch_utils.progress import progress_bar
 from torch_utils.seeds import stream_seeds
 from training.checkpoint import save_predictor
+from training.distribution_loss import DistributionTerm, energy_distance
 from training.final_config import FinalOptions, grid_sigmas, learned
-from training.final_loss import DistributionTerm, PairLoss, energy_distance
 from training.inputs import draw_condition
 from training.run import Run, check_state, choose_folder, numbers, provenance_of, restore
 from training.run_folder import newest_state, on_main

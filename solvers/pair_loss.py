@@ -1,5 +1,4 @@
-"""What a student's final sample is compared by: distances to the teacher's sample of the same noise, and between the
-distributions of both.
+"""What a final sample is compared by: distances to the teacher's sample of the same noise.
 
 A distance is a sum of weighted terms, written ``features+0.2*huber``. Terms are the entries of ``TERMS``, or the name of a
 feature network of your own, ``package.module:function``.
@@ -33,7 +32,7 @@ def huber(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 class FeatureTerm:
     """Distance of the features of the denoiser's own encoder."""
 
-    def __init__(self, net, sigma: float):
+    def __init__(self, net, sigma: float | None):
         self.features = DenoiserFeatures(net, sigma)
 
     def __call__(self, x, target, cond):
@@ -51,7 +50,7 @@ class OwnTerm:
         try:
             function = getattr(importlib.import_module(module), name, None)
         except ImportError as error:
-            raise UserError(f"--loss={place}: cannot import {module} ({error})") from None
+            raise UserError(f"--loss={place}: cannot import {module} ({error}): put it on PYTHONPATH") from None
         if not callable(function):
             raise UserError(f"--loss={place}: {module} has no function '{name}'")
         self.net, self.place, self.extract = net, place, function(net)
@@ -133,7 +132,7 @@ def own_code(text: str) -> list[str]:
     return [name for _, name in parse_loss(text) if ":" in name]
 
 
-def _make_term(name: str, net, feature_sigma: float) -> Callable:
+def _make_term(name: str, net, feature_sigma: float | None) -> Callable:
     if name == "features":
         return FeatureTerm(net, feature_sigma)
     if name == "lpips":
@@ -148,76 +147,12 @@ class PairLoss:
     """loss(x, target, cond) -> [B], the weighted sum of the terms of ``text`` (see ``parse_loss``).
 
     x, target: [B,C,H,W] samples of net, latents where it is a latent model; feature_sigma: the noise level that the
-    denoiser is told where its features are compared. Gradients flow to x.
+    denoiser is told where its features are compared (None: as ``DenoiserFeatures`` chooses). Gradients flow to x.
     """
 
-    def __init__(self, text: str, net, feature_sigma: float):
+    def __init__(self, text: str, net, feature_sigma: float | None = None):
         self.terms = [(weight, _make_term(name, net, feature_sigma)) for weight, name in parse_loss(text)]
 
     def __call__(self, x, target, cond) -> torch.Tensor:
         x, target = x.float(), target.float()
         return sum(weight * term(x, target, cond) for weight, term in self.terms)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Distributions
-
-
-def mean_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """[n]: the mean Euclidean distance of each x [n,d] to all y [m,d]."""
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").mean(dim=1)
-
-
-def energy_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'| of two samples [n,d] and [m,d] (Székely & Rizzo 2013), without bias: pairs of a
-    sample with itself are left out. Zero in expectation exactly where the distributions agree."""
-    n, m = len(x), len(y)
-    within = mean_distance(x, x).mean() * n / (n - 1) + mean_distance(y, y).mean() * m / (m - 1)
-    return 2 * mean_distance(x, y).mean() - within
-
-
-class DistributionTerm:
-    """The energy distance between features of students' and of teachers' samples, unpaired.
-
-    Features are means and spreads over the places of the maps of ``DenoiserFeatures``, standardised by those of the
-    teacher's samples and divided by the root of their number. Pairs within the batch would be other ones for another
-    number of processes; the student's side of them is a queue of features of the latest iterations instead.
-    """
-
-    def __init__(self, net, feature_sigma: float, queue: int):
-        self.features, self.length = DenoiserFeatures(net, feature_sigma), queue
-        self.bank: torch.Tensor | None = None  # [N,d] of the teacher's samples
-        self.queue: torch.Tensor | None = None  # [<= length, d] of the student's, newest last
-        self._shift, self._scale = 0.0, 1.0
-
-    def _pooled(self, x, cond) -> torch.Tensor:
-        maps = self.features(x.float(), cond)
-        parts = [(m.mean(dim=(2, 3)), (m.var(dim=(2, 3), correction=0) + 1e-6).sqrt()) for m in maps]
-        return torch.cat([value for pair in parts for value in pair], dim=1)
-
-    def vectors(self, x: torch.Tensor, cond) -> torch.Tensor:
-        """Standardised features [B,d] of samples [B,C,H,W], with gradients."""
-        return (self._pooled(x, cond) - self._shift) * self._scale
-
-    @torch.no_grad()
-    def set_bank(self, batches) -> None:
-        """Takes the teacher's samples, (images, cond) pairs."""
-        bank = torch.cat([self._pooled(images, cond) for images, cond in batches])
-        self._shift = bank.mean(dim=0)
-        self._scale = 1 / ((bank.std(dim=0) + 1e-6) * math.sqrt(bank.shape[1]))
-        self.bank = (bank - self._shift) * self._scale
-
-    def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
-        """[B]: terms whose mean has the gradient of the energy distance, were the queue drawn from the same student.
-
-        Every sample moves in both of its places, X and X', hence the 2 before the queue.
-        """
-        if self.queue is None:
-            raise RuntimeError("the queue of the student's features is empty")
-        return 2 * mean_distance(vectors, self.bank) - 2 * mean_distance(vectors, self.queue)
-
-    def push(self, vectors: torch.Tensor) -> None:
-        """Puts the features of an iteration, those of all processes, at the end of the queue."""
-        vectors = vectors.detach()
-        kept = vectors if self.queue is None else torch.cat([self.queue, vectors])
-        self.queue = kept[-self.length :]
