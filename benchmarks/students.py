@@ -315,10 +315,11 @@ class Students:
                     )
 
     def best_plain(self, nfe, score):
+        """On the test seeds, the plain candidate that was best on the validation seeds."""
         rows = [row for row in self.rows() if row["part"] == "plain" and row["nfe"] == nfe]
         if not rows:
-            raise click.ClickException("run --part=plain first")
-        return min(rows, key=lambda row: row[score])
+            raise click.ClickException(f"run --part=plain --nfe={nfe} first")
+        return self.solved(**min(rows, key=lambda row: row[score])["settings"], num_steps=nfe + 2)
 
     def main(self, nfes, seeds, wanted):
         def take(name, nfe, seed, work):
@@ -326,14 +327,11 @@ class Students:
                 self.once({"part": "main", "method": name, "nfe": nfe, "seed": seed}, work)
 
         take("teacher", 30, None, lambda: self.solved(**TEACHER))
+        for nfe in nfes:
+            for score in ("fid", "distance"):
+                take(f"plain, best {score}", nfe, None, lambda n=nfe, s=score: self.best_plain(n, s))
         for seed in seeds:
             for nfe in nfes:
-                if seed == seeds[0]:
-                    for score in ("fid", "distance"):
-                        found = self.best_plain(nfe, score)["settings"]
-                        take(
-                            f"plain, best {score}", nfe, None, lambda s=found, n=nfe: self.solved(**s, num_steps=n + 2)
-                        )
                 for name in SCHEDULES:
                     take(name, nfe, seed, lambda k=name, n=nfe, s=seed: self.scheduled(k, n, s))
                 for name in ("AMED-Solver", "AMED-Plugin (iPNDM)"):
