@@ -541,6 +541,8 @@ def check_network(net, settings: Settings, predictor, device: torch.device) -> N
         zero = torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution, device=device)
         kind = predictor.first_direction if isinstance(predictor, SpanStudent) else settings.afs
         afs_direction(net, zero, torch.ones((), device=device), kind)
+    if isinstance(predictor, SpanStudent):
+        predictor.check_network(net)
     if predictor is not None:
         resolution = predictor.config["img_resolution"]
         if resolution not in (None, net.img_resolution):

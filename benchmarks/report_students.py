@@ -2,7 +2,8 @@
 
     python -m benchmarks.report_students            # benchmarks/students.md, docs/students.png, docs/span_tables_*.png
 
-Needs matplotlib (extra "plot") for the figures.
+It also renews the tables between the markers in README.md and docs/span_solver.md. Needs matplotlib (extra "plot") for the
+figures.
 """
 
 import json
@@ -12,6 +13,7 @@ from collections import defaultdict
 import click
 
 from benchmarks.demo_settings import ROOT
+from tools.make_docs import renew
 from torch_utils.errors import MissingExtra
 
 NETWORKS = ("digits", "cifar10-small")
@@ -167,6 +169,19 @@ def page(networks):
     return "\n".join(lines).rstrip() + "\n"
 
 
+def document_parts(networks):
+    """The generated parts of the documents by name, and of each document the names that it has."""
+    parts = {}
+    for network, rows in networks.items():
+        for score, (_, digits) in SCORES.items():
+            short = min(digits, 3)
+            parts[f"{network} {score}"] = lambda rows=rows, s=score, d=short: "\n".join(main_table(rows, s, d))
+        parts[f"{network} target"] = lambda rows=rows: "\n".join(target_table(rows))
+        parts[f"{network} ablations"] = lambda rows=rows: "\n".join(ablation_table(rows)).strip()
+    readme, document = ROOT / "README.md", ROOT / "docs" / "span_solver.md"
+    return {readme: {name: parts[name] for name in parts if name == "cifar10-small fid"}, document: parts}
+
+
 def draw_scores(networks, pyplot, dest):
     """FID over evaluations, one panel for each network and classifier."""
     shown = {
@@ -182,9 +197,10 @@ def draw_scores(networks, pyplot, dest):
         for axes, score in zip(line, ("fid", "fid2"), strict=True):
             for method, (label, colour) in shown.items():
                 nfes = sorted(nfe for name, nfe in found if name == method)
-                values = [statistics.mean(row[score] for row in found[method, nfe]) for nfe in nfes]
-                width = 2.2 if method.startswith("full") else 1.2
-                axes.plot(nfes, values, "o-", color=colour, label=label, linewidth=width, markersize=4)
+                values = [[row[score] for row in found[method, nfe]] for nfe in nfes]
+                errors = [statistics.stdev(group) if len(group) > 1 else 0 for group in values]
+                style = {"color": colour, "linewidth": 2.2 if method.startswith("full") else 1.2, "markersize": 4}
+                axes.errorbar(nfes, list(map(statistics.mean, values)), errors, fmt="o-", label=label, **style)
             if ("teacher", 30) in found:
                 axes.axhline(found["teacher", 30][0][score], color="black", linestyle=":", label="teacher, 30")
             axes.set_yscale("log")
@@ -246,6 +262,8 @@ def draw_tables(rows, pyplot, dest, nfe):
 def main(nfe):
     networks = {name: rows for name in NETWORKS if (rows := read(name))}
     (ROOT / "benchmarks" / "students.md").write_text(page(networks))
+    for document, parts in document_parts(networks).items():
+        renew(document, parts, check=False)
     try:
         import matplotlib
     except ImportError:

@@ -25,7 +25,7 @@ class Denoiser(torch.nn.Module):
     img_channels, img_resolution   of the space that is sampled
     label_dim                  number of classes, 0 = unconditional
     bottleneck                 the submodule whose output is the U-Net bottleneck
-    noise_embedding            the linear layer whose output [B or 1, E] tells the blocks the noise level
+    noise_embedding            the linear layer whose output [B or 1, E] tells the blocks the noise level, or None
     evals_per_call             network evaluations one call costs
     data_mean, data_std        optional statistics of the training data (a broadcastable image and a scalar), else None
     """
@@ -50,8 +50,8 @@ class Denoiser(torch.nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not say where its bottleneck is")
 
     @property
-    def noise_embedding(self) -> torch.nn.Module:
-        raise UserError(f"{type(self).__name__} does not say where its noise embedding is: leave the head 'time' out")
+    def noise_embedding(self) -> torch.nn.Module | None:
+        return None
 
     def make_cond(self, generator=None, labels=None) -> dict:
         """Keyword arguments of ``forward`` for one batch.
@@ -133,17 +133,22 @@ def add_shift(embedding: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     return embedding + shift.to(embedding.dtype)
 
 
+def embedding_layer(net: torch.nn.Module) -> torch.nn.Module:
+    """``net.noise_embedding``; UserError where a network does not have it."""
+    layer = getattr(net, "noise_embedding", None)
+    if layer is None:
+        raise UserError(f"{type(net).__name__} does not say where its noise embedding is: leave the head 'time' out")
+    return layer
+
+
 def call_shifted(net: torch.nn.Module, shift: torch.Tensor, x, sigma, **cond) -> torch.Tensor:
     """D(x; sigma) with shift, [1, E] or [B, E], added to the embedding of the noise level; gradients flow to it.
 
     Raises UserError where the network does not say which of its layers puts that out.
     """
-    compiled = getattr(net, "compiled", None)
+    layer, compiled = embedding_layer(net), getattr(net, "compiled", None)
     if compiled is not None:
         return compiled(x, sigma, cond, shift)
-    layer = getattr(net, "noise_embedding", None)
-    if layer is None:
-        raise UserError(f"{type(net).__name__} has no noise_embedding that could be shifted: leave the head 'time' out")
     handle = layer.register_forward_hook(lambda module, inputs, output: add_shift(output, shift))
     try:
         return net(x, sigma, **cond)

@@ -209,9 +209,8 @@ class DiffusersDenoiser(Denoiser):
         return self.no_feature if block is None else block
 
     @property
-    def noise_embedding(self) -> torch.nn.Module:
-        layer = getattr(getattr(self.network, "time_embedding", None), "linear_2", None)
-        return super().noise_embedding if layer is None else layer
+    def noise_embedding(self) -> torch.nn.Module | None:
+        return getattr(getattr(self.network, "time_embedding", None), "linear_2", None)
 
     def space(self) -> tuple[int, int]:
         """(channels, resolution) of what is sampled. Raises UserError for networks of another kind."""

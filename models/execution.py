@@ -5,7 +5,7 @@ number per sample and from which the bottleneck comes as a second output.
 """
 
 from collections.abc import Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
@@ -59,7 +59,7 @@ class CompiledForward:
             net.sigma_inv(torch.ones(1, device=next(net.parameters()).device))
         # Put there before anything is compiled, so that they become part of the graph.
         net.bottleneck.register_forward_hook(self._keep)
-        with suppress(UserError):  # of networks that do not say where it is
+        if net.noise_embedding is not None:
             net.noise_embedding.register_forward_hook(self._add)
         own_mode = {} if mode == "default" else {"mode": mode}
         self.graph = torch.compile(self._both, fullgraph=True, dynamic=False, backend=backend, **own_mode)
@@ -105,8 +105,6 @@ class CompiledForward:
         return fill(x), fill(sigma), {name: fill(value) for name, value in cond.items()}, fill(shift)
 
     def __call__(self, x: torch.Tensor, sigma, cond: Mapping, shift: torch.Tensor | None = None) -> torch.Tensor:
-        if shift is not None:
-            _ = self.net.noise_embedding  # raises where there is none
         recorded = x.is_cuda and self.mode in _CUDA_GRAPHS
         if recorded:
             torch.compiler.cudagraph_mark_step_begin()

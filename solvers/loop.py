@@ -289,6 +289,7 @@ def integrate(
     rule = make_rule(solver, solver_options, common)
     if rule.own_schedule:
         rule.adopt(predictor)  # refuses what is no student of it
+        predictor.check_network(net)
         own = predictor.brings(num_steps, sigmas, sigmas_net, afs)
         sigmas, sigmas_net, afs = own["sigmas"], own["sigmas_net"], own["afs"]
     if sigmas is None and num_steps is None:

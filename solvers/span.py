@@ -33,6 +33,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
+from models.denoiser import embedding_layer
 from solvers.deis import gauss_legendre, lagrange_basis
 from solvers.loop import integrate
 from solvers.rules import Rule, State, make_rule, register
@@ -327,6 +328,16 @@ class SpanStudent(nn.Module):
         """Network evaluations of one trajectory (calls; guidance may double their cost)."""
         return self.intervals - self.analytic + sum(self.inner_points(i) for i in range(self.intervals))
 
+    def check_network(self, net) -> None:
+        """UserError where the heads are made for images of other channels, or for another noise embedding, than net's."""
+        own, channels = self.config["img_channels"], getattr(net, "img_channels", None)
+        if "spatial" in self.heads and channels not in (None, own):
+            raise UserError(f"the student's head 'spatial' needs a network of {own} channels, this has {channels}")
+        if "time" in self.heads:
+            own, width = self.config["embedding_width"], embedding_layer(net).out_features
+            if width != own:
+                raise UserError(f"the student's head 'time' needs a noise embedding of {own} numbers, this has {width}")
+
     # Numbers
 
     def sigmas(self) -> torch.Tensor:
@@ -556,15 +567,14 @@ class Span(Rule):
         if not isinstance(predictor, SpanStudent):
             raise UserError("the solver 'span' needs its own trained student as predictor (SpanStudent)")
         adopted = copy.copy(self)
-        adopted.plan, adopted.nested, adopted.heads = predictor.plan(), predictor.nested, predictor.heads
-        adopted.analytic = predictor.analytic
+        adopted.student, adopted.plan = predictor, predictor.plan()
         return adopted
 
     def advance(self, run, state, i):
         x, sigma, inner = state.x, run.sigma(i, state.x), self.plan.inner[i]
         slopes = [slope for slope, _ in state.history]
         known = len(slopes)
-        if self.nested or not inner:
+        if self.student.nested or not inner:
             slopes.append(run.direction_at(x, i, self._shift(known, 1)))
             labels = [sigma]
             if inner:
@@ -584,17 +594,18 @@ class Span(Rule):
 
     def _shift(self, slope, count):
         """What the time head adds to the noise embedding of the calls for ``count`` slopes from this one on, or None."""
-        call = slope - self.analytic
-        return self.heads["time"](call, count) if "time" in self.heads and call >= 0 else None
+        call, heads = slope - self.student.analytic, self.student.heads
+        return heads["time"](call, count) if "time" in heads and call >= 0 else None
 
     def _average(self, i, x, sigma, slopes, known, c):
         """What step i follows, table and heads together; known: how many slopes there were before it."""
-        if "sample" in self.heads:
+        heads = self.student.heads
+        if "sample" in heads:
             features = slope_features(x, sigma, slopes[known], slopes[known - 1] if known else None)
-            change = self.heads["sample"](i, features)
+            change = heads["sample"](i, features)
             c = c.to(change) + change
         direction = combine(c, slopes)
-        lift = self.heads["spatial"](i, x, sigma, slopes, slopes[known]) if "spatial" in self.heads else None
+        lift = heads["spatial"](i, x, sigma, slopes, slopes[known]) if "spatial" in heads else None
         return direction if lift is None else direction + lift
 
     @staticmethod

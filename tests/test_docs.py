@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from benchmarks import report_students
 from solvers import SCHEDULES, SOLVERS
 from tools import make_docs
 from torch_utils.errors import UserError
@@ -27,6 +28,16 @@ def test_flags_are_up_to_date():
         assert make_docs.render(text, parts) == text, "run  python -m tools.make_docs"
     flags = make_docs.flag_tables()
     assert "| `--scale_dir` | 0.01 |" in flags and "## fid.py calc" in flags
+
+
+def test_the_tables_of_students_follow_from_their_rows():
+    networks = {name: report_students.read(name) for name in report_students.NETWORKS}
+    assert all(len(rows) > 100 for rows in networks.values())
+    for document, parts in report_students.document_parts(networks).items():
+        text = document.read_text(encoding="utf-8")
+        assert make_docs.render(text, parts) == text, "run  python -m benchmarks.report_students"
+    text = (ROOT / "benchmarks" / "students.md").read_text(encoding="utf-8")
+    assert report_students.page(networks) == text, "run  python -m benchmarks.report_students"
 
 
 def test_table_has_every_solver_and_option():

@@ -442,7 +442,7 @@ def test_a_damaged_state_is_explained(toy_model, tmp_path):
         ({"schedule_tea": "cosine"}, "schedule_tea=cosine"),
         ({"sampler_stu": "amed"}, "it trains a span student"),
         ({"afs": "perhaps"}, "afs='perhaps'"),
-        ({"feature_sigma": 100.0, "loss": "features"}, "range is 0.002..80"),
+        ({"feature_sigma": 100.0, "loss": "features"}, "range, 0.002..80"),
         ({"sigma_max": 0.001}, "sigma_min < sigma_max"),
         ({"sigmas": [1.0, 2.0], "init": None}, "strictly decreasing"),
         ({"batch": 4, "batch_gpu": 3}, "batch_gpu=3 must divide"),

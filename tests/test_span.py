@@ -691,9 +691,16 @@ def test_students_and_solvers_that_do_not_belong_together():
         ({"solver": "span", "predictor": student, "sigmas": [80.0, 3.0, 0.2, 0.002]}, "sigmas: the student brings"),
         ({"solver": "span", "predictor": student, "afs": "data"}, "afs=data"),
         ({"solver": "span", "predictor": SpanStudent(sigma_max=90.0)}, "outside the network's range"),
+        (
+            {"solver": "span", "predictor": SpanStudent(heads=["spatial"], img_channels=1)},
+            "needs a network of 1 channels",
+        ),
+        ({"solver": "span", "predictor": SpanStudent(heads=["time"], embedding_width=2)}, "leave the head 'time' out"),
     ):
         with pytest.raises(UserError, match=message):
             integrate(ToyNet(), latents(), **{"num_steps": 4, **options} if options["solver"] != "span" else options)
+    with pytest.raises(UserError, match="needs a noise embedding of 3 numbers, this has 2"):
+        sample(EmbeddedToy(), latents(), solver="span", predictor=SpanStudent(heads=["time"], embedding_width=3))
     with pytest.raises(UserError, match="'amed' needs"):
         Solver(ToyNet(), make_rule("amed"), get_schedule(4, 0.002, 80.0))
 

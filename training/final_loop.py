@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from models.denoiser import embedding_layer
 from solvers.pair_loss import PairLoss
 from solvers.span import SpanStudent
 from torch_utils import distributed
@@ -321,7 +322,7 @@ def choose_start(
         bar.update()
         more = {"image_shape": list(gaussian["mean"].shape)} if gaussian else {}
         if options.heads:
-            width = net.noise_embedding.out_features if "time" in options.head_names() else None
+            width = embedding_layer(net).out_features if "time" in options.head_names() else None
             more |= {"img_channels": net.img_channels, "embedding_width": width}
         if base is not None:
             more["base"] = base
