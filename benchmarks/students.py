@@ -5,6 +5,7 @@ solvers without training, on an embedded network.
     python -m benchmarks.students --dataset_name=digits --part=main       # all methods, test seeds, three training seeds
     python -m benchmarks.students --dataset_name=digits --part=ablation   # the full student, one thing changed
     python -m benchmarks.students --dataset_name=digits --part=judge --data=... --test=...   # the second classifier's statistics
+    python -m benchmarks.students --dataset_name=digits --part=picture --nfe=3 --seeds=0 --work=...   # docs/students_<...>.png
 
 Every row is appended to benchmarks/students_<dataset_name>.jsonl as soon as it is measured and not measured again; --nfe,
 --seeds and --methods take a part of them. benchmarks/report_students.py makes the tables and figures.
@@ -38,16 +39,19 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 import optimize_schedule
 import train
 from benchmarks.demo_settings import FIRST_SEED, ROOT, Bench
 from fid import choose_images, image_statistics
 from models.detectors import EMBEDDED, PRETRAINED, load_classifier, load_detector
+from solvers import sample
 from solvers.schedule_file import load_schedule
 from tools.demo import HALVES
 from torch_utils.frechet import Reference
 from torch_utils.image_data import ImageSource, load_array
+from torch_utils.image_writer import image_grid, save_image, to_uint8
 from torch_utils.manifold import precision_recall
 from training.checkpoint import find_predictor, load_predictor
 
@@ -57,6 +61,8 @@ IMAGES, NEAR, REAL = (
     1000,
 )  # test images; those with a reference solution; real images for precision and recall
 PAIRS, VALIDATION = 384, 64
+SHOWN = ("full + spatial,time", "dyweight", "AMED-Plugin (iPNDM)")  # in the picture
+ACROSS, LABEL = 16, 24  # images in a line; pixels for its label
 TEACHER = {"solver": "deis", "num_steps": 31, "schedule_type": "polynomial", "schedule_rho": 7}  # training's default
 GRIDS = [("time_uniform", 1), ("polynomial", 5), ("polynomial", 7), ("logsnr", 7)]
 PLAIN = {
@@ -219,12 +225,21 @@ class Students:
         x, nfe = self.bench.solve(**settings)
         return {"nfe_spent": nfe, **self.scored(x), "settings": {k: v for k, v in settings.items() if k != "predictor"}}
 
-    def sampled(self, file):
-        """The scores of a trained predictor, as sample.py would use it, and its table if it is one."""
-        predictor = load_predictor(file)
+    @staticmethod
+    def trained_settings(predictor):
+        """What sample.py gives the loop for this predictor."""
         config = predictor.config
         if getattr(predictor, "kind", None) == "span":
-            found = self.solved(solver="span", predictor=predictor)
+            return {"solver": "span", "predictor": predictor}
+        names = ("num_steps", "schedule_type", "schedule_rho", "afs", "sigmas")
+        names += {"ipndm": ("max_order",), "dpmpp": ("max_order", "thresholding")}.get(config["sampler_stu"], ())
+        return {"solver": config["sampler_stu"], "predictor": predictor, **{name: config[name] for name in names}}
+
+    def sampled(self, file):
+        """The scores of a trained predictor, and its table if it is one."""
+        predictor = load_predictor(file)
+        config, found = predictor.config, self.solved(**self.trained_settings(predictor))
+        if getattr(predictor, "kind", None) == "span":
             plan = predictor.plan()
             table = {
                 "sigmas": plan.sigmas.tolist(),
@@ -233,10 +248,8 @@ class Students:
                 "inner": [[[part.tolist() for part in point] for point in points] for points in plan.inner],
                 "first_step": config["first_step"],
             }
-            return {**found, "table": json.loads(json.dumps(table), parse_float=lambda text: round(float(text), 6))}
-        names = ("num_steps", "schedule_type", "schedule_rho", "afs", "sigmas")
-        names += {"ipndm": ("max_order",), "dpmpp": ("max_order", "thresholding")}.get(config["sampler_stu"], ())
-        return self.solved(solver=config["sampler_stu"], predictor=predictor, **{name: config[name] for name in names})
+            found["table"] = json.loads(json.dumps(table), parse_float=lambda text: round(float(text), 6))
+        return found
 
     def trained(self, settings, seed, name):
         """Trains with train.py's command line, then scores."""
@@ -357,6 +370,32 @@ class Students:
                         key = {"part": "ablation", "method": name, "nfe": nfe, "seed": seed}
                         self.once(key, lambda n=nfe, s=seed, k=name, c=changes: self.changed(n, s, k, c))
 
+    def picture(self, nfe, seed):
+        """The same seeds by several methods, one line each, from the students that are still in the folder of work."""
+        lines = [("teacher, 30 evaluations", self.shown(**TEACHER))]
+        for name in SHOWN:
+            folder = self.work / f"{name}-{nfe}-{seed}".replace(" ", "_")
+            lines.append(
+                (f"{name}, {nfe}", self.shown(**self.trained_settings(load_predictor(find_predictor(folder)))))
+            )
+        rows = [row for row in self.rows() if row["part"] == "plain" and row["nfe"] == nfe]
+        plain = min(rows, key=lambda row: row["fid"])["settings"]
+        lines.append((f"{plain['solver']}, {nfe}", self.shown(**plain, num_steps=nfe + 2)))
+        height, width = lines[0][1].shape[:2]
+        figure = Image.new("RGB", (width, (height + LABEL) * len(lines)), "white")
+        draw, font = ImageDraw.Draw(figure), ImageFont.load_default(15)
+        for index, (label, strip) in enumerate(lines):
+            top = index * (height + LABEL)
+            draw.text((2, top + 4), label, fill="black", font=font)
+            figure.paste(Image.fromarray(strip), (0, top + LABEL))
+        save_image(np.asarray(figure), ROOT / "docs" / f"students_{self.dataset_name}.png")
+
+    def shown(self, **settings):
+        """The first images as one uint8 strip [H,W,3], twice as large."""
+        x, _ = sample(self.bench.net, self.bench.latents[:ACROSS], return_info=True, **settings)
+        strip = image_grid(to_uint8(x), ACROSS)
+        return np.broadcast_to(strip, (*strip.shape[:2], 3)).repeat(2, 0).repeat(2, 1)
+
 
 def make_judge(dataset_name, data, test):
     """Statistics of the training images and features of test images, in one file beside the second classifier."""
@@ -374,7 +413,7 @@ def make_judge(dataset_name, data, test):
 
 @click.command()
 @click.option("--dataset_name", type=click.Choice(list(EMBEDDED)), required=True)
-@click.option("--part", type=click.Choice(["plain", "main", "ablation", "judge"]), required=True)
+@click.option("--part", type=click.Choice(["plain", "main", "ablation", "judge", "picture"]), required=True)
 @click.option("--nfe", default="3,4,5,6", show_default=True)
 @click.option("--seeds", default="0,1,2", show_default=True, help="Of training")
 @click.option("--methods", default="", help="Some of them, separated by ;")
@@ -392,6 +431,8 @@ def main(dataset_name, part, nfe, seeds, methods, work, data, test):
         wanted = [name.strip() for name in methods.split(";") if name.strip()]
         if part == "plain":
             students.plain(nfes)
+        elif part == "picture":
+            students.picture(nfes[0], seeds[0])
         else:
             getattr(students, part)(nfes, seeds, wanted)
 
