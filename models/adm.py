@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models import build_denoiser, check_guidance, fill_weights, lay_out
 from models.openai_unet import (
@@ -123,7 +126,7 @@ class ADMDenoiser(PixelUNetDenoiser):
 
     guidance_rate s: F is replaced by F - s sigma / sqrt(1 + sigma^2) grad ln p(class_labels | x_in; step), with the gradient
     of the classifier by its input x_in (Algorithm 2 of the paper). None: no classifier. A call is counted as one
-    evaluation, as the classifier is a tenth of the network. No gradient flows through the guidance term.
+    evaluation, as the classifier is a tenth of the network. Gradients flow through the guidance term as well.
 
     ``clip_denoised``: False leaves out the clamp.
     """
@@ -168,12 +171,18 @@ class ADMDenoiser(PixelUNetDenoiser):
             self.classifier.convert_torso(dtype)
 
     def classifier_gradient(self, x_in: torch.Tensor, step: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
-        """Gradient of the classifier's log-probability of the labels by its input [B,C,H,W]."""
-        with torch.enable_grad():
-            x_in = x_in.detach().requires_grad_(True)
-            log_probs = self.classifier(x_in, step.detach()).float().log_softmax(dim=1)
+        """Gradient of the classifier's log-probability of the labels by its input [B,C,H,W], itself differentiable where
+        the input is."""
+        further = torch.is_grad_enabled() and x_in.requires_grad
+        # The fused kernels of attention have no second derivative. Activation checkpoints around the whole call would be
+        # recomputed here already; what the classifier saves is not given to them.
+        attention = sdpa_kernel(SDPBackend.MATH) if further else nullcontext()
+        with torch.enable_grad(), attention, saved_tensors_hooks(lambda kept: kept, lambda kept: kept):
+            if not further:
+                x_in, step = x_in.detach().requires_grad_(True), step.detach()
+            log_probs = self.classifier(x_in, step).float().log_softmax(dim=1)
             chosen = log_probs.gather(1, class_labels.reshape(-1, 1).expand(len(x_in), 1))
-            return torch.autograd.grad(chosen.sum(), x_in)[0]
+            return torch.autograd.grad(chosen.sum(), x_in, create_graph=further)[0]
 
     @torch.no_grad()
     def classify(self, images: torch.Tensor) -> torch.Tensor:

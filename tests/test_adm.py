@@ -1,11 +1,13 @@
 """ADM networks with classifier guidance as denoisers, against the reference implementation's outputs."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from test_openai_unet import TOLERANCE, half_names, manifest, meta_weights, relative_error, tiny_case
+from torch.utils.checkpoint import checkpoint
 
 from models import build_denoiser
 from models.adm import PRESETS, ADMDenoiser, CosineNoise, LinearNoise, load_adm
@@ -180,16 +182,27 @@ def test_sampling():
     assert torch.isfinite(images).all() and info.nfe == 4
 
 
-def test_gradients_pass_the_network_only():
-    """Gradients by x flow through the clamp's open part; the guidance term counts as constant."""
-    net, plain = guided(4), build_denoiser("adm", CONFIG, WEIGHTS)
-    grads = []
-    for one in (net, plain):
-        one.clip_denoised = False
-        x = IO["x__2"].clone().requires_grad_(True)
-        one(x, IO["sigmas"][2], **LABELS).sum().backward()
-        grads.append(x.grad)
-    assert torch.equal(*grads) and grads[0].abs().max() > 0
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("what", "h", "tolerance"), [("state", 4e-3, 3e-3), ("sigma", 1e-3, 2e-2)])
+def test_gradients_pass_network_and_guidance(what, h, tolerance, checkpointing):
+    """Against differences, with guidance (of which the gradient is several times larger) and without."""
+    slopes = []
+    along, weights = torch.randn(2, *IO["x__2"].shape, generator=torch.Generator().manual_seed(0))
+    for net in (guided(40), build_denoiser("adm", CONFIG, WEIGHTS)):
+        net.clip_denoised = False
+
+        def value(shift, net=net):
+            x, sigma = IO["x__2"] + shift * along * (what == "state"), 2.0 + shift * (what == "sigma")
+            call = partial(checkpoint, net, use_reentrant=False) if checkpointing else net
+            return (call(x, sigma, **LABELS) * weights).double().sum()
+
+        leaf = torch.zeros((), requires_grad=True)
+        value(leaf).backward()
+        with torch.no_grad():
+            expected = (value(torch.tensor(h)) - value(torch.tensor(-h))) / (2 * h)
+        assert float(leaf.grad) == pytest.approx(float(expected), rel=tolerance)
+        slopes.append(float(leaf.grad))
+    assert abs(slopes[0]) > 3 * abs(slopes[1])
 
 
 @pytest.mark.parametrize("with_classifier", [False, True])
