@@ -101,6 +101,8 @@ def cifar10_jobs():
 def demo_jobs(dataset_name):
     """The learned methods of the demo, for repeats with other training seeds."""
     for settings in HALVES[dataset_name].learned.values():
+        if settings["sampler_stu"] == "span":  # benchmarks/students.py has its repeats
+            continue
         yield {key: value for key, value in settings.items() if key not in ("total_kimg", "batch", "seed")}
 
 

@@ -7,6 +7,7 @@ import torch
 from test_train_cli import invoke, run_train, trained
 from test_training_loop import write_tiny
 
+from models.edm import EDMDenoiser
 from training.checkpoint import load_predictor
 from training.final_loop import train_student
 from training.run_folder import load_newest_state
@@ -77,6 +78,34 @@ def test_defaults_and_flags_reach_the_run(tiny, tmp_path):
     )
     recorded = json.loads((tmp_path / "training_options.json").read_text())
     assert {**flags, "sigmas": [80.0, 1.0, 0.002], "batch_gpu": 2}.items() <= recorded.items()
+
+
+def test_micro_batches_that_fit(tiny, tmp_path, monkeypatch):
+    """Networks that take two samples at most, then one with gradients: while the start is tried, or while it is trained."""
+    forward, most, graded = EDMDenoiser.forward, 2, 2
+
+    def small(net, x, *arguments, **named):
+        if len(x) > (graded if torch.is_grad_enabled() and x.requires_grad else most):
+            raise torch.OutOfMemoryError("out of memory")
+        return forward(net, x, *arguments, **named)
+
+    monkeypatch.setattr(EDMDenoiser, "forward", small)
+    heads = [*usual(tiny, tmp_path / "auto"), "--heads=spatial,time", "--loss=features"]
+    refused = invoke(*heads)
+    assert refused.exit_code == 2
+    assert refused.output.splitlines()[-1] == "Error: cpu is out of memory: lower --batch-gpu (now 4)"
+    done = invoke(*heads, "--batch-gpu=auto")
+    assert done.exit_code == 0, done.output
+    assert "4 samples at once do not fit into the memory of cpu" in done.output and "(2 per call" in done.output
+    assert load_newest_state(trained(done.output).parent)["options"]["batch_gpu"] == 2
+    graded = 1
+    several = [argument for argument in heads if "init" not in argument]
+    refused = invoke(*several, "--batch-gpu=2", "--init=ab,dpmpp", "--init_trial=0.5")
+    assert refused.exit_code == 2
+    assert refused.output.splitlines()[-1] == "Error: cpu is out of memory: lower --batch-gpu (now 2)"
+    most, graded = 0, 0
+    hopeless = invoke(*heads, "--batch-gpu=auto")
+    assert hopeless.exit_code == 2 and "out of memory even with --batch-gpu=1" in hopeless.output.splitlines()[-1]
 
 
 def test_continuing_from_the_command_line(tiny, tmp_path, monkeypatch):

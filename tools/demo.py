@@ -46,7 +46,8 @@ class Half:
 
 
 # Five evaluations everywhere. Every method, plain or learned, has the settings that served it best on validation seeds
-# 100000-100255, which the tables below never use; docs/digits.md and docs/cifar10-small.md tell how they were chosen.
+# 100000-100255, which the tables below never use; docs/digits.md, docs/cifar10-small.md and docs/span_solver.md
+# tell how they were chosen.
 COMMON = {"schedule_type": "time_uniform", "schedule_rho": 1, "afs": "data"}
 POLYNOMIAL = {"schedule_type": "polynomial", "afs": "data"}
 TRAINING = {
@@ -54,6 +55,18 @@ TRAINING = {
     **{"scale_dir": 0.2, "scale_time": 0.3, "total_kimg": 1, "batch": 16, "seed": 0},
 }
 PAPER = {"sampler_tea": "heun", "M": 1, "schedule_rho": 1, "scale_dir": 0.01, "scale_time": 0}  # all but its AFS
+SPAN = {
+    **{
+        "sampler_stu": "span",
+        "num_steps": 7,
+        "batch": 8,
+        "total_kimg": 1,
+        "pairs": 384,
+        "val_pairs": 64,
+        "val_every": 25,
+    },
+    **{"loss": "features+0.2*huber", "heads": "spatial,time", "seed": 0},
+}
 DIGITS = Half(
     dataset_name="digits",
     title="Digits in five network evaluations",
@@ -67,6 +80,7 @@ DIGITS = Half(
     learned={
         "AMED-Solver": {**TRAINING, "sampler_stu": "amed", **PAPER},
         "AMED-Plugin (iPNDM)": {**TRAINING, "sampler_stu": "ipndm", "max_order": 2},
+        "Span solver": SPAN,
     },
 )
 CIFAR10 = Half(
@@ -88,6 +102,7 @@ CIFAR10 = Half(
             **{**TRAINING, **POLYNOMIAL, "schedule_rho": 5, "sampler_stu": "ipndm", "M": 2},
             **{"scale_dir": 0.01, "scale_time": 0.2, "max_order": 4, "total_kimg": 1.5},
         },
+        "Span solver": SPAN,
     },
 )
 HALVES = {half.dataset_name: half for half in (DIGITS, CIFAR10)}

@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,16 +19,17 @@ from solvers.span import SpanStudent
 from torch_utils import distributed
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
+from torch_utils.memory import AUTO, explained_oom
 from torch_utils.progress import progress_bar
 from torch_utils.seeds import stream_seeds
 from training.checkpoint import save_predictor
 from training.distribution_loss import DistributionTerm, energy_distance
 from training.final_config import FinalOptions, grid_sigmas, learned
-from training.inputs import draw_condition
+from training.inputs import draw_condition, draw_inputs
 from training.run import Run, check_state, choose_folder, numbers, provenance_of, restore
 from training.run_folder import newest_state, on_main
 from training.teacher_set import TeacherSet, file_of, identity_of, teacher_set
-from training.training_loop import prepare
+from training.training_loop import fitting_batch_gpu, prepare
 
 STATISTICS = ("loss", "val", "rms", "gradient", "skipped")
 PATIENCE = 5  # iterations in a row without a finite gradient, after which the run ends
@@ -307,6 +309,24 @@ def measure(net, student, pairs: TeacherSet, indices, pair_loss, chunk: int, dis
 # The start
 
 
+def head_sizes(net, options: FinalOptions) -> dict:
+    """What the heads of a student have to know of the network."""
+    if not options.heads:
+        return {}
+    width = embedding_layer(net).out_features if "time" in options.head_names() else None
+    return {"img_channels": net.img_channels, "embedding_width": width}
+
+
+def rehearse(net, options: FinalOptions, ends: tuple, prompts, device, batch_gpu: int) -> None:
+    """What needs the memory of an iteration, for one call of the network and without learning."""
+    shape = [net.img_channels, net.img_resolution, net.img_resolution]
+    student = options.make_student(*ends, **head_sizes(net, options), image_shape=shape)
+    student.heads.to(device)
+    latents, cond = draw_inputs(net, range(batch_gpu), prompts, device=device)
+    x = student.run(net, latents, cond, checkpointing=options.checkpointing)
+    PairLoss(options.loss, net, options.feature_sigma)(x, latents, cond).sum().backward()
+
+
 def choose_start(
     net, options: FinalOptions, pairs: TeacherSet, ends: tuple, chunk: int, total: int, say
 ) -> SpanStudent:
@@ -315,15 +335,13 @@ def choose_start(
     the scores."""
     pair_loss = PairLoss(options.loss, net, options.feature_sigma)
     starts, indices = options.starts(), pairs.train[: options.init_pairs]
-    gaussian = _data_gaussian(net, options, ends, pairs.prompts)
+    gaussian = _data_gaussian(net, options, ends, pairs.prompts, chunk)
     results = []
     bar = progress_bar(len(starts), unit="start", disable=len(starts) == 1 or None, leave=False)
     for base, grid in starts:
         bar.update()
         more = {"image_shape": list(gaussian["mean"].shape)} if gaussian else {}
-        if options.heads:
-            width = embedding_layer(net).out_features if "time" in options.head_names() else None
-            more |= {"img_channels": net.img_channels, "embedding_width": width}
+        more |= head_sizes(net, options)
         if base is not None:
             more["base"] = base
         if grid is not None:
@@ -373,14 +391,15 @@ def try_finalists(net, options: FinalOptions, pairs: TeacherSet, finalists: list
     return results[0][-1]
 
 
-def _data_gaussian(net, options: FinalOptions, ends: tuple, prompts) -> dict:
+def _data_gaussian(net, options: FinalOptions, ends: tuple, prompts, batch: int) -> dict:
     """Mean and variance of the data for the student's first step, measured on one process; empty where it needs none."""
     student = options.make_student(*ends)
     if student.config["first_step"] != "gaussian":
         return {}
 
     def measured():
-        student.measure_gaussian(net, make_cond=lambda generators: draw_condition(net, generators, prompts))
+        make_cond = partial(draw_condition, net, prompts=prompts)
+        student.measure_gaussian(net, batch=batch, make_cond=make_cond)
         return {name: student.state_dict()[name].cpu() for name in ("mean", "variance")}
 
     return on_main(measured)
@@ -458,12 +477,16 @@ def train_student(options: FinalOptions | dict, device="cpu", run_dir=None, resu
         check_state(options, state, net, run_dir)
     own_place = run_dir is not None or options.nosubdir
     folder = choose_folder(options, net, run_dir) if own_place and not resume else None  # before the work: is it free?
+    if options.batch_gpu == AUTO:
+        share = options.batch // distributed.world_size()
+        options.batch_gpu = fitting_batch_gpu(partial(rehearse, net, options, ends, prompts, device), share, device)
     pairs = _pairs(net, options, ends, prompts, device)
     chunk = min(options.batch_gpu or options.batch, options.batch // distributed.world_size())
     total = math.ceil(options.total_kimg * 1000 / options.batch - 1e-9)
     lines: list[str] = []
     if state is None:
-        student = choose_start(net, options, pairs, ends, chunk, max(1, total), lines.append)
+        with explained_oom(device, f"lower --batch-gpu (now {chunk})"):
+            student = choose_start(net, options, pairs, ends, chunk, max(1, total), lines.append)
     else:
         student = _student_of(state, run_dir)
     trainer = FinalTrainer(net, student, pairs, options, max(1, total), device)

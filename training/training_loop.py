@@ -182,15 +182,15 @@ class Distiller:
         self.iteration = state["iteration"]
 
 
-def fitting_batch_gpu(make: Callable[..., Distiller], share: int, device) -> int:
-    """The largest divisor of the share with which a Distiller works in the memory of every process.
+def fitting_batch_gpu(rehearse: Callable[[int], None], share: int, device) -> int:
+    """The largest divisor of the share for which the memory of every process suffices.
 
-    make: makes one from ``batch_gpu``. Raises UserError where not even one sample fits.
+    rehearse(batch_gpu): does what needs the most. Raises UserError where not even one sample fits.
     """
     for batch_gpu in sorted((n for n in range(1, share + 1) if share % n == 0), reverse=True):
         fits = True
         try:
-            make(batch_gpu=batch_gpu).rehearse()
+            rehearse(batch_gpu)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -312,7 +312,9 @@ def train_predictor(
         device=device,
     )
     if options.batch_gpu == AUTO:
-        options.batch_gpu = fitting_batch_gpu(make, options.batch // distributed.world_size(), device)
+        options.batch_gpu = fitting_batch_gpu(
+            lambda batch_gpu: make(batch_gpu=batch_gpu).rehearse(), options.batch // distributed.world_size(), device
+        )
     distiller = make(batch_gpu=options.batch_gpu)
     provenance = provenance_of(net, options, ("seed", "batch", "lr", "amp", "compile", "teacher_cache"))
     elapsed, folder = (
