@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import torch
 
-from models.denoiser import BOTTLENECK_SIZE, read_bottleneck
+from models.denoiser import BOTTLENECK_SIZE, add_shift, read_bottleneck
 from solvers.loop import Solver, resolve_sigmas
 from solvers.rules import SOLVERS, State, make_rule
 from solvers.schedules import check_sigmas
@@ -48,7 +48,7 @@ class _Replay(Solver):
         self._used = 0
         self._prediction: tuple | None = None  # of the current interval
 
-    def denoise(self, x, sigma, copies=1, shift=None):  # ``_rule_of`` sees to it that the last two are these
+    def denoise(self, x, sigma, copies=1, shift=None):  # one point per call; a hook on the network does the shift
         if self._used == len(self._answers):
             raise _Question(x, sigma)
         self._used += 1
@@ -110,8 +110,6 @@ def _rule_of(predictor):
     if solver is not None:  # a student with a rule of its own
         if settings["parallel"] > 1:
             raise UserError("a pipeline asks the network for one point at a time: students with parallel=1 only")
-        if "time" in settings["heads"]:
-            raise UserError("a pipeline calls its network itself: students without the head 'time' only")
         return make_rule(solver)
     if settings["sampler_stu"] not in SOLVERS:
         raise UserError(f"the predictor was trained for an unknown solver '{settings['sampler_stu']}'")
@@ -125,9 +123,10 @@ class _AMEDScheduler:
     """Drop-in scheduler for diffusers pipelines that samples with a trained AMED predictor or span student.
 
     predictor: an AMEDPredictor; its configuration says which rule (AMED-Plugin on dpmpp, euler, ipndm, or amed), which
-    noise levels and whether AFS. Or a SpanStudent with one call per stage; it needs no network. config: that of the pipeline's own scheduler, which describes the network. network: the
-    pipeline's U-Net for the per-sample mode, in which the predictor sees the bottleneck (see ``attach``); without it the
-    predictor sees zeros (time-only mode). Raises UserError where these do not go together.
+    noise levels and whether AFS. Or a SpanStudent with one call per stage; it needs no network, but for its head "time".
+    config: that of the pipeline's own scheduler, which describes the network. network: the pipeline's U-Net for the
+    per-sample mode, in which the predictor sees the bottleneck (see ``attach``); without it the predictor sees zeros
+    (time-only mode). Raises UserError where these do not go together.
 
     The latents between the steps are those of the variance-preserving process, x / sqrt(1 + sigma^2), or of the flow,
     x / (1 + sigma), at the noise level that the network will be told; after the last step they are x itself. The
@@ -145,6 +144,7 @@ class _AMEDScheduler:
         self.register_to_config(**{**config, "use_flow_sigmas": flow})
         self._hooks: ExitStack | None = None
         self._reader = None
+        self._own_call = False  # whether the network's latest call was for this scheduler
         self._run: _Replay | None = None
         self._sigmas: torch.Tensor | None = None
         self._question: _Question | None = None
@@ -170,7 +170,7 @@ class _AMEDScheduler:
         A pipeline passes one time for the whole batch. A hook puts the times of the samples in its place, so that batches
         are sampled exactly; ``timesteps`` then shows their mean. The hook also makes AFS possible in pipelines that do not
         call scale_model_input, which is its only effect on networks without bottleneck (transformers): they stay in the
-        time-only mode. ``detach`` takes the hooks away.
+        time-only mode. A student's head "time" shifts the embedding of the noise level. ``detach`` takes the hooks away.
         """
         if not isinstance(network, torch.nn.Module):
             raise UserError("AMEDScheduler: network has to be the pipeline's unet or transformer")
@@ -178,8 +178,13 @@ class _AMEDScheduler:
         self._hooks = ExitStack()
         if getattr(network, "mid_block", None) is not None:
             self._reader = self._hooks.enter_context(read_bottleneck(SimpleNamespace(bottleneck=network.mid_block)))
-        handle = network.register_forward_pre_hook(self._before_call, with_kwargs=True)
-        self._hooks.callback(handle.remove)
+        handles = [network.register_forward_pre_hook(self._before_call, with_kwargs=True)]
+        if self._shifts:
+            layer = getattr(getattr(network, "time_embedding", None), "linear_2", None)
+            self.predictor.check_network(SimpleNamespace(noise_embedding=layer))
+            handles.append(layer.register_forward_hook(self._add_shift))
+        for handle in handles:
+            self._hooks.callback(handle.remove)
 
     def detach(self) -> None:
         """Back to the time-only mode; takes effect with the next set_timesteps."""
@@ -190,8 +195,13 @@ class _AMEDScheduler:
     @torch.no_grad()
     def _before_call(self, module, arguments, named):
         """The hook: replaces the input of the first call under AFS, and the times of later calls in the per-sample mode."""
+        self._own_call = False
         if self._run is None:
             return None
+        place = "timestep" if "timestep" in named else 1
+        given = float(torch.as_tensor(named[place] if place in named else arguments[1]).flatten()[0])
+        # The planned time is what a pipeline passes that has copied ``timesteps``.
+        self._own_call = given in (float(self.timesteps[self._index]), self._planned[self._index])
         if self._index == 0:
             if not self._run.afs or self._prepared == "by the pipeline":
                 return None
@@ -200,16 +210,22 @@ class _AMEDScheduler:
             return _replaced(arguments, named, place, self._first_input)
         if self._reader is None:
             return None
-        place = "timestep" if "timestep" in named else 1
-        given = named[place] if place in named else arguments[1]
         x = arguments[0] if arguments else named["sample"]
         rows, batch = len(x), len(self._times)
-        # The planned time is what a pipeline passes that has copied ``timesteps``.
-        expected = (float(self.timesteps[self._index]), self._planned[self._index])
-        if float(torch.as_tensor(given).flatten()[0]) not in expected or rows % batch:
+        if not self._own_call or rows % batch:
             return None  # a call for something else
         times = self._times.to(x.device).repeat(rows // batch)  # under guidance the batch comes twice
         return _replaced(arguments, named, place, lambda _: times)
+
+    @property
+    def _shifts(self) -> bool:
+        return "time" in getattr(self.predictor, "heads", {})
+
+    def _add_shift(self, module, inputs, output):
+        """The hook of the head "time"."""
+        if self._run is None or not self._own_call:
+            return output
+        return add_shift(output, self.predictor.heads["time"](self._index, 1).to(output.device))
 
     # The protocol of diffusers
 
@@ -307,6 +323,10 @@ class _AMEDScheduler:
         self._require_run()
         run = self._run
         if self._index == 0:
+            if self._shifts and self._hooks is None:
+                raise UserError(
+                    "the student's head 'time' acts inside the network: give it to the scheduler as well (network=pipe.unet)"
+                )
             if run.afs and self._prepared is None:
                 raise UserError(
                     "the predictor was trained with AFS, and this pipeline does not call scale_model_input: give the "

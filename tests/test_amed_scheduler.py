@@ -329,28 +329,45 @@ def test_example(kind, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("preset", "first_step"), [("gs", "none"), ("ld3", "zero"), ("full", "gaussian"), ("amed-table", "zero")]
+    ("preset", "first_step", "heads"),
+    [
+        *[("gs", "none", []), ("ld3", "zero", []), ("full", "gaussian", []), ("amed-table", "zero", [])],
+        *[("full", "gaussian", ["spatial", "time"]), ("gs", "none", ["time"])],
+    ],
 )
-def test_span_student(preset, first_step, tmp_path):
+def test_span_student(preset, first_step, heads, tmp_path):
     """A table in the place of the predictor: the pipeline makes the images of the loop."""
     net = load_diffusers(pipeline_folder("sd"), guidance_rate=RATE)
     ends = {"sigma_min": net.sigma_min, "sigma_max": net.sigma_max}
-    student = SpanStudent.preset(preset, num_steps=4, first_step=first_step, **ends)
+    sizes = {"img_channels": net.img_channels, "embedding_width": net.noise_embedding.out_features}
+    student = SpanStudent.preset(preset, num_steps=4, first_step=first_step, heads=heads, **sizes, **ends)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in student.groups().values():
             value.add_(0.2 * torch.randn(value.shape, generator=generator, dtype=value.dtype))
+        for value in student.head_parameters():
+            value.add_(0.1 * torch.randn(value.shape, generator=generator))
     if first_step == "gaussian":
         student._set_gaussian(torch.randn(net.img_channels, SIZE, SIZE, generator=generator), torch.tensor(0.8))
     noise, cond = noise_like(net), net.make_cond(prompts=PROMPTS)
     expected, info = sample(net, noise.double(), solver="span", predictor=student, cond=cond, return_info=True)
     save_predictor(student, tmp_path / "predictor-000001.safetensors")
-    network = net.pipeline.unet if first_step == "none" else None
+    network = net.pipeline.unet if first_step == "none" or heads else None
     scheduler = AMEDScheduler.from_predictor(tmp_path, net.pipeline.scheduler.config, network)
     assert len(scheduler) == student.evaluations() == info.nfe / 2
     for _ in range(2):
         assert relative_error(run_pipeline(net, scheduler, noise), expected.float()) < TOLERANCE
     with pytest.raises(UserError, match="parallel=1 only"):
         AMEDScheduler(SpanStudent(parallel=2), net.pipeline.scheduler.config)
-    with pytest.raises(UserError, match="without the head 'time' only"):
-        AMEDScheduler(SpanStudent(heads=["time"], embedding_width=4), net.pipeline.scheduler.config)
+    if "time" in heads:
+        unet, plain = net.pipeline.unet, SpanStudent.preset(preset, num_steps=4, first_step=first_step, **ends)
+        plain.load_state_dict(student.state_dict(), strict=False)
+        other = sample(net, noise.double(), solver="span", predictor=plain, cond=cond)
+        assert relative_error(other.float(), expected.float()) > 100 * TOLERANCE
+        scheduler.detach()
+        assert not unet.time_embedding.linear_2._forward_hooks
+        with pytest.raises(UserError, match="network=pipe.unet"):
+            run_pipeline(net, scheduler, noise)
+        wrong = SpanStudent(heads=["time"], embedding_width=4)
+        with pytest.raises(UserError, match="needs a noise embedding of 4 numbers"):
+            AMEDScheduler(wrong, net.pipeline.scheduler.config, unet)
