@@ -71,8 +71,7 @@ AMED="--sampler_stu=amed --sampler_tea=heun --num_steps=4 --M=1 --afs=True --sca
 IPNDM="--sampler_stu=ipndm --sampler_tea=ipndm --num_steps=4 --M=2 --afs=True --scale_dir=0.01
        --schedule_type=polynomial --schedule_rho=7 --max_order=4"
 
-SPAN="--sampler_stu=span --num_steps=7 --heads=spatial,time --batch=32 --batch-gpu=auto --pairs=2048
-      --loss=features+0.2*huber"
+SPAN="--sampler_stu=span --num_steps=7 --batch=32 --batch-gpu=auto --pairs=2048"
 
 case "${1:-help}" in
 demo)

@@ -2,7 +2,7 @@
 solver as a learned table, on its final samples.
 
     python train.py --dataset_name=cifar10 --num_steps=4 --sampler_stu=amed --sampler_tea=heun --batch=128
-    python train.py --dataset_name=cifar10 --num_steps=6 --sampler_stu=span --objective=final --loss=features+0.2*huber
+    python train.py --dataset_name=cifar10 --num_steps=6 --sampler_stu=span
     torchrun --standalone --nproc_per_node=8 train.py --dataset_name=imagenet64 ...
     python train.py --resume=7            # continue ./exps/00007-* where it stopped
 
@@ -127,7 +127,12 @@ WEIGHT = click.FloatRange(min=0)
 @option("tokenizer_path", str, "Tokenizer of Stable Diffusion (default: from the hub)", metavar="DIR")
 # Only under --objective=final.
 @option("preset", click.Choice(list(PRESETS)), "final: kind of span student, what it learns")
-@option("heads", str, "final: networks beside the table, sample,spatial,time", metavar="NAME,...")
+@option(
+    "heads",
+    str,
+    "final: networks beside the table, of sample,spatial,time, or none (default: spatial,time for full)",
+    metavar="NAME,...",
+)
 @option("parallel", COUNT, "final: calls of the network in one batch, per interval (default: the preset's)")
 @option(
     "init", str, "final: starts that are tried, base@grid,... or preset (default: several for full)", metavar="LIST"
@@ -136,7 +141,12 @@ WEIGHT = click.FloatRange(min=0)
 @option(
     "init_trial", click.FloatRange(0, 1), "final: share of the run that the three best of them are trained for first"
 )
-@option("loss", str, "final: weighted sum of l2, huber, features, lpips, module:function", metavar="W*TERM+...")
+@option(
+    "loss",
+    str,
+    "final: weighted sum of l2, huber, features, lpips, module:function (default: features+0.2*huber)",
+    metavar="W*TERM+...",
+)
 @option("feature_sigma", POSITIVE, "final: noise level at which the denoiser's features are compared")
 @option("w_dist", WEIGHT, "final: weight of the energy distance between the distributions of features")
 @option("w_anchor", WEIGHT, "final: weight of the distance to the teacher's states at the beginning of the run")

@@ -169,7 +169,7 @@ def span_flags(dataset_name, nfe, preset, changes=None):
     steps = STEPS[preset](nfe)
     if steps is None:
         return None
-    changes = dict(changes or {})
+    changes = {"heads": "none" if preset == "full" else None, **(changes or {})}
     steps = {**steps, "num_steps": steps["num_steps"] + changes.pop("num_steps", 0)}
     if changes.get("parallel") == 2:  # the same number of calls, but for the first point, where there is only one
         if nfe % 2 == 0:

@@ -6,9 +6,12 @@ import pytest
 import torch
 from test_train_cli import invoke, run_train, trained
 from test_training_loop import write_tiny
+from toy import ToyNet
 
 from models.edm import EDMDenoiser
+from torch_utils.errors import UserError
 from training.checkpoint import load_predictor
+from training.final_config import FinalOptions
 from training.final_loop import train_student
 from training.run_folder import load_newest_state
 
@@ -45,7 +48,7 @@ def test_defaults_and_flags_reach_the_run(tiny, tmp_path):
     done = invoke("--dataset_name=digits", "--sampler_stu=span", f"--outdir={tmp_path / 'exps'}", "-n")
     assert done.exit_code == 0, done.output
     options = json.loads(done.output[: done.output.rindex("}") + 1])
-    expected = {"objective": "final", "preset": "full", "batch": 32, "afs": None, "loss": "huber", "w_dist": 0.0}
+    expected = {"objective": "final", "preset": "full", "batch": 32, "afs": None, "loss": None, "heads": None}
     assert expected.items() <= options.items() and "lr" not in options and "M" not in options
     assert "00000-digits-5-3-span-full-deis" in done.output and not list(tmp_path.iterdir())
     flags = {
@@ -78,6 +81,26 @@ def test_defaults_and_flags_reach_the_run(tiny, tmp_path):
     )
     recorded = json.loads((tmp_path / "training_options.json").read_text())
     assert {**flags, "sigmas": [80.0, 1.0, 0.002], "batch_gpu": 2}.items() <= recorded.items()
+
+
+def test_heads_and_loss_that_are_not_given_suit_the_network(tiny, tmp_path):
+    for preset, heads in (("full", "spatial,time"), ("gs", "none")):
+        done = invoke(*usual(tiny, tmp_path), f"--preset={preset}")
+        assert done.exit_code == 0, done.output
+        path = trained(done.output)
+        recorded = json.loads((path.parent / "training_options.json").read_text())
+        assert (recorded["heads"], recorded["loss"]) == (heads, "features+0.2*huber")
+        assert ",".join(load_predictor(path).config["heads"]) == heads.replace("none", "")
+
+    class Blind(ToyNet):
+        def forward(self, x, sigma):
+            return x * 0.5
+
+    options = FinalOptions("custom").resolved(Blind(torch.float32))
+    assert (options.heads, options.loss) == ("spatial", "huber")
+    assert FinalOptions("custom", heads="sample", loss="l2").resolved(Blind(torch.float32)).loss == "l2"
+    with pytest.raises(UserError, match="features at sigma=100"):
+        FinalOptions("custom", feature_sigma=100.0).resolved(Blind(torch.float32))
 
 
 def test_micro_batches_that_fit(tiny, tmp_path, monkeypatch):
@@ -164,7 +187,7 @@ def test_mistakes_get_one_line(arguments, message, tmp_path):
 
 
 def test_flags_without_effect_are_pointed_out(tmp_path):
-    arguments = ["--dataset_name=digits", "--sampler_stu=span", f"--outdir={tmp_path}", "-n"]
+    arguments = ["--dataset_name=digits", "--sampler_stu=span", f"--outdir={tmp_path}", "-n", "--loss=huber"]
     done = invoke(*arguments, "--anchor=0.3", "--feature_sigma=0.1", "--init=preset", "--init_pairs=3")
     assert done.exit_code == 0
     for name in ("anchor", "feature_sigma", "init_pairs"):

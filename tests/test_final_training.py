@@ -24,7 +24,7 @@ from training.run_folder import load_newest_state
 from training.teacher_set import teacher_set
 
 USUAL = {"dataset_name": "custom", "seed": 3, "num_steps": 5, "pairs": 24, "val_pairs": 6, "batch": 4, "val_every": 5}
-USUAL |= {"num_steps_tea": 21, "total_kimg": 0.08, "init": "preset"}
+USUAL |= {"num_steps_tea": 21, "total_kimg": 0.08, "init": "preset", "heads": "none", "loss": "huber"}
 
 
 @pytest.fixture(scope="module", autouse=True)

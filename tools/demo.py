@@ -55,18 +55,7 @@ TRAINING = {
     **{"scale_dir": 0.2, "scale_time": 0.3, "total_kimg": 1, "batch": 16, "seed": 0},
 }
 PAPER = {"sampler_tea": "heun", "M": 1, "schedule_rho": 1, "scale_dir": 0.01, "scale_time": 0}  # all but its AFS
-SPAN = {
-    **{
-        "sampler_stu": "span",
-        "num_steps": 7,
-        "batch": 8,
-        "total_kimg": 1,
-        "pairs": 384,
-        "val_pairs": 64,
-        "val_every": 25,
-    },
-    **{"loss": "features+0.2*huber", "heads": "spatial,time", "seed": 0},
-}
+SPAN = {"sampler_stu": "span", "num_steps": 7, "batch": 8, "total_kimg": 1, "pairs": 384, "val_pairs": 64, "seed": 0}
 DIGITS = Half(
     dataset_name="digits",
     title="Digits in five network evaluations",

@@ -1,10 +1,11 @@
 """The settings of a run that trains a span student on its final samples, and the small languages that some are written in."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from solvers.feature_loss import DenoiserFeatures
 from solvers.loop import AFS_KINDS
 from solvers.optimize import Problem, run_dmn
 from solvers.pair_loss import parse_loss
@@ -12,6 +13,7 @@ from solvers.schedules import SCHEDULES, check_sigmas, get_schedule
 from solvers.span import BASES, GROUPS, PRESETS, SpanStudent
 from torch_utils.errors import UserError
 from training.config import RunOptions, positive
+from training.inputs import draw_inputs
 from training.teacher_set import TeacherSettings
 
 RATES = {
@@ -26,6 +28,8 @@ RATES = {
     "shifts": 1e-2,
 }
 KINDS = (*GROUPS, "heads", "shifts")
+HEADS = ("spatial", "time")  # of the preset "full", if nothing else is said
+LOSS = "features+0.2*huber"
 GRID_GROUPS = ("labels", "inner", "time", "inner_time")
 CHANGEABLE_FINAL = ("teacher_set",)  # besides those of every run
 INITIAL_BASES = ("ab", "dpmpp", "ipndm")
@@ -36,13 +40,14 @@ INITIAL_GRIDS = ("polynomial:7", "polynomial:4", "logsnr", "time_uniform:1")
 class FinalOptions(RunOptions):
     """Every option of train.py under ``--objective=final``; see RunOptions for those of all runs.
 
-    preset: of ``solvers.span.PRESETS``; heads: comma-separated ``solvers.span_heads.HEADS``; parallel: calls per batch of
-    the network; afs: None is the preset's first step,
+    preset: of ``solvers.span.PRESETS``; heads: comma-separated ``solvers.span_heads.HEADS``, or "none" (None: spatial and
+    time for the preset "full", no other); parallel: calls per batch of the network; afs: None is the preset's first step,
     else False, True (data of mean zero) or "data" (measured mean and variance). schedule_type, schedule_rho, sigmas: the
     labels that the student starts from (None: the preset's, or found by trial); init: which starts are tried (see
     ``starts``), on init_pairs pairs; init_trial: share of the iterations for which the three best of them are trained first.
 
-    loss: see ``solvers.pair_loss``; feature_sigma: noise level at which the denoiser's features are compared. w_dist:
+    loss: see ``solvers.pair_loss`` (None: features and a little huber, or huber where the network has no encoder whose
+    features could be compared); feature_sigma: noise level at which the denoiser's features are compared. w_dist:
     weight of the energy distance; w_anchor: of the distance to the teacher's states, which decays to 0 over the first
     ``anchor`` share of the run; w_delta: of the squared corrections.
 
@@ -62,7 +67,7 @@ class FinalOptions(RunOptions):
     batch: int = 32
     afs: bool | str | None = None
     preset: str = "full"
-    heads: str = ""
+    heads: str | None = None
     parallel: int | None = None
     schedule_type: str | None = None
     schedule_rho: float | None = None
@@ -70,7 +75,7 @@ class FinalOptions(RunOptions):
     init: str | None = None
     init_pairs: int = 16
     init_trial: float = 0.1
-    loss: str = "huber"
+    loss: str | None = None
     feature_sigma: float = 0.2
     w_dist: float = 0.0
     w_anchor: float = 0.0
@@ -127,7 +132,7 @@ class FinalOptions(RunOptions):
             raise UserError("--init: the student starts from --sigmas or --schedule_type; give only one of them")
         if self.schedule_rho is not None and self.schedule_type is None:
             raise UserError("--schedule_rho needs --schedule_type")
-        parse_loss(self.loss)
+        parse_loss(self.loss or LOSS)
         student = self.make_student(0.002, 80.0)
         self.starts()
         self.phase_list(student)
@@ -156,10 +161,22 @@ class FinalOptions(RunOptions):
         return {**PRESETS[self.preset], **own, **more}
 
     def head_names(self) -> list[str]:
-        names = [name.strip() for name in self.heads.split(",")] if self.heads else []
+        if self.heads is None:
+            return list(HEADS) if self.preset == "full" else []
+        names = [] if self.heads == "none" else [name.strip() for name in self.heads.split(",")]
         if len(set(names)) < len(names):
             raise UserError(f"--heads={self.heads}: name each head only once")
         return names
+
+    def resolved(self, net, prompts=None, device="cpu") -> "FinalOptions":
+        """The options with the heads and the loss that this network can have, where none were given."""
+        heads, loss = self.heads, self.loss
+        if heads is None:
+            names = [name for name in self.head_names() if name != "time" or getattr(net, "noise_embedding", None)]
+            heads = ",".join(names) or "none"
+        if loss is None:
+            loss = LOSS if has_features(net, self.feature_sigma, prompts, device) else "huber"
+        return replace(self, heads=heads, loss=loss)
 
     def make_student(self, sigma_min: float, sigma_max: float, **more) -> SpanStudent:
         student = SpanStudent(**self.student_config(sigma_min, sigma_max, **more))
@@ -211,7 +228,7 @@ class FinalOptions(RunOptions):
     def without_effect(self, names) -> list[str]:
         """Those of the options ``names`` that nothing looks at under the other settings."""
         idle = []
-        if "features" not in [name for _, name in parse_loss(self.loss)] and not self.w_dist:
+        if "features" not in [name for _, name in parse_loss(self.loss or LOSS)] and not self.w_dist:
             idle.append("feature_sigma")
         if not self.w_anchor:
             idle.append("anchor")
@@ -274,6 +291,17 @@ class FinalOptions(RunOptions):
             seed=self.seed or 0,
             states=self.w_anchor > 0,
         )
+
+
+def has_features(net, sigma: float, prompts=None, device="cpu") -> bool:
+    """Whether there is an encoder for ``DenoiserFeatures``; UserError where the network does not support sigma."""
+    features = DenoiserFeatures(net, sigma)
+    latents, cond = draw_inputs(net, [0], prompts, device=device)
+    try:
+        features(latents, cond)
+    except UserError:
+        return False
+    return True
 
 
 def learned(student: SpanStudent) -> dict[str, list[torch.nn.Parameter]]:

@@ -311,7 +311,7 @@ def measure(net, student, pairs: TeacherSet, indices, pair_loss, chunk: int, dis
 
 def head_sizes(net, options: FinalOptions) -> dict:
     """What the heads of a student have to know of the network."""
-    if not options.heads:
+    if not options.head_names():
         return {}
     width = embedding_layer(net).out_features if "time" in options.head_names() else None
     return {"img_channels": net.img_channels, "embedding_width": width}
@@ -465,6 +465,7 @@ def train_student(options: FinalOptions | dict, device="cpu", run_dir=None, resu
     device = torch.device(device)
     options = FinalOptions.from_dict(options) if isinstance(options, dict) else options
     options, net, prompts = prepare(options, device)
+    options = options.resolved(net, prompts, device)
     ends = tuple(
         float(getattr(net, name) if getattr(options, name) is None else getattr(options, name))
         for name in ("sigma_min", "sigma_max")
