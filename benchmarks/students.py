@@ -113,6 +113,7 @@ ABLATIONS = {
     "time head": {"heads": "time"},
     "two calls in one batch": {"parallel": 2},
     "twice the training": {"total_kimg": 1.44},
+    "both heads, loss in pixels": {"heads": "spatial,time", "loss": "huber"},
     "both heads, four times the training": {"heads": "spatial,time", "total_kimg": 2.88},
 }
 STRUCTURE = {  # ablations of the student's structure, which the command line does not offer
