@@ -353,10 +353,18 @@ def test_the_best_start_is_taken(toy_model, tmp_path):
     assert first[names[0]][1:] == ("ab", pytest.approx(expected))
 
 
-def test_the_start_that_learns_best_is_taken(toy_model, tmp_path):
+@pytest.mark.parametrize("more", [{}, {"w_dist": 0.1}], ids=str)
+def test_the_start_that_learns_best_is_taken(toy_model, tmp_path, more):
     """Of the best untrained ones; they are tried from the same state, and the run then begins untrained."""
     names = ["ab@polynomial:7", "euler@logsnr", "dpmpp@polynomial:4", "ab@polynomial:4", "ipndm@polynomial:7"]
-    kept = {**USUAL, "teacher_set": str(tmp_path / "set"), "total_kimg": 0.08, "init_pairs": 24, "val_every": 1000}
+    kept = {
+        **USUAL,
+        "teacher_set": str(tmp_path / "set"),
+        "total_kimg": 0.08,
+        "init_pairs": 24,
+        "val_every": 1000,
+        **more,
+    }
     short = {**kept, "total_kimg": 0.016, "warmup": 1}  # what a trial of a fifth comes to, warm-up and all
     untrained, trained, starts = {}, {}, {}
     for number, init in enumerate(names):

@@ -379,7 +379,8 @@ def try_finalists(net, options: FinalOptions, pairs: TeacherSet, finalists: list
     results = []
     for name, student in finalists:
         trainer = FinalTrainer(net, copy.deepcopy(student), pairs, short, iterations, pairs.device)
-        trainer.first = (math.nan, math.nan)  # its validation is not needed
+        if trainer.distribution is None:  # which begins with features of the untrained student
+            trainer.first = (math.nan, math.nan)  # else its validation is not needed
         try:
             for _ in range(iterations):
                 trainer.iterate()
