@@ -19,7 +19,8 @@ from torch_utils.errors import MissingExtra
 NETWORKS = ("digits", "cifar10-small")
 ORDER = [
     *("plain, best fid", "plain, best distance", "gits", "ld3, own trainer", "AMED-Solver", "AMED-Plugin (iPNDM)"),
-    *("ld3", "s4s", "dyweight", "gs", "amed-table", "epd", "full", "full + spatial", "full + spatial,time"),
+    *("ld3", "s4s", "dyweight", "gs", "amed-table", "epd", "dyweight + spatial,time"),
+    *("full", "full + spatial", "full + spatial,time"),
 ]
 WHOLE = [method for method in ORDER if method.startswith("full")]
 SCORES = {"fid": ("FID", 2), "fid2": ("FID of the second classifier", 2), "distance": ("distance", 4)}
@@ -89,7 +90,7 @@ def target_table(rows):
                 for method in ORDER[ORDER.index("AMED-Plugin (iPNDM)") :]
                 if found.get((method, nfe))
             }
-            others = {m: v for m, v in excess.items() if m not in (*WHOLE, "AMED-Plugin (iPNDM)")}
+            others = {m: v for m, v in excess.items() if m not in (*WHOLE, "AMED-Plugin (iPNDM)") and "+" not in m}
             if not others:
                 continue
             rival = min(others, key=others.get)
