@@ -134,6 +134,7 @@ WEIGHT = click.FloatRange(min=0)
     metavar="NAME,...",
 )
 @option("parallel", COUNT, "final: calls of the network in one batch, per interval (default: the preset's)")
+@option("time_bound", POSITIVE, "final: bound of |ln a| of the time scales (default: the preset's)")
 @option(
     "init", str, "final: starts that are tried, base@grid,... or preset (default: several for full)", metavar="LIST"
 )

@@ -223,7 +223,7 @@ def draw_tables(rows, pyplot, dest, nfe):
         row for row in rows if row["part"] == "main" and row["nfe"] == nfe and row.get("table") and row["seed"] == 0
     ]
     found = {row["method"]: row for row in chosen}
-    names = [name for name in ORDER if name in found and name not in WHOLE[1:]]
+    names = [name for name in ORDER if name in found and "+" not in name]
     if not names:
         return
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 1 + 0.62 * len(names)), width_ratios=(3, 2))

@@ -114,14 +114,14 @@ ABLATIONS = {
     "anchor to the teacher's states": {"w_anchor": 0.1},
     "sample head": {"heads": "sample"},
     "time head": {"heads": "time"},
+    "time scale within 5 %": {"time_bound": 0.05},
+    "time scale within 30 %": {"time_bound": 0.3},
     "two calls in one batch": {"parallel": 2},
     "twice the training": {"total_kimg": 1.44},
     "both heads, loss in pixels": {"heads": "spatial,time", "loss": "huber"},
     "both heads, four times the training": {"heads": "spatial,time", "total_kimg": 2.88},
 }
 STRUCTURE = {  # ablations of the student's structure, which the command line does not offer
-    "time scale within 5 %": {"time_bound": 0.05},
-    "time scale within 30 %": {"time_bound": 0.3},
     "time scale fixed": {"learn": ["labels", "inner", "corrections", "contrast"]},
     "coefficients free, not relative": {"relative": False},
     "coefficients of the theory": {"learn": ["labels", "inner", "time", "inner_time", "contrast"]},

@@ -144,6 +144,7 @@ OWN = {
         "preset": ["ld3"],
         "heads": ["sample", *final("heads", ["nope", "sample,sample", ","])],
         "parallel": ["2", *final("parallel", COUNT)],
+        "time_bound": ["0.3", *final("time_bound", POSITIVE)],
         "init": ["preset", *final("init", ["nope", "@", "ab@nope", "ab@polynomial:x", "ab@polynomial:0", "ab,"])],
         "init_pairs": ["4", *final("init_pairs", COUNT)],
         "init_trial": ["0.1", *final("init_trial", ["-0.1", "1.1", "nan"])],

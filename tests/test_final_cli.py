@@ -53,6 +53,7 @@ def test_defaults_and_flags_reach_the_run(tiny, tmp_path):
     assert "00000-digits-5-3-span-full-deis" in done.output and not list(tmp_path.iterdir())
     flags = {
         "preset": "dyweight",
+        "time_bound": 0.4,
         "afs": False,
         "sampler_tea": "ipndm",
         "schedule_tea": "logsnr",
@@ -77,7 +78,10 @@ def test_defaults_and_flags_reach_the_run(tiny, tmp_path):
     assert path.parent == tmp_path and (tmp_path / "set.safetensors").is_file()
     student = load_predictor(path)
     assert (
-        student.config["first_step"] == "none" and student.config["preset"] == "dyweight" and student.evaluations() == 2
+        student.config["first_step"] == "none"
+        and student.config["time_bound"] == 0.4
+        and student.config["preset"] == "dyweight"
+        and student.evaluations() == 2
     )
     recorded = json.loads((tmp_path / "training_options.json").read_text())
     assert {**flags, "sigmas": [80.0, 1.0, 0.002], "batch_gpu": 2}.items() <= recorded.items()

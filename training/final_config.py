@@ -41,7 +41,8 @@ class FinalOptions(RunOptions):
     """Every option of train.py under ``--objective=final``; see RunOptions for those of all runs.
 
     preset: of ``solvers.span.PRESETS``; heads: comma-separated ``solvers.span_heads.HEADS``, or "none" (None: spatial and
-    time for the preset "full", no other); parallel: calls per batch of the network; afs: None is the preset's first step,
+    time for the preset "full", no other); parallel: calls per batch of the network; time_bound: how far the logarithm of a
+    time scale may go (None: as far as the preset says); afs: None is the preset's first step,
     else False, True (data of mean zero) or "data" (measured mean and variance). schedule_type, schedule_rho, sigmas: the
     labels that the student starts from (None: the preset's, or found by trial); init: which starts are tried (see
     ``starts``), on init_pairs pairs; init_trial: share of the iterations for which the three best of them are trained first.
@@ -69,6 +70,7 @@ class FinalOptions(RunOptions):
     preset: str = "full"
     heads: str | None = None
     parallel: int | None = None
+    time_bound: float | None = None
     schedule_type: str | None = None
     schedule_rho: float | None = None
     sigmas: list[float] | None = None
@@ -147,7 +149,7 @@ class FinalOptions(RunOptions):
             raise UserError(f"preset={self.preset}: choose from {', '.join(PRESETS)}")
         own = {name: getattr(self, name) for name in ("dataset_name", "guidance_type", "guidance_rate", "num_steps")}
         own |= {"sigma_min": sigma_min, "sigma_max": sigma_max, "preset": self.preset}
-        for name in ("parallel", "schedule_type", "schedule_rho", "sigmas"):
+        for name in ("parallel", "time_bound", "schedule_type", "schedule_rho", "sigmas"):
             if getattr(self, name) is not None:
                 own[name] = getattr(self, name)
         if self.head_names():
