@@ -141,7 +141,7 @@ def test_gradients_equal_differences(solver, afs):
         for i, shift in enumerate(step * torch.eye(len(point), dtype=torch.float64)):
             expected[i] = (loss(point + shift) - loss(point - shift)) / (2 * step)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7 * float(expected.abs().max()))
-    assert (expected.abs() > 3e-6).sum() >= 7  # pfdiff does not evaluate at every point
+    assert (expected.abs() > 1e-4 / 768**0.5).sum() >= 7  # pfdiff does not evaluate at every point
 
 
 @pytest.mark.parametrize("solver", DIFFERENTIABLE)

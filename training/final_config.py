@@ -28,8 +28,8 @@ RATES = {
     "shifts": 1e-2,
 }
 KINDS = (*GROUPS, "heads", "shifts")
-HEADS = ("spatial", "time")  # of the preset "full", if nothing else is said
-LOSS = "features+0.2*huber"
+DEFAULT_HEADS = ("spatial", "time")  # of the preset "full", if nothing else is said
+DEFAULT_LOSS = "features+0.2*huber"
 GRID_GROUPS = ("labels", "inner", "time", "inner_time")
 CHANGEABLE_FINAL = ("teacher_set",)  # besides those of every run
 INITIAL_BASES = ("ab", "dpmpp", "ipndm")
@@ -134,7 +134,7 @@ class FinalOptions(RunOptions):
             raise UserError("--init: the student starts from --sigmas or --schedule_type; give only one of them")
         if self.schedule_rho is not None and self.schedule_type is None:
             raise UserError("--schedule_rho needs --schedule_type")
-        parse_loss(self.loss or LOSS)
+        parse_loss(self.loss or DEFAULT_LOSS)
         student = self.make_student(0.002, 80.0)
         self.starts()
         self.phase_list(student)
@@ -164,7 +164,7 @@ class FinalOptions(RunOptions):
 
     def head_names(self) -> list[str]:
         if self.heads is None:
-            return list(HEADS) if self.preset == "full" else []
+            return list(DEFAULT_HEADS) if self.preset == "full" else []
         names = [] if self.heads == "none" else [name.strip() for name in self.heads.split(",")]
         if len(set(names)) < len(names):
             raise UserError(f"--heads={self.heads}: name each head only once")
@@ -177,7 +177,7 @@ class FinalOptions(RunOptions):
             names = [name for name in self.head_names() if name != "time" or getattr(net, "noise_embedding", None)]
             heads = ",".join(names) or "none"
         if loss is None:
-            loss = LOSS if has_features(net, self.feature_sigma, prompts, device) else "huber"
+            loss = DEFAULT_LOSS if has_features(net, self.feature_sigma, prompts, device) else "huber"
         return replace(self, heads=heads, loss=loss)
 
     def make_student(self, sigma_min: float, sigma_max: float, **more) -> SpanStudent:
@@ -230,7 +230,7 @@ class FinalOptions(RunOptions):
     def without_effect(self, names) -> list[str]:
         """Those of the options ``names`` that nothing looks at under the other settings."""
         idle = []
-        if "features" not in [name for _, name in parse_loss(self.loss or LOSS)] and not self.w_dist:
+        if "features" not in [name for _, name in parse_loss(self.loss or DEFAULT_LOSS)] and not self.w_dist:
             idle.append("feature_sigma")
         if not self.w_anchor:
             idle.append("anchor")
