@@ -333,11 +333,11 @@ class Students:
                     )
 
     def best_plain(self, nfe, score):
-        """On the test seeds, the plain candidate that was best on the validation seeds."""
+        """Settings of the plain candidate that was best on the validation seeds."""
         rows = [row for row in self.rows() if row["part"] == "plain" and row["nfe"] == nfe]
         if not rows:
             raise click.ClickException(f"run --part=plain --nfe={nfe} first")
-        return self.solved(**min(rows, key=lambda row: row[score])["settings"], num_steps=nfe + 2)
+        return {**min(rows, key=lambda row: row[score])["settings"], "num_steps": nfe + 2}
 
     def main(self, nfes, seeds, wanted):
         def take(name, nfe, seed, work):
@@ -347,7 +347,7 @@ class Students:
         take("teacher", 30, None, lambda: self.solved(**TEACHER))
         for nfe in nfes:
             for score in ("fid", "distance"):
-                take(f"plain, best {score}", nfe, None, lambda n=nfe, s=score: self.best_plain(n, s))
+                take(f"plain, best {score}", nfe, None, lambda n=nfe, s=score: self.solved(**self.best_plain(n, s)))
         for seed in seeds:
             for nfe in nfes:
                 for name in SCHEDULES:
@@ -383,9 +383,8 @@ class Students:
             lines.append(
                 (f"{name}, {nfe}", self.shown(**self.trained_settings(load_predictor(find_predictor(folder)))))
             )
-        rows = [row for row in self.rows() if row["part"] == "plain" and row["nfe"] == nfe]
-        plain = min(rows, key=lambda row: row["fid"])["settings"]
-        lines.append((f"{plain['solver']}, {nfe}", self.shown(**plain, num_steps=nfe + 2)))
+        plain = self.best_plain(nfe, "fid")
+        lines.append((f"{plain['solver']}, {nfe}", self.shown(**plain)))
         height, width = lines[0][1].shape[:2]
         figure = Image.new("RGB", (width, (height + LABEL) * len(lines)), "white")
         draw, font = ImageDraw.Draw(figure), ImageFont.load_default(15)
