@@ -29,10 +29,12 @@ from torch_utils.tensor_file import json_entry, read_safetensors, write_safetens
 
 ENTRY = "dpm_v3"  # of the metadata of a statistics file
 RANGE_SLACK = 1e-3  # noise levels may exceed the nodes by this share
+CORRECTORS = ("auto", "same", "pseudo", "full", "off")
 CONSTANT = {"data": (1.0, 0.0), "noise": (0.0, -1.0)}  # (l, s) of plain data and noise prediction, b = 0
 PIECE = 0.2  # longest piece in lambda of the quadrature
 POINTS = 6  # of the Gauss-Legendre rule of a piece
-CORRECTED_INTERVALS = 6  # corrector="auto": on up to here
+CORRECTED_INTERVALS = 6  # of pixel models without guidance: corrector="auto" is "same" up to here, then "off"
+PSEUDO_INTERVALS = 5  # of the same: pseudo="auto" is True up to here
 POWERS = 4  # moments kept: for three points and the corrector's
 
 
@@ -63,7 +65,15 @@ def statistics_path(net) -> Path:
 def guidance_rate(net) -> float | None:
     """The strength of the guidance that is part of the denoiser; None without any."""
     rate = getattr(net, "guidance_rate", None)
-    return None if rate in (None, 0, 1) else float(rate)
+    without = rate is None or (rate in (0, 1) and not getattr(net, "guided", False))
+    return None if without else float(rate)
+
+
+def published_variant(net, intervals: int) -> tuple[str, bool]:
+    """(corrector, pseudo) that the authors use for this kind of network and number of intervals."""
+    if getattr(net, "latent", False) or getattr(net, "guided", False):
+        return "pseudo", False
+    return "same" if intervals <= CORRECTED_INTERVALS else "off", intervals <= PSEUDO_INTERVALS
 
 
 def save_statistics(statistics: Statistics, path) -> None:
@@ -264,22 +274,29 @@ def _command(net, path=None) -> str:
 @register("dpm_v3")
 class DPMSolverV3(Rule):
     """DPM-Solver-v3 multistep (Zheng et al. 2023, Section 3): what is linear in the network's statistics is integrated
-    exactly, the rest as the polynomial in lambda = -ln sigma through the newest max_order points.
+    exactly, the rest as the polynomial in lambda = -ln sigma through the newest max_order points. Follows the published
+    code, except that its integrals are exact (docs/solvers.md).
 
     statistics: a file of tools/model_statistics.py; auto: src/<dataset_name>/dpm_v3-<hash of the weights>.safetensors;
     data, noise: no file, but (l, s, b) = (1, 0, 0) or (0, -1, 0), the exponential integrator in data or noise
-    prediction. corrector: every interval but the last is done again with the evaluation at the predicted point, which
-    serves the next interval too (as in UniPC, without an evaluation of its own); auto: on schedules of at most 6
-    intervals. pseudo: every derivative from as few points as it takes, in the predictor. lower_order_final is that of
-    dpmpp. There is no thresholding. The callback gets the predicted points, a trajectory has the corrected ones.
+    prediction.
+    corrector: repeat every step but the last with the evaluation at the predicted point. That evaluation also serves
+    the next interval, so it is free. The points of a step of order p are its start, its end and older ones, in this
+    order. same: the first p of them, no correction at p = 1. pseudo: the first p + 1, the j-th derivative from the
+    first j + 1. full: the first p + 1, all derivatives from all of them (not published). off: no correction. auto:
+    pseudo for latent and guided models; for other pixel models same on up to 6 intervals and off on more.
+    pseudo: take the j-th derivative of the predictor from the newest j + 1 points, instead of all derivatives from all
+    points. auto: True for pixel models without guidance on up to 5 intervals.
+    lower_order_final: p is at most the number of intervals left, at every step.
+    There is no thresholding. The callback gets the predicted points, a trajectory has the corrected ones.
     """
 
     summary = "DPM-Solver-v3: multistep with statistics of the network, order 1-3"
     options = {
         "max_order": order_option(3),
         "statistics": Option(str, "auto", "file of model statistics, or auto, data, noise"),
-        "corrector": Option(("auto", "on", "off"), "auto", "correct each point with the evaluation there"),
-        "pseudo": Option(bool, False, "derivatives from as few points as possible"),
+        "corrector": Option(CORRECTORS, "auto", "correct each point with the evaluation there"),
+        "pseudo": Option(("auto", "True", "False"), "auto", "derivatives from as few points as possible"),
         "lower_order_final": Option(bool, True, "lower order in the last steps"),
     }
     highest_order = 3
@@ -292,9 +309,9 @@ class DPMSolverV3(Rule):
     def bind(self, net, sigmas):
         bound = copy.copy(self)
         bound.grid = tuple(sigmas.tolist())
-        bound.corrects = self.corrector == "on" or (
-            self.corrector == "auto" and len(bound.grid) - 1 <= CORRECTED_INTERVALS
-        )
+        corrector, pseudo = published_variant(net, len(bound.grid) - 1)
+        bound.variant = corrector if self.corrector == "auto" else self.corrector
+        bound.pseudo_predictor = pseudo if self.pseudo == "auto" else self.pseudo == "True"
         if self.statistics in CONSTANT:
             l, s = (torch.full((2, 1, 1, 1), value) for value in CONSTANT[self.statistics])  # noqa: E741
             ends = torch.tensor([bound.grid[0], bound.grid[-1]], dtype=torch.float64)
@@ -313,33 +330,35 @@ class DPMSolverV3(Rule):
         return bound
 
     def order(self, i: int, intervals: int) -> int:
-        """Of the step from point i, as in dpmpp."""
-        order = min(self.max_order, i + 1)
-        lowered = self.lower_order_final and i + 1 >= self.max_order
-        return min(order, intervals - i) if lowered else order
+        """Of the step from point i."""
+        return min(self.max_order, i + 1, intervals - i if self.lower_order_final else intervals)
 
     def advance(self, run, state: State, i: int) -> State:
         x, history = state.x, state.history  # of (g seen from point i, sigma)
-        step, last = self.steps[i].to(x), i + 1 == run.intervals
-        if not history or not self.corrects:
+        step, corrects = self.steps[i].to(x), self.variant != "off"
+        if not history or not corrects:
             sigma = run.sigma(i, x)
             history = (*history, (sigma * run.direction_at(x, i) - step.l_start * x, sigma))
-        used = history[::-1][: self.order(i, run.intervals)]
+        order = self.order(i, run.intervals)
         h = math.log(self.grid[i] / self.grid[i + 1])
-        places = [math.log(self.grid[i] / self.grid[i - k]) / h for k in range(len(used))]
-        values = [g for g, _ in used]
+        places = [math.log(self.grid[i] / self.grid[i - k]) / h for k in range(order)]
+        values = [g for g, _ in history[::-1][:order]]
         base = step.decay * x - step.drift
 
-        def extrapolated(places, values, pseudo=False):
+        def extrapolated(places, values, pseudo):
             weights = step_weights(step.moments, places, pseudo)
             return base - sum(weight * g for weight, g in zip(weights, values, strict=True))
 
-        following = extrapolated(places, values, self.pseudo)
+        following = extrapolated(places, values, self.pseudo_predictor)
         # Seen from the next point: exp(S) (g - B) is constant there where g is here.
         moved = tuple((step.growth * (g + step.bias), sigma) for g, sigma in history)
-        if self.corrects and not last:
+        if corrects and i + 1 < run.intervals:
             sigma = run.sigma(i + 1, x)
             f = sigma * run.direction_at(following, i + 1) - step.l_end * following
-            following = extrapolated([1.0, *places], [f / step.growth - step.bias, *values])
             moved = (*moved, (f, sigma))
+            if self.variant != "same" or order > 1:
+                places.insert(1, 1.0)
+                values.insert(1, f / step.growth - step.bias)
+                count = order if self.variant == "same" else order + 1
+                following = extrapolated(places[:count], values[:count], self.variant == "pseudo")
         return State(following, moved[-self.keep :], state.updates + 1)

@@ -5,6 +5,7 @@ import torch
 from solvers.rules import Option, Rule, State, register
 
 LIMIT = 2.0  # of every projection coefficient
+LONG_RUN = 20  # intervals above which zeta has its second form
 
 
 def projection(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -22,10 +23,13 @@ class EVODiff(Rule):
     """EVODiff (arXiv 2509.26096), multistep, in data prediction: what the difference of two denoised images says about the
     next one is weighted per sample and channel by inner products over the pixels.
 
-    The first step is Euler's. Every further one but the last goes to a probe point first; the evaluation there shapes
-    the step and serves the next interval, so an interval costs one. lower_order_final: the last step, which has no
-    evaluation at its end, is the published shortened one, which multiplies the image by 1 - sqrt(sigma_last
-    sigma_before); else it is the step to the probe. The callback gets the probe points, a trajectory has the states.
+    The first step is Euler's. Every further step goes to a probe point first. The evaluation there shapes the step
+    and serves the next interval, so an interval costs one evaluation. The callback gets the probe points, a trajectory
+    has the states. Follows the published code.
+
+    lower_order_final: True: the last step needs no evaluation at its end. It multiplies the image by
+    1 - sqrt(sigma_last sigma_before). False: the last step is like the others, which costs one evaluation more, at
+    sigma_last. A schedule of one interval is an Euler step in both cases.
     """
 
     summary = "EVODiff: adaptive multistep predictor-corrector, order 1"
@@ -35,46 +39,58 @@ class EVODiff(Rule):
     can_learn = False
     can_teach = False
 
+    def evaluations(self, intervals, afs=False, learned=False):
+        return intervals + (intervals > 1 and not self.lower_order_final) - bool(afs)
+
     def advance(self, run, state: State, i: int) -> State:
         x, cur, nxt, last = state.x, run.sigma(i, state.x), run.sigma(i + 1, state.x), i + 1 == run.intervals
         history = state.history or ((x - cur * run.direction_at(x, i), cur),)
         m0 = history[-1][0]
         ratio = nxt / cur
         euler = ratio * x + (1 - ratio) * m0
-        if i == 0:
-            probe = following = euler
-        else:
-            m1, before = history[-2]
-            steps = (before / cur).log() / (cur / nxt).log()
-            half = 0.5 * (1 - ratio)  # the paper's 0.5 sigma h, h = 1 / nxt - 1 / cur
-            share = 0.5 * (1 - ((nxt + cur) / (run.sigma(0, x) + cur)) ** 2)
-            usual = (ratio / (cur / before)).sqrt()
-
-            def excess(new, old):
-                """(new - beta old, beta): what of ``new`` the older image does not explain."""
-                beta = (1 - share) * usual + share * bounded(new, old)
-                return new - beta * old, beta
-
-            d1, beta = excess(m0, m1)
-            place = ((0.25 * beta.abs()).sigmoid() * steps).clamp(0.25 * steps, 1.5 * steps)
-            probe = euler + half * d1 / place
-            if last:
-                following = self.last_step(euler, m0, m1, cur, nxt) if self.lower_order_final else probe
-        if last:
+        if last and (i == 0 or self.lower_order_final):
+            following = euler if i == 0 else self.last_step(euler, m0, history[-2][0], cur, nxt)
             return State(following, history, state.updates + 1)
-        m2 = probe - nxt * run.direction_at(probe, i + 1)
-        if i > 0:
-            d2, _ = excess(m2, m0)
-            # The slopes over the previous and over this interval; a common factor 1 / h drops out.
-            p, q = d1 / steps, steps * d2
-            eta = 0.5 * (0.5 * bounded(q + p, q - p)).abs().sigmoid()
-            bend = (1 - eta) * q - eta * p
-            # 0.5 / place * (d1 - bend) projected on d1: sigma h has dropped out.
-            zeta = (projection(0.5 * (d1 - bend) / place, d1).abs() - 0.5).sigmoid()
-            following = euler + half * bend / zeta
+        if i == 0:
+            following = euler
+            m2 = euler - nxt * run.direction_at(euler, i + 1)
+        else:
+            following, m2 = self.usual_step(run, i, euler, history)
         return State(following, (*history, (m2, nxt))[-self.keep :], state.updates + 1)
 
-    def last_step(self, euler, m0, m1, cur, nxt):
+    def usual_step(self, run, i, euler, history):
+        """(the state at point i + 1, the denoised image at the probe point there). euler: Euler's step to it."""
+        (m1, before), (m0, cur) = history[-2:]
+        first, nxt, final = run.sigma(0, euler), run.sigma(i + 1, euler), run.sigma(-1, euler)
+        ratio = nxt / cur
+        length = 1 - ratio  # the paper's sigma h with h = 1 / nxt - 1 / cur
+        steps = (before / cur).log() / (cur / nxt).log()
+        share = 0.5 * (1 - ((nxt + final) / (first + final)) ** 2)
+        usual = (ratio / (cur / before)).sqrt()
+
+        def excess(new, old):
+            """(new - beta old, beta): what of ``new`` the older image does not explain."""
+            beta = (1 - share) * usual + share * bounded(new, old)
+            return new - beta * old, beta
+
+        d1, beta = excess(m0, m1)
+        place = ((0.25 * beta.abs()).sigmoid() * steps).clamp(0.25 * steps, 1.5 * steps)
+        probe = euler + 0.5 * length * d1 / place
+        m2 = probe - nxt * run.direction_at(probe, i + 1)
+        d2, _ = excess(m2, m0)
+        # The slopes over the previous and over this interval; a common factor 1 / h drops out.
+        p, q = d1 / steps, steps * d2
+        eta = 0.5 * (0.5 * bounded(q + p, q - p)).abs().sigmoid()
+        bend = (1 - eta) * q - eta * p
+        shift = 0.5 * length * (d1 - bend) / place
+        deviation = (bounded(shift, d1) / length).abs() - 0.5
+        if run.intervals > LONG_RUN:
+            reach = bounded(m0, (m0 - m1) / (1 / nxt - 1 / cur))
+            deviation = -deviation * (reach * (2 - ratio**2)).sigmoid()
+        return euler + 0.5 * length * bend / deviation.sigmoid(), m2
+
+    @staticmethod
+    def last_step(euler, m0, m1, cur, nxt):
         ratio = nxt / cur
         rest = 1 - 0.5 * torch.where(ratio < 0.5, ratio, ratio - 0.5).sqrt()
         return (1 - (nxt * cur).sqrt()) * euler + 0.5 * (1 - ratio) * (m0 - rest * m1)

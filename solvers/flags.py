@@ -15,7 +15,7 @@ SCHEDULE_NAMES = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "si
 def flag_type(kind):
     """The click type of an ``Option.kind``."""
     if isinstance(kind, tuple):
-        return click.Choice(kind)
+        return click.Choice(kind, case_sensitive=False)
     return Number(infinite=True) if kind is float else kind
 
 

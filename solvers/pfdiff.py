@@ -16,8 +16,9 @@ class PFDiff(Rule):
         its slope       g = (x_f - D(x_f; sigma_{i+h})) / sigma_{i+h}
         jump            x_{i+k+1} = x_i + (sigma_{i+k+1} - sigma_i) g
 
-    Where fewer than k + 1 intervals are left, the jump is shortened to the end and the future point to the last one
-    before it, which for a single interval is Euler's step. So NFE = 1 + ceil((intervals - 1) / (k + 1)); the finest
+    This is the published variant on DDIM without noise (eta = 0). Where fewer than k + 1 intervals are left, the jump is
+    shortened to the end and the future point is the next one, as in the published code; a single interval left is an
+    Euler step. So NFE = 1 + ceil((intervals - 1) / (k + 1)); the finest
     schedule for NFE = n has (k + 1) n - k intervals. Order 2 where the future point is in the middle of the jump,
     2 h = k + 1, otherwise 1; with k = 1 and equal steps the evaluated points are those of ipndm with max_order=2 on every
     second noise level. The callback sees the future points. pfdiff_k: 1..3. pfdiff_h: 1..pfdiff_k.
@@ -51,7 +52,7 @@ class PFDiff(Rule):
         stride = self.stride(i, run.intervals)
         future, point = i, x
         if state.history:
-            future = i + min(self.pfdiff_h, stride - 1)
+            future = i + (self.pfdiff_h if stride > self.pfdiff_k else min(1, stride - 1))
             slope = state.history[-1][0]
             point = x + (run.sigma(future, x) - cur) * slope
         slope = run.direction_at(point, future)

@@ -49,7 +49,7 @@ class State:
 @dataclass(frozen=True)
 class Option:
     """A setting of a rule: a keyword of ``sample`` and a flag of the command lines. kind: bool, int, float, str, or the
-    tuple of the words that may be chosen from."""
+    tuple of the words that may be chosen from (a boolean then counts as the word True or False)."""
 
     kind: type | tuple[str, ...]
     default: object
@@ -60,6 +60,7 @@ class Option:
         if value is None:
             return self.default
         if isinstance(self.kind, tuple):
+            value = str(value) if isinstance(value, bool) else value
             if value not in self.kind:
                 raise UserError(f"{name}={value}: choose from {', '.join(self.kind)}")
             return value

@@ -30,7 +30,7 @@ from torch_utils.progress import progress_bar
 from torch_utils.seeds import SeededGenerators, stream_seeds
 
 DERIVATIVES = ("auto", "forward", "finite")
-SHRINK = 0.3
+SHRINK_SAMPLES = 20  # the shrinkage is this number divided by the number of samples
 NEGLIGIBLE = 1e-3  # deviations of f below this share of its natural size, the noise or the image, are rounding
 MAX_S = 2.0  # f grows or decays like a power of sigma between -2 and 2 in the limits of high and low noise
 
@@ -89,14 +89,15 @@ class Moments:
         self.mean = self.mean + shift * count / self.count
 
 
-def regress(l, slope, mean, covariance, sigma: float, shrink: float = SHRINK):  # noqa: E741 (the paper's letter)
+def regress(l, slope, mean, covariance, sigma: float, shrink: float):  # noqa: E741 (the paper's letter)
     """(s, b) of the best line df/dlambda = s f + b per pixel.
 
     l, slope: [C,H,W], l and dl/dlambda; mean [3,C,H,W], covariance [3,3,C,H,W]: of x, D and dD/dlambda. With N = x - D and
     dx/dlambda = -N, f = (1 - l) x - D and df/dlambda = -(1 - l) N - dD/dlambda - x dl/dlambda.
 
     s is drawn towards zero where f varies less than in most pixels (``shrink`` of the mean variance is added to its
-    own), or hardly at all: there few samples say nothing about it, and exp(int s) would make noise large.
+    own), or hardly at all. There, few samples say nothing about s, and exp(int s) would make noise large. With
+    shrink = SHRINK_SAMPLES / samples the estimate tends to plain least squares as the samples grow.
     """
     one = torch.ones_like(l)
     f = torch.stack([1 - l, -one, 0 * one])
@@ -158,7 +159,11 @@ def estimate_statistics(
     bar.close()
     l = torch.stack([of.mean[0] for of in traces])  # noqa: E741
     slopes = node_slopes(-sigmas.log(), l)
-    lines = [regress(l[i], slopes[i], of.mean, of.scatter / of.count, float(sigmas[i])) for i, of in enumerate(moments)]
+    shrink = SHRINK_SAMPLES / samples
+    lines = [
+        regress(l[i], slopes[i], of.mean, of.scatter / of.count, float(sigmas[i]), shrink)
+        for i, of in enumerate(moments)
+    ]
     metadata = {
         "network_hash": getattr(net, "weights_hash", None),
         "dataset_name": getattr(net, "dataset_name", None),
