@@ -145,6 +145,7 @@ class ADMDenoiser(PixelUNetDenoiser):
             raise UserError(f"{self.model.out_channels} output channels do not fit {self.img_channels} input channels")
         self.classifier = None
         self.guidance_rate = float(guidance_rate or 0)
+        self.guided = self.guidance_rate != 0
         if self.guidance_rate:
             if not classifier:
                 raise UserError("classifier guidance needs the arguments and the weights of a classifier")

@@ -27,6 +27,8 @@ class Denoiser(torch.nn.Module):
     bottleneck                 the submodule whose output is the U-Net bottleneck
     noise_embedding            the linear layer whose output [B or 1, E] tells the blocks the noise level, or None
     evals_per_call             network evaluations one call costs
+    latent                     whether samples are latents, which ``decode`` turns into images
+    guided                     whether a classifier or the difference of two evaluations steers D
     data_mean, data_std        optional statistics of the training data (a broadcastable image and a scalar), else None
     """
 
@@ -36,6 +38,8 @@ class Denoiser(torch.nn.Module):
     img_resolution: int
     label_dim: int = 0
     evals_per_call: int = 1
+    latent: bool = False
+    guided: bool = False
     data_mean: torch.Tensor | None = None
     data_std: float | None = None
     compiled = None  # models.execution.CompiledForward, which then stands in for forward

@@ -192,6 +192,7 @@ class DiffusersDenoiser(Denoiser):
             {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
         )
         self.first_stage_name = next((name for name in _FIRST_STAGES if name in self.parts), None)
+        self.latent = any(name in pipeline.components for name in _FIRST_STAGES)
         self.img_channels, self.img_resolution = self.space()
         self.process = noise_process(pipeline.scheduler.config, self.tokens())
         self.sigma_min, self.sigma_max = self.process.sigma_min, self.process.sigma_max

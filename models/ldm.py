@@ -142,6 +142,8 @@ class LatentDenoiser(Denoiser):
     ``autocast``: None, torch.bfloat16 or torch.float16; the dtype in which the U-Net's matrix work runs.
     """
 
+    latent = True
+
     def __init__(
         self,
         *,

@@ -210,7 +210,11 @@ class StableDiffusionDenoiser(LatentDenoiser):
 
     @property
     def evals_per_call(self) -> int:
-        return 1 if self.guidance_rate == 1 else 2
+        return 2 if self.guided else 1
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_rate != 1
 
     def make_cond(self, generator=None, labels=None, prompts=None, negative_prompt: str = "") -> dict:
         """prompts: one string for the whole batch, or a sequence of B; negative_prompt: the unconditional side.
@@ -220,7 +224,7 @@ class StableDiffusionDenoiser(LatentDenoiser):
         """
         prompts = batch_of_prompts(prompts, None if generator is None else len(generator.seeds), labels)
         cond = {"condition": self.cond_stage_model(prompts)}
-        if self.guidance_rate != 1:
+        if self.guided:
             other = self.cond_stage_model([negative_prompt])  # once: it is the same text for everybody
             cond["unconditional_condition"] = other.expand_as(cond["condition"])
         return cond
@@ -234,7 +238,7 @@ class StableDiffusionDenoiser(LatentDenoiser):
 
     def predict_noise(self, x, times, condition=None, unconditional_condition=None):
         condition = self._context("condition", condition, len(x))
-        if self.guidance_rate == 1:
+        if not self.guided:
             return self.unet(x, times, context=condition)
         other = self._context("unconditional_condition", unconditional_condition, len(x))
         if other.shape != condition.shape:

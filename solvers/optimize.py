@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from models.denoiser import Denoiser
 from solvers.dmn import HIGHEST_ORDER, KINDS, dmn_sigmas
 from solvers.evolution import EVOLUTION_OPTIONS, evolution_sigmas
 from solvers.gits import METRICS, check_teacher, gits_cost, gits_indices, insert_afs_point, teacher_trajectory
@@ -308,7 +307,7 @@ def run_gits(
 def run_dmn(problem: Problem, *, kind) -> Found:
     """DM-NonUniform, for the order of the solver."""
     if kind == "auto":
-        kind = "pixel" if getattr(type(problem.net), "decode", Denoiser.decode) is Denoiser.decode else "latent"
+        kind = "latent" if getattr(problem.net, "latent", False) else "pixel"
     rule = problem.rule()
     exponential = hasattr(rule, "lower_order_final")
     return Found(

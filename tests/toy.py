@@ -27,14 +27,18 @@ class Feature(torch.nn.Module):
 
 
 class ToyNet(torch.nn.Module):
-    """D(x, sigma) for a mixture of five Gaussians of std 0.25; records the noise levels it is called with."""
+    """D(x, sigma) for a mixture of five Gaussians of std 0.25; records the noise levels it is called with.
 
-    img_channels, img_resolution, label_dim = 3, 16, 0
+    means: [5,C,H,W], those of the golden solver data by default.
+    """
 
-    def __init__(self, dtype=torch.float64, discrete=False):
+    img_channels, label_dim = 3, 0
+
+    def __init__(self, dtype=torch.float64, discrete=False, means=None):
         super().__init__()
         self.sigma_min, self.sigma_max = 0.002, 80.0
-        self.means = common("means", dtype)
+        self.means = common("means", dtype) if means is None else means
+        self.img_resolution = self.means.shape[-1]
         self.bottleneck = Feature()
         self.calls = []
         if discrete:
