@@ -99,12 +99,13 @@ def test_no_guidance_skips_the_classifier(guidance):
     without = {name: value for name, value in WEIGHTS.items() if name.startswith("model.")}
     for config, weights in ((CONFIG, WEIGHTS), ({"model": CONFIG["model"]}, without)):
         net = build_denoiser("adm", config, weights, *guidance)
-        assert net.classifier is None and net.evals_per_call == 1
+        assert net.classifier is None and net.evals_per_call == 1 and not net.guided and not net.latent
         assert relative_error(net(x, sigma, **LABELS), expected) < TOLERANCE
 
 
 def test_rate_is_one_unless_given():
     assert guided().guidance_rate == guided(1).guidance_rate == 1
+    assert guided().guided and guided(4).guided
 
 
 def test_unconditional_network_with_classifier():

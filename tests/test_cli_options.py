@@ -100,7 +100,7 @@ SHARED = {
         for file in ("missing.file", "empty", "text.txt", "broken.safetensors")
     ],
     "corrector": CHOICE,
-    "pseudo": BOOL,
+    "pseudo": CHOICE,
     "S_churn": [("--solver=edm", f"--S_churn={value}") for value in ("-1", "nan", "inf")],
     "S_min": [("--solver=edm", f"--S_min={value}") for value in ("-1", "nan")],
     "S_max": [("--solver=edm", f"--S_max={value}") for value in ("-1", "nan")],

@@ -70,7 +70,7 @@ def test_unconditional_euler(prediction):
     found, info = own_euler(net, noise, scheduler.sigmas[:-1], {})
     assert relative_error(found, x) < TOLERANCE
     assert info.nfe == 4 and (net.img_channels, net.img_resolution, net.label_dim) == (3, SIZE, 0)
-    assert torch.equal(net.decode(x), x) and net.make_cond(SeededGenerators([1])) == {}
+    assert not net.latent and torch.equal(net.decode(x), x) and net.make_cond(SeededGenerators([1])) == {}
 
 
 def test_unconditional_ddim_of_latents():
@@ -494,7 +494,9 @@ def test_conditions_that_do_not_fit(tmp_path):
     net = load_diffusers(copy_of("sdxl", tmp_path, text_encoder_2=[None, None], tokenizer_2=[None, None]))
     with pytest.raises(UserError, match="without its text_encoder_2"):
         net.make_cond(prompts=PROMPTS)
+    assert load_diffusers(pipeline_folder("ldm")).latent
     net = load_diffusers(copy_of("sd", tmp_path / "latents", vae=[None, None]))
+    assert net.latent
     with pytest.raises(UserError, match="without its vae"):
         net.decode(noise_like(net))
     net = load_diffusers(pipeline_folder("sd"))

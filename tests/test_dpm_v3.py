@@ -15,8 +15,10 @@ from models import create_model
 from models.edm import EDMDenoiser
 from solvers import get_schedule, make_rule, sample
 from solvers.dpm_solver_v3 import (
+    CORRECTORS,
     Curves,
     Statistics,
+    guidance_rate,
     load_statistics,
     make_step,
     node_slopes,
@@ -105,18 +107,19 @@ def test_constant_statistics_of_order_one_are_dpmpp(kind, schedule):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("corrector", ["on", "off"])
+@pytest.mark.parametrize("corrector", ["full", "off"])
 @pytest.mark.parametrize("lower", [True, False])
 @pytest.mark.parametrize("order", [2, 3])
 @pytest.mark.parametrize("kind", ["data", "noise"])
 def test_constant_statistics_are_unipc_with_all_weights_solved(monkeypatch, kind, order, lower, corrector):
-    """The exponential integrator with polynomial interpolation; without the corrector it is UniPC's predictor alone."""
+    """The exponential integrator with polynomial interpolation. With corrector=full it is UniPC, without a corrector
+    UniPC's predictor alone."""
     monkeypatch.setitem(sys.modules["solvers.rules"].SOLVERS, "weighted", FullyWeighted)
     x, sigmas = common("latents2"), get_schedule(8, 0.01, 60.0)
     common_options = {"sigmas": sigmas, "max_order": order, "lower_order_final": lower, "return_trajectory": True}
     found = sample(ToyNet(), x, solver="dpm_v3", statistics=kind, corrector=corrector, **common_options)
     options = {"solver": "weighted", "predict_x0": kind == "data", "thresholding": False, **common_options}
-    if corrector == "on":
+    if corrector == "full":
         expected = sample(ToyNet(), x, **options)
     else:  # UniPC does not correct its last point: every row from a schedule that starts from the row before
         expected = predictor_only(x, sigmas, order, lower, kind == "data")
@@ -379,17 +382,22 @@ def test_finite_differences_of_a_real_network():
     ("options", "order"),
     [
         ({"max_order": 1, "corrector": "off"}, 1),
-        ({"max_order": 1, "corrector": "on"}, 2),
+        ({"max_order": 1, "corrector": "same"}, 1),
+        ({"max_order": 1, "corrector": "pseudo"}, 2),
+        ({"max_order": 1, "corrector": "full"}, 2),
         ({"max_order": 2, "corrector": "off"}, 2),
-        ({"max_order": 2, "corrector": "on"}, 3),
-        ({"max_order": 3, "corrector": "on"}, 3),
+        ({"max_order": 2, "corrector": "same"}, 2),
+        ({"max_order": 2, "corrector": "pseudo"}, 2),
+        ({"max_order": 2, "corrector": "full"}, 3),
+        ({"max_order": 3, "corrector": "same"}, 2),
+        ({"max_order": 3, "corrector": "full"}, 3),
         ({"max_order": 3, "corrector": "off", "pseudo": True}, 2),
     ],
     ids=str,
 )
 def test_order_with_estimated_statistics(toy, options, order):
-    """On the mixture of the golden data. The first steps are of lower order, which limits the whole to 3 with a corrector
-    and to 2 without (docs/solvers.md)."""
+    """On the mixture of the golden data. The first step is of order one. That limits the whole to order 3 where it is
+    corrected and to 2 where it is not (docs/solvers.md)."""
     path, x, exact = toy
     errors = []
     for n in (24, 48):
@@ -417,7 +425,7 @@ def toy(tmp_path_factory):
 
 
 @pytest.mark.parametrize("afs", [False, True])
-@pytest.mark.parametrize("corrector", ["on", "off", "auto"])
+@pytest.mark.parametrize("corrector", CORRECTORS)
 @pytest.mark.parametrize("intervals", [1, 2, 7])
 def test_one_evaluation_per_interval(intervals, corrector, afs):
     net, sigmas = ToyNet(), get_schedule(intervals + 1, 0.01, 60.0)
@@ -431,14 +439,30 @@ def test_one_evaluation_per_interval(intervals, corrector, afs):
     assert seen == list(range(intervals))
 
 
-def test_corrector_auto_depends_on_the_length():
-    x = common("latents2")
-    for intervals, same in ((6, "on"), (7, "off")):
-        auto, chosen = (
-            sample(ToyNet(), x, solver="dpm_v3", statistics="data", num_steps=intervals + 1, corrector=corrector)
-            for corrector in ("auto", same)
-        )
-        assert torch.equal(auto, chosen)
+@pytest.mark.parametrize(
+    ("latent", "guided", "intervals", "corrector", "pseudo"),
+    [
+        (False, False, 5, "same", True),
+        (False, False, 6, "same", False),
+        (False, False, 7, "off", False),
+        (True, False, 5, "pseudo", False),
+        (False, True, 7, "pseudo", False),
+    ],
+)
+def test_auto_depends_on_the_network_and_the_length(latent, guided, intervals, corrector, pseudo):
+    net, x = ToyNet(), common("latents2")
+    net.latent, net.guided = latent, guided
+
+    def run(**options):
+        return sample(net, x, solver="dpm_v3", statistics="data", num_steps=intervals + 1, **options)
+
+    auto = run()
+    assert torch.equal(auto, run(corrector=corrector, pseudo=pseudo))
+    assert torch.equal(auto, run(corrector=corrector, pseudo=str(pseudo)))
+    if intervals < 7 or guided:
+        assert not torch.allclose(auto, run(corrector="off"))
+    if pseudo:
+        assert not torch.allclose(auto, run(pseudo=False))
 
 
 def test_file_keeps_everything(tmp_path):
@@ -459,6 +483,18 @@ def test_file_keeps_everything(tmp_path):
     again = estimate_statistics(net, nodes=5, samples=3, seed=4, dtype=torch.float64)
     other = estimate_statistics(net, nodes=5, samples=3, seed=5, dtype=torch.float64)
     assert torch.equal(again.s, found.s) and not torch.equal(other.s, found.s)
+
+
+@pytest.mark.parametrize(
+    ("rate", "guided", "expected"),
+    [(None, False, None), (0.0, False, None), (1.0, False, None), (1.0, True, 1.0), (0.0, True, 0.0), (3, True, 3.0)],
+)
+def test_guidance_of_the_statistics(rate, guided, expected):
+    """A rate of 0 or 1 means no guidance in one family of networks and guidance in another."""
+    net = named(Gaussian())
+    net.guidance_rate, net.guided = rate, guided
+    assert guidance_rate(net) == expected
+    assert ("guidance" in statistics_path(net).name) == (expected is not None)
 
 
 def named(net, digest="ab" * 32):
@@ -513,7 +549,7 @@ def test_mistakes_are_explained(tmp_path, monkeypatch):
     guided.guidance_rate = 7.5
     assert "guidance_rate None, and the network has 7.5" in attempt(guided)
     solve(named(Gaussian(), "cd" * 32), path, schedule)  # the right one
-    with pytest.raises(ValueError, match="corrector=maybe: choose from auto, on, off"):
+    with pytest.raises(ValueError, match="corrector=maybe: choose from auto, same, pseudo, full, off"):
         solve(Gaussian(), path, schedule, corrector="maybe")
 
 

@@ -1,11 +1,11 @@
-"""EVODiff: it has no published numbers to compare with, so an independent scalar form, limits and properties."""
+"""EVODiff: limits and properties. tests/test_methods_golden.py has the numbers of the published code."""
 
 import math
 
 import pytest
 import torch
 
-from solvers import get_schedule, sample
+from solvers import get_schedule, make_rule, sample
 from solvers.evodiff import projection
 
 torch.set_num_threads(1)
@@ -42,71 +42,24 @@ def run(function, x, sigmas, **options):
 
 GRID = get_schedule(7, 0.02, 10.0)  # polynomial: unequal steps in ln sigma
 EVEN = get_schedule(7, 0.02, 10.0, "logsnr")
+LONG = get_schedule(23, 0.02, 10.0)  # long enough for the second form of zeta
 
 
+@pytest.mark.parametrize("lower", [True, False])
 @pytest.mark.parametrize("afs", [False, True])
 @pytest.mark.parametrize("intervals", [1, 2, 3, 7])
-def test_one_evaluation_per_interval_at_the_points_of_the_schedule(intervals, afs):
+def test_one_evaluation_per_interval_at_the_points_of_the_schedule(intervals, afs, lower):
+    """And one at the last point where the last step is an ordinary one."""
     net = Net(two_gaussians)
-    sigmas = get_schedule(intervals + 1, 0.02, 10.0)
-    _, info = sample(net, latents(), solver="evodiff", sigmas=sigmas, afs=afs, return_info=True)
-    assert net.calls == sigmas[int(afs) : -1].tolist()
-    assert info.nfe == intervals - afs
+    options = {"solver": "evodiff", "sigmas": get_schedule(intervals + 1, 0.02, 10.0), "afs": afs}
+    options["lower_order_final"] = lower
+    _, info = sample(net, latents(), **options, return_info=True)
+    expected = options["sigmas"][int(afs) : -1 if lower or intervals == 1 else None].tolist()
+    assert net.calls == expected
+    assert info.nfe == len(expected) == make_rule("evodiff", {"lower_order_final": lower}).evaluations(intervals, afs)
     net.calls.clear()
-    sample(net, latents(), solver="evodiff", sigmas=sigmas, afs=afs, denoise_to_zero=True)
-    assert net.calls == sigmas[int(afs) :].tolist()
-
-
-def scalar_evodiff(x, sigmas, denoise):
-    """The published steps for an image of one pixel, number by number, with the paper's k = sigma and h = 1/t - 1/s."""
-
-    def sigmoid(v):
-        return 1 / (1 + math.exp(-v))
-
-    def clamp(v, low, high):
-        return min(max(v, low), high)
-
-    x = x * sigmas[0]
-    m1, m0 = None, denoise(x, sigmas[0])
-    for i, (s, t) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
-        h = 1 / t - 1 / s
-        x_e = t / s * x + t * h * m0
-        last = i == len(sigmas) - 2
-        if i == 0:
-            x, m1 = x_e, m0
-            m0 = None if last else denoise(x, t)
-            continue
-        if last:
-            ratio = t / s
-            rho = 1 - 0.5 * math.sqrt(ratio) if ratio < 0.5 else 1 - 0.5 * math.sqrt(ratio - 0.5)
-            return (1 - math.sqrt(t * s)) * x_e + 0.5 * t * h * (m0 - rho * m1)
-        before = sigmas[i - 1]
-        rl = math.log(before / s) / math.log(s / t)
-        w = 0.5 * (1 - ((t + s) / (sigmas[0] + s)) ** 2)
-        q = math.sqrt((t / s) / (s / before))
-        beta1 = (1 - w) * q + w * clamp(m0 / m1, -2, 2)
-        d1 = m0 - beta1 * m1
-        r = clamp(sigmoid(0.25 * abs(beta1)) * rl, 0.25 * rl, 1.5 * rl)
-        x_p = x_e + 0.5 * t * h * d1 / r
-        m_t = denoise(x_p, t)
-        d2 = m_t - ((1 - w) * q + w * clamp(m_t / m0, -2, 2)) * m0
-        slope1, slope2 = d1 / (rl * h), rl * d2 / h
-        eta = 0.5 * sigmoid(abs(0.5 * clamp((slope2 + slope1) / (slope2 - slope1), -2, 2)))
-        bc = -eta * d1 / rl + (1 - eta) * rl * d2
-        zeta = sigmoid(abs((x_p - x_e - 0.5 * t * h * bc / r) / d1 / (h * t)) - 0.5)
-        x, m1, m0 = x_e + 0.5 * t * h * bc / zeta, m0, m_t
-    return x
-
-
-@pytest.mark.parametrize("grid", [GRID, EVEN[:3], EVEN[:2], GRID[2:], get_schedule(6, 0.9, 2.0)])
-def test_scalar_form(grid):
-    def denoise(x, sigma):
-        variance = 0.36 + sigma**2
-        return (0.36 * x + sigma**2 * math.tanh(x / variance)) / variance
-
-    for start in (-1.3, 0.2, 0.9):
-        found = run(two_gaussians, torch.full((1, 1, 1, 1), start, dtype=torch.float64), grid)
-        assert float(found) == pytest.approx(scalar_evodiff(start, grid.tolist(), denoise), rel=1e-11)
+    sample(net, latents(), **options, denoise_to_zero=True)
+    assert net.calls == [*expected, float(options["sigmas"][-1])]
 
 
 def test_samples_and_channels_do_not_mix():
@@ -132,10 +85,6 @@ def test_constant_denoiser_on_equal_steps_is_exact_but_for_the_last_step():
     exact = torch.stack([mean + (10.0 * x - mean) * s / 10.0 for s in EVEN])
     found = run(constant, x, EVEN, return_trajectory=True)
     torch.testing.assert_close(found[:-1], exact[:-1], rtol=0, atol=1e-13)
-    ratio, shrink = float(EVEN[-1] / EVEN[-2]), 1 - math.sqrt(EVEN[-1] * EVEN[-2])
-    rho = 1 - 0.5 * math.sqrt(ratio)
-    expected = shrink * exact[-1] + 0.5 * (1 - ratio) * (1 - rho) * mean
-    torch.testing.assert_close(found[-1], expected, rtol=0, atol=1e-13)
     assert not torch.allclose(found[-1], exact[-1])
     plain = run(constant, x, EVEN, lower_order_final=False)
     torch.testing.assert_close(plain, exact[-1], rtol=0, atol=1e-13)
@@ -159,7 +108,7 @@ def test_degenerate_images_stay_finite(dtype):
         lambda x, sigma: torch.sign(torch.cos(7 * sigma)) * constant(x, sigma),  # opposite images
     ]
     for function in functions:
-        for grid in (GRID, EVEN):
+        for grid in (GRID, EVEN, LONG):
             found = run(function, x, grid, return_trajectory=True)
             assert found.dtype == dtype and found.isfinite().all()
 

@@ -46,11 +46,11 @@ def test_evaluations(k, h):
         (1, 1, 6, [0, 2, 4, 5]),  # one interval is left: Euler's step
         (2, 1, 7, [0, 2, 5]),
         (2, 2, 7, [0, 3, 6]),
-        (2, 2, 6, [0, 3, 5]),  # the future point would be the end
+        (2, 2, 6, [0, 3, 5]),  # fewer than k + 1 intervals are left: one point ahead
         (2, 2, 5, [0, 3, 4]),
         (3, 1, 9, [0, 2, 6]),
         (3, 3, 7, [0, 4, 6]),
-        (3, 2, 8, [0, 3, 7]),
+        (3, 2, 8, [0, 3, 6]),
         (3, 3, 1, [0]),
         (3, 3, 2, [0, 1]),
     ],

@@ -79,6 +79,8 @@ def test_guidance_and_its_cost():
     plain, _, _ = build("none", None)
     default, _, _ = build(None, None)
     assert (guided.evals_per_call, single.evals_per_call, plain.evals_per_call) == (2, 1, 1)
+    assert (guided.guided, single.guided, plain.guided, default.guided) == (True, False, False, True)
+    assert guided.latent and plain.latent
     assert default.guidance_rate == 7.5 and plain.guidance_rate == 1
     x, sigma = io["x__2"], io["sigmas"][2]
     batches = network_batches(guided), network_batches(single)
