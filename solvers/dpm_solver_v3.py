@@ -29,7 +29,7 @@ from torch_utils.tensor_file import json_entry, read_safetensors, write_safetens
 
 ENTRY = "dpm_v3"  # of the metadata of a statistics file
 RANGE_SLACK = 1e-3  # noise levels may exceed the nodes by this share
-CORRECTORS = ("auto", "same", "pseudo", "full", "off")
+CORRECTORS = ("auto", "same", "pseudo", "off")
 CONSTANT = {"data": (1.0, 0.0), "noise": (0.0, -1.0)}  # (l, s) of plain data and noise prediction, b = 0
 PIECE = 0.2  # longest piece in lambda of the quadrature
 POINTS = 6  # of the Gauss-Legendre rule of a piece
@@ -283,8 +283,8 @@ class DPMSolverV3(Rule):
     corrector: repeat every step but the last with the evaluation at the predicted point. That evaluation also serves
     the next interval, so it is free. The points of a step of order p are its start, its end and older ones, in this
     order. same: the first p of them, no correction at p = 1. pseudo: the first p + 1, the j-th derivative from the
-    first j + 1. full: the first p + 1, all derivatives from all of them (not published). off: no correction. auto:
-    pseudo for latent and guided models; for other pixel models same on up to 6 intervals and off on more.
+    first j + 1. off: no correction. auto: pseudo for latent and guided models; for other pixel models same on up to 6
+    intervals and off on more.
     pseudo: take the j-th derivative of the predictor from the newest j + 1 points, instead of all derivatives from all
     points. auto: True for pixel models without guidance on up to 5 intervals.
     lower_order_final: p is at most the number of intervals left, at every step.
