@@ -356,9 +356,8 @@ class DPMSolverV3(Rule):
             sigma = run.sigma(i + 1, x)
             f = sigma * run.direction_at(following, i + 1) - step.l_end * following
             moved = (*moved, (f, sigma))
-            if self.variant != "same" or order > 1:
-                places.insert(1, 1.0)
-                values.insert(1, f / step.growth - step.bias)
-                count = order if self.variant == "same" else order + 1
-                following = extrapolated(places[:count], values[:count], self.variant == "pseudo")
+            places.insert(1, 1.0)
+            values.insert(1, f / step.growth - step.bias)
+            count = order if self.variant == "same" else order + 1
+            following = extrapolated(places[:count], values[:count], self.variant == "pseudo")
         return State(following, moved[-self.keep :], state.updates + 1)

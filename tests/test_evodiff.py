@@ -90,6 +90,23 @@ def test_constant_denoiser_on_equal_steps_is_exact_but_for_the_last_step():
     torch.testing.assert_close(plain, exact[-1], rtol=0, atol=1e-13)
 
 
+def test_the_place_of_the_probe_looks_at_the_size_of_beta_only():
+    """At low noise w = 1/2. From v to -2 v in equal steps of ln sigma, beta = 1/2 - 2/2 = -1/2, so that
+    probe - euler = (1 - t/s) / 2 (beta v - 2 v) / sigmoid(|beta| / 4), and that is -1.4118 (1 - t/s) v."""
+    image, levels, probes = latents(1), EVEN.tolist(), {}
+
+    def denoise(x, sigma):
+        return image * (-2.0 if levels.index(float(sigma)) == 4 else 1.0)
+
+    def callback(i, sigma, x, denoised):
+        probes[i] = x
+
+    states = run(denoise, latents(1), EVEN, return_trajectory=True, callback=callback)
+    ratio = EVEN[5] / EVEN[4]
+    euler = ratio * states[4] - (1 - ratio) * 2 * image
+    torch.testing.assert_close(probes[5] - euler, -1.4118 * (1 - ratio) * image, rtol=1e-3, atol=0)
+
+
 def test_zero_denoiser_is_exact_on_every_grid():
     x = latents()
     found = run(lambda x, sigma: torch.zeros_like(x), x, GRID, lower_order_final=False)
