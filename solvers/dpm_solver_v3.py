@@ -33,8 +33,9 @@ CORRECTORS = ("auto", "same", "pseudo", "off")
 CONSTANT = {"data": (1.0, 0.0), "noise": (0.0, -1.0)}  # (l, s) of plain data and noise prediction, b = 0
 PIECE = 0.2  # longest piece in lambda of the quadrature
 POINTS = 6  # of the Gauss-Legendre rule of a piece
-CORRECTED_INTERVALS = 6  # of pixel models without guidance: corrector="auto" is "same" up to here, then "off"
-PSEUDO_INTERVALS = 5  # of the same: pseudo="auto" is True up to here
+# Of pixel models without guidance, for the value auto of the options:
+CORRECTED_INTERVALS = 6  # corrector is "same" up to here, then "off"
+PSEUDO_INTERVALS = 5  # pseudo is True up to here
 POWERS = 4  # moments kept: for three points and the corrector's
 
 
@@ -273,22 +274,25 @@ def _command(net, path=None) -> str:
 
 @register("dpm_v3")
 class DPMSolverV3(Rule):
-    """DPM-Solver-v3 multistep (Zheng et al. 2023, Section 3): what is linear in the network's statistics is integrated
-    exactly, the rest as the polynomial in lambda = -ln sigma through the newest max_order points. Follows the published
-    code, except that its integrals are exact (docs/solvers.md).
+    """DPM-Solver-v3 multistep (Zheng et al. 2023, Section 3): what is linear in the network's
+    statistics is integrated exactly, the rest as the polynomial in lambda = -ln sigma through the
+    newest max_order points. Follows the published code, except that its integrals are exact
+    (docs/solvers.md).
 
     statistics: a file of tools/model_statistics.py; auto: src/<dataset_name>/dpm_v3-<hash of the weights>.safetensors;
     data, noise: no file, but (l, s, b) = (1, 0, 0) or (0, -1, 0), the exponential integrator in data or noise
     prediction.
-    corrector: repeat every step but the last with the evaluation at the predicted point. That evaluation also serves
-    the next interval, so it is free. The points of a step of order p are its start, its end and older ones, in this
-    order. same: the first p of them, no correction at p = 1. pseudo: the first p + 1, the j-th derivative from the
-    first j + 1. off: no correction. auto: pseudo for latent and guided models; for other pixel models same on up to 6
-    intervals and off on more.
-    pseudo: take the j-th derivative of the predictor from the newest j + 1 points, instead of all derivatives from all
-    points. auto: True for pixel models without guidance on up to 5 intervals.
+    corrector: repeat every step but the last with the evaluation at the predicted point. That
+    evaluation also serves the next interval, so it is free. The points of a step of order p are its
+    start, its end and older ones, in this order. same: the first p of them, no correction at p = 1.
+    pseudo: the first p + 1, the j-th derivative from the first j + 1. off: no correction. auto:
+    pseudo for latent and guided models; for other pixel models same on up to 6 intervals and off on
+    more.
+    pseudo: take the j-th derivative of the predictor from the newest j + 1 points, instead of all
+    derivatives from all points. auto: True for pixel models without guidance on up to 5 intervals.
     lower_order_final: p is at most the number of intervals left, at every step.
-    There is no thresholding. The callback gets the predicted points, a trajectory has the corrected ones.
+    There is no thresholding. The callback gets the predicted points, a trajectory has the corrected
+    ones.
     """
 
     summary = "DPM-Solver-v3: multistep with statistics of the network, order 1-3"

@@ -23,13 +23,13 @@ class EVODiff(Rule):
     """EVODiff (arXiv 2509.26096), multistep, in data prediction: what the difference of two denoised images says about the
     next one is weighted per sample and channel by inner products over the pixels.
 
-    The first step is Euler's. Every further step goes to a probe point first. The evaluation there shapes the step
-    and serves the next interval, so an interval costs one evaluation. The callback gets the probe points, a trajectory
-    has the states. Follows the published code.
+    The first step is Euler's. Every further step goes to a probe point first. The evaluation there
+    shapes the step and serves the next interval, so an interval costs one evaluation. The callback
+    gets the probe points, a trajectory has the states. Follows the published code.
 
-    lower_order_final: True: the last step needs no evaluation at its end. It multiplies the image by
-    1 - sqrt(sigma_last sigma_before). False: the last step is like the others, which costs one evaluation more, at
-    sigma_last. A schedule of one interval is an Euler step in both cases.
+    lower_order_final: True: the last step needs no evaluation at its end. It multiplies the image
+    by 1 - sqrt(sigma_last sigma_before). False: the last step is like the others, which costs one
+    evaluation more, at sigma_last. A schedule of one interval is an Euler step in both cases.
     """
 
     summary = "EVODiff: adaptive multistep predictor-corrector, order 1"
@@ -59,7 +59,7 @@ class EVODiff(Rule):
         return State(following, (*history, (m2, nxt))[-self.keep :], state.updates + 1)
 
     def usual_step(self, run, i, euler, history):
-        """(the state at point i + 1, the denoised image at the probe point there). euler: Euler's step to it."""
+        """(the state at point i + 1, the denoised image at the probe there). euler: x after Euler."""
         (m1, before), (m0, cur) = history[-2:]
         first, nxt, final = run.sigma(0, euler), run.sigma(i + 1, euler), run.sigma(-1, euler)
         ratio = nxt / cur

@@ -16,12 +16,13 @@ class PFDiff(Rule):
         its slope       g = (x_f - D(x_f; sigma_{i+h})) / sigma_{i+h}
         jump            x_{i+k+1} = x_i + (sigma_{i+k+1} - sigma_i) g
 
-    This is the published variant on DDIM without noise (eta = 0). Where fewer than k + 1 intervals are left, the jump is
-    shortened to the end and the future point is the next one, as in the published code; a single interval left is an
-    Euler step. So NFE = 1 + ceil((intervals - 1) / (k + 1)); the finest
-    schedule for NFE = n has (k + 1) n - k intervals. Order 2 where the future point is in the middle of the jump,
-    2 h = k + 1, otherwise 1; with k = 1 and equal steps the evaluated points are those of ipndm with max_order=2 on every
-    second noise level. The callback sees the future points. pfdiff_k: 1..3. pfdiff_h: 1..pfdiff_k.
+    This is the published variant on DDIM without noise (eta = 0). Where fewer than k + 1 intervals
+    are left, the jump is shortened to the end and the future point is the next one, as in the
+    published code; a single interval left is an Euler step. So NFE = 1 + ceil((intervals - 1) / (k
+    + 1)); the finest schedule for NFE = n has (k + 1) n - k intervals. Order 2 where the future
+    point is in the middle of the jump, 2 h = k + 1, otherwise 1; with k = 1 and equal steps the
+    evaluated points are those of ipndm with max_order=2 on every second noise level. The callback
+    sees the future points. pfdiff_k: 1..3. pfdiff_h: 1..pfdiff_k.
     """
 
     summary = "PFDiff on Euler steps: one evaluation per k + 1 intervals, order 1-2"

@@ -111,8 +111,8 @@ def test_constant_statistics_of_order_one_are_dpmpp(kind, schedule):
 @pytest.mark.parametrize(("order", "corrector"), [(1, "pseudo"), (2, "off"), (3, "off")])
 @pytest.mark.parametrize("kind", ["data", "noise"])
 def test_constant_statistics_are_unipc_with_all_weights_solved(monkeypatch, kind, order, lower, corrector):
-    """The exponential integrator with polynomial interpolation. With a corrector of order 1 it is UniPC, without one
-    UniPC's predictor alone."""
+    """The exponential integrator with polynomial interpolation. With a corrector of order 1 it is
+    UniPC, without one UniPC's predictor alone."""
     monkeypatch.setitem(sys.modules["solvers.rules"].SOLVERS, "weighted", FullyWeighted)
     x, sigmas = common("latents2"), get_schedule(8, 0.01, 60.0)
     common_options = {"sigmas": sigmas, "max_order": order, "lower_order_final": lower, "return_trajectory": True}
@@ -392,8 +392,8 @@ def test_finite_differences_of_a_real_network():
     ids=str,
 )
 def test_order_with_estimated_statistics(toy, options, order):
-    """On the mixture of the golden data. The first step of order one limits the whole to order 2 where it is not
-    corrected (docs/solvers.md)."""
+    """On the mixture of the golden data. The first step of order one limits the whole to order 2
+    where it is not corrected (docs/solvers.md)."""
     path, x, exact = toy
     errors = []
     for n in (24, 48):

@@ -91,8 +91,9 @@ def test_constant_denoiser_on_equal_steps_is_exact_but_for_the_last_step():
 
 
 def test_the_place_of_the_probe_looks_at_the_size_of_beta_only():
-    """At low noise w = 1/2. From v to -2 v in equal steps of ln sigma, beta = 1/2 - 2/2 = -1/2, so that
-    probe - euler = (1 - t/s) / 2 (beta v - 2 v) / sigmoid(|beta| / 4), and that is -1.4118 (1 - t/s) v."""
+    """At low noise w = 1/2. From v to -2 v in equal steps of ln sigma, beta = 1/2 - 2/2 = -1/2. So
+    probe - euler = (1 - t/s) / 2 (-2 v - beta v) / sigmoid(|beta| / 4), which
+    is -0.75 / sigmoid(0.125) = -1.4118 times (1 - t/s) v."""
     image, levels, probes = latents(1), EVEN.tolist(), {}
 
     def denoise(x, sigma):

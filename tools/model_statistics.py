@@ -95,9 +95,10 @@ def regress(l, slope, mean, covariance, sigma: float, shrink: float):  # noqa: E
     l, slope: [C,H,W], l and dl/dlambda; mean [3,C,H,W], covariance [3,3,C,H,W]: of x, D and dD/dlambda. With N = x - D and
     dx/dlambda = -N, f = (1 - l) x - D and df/dlambda = -(1 - l) N - dD/dlambda - x dl/dlambda.
 
-    s is drawn towards zero where f varies less than in most pixels (``shrink`` of the mean variance is added to its
-    own), or hardly at all. There, few samples say nothing about s, and exp(int s) would make noise large. With
-    shrink = SHRINK_SAMPLES / samples the estimate tends to plain least squares as the samples grow.
+    s is drawn towards zero where f varies less than in most pixels (``shrink`` of the mean variance
+    is added to its own), or hardly at all. There, few samples say nothing about s, and exp(int s)
+    would make noise large. With shrink = SHRINK_SAMPLES / samples the estimate tends to plain least
+    squares as the samples grow.
     """
     one = torch.ones_like(l)
     f = torch.stack([1 - l, -one, 0 * one])
