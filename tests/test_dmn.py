@@ -8,6 +8,7 @@ from toy import ToyNet
 
 from solvers import get_schedule
 from solvers.dmn import dmn_sigmas, error_bound, step_weights
+from solvers.optimize import Problem, run_dmn
 from torch_utils.errors import UserError
 
 LAMBDAS = np.array([-4.0, -2.5, -2.2, -0.9, -0.8, 1.5, 2.0, 2.1, 4.0, 6.0])
@@ -105,3 +106,12 @@ def test_mistakes():
     for message, call in cases.items():
         with pytest.raises(UserError, match=message):
             call()
+
+
+@pytest.mark.parametrize("latent, kind", [(False, "pixel"), (True, "latent")])
+def test_auto_asks_the_network_whether_it_samples_latents(latent, kind):
+    net = ToyNet(discrete=True)
+    net.latent = latent
+    problem = Problem(net=net, solver="dpmpp", num_steps=5)
+    own = dmn_sigmas(5, net.sigma_min, net.sigma_max, kind, net=net)
+    assert torch.equal(run_dmn(problem, kind="auto").sigmas, own)
