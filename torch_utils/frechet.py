@@ -161,12 +161,19 @@ class _Chunks(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __getitem__(self, number: int) -> torch.Tensor | UserError:
-        """A UserError is returned: raised in another process, it would come back with the traceback in its message."""
+    def __getitem__(self, number: int) -> tuple[torch.Tensor | UserError, dict[str, int]]:
+        """The images, and, from another process, how many of them were changed in which way.
+
+        A UserError is returned: raised in another process, it would come back with the traceback in its message.
+        """
+        elsewhere = torch.utils.data.get_worker_info() is not None
+        if elsewhere:
+            self.source.conversions.clear()  # of this process's copy
         try:
-            return torch.from_numpy(np.stack([self.source.read(int(index)) for index in self.chunks[number]]))
+            images = torch.from_numpy(np.stack([self.source.read(int(index)) for index in self.chunks[number]]))
         except UserError as error:
-            return error
+            return error, {}
+        return images, dict(self.source.conversions) if elsewhere else {}
 
 
 def choose_workers(device: torch.device | str, source: ImageSource, batch: int) -> int:
@@ -201,9 +208,11 @@ def read_batches(
     if workers is None:
         workers = choose_workers(device, source, batch)
     workers = min(workers, len(chunks))
-    for images in _by_processes(chunks, workers, pinned) if workers else _by_threads(chunks, pinned):
+    for images, changed in _by_processes(chunks, workers, pinned) if workers else _by_threads(chunks, pinned):
         if isinstance(images, UserError):
             raise images
+        if changed:
+            source.conversions.update(changed)
         yield images
 
 
@@ -215,8 +224,8 @@ def _by_processes(chunks: _Chunks, workers: int, pinned: bool) -> Iterable:
 
 def _by_threads(chunks: _Chunks, pinned: bool) -> Iterator:
     def load(number: int):
-        images = chunks[number]
-        return images.pin_memory() if pinned and isinstance(images, torch.Tensor) else images
+        images, changed = chunks[number]
+        return images.pin_memory() if pinned and isinstance(images, torch.Tensor) else images, changed
 
     with ThreadPoolExecutor(max_workers=min(_BATCHES_AHEAD, os.cpu_count() or 1)) as pool:
         pending: deque = deque()

@@ -46,14 +46,17 @@ def deferred_signals() -> Iterator[list[int]]:
 
 
 @contextmanager
-def raised_sigterm() -> Iterator[None]:
-    """SIGTERM raises Interrupted, so that files half written are removed; if a peer has failed, that is said instead."""
+def raised_sigterm(also: tuple[int, ...] = ()) -> Iterator[None]:
+    """SIGTERM raises Interrupted, so that files half written are removed; if a peer has failed, that is said instead.
+
+    also: further signals that do.
+    """
 
     def handler(number, frame):
         distributed.check_peers()
         raise Interrupted(number)
 
-    with _handled(handler, (signal.SIGTERM,)):
+    with _handled(handler, (signal.SIGTERM, *also)):
         yield
 
 
