@@ -32,7 +32,7 @@ MODES = {
     "L": Mode(1, "grey"),
     "LA": Mode(1, f"grey {_OPAQUE}", alpha=True),
     "La": Mode(1, f"grey {_OPAQUE}", alpha=True),
-    "P": Mode(3, "RGB, the colours of the palette"),
+    "P": Mode(3, "RGB, the colours of the palette; with transparency as RGBA"),
     "PA": Mode(3, f"RGB {_OPAQUE}", alpha=True),
     "RGB": Mode(3, "RGB"),
     "RGBA": Mode(3, f"RGB {_OPAQUE}", alpha=True),
@@ -112,11 +112,12 @@ def decode_image(data: bytes, name: str, done: Counter | None = None) -> np.ndar
     try:
         if getattr(image, "is_animated", False) and image.format not in _SEVERAL_FRAMES_ARE_ONE_IMAGE:
             raise UserError(f"{name}: holds several frames or pages; save the ones you want as single images")
-        mode = MODES.get(image.mode, Mode(0, "refused: an unknown mode"))
-        if not mode.channels or _bits(image, data) > 8:
-            rule = _DEEP if mode.channels else mode.rule
-            raise UserError(f"{name}: image mode {image.mode} is {rule}; convert it to 8-bit grey or RGB")
+        if _bits(image, data) > 8:
+            raise _refused(name, image.mode, _DEEP)
         image = _upright(image, changes)
+        mode = MODES.get(image.mode, Mode(0, "refused: unknown"))  # some formats know it only after loading
+        if not mode.channels:
+            raise _refused(name, image.mode, mode.rule)
         if mode.alpha or "transparency" in image.info:
             image = image.convert("LA" if mode.channels == 1 else "RGBA")
             if image.getchannel("A").getextrema()[0] < 255:
@@ -124,14 +125,17 @@ def decode_image(data: bytes, name: str, done: Counter | None = None) -> np.ndar
             changes.append("with an opaque alpha channel, dropped")
         if mode.lossy:
             changes.append(f"{image.mode}, made RGB")
-        array = np.asarray(image.convert("L" if mode.channels == 1 else "RGB"), dtype=np.uint8)
+        wanted = "L" if mode.channels == 1 else "RGB"
+        array = np.asarray(image if image.mode == wanted else image.convert(wanted), dtype=np.uint8)
+        del image  # as large as the array
+        if array.ndim == 2:
+            array = array[:, :, None]
+        array = np.ascontiguousarray(array.transpose(2, 0, 1))
     except Exception as exc:  # what Pillow raises on damaged files depends on the format
         raise _unreadable(exc, name) from None
     if done is not None:
         done.update(changes)
-    if array.ndim == 2:
-        array = array[:, :, None]
-    return np.ascontiguousarray(array.transpose(2, 0, 1))
+    return array
 
 
 def header_channels(file, name: str) -> int:
@@ -141,6 +145,10 @@ def header_channels(file, name: str) -> int:
         return 1 if head[25] in (0, 4) else 3
     file.seek(0)
     return MODES.get(open_image(file, name).mode, MODES["RGB"]).channels or 3
+
+
+def _refused(name: str, mode: str, rule: str) -> UserError:
+    return UserError(f"{name}: image mode {mode} is {rule}; convert it to 8-bit grey or RGB")
 
 
 def _unreadable(exc: Exception, name: str) -> UserError:

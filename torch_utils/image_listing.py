@@ -44,7 +44,7 @@ def describe(ignored: Counter) -> str:
     if not total:
         return ""
     parts = []
-    for kind, count in ignored.most_common(20):
+    for kind, count in sorted(ignored.items(), key=lambda item: (-item[1], item[0]))[:20]:
         advice = _ADVICE.get(kind.removeprefix("."))
         parts.append(f"{count} {kind}" + (f" ({advice} to use them)" if advice else ""))
     return f"{total} file{'s' if total > 1 else ''} ignored: {', '.join(parts)}{', ...' if len(ignored) > 20 else ''}"
