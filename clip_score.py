@@ -134,8 +134,8 @@ class _Prepared:
     def conversions(self) -> Counter:
         return self.source.conversions
 
-    def read(self, index: int) -> np.ndarray:
-        return self.network.prepare(self.source.read(index))
+    def read(self, index: int, done: Counter) -> np.ndarray:
+        return self.network.prepare(self.source.read(index, done))
 
 
 def image_similarities(

@@ -170,6 +170,17 @@ def test_alpha_is_dropped_only_where_it_says_nothing(opaque):
                 decode_image(data, "x.png")
 
 
+@pytest.mark.parametrize("alpha", [255, 254])
+def test_alpha_of_a_palette(alpha):
+    head = struct.pack("<BBBHHBHHHHBB", 0, 1, 1, 0, 2, 32, 0, 0, 2, 1, 8, 0x20)
+    data = head + bytes([3, 2, 1, 255]) + bytes([6, 5, 4, alpha]) + bytes([0, 1])
+    if alpha == 255:
+        assert decode_image(data, "x.tga").tolist() == [[[1, 4]], [[2, 5]], [[3, 6]]]
+    else:
+        with pytest.raises(UserError, match="x.tga: has transparent pixels"):
+            decode_image(data, "x.tga")
+
+
 def test_inexact_modes_are_counted():
     cmyk = Image.fromarray(RNG.integers(0, 256, (8, 8, 4), dtype=np.uint8), "CMYK")
     done = Counter()
@@ -276,6 +287,8 @@ def test_grey_among_colours_becomes_rgb(tmp_path, capsys):
         make_dataset(folder, tmp_path / f"{first}.zip", (4, 4), "center-crop")
         assert ImageSource(tmp_path / f"{first}.zip").shape == (3, 4, 4)
         assert "grey, made RGB: 1" in capsys.readouterr().err
+    folder = put(tmp_path / "first", {"a.png": encode(COLOUR), "b.png": b"not looked at"})
+    assert ImageSource(folder).shape == (3, 8, 8)
     assert load_array(put(tmp_path / "grey", {"a.jpg": jpeg, "b.png": encode(GREY)})).shape == (2, 1, 8, 8)
 
 

@@ -7,7 +7,7 @@ eigenvalues of A^T S2 A for any A with S1 = A A^T: a symmetric matrix, so nothin
 import math
 import os
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -162,18 +162,16 @@ class _Chunks(torch.utils.data.Dataset):
         return len(self.chunks)
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor | UserError, dict[str, int]]:
-        """The images, and, from another process, how many of them were changed in which way.
+        """The images, and how many of them were changed in which way.
 
         A UserError is returned: raised in another process, it would come back with the traceback in its message.
         """
-        elsewhere = torch.utils.data.get_worker_info() is not None
-        if elsewhere:
-            self.source.conversions.clear()  # of this process's copy
+        done = Counter()
         try:
-            images = torch.from_numpy(np.stack([self.source.read(int(index)) for index in self.chunks[number]]))
+            images = np.stack([self.source.read(int(index), done) for index in self.chunks[number]])
         except UserError as error:
             return error, {}
-        return images, dict(self.source.conversions) if elsewhere else {}
+        return torch.from_numpy(images), dict(done)  # DataLoader would double a Counter
 
 
 def choose_workers(device: torch.device | str, source: ImageSource, batch: int) -> int:
@@ -208,11 +206,10 @@ def read_batches(
     if workers is None:
         workers = choose_workers(device, source, batch)
     workers = min(workers, len(chunks))
-    for images, changed in _by_processes(chunks, workers, pinned) if workers else _by_threads(chunks, pinned):
+    for images, done in _by_processes(chunks, workers, pinned) if workers else _by_threads(chunks, pinned):
         if isinstance(images, UserError):
             raise images
-        if changed:
-            source.conversions.update(changed)
+        source.conversions.update(done)
         yield images
 
 
@@ -224,8 +221,8 @@ def _by_processes(chunks: _Chunks, workers: int, pinned: bool) -> Iterable:
 
 def _by_threads(chunks: _Chunks, pinned: bool) -> Iterator:
     def load(number: int):
-        images, changed = chunks[number]
-        return images.pin_memory() if pinned and isinstance(images, torch.Tensor) else images, changed
+        images, done = chunks[number]
+        return images.pin_memory() if pinned and isinstance(images, torch.Tensor) else images, done
 
     with ThreadPoolExecutor(max_workers=min(_BATCHES_AHEAD, os.cpu_count() or 1)) as pool:
         pending: deque = deque()

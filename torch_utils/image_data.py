@@ -215,12 +215,15 @@ class ImageSource:
 
     def common_channels(self) -> int:
         """1 if all images are grey, else 3: from the headers, up to the first that is not grey."""
-        return max((3 for name in self.names if self._header_channels(name) == 3), default=1)
+        return 3 if any(self._header_channels(name) == 3 for name in self.names) else 1
 
-    def read(self, index: int) -> np.ndarray:
-        """uint8 [C,H,W]. Raises UserError, naming the file, where it is unreadable or unlike the others."""
+    def read(self, index: int, done: Counter | None = None) -> np.ndarray:
+        """uint8 [C,H,W]. Raises UserError, naming the file, where it is unreadable or unlike the others.
+
+        done: counts what was changed in the image, for a thread or another process; default: ``conversions``.
+        """
         expected = self.shape if self.uniform else None
-        array = self._decode(index, self.conversions)
+        array = self._decode(index, self.conversions if done is None else done)
         if expected is not None and array.shape[1:] != expected[1:]:
             raise UserError(
                 f"{self.where(index)}: {array.shape[2]}x{array.shape[1]} pixels, while {self.names[0]} has"
@@ -348,7 +351,8 @@ class ImageSource:
         folder = self._label_file.removesuffix(_LABEL_FILE)
         try:
             with self._opened(self._label_file, (1 << 20) + len(self) * 1024) as file:
-                content = parse_json(file.read())
+                text = file.read()
+            content = parse_json(text)
             pairs = content.get("labels") if isinstance(content, dict) else content
             if pairs is None:
                 return None, None

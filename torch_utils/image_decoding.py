@@ -110,7 +110,7 @@ def decode_image(data: bytes, name: str, done: Counter | None = None) -> np.ndar
     image = open_image(io.BytesIO(data), name)
     changes = []
     try:
-        if getattr(image, "is_animated", False) and image.format not in _SEVERAL_FRAMES_ARE_ONE_IMAGE:
+        if image.format not in _SEVERAL_FRAMES_ARE_ONE_IMAGE and getattr(image, "is_animated", False):
             raise UserError(f"{name}: holds several frames or pages; save the ones you want as single images")
         if _bits(image, data) > 8:
             raise _refused(name, image.mode, _DEEP)
@@ -118,7 +118,7 @@ def decode_image(data: bytes, name: str, done: Counter | None = None) -> np.ndar
         mode = MODES.get(image.mode, Mode(0, "refused: unknown"))  # some formats know it only after loading
         if not mode.channels:
             raise _refused(name, image.mode, mode.rule)
-        if mode.alpha or "transparency" in image.info:
+        if mode.alpha or "transparency" in image.info or (image.mode == "P" and image.palette.mode.endswith("A")):
             image = image.convert("LA" if mode.channels == 1 else "RGBA")
             if image.getchannel("A").getextrema()[0] < 255:
                 raise UserError(f"{name}: has transparent pixels; put it on a background, as 8-bit grey or RGB")
