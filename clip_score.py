@@ -8,7 +8,9 @@ The score is the mean over the images of the cosine similarity between the CLIP 
 to 1. It depends on the CLIP model. Others report 100 max(0, cosine), which --json gives too, or 2.5 max(0, cosine)
 (Hessel et al. 2021).
 
-Image 000123.png belongs to the caption of seed 123: line 123 of a .txt file, counted from 0, or that row of a .csv file.
+Image 000123.png belongs to the caption of seed 123: line 123 of a .txt file, counted from 0, or that row of a .csv or
+.jsonl file. If these have a column file_name, as the metadata.csv of a Hugging Face imagefolder, an image belongs to the
+caption that names it.
 
 --model is a folder in the format of transformers or an id of the Hugging Face hub. Without a network: copy the folder
 that `hf download <id> --local-dir <folder>` makes, and pass it. Under torchrun write --num as --num_images: torchrun
@@ -16,7 +18,7 @@ itself takes --num for one of its own options.
 """
 
 import json
-import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,10 +33,10 @@ from torch_utils import distributed
 from torch_utils.cli import SEED, Group, offline_flag
 from torch_utils.errors import UserError
 from torch_utils.frechet import read_batches
-from torch_utils.image_data import ImageSource, atomic_path, check_destination
+from torch_utils.image_data import ImageSource, atomic_path, check_destination, note
 from torch_utils.memory import explained_oom
 from torch_utils.progress import progress_bar
-from torch_utils.prompts import read_prompts, seed_of
+from torch_utils.prompts import Captions, read_captions
 from torch_utils.session import session
 
 _EXAMPLES = 5  # how many of the images that were left out are named
@@ -69,7 +71,7 @@ class ClipResult:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Images that have a caption, in the order of their seed numbers; and the names of the others."""
+    """Images that have a caption, in the order of their seed numbers (or names); and the names of the others."""
 
     indices: list[int]  # into the ImageSource
     captions: list[str]
@@ -77,21 +79,28 @@ class Pairs:
     without_number: list[str]
 
 
+def pair(source: ImageSource, captions: Captions) -> Pairs:
+    """Gives each image the caption that names it; where none is named, that of its seed number.
+
+    Raises UserError for two images of one number, for no pair, and where the captions name other images.
+    """
+    named = captions.by_name
+    if named and not named.keys().isdisjoint(source.names):
+        indices = [index for index, name in enumerate(source.names) if name in named]
+        lost = [name for name in source.names if name not in named]
+        return Pairs(indices, [named[source.names[index]] for index in indices], lost, [])
+    if named is not None and captions.by_row:
+        examples = f"such as {next(iter(named))}" if named else "some of them more than once"
+        raise UserError(
+            f"{source.path}: none of the images has a caption: the captions name theirs, {examples}; leave that column out"
+            " if the rows are in the order of the seed numbers"
+        )
+    return pair_by_seed(source, captions.by_seed)
+
+
 def pair_by_seed(source: ImageSource, prompts: Mapping[int, str]) -> Pairs:
     """Gives each image the caption of its seed number. Raises UserError for two images of one number, or no pair."""
-    found: dict[int, int] = {}
-    unnumbered = []
-    for index, name in enumerate(source.names):
-        seed = seed_of(name)
-        if seed is None:
-            unnumbered.append(name)
-        elif seed in found:
-            raise UserError(
-                f"{source.path}: {source.names[found[seed]]} and {name} have the same seed number; pass the folder of"
-                " one set of samples"
-            )
-        else:
-            found[seed] = index
+    found, unnumbered = source.by_seed()
     if not found:
         raise UserError(f"{source.path}: no image is named after its seed number, like 000123.png ({unnumbered[0]})")
     seeds = sorted(found)
@@ -121,8 +130,12 @@ class _Prepared:
     source: ImageSource
     network: ClipNetwork
 
-    def read(self, index: int) -> np.ndarray:
-        return self.network.prepare(self.source.read(index))
+    @property
+    def conversions(self) -> Counter:
+        return self.source.conversions
+
+    def read(self, index: int, done: Counter) -> np.ndarray:
+        return self.network.prepare(self.source.read(index, done))
 
 
 def image_similarities(
@@ -144,6 +157,7 @@ def image_similarities(
     except Exception as exc:  # raised by agree(), on every rank
         error = exc
     distributed.agree(error)
+    source.report_conversions(shared=True)
     result = np.empty(len(indices))
     for rank, part in enumerate(distributed.gather_objects(cosines)):
         result[rank :: distributed.world_size()] = part
@@ -163,9 +177,10 @@ def calculate_clip_score(
     amp: bool = False,
 ) -> ClipResult:
     """CLIP score of a folder or zip of images. Images that have no caption are named on stderr and left out."""
-    captions = read_prompts(zoo.resolve_prompts(prompts), column)
+    captions = read_captions(zoo.resolve_prompts(prompts), column)
     source = ImageSource(images, uniform=False)
-    pairs = pair_by_seed(source, captions)
+    source.check_one_run()
+    pairs = pair(source, captions)
     chosen = choose_pairs(len(pairs.indices), num, seed)
     _report("have no caption", pairs.without_caption, len(source))
     _report("are not named after a seed number", pairs.without_number, len(source))
@@ -186,7 +201,7 @@ def calculate_clip_score(
         images_without_caption_first=pairs.without_caption[:_EXAMPLES],
         images_without_number=len(pairs.without_number),
         images_without_number_first=pairs.without_number[:_EXAMPLES],
-        captions=len(captions),
+        captions=len(captions.by_seed),
         model=network.model,
         model_revision=network.revision,
         weights_sha256=network.digest,
@@ -200,9 +215,9 @@ def calculate_clip_score(
 
 
 def _report(what: str, names: list[str], total: int) -> None:
-    if names and distributed.rank() == 0:
+    if names:
         examples = ", ".join(names[:_EXAMPLES]) + (", ..." if len(names) > _EXAMPLES else "")
-        print(f"Warning: {len(names)} of {total} images {what} and are left out: {examples}", file=sys.stderr)
+        note(f"{len(names)} of {total} images {what} and are left out: {examples}", "Warning")
 
 
 @click.group(cls=Group)
@@ -212,8 +227,10 @@ def main():
 
 @main.command()
 @click.option("--images", required=True, metavar="PATH", help="Folder or zip of images, named after their seeds")
-@click.option("--prompts", required=True, metavar="FILE", help="Captions: .txt (one a line) or .csv (with a header)")
-@click.option("--column", default=None, metavar="NAME", help="Column of the .csv (default: prompt, caption or text)")
+@click.option("--prompts", required=True, metavar="FILE", help="Captions: .txt (one a line), .csv or .jsonl")
+@click.option(
+    "--column", default=None, metavar="NAME", help="Column of the captions (default: prompt, caption or text)"
+)
 @click.option("--model", default=DEFAULT_CLIP, show_default=True, metavar="ID|DIR", help="CLIP model for transformers")
 @click.option(
     "--num",

@@ -5,7 +5,8 @@
     torchrun --standalone --nproc_per_node=8 fid.py calc ...
 
 --ref is the name of a network of models/zoo.py (its reference is downloaded), a file or a URL. In a folder written by
-sample.py only the samples count, not its grid.png and inters/. Under torchrun write --num as --num_images: torchrun
+sample.py only the samples count, not its grid.png and inters/; two runs at once are refused. docs/images.md tells which
+files count and how they are read. Under torchrun write --num as --num_images: torchrun
 itself takes --num for one of its own options.
 
 With --detector=digits (and --ref=digits) features come from the embedded digit classifier: FID-digits, which is not
@@ -138,6 +139,8 @@ def image_statistics(
     workers: int | None = None,
 ) -> FeatureStatistics:
     """Statistics over all ranks, with a progress bar, and from or into ``feature_cache``."""
+    # Networks that take both repeat grey to RGB themselves: the same features, and sets may be mixed.
+    source.expect(detector.img_channels or 3, f"which is what the detector '{detector.name}' takes")
     detector.check(source.shape, source.where(0))
     if feature_cache is not None:
         cached = _from_cache(Path(feature_cache), source, indices, detector)
@@ -156,6 +159,7 @@ def image_statistics(
             statistics = compute_statistics(
                 source, detector, indices=indices, batch=batch, device=device, workers=workers, on_batch=on_batch
             )
+    source.report_conversions(shared=True)
     if feature_cache is not None:
         _to_cache(Path(feature_cache), source, indices, detector, kept)
     return statistics
@@ -219,6 +223,8 @@ def calculate_fid(
     device = torch.device(device)
     reference = find_reference(str(ref))
     source = ImageSource(images)
+    source.check_one_run()
+    source.by_seed()  # no image twice
     indices = choose_images(source, num, seed)
     network = choose_detector(detector, reference, device, trust)
     warn_about_count(len(indices), network)

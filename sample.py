@@ -46,7 +46,7 @@ from torch_utils.image_data import atomic_path, decode_image, is_whole_png, remo
 from torch_utils.image_writer import ImageWriter, image_grid, save_image, to_pixels, to_uint8
 from torch_utils.memory import AUTO, BatchSize, explained_oom, first_batch, is_out_of_memory, release_memory
 from torch_utils.progress import progress_bar
-from torch_utils.prompts import read_prompts
+from torch_utils.prompts import FILES, read_prompts
 from torch_utils.seeds import SeededGenerators, candidate_seed, parse_seeds
 from torch_utils.session import session
 from torch_utils.signals import Interrupted, deferred_signals
@@ -493,7 +493,7 @@ def _text_is_missing(dataset_name: str) -> UserError:
 
 
 def _is_file_of_prompts(prompt: str) -> bool:
-    return Path(prompt).suffix.lower() in (".txt", ".csv")
+    return Path(prompt).suffix.lower() in FILES
 
 
 def check_text(net, dataset_name: str, options: dict, prompts) -> None:

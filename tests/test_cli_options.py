@@ -271,6 +271,7 @@ OWN = {
         "transform": ["pad"],
         "pad": ["True", ("--pad=True", "--transform=center-crop")],
         "max_images": COUNT,
+        "renumber": BOOL,
     },
     "tools.train_denoiser": {
         "data": ["missing", "empty", "text.txt", "broken.zip", "mixed"],

@@ -255,6 +255,50 @@ def test_captions_are_found_by_seed_number(model, images, cosines, tmp_path, cap
         calculate_clip_score(folder, table, model=model, num=5)
 
 
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_captions_are_found_by_the_name_of_the_image(model, images, cosines, tmp_path, kind):
+    """As in the metadata of a Hugging Face imagefolder, whose rows may have any order."""
+    import csv
+
+    def write(rows, path=tmp_path / f"metadata.{kind}"):
+        if kind == "csv":
+            with path.open("w", newline="") as file:
+                csv.writer(file).writerows([["file_name", "text"], *rows])
+        else:
+            path.write_text("".join(json.dumps({"file_name": name, "text": text}) + "\n" for name, text in rows))
+        return path
+
+    order = [3, 0, 6, 1, 5, 2, 4]
+    table = write([[f"{seed:06d}.png", CAPTIONS[seed]] for seed in order])
+    result = calculate_clip_score(images, table, model=model)
+    assert result.clip_score == pytest.approx(np.diag(cosines).mean(), abs=1e-6)
+    assert list(read_prompts(table).items()) == [(seed, CAPTIONS[seed]) for seed in order]  # sample.py agrees
+    named = {f"{'cats' if seed % 2 else '.'}/{'abcdefg'[seed]}.png": seed for seed in range(7)}
+    for name, seed in named.items():
+        (tmp_path / "named" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(images / f"{seed:06d}.png", tmp_path / "named" / name)
+    rows = [
+        [name.replace("/", "\\") if seed % 3 else name, CAPTIONS[seed]] for name, seed in named.items() if seed != 4
+    ]
+    result = calculate_clip_score(tmp_path / "named", write(rows[::-1]), model=model)
+    kept = [0, 1, 2, 3, 5, 6]
+    assert result.clip_score == pytest.approx(cosines[kept, kept].mean(), abs=1e-6)
+    assert (result.images, result.images_without_caption_first) == (6, ["e.png"])
+    with pytest.raises(UserError, match="none of the images has a caption: the captions name theirs, such as cat.png;"):
+        calculate_clip_score(images, write([["cat.png", "a cat"], ["dog.png", "a dog"]]), model=model)
+    with pytest.raises(UserError, match="the captions name theirs, some of them more than once"):
+        calculate_clip_score(images, write([["a.png", "a cat"], ["a.png", "a dog"]]), model=model)
+
+
+def test_samples_of_two_runs_are_refused(model, images, prompts, tmp_path):
+    for run_name, seed in (("a", 1), ("b", 2)):
+        (tmp_path / run_name).mkdir()
+        shutil.copy(images / f"{seed:06d}.png", tmp_path / run_name)
+        (tmp_path / run_name / "sampling.json").write_text("{}")
+    with pytest.raises(UserError, match="holds the samples of 2 runs"):
+        calculate_clip_score(tmp_path, prompts, model=model)
+
+
 def test_impossible_pairs_are_one_line(images, tmp_path):
     source = ImageSource(images, uniform=False)
     with pytest.raises(UserError, match="the images have the numbers 0 to 6, the captions 7 to 90"):
@@ -419,7 +463,7 @@ def test_damaged_images_and_empty_folders_are_one_line(model, images, prompts, t
     (tmp_path / "empty").mkdir()
     shutil.copytree(images, tmp_path / "damaged")
     (tmp_path / "damaged" / "000002.png").write_bytes(b"hello")
-    for name, message in [("empty", "holds no PNG or JPEG image"), ("damaged", "000002.png: not a readable PNG")]:
+    for name, message in [("empty", "holds no image"), ("damaged", "000002.png: not a readable image")]:
         code, stdout, stderr = run(f"--images={tmp_path / name}", f"--prompts={prompts}", f"--model={model}")
         assert code == 2 and message in stderr.strip().splitlines()[-1] and not stdout
 
@@ -434,6 +478,13 @@ def test_damaged_images_and_empty_folders_are_one_line(model, images, prompts, t
         ("a.csv", b'prompt,Seed\r\n"one\r\nmore",5\r\n\r\ntwo,3\r\n', {5: "one\nmore", 3: "two"}),
         ("a.csv", b"index,seed,prompt\n0,12,one\n1,11,two\n", {12: "one", 11: "two"}),
         ("a.csv", b"index,prompt\n4,\n5,\xc3\xa9t\xc3\xa9\n", {5: "\u00e9t\u00e9"}),
+        ("a.csv", b"file_name,text\n000007.png,one\n./x/3.jpg,two\n", {7: "one", 3: "two"}),
+        ("a.csv", b"index,image,text\n5,000007.png,one\n6,3.jpg,two\n", {7: "one", 3: "two"}),
+        ("a.csv", b"seed,File_Name,text\n5,000007.png,one\n6,3.jpg,two\n", {5: "one", 6: "two"}),
+        ("a.csv", b"file_name,text\ncat.png,one\n7.png,two\n", {0: "one", 1: "two"}),
+        ("a.csv", b"file_name,text\n7.png,one\n7.png,two\n", {0: "one", 1: "two"}),
+        ("a.jsonl", b'{"text": "one", "seed": 4}\n\n{"seed": 2, "text": "two", "x": [1]}\n', {4: "one", 2: "two"}),
+        ("a.jsonl", b'{"text": "one"}\n{"text": null}\n{"text": "three"}', {0: "one", 2: "three"}),
     ],
 )
 def test_prompt_files(tmp_path, name, content, expected):
@@ -467,6 +518,11 @@ def test_prompt_column_by_name(tmp_path):
         ("a.csv", b"id,prompt\n1,a cat, a dog\n", None, "line 2 has 3 columns, the header 2"),
         ("a.csv", b'prompt\n"one\ntwo\n', None, "not valid CSV"),
         ("a.json", b"{}", None, "expected captions in a .txt file"),
+        ("a.csv", b"file_name,text\na.png,one\n,two\n", None, "line 3 has no file_name"),
+        ("a.jsonl", b'{"text": "one"}\n{"text"}\n', None, "line 2 is not valid JSON"),
+        ("a.jsonl", b'{"text": "one"}\n[]\n', None, "line 2 is no JSON object"),
+        ("a.jsonl", b"[" * 99999, None, "line 1 is not valid JSON"),
+        ("a.jsonl", b'{"words": "one"}\n', None, "no column 'prompt', 'caption' or 'text'; its header has 'words'"),
         (None, b"", None, "no such file"),
     ],
 )

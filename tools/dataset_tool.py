@@ -2,11 +2,16 @@
 
 Example: python tools/dataset_tool.py --source=mnist_train.npz --dest=datasets/mnist-train.zip --resolution=32
          --transform=pad
+
+Labels are those of the source's dataset.json; without one, folders of the first level (cat/, dog/) are the classes, in
+the order of their names, which are then written to dataset.json as "class_names". docs/images.md tells which files
+count and how they are read.
 """
 
 import io
 import json
 import re
+import signal
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -22,11 +27,21 @@ if not __package__:  # run as a file: the repository root is not on the path
 from torch_utils.arrays import npz_names, read_npz
 from torch_utils.cli import Command
 from torch_utils.errors import UserError
-from torch_utils.image_data import ImageSource, atomic_path, evenly_spaced
+from torch_utils.image_data import (
+    ImageSource,
+    atomic_path,
+    check_destination,
+    count_classes,
+    evenly_spaced,
+    note,
+    remove_leftovers,
+)
 from torch_utils.progress import progress_bar
+from torch_utils.signals import raised_sigterm
 
-_IMAGE_KEYS = ("images", "x", "data")
-_LABEL_KEYS = ("labels", "y")
+_IMAGE_KEYS = ("images", "x", "data", "arr_0")  # arr_0, arr_1: numpy's own names, as in the samples of ADM
+_LABEL_KEYS = ("labels", "y", "arr_1")
+_NAMES_SHOWN = 10
 _IMAGES_PER_FOLDER = 1000
 _MOST_BYTES = 1 << 36  # of an npz file, which is read as a whole; more images come in a folder or a zip
 
@@ -65,6 +80,7 @@ class ArraySource:
             raise UserError(f"{path}: '{label_key}' must hold one integer from 0 up per image")
         self._images = images if images.ndim == 4 else images[..., None]
         self.labels = None if labels is None else [int(label) for label in labels]
+        self.class_names = None
 
     def __len__(self) -> int:
         return len(self._images)
@@ -84,7 +100,35 @@ def open_source(path: str | Path) -> ArraySource | ImageSource:
     path = Path(path)
     if not path.exists():
         raise UserError(f"--source={path}: no such file or folder")
-    return ArraySource(path) if path.suffix.lower() == ".npz" else ImageSource(path, uniform=False)
+    if path.suffix.lower() == ".npz":
+        return ArraySource(path)
+    source = ImageSource(path, uniform=False)
+    source.expect(source.common_channels())
+    return source
+
+
+def find_labels(source: ArraySource | ImageSource, renumber: bool) -> tuple[list[int] | None, list[str] | None]:
+    """The label of each image and the names of the classes, as far as there are any; says where they come from.
+
+    renumber: number the labels 0, 1, 2, ... in their order; the old ones become the names of classes that have none.
+    """
+    labels, names = source.labels, source.class_names
+    if labels is None and isinstance(source, ImageSource) and (found := source.class_folders()) is not None:
+        labels, names = found
+        shown = ", ".join(f"{name}={label}" for label, name in enumerate(names[:_NAMES_SHOWN]))
+        note(f"{source.path}: labels from {len(names)} folders: {shown}{', ...' if len(names) > _NAMES_SHOWN else ''}")
+    if labels is None:
+        return None, None
+    if renumber:
+        old = sorted(set(labels))
+        number = {label: place for place, label in enumerate(old)}
+        names = [names[label] if names is not None and label < len(names) else str(label) for label in old]
+        return [number[label] for label in labels], names
+    try:
+        count_classes(labels, str(source.path))
+    except UserError as error:  # they may be meant so: a part of a larger set
+        note(str(error), "Warning")
+    return labels, names
 
 
 def make_transform(kind: str, size: tuple[int, int] | None) -> Callable[[np.ndarray, str], np.ndarray]:
@@ -150,15 +194,22 @@ def make_dataset(
     transform: str = "none",
     max_images: int | None = None,
     overwrite: bool = False,
+    renumber: bool = False,
 ) -> int:
-    """Writes the zip ``dest``; returns the number of images. Equal sources give equal files, byte for byte."""
+    """Writes the zip ``dest``; returns the number of images. Equal sources give equal files, byte for byte.
+
+    renumber: see ``find_labels``.
+    """
     dest = Path(dest)
     if dest.suffix.lower() != ".zip":
         raise UserError(f"--dest={dest}: must end in .zip")
     if dest.exists() and not overwrite:
         raise UserError(f"--dest={dest} exists; remove it or pass --overwrite=True")
+    check_destination(dest, "--dest")
     apply = make_transform(transform, resolution)
     images = open_source(source)
+    all_labels, class_names = find_labels(images, renumber)
+    remove_leftovers(dest.parent)
     indices = evenly_spaced(len(images), max_images)
     names = []
     with atomic_path(dest) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive:
@@ -166,10 +217,14 @@ def make_dataset(
         for name, data in bar:
             archive.writestr(zipfile.ZipInfo(name), data)
             names.append(name)
-        labels = None
-        if images.labels is not None:
-            labels = [[name, images.labels[index]] for name, index in zip(names, indices, strict=True)]
-        archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps({"labels": labels}))
+        content = {"labels": None}
+        if all_labels is not None:
+            content["labels"] = [[name, all_labels[index]] for name, index in zip(names, indices, strict=True)]
+        if class_names is not None:
+            content["class_names"] = class_names
+        archive.writestr(zipfile.ZipInfo("dataset.json"), json.dumps(content))
+    if isinstance(images, ImageSource):
+        images.report_conversions()
     return len(indices)
 
 
@@ -189,12 +244,14 @@ def make_dataset(
     "--max_images", "--max-images", type=click.IntRange(min=1), default=None, help="Take N images, evenly spaced"
 )
 @click.option("--overwrite", type=bool, default=False, show_default=True, help="Replace an existing --dest")
-def main(source, dest, resolution, transform, pad, max_images, overwrite):
+@click.option("--renumber", type=bool, default=False, show_default=True, help="Number the classes 0, 1, 2, ... anew")
+def main(source, dest, resolution, transform, pad, max_images, overwrite, renumber):
     """Make an EDM-style dataset zip from an npz file, a folder or a zip of images."""
     if pad and transform == "center-crop":
         raise UserError("--pad and --transform=center-crop exclude each other; choose one")
     transform = "pad" if pad else transform
-    count = make_dataset(source, dest, parse_resolution(resolution), transform, max_images, overwrite)
+    with raised_sigterm(also=(signal.SIGINT,)):  # nothing half written is left
+        count = make_dataset(source, dest, parse_resolution(resolution), transform, max_images, overwrite, renumber)
     print(f"{dest}: {count} images")
 
 

@@ -20,7 +20,7 @@ from torch_utils import distributed
 from torch_utils.cli import SEED, Command, Number
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
-from torch_utils.image_data import ImageSource, check_destination, load_array
+from torch_utils.image_data import ImageSource, check_destination, count_classes, load_array
 from torch_utils.progress import progress_bar
 
 
@@ -99,7 +99,7 @@ def main(data, test, dest, arch, epochs, batch, lr, width, feature_dim, shift, f
     device = distributed.pick_device(device)
     images, labels = load_labelled(data)
     test_images, test_labels = load_labelled(test)
-    num_classes = int(labels.max()) + 1
+    num_classes = count_classes(labels.tolist(), data)
     if test_images.shape[1:] != images.shape[1:] or int(test_labels.max()) >= num_classes:
         raise UserError(f"--test={test}: the images or classes differ from those of --data")
     if len(images) < batch:

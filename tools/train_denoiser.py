@@ -38,7 +38,7 @@ from torch_utils import distributed
 from torch_utils.cli import SEED, Command, Number
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
-from torch_utils.image_data import ImageSource, load_array
+from torch_utils.image_data import ImageSource, count_classes, load_array
 from torch_utils.memory import explained_oom
 from torch_utils.progress import progress_bar
 from torch_utils.seeds import stream_seeds
@@ -113,8 +113,11 @@ class Batches:
         return images, labels
 
 
-def load_data(path, cond):
-    """uint8 images [N,C,H,W], one-hot labels or None, and the statistics stored with the network."""
+def load_data(path, cond, gaps=False):
+    """uint8 images [N,C,H,W], one-hot labels or None, and the statistics stored with the network.
+
+    gaps: some classes may have no images.
+    """
     source = ImageSource(path)
     images = load_array(source)
     if images.shape[2] != images.shape[3]:
@@ -123,7 +126,8 @@ def load_data(path, cond):
     if cond:
         if source.labels is None:
             raise UserError(f"--cond=True, but {path} has no labels (dataset.json); leave --cond out")
-        labels = np.eye(max(source.labels) + 1, dtype=np.float32)[np.asarray(source.labels)]
+        labels = np.zeros([len(source), count_classes(source.labels, str(path), gaps)], dtype=np.float32)
+        labels[np.arange(len(source)), source.labels] = 1
     scaled_mean = images.mean(axis=0, dtype=np.float64) / 127.5 - 1
     second = np.zeros(images.shape[1:])
     for start in range(0, len(images), 4096):
@@ -497,7 +501,7 @@ def train(*, data, outdir, net_config, device, resume=False, **options):
     """
     settings = Options(**options)
     on_main(check_folder, outdir, resume)
-    images, labels, *statistics = load_data(data, settings.cond)
+    images, labels, *statistics = load_data(data, settings.cond, gaps=settings.init is not None)
     learner = Learner(net_config, images, labels, *statistics, settings, device)
     run = Run(learner, settings, outdir, data)
     if resume:

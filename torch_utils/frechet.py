@@ -7,7 +7,7 @@ eigenvalues of A^T S2 A for any A with S1 = A A^T: a symmetric matrix, so nothin
 import math
 import os
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -161,12 +161,17 @@ class _Chunks(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __getitem__(self, number: int) -> torch.Tensor | UserError:
-        """A UserError is returned: raised in another process, it would come back with the traceback in its message."""
+    def __getitem__(self, number: int) -> tuple[torch.Tensor | UserError, dict[str, int]]:
+        """The images, and how many of them were changed in which way.
+
+        A UserError is returned: raised in another process, it would come back with the traceback in its message.
+        """
+        done = Counter()
         try:
-            return torch.from_numpy(np.stack([self.source.read(int(index)) for index in self.chunks[number]]))
+            images = np.stack([self.source.read(int(index), done) for index in self.chunks[number]])
         except UserError as error:
-            return error
+            return error, {}
+        return torch.from_numpy(images), dict(done)  # DataLoader would double a Counter
 
 
 def choose_workers(device: torch.device | str, source: ImageSource, batch: int) -> int:
@@ -201,9 +206,10 @@ def read_batches(
     if workers is None:
         workers = choose_workers(device, source, batch)
     workers = min(workers, len(chunks))
-    for images in _by_processes(chunks, workers, pinned) if workers else _by_threads(chunks, pinned):
+    for images, done in _by_processes(chunks, workers, pinned) if workers else _by_threads(chunks, pinned):
         if isinstance(images, UserError):
             raise images
+        source.conversions.update(done)
         yield images
 
 
@@ -215,8 +221,8 @@ def _by_processes(chunks: _Chunks, workers: int, pinned: bool) -> Iterable:
 
 def _by_threads(chunks: _Chunks, pinned: bool) -> Iterator:
     def load(number: int):
-        images = chunks[number]
-        return images.pin_memory() if pinned and isinstance(images, torch.Tensor) else images
+        images, done = chunks[number]
+        return images.pin_memory() if pinned and isinstance(images, torch.Tensor) else images, done
 
     with ThreadPoolExecutor(max_workers=min(_BATCHES_AHEAD, os.cpu_count() or 1)) as pool:
         pending: deque = deque()

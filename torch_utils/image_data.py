@@ -1,26 +1,31 @@
-"""Images in: folders and zips of PNG and JPEG files, with the labels of EDM's ``dataset.json``; atomic files out."""
+"""Images in: folders and zips of image files, with the labels of EDM's ``dataset.json``; atomic files out."""
 
 import errno
-import io
 import os
 import re
 import secrets
 import struct
+import sys
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from torch_utils import distributed
 from torch_utils.errors import UserError, parse_json
+from torch_utils.image_decoding import decode_image, header_channels
+from torch_utils.image_listing import describe, kind_of, list_folder, list_zip
+from torch_utils.prompts import seed_of
 
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg")
-_CHANNELS = {"1": 1, "L": 1, "P": 3, "RGB": 3}  # file mode -> channels it is read as
-_MAX_FILE_BYTES = 1 << 28  # of one zip entry, unpacked: a guard against zip bombs
+_MAX_FILE_BYTES = 1 << 28  # of one image file, unpacked: a guard against zip bombs
+_MOST_CLASSES = 1 << 16  # of which some have no image
+_PLAIN_COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _LABEL_FILE = "dataset.json"
 _SAMPLING_FILE = "sampling.json"  # of sample.py
 
@@ -102,34 +107,6 @@ def remove_leftovers(folder: str | Path) -> int:
     return removed
 
 
-def decode_image(data: bytes, name: str) -> np.ndarray:
-    """The bytes of a PNG or JPEG file -> uint8 [C,H,W] with C = 1 (grey) or 3 (RGB, palette).
-
-    Raises UserError, naming the file, for anything that is not such an image: truncated files, 16-bit or transparent
-    images, images beyond Pillow's decompression-bomb limit.
-    """
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
-            if image.width * image.height > (Image.MAX_IMAGE_PIXELS or float("inf")):  # Pillow itself only warns
-                raise Image.DecompressionBombError
-            channels = _CHANNELS.get(image.mode)
-            if channels is None or "transparency" in image.info:
-                mode = image.mode if channels is None else f"{image.mode} with transparency"
-                raise UserError(f"{name}: image mode {mode} is not supported; convert it to 8-bit grey or RGB")
-            array = np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.uint8)
-    except Image.DecompressionBombError:
-        raise UserError(f"{name}: the image claims more than {Image.MAX_IMAGE_PIXELS} pixels; refused") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{name}: not a readable PNG or JPEG image; remove or replace it") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as exc:  # what Pillow raises on damaged files
-        if isinstance(exc, UserError):
-            raise
-        raise UserError(f"{name}: damaged image ({exc}); remove or replace it") from None
-    if array.ndim == 2:
-        array = array[:, :, None]
-    return np.ascontiguousarray(array.transpose(2, 0, 1))
-
-
 def is_whole_png(path: Path) -> bool:
     """Whether a file is there and ends as a PNG does; a power cut can leave one that is empty or broken off."""
     try:
@@ -141,42 +118,75 @@ def is_whole_png(path: Path) -> bool:
 
 
 class ImageSource:
-    """All PNG and JPEG files of a folder (recursively) or of a zip, sorted by relative name.
+    """All images of a folder (recursively, links followed) or of a zip, sorted by relative name.
 
-    Beside a ``sampling.json`` of sample.py, ``grid.png`` and what lies in ``inters/`` accompany the samples: left out.
+    Formats and modes: torch_utils/image_decoding.py; which files count: torch_utils/image_listing.py. What is left out
+    is counted on stderr, by the first process. Beside a ``sampling.json`` of sample.py, ``grid.png`` and what lies in
+    ``inters/`` accompany the samples: left out.
 
-    names      relative names, with forward slashes
-    labels     class of each image from ``dataset.json`` (``{"labels": [["00000/img.png", 3], ...]}``), or None
-    shape      (C, H, W) of the first image, which all others must have; ``uniform=False`` lifts that
-    channels   1 or 3: what every image must have (default: what the first one has)
+    names        relative names, with forward slashes
+    ignored      how many files were left out, by kind
+    records      names of all ``sampling.json``
+    labels       class of each image from ``dataset.json`` (``{"labels": [["00000/img.png", 3], ...]}``), or None
+    class_names  names of these classes (``"class_names"`` in the same file), or None
+    shape        (C, H, W) of all images; of the first with ``uniform=False``, which allows different ones
+    conversions  how many of the images read so far were changed, by kind
 
+    channels: 1 or 3, see ``expect``. Default, if uniform: 1 where all images are grey, else 3.
     ``read`` may be called from threads and from forked workers.
     """
 
     def __init__(self, path: str | Path, channels: int | None = None, uniform: bool = True):
         self.path = Path(path)
-        self.channels = channels
         self.uniform = uniform
+        self.conversions: Counter = Counter()
         self._zip: zipfile.ZipFile | None = None
         self._zip_owner: int | None = None
-        self._shape: tuple[int, int, int] | None = None
+        self._members: dict[str, zipfile.ZipInfo] = {}
         if not self.path.exists():
             raise UserError(f"{self.path}: no such folder or zip file")
-        if self.path.is_dir():
-            self.is_zip = False
-            found = (p.relative_to(self.path).as_posix() for p in self.path.rglob("*") if p.is_file())
-        elif self.path.suffix.lower() == ".zip":
-            self.is_zip = True
-            found = (entry.filename for entry in self._open_zip().infolist() if not entry.filename.endswith("/"))
+        self.is_zip = not self.path.is_dir()
+        if self.is_zip:
+            if self.path.suffix.lower() != ".zip":
+                raise UserError(f"{self.path}: expected a folder or a .zip of images")
+            self._members, self.ignored = list_zip(self._open_zip())
+            found = list(self._members)
+            if sum(entry.compress_size for entry in self._members.values()) > self.path.stat().st_size:
+                raise UserError(f"{self.path}: cannot be read (its members claim more bytes than the archive has)")
         else:
-            raise UserError(f"{self.path}: expected a folder or a .zip of PNG or JPEG images")
-        found = list(found)
-        self.names = sorted(name for name in found if name.lower().endswith(IMAGE_EXTENSIONS))
-        if _SAMPLING_FILE in found:
-            self.names = [name for name in self.names if name != "grid.png" and not name.startswith("inters/")]
+            found, self.ignored = list_folder(self.path)
+        self.expect(channels)
+        self._choose(found)
+        self.labels, self.class_names = self._read_labels()
+
+    def _choose(self, found: list[str]) -> None:
+        """Sorts what there is into names, records, the file of labels, and the rest, which is counted."""
+        names, rest = [], []
+        for name in found:
+            kind = kind_of(name)
+            if kind is None:
+                names.append(name)
+            else:
+                rest.append((name, kind))
+        self.records = sorted(name for name, kind in rest if _last(name) == _SAMPLING_FILE and kind == ".json")
+        runs = {record.removesuffix(_SAMPLING_FILE) for record in self.records}
+        grids = {f"{run}grid.png" for run in runs}.intersection(names)
+        inters = {f"{run}inters/" for run in runs}
+        strips = {name for name in names if name.removesuffix(_last(name)) in inters}
+        self.names = sorted(set(names) - grids - strips)
+        self._wrapper = _common_folder(self.names)
+        folders = [self._wrapper[: at + 1] for at, letter in enumerate(self._wrapper) if letter == "/"]
+        places = [f"{folder}{_LABEL_FILE}" for folder in ["", *folders]]
+        kinds = dict(rest)
+        self._label_file = next((place for place in places if place in kinds), None)
+        known = {*self.records, self._label_file}
+        self.ignored.update(kind for name, kind in rest if name not in known)
+        self.ignored.update(["grid.png of sample.py"] * len(grids) + ["in inters/ of sample.py"] * len(strips))
+        left_out = describe(self.ignored)
         if not self.names:
-            raise UserError(f"{self.path}: holds no PNG or JPEG image")
-        self.labels = self._read_labels()
+            raise UserError(f"{self.path}: holds no image" + (f"; {left_out}" if left_out else ""))
+        if left_out:
+            note(f"{self.path}: {left_out}")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -184,7 +194,9 @@ class ImageSource:
     @property
     def shape(self) -> tuple[int, int, int]:
         if self._shape is None:
-            self._shape = tuple(self._decode(0).shape)
+            if self.channels is None and self.uniform:
+                self.channels = self.common_channels()
+            self._shape = tuple(self._decode(0, Counter()).shape)
         return self._shape
 
     @property
@@ -192,34 +204,112 @@ class ImageSource:
         """One more than the largest label; 0 without labels."""
         return 0 if self.labels is None else max(self.labels) + 1
 
-    def read(self, index: int) -> np.ndarray:
-        """uint8 [C,H,W]. Raises UserError, naming the file, where it is unreadable or unlike the others."""
-        array = self._decode(index)
-        expected = self.channels or (self.shape[0] if self.uniform else None)
-        if expected is not None and array.shape[0] != expected:
-            raise UserError(f"{self.where(index)}: {_colours(array.shape[0])}, expected {_colours(expected)}")
-        if self.uniform and array.shape[1:] != self.shape[1:]:
+    def expect(self, channels: int | None, reason: str = "") -> None:
+        """Has every image read with so many ``channels``.
+
+        3: grey is repeated. 1: RGB becomes grey where the three are equal in every pixel; else it is refused, for the
+        ``reason`` (default: the other images). None: as the images are.
+        """
+        self.channels, self._reason = channels, reason or "as the others are"
+        self._shape: tuple[int, int, int] | None = None
+
+    def common_channels(self) -> int:
+        """1 if all images are grey, else 3: from the headers, up to the first that is not grey."""
+        return 3 if any(self._header_channels(name) == 3 for name in self.names) else 1
+
+    def read(self, index: int, done: Counter | None = None) -> np.ndarray:
+        """uint8 [C,H,W]. Raises UserError, naming the file, where it is unreadable or unlike the others.
+
+        done: counts what was changed in the image, for a thread or another process; default: ``conversions``.
+        """
+        expected = self.shape if self.uniform else None
+        array = self._decode(index, self.conversions if done is None else done)
+        if expected is not None and array.shape[1:] != expected[1:]:
             raise UserError(
                 f"{self.where(index)}: {array.shape[2]}x{array.shape[1]} pixels, while {self.names[0]} has"
-                f" {self.shape[2]}x{self.shape[1]}; all images must have one size"
+                f" {expected[2]}x{expected[1]}; all images must have one size"
             )
         return array
 
     def where(self, index: int) -> str:
         """How to name an image to a person."""
-        return f"{self.path}:{self.names[index]}" if self.is_zip else str(self.path / self.names[index])
+        return self._where(self.names[index])
 
     def fingerprint(self, index: int) -> str:
         """Name, size and CRC (zip) or modification time (folder) of an image: changes when the file is replaced."""
         name = self.names[index]
         if self.is_zip:
-            entry = self._open_zip().getinfo(name)
+            entry = self._members[name]
             return f"{name}|{entry.file_size}|{entry.CRC:08x}"
         status = (self.path / name).stat()
         return f"{name}|{status.st_size}|{status.st_mtime_ns}"
 
-    def _decode(self, index: int) -> np.ndarray:
-        return decode_image(self._read_bytes(self.names[index]), self.where(index))
+    def by_seed(self) -> tuple[dict[int, int], list[str]]:
+        """The index of the image of each seed number, and the names that are no number.
+
+        Raises UserError for two images of one number.
+        """
+        found: dict[int, int] = {}
+        unnumbered = []
+        for index, name in enumerate(self.names):
+            seed = seed_of(name)
+            if seed is None:
+                unnumbered.append(name)
+            elif seed in found:
+                raise UserError(
+                    f"{self.path}: {self.names[found[seed]]} and {name} have the same seed number; pass the folder of"
+                    " one set of samples (or, if all are meant, a zip of them by tools/dataset_tool.py)"
+                )
+            else:
+                found[seed] = index
+        return found, unnumbered
+
+    def check_one_run(self) -> None:
+        """Raises UserError where the images are those of several runs of sample.py."""
+        if len(self.records) > 1:
+            raise UserError(
+                f"{self.path}: holds the samples of {len(self.records)} runs ({', '.join(self.records[:3])}"
+                f"{', ...' if len(self.records) > 3 else ''}); pass the folder of one"
+            )
+
+    def class_folders(self) -> tuple[list[int], list[str]] | None:
+        """Labels and class names from the folders of the first level, in the order of their names.
+
+        None if an image lies in no such folder, if there is only one, or if the folders only keep folders small, as
+        00001/img00001234.png of a dataset zip and 001000/001234.png of sample.py. A folder around all does not count.
+        """
+        parts = [name.removeprefix(self._wrapper).split("/") for name in self.names]
+        names = sorted({part[0] for part in parts})
+        if len(names) < 2 or min(map(len, parts)) < 2 or all(map(_is_numbered_block, self.names)):
+            return None
+        return [bisect_left(names, part[0]) for part in parts], names
+
+    def report_conversions(self, shared: bool = False) -> None:
+        """Says what was changed in the images read so far. shared: every process has read a part of them."""
+        total = sum(distributed.gather_objects(self.conversions), Counter()) if shared else self.conversions
+        if total:
+            note(f"{self.path}: images {', '.join(f'{kind}: {count}' for kind, count in sorted(total.items()))}")
+
+    def _where(self, name: str) -> str:
+        return f"{self.path}:{name}" if self.is_zip else str(self.path / name)
+
+    def _decode(self, index: int, done: Counter) -> np.ndarray:
+        with self._opened(self.names[index]) as file:
+            data = file.read()
+        array = decode_image(data, self.where(index), done)
+        if len(array) == 1 and self.channels == 3:
+            done["grey, made RGB"] += 1
+            return np.repeat(array, 3, axis=0)
+        if len(array) == 1 or self.channels != 1:
+            return array
+        if not (array == array[:1]).all():
+            raise UserError(f"{self.where(index)}: RGB image, expected grey-scale, {self._reason}")
+        done["RGB with equal channels, made grey"] += 1
+        return array[:1]
+
+    def _header_channels(self, name: str) -> int:
+        with self._opened(name) as file:
+            return header_channels(file, self._where(name))
 
     def _open_zip(self) -> zipfile.ZipFile:
         if self._zip is None or self._zip_owner != os.getpid():  # a forked child must not share the file offset
@@ -230,33 +320,43 @@ class ImageSource:
             self._zip_owner = os.getpid()
         return self._zip
 
-    def _read_bytes(self, name: str) -> bytes:
-        where = f"{self.path}:{name}" if self.is_zip else str(self.path / name)
+    @contextmanager
+    def _opened(self, name: str, most: int = _MAX_FILE_BYTES) -> Iterator:
+        """The file, for reading, of ``most`` bytes. What it cannot be read for is a UserError that names it."""
         try:
+            entry = self._members[name] if self.is_zip else None
+            size = entry.file_size if self.is_zip else (self.path / name).stat().st_size
+            if size > most:
+                raise UserError(f"{self._where(name)}: unpacks to {size} bytes; at most {most} are read")
             if not self.is_zip:
-                return (self.path / name).read_bytes()
-            entry = self._open_zip().getinfo(name)
-            if entry.file_size > _MAX_FILE_BYTES:
-                raise UserError(f"{where}: unpacks to {entry.file_size} bytes; refused")
-            if entry.compress_size > self.path.stat().st_size:  # zipfile would make room for it all first
-                raise UserError(f"{where}: cannot be read (it claims more bytes than the archive has)")
-            return self._open_zip().read(entry)
+                with (self.path / name).open("rb") as file:
+                    yield file
+                return
+            if entry.compress_type not in _PLAIN_COMPRESSION:  # bzip2 and LZMA unpack kilobytes to gigabytes at once
+                kind = zipfile.compressor_names.get(entry.compress_type, f"method {entry.compress_type}")
+                raise UserError(f"{self._where(name)}: is compressed with {kind}; only stored and deflate are read")
+            with self._open_zip().open(entry) as file:
+                yield file
         except UserError:
             raise
         except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error, struct.error) as exc:
-            raise UserError(f"{where}: cannot be read ({str(exc)[:200]})") from None  # it may quote the file
+            raise UserError(
+                f"{self._where(name)}: cannot be read ({str(exc)[:200]})"
+            ) from None  # it may quote the file
 
-    def _read_labels(self) -> list[int] | None:
-        listed = self._open_zip().namelist() if self.is_zip else os.listdir(self.path)
-        if _LABEL_FILE not in listed:
-            return None
-        where = f"{self.path}:{_LABEL_FILE}" if self.is_zip else str(self.path / _LABEL_FILE)
+    def _read_labels(self) -> tuple[list[int] | None, list[str] | None]:
+        if self._label_file is None:
+            return None, None
+        where = self._where(self._label_file)
+        folder = self._label_file.removesuffix(_LABEL_FILE)
         try:
-            content = parse_json(self._read_bytes(_LABEL_FILE))
+            with self._opened(self._label_file, (1 << 20) + len(self) * 1024) as file:
+                text = file.read()
+            content = parse_json(text)
             pairs = content.get("labels") if isinstance(content, dict) else content
             if pairs is None:
-                return None
-            table = {str(name).replace("\\", "/"): label for name, label in pairs}
+                return None, None
+            table = {folder + str(name).replace("\\", "/"): label for name, label in pairs}
         except (UnicodeDecodeError, TypeError, ValueError) as exc:
             if isinstance(exc, UserError):
                 raise
@@ -264,17 +364,56 @@ class ImageSource:
         labels = []
         for name in self.names:
             label = table.get(name)
-            if isinstance(label, bool) or not isinstance(label, int) or label < 0:
-                raise UserError(f"{where}: the label of {name} is {label!r}; expected an integer from 0 up")
+            if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < 1 << 63:
+                raise UserError(f"{where}: the label of {name} is {label!r:.40}; expected an integer from 0 up")
             labels.append(label)
-        return labels
+        names = content.get("class_names") if isinstance(content, dict) else None
+        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise UserError(f'{where}: "class_names" has to be a list of texts')
+        return labels, names
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_zip": None, "_zip_owner": None}
 
 
-def _colours(channels: int) -> str:
-    return "grey-scale" if channels == 1 else "RGB" if channels == 3 else f"{channels} channels"
+def note(message: str, kind: str = "Note") -> None:
+    """One line on stderr, by the first process; what is not printable, in the names of files, is escaped."""
+    if distributed.rank() == 0:
+        message = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
+        print(f"{kind}: {message}", file=sys.stderr)
+
+
+def count_classes(labels: Sequence[int], where: str, gaps: bool = False) -> int:
+    """One more than the largest label. Raises UserError for labels with gaps: networks have a class for each number.
+
+    gaps: allows them, for a part of a larger set.
+    """
+    present = set(labels)
+    count = max(present) + 1
+    if len(present) < count and not (gaps and count <= _MOST_CLASSES):
+        missing = next(label for label in range(count) if label not in present)
+        raise UserError(
+            f"{where}: the labels go up to {count - 1}, but {len(present)} of these {count} classes have images (the"
+            f" first without is {missing}); number them 0, 1, 2, ...: tools/dataset_tool.py --renumber=True"
+        )
+    return count
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
+
+
+def _common_folder(names: list[str]) -> str:
+    """The folder, with its slash, in which all of these sorted names lie; empty if there is none."""
+    if not names:
+        return ""
+    common = os.path.commonprefix([names[0], names[-1]])
+    return common[: common.rfind("/") + 1]
+
+
+def _is_numbered_block(name: str) -> bool:
+    match = re.fullmatch(r"(?:.*/)?(\d{5,6})/(?:img)?(\d{6,8})\.\w+", name)
+    return match is not None and int(match[1]) in (int(match[2]) // 1000, int(match[2]) // 1000 * 1000)
 
 
 def evenly_spaced(total: int, count: int | None) -> list[int]:
@@ -293,4 +432,5 @@ def load_array(source: ImageSource | str | Path, max_images: int | None = None) 
     array = np.empty((len(indices), *source.shape), dtype=np.uint8)
     for row, index in enumerate(indices):
         array[row] = source.read(index)
+    source.report_conversions()
     return array

@@ -3,13 +3,16 @@
 import csv
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from torch_utils.errors import UserError
+from torch_utils.errors import UserError, parse_json
 
+FILES = (".txt", ".csv", ".jsonl")
 TEXT_COLUMNS = ("prompt", "caption", "text")
 NUMBER_COLUMNS = ("seed", "index")
+NAME_COLUMNS = ("file_name", "filename", "image_path", "image", "path")
 _NUMBER = "[0-9]{1,18}"
 
 
@@ -35,22 +38,45 @@ def batch_of_prompts(prompts: str | Sequence[str] | None, count: int | None, lab
     return prompts
 
 
+@dataclass(frozen=True)
+class Captions:
+    """The captions of a file.
+
+    by_seed  by seed number, in the order of the file
+    by_name  by the name of the image, with forward slashes, where the file names images: None where it does not
+    by_row   whether the seed numbers are only those of the rows
+    """
+
+    by_seed: dict[int, str]
+    by_name: dict[str, str] | None
+    by_row: bool
+
+
 def read_prompts(path: str | Path, column: str | None = None) -> dict[int, str]:
-    """Captions by seed number, in the order of a UTF-8 file.
+    """Captions by seed number, in the order of the file: see ``read_captions``."""
+    return read_captions(path, column).by_seed
 
-    .txt   one caption a line; the first line belongs to seed 0
-    .csv   comma-separated with a header. The captions are in ``column``, by default the one that is called "prompt",
-           "caption" or "text" (in any case). The seed number is in the column "seed", else "index", if there is such a
-           column; else the first row below the header belongs to seed 0.
 
-    An empty line or cell leaves its number without a caption. Raises UserError, naming the file and what is wrong.
+def read_captions(path: str | Path, column: str | None = None) -> Captions:
+    """The captions of a UTF-8 file.
+
+    .txt    one caption a line; the first line belongs to seed 0
+    .csv    comma-separated with a header. The captions are in ``column``, by default the one that is called "prompt",
+            "caption" or "text" (in any case).
+    .jsonl  the same as one JSON object a line, for instance the metadata.jsonl of a Hugging Face imagefolder
+
+    The column "file_name" (or "filename", "image_path", "image", "path") names the image that a caption belongs to. The
+    seed number is in the column "seed"; else it is the name of that image, if all names are different numbers; else it
+    is in the column "index"; else the first row belongs to seed 0.
+
+    An empty line or cell leaves its image without a caption. Raises UserError, naming the file and what is wrong.
     """
     path = Path(path)
     kind = path.suffix.lower()
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected captions in a .txt or .csv file")
-    if kind not in (".txt", ".csv"):
-        raise UserError(f"{path}: expected captions in a .txt file (one a line) or a .csv file (with a header)")
+        raise UserError(f"{path}: no such file; expected captions in a .txt, .csv or .jsonl file")
+    if kind not in FILES:
+        raise UserError(f"{path}: expected captions in a .txt file (one a line), .csv (with a header) or .jsonl")
     if kind == ".txt" and column is not None:
         raise UserError(f"{path}: a text file has no column '{column}'; leave the column out")
     try:
@@ -63,44 +89,105 @@ def read_prompts(path: str | Path, column: str | None = None) -> dict[int, str]:
         raise UserError(f"{path}: not UTF-8 text (it holds null bytes); save it as UTF-8")
     if not text.strip():
         raise UserError(f"{path}: the file is empty; expected one caption a line")
-    prompts = {}
-    for number, caption in _csv_rows(path, text, column) if kind == ".csv" else enumerate(text.split("\n")):
-        if number in prompts:
-            raise UserError(f"{path}: two rows have the seed number {number}")
+    if kind == ".txt":
+        captions = _numbered(path, enumerate(text.split("\n")))
+        return Captions(captions, None, by_row=True)
+    lines, header, rows = _csv_table(path, text) if kind == ".csv" else _json_table(path, text)
+    return _captions_of_table(path, lines, header, rows, column)
+
+
+def _numbered(path: Path, pairs) -> dict:
+    """Captions by number or name, without the empty ones."""
+    captions, seen = {}, set()
+    for key, caption in pairs:
+        if key in seen:
+            what = "seed number" if isinstance(key, int) else "image"
+            raise UserError(f"{path}: two rows have the {what} {key}")
+        seen.add(key)
         if caption.strip():
-            prompts[number] = caption.strip()
-    if not prompts:
+            captions[key] = caption.strip()
+    if not captions:
         raise UserError(f"{path}: holds no caption, only a header and empty cells")
-    return prompts
+    return captions
 
 
-def _csv_rows(path: Path, text: str, column: str | None) -> Iterator[tuple[int, str]]:
+def _captions_of_table(
+    path: Path, lines: list[int], header: list[str], rows: list[list[str]], column: str | None
+) -> Captions:
+    text_column = _text_column(path, header, column)
+    known: dict[str, int] = {}
+    for place, name in enumerate(header):
+        if place != text_column:
+            known.setdefault(name.lower(), place)
+    texts = [row[text_column] for row in rows]
+
+    def first(names):
+        return next((known[name] for name in names if name in known), None)
+
+    names = by_name = None
+    if (name_column := first(NAME_COLUMNS)) is not None:
+        names = [row[name_column].strip().replace("\\", "/").removeprefix("./") for row in rows]
+        if "" in names:
+            raise UserError(f"{path}: line {lines[names.index('')]} has no {header[name_column]}")
+        # Several captions of one image are prompts like others; only pairing images with them is impossible.
+        by_name = _numbered(path, zip(names, texts, strict=True)) if len(set(names)) == len(names) else {}
+    number_column = first(NUMBER_COLUMNS[:1])
+    if number_column is None and names is not None:
+        seeds = [seed_of(name) for name in names]
+        if None not in seeds and len(set(seeds)) == len(seeds):
+            return Captions(_numbered(path, zip(seeds, texts, strict=True)), by_name, by_row=False)
+    if number_column is None:
+        number_column = first(NUMBER_COLUMNS)
+    if number_column is None:
+        return Captions(_numbered(path, enumerate(texts)), by_name, by_row=True)
+    seeds = []
+    for line, row in zip(lines, rows, strict=True):
+        number = row[number_column].strip()
+        if not re.fullmatch(_NUMBER, number):
+            raise UserError(
+                f"{path}: line {line} has the {header[number_column]} {number[:40]!r}; expected an integer from 0 up"
+            )
+        seeds.append(int(number))
+    return Captions(_numbered(path, zip(seeds, texts, strict=True)), by_name, by_row=False)
+
+
+def _csv_table(path: Path, text: str) -> tuple[list[int], list[str], list[list[str]]]:
+    """Line numbers, header and rows."""
     # strict: a quotation mark that is never closed would silently swallow the rest of the file.
     reader = csv.reader(io.StringIO(text), strict=True)
+    lines, rows = [], []
     try:
         header = [name.strip() for name in next(filter(None, reader))]
-        text_column = _text_column(path, header, column)
-        known = [name.lower() for name in header]
-        number_column = next((known.index(name) for name in NUMBER_COLUMNS if name in known), None)
-        if number_column == text_column:
-            number_column = None
-        for row_number, row in enumerate(filter(None, reader)):
+        for row in filter(None, reader):
             if len(row) != len(header):
                 raise UserError(
                     f"{path}: line {reader.line_num} has {len(row)} columns, the header {len(header)}; put captions"
                     " that hold a comma in quotation marks"
                 )
-            number = row_number
-            if number_column is not None:
-                if not re.fullmatch(_NUMBER, row[number_column].strip()):
-                    raise UserError(
-                        f"{path}: line {reader.line_num} has the {header[number_column]} {row[number_column]!r};"
-                        " expected an integer from 0 up"
-                    )
-                number = int(row[number_column])
-            yield number, row[text_column]
+            lines.append(reader.line_num)
+            rows.append(row)
     except csv.Error as exc:
         raise UserError(f"{path}: line {reader.line_num} is not valid CSV ({exc})") from None
+    return lines, header, rows
+
+
+def _json_table(path: Path, text: str) -> tuple[list[int], list[str], list[list[str]]]:
+    """The same of JSON lines. Columns are the keys that have a text or whole number in the first of them."""
+    lines, header, rows = [], [], []
+    for line, content in enumerate(text.split("\n"), start=1):
+        if not content.strip():
+            continue
+        try:
+            entry = parse_json(content)
+        except ValueError as exc:
+            raise UserError(f"{path}: line {line} is not valid JSON ({exc})") from None
+        if not isinstance(entry, dict):
+            raise UserError(f"{path}: line {line} is no JSON object")
+        header = header or [key for key, value in entry.items() if isinstance(value, (str, int))]
+        lines.append(line)
+        row = [entry.get(key) for key in header]
+        rows.append(["" if value is None else str(value) for value in row])
+    return lines, header, rows
 
 
 def _text_column(path: Path, header: list[str], column: str | None) -> int:

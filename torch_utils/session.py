@@ -34,8 +34,8 @@ def session(device: str | None = None) -> Iterator[torch.device]:
                 str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             )
             raise
-        except KeyboardInterrupt:
-            distributed.report_failure("Ctrl-C")
+        except KeyboardInterrupt as signalled:
+            distributed.report_failure(str(signalled) or "Ctrl-C")
             raise
         finally:
             distributed.shutdown()

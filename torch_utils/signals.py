@@ -45,16 +45,30 @@ def deferred_signals() -> Iterator[list[int]]:
         yield received
 
 
+class _Stopped(KeyboardInterrupt):
+    """What a signal handler raises: no ``Exception``, which whatever code it comes upon might take for its own."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
 @contextmanager
-def raised_sigterm() -> Iterator[None]:
-    """SIGTERM raises Interrupted, so that files half written are removed; if a peer has failed, that is said instead."""
+def raised_sigterm(also: tuple[int, ...] = ()) -> Iterator[None]:
+    """SIGTERM raises Interrupted, so that files half written are removed; if a peer has failed, that is said instead.
+
+    also: further signals that do.
+    """
 
     def handler(number, frame):
         distributed.check_peers()
-        raise Interrupted(number)
+        raise _Stopped(number)
 
-    with _handled(handler, (signal.SIGTERM,)):
-        yield
+    try:
+        with _handled(handler, (signal.SIGTERM, *also)):
+            yield
+    except _Stopped as stopped:
+        raise Interrupted(stopped.number) from None
 
 
 @contextmanager
