@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import zipfile
@@ -17,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from ports import reserve_port
 from safetensors.torch import load_file, save_file
 
 import clip_score
@@ -154,19 +154,18 @@ def run_as_rank(rank: int, port: int, arguments: list[str], stdout: Path) -> Non
 
 def launch_two(arguments: list[str], folder: Path) -> tuple[str, list[int]]:
     """What two processes print, and their exit codes. They are forked: importing transformers takes seconds."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
     outputs = [folder / f"stdout{rank}.txt" for rank in range(2)]
-    ranks = [context.Process(target=run_as_rank, args=(rank, port, arguments, outputs[rank])) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-        if process.is_alive():
-            process.kill()
-            process.join()
+    with reserve_port() as held:
+        port = held.getsockname()[1]
+        ranks = [context.Process(target=run_as_rank, args=(rank, port, arguments, outputs[rank])) for rank in range(2)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(300)  # far more than it takes, also on a busy machine
+            if process.is_alive():
+                process.kill()
+                process.join()
     return "".join(path.read_text() for path in outputs), [process.exitcode for process in ranks]
 
 

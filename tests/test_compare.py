@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import re
 import shlex
-import socket
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import scipy.stats
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from ports import reserve_port
 
 import compare
 import sample as sample_cli
@@ -474,16 +474,14 @@ def _one_of_two(rank: int, port: int, arguments: list[str], command, environment
 
 def run_on_two(arguments: list[str], command=compare.main) -> list[int]:
     """Exit codes of the two processes of a group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    given = (port, arguments, command, pytest.MonkeyPatch())
-    both = [context.Process(target=_one_of_two, args=(k, *given)) for k in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(60)
+    with reserve_port() as held:
+        given = (held.getsockname()[1], arguments, command, pytest.MonkeyPatch())
+        both = [context.Process(target=_one_of_two, args=(k, *given)) for k in range(2)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join(300)  # far more than it takes, also on a busy machine
     codes = [process.exitcode for process in both]
     for process in both:
         process.kill()
@@ -621,7 +619,7 @@ def test_markdown_has_methods_down_and_evaluations_across(baseline):
 
 
 def make_row(method, nfe, groups):
-    """A row whose scores are means over groups of equal size."""
+    """A row whose scores are means over groups of equal size. groups [G]: the means of the groups."""
     groups = np.asarray(groups, dtype=float)
     left_out = [np.delete(groups, g).mean() for g in range(len(groups))]
     row = {
@@ -638,9 +636,8 @@ def make_row(method, nfe, groups):
     return row
 
 
-NOISE = np.array(
-    [3.0, -1.0, 0.5, -2.0, -0.5]
-)  # of the seeds, the same for all methods, and larger than the differences
+# Of the seeds: the same for all methods and larger than their differences.
+NOISE = np.array([3.0, -1.0, 0.5, -2.0, -0.5])
 SMALL = np.array([0.01, -0.02, 0.015, 0.0, -0.005])
 ROWS = [
     make_row("base", 3, 10 + NOISE),
@@ -656,7 +653,7 @@ ROWS = [
 
 
 def test_differences_are_paired():
-    """scipy's interval of the differences of the groups; methods are told apart that differ less than their intervals."""
+    """For means, the interval of scipy's paired t test; it is far narrower than that of one method."""
     rows = {(row["method"], row["nfe"]): row for row in comparison.add_differences(ROWS, "base")}
     one, other = 9.9 + NOISE + SMALL, 10 + NOISE
     paired = scipy.stats.ttest_rel(one, other).confidence_interval(0.95)
@@ -696,7 +693,6 @@ def test_only_what_is_better_beyond_the_interval_is_marked():
 
 
 def test_differences_to_a_baseline_in_every_file(files, baseline, tmp_path):
-    """Sampled and scored here: the FIDs of both methods without one group at a time."""
     folder, old, _ = baseline
     solvers = "euler,heun,dpmpp:max_order=2:thresholding=False"
     rows, output = run(files, tmp_path, f"--solvers={solvers}", "--baseline=euler")
