@@ -316,6 +316,20 @@ def test_gaussian_data_are_measured():
         student.run(net, latents()[..., :8])
 
 
+@pytest.mark.parametrize(("slope", "variance"), [(-0.2, 0.0), (0.25, 80.0**2 / 3), (0.9, 80.0**2)])
+def test_a_measured_variance_is_never_negative(slope, variance):
+    """D = mu + slope (x - mu): v / (v + sigma^2) is the slope, which has to lie in 0..1/2 to be believed."""
+
+    class Linear(Gauss):
+        def forward(self, x, sigma):
+            return self.mean + slope * (x - self.mean)
+
+    student = SpanStudent(first_step="gaussian")
+    student.measure_gaussian(Linear(torch.zeros(3, 16, 16, dtype=torch.float64)), calls=16)
+    assert float(student.variance) == pytest.approx(variance, rel=1e-4, abs=1e-9)
+    assert student.run(Linear(torch.zeros(3, 16, 16, dtype=torch.float64)), latents()).isfinite().all()
+
+
 # ---- labels and numbers ----------------------------------------------------------------------------------------------
 
 
