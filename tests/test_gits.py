@@ -131,6 +131,13 @@ def test_inserted_point_is_the_best_one():
     assert len({round(value, 6) for value in distances}) == 7
 
 
+def test_the_second_point_may_always_be_the_last():
+    """Whatever ``second`` says, one jump to the end needs no point between."""
+    cost = np.ones((5, 5))
+    assert [gits_indices(cost, 2, second=second) for second in (1, 4, 5, 99)] == 4 * [[0, 4]]
+    assert gits_indices(cost, 3, second=3) == [0, 3, 4]
+
+
 def test_mistakes(monkeypatch):
     net, latents, cost = ToyNet(), common("latents2")[None], np.zeros((5, 5))
     cases = {
