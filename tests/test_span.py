@@ -14,7 +14,7 @@ import sample as cli
 from models import create_model
 from solvers import Solver, get_schedule, integrate, make_rule, sample
 from solvers.span import GROUPS, PRESETS, SpanStudent
-from solvers.span_heads import slope_features
+from solvers.span_heads import SpatialHead, slope_features
 from tools import comparison_report
 from torch_utils.errors import UserError
 from torch_utils.tensor_file import read_safetensors
@@ -616,6 +616,23 @@ def test_features_of_slopes_by_hand():
     expected = [0.5 * math.log((b * b).mean()), *cosine, image.mean(), image.std()]
     assert found == pytest.approx(expected, rel=1e-5)
     assert slope_features(x, torch.tensor(2.0), g, None)[:, 1].tolist() == [0, 0]
+
+
+def test_the_spatial_head_sees_the_state_at_unit_size():
+    """At any noise level: it depends on x through x / sqrt(1 + sigma^2) and D only, besides the slopes."""
+    generator = torch.Generator().manual_seed(3)
+    state, denoised, slope = torch.randn(3, 2, 3, 8, 8, generator=generator, dtype=torch.float64)
+    head = SpatialHead(3, {2: 1})
+    with torch.no_grad():
+        for layer in head.write.values():
+            layer.weight.normal_(generator=generator)
+        found = []
+        for sigma in (0.01, 1.0, 60.0):
+            x = state * math.sqrt(1 + sigma**2)
+            found.append(head(2, x, torch.tensor(sigma, dtype=torch.float64), [slope], (x - denoised) / sigma))
+    assert float(found[0].std()) > 0.01
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)
 
 
 # ---- files and command lines -----------------------------------------------------------------------------------------

@@ -92,11 +92,11 @@ def make_notes(comparison: Comparison, rows: list[dict]) -> list[str]:
         f"±: half the {share}% confidence interval, Student's t with {protocol.groups - 1} degrees of freedom times the"
         f" standard error of the jackknife, which computes each score without one of the {protocol.groups} groups of seeds"
         " at a time. It tells the chance of the seeds, not the bias of the FID.",
-        "Bold: the least of a column, where its paired difference to every other is below zero by more than the interval."
+        "Bold: better than every other method at the same NFE, by more than the interval of the paired difference."
         + (
-            f" Differences to '{baseline}': row minus baseline at the same NFE and seeds, negative is better, bold where"
-            " the whole interval is below zero. They are freed of the jackknife's estimate of the bias and so may differ a"
-            " little from the difference of two cells."
+            f" Differences to '{baseline}': row minus baseline at the same NFE and seeds; negative is better, bold if the"
+            " whole interval is below zero. The jackknife's estimate of the bias is subtracted, so they may differ a little"
+            " from the difference of two cells."
             if baseline
             else ""
         ),
