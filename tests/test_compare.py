@@ -412,6 +412,18 @@ def test_other_settings_are_other_results(files, tmp_path, calls):
         assert calls and "1 of 1 rows computed" in output, change
 
 
+def test_another_detector_is_another_result_and_another_reference(files, tmp_path):
+    """Features of the reference solution belong to the detector that made them."""
+    torch.manual_seed(5)
+    save_classifier(ConvClassifier(1, 8, 10, feature_dim=6, width=4).eval(), tmp_path / "other.safetensors")
+    common = "--solvers=euler", "--nfe=2"
+    run(files, tmp_path / "out", *common)
+    other = f"--detector={tmp_path / 'other.safetensors'}"
+    rows, output = run(files, tmp_path / "out", *common, other)
+    fresh, _ = run(files, tmp_path / "fresh", *common, other)
+    assert "1 of 1 rows computed" in output and measured(rows) == measured(fresh)
+
+
 def test_a_new_file_of_statistics_is_another_result(files, tmp_path):
     path, fids = tmp_path / "statistics.safetensors", []
     arguments = f"--solvers=dpm_v3:statistics={path}", "--nfe=2", "--num_reference=0"

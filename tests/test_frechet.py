@@ -34,6 +34,14 @@ def test_symmetric_and_zero_on_itself():
     assert frechet_distance(*one, *one) == pytest.approx(0, abs=1e-9)
 
 
+def test_rounding_never_makes_a_distance_negative():
+    found = []
+    for seed in range(30):
+        mu, sigma = random_statistics(24, 100, seed)
+        found.append(frechet_distance(mu, sigma, mu, sigma * (1 + 1e-15)))
+    assert min(found) >= 0 and max(found) < 1e-9
+
+
 def test_commuting_gaussians():
     """In a shared eigenbasis: |mu1 - mu2|^2 + sum (sqrt(a) - sqrt(b))^2."""
     rng = np.random.default_rng(5)
