@@ -222,7 +222,9 @@ def kill_sampling(sample, tmp_path: Path, count: int, kills: int, ranks: int = 2
         if done < kills:
             time.sleep(draw.uniform(0.2, 0.8) * length)
             group.kill(*draw.choice([(), (0,), (1,)]))
-        codes = group.wait(STOP_S)
+            codes = group.wait(STOP_S)
+        else:
+            codes = group.wait()
         after = images(folder)
         assert all(after[seed] == entry for seed, entry in before.items())  # not touched
         assert all(clean[seed] == entry[0] for seed, entry in after.items())
@@ -648,7 +650,7 @@ class Stalling(test_download.Handler):
             Content_Length=len(test_download.DATA),
         )
         self.wfile.flush()
-        go.wait(60)
+        go.wait(600)
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def run_fid(*arguments, processes: int = 1) -> subprocess.CompletedProcess:
     )
     command = [sys.executable, *launcher, "fid.py", *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=600)
 
 
 def value_of(done: subprocess.CompletedProcess) -> float:
@@ -181,6 +181,16 @@ def test_few_images_give_a_warning_and_a_number(tmp_path, capsys):
     result = calculate_fid(write_images(tmp_path / "few", 5), "digits")
     assert np.isfinite(result.fid) and result.fid > 0
     assert "Warning: 5 images for 64 features" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("count", "word"),
+    [(63, "Warning: .*singular"), (64, "Warning: .*singular"), (65, "Note: "), (9999, "Note: "), (10_000, "")],
+)
+def test_from_how_many_images_on_nothing_is_said(count, word, capsys):
+    """The covariance of N images has rank N - 1 at most, so 64 of them are too few for 64 features."""
+    fid.warn_about_count(count, SimpleNamespace(feature_dim=64))
+    assert re.match(word or "$", capsys.readouterr().err)
 
 
 def test_feature_cache_is_used_only_for_the_same_files(noise, tmp_path):

@@ -218,6 +218,20 @@ def test_clipping_and_rates(folder):
     assert rates == pytest.approx([c * min(1, (it + 1) / 4) for it, c in enumerate(cosine)])
 
 
+def test_the_average_soon_forgets_the_untrained_student(folder):
+    """A long average starts short: after the first iteration it is nine tenths new, later it follows ``ema``."""
+    trainer = make_trainer(folder, ema=0.9999, phases="all:1")
+    start = trainer.student.labels.detach().clone()
+    train(trainer, 1)
+    moved = trainer.student.labels.detach() - start
+    assert float(moved.norm()) > 1e-4
+    torch.testing.assert_close(trainer.averaged.labels.detach() - start, 0.9 * moved, rtol=1e-6, atol=0)
+    trainer = make_trainer(folder, ema=0.05, phases="all:1")
+    train(trainer, 1)
+    moved = trainer.student.labels.detach() - start
+    torch.testing.assert_close(trainer.averaged.labels.detach() - start, 0.95 * moved, rtol=1e-6, atol=0)
+
+
 def test_anchor(folder):
     """By hand at the levels where states are kept; gone after its share of the run."""
     trainer = make_trainer(folder, w_anchor=2.0, anchor=0.5)
