@@ -153,6 +153,22 @@ def test_reference_by_name_of_a_network(tmp_path, monkeypatch):
         find_reference("cifra10")
 
 
+def test_references_of_one_name_from_two_addresses_are_two(tmp_path, monkeypatch):
+    """Each is downloaded once and then found in the cache."""
+    asked = []
+
+    def download(urls, path, **_):
+        asked.append(urls[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Reference(np.full(2, float(len(asked))), np.eye(2)).save(path)
+
+    monkeypatch.setenv("AMED_CACHE", str(tmp_path))
+    monkeypatch.setattr(fid, "download_file", download)
+    addresses = ["https://one.example/fid/ref.npz", "https://two.example/fid/ref.npz"]
+    found = [find_reference(address).mu[0] for address in addresses + addresses]
+    assert found == [1, 2, 1, 2] and asked == addresses
+
+
 def test_published_copies_of_inception_agree(monkeypatch):
     """A reference made with the TorchScript copy may be met by features of the state dict, but by nothing else."""
     (script,) = detectors.TRUSTED_TORCHSCRIPT
@@ -178,7 +194,10 @@ def test_random_choice_of_images(noise):
 
 
 def test_few_images_give_a_warning_and_a_number(tmp_path, capsys):
-    result = calculate_fid(write_images(tmp_path / "few", 5), "digits")
+    result = calculate_fid(write_images(tmp_path / "few", 5), "digits", seed=7)
+    assert (result.images, result.seed) == (5, None)  # all of them: no choice was made
+    chosen = calculate_fid(tmp_path / "few", "digits", num=4, seed=7)
+    assert (chosen.images, chosen.seed) == (4, 7) and chosen.fid != result.fid
     assert np.isfinite(result.fid) and result.fid > 0
     assert "Warning: 5 images for 64 features" in capsys.readouterr().err
 

@@ -349,6 +349,17 @@ def test_every_call_gets_its_own_decoupled_level(solver):
     assert [float(call) for call in net.calls] == told
 
 
+def test_noise_levels_may_leave_the_range_by_rounding_only():
+    """A published table of rounded numbers is fine; half a percent is another noise level."""
+    for share, fine in ((1 + 5e-4, True), (1.005, False)):
+        for sigmas in ([80.0 * share, 1.0, 0.002], [80.0, 1.0, 0.002 / share]):
+            if fine:
+                sample(ToyNet(), common("latents2"), solver="euler", sigmas=sigmas)
+            else:
+                with pytest.raises(ValueError, match="outside the network's range"):
+                    sample(ToyNet(), common("latents2"), solver="euler", sigmas=sigmas)
+
+
 @pytest.mark.parametrize("rho", [0.5, 1, 2, 7])
 def test_a_discrete_schedule_runs_from_end_to_end(rho):
     """Uniform in the rho-th root of the time, as the polynomial one is in that of the noise level."""

@@ -618,6 +618,11 @@ def test_features_of_slopes_by_hand():
     assert slope_features(x, torch.tensor(2.0), g, None)[:, 1].tolist() == [0, 0]
 
 
+def test_features_of_a_sample_without_slope_are_finite():
+    x = torch.ones(2, 3, 4, 4, dtype=torch.float64)
+    assert slope_features(x, torch.tensor(2.0), torch.zeros_like(x), torch.zeros_like(x)).isfinite().all()
+
+
 def test_the_spatial_head_sees_the_state_at_unit_size():
     """At any noise level: it depends on x through x / sqrt(1 + sigma^2) and D only, besides the slopes."""
     generator = torch.Generator().manual_seed(3)
