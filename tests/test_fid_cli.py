@@ -228,6 +228,21 @@ def test_feature_cache_is_used_only_for_the_same_files(noise, tmp_path):
         calculate_fid(folder, "digits", feature_cache=cache)
 
 
+def test_a_feature_cache_belongs_to_its_detector(tmp_path):
+    source, found = ImageSource(write_images(tmp_path / "in", 12, size=8)), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        file = tmp_path / f"{seed}.safetensors"
+        detectors.save_classifier(detectors.ConvClassifier(1, 8, 10, feature_dim=6, width=4).eval(), file)
+        detector = load_detector(file)
+        for cache in (None, tmp_path / "features.npz", tmp_path / "features.npz"):
+            statistics = fid.image_statistics(source, range(12), detector, 5, torch.device("cpu"), cache)
+            found.append(statistics.moments()[0])
+    for one, other in ((0, 1), (0, 2), (3, 4), (3, 5)):
+        np.testing.assert_allclose(found[one], found[other], rtol=1e-6)
+    assert np.abs(found[0] - found[3]).max() > 1e-3
+
+
 def test_detector_must_fit_the_reference(noise, tmp_path):
     script = tmp_path / "net.pt"
 

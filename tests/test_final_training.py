@@ -232,6 +232,20 @@ def test_the_average_soon_forgets_the_untrained_student(folder):
     torch.testing.assert_close(trainer.averaged.labels.detach() - start, 0.95 * moved, rtol=1e-6, atol=0)
 
 
+def test_small_gradients_are_not_scaled_up(folder):
+    trainer = make_trainer(folder, clip=1e6, phases="all:1")
+    norm = float(trainer.iterate()[0, 3])
+    moments = [trainer.optimizer.state[p]["exp_avg"] for p in trainer.student.groups().values()]
+    assert float(torch.stack([m.norm() for m in moments]).norm()) == pytest.approx(0.1 * norm, rel=1e-6)
+
+
+def test_of_equal_validations_the_first_is_the_best(folder):
+    trainer = make_trainer(folder, phases="all:1")
+    trainer.rates = dict.fromkeys(trainer.rates, 0.0)
+    train(trainer)
+    assert trainer.best["iteration"] == 0 and trainer.validation == trainer.first
+
+
 def test_anchor(folder):
     """By hand at the levels where states are kept; gone after its share of the run."""
     trainer = make_trainer(folder, w_anchor=2.0, anchor=0.5)

@@ -618,6 +618,17 @@ def test_features_of_slopes_by_hand():
     assert slope_features(x, torch.tensor(2.0), g, None)[:, 1].tolist() == [0, 0]
 
 
+def test_noise_levels_given_beside_those_of_the_solver_have_to_be_the_same():
+    student = shaken(SpanStudent(num_steps=5))
+    own = {"sigmas": student.sigmas().detach(), "sigmas_net": student.sigmas_net().detach()}
+    for name, levels in own.items():
+        found = student.brings(**{name: (levels * (1 + 1e-8)).tolist()})  # as a file may have rounded them
+        assert torch.equal(found[name], getattr(student, name)())
+        for other in (levels * 1.001, levels[:-1]):
+            with pytest.raises(UserError, match=f"{name}: the student brings its own"):
+                student.brings(**{name: other.tolist()})
+
+
 def test_features_of_a_sample_without_slope_are_finite():
     x = torch.ones(2, 3, 4, 4, dtype=torch.float64)
     assert slope_features(x, torch.tensor(2.0), torch.zeros_like(x), torch.zeros_like(x)).isfinite().all()
