@@ -136,6 +136,14 @@ def test_score_is_the_mean_cosine(model, images, prompts, cosines, tmp_path):
     assert "Warning" not in stderr
 
 
+def test_two_images_have_a_standard_error_and_one_has_none(model, images, prompts, cosines):
+    two = calculate_clip_score(images, prompts, model=model, num=2, seed=3)
+    chosen = np.random.default_rng(3).permutation(7)[:2]
+    assert two.clip_score == pytest.approx(np.diagonal(cosines)[chosen].mean(), abs=1e-6)
+    assert two.standard_error == pytest.approx(np.abs(np.diff(np.diagonal(cosines)[chosen]))[0] / 2, abs=1e-6)
+    assert calculate_clip_score(images, prompts, model=model, num=1).standard_error is None
+
+
 def test_batch_size_does_not_matter(model, images, prompts, cosines):
     scores = [calculate_clip_score(images, prompts, model=model, batch=batch).clip_score for batch in (1, 3, 7)]
     assert scores == pytest.approx([np.diagonal(cosines).mean()] * 3, abs=1e-6)

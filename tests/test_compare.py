@@ -424,6 +424,15 @@ def test_another_detector_is_another_result_and_another_reference(files, tmp_pat
     assert "1 of 1 rows computed" in output and measured(rows) == measured(fresh)
 
 
+def test_another_covariance_of_the_reference_is_another_result(files, tmp_path):
+    target = Reference.load(files / "ref.npz")
+    Reference(target.mu, 2 * target.sigma).save(tmp_path / "wide.npz")
+    common = "--solvers=euler", "--nfe=2", "--num_reference=0"
+    first, _ = run(files, tmp_path / "out", *common)
+    second, output = run(files, tmp_path / "out", *common, f"--ref={tmp_path / 'wide.npz'}")
+    assert "1 of 1 rows computed" in output and second["euler", 2]["fid"] != first["euler", 2]["fid"]
+
+
 def test_a_new_file_of_statistics_is_another_result(files, tmp_path):
     path, fids = tmp_path / "statistics.safetensors", []
     arguments = f"--solvers=dpm_v3:statistics={path}", "--nfe=2", "--num_reference=0"
