@@ -232,6 +232,13 @@ def test_the_average_soon_forgets_the_untrained_student(folder):
     torch.testing.assert_close(trainer.averaged.labels.detach() - start, 0.95 * moved, rtol=1e-6, atol=0)
 
 
+def test_a_student_without_finite_images_is_infinitely_bad(folder):
+    net = Toy()
+    trainer = make_trainer(folder, net)
+    net.means = net.means * float("nan")
+    assert trainer.validate() == (math.inf, math.inf) and trainer.best["value"] == math.inf
+
+
 def test_small_gradients_are_not_scaled_up(folder):
     trainer = make_trainer(folder, clip=1e6, phases="all:1")
     norm = float(trainer.iterate()[0, 3])

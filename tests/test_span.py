@@ -629,6 +629,14 @@ def test_noise_levels_given_beside_those_of_the_solver_have_to_be_the_same():
                 student.brings(**{name: other.tolist()})
 
 
+@pytest.mark.parametrize("structure", [{"first_step": "none"}, {"base": "midpoint"}, {"parallel": 2}], ids=str)
+def test_a_time_head_learns_alone(structure):
+    """Its vectors get gradients at every call, also where nothing before that call is learned."""
+    student = SpanStudent(num_steps=4, learn=[], heads=["time"], embedding_width=2, **structure)
+    student.run(EmbeddedToy(), latents()).square().sum().backward()
+    assert student.heads["time"].vectors.grad.norm(dim=1).min() > 1e-6
+
+
 def test_features_of_a_sample_without_slope_are_finite():
     x = torch.ones(2, 3, 4, 4, dtype=torch.float64)
     assert slope_features(x, torch.tensor(2.0), torch.zeros_like(x), torch.zeros_like(x)).isfinite().all()

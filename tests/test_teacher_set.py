@@ -115,6 +115,8 @@ def test_states_of_normal_data_are_found_exactly_between_few_levels():
     wanted = torch.tensor([60.0, 9.0, 2.0, 0.5, 0.05, 0.01], dtype=torch.float64)
     expected = [start[[6, 1]] * ((1 + sigma**2) / (1 + levels[0] ** 2)).sqrt() for sigma in wanted]
     torch.testing.assert_close(found.states_at([6, 1], wanted), torch.stack(expected), rtol=1e-9, atol=1e-12)
+    beyond = found.states_at([6, 1], torch.tensor([81.0, 0.0019], dtype=torch.float64))  # those of the ends
+    torch.testing.assert_close(beyond, states[[0, -1]][:, [6, 1]], rtol=1e-9, atol=1e-12)
 
 
 def test_what_cannot_be_a_teacher(tmp_path):
