@@ -219,7 +219,7 @@ def test_clipping_and_rates(folder):
 
 
 def test_the_average_soon_forgets_the_untrained_student(folder):
-    """A long average starts short: after the first iteration it is nine tenths new, later it follows ``ema``."""
+    """A long average starts short: it is nine tenths new after one iteration."""
     trainer = make_trainer(folder, ema=0.9999, phases="all:1")
     start = trainer.student.labels.detach().clone()
     train(trainer, 1)

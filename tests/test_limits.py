@@ -122,8 +122,9 @@ def test_views_of_storages_are_not_taken_for_the_whole(write, view):
 
 
 def overlapping_zip(count: int, size: int) -> bytes:
-    """A file of torch.save whose ``count`` storages lie within each other: it describes count times its own length."""
-    keys = [f"{number:03d}" for number in range(count)]  # headers of 40 bytes, so that all begin at a whole float
+    """A file of torch.save whose ``count`` storages of about ``size`` bytes lie within each other."""
+    # Keys of three digits make headers of 40 bytes, so that all storages begin at a whole float.
+    keys = [f"{number:03d}" for number in range(count)]
     blob, entries, lengths = bytes(size), [], {}
 
     def header(name: bytes, data: bytes) -> bytes:

@@ -28,7 +28,7 @@ def test_is_the_published_definition(k):
 
 
 def test_the_balls_are_closed():
-    """Kynkäänniemi et al. 2019, eq. 1: at most the distance of the k-th neighbour. On a lattice many are equal."""
+    """Kynkäänniemi et al. 2019, eq. 1, has "at most"; on a lattice many distances are equal."""
     real = torch.arange(10.0, dtype=torch.float64)[:, None]
     generated = torch.tensor([[-1.0], [10.0], [10.5], [4.5]], dtype=torch.float64)
     assert precision_recall(real, generated, k=1)[0] == 0.75

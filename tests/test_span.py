@@ -318,7 +318,7 @@ def test_gaussian_data_are_measured():
 
 @pytest.mark.parametrize(("slope", "variance"), [(-0.2, 0.0), (0.25, 80.0**2 / 3), (0.9, 80.0**2)])
 def test_a_measured_variance_is_never_negative(slope, variance):
-    """D = mu + slope (x - mu): v / (v + sigma^2) is the slope, which has to lie in 0..1/2 to be believed."""
+    """D = mu + slope (x - mu) with slope = v / (v + sigma^2), which is limited to 0..1/2."""
 
     class Linear(Gauss):
         def forward(self, x, sigma):
@@ -643,7 +643,7 @@ def test_features_of_a_sample_without_slope_are_finite():
 
 
 def test_the_spatial_head_sees_the_state_at_unit_size():
-    """At any noise level: it depends on x through x / sqrt(1 + sigma^2) and D only, besides the slopes."""
+    """Besides the slopes it depends on x / sqrt(1 + sigma^2) and D only, at any noise level."""
     generator = torch.Generator().manual_seed(3)
     state, denoised, slope = torch.randn(3, 2, 3, 8, 8, generator=generator, dtype=torch.float64)
     head = SpatialHead(3, {2: 1})

@@ -143,7 +143,7 @@ def test_exact_on_polynomials(order, variant, predict_x0):
 
 @pytest.mark.parametrize("z", [-3.0, -1.001, -0.999, -0.3, -0.02, 0.02, 0.3, 0.999, 1.001, 3.0])
 def test_phi_functions_do_not_cancel(z):
-    """phi_k = int_0^1 e^((1 - s) z) s^(k - 1) / (k - 1)! ds, whose terms are all positive, by quadrature."""
+    """By quadrature: phi_k = int_0^1 e^((1 - s) z) s^(k - 1) / (k - 1)! ds has positive terms only."""
     points, weights = np.polynomial.legendre.leggauss(40)
     s, weights = (1 + points) / 2, weights / 2
     expected = [(weights * np.exp((1 - s) * z) * s ** (k - 1)).sum() / math.factorial(k - 1) for k in range(1, 5)]

@@ -160,7 +160,7 @@ def csv_text(rows: list[dict]) -> str:
 
 
 def pivot(rows: list[dict], score: str, cell: Callable[[dict], str]) -> str:
-    """Markdown table with a line per method and a column per NFE; rows without the score are left out."""
+    """Markdown table, a line per method and a column per NFE, of the rows that have the score."""
     rows = [row for row in rows if row[score] is not None]
     nfes = sorted({row["nfe"] for row in rows})
     found = {(row["method"], row["nfe"]): row for row in rows}
