@@ -1,5 +1,7 @@
 """Features of the denoiser's encoder: which maps, that nothing of the network is changed, and the distance between them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from latent_nets import tiny_case
@@ -95,6 +97,12 @@ def test_under_guidance_the_features_are_those_of_the_condition():
     for one, two in zip(found, expected, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
     assert float(feature_distance(expected, other).min()) > 1e-4
+
+
+def test_the_usual_noise_level_is_moved_into_the_range_of_the_network():
+    ranges = {(0.002, 80.0): 0.1, (0.3, 80.0): 0.3, (0.001, 0.05): 0.05}
+    for (least, most), sigma in ranges.items():
+        assert DenoiserFeatures(SimpleNamespace(sigma_min=least, sigma_max=most)).sigma == sigma
 
 
 def test_networks_that_cannot(tiny):
