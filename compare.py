@@ -3,6 +3,7 @@
     python compare.py --dataset_name=digits --solvers=euler,heun,dpmpp,ipndm --nfe=3,5,10 --num=5000
     python compare.py --dataset_name=digits --solvers=dpmpp,dpmpp:max_order=2:afs=data --predictor_path=exps/00003-x
     python compare.py --dataset_name=digits --solvers=ipndm,ipndm:schedule=runs/gits-ipndm-{nfe}.json --nfe=4,5,6
+    python compare.py --dataset_name=digits --solvers=ipndm,dpmpp,unipc --nfe=5,6 --baseline=ipndm
     torchrun --standalone --nproc_per_node=8 compare.py ... --num_images=50000
 
 All methods have the same network, seeds and range of noise. A solver comes with its customary schedule and options
@@ -64,6 +65,12 @@ def parse_optional_afs(ctx, param, value):
     default=5,
     show_default=True,
     help="Groups of seeds: for the confidence intervals, and the unit in which work is stored and shared",
+)
+@click.option(
+    "--baseline",
+    metavar="METHOD",
+    help="One of the compared methods, by its name in the table; the paired difference of every method to it is"
+    " added to all results",
 )
 @click.option(
     "--num_reference",

@@ -9,14 +9,15 @@ import os
 import resource
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+
+from ports import reserve_port
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = {name: name for name in ("sample", "train", "fid", "compare")}
@@ -49,9 +50,10 @@ class Group:
 
     def kill(self, *ranks: int, number: int = signal.SIGKILL) -> None:
         """Sends a signal to some ranks (default: all) that are still there."""
-        for rank in ranks or range(len(self.pids)):
-            if self.launcher.poll(self.pids[rank]) is None:
-                os.kill(self.pids[rank], number)
+        there = [self.pids[rank] for rank in ranks or range(len(self.pids))]
+        for pid in [pid for pid in there if self.launcher.poll(pid) is None]:
+            with suppress(ProcessLookupError):  # it has ended in this moment
+                os.kill(pid, number)
 
     def running(self) -> bool:
         return any(self.launcher.poll(pid) is None for pid in self.pids)
@@ -81,7 +83,7 @@ class Launcher:
     """Starts programs. wrapper: a command that the warm process runs under (unshare ...)."""
 
     def __init__(self, folder: Path, wrapper: tuple[str, ...] = ()):
-        self.folder, self._count, self._ended = folder, 0, {}
+        self.folder, self._count, self._ended, self._held = folder, 0, {}, []
         environment = {key: value for key, value in os.environ.items() if key not in OF_TORCHRUN}
         environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
         command = [*wrapper, sys.executable, "-u", __file__]
@@ -99,9 +101,10 @@ class Launcher:
         self, program: str, *arguments, ranks: int = 1, fault: dict | None = None, own: dict | None = None
     ) -> Group:
         """fault: see ``inject``; own: arguments of single ranks, {1: ("--model_path=...",)}."""
-        pids, files = [], []
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
+        pids, files, port = [], [], None
+        if ranks > 1:
+            self._held.append(reserve_port())
+            port = self._held[-1].getsockname()[1]
         for rank in range(ranks):
             self._count += 1
             files.append(self.folder / f"{self._count:04d}-{program}.{rank}")
@@ -143,6 +146,8 @@ class Launcher:
         self._warm.stdin.close()
         self._warm.wait(200)
         self._warm.stdout.close()
+        for held in self._held:
+            held.close()
 
 
 @contextmanager
@@ -154,13 +159,14 @@ def launcher(folder: Path, wrapper: tuple[str, ...] = ()):
         started.close()
 
 
-def usage(pid: int) -> tuple[float, int] | None:
-    """(resident MiB, open files) of a process; None when it has gone."""
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-        return pages * resource.getpagesize() / 2**20, len(os.listdir(f"/proc/{pid}/fd"))
-    except (OSError, IndexError):
-        return None
+def usage() -> dict:
+    """Of this process: resident memory in MiB, and what its open descriptors stand for."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    opened = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with suppress(FileNotFoundError):  # closed by another thread, or that of the listing
+            opened.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return {"mebibytes": pages * resource.getpagesize() / 2**20, "opened": opened}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -173,6 +179,7 @@ def inject(fault: dict) -> None:
     nan, boom, hang, slow: at call N of the network and later: NaN in row 0, an exception, no return, X s per call.
     oom: network calls with more than N samples fail ("oom_kind": cuda or cpu). file_limit: no file beyond N bytes.
     kill_in_write: SIGKILL in the middle of the N-th torch.save. grace: of peers that have to stop by themselves.
+    usage: no fault, but a file that gets a line with ``usage()`` at every call of the network.
     """
     if "grace" in fault:
         import_module("torch_utils.peers")._GRACE_S = fault["grace"]
@@ -182,7 +189,7 @@ def inject(fault: dict) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (fault["file_limit"], resource.RLIM_INFINITY))
     if "kill_in_write" in fault:
         _kill_in_write(fault["kill_in_write"])
-    if fault.keys() & {"nan", "boom", "hang", "slow", "oom"}:
+    if fault.keys() & {"nan", "boom", "hang", "slow", "oom", "usage"}:
         for module in (import_module("sample"), import_module("training.training_loop")):
             module.create_model = _spoilt(module.create_model, fault)
 
@@ -193,8 +200,12 @@ def _spoilt(create_model, fault: dict):
     def before(module, inputs):
         nonlocal calls
         calls += 1
+        if "usage" in fault:
+            with open(fault["usage"], "a") as file:
+                print(json.dumps(usage()), file=file)
         time.sleep(fault.get("slow", 0))
         if calls >= fault.get("hang", calls + 1):
+            print("hanging", flush=True)
             time.sleep(3600)
         if calls >= fault.get("boom", calls + 1):
             raise ZeroDivisionError("boom")

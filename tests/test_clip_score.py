@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import zipfile
@@ -17,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from ports import reserve_port
 from safetensors.torch import load_file, save_file
 
 import clip_score
@@ -136,6 +136,14 @@ def test_score_is_the_mean_cosine(model, images, prompts, cosines, tmp_path):
     assert "Warning" not in stderr
 
 
+def test_two_images_have_a_standard_error_and_one_has_none(model, images, prompts, cosines):
+    two = calculate_clip_score(images, prompts, model=model, num=2, seed=3)
+    chosen = np.random.default_rng(3).permutation(7)[:2]
+    assert two.clip_score == pytest.approx(np.diagonal(cosines)[chosen].mean(), abs=1e-6)
+    assert two.standard_error == pytest.approx(np.abs(np.diff(np.diagonal(cosines)[chosen]))[0] / 2, abs=1e-6)
+    assert calculate_clip_score(images, prompts, model=model, num=1).standard_error is None
+
+
 def test_batch_size_does_not_matter(model, images, prompts, cosines):
     scores = [calculate_clip_score(images, prompts, model=model, batch=batch).clip_score for batch in (1, 3, 7)]
     assert scores == pytest.approx([np.diagonal(cosines).mean()] * 3, abs=1e-6)
@@ -154,19 +162,18 @@ def run_as_rank(rank: int, port: int, arguments: list[str], stdout: Path) -> Non
 
 def launch_two(arguments: list[str], folder: Path) -> tuple[str, list[int]]:
     """What two processes print, and their exit codes. They are forked: importing transformers takes seconds."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
     outputs = [folder / f"stdout{rank}.txt" for rank in range(2)]
-    ranks = [context.Process(target=run_as_rank, args=(rank, port, arguments, outputs[rank])) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(60)
-        if process.is_alive():
-            process.kill()
-            process.join()
+    with reserve_port() as held:
+        port = held.getsockname()[1]
+        ranks = [context.Process(target=run_as_rank, args=(rank, port, arguments, outputs[rank])) for rank in range(2)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(300)  # far more than it takes, also on a busy machine
+            if process.is_alive():
+                process.kill()
+                process.join()
     return "".join(path.read_text() for path in outputs), [process.exitcode for process in ranks]
 
 

@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import re
 import shlex
-import socket
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import scipy.stats
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from ports import reserve_port
 
 import compare
 import sample as sample_cli
@@ -29,7 +29,7 @@ from solvers import SOLVERS, Rule, sample
 from solvers.dpm_solver_v3 import Statistics, save_statistics
 from solvers.schedule_file import Schedule, save_schedule
 from tools import comparison, comparison_report
-from tools.comparison import Settings, choose_steps, parse_method, pool_moments, share_out, spread
+from tools.comparison import Settings, choose_steps, parse_method, pool_moments, share_out
 from tools.comparison_report import plot, plots_html
 from torch_utils.errors import MissingExtra, UserError
 from torch_utils.frechet import Reference
@@ -170,9 +170,11 @@ def test_scores_and_intervals_by_hand(files, baseline):
         error = np.std([apart[g::GROUPS].mean() for g in range(GROUPS)], ddof=1) / np.sqrt(GROUPS)
         assert row[f"{name}_se"] == pytest.approx(error, rel=1e-2)
         assert row[f"{name}_ci95"] == pytest.approx(quantile * row[f"{name}_se"], rel=1e-9)
-    groups = [fid(features[g::GROUPS]) for g in range(GROUPS)]
-    assert row["fid_group_mean"] == pytest.approx(np.mean(groups), rel=1e-3)
-    assert row["fid_se"] == pytest.approx(np.std(groups, ddof=1) / np.sqrt(GROUPS), rel=2e-2)
+    left_out = [fid(features[np.arange(NUM) % GROUPS != g]) for g in range(GROUPS)]
+    assert row["fid_left_out"] == pytest.approx(left_out, rel=1e-3)
+    error = abs(left_out[0] - left_out[1]) / 2  # the jackknife of two groups
+    assert row["fid_se"] == pytest.approx(error, rel=2e-2)
+    assert row["fid_ci95"] == pytest.approx(quantile * row["fid_se"], rel=1e-9)
     assert row["reference_images"] == NEAR and row["images_per_second"] > 0
 
 
@@ -187,9 +189,6 @@ def test_statistics():
     mu, sigma = pool_moments([(len(part), part.mean(0), np.cov(part, rowvar=False)) for part in parts])
     np.testing.assert_allclose(mu, np.concatenate(parts).mean(0))
     np.testing.assert_allclose(sigma, np.cov(np.concatenate(parts), rowvar=False))
-    interval = scipy.stats.t.interval(0.95, 4, loc=2.0, scale=scipy.stats.sem([1, 2, 3, 4, 0]))
-    error, half = spread([1, 2, 3, 4, 0])
-    assert error == pytest.approx(scipy.stats.sem([1, 2, 3, 4, 0])) and 2 + half == pytest.approx(interval[1])
 
 
 def test_a_new_stochastic_solver_is_compared_without_a_distance(files, tmp_path, monkeypatch):
@@ -413,6 +412,27 @@ def test_other_settings_are_other_results(files, tmp_path, calls):
         assert calls and "1 of 1 rows computed" in output, change
 
 
+def test_another_detector_is_another_result_and_another_reference(files, tmp_path):
+    """Features of the reference solution belong to the detector that made them."""
+    torch.manual_seed(5)
+    save_classifier(ConvClassifier(1, 8, 10, feature_dim=6, width=4).eval(), tmp_path / "other.safetensors")
+    common = "--solvers=euler", "--nfe=2"
+    run(files, tmp_path / "out", *common)
+    other = f"--detector={tmp_path / 'other.safetensors'}"
+    rows, output = run(files, tmp_path / "out", *common, other)
+    fresh, _ = run(files, tmp_path / "fresh", *common, other)
+    assert "1 of 1 rows computed" in output and measured(rows) == measured(fresh)
+
+
+def test_another_covariance_of_the_reference_is_another_result(files, tmp_path):
+    target = Reference.load(files / "ref.npz")
+    Reference(target.mu, 2 * target.sigma).save(tmp_path / "wide.npz")
+    common = "--solvers=euler", "--nfe=2", "--num_reference=0"
+    first, _ = run(files, tmp_path / "out", *common)
+    second, output = run(files, tmp_path / "out", *common, f"--ref={tmp_path / 'wide.npz'}")
+    assert "1 of 1 rows computed" in output and second["euler", 2]["fid"] != first["euler", 2]["fid"]
+
+
 def test_a_new_file_of_statistics_is_another_result(files, tmp_path):
     path, fids = tmp_path / "statistics.safetensors", []
     arguments = f"--solvers=dpm_v3:statistics={path}", "--nfe=2", "--num_reference=0"
@@ -475,16 +495,14 @@ def _one_of_two(rank: int, port: int, arguments: list[str], command, environment
 
 def run_on_two(arguments: list[str], command=compare.main) -> list[int]:
     """Exit codes of the two processes of a group."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    given = (port, arguments, command, pytest.MonkeyPatch())
-    both = [context.Process(target=_one_of_two, args=(k, *given)) for k in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(60)
+    with reserve_port() as held:
+        given = (held.getsockname()[1], arguments, command, pytest.MonkeyPatch())
+        both = [context.Process(target=_one_of_two, args=(k, *given)) for k in range(2)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join(300)  # far more than it takes, also on a busy machine
     codes = [process.exitcode for process in both]
     for process in both:
         process.kill()
@@ -564,7 +582,7 @@ def test_csv_and_json_hold_the_same(baseline):
         assert list(line) == list(row)
         for name, value in row.items():
             if isinstance(value, list):
-                assert [int(part) for part in line[name].split()] == value
+                assert [float(part) for part in line[name].split()] == value
             elif isinstance(value, float | int):
                 assert float(line[name]) == value
             else:
@@ -616,9 +634,108 @@ def test_markdown_has_methods_down_and_evaluations_across(baseline):
     folder, rows, _ = baseline
     lines = (folder / "results.md").read_text().splitlines()
     assert lines[2] == "| method | 2 | 3 | 4 |"
-    best = min((row for row in rows.values() if row["nfe"] == 3), key=lambda row: row["fid"])
-    (line,) = [line for line in lines[4:10] if line.startswith(f"| {best['method']} |")]
-    assert f"**{best['fid']:.2f} ± {best['fid_ci95']:.2f}**" in line
+    for row in rows.values():
+        (line,) = [line for line in lines[4:10] if line.startswith(f"| {row['method']} |")]
+        assert f"{row['fid']:.2f} ± {row['fid_ci95']:.2f}" in line
+
+
+def make_row(method, nfe, groups):
+    """A row whose scores are means over groups of equal size. groups [G]: the means of the groups."""
+    groups = np.asarray(groups, dtype=float)
+    left_out = [np.delete(groups, g).mean() for g in range(len(groups))]
+    row = {
+        "method": method,
+        "nfe": nfe,
+        "command": "",
+        "settings": "",
+        "images_per_second": 1.0,
+        "nfe_requested": [nfe],
+    }
+    for name in comparison.SCORES:
+        values = (groups.mean(), scipy.stats.sem(groups), 0.0, left_out)
+        row |= dict(zip((name, f"{name}_se", f"{name}_ci95", f"{name}_left_out"), values, strict=True))
+    return row
+
+
+# Of the seeds: the same for all methods and larger than their differences.
+NOISE = np.array([3.0, -1.0, 0.5, -2.0, -0.5])
+SMALL = np.array([0.01, -0.02, 0.015, 0.0, -0.005])
+ROWS = [
+    make_row("base", 3, 10 + NOISE),
+    make_row("better", 3, 9.9 + NOISE + SMALL),
+    make_row("best", 3, 9.7 + NOISE - SMALL),
+    make_row("unclear", 3, 9.999 + NOISE + SMALL),
+    make_row("worse", 3, 10.2 + NOISE),
+    make_row("base", 5, 5 + NOISE),
+    make_row("first", 5, 4.0 + NOISE + SMALL),
+    make_row("as good", 5, 4.001 + NOISE - SMALL),
+    make_row("alone", 7, 1 + NOISE),
+]
+
+
+def test_differences_are_paired():
+    """For means, the interval of scipy's paired t test; it is far narrower than that of one method."""
+    rows = {(row["method"], row["nfe"]): row for row in comparison.add_differences(ROWS, "base")}
+    one, other = 9.9 + NOISE + SMALL, 10 + NOISE
+    paired = scipy.stats.ttest_rel(one, other).confidence_interval(0.95)
+    row = rows["better", 3]
+    assert row["fid_difference"] == pytest.approx((paired.low + paired.high) / 2, rel=1e-9)
+    assert row["fid_difference_ci95"] == pytest.approx((paired.high - paired.low) / 2, rel=1e-9)
+    assert row["fid_difference_se"] == pytest.approx(scipy.stats.sem(one - other), rel=1e-9)
+    assert row["fid_se"] > 5 * abs(row["fid_difference"])
+    assert rows["base", 5]["pixel_difference"] == 0 and rows["first", 5]["pixel_difference"] == pytest.approx(-1)
+    assert rows["alone", 7]["fid_difference"] is None and rows["alone", 7]["feature_difference_ci95"] is None
+    without = ROWS[1] | {"pixel": None, "pixel_left_out": []}
+    added = comparison.add_differences([ROWS[0], without], "base")[1]
+    assert added["pixel_difference"] is None and added["fid_difference"] is not None
+
+
+def test_only_what_is_better_beyond_the_interval_is_marked():
+    rows = comparison.add_differences(ROWS, "base")
+    text = comparison_report.markdown_text(rows, {"baseline": "base"}, [])
+    tables = [part for part in text.split("\n\n") if part.startswith("|")]
+    assert len(tables) == 6 and "FID minus that of base, by NFE" in text
+    bold = [set(re.findall(r"^\| ([\w ]+) \|.*\*\*", table, re.MULTILINE)) for table in tables]
+    assert bold == 3 * [{"best"}, {"better", "best", "first", "as good"}]
+    assert "| better | **-0.10 ± 0.02** |  |" in tables[1] and "| worse | +0.20 ± 0.00 |" in tables[1]
+    assert "alone" not in tables[1] and "| base " not in tables[1]
+    page = comparison_report.table_html(rows, "base")
+    marked = {}
+    for line in re.findall("<tr>.*</tr>", page)[1:]:
+        cells = re.findall("<td[^>]*>(.*?)</td>", line)
+        marked[cells[0]] = [column for column, text in enumerate(cells) if text.startswith("<b>")]
+    values, differences = [3, 5, 7], [4, 6, 8]
+    assert marked == {
+        **{name: differences for name in ("better", "first", "as good")},
+        **{name: [] for name in ("base", "unclear", "worse", "alone")},
+        "best": sorted(values + differences),
+    }
+    assert "FID minus base" in page and "minus" not in comparison_report.table_html(ROWS)
+
+
+def test_differences_to_a_baseline_in_every_file(files, baseline, tmp_path):
+    folder, old, _ = baseline
+    solvers = "euler,heun,dpmpp:max_order=2:thresholding=False"
+    rows, output = run(files, tmp_path, f"--solvers={solvers}", "--baseline=euler")
+    row, base = rows["heun", 2], rows["euler", 2]
+    left_out = np.subtract(row["fid_left_out"], base["fid_left_out"])
+    assert row["fid_left_out"] == pytest.approx(old["heun", 2]["fid_left_out"], rel=1e-9)
+    expected = 2 * (row["fid"] - base["fid"]) - left_out.mean()
+    assert row["fid_difference"] == pytest.approx(expected, rel=1e-9)
+    assert row["fid_difference_ci95"] == pytest.approx(
+        scipy.stats.t.ppf(0.975, 1) * abs(np.ptp(left_out)) / 2, rel=1e-9
+    )
+    assert rows["euler", 3]["fid_difference"] == rows["euler", 3]["pixel_difference_se"] == 0
+    cell = f"{row['fid_difference']:+.2f} ± {row['fid_difference_ci95']:.2f}"
+    assert cell in output.split("FID minus that of euler, by NFE:")[1]
+    assert cell in Page((tmp_path / "index.html").read_text(encoding="utf-8")).text
+    with (tmp_path / "results.csv").open(newline="") as file:
+        lines = {(line["method"], int(line["nfe"])): line for line in csv.DictReader(file)}
+    assert float(lines["heun", 2]["fid_difference"]) == row["fid_difference"]
+    assert float(lines["heun", 2]["pixel_difference_ci95"]) == row["pixel_difference_ci95"]
+    facts = json.loads((tmp_path / "results.json").read_text())["facts"]
+    assert facts["baseline"] == "euler" and "negative is better" in output
+    assert "fid_difference" not in old["heun", 2] and "minus that of" not in (folder / "results.md").read_text()
 
 
 def test_without_matplotlib_the_page_says_so(baseline, monkeypatch):
@@ -661,6 +778,7 @@ def test_plot(baseline):
         (["--nfe=0"], "no solver can spend 0 evaluations"),
         (["--nfe=3,x"], "whole numbers"),
         (["--num=3"], "too few images for --groups=2"),
+        (["--baseline=heun"], "--baseline=heun: not one of the compared methods: euler"),
         (["--num_reference=23"], "only --num=22 seeds"),
         (["--num_reference=1"], "each of the --groups=2 needs one"),
         (["--seed=4294967290"], "below 2^32"),

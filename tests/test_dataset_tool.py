@@ -32,7 +32,7 @@ def png(array: np.ndarray, **options) -> bytes:
 
 def run_tool(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "tools" / "dataset_tool.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=600)
 
 
 def test_npz_to_padded_zip(tmp_path):

@@ -3,15 +3,15 @@
 import datetime
 import multiprocessing
 import os
-import socket
 import time
 
 import pytest
+from ports import reserve_port
 
 from torch_utils import distributed
 from torch_utils.errors import UserError
 
-TIMEOUT = 4  # seconds, of an exchange
+TIMEOUT = 10  # seconds, of an exchange: much longer than one takes, also on a busy machine
 
 
 def _process(rank: int, port: int, work, results) -> None:
@@ -30,16 +30,15 @@ def _process(rank: int, port: int, work, results) -> None:
 
 def on_two(work) -> tuple[dict[int, str], float]:
     """(what became of each of two processes that do ``work(rank)``, seconds)"""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     context = multiprocessing.get_context("fork")
     results, started = context.Queue(), time.perf_counter()
-    both = [context.Process(target=_process, args=(rank, port, work, results)) for rank in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(60)
+    with reserve_port() as held:
+        port = held.getsockname()[1]
+        both = [context.Process(target=_process, args=(rank, port, work, results)) for rank in range(2)]
+        for process in both:
+            process.start()
+        for process in both:
+            process.join(60)
     hung = [rank for rank, process in enumerate(both) if process.is_alive()]
     for process in both:
         process.kill()
@@ -72,8 +71,8 @@ def test_a_dead_process_is_not_waited_for():
             os._exit(3)
         distributed.agree(None)
 
-    found, seconds = on_two(work)
-    assert list(found) == [0] and not found[0].startswith("fine") and seconds < 50
+    found, _ = on_two(work)  # which fails where a process is still waiting after a minute
+    assert list(found) == [0] and not found[0].startswith("fine")
 
 
 def test_without_other_processes():

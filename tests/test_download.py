@@ -311,7 +311,7 @@ def test_processes_share_one_download(server, tmp_path):
     command = [sys.executable, "-c", code, server.url("drops"), str(dest)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = [subprocess.Popen(command, cwd=ROOT, env=environment) for _ in range(2)]
-    assert [process.wait(timeout=100) for process in processes] == [0, 0]
+    assert [process.wait(timeout=600) for process in processes] == [0, 0]
     assert_clean(dest)
     assert len(server.log) == 2  # the broken one and its continuation
 

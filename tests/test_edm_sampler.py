@@ -135,6 +135,20 @@ def test_afs_applies_at_the_raised_noise_level():
     torch.testing.assert_close(plain, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("ends", "noisy"), [((0.5, 2.0), 3), ((0.5001, 2.0), 2), ((0.5, 1.999), 2), ((1.0, 1.0), 1)])
+def test_both_ends_of_the_noisy_range_belong_to_it(ends, noisy):
+    """Algorithm 2 has S_min <= t <= S_max."""
+    drawn = []
+
+    def draw():
+        drawn.append(1)
+        return torch.zeros_like(noise())
+
+    options = {"S_churn": 1.0, "S_min": ends[0], "S_max": ends[1]}
+    sample(Wide(), noise(), solver="edm", sigmas=[4.0, 2.0, 1.0, 0.5, 0.1], noise=draw, **options)
+    assert len(drawn) == noisy
+
+
 def test_callback_sees_states_and_denoised_images():
     net, seen = Wide(), []
     trajectory = sample(

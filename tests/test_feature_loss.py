@@ -1,11 +1,14 @@
 """Features of the denoiser's encoder: which maps, that nothing of the network is changed, and the distance between them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from latent_nets import tiny_case
 from test_training_loop import write_tiny
 from toy import ToyNet
 
-from models import create_model
+from models import build_denoiser, create_model
 from solvers.feature_loss import DenoiserFeatures, feature_distance
 from torch_utils.errors import UserError
 
@@ -77,6 +80,29 @@ def test_distance_by_hand():
     zero = torch.zeros(1, 3, requires_grad=True)
     feature_distance([zero], [torch.ones(1, 3)]).sum().backward()
     assert zero.grad.isfinite().all()
+
+
+def test_under_guidance_the_features_are_those_of_the_condition():
+    """The guided network computes both sides in one batch; without guidance there is only one."""
+    facts, weights, io = tiny_case("sd_cfg_kl")
+    guided, plain = (
+        build_denoiser("sd", facts["init_kwargs"], weights, *guidance) for guidance in (("cfg", 7.5), ("none", None))
+    )
+    x, both = io["x__2"], {"condition": io["context"], "unconditional_condition": io["context_uncond"]}
+    with torch.no_grad():
+        found = DenoiserFeatures(guided, 0.5)(x, both)
+        expected = DenoiserFeatures(plain, 0.5)(x, {"condition": io["context"]})
+        other = DenoiserFeatures(plain, 0.5)(x, {"condition": io["context_uncond"]})
+    assert len(found) > 1
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    assert float(feature_distance(expected, other).min()) > 1e-4
+
+
+def test_the_usual_noise_level_is_moved_into_the_range_of_the_network():
+    ranges = {(0.002, 80.0): 0.1, (0.3, 80.0): 0.3, (0.001, 0.05): 0.05}
+    for (least, most), sigma in ranges.items():
+        assert DenoiserFeatures(SimpleNamespace(sigma_min=least, sigma_max=most)).sigma == sigma
 
 
 def test_networks_that_cannot(tiny):

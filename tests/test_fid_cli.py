@@ -44,7 +44,7 @@ def run_fid(*arguments, processes: int = 1) -> subprocess.CompletedProcess:
     )
     command = [sys.executable, *launcher, "fid.py", *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=600)
 
 
 def value_of(done: subprocess.CompletedProcess) -> float:
@@ -158,6 +158,22 @@ def test_reference_by_name_of_a_network(tmp_path, monkeypatch):
         find_reference("cifra10")
 
 
+def test_references_of_one_name_from_two_addresses_are_two(tmp_path, monkeypatch):
+    """Each is downloaded once and then found in the cache."""
+    asked = []
+
+    def download(urls, path, **_):
+        asked.append(urls[0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Reference(np.full(2, float(len(asked))), np.eye(2)).save(path)
+
+    monkeypatch.setenv("AMED_CACHE", str(tmp_path))
+    monkeypatch.setattr(fid, "download_file", download)
+    addresses = ["https://one.example/fid/ref.npz", "https://two.example/fid/ref.npz"]
+    found = [find_reference(address).mu[0] for address in addresses + addresses]
+    assert found == [1, 2, 1, 2] and asked == addresses
+
+
 def test_published_copies_of_inception_agree(monkeypatch):
     """A reference made with the TorchScript copy may be met by features of the state dict, but by nothing else."""
     (script,) = detectors.TRUSTED_TORCHSCRIPT
@@ -183,9 +199,22 @@ def test_random_choice_of_images(noise):
 
 
 def test_few_images_give_a_warning_and_a_number(tmp_path, capsys):
-    result = calculate_fid(write_images(tmp_path / "few", 5), "digits")
+    result = calculate_fid(write_images(tmp_path / "few", 5), "digits", seed=7)
+    assert (result.images, result.seed) == (5, None)  # all of them: no choice was made
+    chosen = calculate_fid(tmp_path / "few", "digits", num=4, seed=7)
+    assert (chosen.images, chosen.seed) == (4, 7) and chosen.fid != result.fid
     assert np.isfinite(result.fid) and result.fid > 0
     assert "Warning: 5 images for 64 features" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("count", "word"),
+    [(63, "Warning: .*singular"), (64, "Warning: .*singular"), (65, "Note: "), (9999, "Note: "), (10_000, "")],
+)
+def test_from_how_many_images_on_nothing_is_said(count, word, capsys):
+    """The covariance of N images has rank N - 1 at most, so 64 of them are too few for 64 features."""
+    fid.warn_about_count(count, SimpleNamespace(feature_dim=64))
+    assert re.match(word or "$", capsys.readouterr().err)
 
 
 def test_feature_cache_is_used_only_for_the_same_files(noise, tmp_path):
@@ -202,6 +231,21 @@ def test_feature_cache_is_used_only_for_the_same_files(noise, tmp_path):
     cache.write_text("hello")
     with pytest.raises(UserError, match="not a feature cache"):
         calculate_fid(folder, "digits", feature_cache=cache)
+
+
+def test_a_feature_cache_belongs_to_its_detector(tmp_path):
+    source, found = ImageSource(write_images(tmp_path / "in", 12, size=8)), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        file = tmp_path / f"{seed}.safetensors"
+        detectors.save_classifier(detectors.ConvClassifier(1, 8, 10, feature_dim=6, width=4).eval(), file)
+        detector = load_detector(file)
+        for cache in (None, tmp_path / "features.npz", tmp_path / "features.npz"):
+            statistics = fid.image_statistics(source, range(12), detector, 5, torch.device("cpu"), cache)
+            found.append(statistics.moments()[0])
+    for one, other in ((0, 1), (0, 2), (3, 4), (3, 5)):
+        np.testing.assert_allclose(found[one], found[other], rtol=1e-6)
+    assert np.abs(found[0] - found[3]).max() > 1e-3
 
 
 def test_detector_must_fit_the_reference(noise, tmp_path):

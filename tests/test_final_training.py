@@ -218,6 +218,41 @@ def test_clipping_and_rates(folder):
     assert rates == pytest.approx([c * min(1, (it + 1) / 4) for it, c in enumerate(cosine)])
 
 
+def test_the_average_soon_forgets_the_untrained_student(folder):
+    """A long average starts short: it is nine tenths new after one iteration."""
+    trainer = make_trainer(folder, ema=0.9999, phases="all:1")
+    start = trainer.student.labels.detach().clone()
+    train(trainer, 1)
+    moved = trainer.student.labels.detach() - start
+    assert float(moved.norm()) > 1e-4
+    torch.testing.assert_close(trainer.averaged.labels.detach() - start, 0.9 * moved, rtol=1e-6, atol=0)
+    trainer = make_trainer(folder, ema=0.05, phases="all:1")
+    train(trainer, 1)
+    moved = trainer.student.labels.detach() - start
+    torch.testing.assert_close(trainer.averaged.labels.detach() - start, 0.95 * moved, rtol=1e-6, atol=0)
+
+
+def test_a_student_without_finite_images_is_infinitely_bad(folder):
+    net = Toy()
+    trainer = make_trainer(folder, net)
+    net.means = net.means * float("nan")
+    assert trainer.validate() == (math.inf, math.inf) and trainer.best["value"] == math.inf
+
+
+def test_small_gradients_are_not_scaled_up(folder):
+    trainer = make_trainer(folder, clip=1e6, phases="all:1")
+    norm = float(trainer.iterate()[0, 3])
+    moments = [trainer.optimizer.state[p]["exp_avg"] for p in trainer.student.groups().values()]
+    assert float(torch.stack([m.norm() for m in moments]).norm()) == pytest.approx(0.1 * norm, rel=1e-6)
+
+
+def test_of_equal_validations_the_first_is_the_best(folder):
+    trainer = make_trainer(folder, phases="all:1")
+    trainer.rates = dict.fromkeys(trainer.rates, 0.0)
+    train(trainer)
+    assert trainer.best["iteration"] == 0 and trainer.validation == trainer.first
+
+
 def test_anchor(folder):
     """By hand at the levels where states are kept; gone after its share of the run."""
     trainer = make_trainer(folder, w_anchor=2.0, anchor=0.5)

@@ -34,6 +34,14 @@ def test_symmetric_and_zero_on_itself():
     assert frechet_distance(*one, *one) == pytest.approx(0, abs=1e-9)
 
 
+def test_rounding_never_makes_a_distance_negative():
+    found = []
+    for seed in range(30):
+        mu, sigma = random_statistics(24, 100, seed)
+        found.append(frechet_distance(mu, sigma, mu, sigma * (1 + 1e-15)))
+    assert min(found) >= 0 and max(found) < 1e-9
+
+
 def test_commuting_gaussians():
     """In a shared eigenbasis: |mu1 - mu2|^2 + sum (sqrt(a) - sqrt(b))^2."""
     rng = np.random.default_rng(5)
@@ -87,6 +95,31 @@ def test_fewer_samples_than_features():
 def test_impossible_statistics_are_errors(mu, sigma, message):
     with pytest.raises(UserError, match=message):
         frechet_distance(mu, sigma, [0, 0], np.eye(2))
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_symmetry_is_judged_relative_to_the_largest_entry(scale):
+    """Files in float32 are symmetric up to 1e-7 of it; more than 1e-6 is another matrix."""
+    for asymmetry, fine in ((1e-7, True), (5e-7, True), (3e-6, False), (1e-3, False)):
+        sigma = scale * np.array([[2.0, 0.5], [0.5 + 2 * asymmetry, 1.0]])
+        if fine:
+            found = frechet_distance([0, 0], sigma, [0, 0], scale * np.array([[2.0, 0.5], [0.5, 1.0]]))
+            assert 0 <= found < 1e-9 * scale
+        else:
+            with pytest.raises(UserError, match="not symmetric"):
+                frechet_distance([0, 0], sigma, [0, 0], scale * np.eye(2))
+
+
+def test_small_eigenvalues_count_and_rounding_does_not():
+    """Against closed forms: the roots of tiny variances, and of the zero ones in a space of 300."""
+    a, b = np.array([1.0, 1e-6, 1e-7]), np.array([4.0, 9e-6, 4e-7])
+    found = frechet_distance(np.zeros(3), np.diag(a), np.zeros(3), np.diag(b))
+    assert found - 1.0 == pytest.approx(4e-6 + 1e-7, rel=1e-8)
+    singular = frechet_distance(np.zeros(4), np.diag([*a, 0.0]), np.zeros(4), np.diag([*b, 0.0]))
+    assert singular - 1.0 == pytest.approx(4e-6 + 1e-7, rel=1e-8)
+    factor = np.random.default_rng(10).standard_normal((300, 5))
+    sigma = factor @ factor.T
+    assert frechet_distance(np.zeros(300), sigma, np.zeros(300), 4 * sigma) == pytest.approx(np.trace(sigma), rel=1e-9)
 
 
 def test_running_statistics_equal_numpy():

@@ -131,6 +131,28 @@ def test_inserted_point_is_the_best_one():
     assert len({round(value, 6) for value in distances}) == 7
 
 
+def test_the_condition_reaches_the_network():
+    """The costs of a conditional network are those of the network with the condition built in."""
+
+    class Shifted(ToyNet):
+        def forward(self, x, sigma, shift=None):
+            return super().forward(x, sigma) + (self.own if shift is None else shift)
+
+    net, latents = Shifted(), common("latents2")[None]
+    net.own, shift = 0.0, 0.5
+    found, plain = gits_cost(net, latents, "euler", 5, cond={"shift": shift}), gits_cost(net, latents, "euler", 5)
+    net.own = shift
+    torch.testing.assert_close(found, gits_cost(net, latents, "euler", 5), rtol=1e-12, atol=0)
+    assert float((found - plain).abs().max()) > 1e-3
+
+
+def test_the_second_point_may_always_be_the_last():
+    """Whatever ``second`` says, one jump to the end needs no point between."""
+    cost = np.ones((5, 5))
+    assert [gits_indices(cost, 2, second=second) for second in (1, 4, 5, 99)] == 4 * [[0, 4]]
+    assert gits_indices(cost, 3, second=3) == [0, 3, 4]
+
+
 def test_mistakes(monkeypatch):
     net, latents, cost = ToyNet(), common("latents2")[None], np.zeros((5, 5))
     cases = {

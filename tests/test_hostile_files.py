@@ -199,10 +199,10 @@ def doubled(count, start=b"K\x01", pair=b"\x86"):
 
 @pytest.mark.parametrize("wrap", [b"%s", b"}X\x03\x00\x00\x00ema%ss", b"(%sN}l", b"}X\x05\x00\x00\x00modelq\x01%ss"])
 def test_doubling_is_refused_at_once(wrap):
-    started = time.perf_counter()
+    started = time.process_time()  # of this process alone: the machine may be busy
     for load in (safe_load, load_edm_network, load_predictor):
         refuse(b"\x80\x02" + wrap.replace(b"%s", doubled(60)) + b".", "nested or shared without end", load)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def test_doubling_within_an_object_is_refused():

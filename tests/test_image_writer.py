@@ -1,7 +1,7 @@
 """Images out: rounding, grids, background writing."""
 
+import queue
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -83,25 +83,34 @@ def test_error_of_the_block_goes_first_and_queued_images_are_kept(tmp_path):
 
 def test_queue_is_bounded(tmp_path, monkeypatch):
     """With the disk standing still, submit waits when one image is being written and ``capacity`` are queued."""
-    go, submitted = threading.Event(), []
-    monkeypatch.setattr(image_writer, "save_image", lambda array, path: go.wait(10))
+    writing, go, full, submitted = threading.Event(), threading.Event(), threading.Event(), []
+
+    def stand_still(array, path):
+        writing.set()
+        assert go.wait(60)
+
+    class Queue(queue.Queue):
+        def put(self, item):
+            if self.full():
+                full.set()
+            super().put(item)
+
+    monkeypatch.setattr(image_writer, "save_image", stand_still)
+    monkeypatch.setattr(image_writer.queue, "Queue", Queue)
 
     def feed():
         with ImageWriter(threads=1, capacity=3) as writer:
             for index in range(10):
                 writer.submit(np.zeros([1, 1, 1], np.uint8), index)
                 submitted.append(index)
+                assert writing.wait(60)  # the first image has left the queue
 
     feeder = threading.Thread(target=feed)
     feeder.start()
-    deadline = time.monotonic() + 5
-    while len(submitted) < 4 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.1)
-    assert len(submitted) == 4
+    assert full.wait(60) and submitted == [0, 1, 2, 3]
     go.set()
-    feeder.join(10)
-    assert len(submitted) == 10
+    feeder.join(60)
+    assert submitted == list(range(10))
 
 
 def test_a_failed_write_leaves_nothing_half_written(tmp_path, monkeypatch):

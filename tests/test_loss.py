@@ -5,8 +5,8 @@ import torch
 from toy import ToyNet, common
 
 from solvers import SOLVERS, get_schedule, sample
-from training.loss import DistillationLoss
-from training.predictor import AMEDPredictor
+from training.loss import DistillationLoss, make_rules
+from training.predictor import DEFAULTS, AMEDPredictor
 
 torch.set_num_threads(1)
 STUDENTS = [name for name, rule in SOLVERS.items() if rule.can_learn]
@@ -34,6 +34,16 @@ def walk(loss, predictor, x, targets):
         starts.append(x)
         errors.append(error)
     return starts, errors
+
+
+@pytest.mark.parametrize(
+    ("student", "order", "teacher", "highest"), [("ipndm", 4, "dpmpp", 3), ("deis", 4, "unipc", 3)]
+)
+def test_a_teacher_without_so_high_an_order_takes_its_highest(student, order, teacher, highest):
+    rules = make_rules({**DEFAULTS, "sampler_stu": student, "sampler_tea": teacher, "max_order": order})
+    assert [rule.max_order for rule in rules] == [order, highest]
+    rules = make_rules({**DEFAULTS, "sampler_stu": student, "sampler_tea": teacher, "max_order": 2})
+    assert [rule.max_order for rule in rules] == [2, 2]
 
 
 @pytest.mark.parametrize("student", STUDENTS)

@@ -27,6 +27,14 @@ def test_is_the_published_definition(k):
     assert all(0 < share < 1 for share in found)
 
 
+def test_the_balls_are_closed():
+    """Kynkäänniemi et al. 2019, eq. 1, has "at most"; on a lattice many distances are equal."""
+    real = torch.arange(10.0, dtype=torch.float64)[:, None]
+    generated = torch.tensor([[-1.0], [10.0], [10.5], [4.5]], dtype=torch.float64)
+    assert precision_recall(real, generated, k=1)[0] == 0.75
+    assert precision_recall(generated, real, k=1)[1] == 0.75
+
+
 def test_a_collapsed_generator_is_precise_and_does_not_cover():
     real = torch.randn(300, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     collapsed = real[:1] + 1e-3 * torch.randn(300, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -131,7 +131,9 @@ def test_gradient_of_the_distribution_term():
     net = ToyNet(torch.float32)
     term = DistributionTerm(net, 0.2, queue=64)
     term.set_bank([(images(6, 1), {}), (images(6, 2), {})])
-    torch.testing.assert_close(term.bank.mean(0), torch.zeros(term.bank.shape[1]), atol=1e-4, rtol=0)
+    count = term.bank.shape[1]
+    torch.testing.assert_close(term.bank.mean(0), torch.zeros(count), atol=1e-4, rtol=0)
+    torch.testing.assert_close(term.bank.var(0), torch.full([count], 1 / count), rtol=1e-3, atol=0)  # 1 in all
     with pytest.raises(RuntimeError, match="queue"):
         term(term.bank)
     vectors = term.vectors(images(5, 3) * 1.2, {}).detach().double().requires_grad_()

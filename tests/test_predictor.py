@@ -6,6 +6,7 @@ import pytest
 import torch
 from scipy import stats
 
+from torch_utils.errors import UserError
 from training.predictor import DEFAULTS, AMEDPredictor
 
 torch.set_num_threads(1)
@@ -165,3 +166,12 @@ def test_configuration_is_complete_and_plain():
 def test_mistakes_are_explained(config, text):
     with pytest.raises(ValueError, match=text):
         AMEDPredictor(**config)
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), -float("inf"), 10**400, True, "1"], ids=lambda value: str(value)[:5]
+)
+def test_a_setting_has_to_be_a_finite_number(value):
+    for name in ("guidance_rate", "schedule_rho"):
+        with pytest.raises(UserError, match=f"^{name}=.*wrong kind"):
+            AMEDPredictor(**{name: value})

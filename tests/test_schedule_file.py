@@ -120,6 +120,12 @@ def test_warnings():
     assert make().warnings(net, "ipndm") == make().warnings(net, "ipndm", afs="data") == []
     assert make().warnings(SimpleNamespace(), "ipndm") == []  # a network that says nothing of itself
     assert make(network_hash=None).warnings(net, "ipndm") == []
+    for name, share in (("sigma_min", 1.005), ("sigma_max", 0.995)):
+        ends = {"sigma_min": 0.002, "sigma_max": 80.0, "weights_hash": None}
+        (line,) = make().warnings(SimpleNamespace(**ends | {name: ends[name] * share}), "ipndm")
+        assert line.startswith("the schedule was found for noise levels 0.002..80,")
+        rounded = SimpleNamespace(**ends | {name: ends[name] * (1 + (share - 1) / 10)})
+        assert make().warnings(rounded, "ipndm") == []
     other = SimpleNamespace(weights_hash="cd" * 32, sigma_min=0.03, sigma_max=14.6)
     lines = make().warnings(other, "euler", afs=False)
     for line, word in zip(

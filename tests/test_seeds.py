@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from torch_utils.errors import UserError
-from torch_utils.seeds import SeededGenerators, parse_seeds, stream_seeds
+from torch_utils.seeds import SeededGenerators, candidate_seed, parse_seeds, stream_seeds
 
 
 def test_noise_of_a_seed_is_that_of_a_plain_torch_generator():
@@ -51,3 +51,11 @@ def test_parse_seeds():
 def test_parse_seeds_refuses(text):
     with pytest.raises(UserError, match="seeds"):
         parse_seeds(text)
+
+
+def test_candidates_of_every_seed_have_noise_of_their_own():
+    """The first candidate is the seed's own image; no other noise occurs twice."""
+    assert [candidate_seed(seed, 0) for seed in (0, 7, 4_000_000_000)] == [0, 7, 4_000_000_000]
+    drawn = [candidate_seed(seed, number) for seed in range(100) for number in range(1, 5)]
+    assert len(set(drawn)) == 400 and all(0 <= seed < 1 << 32 for seed in drawn)
+    assert set(drawn).isdisjoint(stream_seeds(0, 0, 1000)) and set(drawn).isdisjoint(range(50_000))

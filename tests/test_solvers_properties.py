@@ -340,6 +340,37 @@ def test_decoupled_noise_levels_change_only_what_the_network_is_told(solver):
     torch.testing.assert_close(same, expected, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("solver", ["euler", "ipndm"])
+def test_every_call_gets_its_own_decoupled_level(solver):
+    """The last step to zero included; none of these levels is one of the schedule."""
+    net, told = ToyNet(), [70.0, 11.0, 2.0, 0.003]
+    options = {"sigmas": [80.0, 9.0, 1.0, 0.002], "sigmas_net": told, "denoise_to_zero": True}
+    sample(net, common("latents2"), solver=solver, **options)
+    assert [float(call) for call in net.calls] == told
+
+
+def test_noise_levels_may_leave_the_range_by_rounding_only():
+    """A published table of rounded numbers is fine; half a percent is another noise level."""
+    for share, fine in ((1 + 5e-4, True), (1.005, False)):
+        for sigmas in ([80.0 * share, 1.0, 0.002], [80.0, 1.0, 0.002 / share]):
+            if fine:
+                sample(ToyNet(), common("latents2"), solver="euler", sigmas=sigmas)
+            else:
+                with pytest.raises(ValueError, match="outside the network's range"):
+                    sample(ToyNet(), common("latents2"), solver="euler", sigmas=sigmas)
+
+
+@pytest.mark.parametrize("rho", [0.5, 1, 2, 7])
+def test_a_discrete_schedule_runs_from_end_to_end(rho):
+    """Uniform in the rho-th root of the time, as the polynomial one is in that of the noise level."""
+    net = ToyNet(discrete=True)
+    highest, lowest = (float(net.sigma(torch.tensor(t, dtype=torch.float64))) for t in (0.64, 0.01))
+    sigmas = get_schedule(6, lowest, highest, "discrete", rho, net)
+    assert float(sigmas[0]) == pytest.approx(highest, rel=1e-9) and float(sigmas[-1]) == pytest.approx(lowest, rel=1e-9)
+    roots = net.sigma_inv(sigmas) ** (1 / rho)
+    torch.testing.assert_close(roots.diff(), roots.diff().mean().expand(5), rtol=1e-9, atol=0)
+
+
 # ---- the free first step ---------------------------------------------------------------------------------------------
 
 

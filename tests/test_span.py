@@ -14,7 +14,7 @@ import sample as cli
 from models import create_model
 from solvers import Solver, get_schedule, integrate, make_rule, sample
 from solvers.span import GROUPS, PRESETS, SpanStudent
-from solvers.span_heads import slope_features
+from solvers.span_heads import SpatialHead, slope_features
 from tools import comparison_report
 from torch_utils.errors import UserError
 from torch_utils.tensor_file import read_safetensors
@@ -316,6 +316,20 @@ def test_gaussian_data_are_measured():
         student.run(net, latents()[..., :8])
 
 
+@pytest.mark.parametrize(("slope", "variance"), [(-0.2, 0.0), (0.25, 80.0**2 / 3), (0.9, 80.0**2)])
+def test_a_measured_variance_is_never_negative(slope, variance):
+    """D = mu + slope (x - mu) with slope = v / (v + sigma^2), which is limited to 0..1/2."""
+
+    class Linear(Gauss):
+        def forward(self, x, sigma):
+            return self.mean + slope * (x - self.mean)
+
+    student = SpanStudent(first_step="gaussian")
+    student.measure_gaussian(Linear(torch.zeros(3, 16, 16, dtype=torch.float64)), calls=16)
+    assert float(student.variance) == pytest.approx(variance, rel=1e-4, abs=1e-9)
+    assert student.run(Linear(torch.zeros(3, 16, 16, dtype=torch.float64)), latents()).isfinite().all()
+
+
 # ---- labels and numbers ----------------------------------------------------------------------------------------------
 
 
@@ -602,6 +616,47 @@ def test_features_of_slopes_by_hand():
     expected = [0.5 * math.log((b * b).mean()), *cosine, image.mean(), image.std()]
     assert found == pytest.approx(expected, rel=1e-5)
     assert slope_features(x, torch.tensor(2.0), g, None)[:, 1].tolist() == [0, 0]
+
+
+def test_noise_levels_given_beside_those_of_the_solver_have_to_be_the_same():
+    student = shaken(SpanStudent(num_steps=5))
+    own = {"sigmas": student.sigmas().detach(), "sigmas_net": student.sigmas_net().detach()}
+    for name, levels in own.items():
+        found = student.brings(**{name: (levels * (1 + 1e-8)).tolist()})  # as a file may have rounded them
+        assert torch.equal(found[name], getattr(student, name)())
+        for other in (levels * 1.001, levels[:-1]):
+            with pytest.raises(UserError, match=f"{name}: the student brings its own"):
+                student.brings(**{name: other.tolist()})
+
+
+@pytest.mark.parametrize("structure", [{"first_step": "none"}, {"base": "midpoint"}, {"parallel": 2}], ids=str)
+def test_a_time_head_learns_alone(structure):
+    """Its vectors get gradients at every call, also where nothing before that call is learned."""
+    student = SpanStudent(num_steps=4, learn=[], heads=["time"], embedding_width=2, **structure)
+    student.run(EmbeddedToy(), latents()).square().sum().backward()
+    assert student.heads["time"].vectors.grad.norm(dim=1).min() > 1e-6
+
+
+def test_features_of_a_sample_without_slope_are_finite():
+    x = torch.ones(2, 3, 4, 4, dtype=torch.float64)
+    assert slope_features(x, torch.tensor(2.0), torch.zeros_like(x), torch.zeros_like(x)).isfinite().all()
+
+
+def test_the_spatial_head_sees_the_state_at_unit_size():
+    """Besides the slopes it depends on x / sqrt(1 + sigma^2) and D only, at any noise level."""
+    generator = torch.Generator().manual_seed(3)
+    state, denoised, slope = torch.randn(3, 2, 3, 8, 8, generator=generator, dtype=torch.float64)
+    head = SpatialHead(3, {2: 1})
+    with torch.no_grad():
+        for layer in head.write.values():
+            layer.weight.normal_(generator=generator)
+        found = []
+        for sigma in (0.01, 1.0, 60.0):
+            x = state * math.sqrt(1 + sigma**2)
+            found.append(head(2, x, torch.tensor(sigma, dtype=torch.float64), [slope], (x - denoised) / sigma))
+    assert float(found[0].std()) > 0.01
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)
 
 
 # ---- files and command lines -----------------------------------------------------------------------------------------

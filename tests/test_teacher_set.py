@@ -9,7 +9,7 @@ from toy import ToyNet
 from solvers import sample
 from torch_utils.errors import UserError
 from torch_utils.seeds import SeededGenerators, stream_seeds
-from training.teacher_set import TeacherSettings, file_of, identity_of, teacher_set
+from training.teacher_set import TeacherSet, TeacherSettings, file_of, identity_of, teacher_set
 
 SETTINGS = TeacherSettings("ipndm", 9, "polynomial", 7.0, 0.002, 80.0, pairs=5, validation=3, seed=4)
 
@@ -104,6 +104,19 @@ def test_states_between_the_levels(tmp_path):
         error = (found.states_at([2, 7], sigma)[0] - fine[index]).square().mean().sqrt()
         assert error < 0.03 * (sigma**2 + 0.25).sqrt()
     assert torch.equal(teacher_set(net, settings, tmp_path / "set.safetensors").states, found.states)
+
+
+def test_states_of_normal_data_are_found_exactly_between_few_levels():
+    """For data N(0, 1) the trajectory is x_0 sqrt(1 + sigma^2) / sqrt(1 + sigma_0^2)."""
+    levels = torch.tensor([80.0, 20.0, 5.0, 1.0, 0.2, 0.002], dtype=torch.float64)
+    start = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    states = torch.stack([start * ((1 + level**2) / (1 + levels[0] ** 2)).sqrt() for level in levels])
+    found = TeacherSet(None, SETTINGS, states[-1], states, levels)
+    wanted = torch.tensor([60.0, 9.0, 2.0, 0.5, 0.05, 0.01], dtype=torch.float64)
+    expected = [start[[6, 1]] * ((1 + sigma**2) / (1 + levels[0] ** 2)).sqrt() for sigma in wanted]
+    torch.testing.assert_close(found.states_at([6, 1], wanted), torch.stack(expected), rtol=1e-9, atol=1e-12)
+    beyond = found.states_at([6, 1], torch.tensor([81.0, 0.0019], dtype=torch.float64))  # those of the ends
+    torch.testing.assert_close(beyond, states[[0, -1]][:, [6, 1]], rtol=1e-9, atol=1e-12)
 
 
 def test_what_cannot_be_a_teacher(tmp_path):

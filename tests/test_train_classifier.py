@@ -49,7 +49,7 @@ def test_one_epoch(sets, tmp_path):
     options = ["--epochs=1", "--batch=10", "--lr=0.02", "--width=4", "--feature_dim=6", "--shift=1", "--device=cpu"]
     command = [sys.executable, "tools/train_classifier.py", f"--data={train}", f"--test={test}", f"--dest={dest}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
+    done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=ROOT, env=env, timeout=600)
     assert done.returncode == 0, done.stderr
     stated = float(re.search(r"test accuracy (\d+\.\d+)% after 1 epochs", done.stdout)[1]) / 100
     model, metadata = load_classifier(dest)

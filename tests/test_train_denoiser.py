@@ -196,7 +196,7 @@ def test_two_processes(tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "driver.py")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, *launcher, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *launcher, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     state = torch.load(tmp_path / "run" / "training-state.pt", weights_only=True)

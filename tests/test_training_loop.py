@@ -434,3 +434,16 @@ def test_a_run_is_continued_only_where_it_can_be(tiny, tmp_path):
         train_predictor({**options, "total_kimg": 1, "model_path": str(other)}, run_dir=path.parent, resume=True)
     with pytest.raises(UserError, match="already holds a run"):
         train_predictor(options, run_dir=path.parent)
+
+
+@pytest.mark.parametrize(("most", "found"), [(12, 12), (11, 6), (5, 4), (1, 1)])
+def test_micro_batches_divide_the_share(most, found, capsys):
+    """Of 12 samples, where ``most`` fit into memory at once."""
+
+    def rehearse(batch_gpu):
+        if batch_gpu > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    assert training_loop.fitting_batch_gpu(rehearse, 12, "cpu") == found
+    with pytest.raises(UserError, match="even with --batch-gpu=1"):
+        training_loop.fitting_batch_gpu(lambda batch_gpu: rehearse(99), 12, "cpu")

@@ -141,6 +141,15 @@ def test_exact_on_polynomials(order, variant, predict_x0):
     assert float((state.x - exact[-1]).abs().max()) > 1e-4  # degree p is beyond the predictor
 
 
+@pytest.mark.parametrize("z", [-3.0, -1.001, -0.999, -0.3, -0.02, 0.02, 0.3, 0.999, 1.001, 3.0])
+def test_phi_functions_do_not_cancel(z):
+    """By quadrature: phi_k = int_0^1 e^((1 - s) z) s^(k - 1) / (k - 1)! ds has positive terms only."""
+    points, weights = np.polynomial.legendre.leggauss(40)
+    s, weights = (1 + points) / 2, weights / 2
+    expected = [(weights * np.exp((1 - s) * z) * s ** (k - 1)).sum() / math.factorial(k - 1) for k in range(1, 5)]
+    assert [float(value) for value in phi_functions(z, 4)] == pytest.approx(expected, rel=5e-14)
+
+
 def test_phi_functions():
     """Where the series and the recursion meet, and the first values by hand."""
     for z in (-0.999999, -1.000001, 1.000001, -8.0, 6.0):

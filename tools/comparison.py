@@ -11,7 +11,6 @@ compare.py is the command line, tools/comparison_report.py writes the table and 
 import hashlib
 import itertools
 import json
-import math
 import shlex
 import sys
 import time
@@ -22,7 +21,6 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
-from scipy.special import stdtrit
 
 from fid import choose_detector, find_reference
 from models import zoo
@@ -48,6 +46,7 @@ from torch_utils.errors import UserError
 from torch_utils.frechet import FeatureStatistics, Reference, frechet_distance
 from torch_utils.image_data import atomic_path, check_destination
 from torch_utils.image_writer import to_uint8
+from torch_utils.jackknife import Estimate, jackknife
 from torch_utils.memory import explained_oom
 from torch_utils.progress import progress_bar
 from training.checkpoint import find_predictor, load_predictor
@@ -81,7 +80,8 @@ SCHEDULE_SETTINGS = {  # what a method may say besides the options of its rule, 
 }
 SCHEDULE_FILE, NFE_MARK = "schedule", "{nfe}"  # a further setting of a method: a file, or a pattern of files
 REFERENCE_SOLVER = {"solver": "heun", **POLYNOMIAL}
-CONFIDENCE = 0.95
+# Scores of a row and their headings; less is better for all of them.
+SCORES = {"fid": "FID", "pixel": "distance (pixels)", "feature": "distance (features)"}
 GUIDANCE = ("guidance_type", "guidance_rate")
 
 
@@ -306,10 +306,36 @@ def pool_moments(parts: list[tuple[int, np.ndarray, np.ndarray]]) -> tuple[np.nd
     return mu, scatter / (total - 1)
 
 
-def spread(values) -> tuple[float, float]:
-    """(standard error of the mean of the groups' values, half the width of its confidence interval by Student's t)."""
-    error = float(np.std(values, ddof=1) / math.sqrt(len(values)))
-    return error, float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * error
+def without_each_group(parts: list) -> Iterator[list]:
+    """For every group the parts of all others."""
+    return (parts[:group] + parts[group + 1 :] for group in range(len(parts)))
+
+
+def difference(row: dict, other: dict, score: str) -> Estimate | None:
+    """The paired difference ``row`` minus ``other`` in a score; None if one of them lacks it."""
+    if row[score] is None or other[score] is None:
+        return None
+    left_out = np.subtract(row[f"{score}_left_out"], other[f"{score}_left_out"])
+    return jackknife(row[score] - other[score], left_out)
+
+
+def add_differences(rows: list[dict], baseline: str) -> list[dict]:
+    """The rows with their paired differences to the baseline at the same evaluations.
+
+    baseline: its method's label. The differences are None where the baseline has no such row.
+    """
+    found = {row["nfe"]: row for row in rows if row["method"] == baseline}
+
+    def of(row: dict) -> dict:
+        added = {}
+        for score in SCORES:
+            estimate = difference(row, found[row["nfe"]], score) if row["nfe"] in found else None
+            values = (None, None, None) if estimate is None else (estimate.value, estimate.error, estimate.half_width)
+            names = (f"{score}_difference", f"{score}_difference_se", f"{score}_difference_ci95")
+            added |= dict(zip(names, values, strict=True))
+        return row | added
+
+    return [of(row) for row in rows]
 
 
 def rms(difference: torch.Tensor) -> np.ndarray:
@@ -372,6 +398,7 @@ class Comparison:
             "solution": solution if protocol.num_reference else None,
             "detector": detector.digest,
             "target": hashlib.sha256(target.mu.tobytes() + target.sigma.tobytes()).hexdigest(),
+            "intervals": "jackknife",  # the files of before lack what it needs
         }
         dealt = [protocol.first, protocol.groups, protocol.num_reference]
         self.solution_key = digest_of([solution, dealt, detector.digest])[:16]
@@ -499,7 +526,6 @@ class Comparison:
             self.part_file(job, group),
             mu=mu,
             sigma=sigma,
-            fid=frechet_distance(mu, sigma, self.target.mu, self.target.sigma),
             count=done,
             seconds=seconds,
             pixel=np.concatenate(pixel),
@@ -518,12 +544,16 @@ class Comparison:
         """One file from those of the groups, which then go: the covariances of large detectors take space."""
         groups = range(self.protocol.groups)
         parts = [read_arrays(self.part_file(job, group)) for group in groups]
-        mu, sigma = pool_moments([(int(part["count"]), part["mu"], part["sigma"]) for part in parts])
+        moments = [(int(part["count"]), part["mu"], part["sigma"]) for part in parts]
+
+        def fid(chosen: list) -> float:
+            return frechet_distance(*pool_moments(chosen), self.target.mu, self.target.sigma)
+
         write_arrays(
             self.result_file(job),
-            fid=frechet_distance(mu, sigma, self.target.mu, self.target.sigma),
+            fid=fid(moments),
+            fid_left_out=np.array([fid(others) for others in without_each_group(moments)]),
             **{name: np.array([part[name] for part in parts]) for name in ("count", "seconds", "how", "code")},
-            group_fid=np.array([part["fid"] for part in parts]),
             **{name: self.protocol.merge([part[name] for part in parts]) for name in ("pixel", "feature", "pictures")},
         )
         for group in groups:
@@ -534,21 +564,13 @@ class Comparison:
     def row(self, job: Job) -> dict:
         """A line of the table, from the file of a finished job."""
         found, groups = read_arrays(self.result_file(job)), self.protocol.groups
-        fid_error, fid_interval = spread(found["group_fid"])
-        row = {
-            "method": job.method.label,
-            "nfe": job.nfe,
-            "nfe_requested": list(job.requested),
-            "fid": float(found["fid"]),
-            "fid_se": fid_error,
-            "fid_ci95": fid_interval,
-            "fid_group_mean": float(found["group_fid"].mean()),
-        }
+        row = {"method": job.method.label, "nfe": job.nfe, "nfe_requested": list(job.requested)}
+        row |= self._score("fid", float(found["fid"]), found["fid_left_out"])
         for name in ("pixel", "feature"):
             values = found[name]
-            error = spread([values[group::groups].mean() for group in range(groups)]) if len(values) else (None, None)
-            row |= {name: float(values.mean()) if len(values) else None}
-            row |= {f"{name}_se": error[0], f"{name}_ci95": error[1]}
+            parts = [values[group::groups] for group in range(groups)] if len(values) else []
+            left_out = [np.concatenate(others).mean() for others in without_each_group(parts)]
+            row |= self._score(name, float(values.mean()) if len(values) else None, left_out)
         return row | {
             "images_per_second": float(found["count"].sum() / found["seconds"].sum()),
             "timed_on": "; ".join(dict.fromkeys(found["how"].tolist())),
@@ -558,6 +580,17 @@ class Comparison:
             "command": self.sample_command(job),
             "code": "; ".join(dict.fromkeys(found["code"].tolist())),
             "key": job.key,
+        }
+
+    @staticmethod
+    def _score(name: str, whole: float | None, left_out) -> dict:
+        """One score's fields of a row. left_out [groups]: the score without one group of seeds."""
+        estimate = None if whole is None else jackknife(whole, left_out)
+        return {
+            name: whole,
+            f"{name}_se": None if estimate is None else estimate.error,
+            f"{name}_ci95": None if estimate is None else estimate.half_width,
+            f"{name}_left_out": [float(value) for value in left_out],
         }
 
     def pictures(self, job: Job) -> np.ndarray:
@@ -791,7 +824,11 @@ def prepare(options: dict, given: set[str], device: torch.device) -> tuple[Compa
     # As many columns as fit beside each other; fewer of large images, which the page carries along.
     protocol = replace(protocol, shown=min(protocol.num, 16, max(4, 2**16 // net.img_resolution**2)))
     comparison = Comparison(net, detector, target, protocol, options, device, prompts)
-    return comparison, make_jobs(comparison, methods, nfes)
+    jobs = make_jobs(comparison, methods, nfes)
+    labels = list(dict.fromkeys(job.method.label for job in jobs))
+    if options["baseline"] not in (None, *labels):
+        raise UserError(f"--baseline={options['baseline']}: not one of the compared methods: {', '.join(labels)}")
+    return comparison, jobs
 
 
 def compute(comparison: Comparison, jobs: list[Job]) -> int:

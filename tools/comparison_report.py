@@ -7,6 +7,7 @@ import io
 import json
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,13 @@ import torch
 from PIL import Image
 
 from sample import recorded_text
-from tools.comparison import CONFIDENCE, Comparison, Job, describe_settings
+from tools.comparison import SCORES, Comparison, Job, add_differences, describe_settings, difference
 from torch_utils.errors import MissingExtra
 from torch_utils.image_data import atomic_path
 from torch_utils.image_writer import image_grid
+from torch_utils.jackknife import CONFIDENCE
 
-SCORES = {"fid": "FID", "pixel": "distance (pixels)", "feature": "distance (features)"}
+DIGITS = {"fid": 2, "pixel": 4, "feature": 4}
 COLUMNS = {  # of the page: key of a row, heading
     "method": "method",
     "nfe": "NFE",
@@ -60,6 +62,7 @@ def make_facts(comparison: Comparison, command: str) -> dict:
     return {
         "command": command,
         "dataset_name": options["dataset_name"],
+        **({"baseline": options["baseline"]} if options["baseline"] else {}),
         **texts,
         "network": f"{Path(net.source_path).name}, SHA-256 {net.weights_hash}",
         "detector": f"{detector.name} ({detector.file}, SHA-256 {detector.digest})",
@@ -80,17 +83,23 @@ def make_facts(comparison: Comparison, command: str) -> dict:
 def make_notes(comparison: Comparison, rows: list[dict]) -> list[str]:
     """What the numbers mean, and what they do not."""
     protocol, detector = comparison.protocol, comparison.detector
-    share, per_group = round(100 * CONFIDENCE), protocol.num // protocol.groups
+    share, baseline = round(100 * CONFIDENCE), comparison.options["baseline"]
     notes = [
         "NFE: network evaluations per image really spent. Where a method cannot spend what was asked for, it has the row"
         " of the nearest number below (or of its least).",
         f"FID: of all {protocol.num} images to the reference statistics, in the features of '{detector.name}'"
         + ("." if detector.name == "inception" else "; not comparable with Inception FIDs."),
         f"±: half the {share}% confidence interval, Student's t with {protocol.groups - 1} degrees of freedom times the"
-        f" standard error, which is the standard deviation of the {protocol.groups} groups' values divided by the root of"
-        f" {protocol.groups}. For the FID the values are FIDs of {per_group} images each; these are biased upwards more than"
-        " the FID of all images, so the interval tells the chance of the seeds and not the bias. All methods have the same"
-        " seeds: the difference of two methods is better known than their intervals suggest.",
+        f" standard error of the jackknife, which computes each score without one of the {protocol.groups} groups of seeds"
+        " at a time. It tells the chance of the seeds, not the bias of the FID.",
+        "Bold: better than every other method at the same NFE, by more than the interval of the paired difference."
+        + (
+            f" Differences to '{baseline}': row minus baseline at the same NFE and seeds; negative is better, bold if the"
+            " whole interval is below zero. The jackknife's estimate of the bias is subtracted, so they may differ a little"
+            " from the difference of two cells."
+            if baseline
+            else ""
+        ),
         "Images/s: images divided by the time of their generation alone, per process; "
         + " | ".join(dict.fromkeys(row["timed_on"] for row in rows))
         + ".",
@@ -101,13 +110,11 @@ def make_notes(comparison: Comparison, rows: list[dict]) -> list[str]:
             " reference solution from the same noise; in pixels (images clipped to [-1, 1], not rounded) and in the"
             " detector's features (of the 8-bit images). Methods that draw noise have none."
         )
-    if per_group <= detector.feature_dim:
-        notes.append(
-            f"Groups of {per_group} images for {detector.feature_dim} features have singular covariances: the intervals of"
-            " the FID are rough."
-        )
     if protocol.num <= detector.feature_dim:
-        notes.append(f"{protocol.num} images for {detector.feature_dim} features: all FIDs are far too large.")
+        notes.append(
+            f"{protocol.num} images for {detector.feature_dim} features: all FIDs are far too large, and their intervals"
+            " and differences rough."
+        )
     elif protocol.num < 10_000:
         notes.append(f"FID of {protocol.num} images is biased upwards; compare it only with FIDs of as many images.")
     versions = list(dict.fromkeys(row["code"] for row in rows))
@@ -123,12 +130,23 @@ def make_notes(comparison: Comparison, rows: list[dict]) -> list[str]:
 # Tables
 
 
-def with_interval(row: dict, score: str, digits: int | None = None) -> str:
+def with_interval(row: dict, score: str, digits: int | None = None, sign: str = "") -> str:
     """ "1.234 ± 0.056", empty where there is no such score."""
     if row[score] is None:
         return ""
-    digits = (2 if score == "fid" else 4) if digits is None else digits
-    return f"{row[score]:.{digits}f} ± {row[f'{score}_ci95']:.{digits}f}"
+    digits = DIGITS[score.removesuffix("_difference")] if digits is None else digits
+    return f"{row[score]:{sign}.{digits}f} ± {row[f'{score}_ci95']:.{digits}f}"
+
+
+def beats_baseline(row: dict, score: str) -> bool:
+    value = row[f"{score}_difference"]
+    return value is not None and value + row[f"{score}_difference_ci95"] < 0
+
+
+def beats_all(row: dict, rows: list[dict], score: str) -> bool:
+    """Whether a row beats every other one at the same NFE by more than the paired interval."""
+    others = [r for r in rows if r["nfe"] == row["nfe"] and r is not row and r[score] is not None]
+    return bool(others) and all(difference(row, other, score).below_zero for other in others)
 
 
 def csv_text(rows: list[dict]) -> str:
@@ -141,29 +159,38 @@ def csv_text(rows: list[dict]) -> str:
     return text.getvalue()
 
 
-def pivot(rows: list[dict], score: str) -> list[list[str]]:
-    """Methods down, evaluations across; the best value of each column is bold."""
-    nfes = sorted({row["nfe"] for row in rows if row[score] is not None})
-    best = {nfe: min(row[score] for row in rows if row["nfe"] == nfe and row[score] is not None) for nfe in nfes}
-    lines = []
-    for method in dict.fromkeys(row["method"] for row in rows if row[score] is not None):
-        cells = []
-        for nfe in nfes:
-            found = [row for row in rows if row["method"] == method and row["nfe"] == nfe]
-            text = with_interval(found[0], score, 2 if score == "fid" else 3) if found else ""
-            cells.append(f"**{text}**" if found and found[0][score] == best[nfe] else text)
-        lines.append([method, *cells])
-    return [["method", *map(str, nfes)], ["---"] * (len(nfes) + 1), *lines]
+def pivot(rows: list[dict], score: str, cell: Callable[[dict], str]) -> str:
+    """Markdown table, a line per method and a column per NFE, of the rows that have the score."""
+    rows = [row for row in rows if row[score] is not None]
+    nfes = sorted({row["nfe"] for row in rows})
+    found = {(row["method"], row["nfe"]): row for row in rows}
+    lines = [["method", *map(str, nfes)], ["---"] * (len(nfes) + 1)]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        lines.append([method, *(cell(found[method, nfe]) if (method, nfe) in found else "" for nfe in nfes)])
+    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
 
 
 def markdown_text(rows: list[dict], facts: dict, notes: list[str]) -> str:
+    def bold(text: str, condition: bool) -> str:
+        return f"**{text}**" if condition else text
+
     parts = []
     for score, title in SCORES.items():
-        if any(row[score] is not None for row in rows):
-            table = "\n".join(
-                "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in pivot(rows, score)
-            )
-            parts.append(f"{title} by NFE:\n\n{table}")
+        if all(row[score] is None for row in rows):
+            continue
+        digits = min(DIGITS[score], 3)
+        table = pivot(rows, score, lambda r, s=score, d=digits: bold(with_interval(r, s, d), beats_all(r, rows, s)))
+        parts.append(f"{title} by NFE:\n\n{table}")
+        if "baseline" in facts:
+            others = [row for row in rows if row["method"] != facts["baseline"]]
+            name = f"{score}_difference"
+            if any(row[name] is not None for row in others):
+                table = pivot(
+                    others,
+                    name,
+                    lambda r, s=score, n=name, d=digits: bold(with_interval(r, n, d, "+"), beats_baseline(r, s)),
+                )
+                parts.append(f"{title} minus that of {facts['baseline']}, by NFE:\n\n{table}")
     parts.append("\n".join(f"* {note}" for note in notes))
     parts.append("\n".join(f"* {name}: `{value}`" for name, value in facts.items()))
     return "\n\n".join(parts) + "\n"
@@ -229,11 +256,23 @@ def plots_html(rows: list[dict]) -> str:
     return "\n".join(drawn)
 
 
-def table_html(rows: list[dict]) -> str:
+def table_html(rows: list[dict], baseline: str | None = None) -> str:
+    """The table of the page. baseline: label of the method that the differences are taken to."""
+    columns = dict(COLUMNS)
+    if baseline is not None:
+        columns = {}
+        for key, title in COLUMNS.items():
+            columns[key] = title
+            if key in SCORES:
+                columns[f"{key}_difference"] = f"{title} minus {baseline}"
+
     def cell(row: dict, key: str) -> str:
-        value = row[key]
+        value, better = row[key], False
+        score = key.removesuffix("_difference")
         if key in SCORES:
-            text = with_interval(row, key)
+            text, better = with_interval(row, key), value is not None and beats_all(row, rows, key)
+        elif score in SCORES:
+            text, better = with_interval(row, key, sign="+"), beats_baseline(row, score)
         elif key == "images_per_second":
             text = f"{value:.1f}"
         elif isinstance(value, list):
@@ -241,11 +280,11 @@ def table_html(rows: list[dict]) -> str:
         else:
             text = str(value)
         text = html.escape(text)
-        text = f"<code>{text}</code>" if key == "command" else text
+        text = f"<code>{text}</code>" if key == "command" else f"<b>{text}</b>" if better else text
         return f'<td data-value="{html.escape("" if value is None else str(value))}">{text}</td>'
 
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in COLUMNS.values())
-    body = "\n".join("<tr>" + "".join(cell(row, key) for key in COLUMNS) + "</tr>" for row in rows)
+    head = "".join(f"<th>{html.escape(title)}</th>" for title in columns.values())
+    body = "\n".join("<tr>" + "".join(cell(row, key) for key in columns) + "</tr>" for row in rows)
     return f'<table id="results"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>'
 
 
@@ -277,7 +316,7 @@ def page(rows: list[dict], facts: dict, notes: list[str], plots: str, pictures: 
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head><body>
 <h1>{title}</h1>
 <p>Click a heading to sort.</p>
-{table_html(rows)}
+{table_html(rows, facts.get("baseline"))}
 <ul>{listed}</ul>
 <h2>Plots</h2>
 {plots}
@@ -293,6 +332,8 @@ def page(rows: list[dict], facts: dict, notes: list[str], plots: str, pictures: 
 def write_report(comparison: Comparison, jobs: list[Job], command: str) -> str:
     """Writes the four files into the comparison's folder; returns the text of results.md."""
     rows = [comparison.row(job) for job in jobs]
+    if comparison.options["baseline"] is not None:
+        rows = add_differences(rows, comparison.options["baseline"])
     facts, notes = make_facts(comparison, command), make_notes(comparison, rows)
     markdown = markdown_text(rows, facts, notes)
     files = {
