@@ -7,7 +7,6 @@ networks on every device, which have to be the known ones. Takes seconds, downlo
 """
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
