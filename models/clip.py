@@ -11,6 +11,7 @@ from PIL import Image
 
 from torch_utils.download import offline, sha256_of
 from torch_utils.errors import MissingExtra, UserError
+from torch_utils.foreign_folder import refuse_code_in_configs, refuse_other_files
 
 DEFAULT_CLIP = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"
 
@@ -70,6 +71,8 @@ class ClipNetwork:
         if amp:
             self.precision = torch.bfloat16 if self.device.type == "cpu" else torch.float16
         folder, self.revision = clip_folder(self.model)
+        refuse_code_in_configs([Path(folder)], f"--model={self.model}")
+        refuse_other_files(_weight_files(folder))
         self.digest = _digest(_weight_files(folder))
         with _quiet(transformers):
             config = self._load("config.json", lambda: transformers.CLIPConfig.get_config_dict(folder)[0])
