@@ -417,9 +417,7 @@ def copy_with_variant(kind, tmp_path, variant, only=None):
     return folder
 
 
-@pytest.mark.parametrize(
-    "variant, only", [("fp16", None), ("bf16", ("unet",)), ("mine", ("text_encoder", "vae"))]
-)
+@pytest.mark.parametrize("variant, only", [("fp16", None), ("bf16", ("unet",)), ("mine", ("text_encoder", "vae"))])
 def test_a_folder_that_has_only_a_variant(tmp_path, variant, only):
     """What has whole weights is loaded from them, what has not from the variant, rounded as it was saved."""
     folder = copy_with_variant("sd", tmp_path, variant, only)
