@@ -71,8 +71,8 @@ class ClipNetwork:
         if amp:
             self.precision = torch.bfloat16 if self.device.type == "cpu" else torch.float16
         folder, self.revision = clip_folder(self.model)
-        refuse_code_in_configs([Path(folder)], f"--model={self.model}")
-        refuse_other_files(_weight_files(folder))
+        self._load("config.json", lambda: refuse_code_in_configs([Path(folder)], folder))
+        self._load("weights", lambda: refuse_other_files(_weight_files(folder)))
         self.digest = _digest(_weight_files(folder))
         with _quiet(transformers):
             config = self._load("config.json", lambda: transformers.CLIPConfig.get_config_dict(folder)[0])
@@ -140,7 +140,8 @@ class ClipNetwork:
         try:
             return load()
         except Exception as exc:  # the tokenizers library raises plain Exceptions for damaged files
-            raise UserError(f"--model={self.model}: its {what} cannot be used ({first_line(exc)})") from exc
+            reason = exc if isinstance(exc, UserError) else first_line(exc)
+            raise UserError(f"--model={self.model}: its {what} cannot be used ({reason})") from exc
 
     def _check_tokenizer(self) -> None:
         text, end = self._network.config.text_config, self._tokenizer.eos_token_id

@@ -4,14 +4,15 @@
 #     tools/check_versions.sh lowest|newest [REQUIREMENT...]
 #     tools/check_versions.sh lowest click==8.2.1      # the others as low as possible
 #
-# Makes a virtual environment in VENV (default: .venv-lowest or .venv-newest), with the core packages and the extras
-# "plot" and "diffusers". TORCH is the version of torch, which is large: by default that of requirements.lock.
-# PYTHON is the interpreter that makes the environment. TESTS replaces the fast part of the tests.
+# Makes a virtual environment in VENV (default: .venv-lowest or .venv-newest), with the core packages
+# and the extra "plot"; the newest also with "diffusers", which itself needs newer core packages.
+# TORCH: version of torch, which is large (default: that of requirements.lock).
+# PYTHON: interpreter that makes the environment. TESTS: replaces the fast part of the tests.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 which=${1:-}
-[ "$which" = lowest ] || [ "$which" = newest ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ "$which" = lowest ] || [ "$which" = newest ] || { sed -n '2,11s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 shift
 VENV=${VENV:-.venv-$which}
 TORCH=${TORCH:-$(sed -n 's/^torch==//p' requirements.lock)}
@@ -39,10 +40,11 @@ def choose(requirement, lowest):
     chosen.setdefault(name, re.sub(r">=([\d.]+).*", r"==\1", requirement) if lowest else requirement)
 
 
-for text in [*project["dependencies"], *extras["plot"], *extras["diffusers"]]:
+for text in [*project["dependencies"], *extras["plot"], *(extras["diffusers"] if which == "newest" else [])]:
     choose(text, which == "lowest")
 for text in extras["test"]:
-    choose(text, False)
+    if text not in extras["diffusers"]:
+        choose(text, False)
 print("\n".join(chosen.values()))
 PYTHON
 )
