@@ -24,6 +24,7 @@ from models import create_model, zoo
 from models.detectors import EMBEDDED, cache_dir, load_detector
 from solvers import sample
 from tools.demo import HALVES
+from torch_utils.cli import Command
 from torch_utils.frechet import FeatureStatistics, Reference, frechet_distance
 from torch_utils.image_writer import to_uint8
 from torch_utils.seeds import SeededGenerators
@@ -191,7 +192,7 @@ class Bench:
         return {"nfe": nfe, "training_seconds": round(seconds, 1), **inside, **self.score(x)}
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--dataset_name", type=click.Choice(list(EMBEDDED)), required=True)
 @click.option("--part", type=click.Choice(["reference", "plain", "teachers", "amed", "demo"]), required=True)
 @click.option("--num", type=click.IntRange(2), default=256, show_default=True, help="Validation images")
@@ -202,7 +203,7 @@ def main(dataset_name, part, num, kimg, batch, seed):
     """Measure candidate settings of the demo on validation seeds."""
     bench = Bench(dataset_name, num)
     results = ROOT / "benchmarks" / f"{dataset_name}_settings.jsonl"
-    known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    known = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.exists() else []
     learned = part in ("amed", "demo")
     training = {"kimg": kimg, "batch": batch, "seed": seed} if learned else {}
     jobs = {
@@ -219,7 +220,7 @@ def main(dataset_name, part, num, kimg, batch, seed):
         scores = bench.learned(job, **training) if learned else bench.plain(job)
         row = {**key, **scores, "date": time.strftime("%Y-%m-%d")}
         known.append(row)
-        with results.open("a") as file:
+        with results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps({**job, **scores}), flush=True)
 

@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import create_model
+from torch_utils.cli import Command
 from torch_utils.seeds import SeededGenerators, stream_seeds
 from training.loss import DistillationLoss
 from training.training_loop import Distiller
@@ -60,7 +61,7 @@ def validation_loss(distiller: Distiller, samples: int, batch: int) -> float:
     return total / samples
 
 
-@click.command(help=__doc__.split("\n")[0])
+@click.command(cls=Command, help=__doc__.split("\n")[0])
 @click.option("--dataset_name", default="digits", show_default=True)
 @click.option("--setting", type=click.Choice(list(SETTINGS)), default="amed", show_default=True)
 @click.option("--num_steps", type=click.IntRange(min=2), default=4, show_default=True)

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measuring import describe_machine, interleaved, spread, table
 from models.detectors import load_detector
+from torch_utils.cli import Command
 from torch_utils.distributed import pick_device
 from torch_utils.frechet import FeatureStatistics, compute_statistics, read_batches
 from torch_utils.image_data import ImageSource
@@ -35,7 +36,7 @@ def make_folder(folder: Path, count: int, size: int, channels: int) -> float:
     return count / (time.perf_counter() - start)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--detector", default="digits", show_default=True, metavar="NAME|PATH")
 @click.option("--num_images", type=click.IntRange(min=2), default=5000, show_default=True)
 @click.option("--size", type=click.IntRange(min=1), default=32, show_default=True)

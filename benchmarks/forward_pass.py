@@ -22,6 +22,7 @@ from benchmarks.measuring import describe_machine, interleaved, spread, table
 from models import create_model, networks, openai_unet
 from models.execution import prepare_network
 from solvers import sample
+from torch_utils.cli import Command
 from torch_utils.distributed import pick_device
 from torch_utils.seeds import SeededGenerators
 
@@ -91,7 +92,7 @@ def psnr(found: torch.Tensor, expected: torch.Tensor) -> float:
     return math.inf if error == 0 else 10 * math.log10(4 / error)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--dataset_name", default="digits", show_default=True)
 @click.option("--model_path", default=None)
 @click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True)

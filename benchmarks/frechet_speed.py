@@ -13,6 +13,7 @@ import scipy.linalg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from torch_utils.cli import Command
 from torch_utils.frechet import frechet_distance
 
 
@@ -27,7 +28,7 @@ def statistics(rng: np.random.Generator, count: int, mixing: np.ndarray) -> tupl
     return features.mean(0), np.cov(features, rowvar=False)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--dim", type=click.IntRange(min=2), default=2048, show_default=True)
 @click.option(
     "--count", type=click.IntRange(min=2), default=10000, show_default=True, help="Samples behind each matrix"

@@ -26,6 +26,7 @@ from models import create_model, lay_out
 from models.adm import PRESETS, ADMDenoiser
 from models.sd import STABLE_DIFFUSION_1_5, StableDiffusionDenoiser
 from solvers import sample
+from torch_utils.cli import Command
 from torch_utils.seeds import SeededGenerators
 from training.training_loop import Distiller
 
@@ -77,7 +78,7 @@ def condition(net, generators: SeededGenerators) -> dict:
     return {"condition": contexts[:1], "unconditional_condition": contexts[1:]}
 
 
-@click.command(help=__doc__.split("\n")[0])
+@click.command(cls=Command, help=__doc__.split("\n")[0])
 @click.argument("family", type=click.Choice(list(NETWORKS)))
 @click.option("--folder", type=click.Path(path_type=Path), help="Where the file is written [default: a temporary one]")
 @click.option("--keep", is_flag=True, help="Leave the file there")

@@ -15,7 +15,7 @@ def processor() -> str:
     names = [platform.processor() or platform.machine()]
     info = Path("/proc/cpuinfo")
     if info.exists():
-        lines = info.read_text(errors="replace").splitlines()
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")][:1] or names
     if torch.cuda.is_available():
         names.append(torch.cuda.get_device_name())

@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import create_model
+from torch_utils.cli import Command
 from training.training_loop import Distiller
 
 
@@ -45,7 +46,7 @@ def measure(dataset_name, num_steps, batch, batch_gpu, checkpointing) -> float:
     return peak_memory() - before
 
 
-@click.command(help=__doc__.split("\n")[0])
+@click.command(cls=Command, help=__doc__.split("\n")[0])
 @click.option("--dataset_name", default="digits", show_default=True)
 @click.option("--batch", type=click.IntRange(min=4), default=64, show_default=True)
 @click.option("--one", hidden=True, help="One setting, as JSON")

@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from solvers import get_schedule
 from solvers.schedule_file import load_schedule
-from torch_utils.errors import MissingExtra
+from torch_utils.cli import Command
+from torch_utils.plots import new_figure
 
 FIXED = {"polynomial, rho 7": ("polynomial", 7), "time_uniform, rho 1": ("time_uniform", 1), "logsnr": ("logsnr", 1)}
 # Noise levels at which trained samplers call the CIFAR-10 network of EDM (decoded from the checkpoints of DyWeight, with a
@@ -29,7 +30,7 @@ PUBLISHED = {
 }
 
 
-@click.command(help=__doc__.split("\n")[0])
+@click.command(cls=Command, help=__doc__.split("\n")[0])
 @click.argument("files", nargs=-1, type=click.Path(exists=True, path_type=Path))
 @click.option(
     "--nfe", type=click.IntRange(min=2), default=5, show_default=True, help="Evaluations of the fixed schedules"
@@ -38,13 +39,6 @@ PUBLISHED = {
 @click.option("--sigma_max", type=float, default=80.0, show_default=True)
 @click.option("--dest", type=click.Path(path_type=Path), required=True)
 def main(files, nfe, sigma_min, sigma_max, dest):
-    try:
-        import matplotlib
-    except ImportError:
-        raise MissingExtra("matplotlib", "plot", "the picture") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     rows = [("literature", name, levels, None) for name, levels in PUBLISHED.items()]
     for name, (kind, rho) in FIXED.items():
         rows.append(("fixed", name, get_schedule(nfe + 1, sigma_min, sigma_max, kind, rho).tolist(), None))
@@ -53,7 +47,8 @@ def main(files, nfe, sigma_min, sigma_max, dest):
         label = f"{schedule.method}, {schedule.solver} ({path.stem})"
         rows.append(("optimised", label, schedule.sigmas, schedule.sigmas_net))
     colours = {"literature": "tab:gray", "fixed": "tab:blue", "optimised": "tab:red"}
-    figure, axes = pyplot.subplots(figsize=(10, 1.2 + 0.26 * len(rows)))
+    figure = new_figure("the picture", figsize=(10, 1.2 + 0.26 * len(rows)))
+    axes = figure.add_subplot()
     for height, (kind, _, levels, told) in enumerate(reversed(rows)):
         axes.plot(levels, [height] * len(levels), "o-", color=colours[kind], markersize=5, linewidth=0.8)
         if told is not None:

@@ -14,7 +14,8 @@ import click
 
 from benchmarks.demo_settings import ROOT
 from tools.make_docs import renew
-from torch_utils.errors import MissingExtra
+from torch_utils.cli import Command
+from torch_utils.plots import new_figure
 
 NETWORKS = ("digits", "cifar10-small")
 ORDER = [
@@ -29,7 +30,7 @@ MORE = {"precision": ("precision", 3), "recall": ("recall", 3)}
 
 def read(network):
     file = ROOT / "benchmarks" / f"students_{network}.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 def spread(values, digits):
@@ -183,7 +184,7 @@ def document_parts(networks):
     return {readme: {name: parts[name] for name in parts if name == "cifar10-small fid"}, document: parts}
 
 
-def draw_scores(networks, pyplot, dest):
+def draw_scores(networks, dest):
     """FID over evaluations, one panel for each network and classifier."""
     shown = {
         "plain, best fid": ("best without training", "tab:gray"), "gits": ("GITS", "tab:olive"),
@@ -192,7 +193,8 @@ def draw_scores(networks, pyplot, dest):
         "gs": ("GS", "tab:brown"), "epd": ("EPD", "tab:pink"), "full": ("span (full)", "tab:blue"),
         "full + spatial,time": ("span (full + spatial, time)", "black"),
     }  # fmt: skip
-    figure, grid = pyplot.subplots(len(networks), 2, figsize=(10, 3.6 * len(networks)), squeeze=False)
+    figure = new_figure("the figures", figsize=(10, 3.6 * len(networks)))
+    grid = figure.subplots(len(networks), 2, squeeze=False)
     for line, (network, rows) in zip(grid, networks.items(), strict=True):
         found = collect(rows, "main")
         for axes, score in zip(line, ("fid", "fid2"), strict=True):
@@ -206,7 +208,7 @@ def draw_scores(networks, pyplot, dest):
                 axes.axhline(found["teacher", 30][0][score], color="black", linestyle=":", label="teacher, 30")
             axes.set_yscale("log")
             for kind in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                kind(pyplot.FuncFormatter(lambda value, _: f"{value:g}"))
+                kind(lambda value, _: f"{value:g}")
             axes.tick_params(axis="y", which="both", labelsize=7)
             axes.set_xticks(sorted({nfe for name, nfe in found if name != "teacher"}))
             axes.set_xlabel("network evaluations")
@@ -217,7 +219,7 @@ def draw_scores(networks, pyplot, dest):
     figure.savefig(dest, dpi=100)
 
 
-def draw_tables(rows, pyplot, dest, nfe):
+def draw_tables(rows, dest, nfe):
     """Learned noise levels, what the network is told, and coefficients of every student of one seed."""
     chosen = [
         row for row in rows if row["part"] == "main" and row["nfe"] == nfe and row.get("table") and row["seed"] == 0
@@ -226,7 +228,10 @@ def draw_tables(rows, pyplot, dest, nfe):
     names = [name for name in ORDER if name in found and "+" not in name]
     if not names:
         return
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 1 + 0.62 * len(names)), width_ratios=(3, 2))
+    figure = new_figure("the figures", figsize=(11, 1 + 0.62 * len(names)))
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    from matplotlib import colormaps
+
     for height, name in enumerate(reversed(names)):
         table = found[name]["table"]
         calls = [(s, t) for s, t in zip(table["sigmas"][:-1], table["sigmas_net"][:-1], strict=True)]
@@ -239,10 +244,9 @@ def draw_tables(rows, pyplot, dest, nfe):
         left.plot(table["sigmas"][-1], height, "x", color="tab:blue")
         last = table["steps"][-1][0]
         bottom = {1: 0.0, -1: 0.0}
-        colours = pyplot.get_cmap("viridis")
         for k, value in enumerate(reversed(last)):
             sign = 1 if value >= 0 else -1
-            right.barh(height, value, left=bottom[sign], color=colours(min(k / 5, 1)), height=0.6)
+            right.barh(height, value, left=bottom[sign], color=colormaps["viridis"](min(k / 5, 1)), height=0.6)
             bottom[sign] += value
     for axes in (left, right):
         axes.set_yticks(range(len(names)), list(reversed(names)), fontsize=9)
@@ -258,23 +262,16 @@ def draw_tables(rows, pyplot, dest, nfe):
     figure.savefig(dest, dpi=100)
 
 
-@click.command(help=__doc__.split("\n")[0])
+@click.command(cls=Command, help=__doc__.split("\n")[0])
 @click.option("--nfe", type=int, default=5, show_default=True, help="Of the picture of the tables")
 def main(nfe):
     networks = {name: rows for name in NETWORKS if (rows := read(name))}
-    (ROOT / "benchmarks" / "students.md").write_text(page(networks))
+    (ROOT / "benchmarks" / "students.md").write_text(page(networks), encoding="utf-8")
     for document, parts in document_parts(networks).items():
         renew(document, parts, check=False)
-    try:
-        import matplotlib
-    except ImportError:
-        raise MissingExtra("matplotlib", "plot", "the figures") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    draw_scores(networks, pyplot, ROOT / "docs" / "students.png")
+    draw_scores(networks, ROOT / "docs" / "students.png")
     for name, rows in networks.items():
-        draw_tables(rows, pyplot, ROOT / "docs" / f"span_tables_{name}.png", nfe)
+        draw_tables(rows, ROOT / "docs" / f"span_tables_{name}.png", nfe)
     print(f"benchmarks/students.md: {', '.join(f'{name} {len(rows)} rows' for name, rows in networks.items())}")
 
 

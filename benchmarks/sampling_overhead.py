@@ -23,12 +23,13 @@ from models import create_model
 from models.execution import AUTOCAST, prepare_network
 from sample import Folder, generate_images, write_images
 from solvers import make_rule
+from torch_utils.cli import Command
 from torch_utils.distributed import pick_device
 from torch_utils.seeds import SeededGenerators
 from training.predictor import AMEDPredictor
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--dataset_name", default="digits", show_default=True)
 @click.option("--model_path", default=None)
 @click.option("--num_images", type=click.IntRange(min=1), default=128, show_default=True)

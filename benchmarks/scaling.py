@@ -21,6 +21,8 @@ from pathlib import Path
 import click
 import torch
 
+from torch_utils.cli import Command
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -42,7 +44,7 @@ def rate(processes: int, work: tuple[int, int], arguments, times: int = 1) -> fl
     return (work[1] - work[0]) * times / (many - few)
 
 
-@click.command(help=__doc__.split("\n")[0])
+@click.command(cls=Command, help=__doc__.split("\n")[0])
 @click.option("--dataset_name", default="digits", show_default=True)
 @click.option("--processes", type=click.IntRange(min=2), default=2, show_default=True)
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)

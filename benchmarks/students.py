@@ -49,6 +49,7 @@ from models.detectors import EMBEDDED, PRETRAINED, load_classifier, load_detecto
 from solvers import sample
 from solvers.schedule_file import load_schedule
 from tools.demo import HALVES
+from torch_utils.cli import Command
 from torch_utils.frechet import Reference
 from torch_utils.image_data import ImageSource, load_array
 from torch_utils.image_writer import image_grid, save_image, to_uint8
@@ -197,7 +198,11 @@ class Students:
 
     def rows(self):
         """Read anew each time: several processes may work at once."""
-        return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
+        return (
+            [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
+            if self.file.exists()
+            else []
+        )
 
     def once(self, key, work):
         """The row of this key, measured by ``work()`` if it is not there."""
@@ -211,7 +216,7 @@ class Students:
             row = {**key, **work(), "date": time.strftime("%Y-%m-%d")}
         finally:
             claim.unlink()
-        with self.file.open("a") as file:
+        with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps({name: value for name, value in row.items() if name not in ("network", "table")}), flush=True)
 
@@ -415,7 +420,7 @@ def make_judge(dataset_name, data, test):
     )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--dataset_name", type=click.Choice(list(EMBEDDED)), required=True)
 @click.option("--part", type=click.Choice(["plain", "main", "ablation", "judge", "picture"]), required=True)
 @click.option("--nfe", default="3,4,5,6", show_default=True)

@@ -13,12 +13,13 @@ import click
 import torch
 
 from models.diffusers_model import load_diffusers
+from torch_utils.cli import Command
 from torch_utils.errors import UserError
 from torch_utils.image_data import atomic_path
 from torch_utils.seeds import parse_seeds
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--pipeline", required=True, metavar="DIR|ID", help="Folder of a pipeline, or hub id")
 @click.option(
     "--predictor", required=True, metavar="N|DIR|FILE", help="Trained predictor: experiment number, folder or file"

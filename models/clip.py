@@ -11,6 +11,7 @@ from PIL import Image
 
 from torch_utils.download import offline, sha256_of
 from torch_utils.errors import MissingExtra, UserError
+from torch_utils.foreign_folder import refuse_code_in_configs, refuse_other_files
 
 DEFAULT_CLIP = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"
 
@@ -70,6 +71,8 @@ class ClipNetwork:
         if amp:
             self.precision = torch.bfloat16 if self.device.type == "cpu" else torch.float16
         folder, self.revision = clip_folder(self.model)
+        self._load("config.json", lambda: refuse_code_in_configs([Path(folder)], folder))
+        self._load("weights", lambda: refuse_other_files(_weight_files(folder)))
         self.digest = _digest(_weight_files(folder))
         with _quiet(transformers):
             config = self._load("config.json", lambda: transformers.CLIPConfig.get_config_dict(folder)[0])
@@ -137,7 +140,8 @@ class ClipNetwork:
         try:
             return load()
         except Exception as exc:  # the tokenizers library raises plain Exceptions for damaged files
-            raise UserError(f"--model={self.model}: its {what} cannot be used ({first_line(exc)})") from exc
+            reason = exc if isinstance(exc, UserError) else first_line(exc)
+            raise UserError(f"--model={self.model}: its {what} cannot be used ({reason})") from exc
 
     def _check_tokenizer(self) -> None:
         text, end = self._network.config.text_config, self._tokenizer.eos_token_id

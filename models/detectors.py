@@ -23,6 +23,7 @@ from models import fill_weights, lay_out
 from models.inception import FEATURE_DIM, load_inception
 from torch_utils.download import download_file, sha256_of
 from torch_utils.errors import UserError
+from torch_utils.file_kind import explain
 from torch_utils.image_data import atomic_path
 from torch_utils.tensor_file import json_entry
 
@@ -164,7 +165,7 @@ def load_classifier(path: str | Path) -> tuple[torch.nn.Module, dict[str, str]]:
         model = lay_out(ARCHITECTURES[architecture], config, "a classifier")
         fill_weights(model, state, "cpu")
     except (SafetensorError, OSError) as exc:
-        raise UserError(f"{path}: not a usable classifier file ({exc})") from None
+        raise UserError(f"{path}: not a usable classifier file ({explain(path, exc)})") from None
     except UserError as exc:
         raise UserError(f"{path}: not a usable classifier file ({str(exc).removeprefix(f'{path}: ')})") from None
     return model.eval().requires_grad_(False), metadata
@@ -350,6 +351,8 @@ def load_detector(name_or_path: str | Path, device: torch.device | str = "cpu", 
             f"--detector={path}: expected TorchScript (.pt), an Inception state dict (.pth) or a classifier"
             " (.safetensors); pickled networks carry code and are not read"
         )
+    if kind := explain(path, ""):
+        raise UserError(f"{path}: not a TorchScript file ({kind})")
     digest = sha256_of(path)
     if digest not in TRUSTED_TORCHSCRIPT and not trust:
         raise UserError(

@@ -5,7 +5,6 @@ code that comes with a pipeline is run.
 """
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from models.ldm import DECODE_BATCH, DiscreteTime
 from torch_utils import distributed
 from torch_utils.download import offline, sha256_of
 from torch_utils.errors import MissingExtra, UserError
+from torch_utils.foreign_folder import read_json, refuse_code_in_configs, refuse_other_files
 from torch_utils.prompts import batch_of_prompts
 
 EXTRA = "diffusers"
@@ -531,25 +531,32 @@ def load_diffusers(
     folder = _local_folder(diffusers, path_or_hub_id, allow_pickle)
     name, index = _read_index(folder, path_or_hub_id)
     denoiser, _ = PIPELINES[name]
+    libraries = {"diffusers": diffusers}
     if issubclass(denoiser, TextPipeline):
-        import_transformers("a text-to-image pipeline", EXTRA)
+        libraries["transformers"] = import_transformers("a text-to-image pipeline", EXTRA)
     _refuse_code(folder, index, path_or_hub_id)
+    weights = _part_weights(folder, index, allow_pickle)
+    refuse_other_files(path for _, paths in weights.values() for path in paths)
     # What was saved without a part is loaded without it, which has to be said.
-    unused = {part: None for part, entry in index.items() if part in _UNUSED or entry == [None, None]}
-    if "safety_checker" in unused:
-        unused["requires_safety_checker"] = False
+    given = {part: None for part, entry in index.items() if part in _UNUSED or entry == [None, None]}
+    if "safety_checker" in given:
+        given["requires_safety_checker"] = False
     # First stages overflow in float16, and they run once per image only.
     dtypes = {"default": dtype} | {part: torch.float32 for part in _FIRST_STAGES if part in index}
+    options = {
+        "use_safetensors": None if allow_pickle else True,
+        "trust_remote_code": False,
+        "local_files_only": True,
+        "low_cpu_mem_usage": diffusers.utils.is_accelerate_available(),
+    }
+    for part, (variant, _) in weights.items():
+        if variant is not None:  # diffusers itself takes one variant for all parts that have it
+            library, kind = index[part]
+            load = getattr(libraries[library], kind).from_pretrained
+            more = options | {"variant": variant, "dtype": dtypes.get(part, dtype)}
+            given[part] = _reading(path_or_hub_id, load, folder / part, **more)
     pipeline = _reading(
-        path_or_hub_id,
-        getattr(diffusers, name).from_pretrained,
-        folder,
-        dtype=dtypes,
-        use_safetensors=None if allow_pickle else True,
-        trust_remote_code=False,
-        local_files_only=True,
-        low_cpu_mem_usage=diffusers.utils.is_accelerate_available(),
-        **unused,
+        path_or_hub_id, getattr(diffusers, name).from_pretrained, folder, dtype=dtypes, **options, **given
     )
     try:
         net = denoiser(pipeline, guidance_type, guidance_rate)
@@ -586,17 +593,30 @@ def _local_folder(diffusers, source, allow_pickle: bool) -> Path:
         config = _reading(source, diffusers.DiffusionPipeline.load_config, str(source), **offline_only)
         _check_index(config, source)  # before gigabytes are downloaded
         options = {"use_safetensors": None if allow_pickle else True, "trust_remote_code": False, **offline_only}
-        return Path(_reading(source, diffusers.DiffusionPipeline.download, str(source), **options))
+        return _download(diffusers, str(source), config, allow_pickle, options)
+
+
+def _download(diffusers, hub_id: str, index: Mapping, allow_pickle: bool, options: dict) -> Path:
+    """The folder of a pipeline of the hub, with the weights in half precision if there are no others."""
+    folder, problem = None, None
+    for variant in ({}, {"variant": "fp16"}):
+        try:
+            folder = Path(_reading(hub_id, diffusers.DiffusionPipeline.download, hub_id, **options, **variant))
+        except UserError as error:
+            problem = problem or error
+            continue
+        if all(paths for _, paths in _part_weights(folder, index, allow_pickle).values()):
+            return folder
+    if folder is None:
+        raise problem
+    return folder  # incomplete, which is explained when it is loaded
 
 
 def _read_index(folder: Path, source) -> tuple[str, dict]:
     path = folder / _INDEX
     if not path.is_file():
         raise UserError(f"{source} is not a diffusers pipeline: it has no {_INDEX}")
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{path} is not readable as JSON") from None
+    index = read_json(path)
     return _check_index(index, source), index
 
 
@@ -612,7 +632,7 @@ def _check_index(index, source) -> str:
         library, kind = entry if isinstance(entry, list) and len(entry) == 2 else (str(entry)[:40], "")
         if library not in (None, "diffusers", "transformers"):
             raise UserError(f"{source}: its '{part}' is code from '{library}', which is not run")
-        if re.match("Auto(?!encoder)", str(kind)):  # such classes may choose code that comes with the weights
+        if re.match("Auto(?!encoder)|Rag|Timm", str(kind)):  # may choose code or weights from elsewhere
             raise UserError(f"{source}: its '{part}' is a {kind}; only definite classes are supported")
         if str(kind).endswith("Pipeline"):  # with an index of its own, which nobody has looked at
             raise UserError(f"{source}: its '{part}' is a whole pipeline, which is not supported")
@@ -629,12 +649,47 @@ def _refuse_code(folder: Path, index: Mapping, source) -> None:
     for part in index:
         if code := next((folder / part).rglob("*.py"), None):
             raise UserError(f"{source}: its '{part}' brings code ({code.name}), which is not run; remove the file")
+    parts = [part for part, entry in index.items() if part not in _UNUSED and isinstance(entry, list)]
+    refuse_code_in_configs([folder, *(folder / part for part in parts)], source)
+
+
+# diffusion_pytorch_model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, and the order of
+# the last one's endings until 2024
+_WEIGHTS_NAME = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+)?"
+    r"(?:\.(?P<old_variant>\w+))?\.(?P<format>safetensors|bin)"
+)
+_VARIANTS = (None, "fp32", "ema", "bf16", "fp16")  # the best first; any other one after them
+
+
+def _find_weights(folder: Path, allow_pickle: bool) -> tuple[str | None, list[Path]]:
+    """(variant, files) of the weights to load from the folder of a part; no files where there are none.
+
+    allow_pickle: take files that are not safetensors if there are only those.
+    """
+    found = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if match := _WEIGHTS_NAME.fullmatch(path.name):
+            variant = match["variant"] or match["old_variant"]
+            found.setdefault(match["format"], {}).setdefault(variant, []).append(path)
+    for kind in ("safetensors", "bin") if allow_pickle else ("safetensors",):
+        if variants := found.get(kind):
+            known = [variant for variant in _VARIANTS if variant in variants]
+            variant = known[0] if known else min(variants)
+            return variant, sorted(variants[variant])
+    return None, []
+
+
+def _part_weights(folder: Path, index: Mapping, allow_pickle: bool) -> dict[str, tuple[str | None, list[Path]]]:
+    """``_find_weights`` for each part of a pipeline that has weights and a folder of its own."""
+    parts = [
+        part
+        for part, entry in index.items()
+        if re.fullmatch(r"unet|transformer|vae|vqvae|text_encoder(_\d)?", part) and entry not in (None, [None, None])
+    ]
+    return {part: _find_weights(folder / part, allow_pickle) for part in parts if (folder / part).is_dir()}
 
 
 def _hash_weights(folder: Path) -> str:
-    files = [
-        path for path in folder.iterdir() if re.fullmatch(r"diffusion_pytorch_model[^.]*\.(safetensors|bin)", path.name)
-    ]
-    safe = sorted(path for path in files if path.suffix == ".safetensors") or sorted(files)
-    hashes = [sha256_of(path) for path in safe]
+    hashes = [sha256_of(path) for path in _find_weights(folder, allow_pickle=True)[1]]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

@@ -27,6 +27,7 @@ from solvers.flags import SCHEDULE_NAMES
 from solvers.loop import AFS_KINDS, RANGE_SLACK
 from solvers.schedules import check_sigmas
 from torch_utils.errors import UserError, parse_json
+from torch_utils.file_kind import explain
 from torch_utils.image_data import atomic_path
 
 FORMAT = "amed-schedule-1"
@@ -122,7 +123,8 @@ def load_schedule(path: str | Path) -> Schedule:
     except OSError as error:
         raise UserError(f"cannot read the schedule {path}: {error.strerror or error}") from None
     except ValueError as error:
-        raise UserError(f"{path} is not a schedule file: not valid JSON ({error})") from None
+        reason = explain(path, error, reads=("json",))
+        raise UserError(f"{path} is not a schedule file: not valid JSON ({reason})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f'{path} is not a schedule file of this version: it needs "format": "{FORMAT}"')
     names = [f.name for f in fields(Schedule)]

@@ -350,6 +350,12 @@ def damage(folder: Path, what: str) -> None:
         (folder / "config.json").write_text('{"model_type": "siglip"}')
     elif what == "cut config":
         (folder / "config.json").write_text("{")
+    elif what == "kernel":
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"] |= {"attn_implementation": "someone/kernel"}
+        (folder / "config.json").write_text(json.dumps(config))
+    elif what == "pointer":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 605157884\n")
     elif what == "cut weights":
         weights.write_bytes(weights.read_bytes()[:-100])
     elif what in ("text half", "other sizes"):
@@ -382,7 +388,9 @@ def damage(folder: Path, what: str) -> None:
         ("model.safetensors", "it has no weights"),
         ("another type", "of the type 'siglip', expected 'clip'"),
         ("cut config", "its config.json cannot be used"),
-        ("cut weights", "its weights cannot be used"),
+        ("kernel", "'attn_implementation' in model/config.json can run or fetch code"),
+        ("pointer", "its weights cannot be used .* a Git LFS pointer to a file of 605157884 bytes"),
+        ("cut weights", "its weights cannot be used .* it is truncated"),
         ("text half", "those of another network .* missing, first logit_scale"),
         ("other sizes", "its weights cannot be used"),
         ("larger tokenizer", "tokenizer is not this network's .57 tokens"),

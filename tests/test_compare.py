@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -745,6 +746,35 @@ def test_without_matplotlib_the_page_says_so(baseline, monkeypatch):
         plot(list(rows.values()), "fid")
     text = plots_html(list(rows.values()))
     assert text.count("\n") == 0 and "matplotlib" in text and "[plot]" in text
+
+
+@pytest.mark.parametrize("failing", [RuntimeError("no\nfont"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+def test_a_plot_that_fails_costs_no_results(files, baseline, tmp_path, monkeypatch, failing):
+    """The tables are written first, and the page without plots says why."""
+    folder, rows, _ = baseline
+    shutil.copytree(folder, tmp_path / "out")
+    names = ("results.csv", "results.json", "results.md", "index.html")
+    for name in names:
+        (tmp_path / "out" / name).unlink()
+
+    def fail(rows, score):
+        raise failing
+
+    monkeypatch.setattr(comparison_report, "plots_html", plots_html)
+    monkeypatch.setattr(comparison_report, "plot", fail)
+    solvers = "--solvers=euler,heun,dpmpp:max_order=2:thresholding=False"
+    paths = f"--predictor_path={files / 'a'},{files / 'b'}"
+    done = CliRunner().invoke(compare.main, flags(files, tmp_path / "out", solvers, paths))
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert {(row["method"], row["nfe"]): row["fid"] for row in found} == {key: rows[key]["fid"] for key in rows}
+    if isinstance(failing, KeyboardInterrupt):
+        assert done.exit_code != 0
+        assert [name for name in names if (tmp_path / "out" / name).exists()] == list(names[:3])
+    else:
+        assert done.exit_code == 0
+        reason = "matplotlib failed (RuntimeError: no font)"
+        assert f"Warning: no plots in the page: {reason}" in done.stderr
+        assert f"No plots: {reason}" in Page((tmp_path / "out" / "index.html").read_text()).text
 
 
 def test_plot(baseline):

@@ -1,5 +1,6 @@
 """Pipelines of diffusers as denoisers: plain Euler against diffusers' own pipelines and schedulers on the same noise."""
 
+import hashlib
 import json
 import shutil
 import sys
@@ -359,6 +360,7 @@ def test_result():
         ({"scheduler": ["subprocess", "run"]}, "code from 'subprocess'"),
         ({"scheduler": {"subprocess": 0, "run": 0}}, "code from '{'subprocess'"),
         ({"scheduler": ["diffusers", "AutoModel"]}, "only definite classes"),
+        ({"scheduler": ["transformers", "RagRetriever"]}, "only definite classes"),
         ({"scheduler": ["diffusers", "DDPMPipeline"]}, "is a whole pipeline"),
         ({"scheduler": [None, None]}, "without its scheduler"),
     ],
@@ -396,6 +398,153 @@ def test_what_is_no_pipeline(tmp_path):
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be read"):
+        load_diffusers(folder)
+
+
+HALF = ("text_encoder", "unet", "vae")
+
+
+def copy_with_variant(kind, tmp_path, variant, only=None):
+    """A pipeline whose parts (all, or those of ``only``) were saved by diffusers with a variant and nothing else."""
+    folder = copy_of(kind, tmp_path)
+    whole = getattr(diffusers, json.loads((folder / "model_index.json").read_text())["_class_name"])
+    half = tmp_path / "half"
+    whole.from_pretrained(folder, dtype=torch.float16).save_pretrained(half, variant=variant)
+    for part in folder.iterdir():
+        if part.is_dir() and (only is None or part.name in only):
+            shutil.rmtree(part)
+            shutil.copytree(half / part.name, part)
+    return folder
+
+
+@pytest.mark.parametrize("variant, only", [("fp16", None), ("bf16", ("unet",)), ("mine", ("text_encoder", "vae"))])
+def test_a_folder_that_has_only_a_variant(tmp_path, variant, only):
+    """What has whole weights is loaded from them, what has not from the variant, rounded as it was saved."""
+    folder = copy_with_variant("sd", tmp_path, variant, only)
+    net, exact = load_diffusers(folder), load_diffusers(pipeline_folder("sd"))
+    for part in HALF:
+        rounded = part in (only or HALF)
+        for found, whole in zip(net.parts[part].parameters(), exact.parts[part].parameters(), strict=True):
+            assert found.dtype == torch.float32
+            assert torch.equal(found, whole.half().float() if rounded else whole)
+    weights = (
+        folder / "unet" / f"diffusion_pytorch_model{f'.{variant}' if 'unet' in (only or HALF) else ''}.safetensors"
+    )
+    assert net.weights_hash == hashlib.sha256(weights.read_bytes()).hexdigest()
+    x = noise_like(net)
+    with torch.no_grad():
+        y, expected = (one(x, 2.0, **one.make_cond(prompts=PROMPTS)) for one in (net, exact))
+    assert relative_error(y, expected) < 0.01
+    assert load_diffusers(folder, dtype=torch.float16).parts["vae"].dtype == torch.float32
+
+
+def test_whole_weights_go_before_variants(tmp_path):
+    folder = copy_of("ddpm", tmp_path)
+    unet = folder / "unet"
+    for variant in ("fp16", "non_ema"):
+        (unet / f"diffusion_pytorch_model.{variant}.safetensors").write_bytes(b"not read")
+    net = load_diffusers(folder)
+    assert net.weights_hash == load_diffusers(pipeline_folder("ddpm")).weights_hash
+    for path in unet.glob("*.*.safetensors"):
+        path.unlink()
+    whole = unet / "diffusion_pytorch_model.safetensors"
+    shutil.copy(whole, unet / "diffusion_pytorch_model.fp16.safetensors")
+    whole.rename(unet / "diffusion_pytorch_model.bf16.safetensors")
+    (unet / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"not read")  # as bf16 has the range of float32
+    assert load_diffusers(folder).weights_hash == net.weights_hash
+
+
+def test_variants_in_several_files(tmp_path):
+    folder = copy_of("ddpm", tmp_path)
+    network = load_diffusers(folder).network
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    network.half().save_pretrained(folder / "unet", variant="fp16", max_shard_size="10KB")
+    files = sorted((folder / "unet").glob("*.safetensors"))
+    assert len(files) > 1 and "fp16-00001-of-" in files[0].name
+    net = load_diffusers(folder)
+    assert torch.equal(net.network.conv_in.weight, network.conv_in.weight.float())
+    digests = "".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in files)
+    assert net.weights_hash == hashlib.sha256(digests.encode()).hexdigest()
+
+
+def test_a_hub_that_has_only_half_precision(tmp_path, monkeypatch):
+    """Whether diffusers says that there are no weights, or leaves them out."""
+    folder = copy_with_variant("sd", tmp_path, "fp16")
+    empty = tmp_path / "empty"
+    shutil.copytree(folder, empty, ignore=shutil.ignore_patterns("*.safetensors"))
+    asked = []
+
+    def load_config(name, **options):
+        return json.loads((folder / "model_index.json").read_text())
+
+    def download(name, variant=None, **options):
+        asked.append(variant)
+        if variant is None and len(asked) == 1:
+            raise OSError("Could not find the necessary `safetensors` weights")
+        return str(empty if variant is None else folder)
+
+    monkeypatch.delenv("AMED_OFFLINE", raising=False)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "load_config", load_config)
+    monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
+    for _ in range(2):
+        assert load_diffusers("someone/something").weights_hash == load_diffusers(folder).weights_hash
+    assert asked == [None, "fp16"] * 2
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_pointer_in_place_of_weights(tmp_path, part):
+    folder = copy_of("sd", tmp_path)
+    (path,) = (folder / part).glob("*.safetensors")
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3438167534\n")
+    with pytest.raises(
+        UserError, match=rf"{part}/.*model.safetensors cannot be read as weights: it is a Git LFS pointer .*pull'"
+    ):
+        load_diffusers(folder)
+
+
+@pytest.mark.parametrize("name, place", [("model_index.json", "."), ("config.json", "unet")])
+def test_a_page_in_place_of_a_configuration(tmp_path, name, place):
+    folder = copy_of("sd", tmp_path)
+    (folder / place / name).write_text("<!doctype html><title>Log in</title>")
+    with pytest.raises(UserError, match=rf"{name} is not readable as JSON \(it is a web page \('Log in'\)"):
+        load_diffusers(folder)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "tokenizer", "unet", "vae", "scheduler", "."])
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"attn_implementation": "someone/kernel"},
+        {"_attn_implementation": "someone/kernel:function"},
+        {"_attn_implementation": "flash_attention_2"},  # a kernel of the hub where flash_attn is not installed
+        {"_attn_implementation_internal": "paged|someone/kernel"},
+        {"experts_implementation": "someone/kernel"},
+        {"deep": [{"deeper": {"attn_implementation": {"text_config": "someone/kernel"}}}]},
+        {"auto_map": {"AutoModel": "someone/code--model.Network"}},
+        {"trust_remote_code": True},
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {"use_pretrained_backbone": True},
+    ],
+    ids=str,
+)
+def test_configurations_that_ask_for_code(tmp_path, part, entry):
+    folder = copy_of("sd", tmp_path)
+    name = {"tokenizer": "tokenizer_config.json", "scheduler": "scheduler_config.json"}.get(part, "config.json")
+    path = folder / part / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | entry))
+    key = "attn_implementation" if "deep" in entry else next(iter(entry))
+    with pytest.raises(UserError, match=f"'{key}' in .*{name} can run or fetch code, which is not done"):
+        load_diffusers(folder)
+
+
+def test_implementations_of_torch_itself_are_no_code(tmp_path):
+    folder = copy_of("sd", tmp_path)
+    path = folder / "text_encoder" / "config.json"
+    harmless = {"attn_implementation": "eager", "_attn_implementation": "sdpa", "auto_map": None, "use_kernels": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | harmless))
+    load_diffusers(folder)
+    (folder / "text_encoder" / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
+    with pytest.raises(UserError, match="adapter_config.json refers to another model"):
         load_diffusers(folder)
 
 

@@ -1,5 +1,6 @@
 """Downloads against a local server that misbehaves on purpose: whatever happens, a file is whole or absent."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import requests
 
 from torch_utils import download
 from torch_utils.download import (
@@ -29,6 +31,7 @@ from torch_utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = hashlib.shake_256(b"a file").digest(3_000_017)
+ENDLESS = 200  # MiB
 OTHER = hashlib.shake_256(b"another file").digest(3_000_017)
 
 
@@ -40,6 +43,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.log: list[tuple[str, str | None]] = []
+        self.sent = 0  # MiB of an endless reply
 
     def url(self, name: str) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/{name}"
@@ -77,6 +81,19 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(503, b"later")
         if name == "liar":  # promises more than it ever sends
             return self.answer(200, DATA, Content_Length=len(DATA) + 1000)
+        if name.startswith("redirect:"):
+            return self.answer(302, b"", Location=name.partition(":")[2])
+        if name == "endless_redirect":
+            self.send_response(302)
+            self.send_header("Location", "/plain")
+            self.end_headers()
+            with contextlib.suppress(OSError):  # the client closes the connection
+                for _ in range(ENDLESS):
+                    self.wfile.write(bytes(1 << 20))
+                    self.server.sent += 1
+            return None
+        if name == "absurd_length":
+            return self.answer(200, DATA, Content_Length="9" * 5000)
         if name == "archive.zip":
             return self.answer(200, self.server.archive, Content_Type="application/zip")
         data, etag = DATA, '"one"'
@@ -246,7 +263,8 @@ def test_mirrors(server, tmp_path, first):
         ("empty", {}, "an empty file"),
         ("liar", {}, "the connection broke"),
         ("plain", {"size": 17}, f"{len(DATA)} bytes there, 17 expected"),
-        ("no_length", {"size": 17}, f"{len(DATA)} bytes sent, 17 expected"),
+        ("no_length", {"size": 17}, "more than 17 bytes sent, 17 expected"),
+        ("absurd_length", {}, "not a usable address or reply"),
         ("plain", {"sha256": "0" * 64}, "its SHA-256 is not 0000"),
         ("drops", {"sha256": "0" * 64}, "its SHA-256 is not 0000"),
     ],
@@ -259,6 +277,53 @@ def test_refusals_leave_nothing_under_the_name(server, tmp_path, name, kwargs, r
     assert message.startswith(f"could not download {server.url(name)} ({reason}")
     assert message.endswith(f": put the file at {dest} or pass --model_path") and "\n" not in message
     assert not dest.exists() and not (tmp_path / "net.pkl.lock").exists()
+
+
+def test_a_reply_that_does_not_say_its_length_is_bounded(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "_UNANNOUNCED", 1 << 20)
+    with pytest.raises(UserError, match="more than 1048576 bytes sent, without saying how many"):
+        download_file([server.url("no_length")], tmp_path / "net.pkl")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(download, "_UNANNOUNCED", len(DATA))
+    assert download_file([server.url("no_length")], tmp_path / "net.pkl").read_bytes() == DATA
+
+
+def test_what_comes_with_a_redirect_is_not_read(server, tmp_path):
+    assert download_file([server.url("endless_redirect")], tmp_path / "net.pkl").read_bytes() == DATA
+    assert server.sent < ENDLESS // 4  # what the buffers of the connection hold
+
+
+@pytest.fixture
+def https(server, monkeypatch):
+    """Addresses https://HOST/NAME, answered by the server; what TLS itself does is left to the library."""
+    send = requests.adapters.HTTPAdapter.send
+
+    def plain_send(self, request, **options):
+        asked = request.url
+        if asked.startswith("https://"):
+            request.url = server.url(asked.split("/", 3)[3])
+        reply = send(self, request, **options)
+        reply.url = request.url = asked
+        return reply
+
+    monkeypatch.setattr(requests.adapters.HTTPAdapter, "send", plain_send)
+
+
+@pytest.mark.parametrize(
+    "target", ["http://127.0.0.1:{port}/plain", "HTTP://127.0.0.1:{port}/plain", "ftp://127.0.0.1/plain"]
+)
+def test_https_does_not_become_http(server, https, tmp_path, target):
+    target = target.format(port=server.server_address[1])
+    with pytest.raises(UserError, match=r"\(it redirects from HTTPS to an unencrypted address\): put the file at"):
+        download_file([f"https://files/redirect:{target}"], tmp_path / "net.pkl")
+    with pytest.raises(UserError, match="from HTTPS to an unencrypted address"):  # at the second redirect
+        download_file([f"https://files/redirect:https://other/redirect:{target}"], tmp_path / "net.pkl")
+    assert server.count("plain") == 0 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("target", ["https://other/plain", "//other/plain", "/plain", "HTTPS://other/plain"])
+def test_https_may_move(server, https, tmp_path, target):
+    assert download_file([f"https://files/redirect:{target}"], tmp_path / "net.pkl").read_bytes() == DATA
 
 
 def test_nobody_there(server, tmp_path):

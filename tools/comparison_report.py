@@ -6,6 +6,7 @@ import html
 import io
 import json
 import platform
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch_utils.errors import MissingExtra
 from torch_utils.image_data import atomic_path
 from torch_utils.image_writer import image_grid
 from torch_utils.jackknife import CONFIDENCE
+from torch_utils.plots import new_figure
 
 DIGITS = {"fid": 2, "pixel": 4, "feature": 4}
 COLUMNS = {  # of the page: key of a row, heading
@@ -216,13 +218,7 @@ def strip(images: np.ndarray, alt: str) -> str:
 
 def plot(rows: list[dict], score: str) -> bytes:
     """PNG of a score over the evaluations, a line per method, with its intervals. Raises MissingExtra."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingExtra("matplotlib", "plot", "a plot") from None
-    figure = Figure(figsize=(8, 5.5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure("a plot", figsize=(8, 5.5), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     for index, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         points = sorted(
@@ -245,6 +241,7 @@ def plot(rows: list[dict], score: str) -> bytes:
 
 
 def plots_html(rows: list[dict]) -> str:
+    """The plots as <img>, or a sentence that says why there are none; that is printed as well, if it is a failure."""
     try:
         drawn = [
             embed(plot(rows, score), f"{title} over NFE", "plot")
@@ -253,6 +250,10 @@ def plots_html(rows: list[dict]) -> str:
         ]
     except MissingExtra as error:
         return f"<p>No plots: {html.escape(str(error))}</p>"
+    except Exception as error:  # whatever matplotlib finds wrong with its fonts, its cache or its settings
+        reason = " ".join(f"matplotlib failed ({type(error).__name__}: {error})".split())
+        print(f"Warning: no plots in the page: {reason}", file=sys.stderr)
+        return f"<p>No plots: {html.escape(reason)}</p>"
     return "\n".join(drawn)
 
 
@@ -336,13 +337,14 @@ def write_report(comparison: Comparison, jobs: list[Job], command: str) -> str:
         rows = add_differences(rows, comparison.options["baseline"])
     facts, notes = make_facts(comparison, command), make_notes(comparison, rows)
     markdown = markdown_text(rows, facts, notes)
-    files = {
-        "results.csv": csv_text(rows),
-        "results.json": json.dumps({"facts": facts, "notes": notes, "rows": rows}, indent=2) + "\n",
-        "results.md": markdown,
-        "index.html": page(rows, facts, notes, plots_html(rows), pictures_html(comparison, jobs, rows)),
-    }
-    for name, text in files.items():
+
+    def write(name: str, text: str) -> None:
         with atomic_path(comparison.folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may not be UTF-8
+
+    # The tables first: they are there whatever happens to the plots.
+    write("results.csv", csv_text(rows))
+    write("results.json", json.dumps({"facts": facts, "notes": notes, "rows": rows}, indent=2) + "\n")
+    write("results.md", markdown)
+    write("index.html", page(rows, facts, notes, plots_html(rows), pictures_html(comparison, jobs, rows)))
     return markdown

@@ -104,9 +104,7 @@ def run(*command, quiet_stdout=True):
     """Runs one of our scripts and returns the seconds it took; its progress bars go to the screen."""
     started = time.perf_counter()
     shown = [str(part) for part in command]
-    result = subprocess.run(
-        [sys.executable, *shown], cwd=ROOT, stdout=subprocess.PIPE if quiet_stdout else None, text=True
-    )
+    result = subprocess.run([sys.executable, *shown], cwd=ROOT, stdout=subprocess.DEVNULL if quiet_stdout else None)
     if result.returncode:
         raise UserError(f"this step failed: python {' '.join(shown)}")
     return time.perf_counter() - started
@@ -140,7 +138,7 @@ def sample_all(half, out, trained, images, extra):
         folder = out / "samples" / half.dataset_name / name.lower().replace(" ", "-").replace("(", "").replace(")", "")
         chosen = [*arguments, f"--seeds=0-{count - 1}", "--batch=100", f"--outdir={folder}", *flags(extra)]
         seconds = run("sample.py", *chosen)
-        record = json.loads((folder / "sampling.json").read_text())
+        record = json.loads((folder / "sampling.json").read_text(encoding="utf-8"))
         row = {"method": name, "nfe": record["nfe"], "images": count, "seconds": round(seconds, 1), "folder": folder}
         row["training_seconds"] = round(trained[name][1], 1) if name in trained else None
         row["command"] = "python sample.py " + " ".join(arguments)
@@ -231,7 +229,7 @@ def prepare_folder(out):
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
         raise UserError(f"--outdir={out} exists and is not an earlier demo; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
-    (out / MARKER).write_text("made by tools/demo.py, which may replace its products here\n")
+    (out / MARKER).write_text("made by tools/demo.py, which may replace its products here\n", encoding="utf-8")
     for name in ("exps", "samples"):
         if (out / name).is_dir():
             shutil.rmtree(out / name)
@@ -271,7 +269,7 @@ def main(outdir, only, images, amp):
         for row in rows:
             row["folder"] = str(row["folder"].relative_to(out))
     halves = {half.dataset_name: {"rows": rows, "training": half.learned} for half, rows, _ in done}
-    (out / "table.json").write_text(json.dumps({"halves": halves, **facts}, indent=2))
+    (out / "table.json").write_text(json.dumps({"halves": halves, **facts}, indent=2), encoding="utf-8")
     write_page(done, facts, out / "index.html")
     for half, rows, figure in done:
         print(f"\n{half.title} ({figure})\n\n{table_text(rows)}")

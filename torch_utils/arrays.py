@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from torch_utils.errors import UserError
+from torch_utils.file_kind import explain
 
 MOST_BYTES = 1 << 32  # unpacked; FID statistics and caches take far less
 
@@ -34,7 +35,8 @@ def read_npz(
     except OSError as exc:
         raise UserError(f"{path}: not a readable npz file ({exc.strerror or exc})") from None
     except Exception as exc:  # whatever a damaged archive provokes in zipfile, zlib and numpy
-        raise UserError(f"{path}: not a readable npz file ({str(exc)[:200] or type(exc).__name__})") from None
+        reason = explain(path, str(exc)[:200] or type(exc).__name__, reads=("zip",))
+        raise UserError(f"{path}: not a readable npz file ({reason})") from None
 
 
 def npz_names(path: str | Path) -> list[str]:
@@ -43,7 +45,8 @@ def npz_names(path: str | Path) -> list[str]:
         with zipfile.ZipFile(path) as archive:
             return [name.removesuffix(".npy") for name in archive.NameToInfo if _is_array(name)]
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as exc:
-        raise UserError(f"{path}: not a readable npz file ({exc})") from None
+        reason = explain(path, exc, reads=("zip",))
+        raise UserError(f"{path}: not a readable npz file ({reason})") from None
 
 
 def _is_array(name: str) -> bool:

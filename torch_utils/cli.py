@@ -7,6 +7,7 @@ def main(strength): ...
 """
 
 import math
+import sys
 from contextlib import contextmanager
 
 import click
@@ -14,13 +15,16 @@ import click
 from torch_utils.download import no_network
 from torch_utils.errors import UserError
 
+# Raised by click 8.2 and newer to print the help of a command without arguments; 8.1 raises nothing.
+_NO_ARGS_IS_HELP = getattr(click.exceptions, "NoArgsIsHelpError", ())
+
 
 @contextmanager
 def _in_one_line(ctx: click.Context):
     """Turns click's three lines about a wrong option into the one line of a UserError; the exit code is 2 as well."""
     try:
         yield
-    except click.exceptions.NoArgsIsHelpError:
+    except _NO_ARGS_IS_HELP:
         raise
     except click.UsageError as error:
         message = error.format_message().rstrip(".")
@@ -41,7 +45,26 @@ def _named_files():
         raise UserError(f"cannot use {str(error.filename)[:100]}: {error.strerror}; choose another place") from error
 
 
-class Command(click.Command):
+def never_fail_to_print() -> None:
+    """Print what the encoding of stdout or stderr lacks as escapes (``\\u4e2d``) instead of raising.
+
+    Such encodings are common: cp1252 where output goes to a file on Windows, ASCII in a container
+    without a locale. Even UTF-8 lacks the names of files that are not valid UTF-8.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not those of notebooks, which take everything
+            stream.reconfigure(errors="backslashreplace")
+
+
+class _Program:
+    """Mixin of the commands below: what holds for a program from its start."""
+
+    def main(self, *args, **more):
+        never_fail_to_print()
+        return super().main(*args, **more)
+
+
+class Command(_Program, click.Command):
     """A command whose usage errors are one line, like all mistakes of the user.
 
     Empty values are refused: "--model_path=$FILE" with FILE unset would otherwise mean the default, and "--grid=" False.
@@ -74,7 +97,7 @@ class Command(click.Command):
                 raise UserError(f"{flag} is empty: give it a value or leave it out")
 
 
-class Group(click.Group):
+class Group(_Program, click.Group):
     """The same for a command with subcommands, which are ``Command``s."""
 
     command_class = Command

@@ -7,7 +7,6 @@ networks on every device, which have to be the known ones. Takes seconds, downlo
 """
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
@@ -65,14 +64,24 @@ def _numbers(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
 
 
+def package_name(requirement: str) -> str:
+    """The name in "name>=version,!=version"."""
+    return re.match(r"[\w.-]*\w", requirement)[0]
+
+
 def missing_package(requirement: str) -> str | None:
-    """What is wrong with a package asked for as "name>=version": None, or a few words."""
-    name, _, least = requirement.partition(">=")
+    """What is wrong with a package asked for as "name>=version,!=version": None, or a few words."""
+    name = package_name(requirement)
     try:
         version = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return f"{name} is not installed"
-    return f"{name} {version} is older than {least}" if _numbers(version) < _numbers(least) else None
+    for relation, bound in re.findall(r"(>=|!=)([\d.]+)", requirement):
+        if relation == ">=" and _numbers(version) < _numbers(bound):
+            return f"{name} {version} is older than {bound}"
+        if relation == "!=" and _numbers(version) == _numbers(bound):
+            return f"{name} {version} has an error that this code meets: install another version"
+    return None
 
 
 def check_packages() -> Iterator[Finding]:
@@ -82,7 +91,7 @@ def check_packages() -> Iterator[Finding]:
         return
     for extra, wanted in requirements().items():
         problems = [problem for problem in map(missing_package, wanted) if problem]
-        names = [requirement.partition(">=")[0] for requirement in wanted]
+        names = [package_name(requirement) for requirement in wanted]
         if not problems:
             versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
             yield OK, f"extra '{extra}' is present ({versions})" if extra else versions

@@ -19,6 +19,7 @@ import zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urljoin, urlsplit
 
 import requests
 
@@ -32,6 +33,7 @@ _ATTEMPTS = 3  # per mirror, in a row without any progress
 _BACKOFF_S = 1.0  # doubled after each attempt without progress
 _CHUNK = 1 << 14  # what a broken connection loses at most
 _SLOW_TO_READ = 1 << 28  # bytes; the checksum of a smaller file takes less than a second
+_UNANNOUNCED = 1 << 30  # bytes of a reply that does not say how long it is, where the size is not known either
 _RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 
@@ -42,6 +44,18 @@ class _Refused(Exception):
 
 class _Broken(Exception):
     """The transfer broke: another attempt may continue it."""
+
+
+class _Session(requests.Session):
+    """Follows redirects, but never from HTTPS to an unencrypted address."""
+
+    def get_redirect_target(self, resp):
+        target = super().get_redirect_target(resp)
+        if target:
+            resp.close()  # requests would read what comes with the redirect, however long that is
+            if urlsplit(resp.url).scheme == "https" != urlsplit(urljoin(resp.url, target)).scheme:
+                raise _Refused("it redirects from HTTPS to an unencrypted address")
+        return target
 
 
 def sha256_of(path: Path) -> str:
@@ -305,7 +319,7 @@ class _Job:
         if not self.offset():
             return {}
         try:
-            known = json.loads(self.meta.read_text())
+            known = json.loads(self.meta.read_text(encoding="utf-8"))
             same, validator = known["url"] == url, known["validator"]
         except (OSError, ValueError, KeyError, TypeError):
             same, validator = False, None
@@ -321,7 +335,7 @@ class _Job:
         """One request. Returns, with the part complete, whether it was continued rather than started."""
         headers = {"Accept-Encoding": "identity", **self._resume_headers(url)}
         try:
-            with requests.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S) as reply:
+            with _Session() as session, session.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S) as reply:
                 start, total = self._check_reply(reply)
                 if total == 0:
                     raise _Refused("an empty file")
@@ -332,8 +346,8 @@ class _Job:
                 return start > 0
         except UserError:
             raise
-        except ValueError:  # requests.exceptions.InvalidURL and its like, and what urllib raises itself
-            raise _Refused("not a usable address") from None
+        except ValueError:  # requests.exceptions.InvalidURL and its like, what urllib raises, numbers in headers
+            raise _Refused("not a usable address or reply") from None
         except requests.RequestException as exc:
             raise _Broken(_short_reason(exc)) from None
 
@@ -376,7 +390,7 @@ class _Job:
             if not validator.startswith('"'):  # If-Range takes no weak tags
                 validator = reply.headers.get("Last-Modified")
             self._forget()
-            self.meta.write_text(json.dumps({"url": url, "validator": validator}))
+            self.meta.write_text(json.dumps({"url": url, "validator": validator}), encoding="utf-8")
         bar = progress_bar(
             total,
             desc=self.desc,
@@ -386,20 +400,24 @@ class _Job:
             unit_divisor=1024,
             disable=distributed.local_rank() != 0,
         )
+        got, most = start, _UNANNOUNCED if total is None else total
         with bar, open(self.part, "ab", buffering=1 << 20) as file:
             for chunk in reply.iter_content(_CHUNK):
+                got += len(chunk)
+                if got > most:
+                    break
                 file.write(chunk)
                 bar.update(len(chunk))
             file.flush()
             os.fsync(file.fileno())
+        if got > most:
+            self._forget()
+            expected = f"{total} expected" if total is not None else "without saying how many"
+            raise _Refused(f"more than {most} bytes sent, {expected}")
         if self.offset() == 0:
             raise _Refused("an empty file")
         if total is not None and self.offset() < total:
             raise _Broken(f"the connection broke after {self.offset()} of {total} bytes")
-        if total is not None and self.offset() > total:
-            got = self.offset()
-            self._forget()
-            raise _Refused(f"{got} bytes sent, {total} expected")
 
 
 def _short_reason(exc: requests.RequestException) -> str:

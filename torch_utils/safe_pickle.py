@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from torch_utils.errors import UserError
+from torch_utils.file_kind import explain, file_kind
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first value of a file in the older torch.save format
 _LEGACY_PROTOCOL = 1001
@@ -683,7 +684,7 @@ def safe_load(path_or_file):
     UserError) where the file asks for any other global, which the message names, or is damaged; UserError where it
     cannot be opened.
     """
-    with open_binary(path_or_file) as (file, name), _one_line_errors(name):
+    with open_binary(path_or_file) as (file, name), _one_line_errors(name, file):
         return _load(file)
 
 
@@ -694,16 +695,20 @@ def safe_load_checkpoint(path_or_file):
     ``PersistentObject``; neither is looked up, and no argument of theirs is used. Given a path, the tensors of the zip
     format are views of the memory-mapped file: pages are read when they are used, and changes stay private.
     """
-    with open_binary(path_or_file) as (file, name), _one_line_errors(name):
+    with open_binary(path_or_file) as (file, name), _one_line_errors(name, file):
         return _load_tolerant(file, None if file is path_or_file else name)
 
 
 @contextlib.contextmanager
-def _one_line_errors(name: str):
+def _one_line_errors(name: str, file):
     try:
         yield
     except UnsafePickleError as error:
+        if file_kind(file):  # which is no attack
+            raise UnsafePickleError(
+                f"{name} is not a readable pickle or torch.save file ({explain(file, error)})"
+            ) from None
         raise UnsafePickleError(f"{name} was refused, nothing in it was run: {error}") from None
     except Exception as error:  # whatever a damaged stream provokes in the standard library or in torch
-        reason = f"{type(error).__name__}: {error}"[:200]
+        reason = explain(file, f"{type(error).__name__}: {error}"[:200])
         raise UnsafePickleError(f"{name} is not a readable pickle or torch.save file ({reason})") from error

@@ -1,5 +1,6 @@
 """Safetensors files: tensors by name and string metadata, written whole or not at all."""
 
+import io
 import json
 import struct
 
@@ -8,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from torch_utils.errors import UserError, parse_json
+from torch_utils.file_kind import explain
 from torch_utils.image_data import atomic_path
 
 
@@ -41,7 +43,8 @@ def read_safetensors(data: bytes, name: str) -> tuple[dict[str, torch.Tensor], d
     try:
         tensors = safetensors.torch.load(data)
     except (SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{name} is not a readable safetensors file ({error})") from None
+        reason = explain(io.BytesIO(data), error)
+        raise UserError(f"{name} is not a readable safetensors file ({reason})") from None
     (length,) = struct.unpack("<Q", data[:8])
     return tensors, json.loads(data[8 : 8 + length]).get("__metadata__") or {}
 

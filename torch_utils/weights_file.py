@@ -7,6 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from torch_utils.errors import UserError
+from torch_utils.file_kind import explain
 from torch_utils.safe_pickle import ForeignName, PersistentObject, open_binary, safe_load_checkpoint
 from torch_utils.tensor_file import is_safetensors
 
@@ -29,7 +30,7 @@ def read_weights(path) -> dict[str, torch.Tensor]:
             with safe_open(path, framework="pt") as tensors:
                 content = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (no mapping)
         except SafetensorError as error:
-            raise UserError(f"{name} is not a readable safetensors file ({error})") from None
+            raise UserError(f"{name} is not a readable safetensors file ({explain(path, error)})") from None
     else:
         content = safe_load_checkpoint(path)
     if isinstance(content, Mapping) and "state_dict" in content:

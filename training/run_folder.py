@@ -210,7 +210,8 @@ class RunLog:
             return
         path = self.folder / name
         try:
-            with open(path, "a", encoding="utf-8") as file:
+            # Names of files may hold bytes that are not UTF-8.
+            with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror or error}") from None

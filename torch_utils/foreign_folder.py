@@ -1,0 +1,67 @@
+"""Folders of the diffusers and transformers libraries: what in them would run or fetch code is refused before they load."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch_utils.errors import UserError, parse_json
+from torch_utils.file_kind import explain, file_kind
+
+_LARGEST_CONFIG = 1 << 24  # bytes; usual ones have thousands
+# Both libraries read these names in a configuration as "get this implementation", from the hub if it has a slash or if
+# the package is not installed; quantization_config chooses a package, timm fetches weights of its own.
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+_REFUSED = {
+    *(f"{prefix}{name}{suffix}" for name in _IMPLEMENTATIONS for prefix in ("", "_") for suffix in ("", "_internal")),
+    *("auto_map", "trust_remote_code", "custom_pipeline", "custom_pipelines", "custom_generate", "use_kernels"),
+    *("quantization_config", "compression_config", "use_timm_backbone", "use_pretrained_backbone"),
+}
+_HARMLESS = ("eager", "sdpa")  # of PyTorch itself
+
+
+def refuse_code_in_configs(folders: Iterable[Path], source) -> None:
+    """Raise UserError if a configuration in the folders asks to run or to fetch code, or names another model.
+
+    folders: their files ``*config.json`` are read, not those of folders in them.
+    source: what the user gave, for the message.
+    """
+    for folder in folders:
+        for path in sorted(folder.glob("*config.json")):
+            if path.name == "adapter_config.json":  # names a model of the hub that is loaded instead
+                raise UserError(f"{source}: {path.name} refers to another model, which is not loaded; remove the file")
+            if name := _refused_entry(read_json(path)):
+                raise UserError(
+                    f"{source}: '{name}' in {path.parent.name}/{path.name} can run or fetch code, which is not done; "
+                    "remove the entry if the model works without it"
+                )
+
+
+def read_json(path: Path):
+    """The content of a JSON file of someone else; UserError if it is too large, or something else."""
+    try:
+        if path.stat().st_size > _LARGEST_CONFIG:
+            raise ValueError(f"it has {path.stat().st_size} bytes")
+        return parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable as JSON ({explain(path, error, reads=('json',))})") from None
+
+
+def _refused_entry(content) -> str | None:
+    """The first entry, at any depth, that is refused."""
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            for key, entry in value.items():
+                if key in _REFUSED and entry and entry not in _HARMLESS:
+                    return key
+        if isinstance(value, (dict, list)):
+            waiting.extend(value.values() if isinstance(value, dict) else value)
+    return None
+
+
+def refuse_other_files(weights: Iterable[Path]) -> None:
+    """Raise UserError if one of the weights files is something else, such as a Git LFS pointer, or truncated."""
+    for path in weights:
+        with path.open("rb") as file:
+            if kind := file_kind(file):
+                raise UserError(f"{path} cannot be read as weights: it is {kind}")

@@ -1,0 +1,26 @@
+"""Figures of matplotlib, drawn into memory."""
+
+import os
+
+from torch_utils.errors import MissingExtra
+
+
+def new_figure(purpose: str, **options):
+    """An empty matplotlib Figure that the Agg backend draws; no state of matplotlib or pyplot is changed.
+
+    purpose: what needs the figure, for the error. options: as of ``matplotlib.figure.Figure``.
+    Raises MissingExtra without matplotlib.
+    """
+    # Notebooks set MPLBACKEND to a backend that only they have. matplotlib checks it when it is imported.
+    preset = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtra("matplotlib", "plot", purpose) from None
+    finally:
+        if preset is not None:
+            os.environ["MPLBACKEND"] = preset
+    figure = Figure(**options)
+    FigureCanvasAgg(figure)
+    return figure
