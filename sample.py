@@ -34,7 +34,7 @@ from models.execution import AUTOCAST, COMPILE_MODES, prepare_network
 from models.verifiers import FORMS, Verifier, judge, load_verifier
 from solvers import SOLVERS, SampleInfo, make_rule, resolve_sigmas, sample
 from solvers.flags import SCHEDULE_NAMES, rule_flags, rule_option_names, schedule_flags
-from solvers.loop import afs_direction
+from solvers.loop import afs_direction, check_predictor
 from solvers.noise_search import ScoreFile, keep_best
 from solvers.schedule_file import Schedule, schedule_file_flag, use_schedule
 from solvers.span import SpanStudent
@@ -137,30 +137,41 @@ def settings_from_flags(options: dict, given: set[str]) -> Settings:
 
 
 def settings_from_predictor(config: dict, options: dict, given: set[str]) -> Settings:
-    """Settings that a predictor was trained for; UserError where a flag that the user wrote contradicts them."""
-    values = {name: config[name] for name in (*SCHEDULE_NAMES, "sigmas", "afs", *_GUIDANCE_OPTIONS)}
-    values |= {"solver": config["sampler_stu"], "dataset_name": config["dataset_name"]}
-    if values["solver"] not in SOLVERS:
-        raise UserError(f"the predictor was trained for an unknown solver '{values['solver']}'")
-    for name in ("dataset_name", *_GUIDANCE_OPTIONS):  # what an old or hand-made predictor may leave open
-        if values[name] is None:
-            values[name] = options[name]
+    """Settings that a predictor was trained for, with the flags that the user wrote in their place.
+
+    Flags that contradict the training are refused by ``check_network``, as ``solvers.sample`` does;
+    those about the network here.
+    """
+    network = ("dataset_name", *_GUIDANCE_OPTIONS)
+    for name in network:
+        if name in given and config[name] not in (None, options[name]):
+            raise UserError(
+                f"--{name}={options[name]}: the predictor was trained with {name}={config[name]}; leave the flag out"
+            )
+    values = {"solver": config["sampler_stu"], **{name: config[name] for name in (*SCHEDULE_NAMES, "sigmas", "afs")}}
+    if given & set(SCHEDULE_NAMES):
+        values["sigmas"] = None  # the other way to say where the noise levels are
+    values |= {name: options[name] for name in values if name in given}
+    if values["sigmas"] is not None:
+        values["num_steps"] = len(values["sigmas"])
+    # What an old or hand-made predictor may leave open.
+    values |= {name: options[name] if config[name] is None else config[name] for name in network}
     if values["dataset_name"] is None:
         raise UserError("this predictor does not say which network it belongs to: give --dataset_name")
     if options["r"] is not None:
         raise UserError("--r is what the predictor learned; leave it out")
+    if values["solver"] not in SOLVERS:
+        raise UserError(f"the predictor was trained for an unknown solver '{values['solver']}'")
     taken = SOLVERS[values["solver"]].options
     rule_options = {name: config[name] for name in taken if config.get(name) is not None}
     for name in rule_option_names():
-        if name in given and options[name] and name not in config:
-            raise UserError(f"--{name} was not part of the predictor's training; leave it out")
-    for name, value in {**config, **values}.items():
-        if name in given and options[name] != value:
-            raise UserError(
-                f"--{name}={options[name]}: the predictor was trained with {name}={value}, which it brings along;"
-                " leave the flag out"
-            )
-    return Settings(**values, options=rule_options, denoise_to_zero=options["denoise_to_zero"])
+        if name in given and name in taken:
+            rule_options[name] = options[name]
+        elif name in given and options[name] not in (None, False, config.get(name)):
+            raise UserError(f"--{name} has no effect with the predictor's solver; leave it out")
+    rule_options.pop("original_code", None)
+    more = {"original_code": bool(options.get("original_code")), "denoise_to_zero": options["denoise_to_zero"]}
+    return Settings(**values, options=rule_options, **more)
 
 
 def settings_from_student(student: SpanStudent, options: dict, given: set[str]) -> Settings:
@@ -543,6 +554,12 @@ def check_network(net, settings: Settings, predictor, device: torch.device) -> N
         afs_direction(net, zero, torch.ones((), device=device), kind)
     if isinstance(predictor, SpanStudent):
         predictor.check_network(net)
+    elif predictor is not None:
+        rule, sigmas = settings.rule(), settings.resolve(net)
+        try:
+            check_predictor(predictor, net, rule, sigmas, vars(settings))
+        except UserError as error:
+            raise UserError(f"--{error}") from None
     if predictor is not None:
         resolution = predictor.config["img_resolution"]
         if resolution not in (None, net.img_resolution):
