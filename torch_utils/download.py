@@ -5,14 +5,12 @@ ranges, RFC 9110 section 14), falls back to mirrors, and is renamed after its si
 checked. Checksums of files can be kept beside them, so that gigabytes are not read again at every start.
 """
 
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import stat
-import sys
 import time
 import zipfile
 import zlib
