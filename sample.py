@@ -43,7 +43,7 @@ from solvers.noise_search import ScoreFile, keep_best
 from solvers.schedule_file import Schedule, schedule_file_flag, use_schedule
 from solvers.span import SpanStudent
 from torch_utils import distributed
-from torch_utils.cli import Command, Number, offline_flag
+from torch_utils.cli import PATH, Command, Number, offline_flag
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
 from torch_utils.image_data import atomic_path, decode_image, is_whole_png, remove_leftovers
@@ -900,6 +900,7 @@ def text_flags(which_caption: str):
     options = (
         click.option(
             "--prompt",
+            type=PATH,
             metavar="TEXT|FILE",
             help="Text-to-image networks: a text for all images, or a .txt (one a line) or .csv file of captions,"
             f" {which_caption}; {zoo.COCO_30K}: the 30,000 captions of MS-COCO, downloaded",
@@ -907,7 +908,9 @@ def text_flags(which_caption: str):
         click.option(
             "--negative_prompt", metavar="TEXT", help="What the guidance leads away from (default: an empty text)"
         ),
-        click.option("--tokenizer_path", metavar="DIR", help="Tokenizer of Stable Diffusion (default: from the hub)"),
+        click.option(
+            "--tokenizer_path", type=PATH, metavar="DIR", help="Tokenizer of Stable Diffusion (default: from the hub)"
+        ),
     )
 
     def add(command):
@@ -937,10 +940,13 @@ def _plain_solvers() -> str:
 
 
 @click.command(cls=Command, may_be_empty=("prompt", "negative_prompt"))
-@click.option("--predictor_path", metavar="N|DIR|FILE", help="Trained predictor: experiment number, folder or file")
+@click.option(
+    "--predictor_path", type=PATH, metavar="N|DIR|FILE", help="Trained predictor: experiment number, folder or file"
+)
 @click.option("--dataset_name", metavar="NAME", help="Network, where there is no predictor: digits, cifar10, ...")
 @click.option(
     "--model_path",
+    type=PATH,
     metavar="FILE",
     help="The network's file (default: embedded or downloaded); diffusers: a folder or hub id",
 )
@@ -968,9 +974,10 @@ def _plain_solvers() -> str:
     metavar="N",
     help="Noise search: for every seed the best of N images is kept; N times the evaluations",
 )
-@click.option("--verifier", metavar="V", help=f"What is best: {FORMS} (models/verifiers.py)")
+@click.option("--verifier", type=PATH, metavar="V", help=f"What is best: {FORMS} (models/verifiers.py)")
 @click.option(
     "--outdir",
+    type=PATH,
     metavar="DIR",
     help="Default: samples/<dataset_name>/<solver>_nfe<NFE>[_best<N>], or a"
     " folder beside it where that holds images of other settings",
@@ -980,9 +987,13 @@ def _plain_solvers() -> str:
 @click.option(
     "--return_inters", type=bool, default=False, show_default=True, help="Also strips of denoised images, in inters/"
 )
-@click.option("--fid_ref", metavar="NPZ|URL|NAME", help="Also the FID of these images, as fid.py calc --ref")
-@click.option("--fid_detector", metavar="NAME|PATH", help="Its detector (default: the reference's, else inception)")
-@click.option("--fid_json", metavar="FILE", help="Also write the FID and how the images were made to this file")
+@click.option("--fid_ref", type=PATH, metavar="NPZ|URL|NAME", help="Also the FID of these images, as fid.py calc --ref")
+@click.option(
+    "--fid_detector", type=PATH, metavar="NAME|PATH", help="Its detector (default: the reference's, else inception)"
+)
+@click.option(
+    "--fid_json", type=PATH, metavar="FILE", help="Also write the FID and how the images were made to this file"
+)
 @click.option("--save_images", type=bool, help="Write images (default: True, with --fid_ref False)")
 @click.option("--overwrite", type=bool, default=False, show_default=True, help="Redo images that exist already")
 @click.option("--amp", type=click.Choice(list(AUTOCAST)), default="none", show_default=True, help="Mixed precision")

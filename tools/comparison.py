@@ -40,10 +40,11 @@ from sample import (
     settings_of,
 )
 from solvers import SCHEDULES, SOLVERS, check_sigmas
-from solvers.flags import SCHEDULE_NAMES, parse_afs
+from solvers.flags import SCHEDULE_NAMES, flag_type, parse_afs
 from solvers.schedule_file import load_schedule
 from torch_utils import distributed
 from torch_utils.arrays import read_npz
+from torch_utils.cli import PATH
 from torch_utils.errors import UserError
 from torch_utils.frechet import FeatureStatistics, Reference, frechet_distance
 from torch_utils.image_data import atomic_path, check_destination
@@ -151,13 +152,11 @@ def parse_method(text: str, common: dict, everywhere: dict) -> Method:
         if not equals or name in own:
             raise UserError(f"--solvers={text}: write each option once, as solver:option=value:option=value")
         if name == SCHEDULE_FILE:
-            own[name] = value
+            own[name] = PATH.convert(value, None, None)
         elif name in SCHEDULE_SETTINGS:
             own[name] = _parse_value(text, name, value, SCHEDULE_SETTINGS[name])
         elif name in rule.options:
-            kind = rule.options[name].kind
-            kind = click.Choice(kind) if isinstance(kind, tuple) else click.types.convert_type(kind)
-            own[name] = _parse_value(text, name, value, kind)
+            own[name] = _parse_value(text, name, value, click.types.convert_type(flag_type(rule.options[name].kind)))
         else:
             known = ", ".join(dict.fromkeys([*rule.options, *SCHEDULE_SETTINGS, SCHEDULE_FILE]))
             raise UserError(f"--solvers={text}: {solver} has no option '{name}'; choose from {known}")
