@@ -259,11 +259,13 @@ def check_predictor(predictor, net, rule: Rule, sigmas: torch.Tensor, settings: 
         if trained.get(name) is not None and value != trained[name] and not callable(value)
     ]
     if not different:
-        own = {name: trained.get(name, settings[name]) for name in (*_SCHEDULE, "sigmas")}
+        if trained.keys().isdisjoint((*_SCHEDULE, "sigmas")):
+            return
+        own = {name: trained.get(name, settings[name]) for name in _SCHEDULE} | {"sigmas": trained.get("sigmas")}
         levels = resolve_sigmas(net, **own, device=sigmas.device, dtype=sigmas.dtype)
         if len(levels) == len(sigmas) and torch.allclose(levels, sigmas.detach(), rtol=1e-6, atol=0):
             return
-        used = {name: settings[name] for name in (*_SCHEDULE, "original_code")}
+        used, trained = {name: settings[name] for name in (*_SCHEDULE, "original_code")}, predictor.config
         if settings["sigmas"] is not None:
             used, trained = {"sigmas": sigmas.tolist()}, {"sigmas": levels.tolist()}
         different = [name for name, value in used.items() if value not in (None, False, trained.get(name))]

@@ -392,7 +392,7 @@ def try_schedule(problem: Problem, found: Found) -> None:
     latents, cond = problem.noise(seeds)
     image = sample(
         problem.net,
-        latents.float(),
+        latents,
         solver=problem.solver,
         sigmas=found.sigmas,
         sigmas_net=found.sigmas_net,

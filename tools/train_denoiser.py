@@ -498,24 +498,20 @@ def train(*, data, outdir, net_config, device, resume=False, **options):
     """
     settings = Options(**options)
     on_main(check_folder, outdir, resume)
+    images, labels, *statistics = load_data(data, settings.cond)
+    learner = Learner(net_config, images, labels, *statistics, settings, device)
     refusal = f"another command trains in {outdir}: wait for its end, or choose another --outdir"
     with only_command(Path(outdir) / ".lock", refusal):
         on_main(check_folder, outdir, resume)  # once more: another command may have been there until now
-        _train(data, outdir, net_config, device, resume, settings)
-
-
-def _train(data, outdir, net_config, device, resume, settings):
-    images, labels, *statistics = load_data(data, settings.cond)
-    learner = Learner(net_config, images, labels, *statistics, settings, device)
-    run = Run(learner, settings, outdir, data)
-    if resume:
-        run.restore()
-    else:
-        on_main(write_json, Path(outdir) / OPTIONS_FILE, {**net_config, "data": str(data), **asdict(settings)})
-    size = f"{count_parameters(learner.net):,} parameters, {len(images):,} images"
-    distributed.print0(f"{size}, batch {settings.batch}, {outdir}")
-    with explained_oom(device, f"lower --batch (now {settings.batch})"):
-        run.loop()
+        run = Run(learner, settings, outdir, data)
+        if resume:
+            run.restore()
+        else:
+            on_main(write_json, Path(outdir) / OPTIONS_FILE, {**net_config, "data": str(data), **asdict(settings)})
+        size = f"{count_parameters(learner.net):,} parameters, {len(images):,} images"
+        distributed.print0(f"{size}, batch {settings.batch}, {outdir}")
+        with explained_oom(device, f"lower --batch (now {settings.batch})"):
+            run.loop()
 
 
 def parse_ints(text, option):
