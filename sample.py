@@ -964,8 +964,8 @@ def _plain_solvers() -> str:
     type=BatchSize(),
     default=64,
     show_default=True,
-    help="Images per process and network call; auto: as many as fit into memory. The noise does not depend on it, but rounding does: a few pixels may"
-    " change by one grey level",
+    help="Images per process and network call; auto: as many as fit into memory. The noise does not depend on it, but rounding"
+    " does: single pixels change by one grey level, under --amp most of them and by several",
 )
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Class of all images (default: drawn per seed)")
 @click.option(

@@ -134,7 +134,8 @@ def test_searches_notice_a_network_that_breaks_down(method, options):
 # ----------------------------------------------------------------------------------------------------------------------
 # Predictors
 
-TRAINED = {"sampler_stu": "ipndm", "num_steps": 4, "max_order": 2, "afs": True, "schedule_type": "logsnr"}
+CALL = {"solver": "ipndm", "num_steps": 4, "max_order": 2, "afs": True, "schedule_type": "logsnr"}
+TRAINED = {"sampler_stu": "ipndm", **{name: value for name, value in CALL.items() if name != "solver"}}
 
 
 @pytest.mark.parametrize(
@@ -154,17 +155,14 @@ TRAINED = {"sampler_stu": "ipndm", "num_steps": 4, "max_order": 2, "afs": True, 
     ],
 )
 def test_a_predictor_is_used_as_it_was_trained(change, message):
-    settings = {"solver": "ipndm", "num_steps": 4, "max_order": 2, "afs": True, "schedule_type": "logsnr"} | change
+    settings = CALL | change
     predictor = AMEDPredictor(**TRAINED, sigma_max=None)
     if message is None:
-        own = sample(ToyNet(torch.float32), noise(), predictor=predictor, **TRAINED_CALL)
+        own = sample(ToyNet(torch.float32), noise(), predictor=predictor, **CALL)
         assert torch.allclose(sample(ToyNet(torch.float32), noise(), predictor=predictor, **settings), own)
     else:
         with pytest.raises(UserError, match=message):
             sample(ToyNet(torch.float32), noise(), predictor=predictor, **settings)
-
-
-TRAINED_CALL = {"solver": "ipndm", "num_steps": 4, "max_order": 2, "afs": True, "schedule_type": "logsnr"}
 
 
 def test_other_options_of_the_solver_count_too():
@@ -287,7 +285,9 @@ def test_settings_without_effect_are_no_difference(change):
     old = {"sigmas": [80.0, 1.0], "guidance_rate": None, "guidance_type": None, "sigma_max": None, "solver": "euler"}
     assert cli._difference(old, old | change) == ""
     assert cli._difference(old, old | change | {"solver": "ipndm"}) == 'solver: "euler" there, "ipndm" now'
-    assert cli._difference(old, old | {"sigmas": [70.0, 1.0], "sigma_max": 70.0}).startswith("sigma_max: null there, 70")
+    assert cli._difference(old, old | {"sigmas": [70.0, 1.0], "sigma_max": 70.0}).startswith(
+        "sigma_max: null there, 70"
+    )
 
 
 def test_a_record_of_many_seeds_is_bounded(tmp_path):
@@ -352,7 +352,10 @@ def stranger(folder: Path, **options) -> Path:
         ({"model_path": "owner/pipeline", "dataset_name": "diffusers"}, "names model_path=owner/pipeline"),
         ({"tokenizer_path": "owner/tokenizer"}, "names tokenizer_path=owner/tokenizer"),
         ({"prompt_path": "coco30k", "dataset_name": "ms_coco"}, "names prompt_path=coco30k"),
-        ({"objective": "final", "sampler_stu": "span", "loss": "huber", "teacher_set": "{}/evil"}, "names teacher_set="),
+        (
+            {"objective": "final", "sampler_stu": "span", "loss": "huber", "teacher_set": "{}/evil"},
+            "names teacher_set=",
+        ),
         ({"dataset_name": "cifar10"}, "--resume without --dataset_name"),
     ],
 )

@@ -489,7 +489,7 @@ def _train_student(options: FinalOptions | dict, device, run_dir, resume: bool, 
     if options.batch_gpu == AUTO:
         share = options.batch // distributed.world_size()
         options.batch_gpu = fitting_batch_gpu(partial(rehearse, net, options, ends, prompts, device), share, device)
-    pairs = _pairs(net, options, ends, prompts, device)
+    pairs = _pairs(net, options, ends, prompts, device, run_dir if resume else None)
     chunk = min(options.batch_gpu or options.batch, options.batch // distributed.world_size())
     total = math.ceil(options.total_kimg * 1000 / options.batch - 1e-9)
     lines: list[str] = []
@@ -519,14 +519,17 @@ def _train_student(options: FinalOptions | dict, device, run_dir, resume: bool, 
     return path
 
 
-def _pairs(net, options: FinalOptions, ends, prompts, device) -> TeacherSet:
+def _pairs(net, options: FinalOptions, ends, prompts, device, run_dir=None) -> TeacherSet:
+    """The teacher pairs. run_dir: folder of a run that is continued; a set that lies beside it is read."""
     settings = options.teacher(*ends)
     more = {name: getattr(options, name) for name in ("guidance_type", "guidance_rate", "amp")}
     if options.prompt_path is not None:
         more["prompts_sha256"] = sha256_of(options.prompt_path)
     path = options.teacher_set
     if path is None:
-        path = file_of(Path(options.outdir) / "teacher-sets", identity_of(net, settings, more))
+        places = [options.outdir, *([] if run_dir is None else [Path(run_dir).parent])]
+        files = [file_of(Path(place) / "teacher-sets", identity_of(net, settings, more)) for place in places]
+        path = next((file for file in files if file.is_file()), files[0])
     batch = options.batch_gpu or max(options.batch // distributed.world_size(), 1)
     return teacher_set(
         net, settings, path, more=more, prompts=prompts, batch=batch, device=device, log=distributed.print0
