@@ -94,11 +94,9 @@ class Group(click.Group):
             return super().resolve_command(ctx, args)
 
 
-class PathText(click.ParamType):
+class PathText(click.types.StringParamType):
     """A file, a folder, or something else (a number, an address) in its place; ``~/x`` is in the home folder, also where
     the shell leaves it as it is, as in ``--outdir=~/x``. several: comma-separated ones."""
-
-    name = "text"
 
     def __init__(self, several: bool = False):
         self.several = several
