@@ -30,7 +30,7 @@ import torch
 from models import zoo
 from models.clip import DEFAULT_CLIP, ClipNetwork
 from torch_utils import distributed
-from torch_utils.cli import SEED, Group, offline_flag
+from torch_utils.cli import PATH, SEED, Group, offline_flag
 from torch_utils.errors import UserError
 from torch_utils.frechet import read_batches
 from torch_utils.image_data import ImageSource, atomic_path, check_destination, note
@@ -226,12 +226,16 @@ def main():
 
 
 @main.command()
-@click.option("--images", required=True, metavar="PATH", help="Folder or zip of images, named after their seeds")
-@click.option("--prompts", required=True, metavar="FILE", help="Captions: .txt (one a line), .csv or .jsonl")
+@click.option(
+    "--images", type=PATH, required=True, metavar="PATH", help="Folder or zip of images, named after their seeds"
+)
+@click.option("--prompts", type=PATH, required=True, metavar="FILE", help="Captions: .txt (one a line), .csv or .jsonl")
 @click.option(
     "--column", default=None, metavar="NAME", help="Column of the captions (default: prompt, caption or text)"
 )
-@click.option("--model", default=DEFAULT_CLIP, show_default=True, metavar="ID|DIR", help="CLIP model for transformers")
+@click.option(
+    "--model", type=PATH, default=DEFAULT_CLIP, show_default=True, metavar="ID|DIR", help="CLIP model for transformers"
+)
 @click.option(
     "--num",
     "--num_images",
@@ -241,7 +245,7 @@ def main():
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed of that choice")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images per network call")
-@click.option("--json", "json_path", default=None, metavar="FILE", help="Also write the result to this file")
+@click.option("--json", "json_path", type=PATH, default=None, metavar="FILE", help="Also write the result to this file")
 @click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")
 @click.option("--amp", type=bool, default=False, show_default=True, help="Half precision: faster, slightly different")
 @offline_flag

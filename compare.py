@@ -27,7 +27,8 @@ from solvers.flags import POSITIVE, parse_afs, parse_sigmas
 from tools.comparison import compute, prepare
 from tools.comparison_report import write_report
 from torch_utils import distributed
-from torch_utils.cli import Command, Number, offline_flag
+from torch_utils.cli import PATH, Command, Number, PathText, offline_flag
+from torch_utils.locks import only_command
 from torch_utils.session import session
 
 
@@ -37,7 +38,7 @@ def parse_optional_afs(ctx, param, value):
 
 @click.command(cls=Command)
 @click.option("--dataset_name", metavar="NAME", help="Network: digits, cifar10, ...")
-@click.option("--model_path", metavar="FILE", help="The network's file (default: embedded or downloaded)")
+@click.option("--model_path", type=PATH, metavar="FILE", help="The network's file (default: embedded or downloaded)")
 @click.option(
     "--solvers",
     metavar="S,S:OPTION=VALUE,...",
@@ -54,7 +55,12 @@ def parse_optional_afs(ctx, param, value):
     metavar="N,N,...",
     help="Network evaluations per image; the nearest possible below where a solver cannot spend just that",
 )
-@click.option("--predictor_path", metavar="N|DIR|FILE,...", help="Trained predictors, each at its own NFE")
+@click.option(
+    "--predictor_path",
+    type=PathText(several=True),
+    metavar="N|DIR|FILE,...",
+    help="Trained predictors, each at its own NFE",
+)
 @click.option(
     "--num", "--num_images", type=click.IntRange(min=2), default=5000, show_default=True, help="Images per method"
 )
@@ -93,11 +99,13 @@ def parse_optional_afs(ctx, param, value):
 @click.option("--guidance_type", metavar="NAME", help="Guidance, where the network takes one")
 @click.option("--guidance_rate", type=Number(), help="Its strength")
 @text_flags("the number of a caption being its seed")
-@click.option("--ref", metavar="NPZ|URL|NAME", help="FID reference statistics (default: those of the network)")
-@click.option("--detector", metavar="NAME|PATH", help="Default: the reference's, else inception")
+@click.option(
+    "--ref", type=PATH, metavar="NPZ|URL|NAME", help="FID reference statistics (default: those of the network)"
+)
+@click.option("--detector", type=PATH, metavar="NAME|PATH", help="Default: the reference's, else inception")
 @click.option("--trust", type=bool, default=False, show_default=True, help="Run a TorchScript detector not known here")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images per network call")
-@click.option("--outdir", metavar="DIR", help="Default: runs/compare-<dataset_name>")
+@click.option("--outdir", type=PATH, metavar="DIR", help="Default: runs/compare-<dataset_name>")
 @click.option("--amp", type=click.Choice(list(AUTOCAST)), default="none", show_default=True, help="Mixed precision")
 @compile_flag
 @click.option("--channels_last", type=bool, help="Memory layout (default: True on the CPU in float32)")
@@ -112,11 +120,14 @@ def main(ctx, **options):
     )
     with session(options["device"]) as device:
         comparison, jobs = prepare(options, given, device)
-        done = compute(comparison, jobs)
-        if distributed.rank() == 0:
-            print(write_report(comparison, jobs, command))
-            print(f"{done} of {len(jobs)} rows computed, the rest from the cache -> {comparison.folder}", flush=True)
-        distributed.barrier()
+        folder = comparison.folder
+        refusal = f"another compare.py works in {folder}: wait for its end, or choose another --outdir"
+        with only_command(folder / ".lock", refusal):
+            done = compute(comparison, jobs)
+            if distributed.rank() == 0:
+                print(write_report(comparison, jobs, command))
+                print(f"{done} of {len(jobs)} rows computed, the rest from the cache -> {folder}", flush=True)
+            distributed.barrier()
 
 
 def _text(value) -> str:

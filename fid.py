@@ -29,7 +29,7 @@ from models import zoo
 from models.detectors import KNOWN, FeatureDetector, cache_dir, is_published_inception, load_detector
 from torch_utils import distributed
 from torch_utils.arrays import read_npz
-from torch_utils.cli import SEED, Group, offline_flag
+from torch_utils.cli import PATH, SEED, Group, offline_flag
 from torch_utils.download import download_file
 from torch_utils.errors import UserError
 from torch_utils.frechet import FeatureStatistics, Reference, compute_statistics, frechet_distance
@@ -293,8 +293,10 @@ def main():
 
 
 @main.command()
-@click.option("--images", required=True, metavar="PATH", help="Folder or zip of images to judge")
-@click.option("--ref", required=True, metavar="NPZ|URL|NAME", help="Reference statistics: cifar10, digits, ...")
+@click.option("--images", type=PATH, required=True, metavar="PATH", help="Folder or zip of images to judge")
+@click.option(
+    "--ref", type=PATH, required=True, metavar="NPZ|URL|NAME", help="Reference statistics: cifar10, digits, ..."
+)
 @click.option(
     "--num",
     "--num_images",
@@ -304,10 +306,14 @@ def main():
 )
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed of that choice")
 @click.option("--batch", type=click.IntRange(min=1), default=250, show_default=True, help="Images per network call")
-@click.option("--detector", default=None, metavar="NAME|PATH", help="Default: the reference's, else inception")
+@click.option(
+    "--detector", type=PATH, default=None, metavar="NAME|PATH", help="Default: the reference's, else inception"
+)
 @click.option("--workers", type=click.IntRange(min=0), help="Processes that decode images (default: 0 on the CPU)")
-@click.option("--feature-cache", "--feature_cache", default=None, metavar="NPZ", help="Keep and reuse features here")
-@click.option("--json", "json_path", default=None, metavar="FILE", help="Also write the result to this file")
+@click.option(
+    "--feature-cache", "--feature_cache", type=PATH, default=None, metavar="NPZ", help="Keep and reuse features here"
+)
+@click.option("--json", "json_path", type=PATH, default=None, metavar="FILE", help="Also write the result to this file")
 @click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")
 @click.option("--trust", type=bool, default=False, show_default=True, help="Run a TorchScript detector not known here")
 @offline_flag
@@ -338,10 +344,10 @@ def calc(images, ref, num, seed, batch, detector, workers, feature_cache, json_p
 
 
 @main.command()
-@click.option("--data", required=True, metavar="PATH", help="Folder or zip of images")
-@click.option("--dest", required=True, metavar="NPZ", help="Where to write the statistics")
+@click.option("--data", type=PATH, required=True, metavar="PATH", help="Folder or zip of images")
+@click.option("--dest", type=PATH, required=True, metavar="NPZ", help="Where to write the statistics")
 @click.option("--batch", type=click.IntRange(min=1), default=500, show_default=True, help="Images per network call")
-@click.option("--detector", default="inception", show_default=True, metavar="NAME|PATH")
+@click.option("--detector", type=PATH, default="inception", show_default=True, metavar="NAME|PATH")
 @click.option(
     "--num",
     "--num_images",

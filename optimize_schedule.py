@@ -26,12 +26,13 @@ from solvers.flags import POSITIVE, flag_type, parse_afs, rule_flags, rule_optio
 from solvers.optimize import METHODS, Problem, optimize
 from solvers.schedule_file import Schedule, save_schedule
 from torch_utils import distributed
-from torch_utils.cli import SEED, Command, Number, offline_flag
+from torch_utils.cli import PATH, SEED, Command, Number, offline_flag
 from torch_utils.distributed import together
 from torch_utils.errors import UserError
 from torch_utils.frechet import FeatureStatistics, frechet_distance
 from torch_utils.image_data import check_destination
 from torch_utils.image_writer import to_uint8
+from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom
 from torch_utils.seeds import SeededGenerators
 from torch_utils.session import session
@@ -136,7 +137,9 @@ def run(options: dict, given: set[str], device: torch.device) -> None:
         **{name: options[name] for name in ("solver", "num_steps", "sigma_min", "sigma_max", "afs", "seed", "batch")},
     )
     versions = {"code": code_version(), "python": platform.python_version(), "torch": torch.__version__}
-    with explained_oom(device, f"lower --batch (now {options['batch']})"):
+    refusal = f"another command works on {dest}: wait for its end, or choose another --dest"
+    lock = only_command(dest.with_name(f".{dest.name}.lock"), refusal)
+    with lock, explained_oom(device, f"lower --batch (now {options['batch']})"):
         schedule = optimize(problem, options["method"], method_options, versions)
     error = None
     if distributed.rank() == 0:
@@ -152,7 +155,7 @@ def run(options: dict, given: set[str], device: torch.device) -> None:
 @click.command(cls=Command)
 @click.option("--method", type=click.Choice(list(METHODS)), default="gits", show_default=True, help="How it is found")
 @click.option("--dataset_name", metavar="NAME", required=True, help="Network: digits, cifar10, ...")
-@click.option("--model_path", metavar="FILE", help="The network's file (default: embedded or downloaded)")
+@click.option("--model_path", type=PATH, metavar="FILE", help="The network's file (default: embedded or downloaded)")
 @click.option("--guidance_type", metavar="NAME", help="Guidance, where the network takes one")
 @click.option("--guidance_rate", type=Number(), help="Its strength")
 @click.option("--solver", metavar="NAME", default="ipndm", show_default=True, help="Solver the schedule is for")
@@ -173,7 +176,7 @@ def run(options: dict, given: set[str], device: torch.device) -> None:
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Samples per network call")
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Class of all samples (default: drawn)")
 @text_flags("of which every sample draws one")
-@click.option("--dest", metavar="FILE", required=True, help="The schedule file (.json)")
+@click.option("--dest", type=PATH, metavar="FILE", required=True, help="The schedule file (.json)")
 @click.option("--overwrite", type=bool, default=False, show_default=True, help="Replace it if it exists")
 @click.option("--amp", type=click.Choice(list(AUTOCAST)), default="none", show_default=True, help="Mixed precision")
 @click.option("--device", help="cpu, cuda or mps (default: the best there is)")

@@ -13,13 +13,17 @@ takes --r for one of its own options.
 --fid_ref gives the FID of the images as they are made; they are not written then unless --save_images=True.
 """
 
+import hashlib
 import json
 import math
 import platform
+import re
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,20 +38,22 @@ from models.execution import AUTOCAST, COMPILE_MODES, prepare_network
 from models.verifiers import FORMS, Verifier, judge, load_verifier
 from solvers import SOLVERS, SampleInfo, make_rule, resolve_sigmas, sample
 from solvers.flags import SCHEDULE_NAMES, rule_flags, rule_option_names, schedule_flags
-from solvers.loop import afs_direction
+from solvers.loop import afs_direction, check_predictor
 from solvers.noise_search import ScoreFile, keep_best
 from solvers.schedule_file import Schedule, schedule_file_flag, use_schedule
 from solvers.span import SpanStudent
 from torch_utils import distributed
-from torch_utils.cli import Command, Number, offline_flag
+from torch_utils.cli import PATH, Command, Number, offline_flag
 from torch_utils.download import sha256_of
-from torch_utils.errors import UserError, parse_json
+from torch_utils.errors import UserError
 from torch_utils.image_data import atomic_path, decode_image, is_whole_png, remove_leftovers
 from torch_utils.image_writer import ImageWriter, image_grid, save_image, to_pixels, to_uint8
+from torch_utils.json_file import read_json
+from torch_utils.locks import held, is_held, locked
 from torch_utils.memory import AUTO, BatchSize, explained_oom, first_batch, is_out_of_memory, release_memory
 from torch_utils.progress import progress_bar
 from torch_utils.prompts import FILES, read_prompts
-from torch_utils.seeds import SeededGenerators, candidate_seed, parse_seeds
+from torch_utils.seeds import SeededGenerators, among, candidate_seed, parse_ranges, parse_seeds
 from torch_utils.session import session
 from torch_utils.signals import Interrupted, deferred_signals
 from training.checkpoint import find_predictor, load_predictor
@@ -137,30 +143,41 @@ def settings_from_flags(options: dict, given: set[str]) -> Settings:
 
 
 def settings_from_predictor(config: dict, options: dict, given: set[str]) -> Settings:
-    """Settings that a predictor was trained for; UserError where a flag that the user wrote contradicts them."""
-    values = {name: config[name] for name in (*SCHEDULE_NAMES, "sigmas", "afs", *_GUIDANCE_OPTIONS)}
-    values |= {"solver": config["sampler_stu"], "dataset_name": config["dataset_name"]}
-    if values["solver"] not in SOLVERS:
-        raise UserError(f"the predictor was trained for an unknown solver '{values['solver']}'")
-    for name in ("dataset_name", *_GUIDANCE_OPTIONS):  # what an old or hand-made predictor may leave open
-        if values[name] is None:
-            values[name] = options[name]
+    """Settings that a predictor was trained for, with the flags that the user wrote in their place.
+
+    Flags that contradict the training are refused by ``check_network``, as ``solvers.sample`` does;
+    those about the network here.
+    """
+    network = ("dataset_name", *_GUIDANCE_OPTIONS)
+    for name in network:
+        if name in given and config[name] not in (None, options[name]):
+            raise UserError(
+                f"--{name}={options[name]}: the predictor was trained with {name}={config[name]}; leave the flag out"
+            )
+    values = {"solver": config["sampler_stu"], **{name: config[name] for name in (*SCHEDULE_NAMES, "sigmas", "afs")}}
+    if given & set(SCHEDULE_NAMES):
+        values["sigmas"] = None  # the other way to say where the noise levels are
+    values |= {name: options[name] for name in values if name in given}
+    if values["sigmas"] is not None:
+        values["num_steps"] = len(values["sigmas"])
+    # What an old or hand-made predictor may leave open.
+    values |= {name: options[name] if config[name] is None else config[name] for name in network}
     if values["dataset_name"] is None:
         raise UserError("this predictor does not say which network it belongs to: give --dataset_name")
     if options["r"] is not None:
         raise UserError("--r is what the predictor learned; leave it out")
+    if values["solver"] not in SOLVERS:
+        raise UserError(f"the predictor was trained for an unknown solver '{values['solver']}'")
     taken = SOLVERS[values["solver"]].options
     rule_options = {name: config[name] for name in taken if config.get(name) is not None}
     for name in rule_option_names():
-        if name in given and options[name] and name not in config:
-            raise UserError(f"--{name} was not part of the predictor's training; leave it out")
-    for name, value in {**config, **values}.items():
-        if name in given and options[name] != value:
-            raise UserError(
-                f"--{name}={options[name]}: the predictor was trained with {name}={value}, which it brings along;"
-                " leave the flag out"
-            )
-    return Settings(**values, options=rule_options, denoise_to_zero=options["denoise_to_zero"])
+        if name in given and name in taken:
+            rule_options[name] = options[name]
+        elif name in given and options[name] not in (None, False, config.get(name)):
+            raise UserError(f"--{name} has no effect with the predictor's solver; leave it out")
+    rule_options.pop("original_code", None)
+    more = {"original_code": bool(options.get("original_code")), "denoise_to_zero": options["denoise_to_zero"]}
+    return Settings(**values, options=rule_options, **more)
 
 
 def settings_from_student(student: SpanStudent, options: dict, given: set[str]) -> Settings:
@@ -359,8 +376,14 @@ class Folder:
     def done(self, seed: int) -> bool:
         return is_whole_png(self.image(seed)) and (not self.inters or is_whole_png(self.strip(seed)))
 
-    def begun(self, seed: int) -> bool:
-        return self.image(seed).exists() or self.strip(seed).exists()
+    def begun(self) -> list[int]:
+        """The seeds of which there are images or strips."""
+        parents = [self.path, self.path / "inters"]
+        if self.subdirs and self.path.is_dir():
+            parents += [path for path in self.path.iterdir() if re.fullmatch("[0-9]{6,10}", path.name)]
+        files = {path for parent in parents if parent.is_dir() for path in parent.iterdir()}
+        numbers = {int(path.stem) for path in files if re.fullmatch(r"[0-9]{6,10}\.png", path.name)}
+        return sorted(seed for seed in numbers if not files.isdisjoint((self.image(seed), self.strip(seed))))
 
     def record(self) -> dict | None:
         """The contents of ``sampling.json``, None where there is none."""
@@ -368,8 +391,8 @@ class Folder:
         if not path.exists():
             return None
         try:
-            record = parse_json(path.read_text(encoding="utf-8"))
-            parse_seeds(record["seeds"])
+            record = read_json(path)
+            parse_ranges(record["seeds"])
             dict(record["settings"])
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{path} is not a record of sample.py; choose another --outdir") from None
@@ -387,16 +410,31 @@ def format_seeds(seeds: Sequence[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
 
 
-def prepare_folder(folder: Folder, record: dict, seeds: list[int], overwrite: bool) -> list[int]:
-    """Sees to it that the folder will hold images of one kind only, writes its record, returns the seeds to do."""
+class OtherSettings(UserError):
+    """The folder holds images of other settings, or is about to."""
+
+
+def prepare_folder(
+    folder: Folder, record: dict, seeds: list[int], overwrite: bool, *, busy: bool = False, keep_others: bool = False
+) -> list[int]:
+    """Sees to it that the folder will hold images of one kind only, writes its record, returns the seeds to do.
+
+    busy: another command is writing images there. keep_others: not even ``overwrite`` replaces
+    images of other settings.
+    """
     old = folder.record()
     made: list[int] = []
     if old is not None:
         before = Folder(folder.path, bool(old["settings"].get("subdirs")), inters=False)
-        made = [seed for seed in parse_seeds(old["seeds"]) if before.begun(seed)]
+        made = parse_seeds(old["seeds"]) if busy else among(before.begun(), parse_ranges(old["seeds"]))
         different = _difference(old["settings"], record["settings"])
+        if different and busy:
+            raise OtherSettings(
+                f"another command is writing images with other settings to {folder.path} ({different});"
+                " choose another --outdir"
+            )
         if made and different:
-            _check_replacement(folder, seeds, made, different, overwrite)
+            _check_replacement(folder, seeds, made, different, overwrite and not keep_others)
             _remove(before, made)
             made = []
     elif not overwrite and any(folder.image(seed).exists() for seed in seeds):
@@ -413,10 +451,68 @@ def prepare_folder(folder: Folder, record: dict, seeds: list[int], overwrite: bo
     return todo
 
 
+class Place:
+    """The output folder during a run; only the first process of a run works with it.
+
+    Several commands with the same settings may write to one folder at the same time, each its own
+    seeds: the record is changed under a lock, and every command holds a lock of its own as long as it
+    writes, so that one with other settings is refused. locks: holds it, and gives it back in the end.
+    """
+
+    def __init__(self, folder: Folder, locks: ExitStack):
+        self.folder, self._locks = folder, locks
+        self._mark = folder.path / f".writing-{secrets.token_hex(6)}.lock"
+
+    def _locked(self):
+        path = self.folder.path
+        return locked(path / ".record.lock", f"another command is starting or ending in {path}; waiting for it")
+
+    def _busy(self) -> bool:
+        return any([is_held(path) for path in self.folder.path.glob(".writing-*.lock")])  # all: it removes old ones
+
+    def begin(self, *arguments, **more) -> list[int]:
+        """``prepare_folder``, and what a killed run left is put in order."""
+        with self._locked():
+            busy = self._busy()
+            todo = prepare_folder(self.folder, *arguments, busy=busy, **more)
+            if not busy:
+                self.folder.scores().merge()
+            self._locks.enter_context(held(self._mark, f"{self._mark} is in use"))
+        return todo
+
+    def end(self) -> None:
+        """All images are written."""
+        with self._locked():
+            self._locks.close()
+            if not self._busy():
+                self.folder.scores().merge()
+
+
+def begin_folder(
+    folder: Folder, default: bool, locks: ExitStack, record: dict, seeds: list[int], overwrite: bool
+) -> tuple:
+    """(place, seeds to do). default: the user named no folder; where the usual one holds images of other settings, a
+    folder beside it is taken, named after the settings. locks: see ``Place``."""
+    if not default:
+        place = Place(folder, locks)
+        return place, place.begin(record, seeds, overwrite)
+    settings = {name: value for name, value in _meaning(record["settings"]).items() if name != "subdirs"}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    own = Place(replace(folder, path=folder.path.with_name(f"{folder.path.name}_{digest}")), locks)
+    if own.folder.record() is not None:
+        return own, own.begin(record, seeds, overwrite)
+    usual = Place(folder, locks)
+    try:
+        return usual, usual.begin(record, seeds, overwrite, keep_others=True)
+    except OtherSettings as error:
+        print(f"Note: {str(error).partition(';')[0]}; writing to {own.folder.path}", file=sys.stderr)
+    return own, own.begin(record, seeds, overwrite)
+
+
 def _check_replacement(folder: Folder, seeds: list[int], made: list[int], different: str, overwrite: bool) -> None:
     """Images made with other settings may go only if the user says so and all of them are replaced."""
     if not overwrite:
-        raise UserError(
+        raise OtherSettings(
             f"{folder.path} holds images made with other settings ({different});"
             " choose another --outdir, or --overwrite=True to replace them"
         )
@@ -437,11 +533,27 @@ def _remove(folder: Folder, seeds: list[int]) -> None:
     folder.scores().remove()
 
 
+def _meaning(settings: dict) -> dict:
+    """What the images depend on, of the settings of a record: the noise levels, not how they were asked for; the
+    strength of the guidance that the network has."""
+    found = {name: value for name, value in json.loads(json.dumps(settings)).items() if value is not None}
+    if "sigmas" in found:
+        found = {name: value for name, value in found.items() if name not in SCHEDULE_NAMES}
+    found.pop("guidance_type", None)
+    if not found.get("guidance_rate"):
+        found.pop("guidance_rate", None)
+    return found
+
+
 def _difference(old: dict, new: dict) -> str:
-    new = json.loads(json.dumps(new))
-    for name in sorted(set(old) | set(new)):
-        if old.get(name) != new.get(name):
-            return f"{name}: {_short(old.get(name))} there, {_short(new.get(name))} now"
+    """The first setting that makes other images, "" where there is none."""
+    before, now = _meaning(old), _meaning(new)
+    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if "sigmas" in names:  # said in the words of the flags
+        names += [name for name in SCHEDULE_NAMES if old.get(name) != new.get(name)]
+    first = ("predictor_sha256", "network_sha256", "solver", *SCHEDULE_NAMES)
+    for name in [*(name for name in first if name in names), *names]:
+        return f"{name}: {_short(old.get(name))} there, {_short(new.get(name))} now"
     return ""
 
 
@@ -543,6 +655,12 @@ def check_network(net, settings: Settings, predictor, device: torch.device) -> N
         afs_direction(net, zero, torch.ones((), device=device), kind)
     if isinstance(predictor, SpanStudent):
         predictor.check_network(net)
+    elif predictor is not None:
+        rule, sigmas = settings.rule(), settings.resolve(net)
+        try:
+            check_predictor(predictor, net, rule, sigmas, vars(settings))
+        except UserError as error:
+            raise UserError(f"--{error}") from None
     if predictor is not None:
         resolution = predictor.config["img_resolution"]
         if resolution not in (None, net.img_resolution):
@@ -590,8 +708,8 @@ def recorded_settings(settings: Settings, options: dict, net, predictor_file: Pa
     for name in recorded.pop("options") | rule.options:
         value = getattr(rule, name)
         recorded[name] = str(value) if value in (math.inf, -math.inf) else value  # JSON has no infinity
-    recorded["original_code"] = settings.original_code or None
-    recorded["guidance_rate"] = getattr(net, "guidance_rate", settings.guidance_rate)
+    recorded["original_code"] = getattr(rule, "original_code", None) or None
+    recorded["guidance_rate"] = getattr(net, "guidance_rate", None)  # None: the network takes no guidance
     return recorded | {
         **recorded_text(options),
         "sigmas": sigmas.tolist(),
@@ -709,62 +827,68 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
     default = Path("samples") / settings.dataset_name / f"{settings.solver}_nfe{nfe}{best_of}"
     folder = Folder(Path(options["outdir"] or default), options["subdirs"], options["return_inters"])
     distributed.barrier()  # nothing is written before every process has got so far
-    todo, error = None, None
-    if distributed.rank() == 0 and options["save_images"]:
+    with ExitStack() as locks:
+        place, todo, error = None, None, None
+        if distributed.rank() == 0 and options["save_images"]:
+            try:
+                place, todo = begin_folder(
+                    folder, options["outdir"] is None, locks, record, seeds, options["overwrite"]
+                )
+                folder = place.folder
+            except Exception as exc:  # raised by agree(), on every rank
+                error = exc
+        distributed.agree(error)
+        if stream is not None:  # features come from images as they are made: those of an earlier run are made again
+            todo = seeds
+        todo, folder = distributed.broadcast_object((todo, folder))
+
+        share = todo[distributed.rank() :: distributed.world_size()]
+        started = time.perf_counter()
+        generate = generate_fitting if options["batch"] == AUTO else partial(generate_images, batch=options["batch"])
+        advice = f"lower --batch (now {options['batch']}), or --batch=auto"
         try:
-            todo = prepare_folder(folder, record, seeds, options["overwrite"])
-            folder.scores().merge()  # what a killed run left
+            batches = generate(
+                net,
+                share,
+                predictor=None if predictor is None else predictor.to(device),
+                labels=options["class_idx"],
+                prompts=prompts,
+                negative_prompt=options["negative_prompt"],
+                candidates=candidates,
+                keep_intermediates=folder.inters,
+                device=device,
+                **settings.arguments(),
+            )
+            if verifier is not None:
+                batches = search(batches, verifier, candidates, prompts, folder.scores())
+            with (
+                deferred_signals() as received,
+                progress_bar(len(share), unit="img", desc=folder.path.name) as bar,
+                explained_oom(device, advice),
+            ):
+                target = folder if options["save_images"] else None
+                write_images(until_stopped(batches, received), target, nfe, bar, stream)
         except Exception as exc:  # raised by agree(), on every rank
             error = exc
-    distributed.agree(error)
-    if stream is not None:  # features come from images as they are made: those of an earlier run are made again
-        todo = seeds
-    todo = distributed.broadcast_object(todo)
-
-    share = todo[distributed.rank() :: distributed.world_size()]
-    started = time.perf_counter()
-    generate = generate_fitting if options["batch"] == AUTO else partial(generate_images, batch=options["batch"])
-    advice = f"lower --batch (now {options['batch']}), or --batch=auto"
-    try:
-        batches = generate(
-            net,
-            share,
-            predictor=None if predictor is None else predictor.to(device),
-            labels=options["class_idx"],
-            prompts=prompts,
-            negative_prompt=options["negative_prompt"],
-            candidates=candidates,
-            keep_intermediates=folder.inters,
-            device=device,
-            **settings.arguments(),
-        )
-        if verifier is not None:
-            batches = search(batches, verifier, candidates, prompts, folder.scores())
-        with (
-            deferred_signals() as received,
-            progress_bar(len(share), unit="img", desc=folder.path.name) as bar,
-            explained_oom(device, advice),
-        ):
-            place = folder if options["save_images"] else None
-            write_images(until_stopped(batches, received), place, nfe, bar, stream)
-    except Exception as exc:  # raised by agree(), on every rank
-        error = exc
-    distributed.agree(error)
-    seconds = time.perf_counter() - started
-    if distributed.rank() == 0:
-        if options["save_images"]:
-            folder.scores().merge()
-        if options["grid"]:
-            write_grid(folder, seeds)
-        each = "" if verifier is None else f" ({candidates} candidates of {nfe})"
-        print(
-            f"sampled {len(todo)} images ({len(seeds) - len(todo)} skipped) NFE={record['nfe']}{each} in {seconds:.1f} s"
-            f" ({len(todo) / max(seconds, 1e-9):.1f} img/s)" + (f" -> {folder.path}" if options["save_images"] else ""),
-            flush=True,
-        )
-    if stream is not None:
-        report_fid(stream, options, record, str(folder.path) if options["save_images"] else "sample.py, not written")
-    distributed.barrier()
+        distributed.agree(error)
+        seconds = time.perf_counter() - started
+        if distributed.rank() == 0:
+            if place is not None:
+                place.end()
+            if options["grid"]:
+                write_grid(folder, seeds)
+            each = "" if verifier is None else f" ({candidates} candidates of {nfe})"
+            print(
+                f"sampled {len(todo)} images ({len(seeds) - len(todo)} skipped) NFE={record['nfe']}{each} in {seconds:.1f} s"
+                f" ({len(todo) / max(seconds, 1e-9):.1f} img/s)"
+                + (f" -> {folder.path}" if options["save_images"] else ""),
+                flush=True,
+            )
+        if stream is not None:
+            report_fid(
+                stream, options, record, str(folder.path) if options["save_images"] else "sample.py, not written"
+            )
+        distributed.barrier()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -776,6 +900,7 @@ def text_flags(which_caption: str):
     options = (
         click.option(
             "--prompt",
+            type=PATH,
             metavar="TEXT|FILE",
             help="Text-to-image networks: a text for all images, or a .txt (one a line) or .csv file of captions,"
             f" {which_caption}; {zoo.COCO_30K}: the 30,000 captions of MS-COCO, downloaded",
@@ -783,7 +908,9 @@ def text_flags(which_caption: str):
         click.option(
             "--negative_prompt", metavar="TEXT", help="What the guidance leads away from (default: an empty text)"
         ),
-        click.option("--tokenizer_path", metavar="DIR", help="Tokenizer of Stable Diffusion (default: from the hub)"),
+        click.option(
+            "--tokenizer_path", type=PATH, metavar="DIR", help="Tokenizer of Stable Diffusion (default: from the hub)"
+        ),
     )
 
     def add(command):
@@ -813,10 +940,13 @@ def _plain_solvers() -> str:
 
 
 @click.command(cls=Command, may_be_empty=("prompt", "negative_prompt"))
-@click.option("--predictor_path", metavar="N|DIR|FILE", help="Trained predictor: experiment number, folder or file")
+@click.option(
+    "--predictor_path", type=PATH, metavar="N|DIR|FILE", help="Trained predictor: experiment number, folder or file"
+)
 @click.option("--dataset_name", metavar="NAME", help="Network, where there is no predictor: digits, cifar10, ...")
 @click.option(
     "--model_path",
+    type=PATH,
     metavar="FILE",
     help="The network's file (default: embedded or downloaded); diffusers: a folder or hub id",
 )
@@ -834,8 +964,8 @@ def _plain_solvers() -> str:
     type=BatchSize(),
     default=64,
     show_default=True,
-    help="Images per process and network call; auto: as many as fit into memory. The noise does not depend on it, but rounding does: a few pixels may"
-    " change by one grey level",
+    help="Images per process and network call; auto: as many as fit into memory. The noise does not depend on it, but rounding"
+    " does: single pixels change by one grey level, under --amp most of them and by several",
 )
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Class of all images (default: drawn per seed)")
 @click.option(
@@ -844,16 +974,26 @@ def _plain_solvers() -> str:
     metavar="N",
     help="Noise search: for every seed the best of N images is kept; N times the evaluations",
 )
-@click.option("--verifier", metavar="V", help=f"What is best: {FORMS} (models/verifiers.py)")
-@click.option("--outdir", metavar="DIR", help="Default: samples/<dataset_name>/<solver>_nfe<NFE>[_best<N>]")
+@click.option("--verifier", type=PATH, metavar="V", help=f"What is best: {FORMS} (models/verifiers.py)")
+@click.option(
+    "--outdir",
+    type=PATH,
+    metavar="DIR",
+    help="Default: samples/<dataset_name>/<solver>_nfe<NFE>[_best<N>], or a"
+    " folder beside it where that holds images of other settings",
+)
 @click.option("--subdirs", type=bool, default=True, show_default=True, help="A folder for every 1000 seeds")
 @click.option("--grid", type=bool, default=False, show_default=True, help=f"Also grid.png, of up to {GRID_LIMIT}")
 @click.option(
     "--return_inters", type=bool, default=False, show_default=True, help="Also strips of denoised images, in inters/"
 )
-@click.option("--fid_ref", metavar="NPZ|URL|NAME", help="Also the FID of these images, as fid.py calc --ref")
-@click.option("--fid_detector", metavar="NAME|PATH", help="Its detector (default: the reference's, else inception)")
-@click.option("--fid_json", metavar="FILE", help="Also write the FID and how the images were made to this file")
+@click.option("--fid_ref", type=PATH, metavar="NPZ|URL|NAME", help="Also the FID of these images, as fid.py calc --ref")
+@click.option(
+    "--fid_detector", type=PATH, metavar="NAME|PATH", help="Its detector (default: the reference's, else inception)"
+)
+@click.option(
+    "--fid_json", type=PATH, metavar="FILE", help="Also write the FID and how the images were made to this file"
+)
 @click.option("--save_images", type=bool, help="Write images (default: True, with --fid_ref False)")
 @click.option("--overwrite", type=bool, default=False, show_default=True, help="Redo images that exist already")
 @click.option("--amp", type=click.Choice(list(AUTOCAST)), default="none", show_default=True, help="Mixed precision")

@@ -12,6 +12,7 @@ Ctrl-C ends a run after the current iteration, with everything saved.
 import json
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import click
 from click.core import ParameterSource
@@ -23,7 +24,8 @@ from solvers.pair_loss import own_code
 from solvers.schedule_file import schedule_file_flag, use_schedule
 from solvers.span import PRESETS
 from torch_utils import distributed
-from torch_utils.cli import SEED, Command, Number, offline_flag
+from torch_utils.cli import PATH, SEED, Command, Number, offline_flag
+from torch_utils.download import no_network
 from torch_utils.errors import UserError
 from torch_utils.memory import BatchSize
 from torch_utils.session import session
@@ -34,6 +36,7 @@ from training.run_folder import find_run, on_main, stored_options
 from training.teacher_set import teachers
 from training.training_loop import train_predictor
 
+PATHS = ("model_path", "prompt_path", "tokenizer_path", "teacher_set")  # options that name files, or parts of the hub
 OPTIONS = {"per_step": TrainingOptions, "final": FinalOptions}
 _DEFAULTS = {objective: {field.name: field.default for field in fields(kind)} for objective, kind in OPTIONS.items()}
 _DEFAULT = {**_DEFAULTS["final"], **_DEFAULTS["per_step"]}
@@ -89,7 +92,7 @@ WEIGHT = click.FloatRange(min=0)
 @option("dataset_name", str, "Network: digits, cifar10, ffhq, ... ('python -m models.zoo list')", default=None)
 @option(
     "model_path",
-    str,
+    PATH,
     "File of the network, instead of the downloaded or embedded one; diffusers: a folder or hub id",
     metavar="FILE",
 )
@@ -120,11 +123,11 @@ WEIGHT = click.FloatRange(min=0)
 @option("thresholding", bool, "dpmpp: dynamic thresholding under predict_x0")
 @option(
     "prompt_path",
-    str,
+    PATH,
     "Captions for text-to-image networks, a .csv or .txt file, or coco30k; one is drawn per sample",
     metavar="FILE",
 )
-@option("tokenizer_path", str, "Tokenizer of Stable Diffusion (default: from the hub)", metavar="DIR")
+@option("tokenizer_path", PATH, "Tokenizer of Stable Diffusion (default: from the hub)", metavar="DIR")
 # Only under --objective=final.
 @option("preset", click.Choice(list(PRESETS)), "final: kind of span student, what it learns")
 @option(
@@ -158,7 +161,7 @@ WEIGHT = click.FloatRange(min=0)
 @option("rho_tea", POSITIVE, "final: exponent of that schedule")
 @option("pairs", COUNT, "final: teacher pairs to train on")
 @option("val_pairs", COUNT, "final: teacher pairs to validate with")
-@option("teacher_set", str, "final: file that keeps them (default: one in outdir/teacher-sets)", metavar="FILE")
+@option("teacher_set", PATH, "final: file that keeps them (default: one in outdir/teacher-sets)", metavar="FILE")
 @option("lrs", str, "final: learning rates of groups, labels=0.01,corrections=0.02,...", metavar="GROUP=RATE,...")
 @option("lr_final", click.FloatRange(0, 1), "final: share of the rates that is left at the end")
 @option("warmup", click.IntRange(min=0), "final: iterations over which the rates rise")
@@ -196,13 +199,15 @@ WEIGHT = click.FloatRange(min=0)
 @option("bench", bool, "cuDNN benchmarking")
 @click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")
 # What is written, and where.
-@option("outdir", str, "Folder of all runs", metavar="DIR")
+@option("outdir", PATH, "Folder of all runs", metavar="DIR")
 @option("desc", str, "Text to add to the name of the run's folder")
 @option("nosubdir", bool, "Write into outdir itself", is_flag=True)
 @option("tick", POSITIVE, "kimg between lines of statistics")
 @option("snap", COUNT, "Ticks between snapshots of the predictor (default: only at the end)")
 @option("dump", COUNT, "Ticks between training states")
-@click.option("--resume", metavar="RUN", help="Continue a run: its number, its folder, or True for the newest one")
+@click.option(
+    "--resume", type=PATH, metavar="RUN", help="Continue a run: its number, its folder, or True for the newest one"
+)
 @click.option("-n", "--dry-run", "--dry_run", "dry_run", is_flag=True, help="Print the options and quit")
 @offline_flag
 @click.pass_context
@@ -218,7 +223,9 @@ def main(ctx, device, resume, dry_run, **values):
             options = new_options(values, given)
         else:
             folder = on_main(find_run, resume, values["outdir"])
-            options = continued_options(on_main(stored_options, folder), values, given)
+            options = continued_options(on_main(stored_options, folder), values, given, folder)
+            if not given & {"dataset_name", *PATHS}:
+                ctx.with_resource(no_network("--resume without --dataset_name"))
         options.check(distributed.world_size())
         for name in options.without_effect(given):
             distributed.print0(f"Note: --{name} has no effect with the other settings", file=sys.stderr)
@@ -264,8 +271,12 @@ def new_options(values: dict, given: set[str]) -> TrainingOptions | FinalOptions
     return options
 
 
-def continued_options(stored: dict, values: dict, given: set[str]) -> TrainingOptions | FinalOptions:
-    """The options of the run that is continued, with those changes that leave its results alone."""
+def continued_options(stored: dict, values: dict, given: set[str], folder: Path) -> TrainingOptions | FinalOptions:
+    """The options of the run that is continued, with those changes that leave its results alone.
+
+    The folder may come from somebody else. What it names is read, but written is only below it and
+    --outdir, and only what the command line names may be downloaded.
+    """
     final = stored.get("objective") == "final"
     options = OPTIONS["final" if final else "per_step"].from_dict(stored)
     if values["objective"] is None:
@@ -287,6 +298,14 @@ def continued_options(stored: dict, values: dict, given: set[str]) -> TrainingOp
             )
     if final and own_code(options.loss) and "loss" not in given:  # a file must not choose what code is run
         raise UserError(f"--resume: the loss of this run is code of your own; repeat --loss='{options.loss}' to run it")
+    options.outdir = values["outdir"]
+    for name in PATHS:
+        path = getattr(options, name, None)
+        if path is not None and name not in given and not (Path(path).is_file() or Path(path).is_dir()):
+            raise UserError(
+                f"--resume: {folder} names {name}={path[:200]}, which is not here; repeat --{name} to use it, or name"
+                " another place"
+            )
     return options
 
 

@@ -13,21 +13,25 @@ import click
 import torch
 
 from models.diffusers_model import load_diffusers
-from torch_utils.cli import Command
+from torch_utils.cli import PATH, Command
 from torch_utils.errors import UserError
 from torch_utils.image_data import atomic_path
 from torch_utils.seeds import parse_seeds
 
 
 @click.command(cls=Command)
-@click.option("--pipeline", required=True, metavar="DIR|ID", help="Folder of a pipeline, or hub id")
+@click.option("--pipeline", type=PATH, required=True, metavar="DIR|ID", help="Folder of a pipeline, or hub id")
 @click.option(
-    "--predictor", required=True, metavar="N|DIR|FILE", help="Trained predictor: experiment number, folder or file"
+    "--predictor",
+    type=PATH,
+    required=True,
+    metavar="N|DIR|FILE",
+    help="Trained predictor: experiment number, folder or file",
 )
 @click.option("--prompt", default=None, help="What to draw, for text-to-image pipelines")
 @click.option("--guidance", type=float, default=7.5, show_default=True, help="Guidance rate, as in training")
 @click.option("--seeds", default="0-3", show_default=True, help="One image per seed: 0-3 or 1,2,5-10")
-@click.option("--outdir", default="diffusers-samples", show_default=True, help="Where the images go")
+@click.option("--outdir", type=PATH, default="diffusers-samples", show_default=True, help="Where the images go")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True)
 @click.option("--time_only", is_flag=True, help="Do not let the predictor see the U-Net's bottleneck")
 def main(pipeline, predictor, prompt, guidance, seeds, outdir, device, time_only):

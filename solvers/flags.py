@@ -4,7 +4,7 @@ import click
 
 from solvers.rules import SOLVERS
 from solvers.schedules import SCHEDULES
-from torch_utils.cli import Number
+from torch_utils.cli import PATH, Number
 from torch_utils.errors import UserError
 
 SECOND_NAMES = {"r": "--solver_r"}  # torchrun takes --r for one of its own options
@@ -16,7 +16,7 @@ def flag_type(kind):
     """The click type of an ``Option.kind``."""
     if isinstance(kind, tuple):
         return click.Choice(kind, case_sensitive=False)
-    return Number(infinite=True) if kind is float else kind
+    return {float: Number(infinite=True), str: PATH}.get(kind, kind)
 
 
 def rule_option_names() -> tuple[str, ...]:

@@ -213,14 +213,18 @@ def resolve_sigmas(
     sigmas=None,
     device=None,
     original_code=False,
+    dtype=torch.float32,
 ):
-    """The schedule of a run: ``sigmas`` unchanged if given, else ``get_schedule`` over the network's (or the given) range."""
+    """The schedule of a run: ``sigmas`` unchanged if given, else ``get_schedule`` over the network's (or the given) range.
+
+    dtype: precision of the sampling, in which the noise levels must differ.
+    """
     if sigmas is not None:
-        return _within_range(net, check_sigmas(sigmas, device))
+        return _within_range(net, check_sigmas(sigmas, device, dtype))
     lo = net.sigma_min if sigma_min is None else sigma_min
     hi = net.sigma_max if sigma_max is None else sigma_max
     times = get_schedule(num_steps, lo, hi, schedule_type, schedule_rho, net, device, original_code)
-    return _within_range(net, times)
+    return _within_range(net, check_sigmas(times, device, dtype))
 
 
 def _within_range(net, sigmas):
@@ -233,6 +237,49 @@ def _within_range(net, sigmas):
             f"sigma={wrong:g} is outside the network's range, {least:g}..{most:g}; choose sigma_min, sigma_max or sigmas within it"
         )
     return sigmas
+
+
+_SCHEDULE = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_max")
+
+
+def check_predictor(predictor, net, rule: Rule, sigmas: torch.Tensor, settings: Mapping) -> None:
+    """Raises UserError where a predictor would be used in another way than it was trained for.
+
+    sigmas: [N] noise levels of the run. settings: "afs", and by name what the noise levels were
+    computed from. What counts is the effect: an explicit list of the same noise levels is accepted.
+    Only settings that the predictor states are compared (``AMEDPredictor.stated``).
+    """
+    trained = {name: predictor.config[name] for name in getattr(predictor, "stated", ())}
+    if "sampler_stu" in trained:
+        trained["solver"] = trained["sampler_stu"]
+    used = {"solver": rule.name, "afs": settings["afs"]} | {name: getattr(rule, name) for name in rule.options}
+    different = [
+        name
+        for name, value in used.items()
+        if trained.get(name) is not None and value != trained[name] and not callable(value)
+    ]
+    if not different:
+        if trained.keys().isdisjoint((*_SCHEDULE, "sigmas")):
+            return
+        own = {name: trained.get(name, settings[name]) for name in _SCHEDULE} | {"sigmas": trained.get("sigmas")}
+        levels = resolve_sigmas(net, **own, device=sigmas.device, dtype=sigmas.dtype)
+        if len(levels) == len(sigmas) and torch.allclose(levels, sigmas.detach(), rtol=1e-6, atol=0):
+            return
+        used, trained = {name: settings[name] for name in (*_SCHEDULE, "original_code")}, predictor.config
+        if settings["sigmas"] is not None:
+            used, trained = {"sigmas": sigmas.tolist()}, {"sigmas": levels.tolist()}
+        different = [name for name, value in used.items() if value not in (None, False, trained.get(name))]
+    name = different[0]
+    values = [_short(values.get(name)) for values in (used, trained)]
+    raise UserError(
+        f"{name}={values[0]}: the predictor was trained with {name}={values[1]} and works with that only;"
+        " leave it out, or choose another predictor"
+    )
+
+
+def _short(value) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def integrate(
@@ -267,7 +314,8 @@ def integrate(
     latents: unit-variance noise [B,C,H,W], scaled here by the first sigma; the dtype of latents is the dtype of all
     arithmetic. num_steps: time stamps (intervals + 1). sigmas: an explicit schedule that replaces num_steps and
     schedule_type; sigmas_net: what the network is told in their place, if not the same. predictor: an AMEDPredictor; it
-    inserts one learned evaluation per interval; for the solver "span" a SpanStudent, which brings schedule and first step
+    inserts one learned evaluation per interval and works only with the settings of its training (UserError for others);
+    max_order None is then that of the training. For the solver "span" a SpanStudent, which brings schedule and first step
     along. cond: passed on to net.
     denoise_to_zero: one more evaluation at the last sigma. callback(i, sigma, x, denoised): called in every interval with
     the state and the denoised image at its start. noise(): standard normal noise like latents for stochastic solvers
@@ -284,6 +332,8 @@ def integrate(
     if not torch.is_tensor(latents) or not latents.is_floating_point():
         found = f"{latents.dtype}" if torch.is_tensor(latents) else type(latents).__name__
         raise UserError(f"sample: latents must be a floating-point tensor [B,C,H,W], got {found}")
+    if max_order is None:  # not chosen: that of the predictor's training
+        max_order = getattr(predictor, "config", {}).get("max_order")
     common = {"max_order": max_order, "predict_x0": predict_x0, "lower_order_final": lower_order_final}
     common["original_code"] = original_code
     rule = make_rule(solver, solver_options, common)
@@ -294,9 +344,12 @@ def integrate(
         sigmas, sigmas_net, afs = own["sigmas"], own["sigmas_net"], own["afs"]
     if sigmas is None and num_steps is None:
         raise UserError("sample: give num_steps or an explicit list of sigmas")
-    times = resolve_sigmas(
-        net, num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas, latents.device, original_code
-    )
+    schedule = (num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas)
+    times = resolve_sigmas(net, *schedule, latents.device, original_code, latents.dtype)
+    if not rule.own_schedule:
+        names = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_max", "sigmas")
+        asked = dict(zip(names, schedule, strict=True)) | {"afs": afs, "original_code": original_code}
+        check_predictor(predictor, net, rule, times, asked)
     run = Solver(
         net,
         rule,

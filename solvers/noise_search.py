@@ -11,6 +11,7 @@ Candidate 0 of a seed is the image that the seed gives without search; the class
 import csv
 import io
 import math
+import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -98,12 +99,13 @@ class ScoreFile:
 
     def __init__(self, folder: Path, rank: int = 0):
         self.path = Path(folder) / self.NAME
-        self._own = self.path.with_name(f"{self.NAME}.{rank}")
+        self._own = self.path.with_name(f"{self.NAME}.{rank}-{secrets.token_hex(4)}")
 
     def _parts(self) -> list[Path]:
         return sorted(self.path.parent.glob(f"{self.NAME}.*"))
 
     def add(self, choice: Choice) -> None:
+        """Adds a line. Several commands may do so in one folder at the same time."""
         line = io.StringIO()
         csv.writer(line, lineterminator="\n").writerow(getattr(choice, field.name) for field in fields(Choice))
         self._own.parent.mkdir(parents=True, exist_ok=True)

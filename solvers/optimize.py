@@ -21,7 +21,7 @@ from solvers.gits import METRICS, check_teacher, gits_cost, gits_indices, insert
 from solvers.ld3 import OPTIONS as LD3_OPTIONS
 from solvers.ld3 import SUMMARY as LD3_SUMMARY
 from solvers.ld3 import ld3_schedule
-from solvers.loop import afs_direction, resolve_sigmas
+from solvers.loop import afs_direction, resolve_sigmas, sample
 from solvers.ofs import OFS_OPTIONS, ofs_sigmas
 from solvers.rules import SOLVERS, Option, Rule, make_rule
 from solvers.schedule_file import Schedule
@@ -384,6 +384,29 @@ def counting(problem: Problem):
         handle.remove()
 
 
+def try_schedule(problem: Problem, found: Found) -> None:
+    """Samples one image with a schedule; UserError where it is not finite. Some methods never call the network, and one
+    that breaks down would not be noticed."""
+    seeds = problem.batches(1)[0]
+    latents, cond = problem.noise(seeds)
+    image = sample(
+        problem.net,
+        latents,
+        solver=problem.solver,
+        sigmas=found.sigmas,
+        sigmas_net=found.sigmas_net,
+        afs=problem.afs,
+        cond=cond,
+        noise=problem.fresh_noise(seeds),
+        **problem.options,
+    )
+    if not image.isfinite().all():
+        raise UserError(
+            f"the network or the solver '{problem.solver}' breaks down on this schedule (not a finite image): check the"
+            " network, or choose another solver or --amp=none"
+        )
+
+
 def optimize(problem: Problem, method: str, options: dict | None = None, versions: dict | None = None) -> Schedule:
     """The schedule that a method finds, with its cost; every process of a torchrun calls it and gets the same.
 
@@ -407,6 +430,9 @@ def optimize(problem: Problem, method: str, options: dict | None = None, version
     }
     with counting(problem):
         found = METHODS[method].run(problem, **{name: settings[name] for name in METHODS[method].options})
+    with together():
+        if distributed.rank() == 0:
+            try_schedule(problem, found)
     evaluations = sum(distributed.gather_objects(problem.evaluations))
     least, most = getattr(problem.net, "sigma_min", problem.sigma_min), getattr(problem.net, "sigma_max", None)
     return Schedule(

@@ -26,11 +26,14 @@ import click
 from solvers.flags import SCHEDULE_NAMES
 from solvers.loop import AFS_KINDS, RANGE_SLACK
 from solvers.schedules import check_sigmas
-from torch_utils.errors import UserError, parse_json
+from torch_utils.cli import PATH
+from torch_utils.errors import UserError
 from torch_utils.file_kind import explain
 from torch_utils.image_data import atomic_path
+from torch_utils.json_file import read_json
 
 FORMAT = "amed-schedule-1"
+MOST_LEVELS = 1000  # of a schedule that was optimised; solvers take time and memory that grow with its square
 
 
 @dataclass
@@ -53,13 +56,15 @@ class Schedule:
     versions: dict = field(default_factory=dict)
 
     def __post_init__(self):
+        if isinstance(self.sigmas, list) and len(self.sigmas) > MOST_LEVELS:
+            raise UserError(f"sigmas has {len(self.sigmas)} noise levels; at most {MOST_LEVELS} are possible")
         self.sigmas = check_sigmas(_numbers("sigmas", self.sigmas)).tolist()
         if self.sigmas_net is not None:
             self.sigmas_net = _numbers("sigmas_net", self.sigmas_net)
             if len(self.sigmas_net) != len(self.sigmas):
                 raise UserError(f"sigmas_net has {len(self.sigmas_net)} entries, but sigmas has {len(self.sigmas)}")
             if min(self.sigmas_net) <= 0:
-                raise UserError(f"sigmas_net must be positive, got {self.sigmas_net}")
+                raise UserError(f"sigmas_net must be positive, got {min(self.sigmas_net)}")
         for name in ("solver", "method"):
             if not isinstance(getattr(self, name), str):
                 raise UserError(f"{name} must be a text")
@@ -119,7 +124,7 @@ def save_schedule(path: str | Path, schedule: Schedule) -> None:
 def load_schedule(path: str | Path) -> Schedule:
     """The schedule in a file. Raises UserError, naming the file, where there is none or it is not a valid one."""
     try:
-        content = parse_json(Path(path).read_text(encoding="utf-8"))
+        content = read_json(path)
     except OSError as error:
         raise UserError(f"cannot read the schedule {path}: {error.strerror or error}") from None
     except ValueError as error:
@@ -147,7 +152,11 @@ def schedule_file_flag(command):
         return None if value is None else load_schedule(value)
 
     return click.option(
-        "--schedule", metavar="FILE", callback=load, help="Optimised noise levels (optimize_schedule.py makes them)"
+        "--schedule",
+        type=PATH,
+        metavar="FILE",
+        callback=load,
+        help="Optimised noise levels (optimize_schedule.py makes them)",
     )(command)
 
 

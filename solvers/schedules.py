@@ -18,6 +18,9 @@ def _logsnr(u, lo, hi, rho, net, original_code):
 
 
 MOST_STEPS = 1_000_000  # far beyond any use; larger numbers would exhaust the memory
+# Smallest relative gap between neighbouring noise levels. A multistep solver divides differences of
+# network outputs by it; below these values the result is rounding noise.
+SMALLEST_GAPS = {torch.float32: 1e-5, torch.float64: 1e-14}
 VP_EPS = 1e-3  # the time of sigma_min; sigma_max is at time 1
 
 
@@ -98,19 +101,38 @@ def get_schedule(
         raise UserError(f"schedule_rho={schedule_rho} must be a positive number")
     u = torch.arange(int(num_steps), dtype=torch.float64) / (int(num_steps) - 1)
     sigmas = SCHEDULES[schedule_type](u, sigma_min, sigma_max, rho, net, original_code).to("cpu", torch.float64)
-    return check_sigmas(sigmas, device)  # time_uniform is not monotone for a large sigma_min
+    return check_sigmas(sigmas, device, torch.float64)  # time_uniform is not monotone for a large sigma_min
 
 
-def check_sigmas(sigmas, device=None) -> torch.Tensor:
-    """An explicit schedule as a float64 tensor [N], passed through unchanged, gradients too. Raises ValueError unless it
-    descends to > 0."""
+def check_sigmas(sigmas, device=None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """An explicit schedule as a float64 tensor [N], passed through unchanged, gradients too.
+
+    dtype: precision of the arithmetic that will use the schedule. Raises ValueError unless the
+    noise levels are finite, positive and strictly decreasing in this precision, and not closer
+    than ``SMALLEST_GAPS``.
+    """
     sigmas = levels_tensor("sigmas", sigmas)
     values = sigmas.detach().cpu()
     if values.ndim != 1 or len(values) < 2:
         raise UserError("sigmas: give at least two noise levels")
     if not torch.isfinite(values).all() or not (values[1:] < values[:-1]).all() or values[-1] <= 0:
-        raise UserError(f"sigmas must be finite, strictly decreasing and positive, got {values.tolist()}")
+        raise UserError(f"sigmas must be finite, strictly decreasing and positive, got {_some(values)}")
+    used = values.to(dtype)
+    precision = str(dtype).removeprefix("torch.")
+    if not torch.isfinite(used).all() or used[-1] <= 0:
+        raise UserError(f"sigmas: {precision} cannot represent {_some(values)}; choose other noise levels")
+    close = (used[1:] >= used[:-1]) | (values[1:] > values[:-1] * (1 - SMALLEST_GAPS.get(dtype, 0.0)))
+    if close.any():
+        first = int(close.nonzero()[0])
+        pair = f"{values[first].item()!r} and {values[first + 1].item()!r}"
+        raise UserError(f"sigmas {pair} nearly coincide: {precision} cannot tell them apart; leave one of them out")
     return _to_device(sigmas if sigmas.requires_grad else values, device)
+
+
+def _some(values: torch.Tensor) -> str:
+    """The values as text, in the middle shortened."""
+    text = str(values.tolist())
+    return text if len(text) <= 200 else f"{text[:150]} ... {text[-40:]}"
 
 
 def levels_tensor(name: str, values, dtype: torch.dtype = torch.float64) -> torch.Tensor:

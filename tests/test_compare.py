@@ -458,7 +458,7 @@ def test_a_killed_run_goes_on_where_it_stopped(files, tmp_path, calls, monkeypat
 
     monkeypatch.setattr(comparison.Comparison, "measure", killed)
     done = CliRunner().invoke(compare.main, flags(files, tmp_path / "cut", "--solvers=euler,ipndm", "--nfe=2"))
-    assert done.exit_code == 1 and not (tmp_path / "cut" / "results.json").exists()
+    assert done.exit_code == 130 and not (tmp_path / "cut" / "results.json").exists()
     monkeypatch.setattr(comparison.Comparison, "measure", measure)
     calls.clear()
     rows, output = run(files, tmp_path / "cut", "--solvers=euler,ipndm", "--nfe=2")

@@ -42,6 +42,7 @@ from solvers.flags import SCHEDULE_NAMES, flag_type, parse_afs
 from solvers.schedule_file import load_schedule
 from torch_utils import distributed
 from torch_utils.arrays import read_npz
+from torch_utils.cli import PATH
 from torch_utils.errors import UserError
 from torch_utils.frechet import FeatureStatistics, Reference, frechet_distance
 from torch_utils.image_data import atomic_path, check_destination
@@ -151,7 +152,7 @@ def parse_method(text: str, common: dict, everywhere: dict) -> Method:
         if not equals or name in own:
             raise UserError(f"--solvers={text}: write each option once, as solver:option=value:option=value")
         if name == SCHEDULE_FILE:
-            own[name] = value
+            own[name] = PATH.convert(value, None, None)
         elif name in SCHEDULE_SETTINGS:
             own[name] = _parse_value(text, name, value, SCHEDULE_SETTINGS[name])
         elif name in rule.options:

@@ -25,7 +25,7 @@ if not __package__:  # run as a file: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch_utils.arrays import npz_names, read_npz
-from torch_utils.cli import Command
+from torch_utils.cli import PATH, Command
 from torch_utils.errors import UserError
 from torch_utils.image_data import (
     ImageSource,
@@ -229,8 +229,10 @@ def make_dataset(
 
 
 @click.command(cls=Command)
-@click.option("--source", required=True, metavar="PATH", help="Folder, zip or npz (images or x, labels or y)")
-@click.option("--dest", required=True, metavar="ZIP", help="The dataset zip to write")
+@click.option(
+    "--source", type=PATH, required=True, metavar="PATH", help="Folder, zip or npz (images or x, labels or y)"
+)
+@click.option("--dest", type=PATH, required=True, metavar="ZIP", help="The dataset zip to write")
 @click.option("--resolution", metavar="N|WxH", default=None, help="Size of the output images")
 @click.option(
     "--transform",

@@ -25,7 +25,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from fid import calculate_fid
-from torch_utils.cli import Command
+from torch_utils.cli import PATH, Command
 from torch_utils.errors import UserError
 from torch_utils.image_data import ImageSource, load_array
 from torch_utils.image_writer import image_grid, save_image
@@ -238,7 +238,7 @@ def prepare_folder(out):
 
 
 @click.command(cls=Command)
-@click.option("--outdir", default="demo", show_default=True, help="Replaced if it is an earlier demo")
+@click.option("--outdir", type=PATH, default="demo", show_default=True, help="Replaced if it is an earlier demo")
 @click.option("--only", type=click.Choice(list(HALVES)), help="One network instead of both")
 @click.option("--images", type=click.IntRange(REFERENCE_SEEDS), default=1000, show_default=True, help="Per method")
 @click.option("--amp", type=click.Choice(["none", "bf16"]), default="none", show_default=True)

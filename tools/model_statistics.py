@@ -23,7 +23,7 @@ from models import create_model
 from solvers import get_schedule, sample
 from solvers.dpm_solver_v3 import Statistics, guidance_rate, node_slopes, save_statistics, statistics_path
 from torch_utils import distributed
-from torch_utils.cli import SEED, Command, Number, offline_flag
+from torch_utils.cli import PATH, SEED, Command, Number, offline_flag
 from torch_utils.errors import UserError
 from torch_utils.image_data import check_destination
 from torch_utils.progress import progress_bar
@@ -182,10 +182,12 @@ def estimate_statistics(
 
 @click.command(cls=Command)
 @click.option("--dataset_name", required=True, help="A network of models/zoo.py, or custom with --model_path")
-@click.option("--model_path", metavar="FILE", help="Its weights, if not the embedded or downloaded ones")
+@click.option("--model_path", type=PATH, metavar="FILE", help="Its weights, if not the embedded or downloaded ones")
 @click.option("--guidance_type", help="Guidance of the network")
 @click.option("--guidance_rate", type=Number(), help="Its strength")
-@click.option("--dest", metavar="FILE", help="The .safetensors file to write (default: where dpm_v3 looks for it)")
+@click.option(
+    "--dest", type=PATH, metavar="FILE", help="The .safetensors file to write (default: where dpm_v3 looks for it)"
+)
 @click.option("--nodes", type=click.IntRange(min=3), default=32, show_default=True, help="Noise levels")
 @click.option("--samples", type=click.IntRange(min=2), default=64, show_default=True, help="Trajectories")
 @click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Trajectories at a time")

@@ -17,7 +17,7 @@ if not __package__:  # run as a file: the repository root is not on the path
 
 from models.detectors import ARCHITECTURES, save_classifier
 from torch_utils import distributed
-from torch_utils.cli import SEED, Command, Number
+from torch_utils.cli import PATH, SEED, Command, Number
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
 from torch_utils.image_data import ImageSource, check_destination, count_classes, load_array
@@ -78,9 +78,9 @@ def train(model, images, labels, *, epochs, batch, lr, shift, flip, device) -> N
 
 
 @click.command(cls=Command)
-@click.option("--data", required=True, metavar="PATH", help="Labelled training images: folder or zip")
-@click.option("--test", required=True, metavar="PATH", help="Labelled test images: folder or zip")
-@click.option("--dest", required=True, metavar="FILE", help="The .safetensors file to write")
+@click.option("--data", type=PATH, required=True, metavar="PATH", help="Labelled training images: folder or zip")
+@click.option("--test", type=PATH, required=True, metavar="PATH", help="Labelled test images: folder or zip")
+@click.option("--dest", type=PATH, required=True, metavar="FILE", help="The .safetensors file to write")
 @click.option("--arch", type=click.Choice(list(ARCHITECTURES)), default="conv", show_default=True, help="Architecture")
 @click.option("--epochs", type=click.IntRange(min=1), default=6, show_default=True)
 @click.option("--batch", type=click.IntRange(min=2), default=128, show_default=True)

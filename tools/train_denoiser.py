@@ -35,10 +35,11 @@ from models.networks import count_parameters
 from solvers import sample
 from solvers.schedule_file import Schedule, load_schedule
 from torch_utils import distributed
-from torch_utils.cli import SEED, Command, Number
+from torch_utils.cli import PATH, SEED, Command, Number
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
 from torch_utils.image_data import ImageSource, count_classes, load_array
+from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom
 from torch_utils.progress import progress_bar
 from torch_utils.seeds import stream_seeds
@@ -503,15 +504,18 @@ def train(*, data, outdir, net_config, device, resume=False, **options):
     on_main(check_folder, outdir, resume)
     images, labels, *statistics = load_data(data, settings.cond, gaps=settings.init is not None)
     learner = Learner(net_config, images, labels, *statistics, settings, device)
-    run = Run(learner, settings, outdir, data)
-    if resume:
-        run.restore()
-    else:
-        on_main(write_json, Path(outdir) / OPTIONS_FILE, {**net_config, "data": str(data), **asdict(settings)})
-    size = f"{count_parameters(learner.net):,} parameters, {len(images):,} images"
-    distributed.print0(f"{size}, batch {settings.batch}, {outdir}")
-    with explained_oom(device, f"lower --batch (now {settings.batch})"):
-        run.loop()
+    refusal = f"another command trains in {outdir}: wait for its end, or choose another --outdir"
+    with only_command(Path(outdir) / ".lock", refusal):
+        on_main(check_folder, outdir, resume)  # once more: another command may have been there until now
+        run = Run(learner, settings, outdir, data)
+        if resume:
+            run.restore()
+        else:
+            on_main(write_json, Path(outdir) / OPTIONS_FILE, {**net_config, "data": str(data), **asdict(settings)})
+        size = f"{count_parameters(learner.net):,} parameters, {len(images):,} images"
+        distributed.print0(f"{size}, batch {settings.batch}, {outdir}")
+        with explained_oom(device, f"lower --batch (now {settings.batch})"):
+            run.loop()
 
 
 def parse_ints(text, option):
@@ -526,12 +530,17 @@ def parse_ints(text, option):
 
 
 @click.command(cls=Command, may_be_empty=("attn",))
-@click.option("--data", help="Training images: zip or folder", required=True, type=click.Path(exists=True))
-@click.option("--init", metavar="FILE", help="Start from this EDM network (.safetensors, .pkl), with its architecture")
+@click.option("--data", type=PATH, help="Training images: zip or folder", required=True)
 @click.option(
-    "--schedule", metavar="FILE", help="Train only at the noise levels that this schedule file's solver asks for"
+    "--init", type=PATH, metavar="FILE", help="Start from this EDM network (.safetensors, .pkl), with its architecture"
 )
-@click.option("--outdir", help="Where to write snapshots", default="runs/denoiser", show_default=True)
+@click.option(
+    "--schedule",
+    type=PATH,
+    metavar="FILE",
+    help="Train only at the noise levels that this schedule file's solver asks for",
+)
+@click.option("--outdir", type=PATH, help="Where to write snapshots", default="runs/denoiser", show_default=True)
 @click.option("--arch", type=click.Choice(list(ARCHITECTURES)), default="ddpmpp", show_default=True)
 @click.option("--model_channels", type=click.IntRange(8), default=16, show_default=True)
 @click.option("--channel_mult", default="1,2,4", show_default=True, help="Width of each resolution")

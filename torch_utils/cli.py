@@ -7,6 +7,8 @@ def main(strength): ...
 """
 
 import math
+import os
+import signal
 import sys
 from contextlib import contextmanager
 
@@ -14,6 +16,7 @@ import click
 
 from torch_utils.download import no_network
 from torch_utils.errors import UserError
+from torch_utils.signals import Interrupted
 
 # Raised by click 8.2 and newer to print the help of a command without arguments; 8.1 raises nothing.
 _NO_ARGS_IS_HELP = getattr(click.exceptions, "NoArgsIsHelpError", ())
@@ -36,9 +39,12 @@ SEED = click.IntRange(0, (1 << 63) - 1)  # what the generators of torch and nump
 
 @contextmanager
 def _named_files():
-    """A file or folder that the operating system refuses (permissions, full disk, a name too long) is no bug: one line."""
+    """A file or folder that the operating system refuses (permissions, full disk, a name too long) is no bug: one line.
+    Neither is Ctrl-C, for which click has the exit code 1 and shells 130."""
     try:
         yield
+    except (KeyboardInterrupt, click.Abort) as error:
+        raise Interrupted(signal.SIGINT) from error
     except OSError as error:
         if error.filename is None:
             raise
@@ -109,6 +115,21 @@ class Group(_Program, click.Group):
     def resolve_command(self, ctx, args):
         with _in_one_line(ctx):
             return super().resolve_command(ctx, args)
+
+
+class PathText(click.types.StringParamType):
+    """A file, a folder, or something else (a number, an address) in its place; ``~/x`` is in the home folder, also where
+    the shell leaves it as it is, as in ``--outdir=~/x``. several: comma-separated ones."""
+
+    def __init__(self, several: bool = False):
+        self.several = several
+
+    def convert(self, value, param, ctx):
+        parts = str(value).split(",") if self.several else [str(value)]
+        return ",".join(os.path.expanduser(part.strip() if self.several else part) for part in parts)
+
+
+PATH = PathText()
 
 
 class Number(click.FloatRange):

@@ -5,14 +5,12 @@ ranges, RFC 9110 section 14), falls back to mirrors, and is renamed after its si
 checked. Checksums of files can be kept beside them, so that gigabytes are not read again at every start.
 """
 
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import stat
-import sys
 import time
 import zipfile
 import zlib
@@ -26,6 +24,7 @@ import requests
 from torch_utils import distributed
 from torch_utils.errors import UserError
 from torch_utils.image_data import atomic_path
+from torch_utils.locks import locked
 from torch_utils.progress import progress_bar
 
 _TIMEOUT_S = (15, 60)  # to connect, and between two pieces of data
@@ -35,7 +34,6 @@ _CHUNK = 1 << 14  # what a broken connection loses at most
 _SLOW_TO_READ = 1 << 28  # bytes; the checksum of a smaller file takes less than a second
 _UNANNOUNCED = 1 << 30  # bytes of a reply that does not say how long it is, where the size is not known either
 _RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP})
 
 
 class _Refused(Exception):
@@ -167,7 +165,7 @@ def download_file(
         raise _give_up([(url, _why_offline()) for url in urls[:1]], dest, hint)
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(dest.with_name(dest.name + ".lock"), f"another process is downloading {dest}; waiting for it"):
+        with locked(dest.with_name(dest.name + ".lock"), f"another process is downloading {dest}; waiting for it"):
             if job.is_done():
                 return dest
             reasons = []
@@ -195,7 +193,7 @@ def download_member(
     archive = dest.with_name(urls[0].rpartition("/")[2])
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(dest.with_name(dest.name + ".lock"), f"another process is fetching {dest}; waiting for it"):
+        with locked(dest.with_name(dest.name + ".lock"), f"another process is fetching {dest}; waiting for it"):
             if not dest.exists():
                 extract_member(download_file(urls, archive, desc=desc, hint=hint), member, dest)
                 archive.unlink()
@@ -436,59 +434,3 @@ def _short_reason(exc: requests.RequestException) -> str:
     if isinstance(exc, (requests.exceptions.ChunkedEncodingError, requests.ConnectionError)):
         return "the connection broke"
     return type(exc).__name__
-
-
-def _try_lock(file) -> bool:
-    """Takes an exclusive lock that the operating system drops when the process ends; False if somebody has it."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as exc:
-        if exc.errno in _NO_LOCKS:
-            print("warning: this file system has no locks; do not start two downloads at once", file=sys.stderr)
-            return True
-        if exc.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            raise
-        return False
-    return True
-
-
-def _is_named(file, path: Path) -> bool:
-    """Whether ``path`` is the open file."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-@contextmanager
-def _locked(path: Path, waiting: str):
-    """Holds the lock file ``path`` during the block and removes it afterwards."""
-    told = False
-    while True:
-        file = open(path, "a+b")  # noqa: SIM115  (held beyond this function's first half)
-        if _try_lock(file):
-            # The holder before us removes the file when it is done: then this lock is on a file without a name.
-            if _is_named(file, path):
-                break
-            file.close()
-            continue
-        file.close()
-        if not told:
-            print(waiting, file=sys.stderr)
-            told = True
-        time.sleep(0.2)
-    try:
-        yield
-    finally:
-        if os.name == "nt":  # an open file cannot be removed there, and a closed one may be locked by the next already
-            file.close()
-        else:
-            path.unlink(missing_ok=True)
-            file.close()

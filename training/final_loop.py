@@ -7,6 +7,7 @@ total batch, so the number of processes and of micro-batches changes results by 
 import copy
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,7 @@ from training.checkpoint import save_predictor
 from training.distribution_loss import DistributionTerm, energy_distance
 from training.final_config import FinalOptions, grid_sigmas, learned
 from training.inputs import draw_condition, draw_inputs
-from training.run import Run, check_state, choose_folder, numbers, provenance_of, restore
+from training.run import Run, check_state, numbers, provenance_of, restore, working_folder
 from training.run_folder import newest_state, on_main
 from training.teacher_set import TeacherSet, file_of, identity_of, teacher_set
 from training.training_loop import fitting_batch_gpu, prepare
@@ -463,6 +464,12 @@ def train_student(options: FinalOptions | dict, device="cpu", run_dir=None, resu
 
     Arguments and errors as those of ``train_predictor``.
     """
+    with ExitStack() as locks:
+        return _train_student(options, device, run_dir, resume, locks)
+
+
+def _train_student(options: FinalOptions | dict, device, run_dir, resume: bool, locks: ExitStack) -> Path:
+    """The same; ``locks`` holds the folder."""
     device = torch.device(device)
     options = FinalOptions.from_dict(options) if isinstance(options, dict) else options
     options, net, prompts = prepare(options, device)
@@ -474,15 +481,15 @@ def train_student(options: FinalOptions | dict, device="cpu", run_dir=None, resu
     if options.sigmas is not None:
         ends = (options.sigmas[-1], options.sigmas[0])
     options.make_student(*ends)  # says what is wrong with the noise levels
+    own_place = run_dir is not None or options.nosubdir  # before the work: is it free?
+    folder = locks.enter_context(working_folder(options, net, run_dir, resume)) if own_place else None
     state = on_main(newest_state, run_dir) if resume else None  # None: it was killed before the first one
     if state is not None:
         check_state(options, state, net, run_dir)
-    own_place = run_dir is not None or options.nosubdir
-    folder = choose_folder(options, net, run_dir) if own_place and not resume else None  # before the work: is it free?
     if options.batch_gpu == AUTO:
         share = options.batch // distributed.world_size()
         options.batch_gpu = fitting_batch_gpu(partial(rehearse, net, options, ends, prompts, device), share, device)
-    pairs = _pairs(net, options, ends, prompts, device)
+    pairs = _pairs(net, options, ends, prompts, device, run_dir if resume else None)
     chunk = min(options.batch_gpu or options.batch, options.batch // distributed.world_size())
     total = math.ceil(options.total_kimg * 1000 / options.batch - 1e-9)
     lines: list[str] = []
@@ -495,12 +502,10 @@ def train_student(options: FinalOptions | dict, device="cpu", run_dir=None, resu
     names = ("seed", "batch", "amp", "objective", "loss", "sampler_tea", "num_steps_tea", "pairs")
     provenance = provenance_of(net, options, names)
     elapsed = 0.0
-    if resume:
-        folder = Path(run_dir)
-        if state is not None:
-            elapsed = restore(trainer, options, state, net, run_dir)
-    elif folder is None:
-        folder = choose_folder(options, net, run_dir)
+    if state is not None:
+        elapsed = restore(trainer, options, state, net, run_dir)
+    if folder is None:
+        folder = locks.enter_context(working_folder(options, net, run_dir))
     run = FinalRun(trainer, options, folder, provenance, elapsed)
     trainer.report = run.log.say
     if resume:
@@ -514,14 +519,17 @@ def train_student(options: FinalOptions | dict, device="cpu", run_dir=None, resu
     return path
 
 
-def _pairs(net, options: FinalOptions, ends, prompts, device) -> TeacherSet:
+def _pairs(net, options: FinalOptions, ends, prompts, device, run_dir=None) -> TeacherSet:
+    """The teacher pairs. run_dir: folder of a run that is continued; a set that lies beside it is read."""
     settings = options.teacher(*ends)
     more = {name: getattr(options, name) for name in ("guidance_type", "guidance_rate", "amp")}
     if options.prompt_path is not None:
         more["prompts_sha256"] = sha256_of(options.prompt_path)
     path = options.teacher_set
     if path is None:
-        path = file_of(Path(options.outdir) / "teacher-sets", identity_of(net, settings, more))
+        places = [options.outdir, *([] if run_dir is None else [Path(run_dir).parent])]
+        files = [file_of(Path(place) / "teacher-sets", identity_of(net, settings, more)) for place in places]
+        path = next((file for file in files if file.is_file()), files[0])
     batch = options.batch_gpu or max(options.batch // distributed.world_size(), 1)
     return teacher_set(
         net, settings, path, more=more, prompts=prompts, batch=batch, device=device, log=distributed.print0

@@ -84,7 +84,8 @@ class AMEDPredictor(nn.Module):
 
     bottleneck: [B,8,8], the channel mean of the U-Net's bottleneck (zeros under AFS); t_cur, t_next: the ends of the
     interval, scalars or [B]. r lies in (0, 1); the scales are ones where their setting is 0. Keyword arguments are the
-    keys of ``DEFAULTS``; ``config`` holds all of them. ``provenance`` is filled in by whoever trains or loads it.
+    keys of ``DEFAULTS``; ``config`` holds all of them, and ``stated`` names those that were given: with other values
+    sampling refuses the predictor. ``provenance`` is filled in by whoever trains or loads it.
     """
 
     def __init__(self, **config):
@@ -92,7 +93,7 @@ class AMEDPredictor(nn.Module):
         unknown = sorted(set(config) - set(DEFAULTS))
         if unknown:
             raise UserError(f"unknown predictor setting '{unknown[0]}'; known: {', '.join(DEFAULTS)}")
-        self.config = {**DEFAULTS, **config}
+        self.config, self.stated = {**DEFAULTS, **config}, frozenset(config)
         if torch.is_tensor(self.config["sigmas"]):
             self.config["sigmas"] = self.config["sigmas"].tolist()
         check_kinds(self.config, KINDS)

@@ -4,6 +4,8 @@ import datetime
 import math
 import shlex
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from torch_utils import distributed
 from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
 from torch_utils.image_data import remove_leftovers
+from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom
 from torch_utils.progress import progress_bar
 from torch_utils.signals import Interrupted, any_signal, deferred_signals
@@ -203,11 +206,21 @@ def provenance_of(net, options: RunOptions, names: tuple[str, ...]) -> dict:
     }
 
 
-def choose_folder(options: RunOptions, net, run_dir) -> Path:
+@contextmanager
+def working_folder(options: RunOptions, net, run_dir, resume: bool = False) -> Iterator[Path]:
+    """The folder of a run, new unless ``resume``; nobody else can train in it during the block."""
     if run_dir is None and not options.nosubdir:
         name = partial(options.folder_name, evals_per_call=getattr(net, "evals_per_call", 1))
-        return on_main(create_run_folder, options.outdir, name)
-    return on_main(use_folder, options.outdir if run_dir is None else run_dir)
+        folder, fresh = on_main(create_run_folder, options.outdir, name), False
+    else:
+        folder, fresh = Path(options.outdir if run_dir is None else run_dir), not resume
+        if fresh:
+            on_main(use_folder, folder)
+    refusal = f"another command trains in {folder}: wait for its end, or choose another folder"
+    with only_command(folder / ".lock", refusal):
+        if fresh:
+            on_main(use_folder, folder)  # once more: another command may have been there until now
+        yield folder
 
 
 def check_state(options: RunOptions, state: dict, net, folder) -> None:
@@ -232,10 +245,10 @@ def restore(trainer, options: RunOptions, state: dict, net, folder) -> float:
     return float(state["elapsed"])
 
 
-def resume_run(trainer, options: RunOptions, net, folder) -> tuple[float, Path]:
-    """Puts the newest state in the folder back, if there is one; (seconds it has trained, folder).
+def resume_run(trainer, options: RunOptions, net, folder) -> float:
+    """Puts the newest state in the folder back, if there is one; returns the seconds it has trained.
 
     A run that was killed before its first state begins again, with its options and its seed.
     """
     state = on_main(newest_state, folder)
-    return (0.0 if state is None else restore(trainer, options, state, net, folder)), Path(folder)
+    return 0.0 if state is None else restore(trainer, options, state, net, folder)

@@ -8,14 +8,16 @@ from pathlib import Path
 import torch
 
 from torch_utils import distributed
-from torch_utils.errors import UserError
+from torch_utils.errors import UserError, parse_json
 from torch_utils.image_data import atomic_path
+from torch_utils.json_file import read_json
 from torch_utils.progress import say
 from torch_utils.tensor_file import write_state
 
 OPTIONS_FILE = "training_options.json"
 _STATE = re.compile(r"training-state-(\d+)\.pt")
 _KEEP_STATES = 2
+_LONGEST_LINE = 1 << 20  # of stats.jsonl, in bytes
 
 
 def numbered_runs(outdir) -> list[tuple[int, Path]]:
@@ -105,7 +107,7 @@ def stored_options(folder) -> dict:
         return load_newest_state(folder)["options"]
     path = Path(folder) / OPTIONS_FILE
     try:
-        options = json.loads(path.read_text(encoding="utf-8"))
+        options = read_json(path)
         return {name: value for name, value in options.items() if name != "provenance"}
     except FileNotFoundError:
         raise UserError(
@@ -167,10 +169,10 @@ def on_main(function, *arguments):
     return distributed.broadcast_object(result)
 
 
-def _value(line: str, key: str) -> float:
+def _value(line: bytes, key: str) -> float:
     try:
-        return float(json.loads(line)[key])
-    except (ValueError, KeyError, TypeError):  # the disk was full when it was written
+        return float(parse_json(line)[key])
+    except (ValueError, KeyError, TypeError, OverflowError):  # the disk was full when it was written
         return math.inf
 
 
@@ -199,16 +201,17 @@ class RunLog:
         path = self.folder / "stats.jsonl"
         if not self.active or not path.exists():
             return
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _value(line, key) <= limit]
-        if kept != lines:
-            with atomic_path(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        with atomic_path(path) as temporary, temporary.open("wb") as kept, path.open("rb") as file:
+            while line := file.readline(_LONGEST_LINE):
+                if line.endswith(b"\n") and _value(line, key) <= limit:
+                    kept.write(line)
 
     def _append(self, name: str, line: str) -> None:
         if not self.active:
             return
         path = self.folder / name
+        if path.is_symlink():  # what is added would go to a place outside the folder
+            raise UserError(f"{path} is a link; put the file itself in its place, or remove it")
         try:
             # Names of files may hold bytes that are not UTF-8.
             with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:

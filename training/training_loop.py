@@ -26,7 +26,7 @@ from training.config import RunOptions, TrainingOptions
 from training.inputs import draw_inputs
 from training.loss import DistillationLoss, Lesson
 from training.predictor import AMEDPredictor
-from training.run import Run, choose_folder, numbers, provenance_of, resume_run
+from training.run import Run, numbers, provenance_of, resume_run, working_folder
 from training.run_folder import on_main
 
 __all__ = ["Distiller", "NotFinite", "load_network", "prepare", "train_predictor"]
@@ -317,13 +317,12 @@ def train_predictor(
         )
     distiller = make(batch_gpu=options.batch_gpu)
     provenance = provenance_of(net, options, ("seed", "batch", "lr", "amp", "compile", "teacher_cache"))
-    elapsed, folder = (
-        resume_run(distiller, options, net, run_dir) if resume else (0.0, choose_folder(options, net, run_dir))
-    )
-    run = PredictorRun(distiller, options, folder, provenance, elapsed)
-    if resume:
-        run.tidy()
-    run.announce(net, device, resume)
-    for line in [] if schedule is None else schedule.warnings(net, options.sampler_stu, options.afs):
-        run.log.say(f"Warning: {line}")
-    return run.carry_out()
+    with working_folder(options, net, run_dir, resume) as folder:
+        elapsed = resume_run(distiller, options, net, folder) if resume else 0.0
+        run = PredictorRun(distiller, options, folder, provenance, elapsed)
+        if resume:
+            run.tidy()
+        run.announce(net, device, resume)
+        for line in [] if schedule is None else schedule.warnings(net, options.sampler_stu, options.afs):
+            run.log.say(f"Warning: {line}")
+        return run.carry_out()
