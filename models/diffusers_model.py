@@ -5,7 +5,6 @@ code that comes with a pipeline is run.
 """
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from models.edm import EDMDenoiser
 from models.ldm import DECODE_BATCH, DiscreteTime
 from torch_utils import distributed
 from torch_utils.download import offline, sha256_of
-from torch_utils.errors import MissingExtra, UserError
+from torch_utils.errors import MissingExtra, UserError, parse_json
 from torch_utils.prompts import batch_of_prompts
 
 EXTRA = "diffusers"
@@ -593,7 +592,7 @@ def _read_index(folder: Path, source) -> tuple[str, dict]:
     if not path.is_file():
         raise UserError(f"{source} is not a diffusers pipeline: it has no {_INDEX}")
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"{path} is not readable as JSON") from None
     return _check_index(index, source), index
