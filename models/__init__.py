@@ -141,7 +141,7 @@ def _find(place: str) -> Callable:
 
 _LONGEST_LIST = 32  # of a list among a network's arguments: levels, resolutions, taps of a filter
 _LARGEST_SIZE = 1 << 20  # of any whole number among them
-_MOST_PARTS = 30_000  # modules and tensors of a network whose weights are not there yet
+_PARTS_PER_TENSOR, _LEAST_PARTS = 4, 1000  # modules and parameters; networks have about two for each of their tensors
 
 
 def _check_arguments(config, what: str) -> None:
@@ -157,15 +157,15 @@ def _check_arguments(config, what: str) -> None:
 
 
 @contextmanager
-def _at_most(parts: int, what: str):
-    """No more than so many modules and parameters may be made inside: products of harmless numbers have no other end."""
-    left = parts
+def _as_many_parts_as(tensors: int, what: str):
+    """Ends what makes far more modules and parameters than there are weights: products of small numbers can be huge."""
+    left = parts = _PARTS_PER_TENSOR * tensors + _LEAST_PARTS
 
     def count(*_) -> None:
         nonlocal left
         left -= 1
         if left < 0:
-            raise UserError(f"these are not the arguments of {what}: it would have more than {parts} parts")
+            raise UserError(f"these are not the arguments of {what}: more than {parts} parts for {tensors} weights")
 
     hooks = (register_module_module_registration_hook, register_module_parameter_registration_hook)
     handles = [register(count) for register in hooks]
@@ -176,14 +176,14 @@ def _at_most(parts: int, what: str):
             handle.remove()
 
 
-def lay_out(constructor: Callable, config: Mapping, what: str, tensors: int | None = None) -> torch.nn.Module:
+def lay_out(constructor: Callable, config: Mapping, what: str, tensors: int) -> torch.nn.Module:
     """``constructor(**config)`` on the meta device, without memory for the weights; a UserError naming ``what`` if refused.
 
-    tensors: how many the weights are, if that is known; a network has not many more parts than tensors.
+    tensors: how many weights there are for it.
     """
     _check_arguments(config, what)
     try:
-        with torch.device("meta"), _at_most(_MOST_PARTS if tensors is None else 4 * tensors + 1000, what):
+        with torch.device("meta"), _as_many_parts_as(tensors, what):
             return constructor(**config)  # the initial values would be overwritten anyway
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as exc:
         if isinstance(exc, UserError) and str(exc).startswith("these are not"):
