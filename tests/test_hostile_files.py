@@ -31,6 +31,7 @@ from models.zoo import own_settings
 from solvers.schedule_file import load_schedule
 from solvers.span import SpanStudent
 from tools.dataset_tool import ArraySource
+from tools.train_denoiser import read_state
 from torch_utils import safe_pickle
 from torch_utils.arrays import read_npz
 from torch_utils.cli import Command
@@ -44,7 +45,7 @@ from torch_utils.weights_file import read_weights
 from torch_utils.zip_file import BadMember, read_member
 from training.checkpoint import load_predictor, save_predictor
 from training.predictor import AMEDPredictor
-from training.run_folder import stored_options
+from training.run_folder import load_newest_state, stored_options
 
 ALLOWED = safe_pickle._OBJECT_GLOBALS | safe_pickle._STORAGE_GLOBALS
 
@@ -701,6 +702,9 @@ def test_packings_without_a_limit_are_refused(method, tmp_path):
         for load in (Reference.load, ArraySource, read_npz):
             with pytest.raises(UserError, match="x.npz.*only stored and deflated"):
                 load(path)
+        (tmp_path / "x.zip").write_bytes(packed({"model.ckpt": bytes(100)}, method, announced))
+        with pytest.raises(UserError, match="only stored and deflated"):
+            extract_member(tmp_path / "x.zip", "model.ckpt", tmp_path / "model.ckpt")
         path = tmp_path / "x.pt"
         path.write_bytes(packed(state_dict_archive(), method, announced))
         for load in (safe_load, safe_load_checkpoint, read_weights, load_inception, load_predictor, load_edm_network):
@@ -729,20 +733,18 @@ def test_statistics_whose_texts_are_endless(tmp_path):
             Reference.load(tmp_path / "x.npz")
 
 
-def state_loaders():
-    from solvers.optimize import Problem
-    from tools.train_denoiser import read_state
-    from training.run_folder import load_newest_state
+def load_newest(path):
+    return load_newest_state(path.parent)
 
-    assert Problem.load_state
-    return load_inception, read_state, lambda path: load_newest_state(path.parent)
+
+STATE_LOADERS = (load_inception, read_state, load_newest)
 
 
 def test_deflated_files_of_torch_save(tmp_path):
     path = tmp_path / "training-state-000001.pt"
     parts = state_dict_archive(numel=SPACE) | {"archive/data/0": bytes(4 * SPACE)}
     path.write_bytes(archive_of(parts, compression=zipfile.ZIP_DEFLATED))
-    for load in (safe_load, read_weights, *state_loaders()):
+    for load in (safe_load, read_weights, *STATE_LOADERS):
         with pytest.raises(UserError, match="compressed"):
             load(path)
 
@@ -756,7 +758,7 @@ def test_the_checksum_of_weights_is_compared(tmp_path):
     at = data.find(struct.pack("<f", 777.0))
     data[at] ^= 1
     path.write_bytes(data)
-    for load in (safe_load, safe_load_checkpoint, read_weights, *state_loaders()):
+    for load in (safe_load, safe_load_checkpoint, read_weights, *STATE_LOADERS):
         with pytest.raises(UserError, match="CRC-32"):
             load(path)
 

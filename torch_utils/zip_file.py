@@ -4,7 +4,7 @@ import os
 import zipfile
 from contextlib import contextmanager
 
-_METHODS = {zipfile.ZIP_STORED: "stored", zipfile.ZIP_DEFLATED: "deflated"}
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _MOST_RATIO = 1032  # no stream of deflate grows by more
 _CHUNK = 1 << 20
 
@@ -40,7 +40,7 @@ def read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most_bytes: int
     return content
 
 
-def check_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most_bytes: int) -> None:
+def check_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most_bytes: int | None = None) -> None:
     """Raises BadMember where ``read_member`` would refuse to read."""
     if info.compress_type not in _METHODS:
         name = zipfile.compressor_names.get(info.compress_type, info.compress_type)
@@ -51,7 +51,7 @@ def check_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most_bytes: in
     largest = info.compress_size * (_MOST_RATIO if info.compress_type == zipfile.ZIP_DEFLATED else 1)
     if info.compress_size > held or info.file_size > largest:
         raise BadMember(f"the part {info.filename} announces more than the file holds")
-    if info.file_size > most_bytes:
+    if most_bytes is not None and info.file_size > most_bytes:
         raise BadMember(
             f"the part {info.filename} unpacks to {info.file_size} bytes, more than the {most_bytes} accepted here"
         )
