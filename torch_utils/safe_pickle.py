@@ -39,7 +39,7 @@ _MAX_DEPTH = 32  # of nested modules
 _MAX_TENSORS = 100_000
 _MAX_NAME = 1000  # characters of the dotted name of a tensor
 _DEEPEST = 200  # plain containers in each other
-_MOST_OBJECTS = 2_000_000  # instructions of a file; a network of 1,000 tensors takes about 40,000
+_MOST_OBJECTS = 1_000_000  # instructions of a file; a network of 1,000 tensors takes about 40,000
 _PRICE_OF_CONTAINER = 3  # in objects, for a new container
 _PRICE_OF_KEY = 1000  # in objects, for keys whose hashes a file can choose so that they all collide
 _MOST_BITS = 512  # of a whole number; Python refuses to print those of more than 4,300 digits
@@ -342,9 +342,12 @@ class _Machine:
         self.memo: dict[int, object] = {}
 
     def load(self, source):
+        budget = self.budget
         for opcode, argument, _ in pickletools.genops(source):
             name = opcode.name
-            self.budget.pay(1)
+            budget.objects -= 1
+            if budget.objects < 0:
+                budget.pay()
             if name in _LITERALS:
                 if type(argument) is int:
                     _require(argument.bit_length() <= _MOST_BITS, "it holds a number of too many digits")
