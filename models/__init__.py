@@ -7,14 +7,18 @@ The two functions here are the way in: ``create_model`` for a network of the tab
 import hashlib
 import importlib
 import json
-import math
 from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from models.denoiser import Denoiser
-from torch_utils.errors import UserError
+from torch_utils.errors import UserError, brief
 
 __all__ = ["Denoiser", "build_denoiser", "create_model", "use_tokenizer"]
 
@@ -135,29 +139,58 @@ def _find(place: str) -> Callable:
     return getattr(importlib.import_module(module), function)
 
 
-_MOST = {"num_blocks": 256, "num_res_blocks": 256, "num_heads": 4096, "transformer_depth": 256, "classifier_depth": 256}
-_MOST_LEVELS = 32
+_LONGEST_LIST = 32  # of a list among a network's arguments: levels, resolutions, taps of a filter
+_LARGEST_SIZE = 1 << 20  # of any whole number among them
+_PARTS_PER_TENSOR, _LEAST_PARTS = 4, 1000  # modules and parameters; networks have about two for each of their tensors
 
 
-def _check_counts(config, what: str) -> None:
-    """Refuses descriptions of networks so deep that laying them out would never end."""
+def _check_arguments(config, what: str) -> None:
+    """UserError where a number is far beyond any network's, or a list far longer."""
     for name, value in config.items() if isinstance(config, Mapping) else ():
+        if name == "scheduler_config":  # of the learning rate; published files have 10^13 there
+            continue
         if isinstance(value, Mapping):
-            _check_counts(value, what)
-        counts = value if isinstance(value, list | tuple) else [value]
-        most = _MOST.get(name, math.inf)
-        if any(isinstance(count, int | float) and count > most for count in counts) or len(counts) > _MOST_LEVELS:
-            raise UserError(f"these are not the arguments of {what}: {name}={str(value)[:60]} is too much")
+            _check_arguments(value, what)
+            continue
+        parts = value if isinstance(value, list | tuple) else [value]
+        sizes = [part for part in parts if isinstance(part, int)]
+        if len(parts) > _LONGEST_LIST or any(abs(size) > _LARGEST_SIZE for size in sizes):
+            raise UserError(f"these are not the arguments of {what}: {brief(name)}={brief(value)} is too much")
 
 
-def lay_out(constructor: Callable, config: Mapping, what: str) -> torch.nn.Module:
-    """``constructor(**config)`` on the meta device, without memory for the weights; a UserError naming ``what`` if refused."""
-    _check_counts(config, what)
+@contextmanager
+def _as_many_parts_as(tensors: int, what: str):
+    """Ends what makes far more modules and parameters than there are weights: products of small numbers can be huge."""
+    left = parts = _PARTS_PER_TENSOR * tensors + _LEAST_PARTS
+
+    def count(*_) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise UserError(f"these are not the arguments of {what}: more than {parts} parts for {tensors} weights")
+
+    hooks = (register_module_module_registration_hook, register_module_parameter_registration_hook)
+    handles = [register(count) for register in hooks]
     try:
-        with torch.device("meta"):  # the initial values would be overwritten anyway
-            return constructor(**config)
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as exc:
-        raise UserError(f"these are not the arguments of {what}: {exc}") from None
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def lay_out(constructor: Callable, config: Mapping, what: str, tensors: int = 10_000) -> torch.nn.Module:
+    """``constructor(**config)`` on the meta device, without memory for the weights; a UserError naming ``what`` if refused.
+
+    tensors: how many weights there are for it, or far more than anybody has.
+    """
+    _check_arguments(config, what)
+    try:
+        with torch.device("meta"), _as_many_parts_as(tensors, what):
+            return constructor(**config)  # the initial values would be overwritten anyway
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as exc:
+        if isinstance(exc, UserError) and str(exc).startswith("these are not"):
+            raise
+        raise UserError(f"these are not the arguments of {what}: {str(exc)[:200] or type(exc).__name__}") from None
 
 
 def fill_weights(net: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], device: str | torch.device) -> None:
@@ -167,7 +200,7 @@ def fill_weights(net: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], d
     where names or shapes differ.
     """
     expected = net.state_dict()
-    _check_weights(expected, state_dict)
+    check_weights(expected, state_dict)
     copies = {name: state_dict[name].detach().to(device, own.dtype, copy=True) for name, own in expected.items()}
     net.load_state_dict(copies, strict=True, assign=True)
 
@@ -175,7 +208,7 @@ def fill_weights(net: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], d
 def _build_edm(config, state_dict, guidance_type, guidance_rate, device) -> Denoiser:
     from models.edm import EDMDenoiser
 
-    net = lay_out(EDMDenoiser, config, "an EDM network")
+    net = lay_out(EDMDenoiser, config, "an EDM network", len(state_dict))
     _check_edm_guidance(net, guidance_type, guidance_rate)
     fill_weights(net, state_dict, device)
     return net
@@ -230,15 +263,15 @@ def _describe(channels: int, resolution: int, label_dim: int) -> str:
     return f"{channels}x{resolution}x{resolution} {f'with {label_dim} classes' if label_dim else 'unconditional'}"
 
 
-def _check_weights(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
+def check_weights(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
     """Raises UserError, naming a few of them, where names or shapes differ."""
     shapes = [
-        f"{name} {list(given[name].shape)} instead of {list(expected[name].shape)}"
+        f"{name[:200]} {list(given[name].shape)} instead of {list(expected[name].shape)}"
         for name in expected
         if name in given and given[name].shape != expected[name].shape
     ]
     problems = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        f"{len(names)} {what} ({', '.join(name[:200] for name in names[:3])}{', ...' if len(names) > 3 else ''})"
         for what, names in (
             ("missing", [name for name in expected if name not in given]),
             ("unexpected", [name for name in given if name not in expected]),

@@ -219,7 +219,7 @@ def build_adm(config: Mapping, state_dict, guidance_type, guidance_rate, device)
     rate = (1.0 if guidance_rate is None else float(guidance_rate)) if guidance_type == "cg" else 0.0
     if not (math.isfinite(rate) and rate >= 0):
         raise UserError(f"guidance_rate {rate:g} has to be a number from 0 up")
-    net = lay_out(ADMDenoiser, {**config, "guidance_rate": rate}, "an ADM network")
+    net = lay_out(ADMDenoiser, {**config, "guidance_rate": rate}, "an ADM network", len(state_dict))
     allowed = ("none", "cg") if net.model.num_classes else ("none", "uncond", "cg")
     check_guidance(allowed, guidance_type, guidance_rate, "this network")
     if not rate:

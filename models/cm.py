@@ -62,7 +62,7 @@ class CMDenoiser(PixelUNetDenoiser):
 
 def build_cm(config: Mapping, state_dict, guidance_type, guidance_rate, device) -> CMDenoiser:
     """The builder of family "cm" for ``models.build_denoiser``."""
-    net = lay_out(CMDenoiser, config, "a consistency-model U-Net")
+    net = lay_out(CMDenoiser, config, "a consistency-model U-Net", len(state_dict))
     check_guidance(("none",) if net.label_dim else ("none", "uncond"), guidance_type, guidance_rate, "this network")
     fill_weights(net.model, state_dict, device)
     return net

@@ -162,7 +162,7 @@ def load_classifier(path: str | Path) -> tuple[torch.nn.Module, dict[str, str]]:
         architecture = metadata.get("architecture", "conv")  # older files do not say
         if architecture not in ARCHITECTURES:
             raise UserError(f"{path}: unknown architecture '{architecture[:40]}'; known: {', '.join(ARCHITECTURES)}")
-        model = lay_out(ARCHITECTURES[architecture], config, "a classifier")
+        model = lay_out(ARCHITECTURES[architecture], config, "a classifier", len(state))
         fill_weights(model, state, "cpu")
     except (SafetensorError, OSError) as exc:
         raise UserError(f"{path}: not a usable classifier file ({explain(path, exc)})") from None

@@ -4,8 +4,9 @@ import json
 
 import torch
 
+from models import check_weights, lay_out
 from models.edm import EDMDenoiser
-from torch_utils.errors import UserError
+from torch_utils.errors import UserError, brief
 from torch_utils.safe_pickle import PersistentObject, open_binary, safe_load
 from torch_utils.tensor_file import is_safetensors, json_entry, read_safetensors, write_safetensors
 
@@ -31,7 +32,8 @@ def load_edm_network(path_or_file) -> EDMDenoiser:
     stored = content
     if isinstance(content, dict):
         if "ema" not in content:
-            found = ", ".join(f"{key} ({_describe(value)})" for key, value in content.items()) or "nothing"
+            entries = list(content.items())[:8]
+            found = ", ".join(f"{brief(key)} ({_describe(value)})" for key, value in entries) or "nothing"
             raise UserError(f"{name} holds no EDM network: there is no entry 'ema', but {found[:300]}")
         stored = content["ema"]
     if not isinstance(stored, PersistentObject) or stored.class_name != "EDMPrecond":
@@ -84,26 +86,15 @@ def _build(config: dict, state: dict[str, torch.Tensor], name: str) -> EDMDenois
 
     It is laid out without memory first, so that arguments which do not belong to the weights cost nothing.
     """
-    widths, blocks = config.get("channel_mult", ()), config.get("num_blocks", 1)
-    levels = len(widths) if isinstance(widths, (list, tuple)) else 0
-    # Every level and every block has tensors of its own, so more of them than tensors cannot be meant.
-    if not isinstance(blocks, int) or max(levels, blocks) > len(state):
-        raise UserError(f"{name}: the network's constructor arguments do not belong to its {len(state)} tensors")
     try:
-        with torch.device("meta"):
-            net = EDMDenoiser(**config)
-    except UserError:
-        raise
-    except Exception as error:  # whatever wrong arguments provoke in the constructors
-        reason = f"{type(error).__name__}: {error}"[:200]
-        raise UserError(f"{name}: cannot build a network from its constructor arguments ({reason})") from error
-    if not (0 < net.img_resolution <= _LARGEST and 0 < net.sigma_min < net.sigma_max and 0 < net.sigma_data < 1e6):
-        raise UserError(f"{name}: its resolution or its noise levels are impossible")
+        net = lay_out(EDMDenoiser, config, "an EDM network", len(state))
+        if not (0 < net.img_resolution <= _LARGEST and 0 < net.sigma_min < net.sigma_max and 0 < net.sigma_data < 1e6):
+            raise UserError("its resolution or its noise levels are impossible")
+        check_weights(net.state_dict(), state)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
     weights = {key: value.to(torch.float32).contiguous() for key, value in state.items()}
-    try:
-        net.load_state_dict(weights, strict=True, assign=True)
-    except RuntimeError as error:
-        raise UserError(f"{name}: its weights do not fit its network: {str(error)[:400]}") from None
+    net.load_state_dict(weights, strict=True, assign=True)
     return net.eval().requires_grad_(False)
 
 
@@ -111,5 +102,5 @@ def _describe(value) -> str:
     if isinstance(value, PersistentObject):
         return f"an object of class {value.class_name}"
     if isinstance(value, dict):
-        return f"a dict with {', '.join(map(str, list(value)[:8])) or 'no entries'}"
+        return f"a dict with {', '.join(map(brief, list(value)[:8])) or 'no entries'}"
     return f"a {type(value).__name__}"

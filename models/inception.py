@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from torch_utils.errors import UserError
-from torch_utils.file_kind import explain
+from torch_utils.weights_file import read_weights
 
 FEATURE_DIM = 2048
 _CLASSES = 1008
@@ -260,11 +260,7 @@ def load_state(model: InceptionV3, state: Mapping[str, torch.Tensor], where: str
 
 def load_inception(path: str | Path) -> InceptionV3:
     """The network of a ``.pth`` state dict, in evaluation mode. Nothing in the file is executed."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as exc:  # torch.load has no common base for what damaged and forbidden files raise
-        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
-        raise UserError(f"{path}: not a readable state dict ({explain(path, reason[:160])})") from None
+    state = read_weights(path)
     with torch.device("meta"):
         model = InceptionV3()
     model = model.to_empty(device="cpu")

@@ -284,7 +284,7 @@ class LDMDenoiser(LatentDenoiser):
 def build_ldm(config, state_dict, guidance_type=None, guidance_rate=None, device="cpu") -> LDMDenoiser:
     """For ``build_denoiser``. guidance_type: "uncond" or "none", which are the same."""
     check_guidance(("none", "uncond"), guidance_type, guidance_rate, "an unconditional latent diffusion model")
-    net = lay_out(LDMDenoiser, config, "an unconditional latent diffusion model")
+    net = lay_out(LDMDenoiser, config, "an unconditional latent diffusion model", len(state_dict))
     fill_weights(net, net.select_weights(state_dict), device)
     return net
 

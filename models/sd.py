@@ -261,7 +261,9 @@ def build_sd(config, state_dict, guidance_type=None, guidance_rate=None, device=
     check_guidance(("cfg", "none"), guidance_type or "cfg", guidance_rate, "Stable Diffusion")
     rate = GUIDANCE_RATE if guidance_rate is None else guidance_rate
     rate = 1.0 if guidance_type == "none" else rate
-    net = lay_out(partial(StableDiffusionDenoiser, guidance_rate=rate), config, "a Stable Diffusion model")
+    net = lay_out(
+        partial(StableDiffusionDenoiser, guidance_rate=rate), config, "a Stable Diffusion model", len(state_dict)
+    )
     fill_weights(net, net.select_weights(state_dict), device)
     return net
 

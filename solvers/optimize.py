@@ -30,6 +30,7 @@ from torch_utils import distributed
 from torch_utils.distributed import together
 from torch_utils.errors import UserError
 from torch_utils.progress import progress_bar
+from torch_utils.safe_pickle import safe_load
 from torch_utils.seeds import SeededGenerators, stream_seeds
 from torch_utils.tensor_file import write_state
 
@@ -187,10 +188,10 @@ class Problem:
         if path is None or not path.exists():
             return None
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = safe_load(path)
             identity, state = content["identity"], content["state"]
             evaluations, seconds = int(content["evaluations"]), float(content["seconds"])
-        except Exception:  # torch.load has no common base for what damaged files raise
+        except (UserError, LookupError, TypeError, ValueError):
             raise UserError(f"cannot read {path}, the state of an interrupted run: delete it to start again") from None
         if identity != self.identity:
             name = next(n for n in (*self.identity, *identity) if identity.get(n) != self.identity.get(n))

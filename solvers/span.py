@@ -40,6 +40,7 @@ from solvers.rules import Rule, State, make_rule, register
 from solvers.schedules import check_sigmas, get_schedule
 from solvers.span_heads import HEADS, LIFTED, SampleHead, SpatialHead, TimeHead, slope_features
 from torch_utils.errors import UserError
+from torch_utils.kinds import MOST_STEPS, check_kinds, check_steps
 from torch_utils.seeds import SeededGenerators
 
 GROUPS = ("labels", "inner", "time", "inner_time", "corrections", "scale", "contrast")
@@ -79,6 +80,20 @@ DEFAULTS = {
     "heads": [],  # "sample", "spatial", "time"
     "img_channels": None,  # for spatial
     "embedding_width": None,  # for time: entries of the network's noise embedding
+}
+
+# What the values may be: files bring them.
+KINDS = {
+    **dict.fromkeys(("dataset_name", "guidance_type", "preset"), str | None),
+    **dict.fromkeys(("first_step", "base", "schedule_type"), str),
+    **dict.fromkeys(("num_steps", "parallel", "max_order"), int),
+    **dict.fromkeys(("img_resolution", "window", "img_channels", "embedding_width"), int | None),
+    **dict.fromkeys(("guidance_rate", "time_bound"), float | None),
+    **dict.fromkeys(("sigma_min", "sigma_max", "schedule_rho", "scale_bound", "contrast_bound"), float),
+    **dict.fromkeys(("lower_order_final", "relative"), bool),
+    **dict.fromkeys(("learn", "heads"), list[str]),
+    "image_shape": list[int] | None,
+    "sigmas": list[float] | None,
 }
 
 PRESETS = {
@@ -229,6 +244,13 @@ class SpanStudent(nn.Module):
     def _check(self) -> torch.Tensor:
         """The initial labels [N + 1]; UserError for impossible settings."""
         c = self.config
+        if torch.is_tensor(c["sigmas"]):
+            c["sigmas"] = c["sigmas"].tolist()
+        check_kinds(c, KINDS)
+        check_steps(c, "num_steps", "sigmas", "window")
+        calls = (len(c["sigmas"]) if c["sigmas"] else c["num_steps"]) * c["parallel"]
+        if calls > MOST_STEPS:
+            raise UserError(f"num_steps and parallel: {calls} calls are too many, at most {MOST_STEPS} are possible")
         for name, known in (("base", BASES), ("first_step", FIRST_STEPS)):
             if c[name] not in known:
                 raise UserError(f"{name}={c[name]!r}: choose from {', '.join(known)}")

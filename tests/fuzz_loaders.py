@@ -59,8 +59,9 @@ def load_network(path):
 def load_learned(path):
     import torch
 
-    from sample import settings_from_predictor
+    from sample import settings_of
     from solvers.rules import SOLVERS
+    from solvers.span import SpanStudent
     from training.checkpoint import load_predictor
 
     class Net:
@@ -69,9 +70,12 @@ def load_learned(path):
     predictor = load_predictor(path)
     neutral = dict.fromkeys(("dataset_name", "guidance_type", "guidance_rate", "r"), None)
     options = {name: None for rule in SOLVERS.values() for name in rule.options}
-    settings = settings_from_predictor(predictor.config, {**options, **neutral, "denoise_to_zero": False}, set())
+    settings = settings_of(predictor, {**options, **neutral, "denoise_to_zero": False}, set())
     settings.evaluations(Net(), predictor)
-    predictor(torch.zeros(1, 8, 8), torch.tensor(80.0), torch.tensor(1.0))
+    if isinstance(predictor, SpanStudent):
+        predictor.table()
+    else:
+        predictor(torch.zeros(1, 8, 8), torch.tensor(80.0), torch.tensor(1.0))
 
 
 def load_content(path):
@@ -159,6 +163,7 @@ TARGETS = (
     Target("predictor.pkl", "pickle", load_learned),
     Target("predictor.pt", "zip", load_learned),
     Target("predictor.safetensors", "safetensors", load_learned),
+    Target("student.safetensors", "safetensors", load_learned),
     Target("content.pt", "zip", load_content),
     Target("legacy.pt", "pickle", load_content),
     Target("weights.ckpt", "zip", load_weights),
@@ -186,6 +191,7 @@ def make_files(folder: Path) -> None:
     from models.detectors import ConvClassifier, save_classifier
     from models.edm import load_edm_network, save_edm_safetensors
     from solvers.dpm_solver_v3 import Statistics, save_statistics
+    from solvers.span import SpanStudent
     from torch_utils.frechet import Reference
     from training.checkpoint import save_predictor
     from training.config import TrainingOptions
@@ -198,6 +204,9 @@ def make_files(folder: Path) -> None:
     save_edm_safetensors(load_edm_network(folder / "network.pkl"), folder / "network.safetensors")
     predictor = AMEDPredictor(dataset_name="digits", num_steps=4, afs=True, scale_dir=0.01, max_order=3, hidden_dim=16)
     save_predictor(predictor, folder / "predictor.safetensors", {"network_hash": "0" * 64})
+    structure = {"dataset_name": "digits", "image_shape": [1, 2, 2], "heads": ["sample", "spatial", "time"]}
+    student = SpanStudent(**structure, parallel=2, num_steps=4, img_channels=1, embedding_width=8)
+    save_predictor(student, folder / "student.safetensors", {"network_hash": "0" * 64})
     _pack_snapshot(folder / "predictor.pkl", folder / "predictor.pt")
     weights = {"a.weight": torch.randn(4, 4), "a.bias": torch.randn(4).half(), "step": torch.tensor(3)}
     content = {"state_dict": weights, "epoch": 3, "text": "x", "hparams": torch.nn.Sigmoid()}

@@ -200,7 +200,8 @@ def _zip(data: bytes, random) -> bytes:
             (f"../{MARKER}", f"/tmp/{MARKER}", "dataset.json", "C:\\x.png", name + "/", "a" * 70_000, "")
         )
     elif change == 4:
-        packing, content = zipfile.ZIP_DEFLATED, content + bytes(random.choice((0, 10**6, 10**7)))
+        packing = random.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA))
+        content = content + bytes(random.choice((0, 10**6, 10**7)))
     elif change == 5:
         link, content = True, b"/etc/passwd"
     elif change == 6:

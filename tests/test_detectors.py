@@ -197,7 +197,7 @@ def test_other_files_are_refused(tmp_path):
         "broken.safetensors": "not a usable classifier",
         "other.safetensors": "not a classifier",
         "text.pt": "not a TorchScript file",
-        "text.pth": "not a readable state dict",
+        "text.pth": "not a readable pickle",
         "missing.pt": "neither a known detector",
     }.items():
         with pytest.raises(UserError, match=message):

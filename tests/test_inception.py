@@ -171,10 +171,10 @@ def test_other_files_are_refused(state, tmp_path, monkeypatch):
     key = "Mixed_6a.branch3x3.bn.bias"
     few = {name: value for name, value in state.items() if value.numel() < 2000}
     cases = {
-        "text.pth": (b"hello", "not a readable state dict"),
-        "list.pth": ([1, 2], "not a state dict"),
+        "text.pth": (b"hello", "not a readable pickle"),
+        "list.pth": ([1, 2], "holds no weights"),
         "few.pth": (few, "lacks Conv2d_2a_3x3.conv.weight"),
-        "object.pth": (Dangerous(), "not a readable state dict"),
+        "object.pth": (Dangerous(), "it calls something that is not a builder"),
     }
     for name, (content, message) in cases.items():
         if isinstance(content, bytes):

@@ -43,7 +43,6 @@ _IMAGE_KEYS = ("images", "x", "data", "arr_0")  # arr_0, arr_1: numpy's own name
 _LABEL_KEYS = ("labels", "y", "arr_1")
 _NAMES_SHOWN = 10
 _IMAGES_PER_FOLDER = 1000
-_MOST_BYTES = 1 << 36  # of an npz file, which is read as a whole; more images come in a folder or a zip
 
 
 def parse_resolution(text: str | None) -> tuple[int, int] | None:
@@ -65,7 +64,7 @@ class ArraySource:
         image_key, label_key = _first_key(names, _IMAGE_KEYS), _first_key(names, _LABEL_KEYS)
         if image_key is None:
             raise UserError(f"{path}: no array named {' or '.join(_IMAGE_KEYS)}; it holds {names[:20]}")
-        data = read_npz(path, (image_key, label_key), _MOST_BYTES)
+        data = read_npz(path, (image_key, label_key))
         images, labels = data[image_key], data.get(label_key)
         if images.dtype != np.uint8 or not (images.ndim == 3 or images.ndim == 4 and images.shape[3] in (1, 3)):
             raise UserError(

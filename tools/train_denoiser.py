@@ -42,6 +42,7 @@ from torch_utils.image_data import ImageSource, count_classes, load_array
 from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom
 from torch_utils.progress import progress_bar
+from torch_utils.safe_pickle import safe_load
 from torch_utils.seeds import stream_seeds
 from torch_utils.session import session
 from torch_utils.signals import Interrupted, any_signal, deferred_signals
@@ -485,11 +486,12 @@ def check_folder(outdir, resume):
 def read_state(path):
     """The training state of a run, on the CPU. Raises UserError where the file is damaged."""
     try:
-        state = torch.load(path, weights_only=True, map_location="cpu")
+        state = safe_load(path)
         if not isinstance(state, dict) or not {"net", "ema", "optimizer", "it", "elapsed"} <= state.keys():
             raise ValueError("it is not a training state")
     except Exception as error:  # whatever a damaged file provokes in torch
-        raise UserError(f"--resume: cannot read {path} ({str(error).strip()[:120]})") from None
+        reason = str(error).strip().removeprefix(f"{path} ")[:160]
+        raise UserError(f"--resume: cannot read {path} ({reason})") from None
     return state
 
 

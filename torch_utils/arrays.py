@@ -1,5 +1,6 @@
 """Numpy archives of other people, read as plain numbers and never larger than they may be."""
 
+import io
 import math
 import sys
 import zipfile
@@ -10,28 +11,26 @@ import numpy as np
 
 from torch_utils.errors import UserError
 from torch_utils.file_kind import explain
+from torch_utils.zip_file import open_zip, read_member
 
-MOST_BYTES = 1 << 32  # unpacked; FID statistics and caches take far less
+LEAST_ROOM, MOST_GROWTH = 1 << 26, 20  # bytes that any file may unpack to, and so many times its own size
 
 
-def read_npz(
-    path: str | Path, names: Iterable[str] | None = None, most_bytes: int = MOST_BYTES
-) -> dict[str, np.ndarray]:
+def read_npz(path: str | Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
     """The arrays of an npz file, or those of ``names`` that are in it. No pickles: objects are refused.
 
-    Nothing is allocated that the archive does not declare to hold, and no more than ``most_bytes`` together: a few bytes of
-    a damaged or hostile file can announce terabytes. Raises UserError, naming the file, where it is not such a file.
+    Nothing is unpacked beyond 64 MiB plus twenty times the size of the file: a few bytes can announce terabytes, and
+    260 KB hold 256 MiB of zeros. Raises UserError, naming the file, where it is not such a file.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        room = LEAST_ROOM + MOST_GROWTH * Path(path).stat().st_size
+        with open_zip(path) as archive:
             members = {name.removesuffix(".npy"): info for name, info in archive.NameToInfo.items() if _is_array(name)}
             chosen = members if names is None else {name: members[name] for name in names if name in members}
             size = sum(info.file_size for info in chosen.values())
-            if size > most_bytes:
-                raise UserError(f"{path}: unpacks to {size} bytes, more than the {most_bytes} that are accepted here")
-            return {name: _read(archive, info) for name, info in chosen.items()}
-    except UserError:
-        raise
+            if size > room:
+                raise ValueError(f"it unpacks to {size} bytes, far more than it holds; save it with numpy.savez")
+            return {name: _read(read_member(archive, info, room), info.filename) for name, info in chosen.items()}
     except OSError as exc:
         raise UserError(f"{path}: not a readable npz file ({exc.strerror or exc})") from None
     except Exception as exc:  # whatever a damaged archive provokes in zipfile, zlib and numpy
@@ -42,9 +41,9 @@ def read_npz(
 def npz_names(path: str | Path) -> list[str]:
     """The names of the arrays in an npz file. Raises UserError where it is not a zip archive."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_zip(path) as archive:
             return [name.removesuffix(".npy") for name in archive.NameToInfo if _is_array(name)]
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as exc:
+    except (OSError, ValueError, zipfile.BadZipFile) as exc:
         reason = explain(path, exc, reads=("zip",))
         raise UserError(f"{path}: not a readable npz file ({reason})") from None
 
@@ -53,23 +52,24 @@ def _is_array(name: str) -> bool:
     return name.endswith(".npy")
 
 
-def _read(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray:
-    with archive.open(info) as file:
-        version = np.lib.format.read_magic(file)
-        readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        if version not in readers:
-            raise ValueError(f"{info.filename} has the unknown version {version}")
-        shape, fortran, dtype = readers[version](file)
-        if dtype.hasobject:
-            raise ValueError(f"{info.filename} holds pickled objects, which are never loaded")
-        if dtype.kind not in "biufcSU" or dtype.names or dtype.subdtype:
-            raise ValueError(f"{info.filename} holds values of the kind {dtype}")
-        count = math.prod(shape)
-        if min(shape, default=0) < 0 or count * dtype.itemsize != info.file_size - file.tell():
-            raise ValueError(f"{info.filename} announces {list(shape)} of {dtype}, which is not what it holds")
-        values = np.frombuffer(bytearray(file.read()), dtype=dtype, count=count)
+def _read(content: bytearray, name: str) -> np.ndarray:
+    """The array in a .npy file."""
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f"{name} has the unknown version {version}")
+    shape, fortran, dtype = readers[version](file)
+    if dtype.hasobject:
+        raise ValueError(f"{name} holds pickled objects, which are never loaded")
+    if dtype.kind not in "biufcSU" or dtype.names or dtype.subdtype:
+        raise ValueError(f"{name} holds values of the kind {dtype}")
+    count = math.prod(shape)
+    if min(shape, default=0) < 0 or count * dtype.itemsize != len(content) - file.tell():
+        raise ValueError(f"{name} announces {list(shape)} of {dtype}, which is not what it holds")
+    values = np.frombuffer(content, dtype=dtype, count=count, offset=file.tell())
     if dtype.kind == "U" and dtype.itemsize:  # numpy itself trusts that these are characters
         codes = values.view(np.dtype(np.uint32).newbyteorder(dtype.byteorder))
         if codes.size and codes.max() > sys.maxunicode:
-            raise ValueError(f"{info.filename} holds text that is none")
+            raise ValueError(f"{name} holds text that is none")
     return values.reshape(shape[::-1]).T if fortran else values.reshape(shape)

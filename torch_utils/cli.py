@@ -10,12 +10,12 @@ import math
 import os
 import signal
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import click
 
 from torch_utils.download import no_network
-from torch_utils.errors import UserError
+from torch_utils.errors import UserError, printable
 from torch_utils.signals import Interrupted
 
 # Raised by click 8.2 and newer to print the help of a command without arguments; 8.1 raises nothing.
@@ -32,6 +32,33 @@ def _in_one_line(ctx: click.Context):
     except click.UsageError as error:
         message = error.format_message().rstrip(".")
         raise UserError(f"{message}; '{ctx.command_path} --help' explains the options") from None
+
+
+class _Printable:
+    """A stream of text that steers no terminal, whatever names of foreign files are printed (see ``printable``).
+
+    Line ends and tabs pass, and so do the two movements of progress bars: back to the start of the line, and a line up.
+    """
+
+    _UP = "\x1b[A"
+
+    def __init__(self, stream):
+        self._stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        if text.replace(self._UP, "").strip("\r\n"):
+            body = text.lstrip("\r")
+            text = text[: len(text) - len(body)] + printable(body, keep="\n\t")
+        return self._stream.write(text)
+
+
+@contextmanager
+def _printable_output():
+    with redirect_stdout(_Printable(sys.stdout)), redirect_stderr(_Printable(sys.stderr)):
+        yield
 
 
 SEED = click.IntRange(0, (1 << 63) - 1)  # what the generators of torch and numpy both take
@@ -91,7 +118,7 @@ class Command(_Program, click.Command):
             raise
 
     def invoke(self, ctx):
-        with _named_files():
+        with _named_files(), _printable_output():
             return super().invoke(ctx)
 
     def _refuse_empty(self, args: list[str]) -> None:

@@ -26,6 +26,7 @@ from torch_utils.errors import UserError
 from torch_utils.image_data import atomic_path
 from torch_utils.locks import locked
 from torch_utils.progress import progress_bar
+from torch_utils.zip_file import BadMember, check_member
 
 _TIMEOUT_S = (15, 60)  # to connect, and between two pieces of data
 _ATTEMPTS = 3  # per mirror, in a row without any progress
@@ -215,6 +216,7 @@ def extract_member(archive: Path, member: str, dest: Path) -> None:
                 there = ", ".join(info.filename[:60] for info in source.infolist()[:5]) or "nothing"
                 raise UserError(f"{archive} holds no single file '{member}', but {there}: {again}")
             size = found[0].file_size
+            check_member(source, found[0])
             dest.parent.mkdir(parents=True, exist_ok=True)
             _check_free(dest, size)
             with atomic_path(dest) as temporary:
@@ -224,7 +226,7 @@ def extract_member(archive: Path, member: str, dest: Path) -> None:
                     raise UserError(
                         f"{archive} is damaged: '{member}' has not the {size} bytes it should have; {again}"
                     )
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as exc:
+    except (BadMember, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as exc:
         # RuntimeError: encrypted
         raise UserError(f"{archive} is damaged or not a zip archive ({str(exc)[:200]}): {again}") from None
     except OSError as exc:

@@ -2,8 +2,33 @@
 
 import json
 import os
+import reprlib
 
 import click
+
+_MOST_DIGITS = 300  # of a whole number in JSON; float64 ends at 10^308, and Python does not print over 4,300
+_MOST_VALUES = 8_000_000  # of a JSON text; the labels of a million images are half of that
+_DEEPEST = 200  # lists and objects in each other
+
+
+def printable(text: str, keep: str = "") -> str:
+    """``text`` in which nothing steers a terminal: control characters, bidirectional marks, and the like as escapes.
+
+    Names in a file of a stranger may hold sequences that erase the screen or turn the text around. keep: characters that
+    stay as they are.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 60
+
+
+def brief(value) -> str:
+    """What a value of a file looks like, in at most 60 characters and without a look at all of its parts."""
+    return (value[:60] if isinstance(value, str) else _BRIEF.repr(value))[:60]
 
 
 class UserError(click.ClickException, ValueError):
@@ -16,7 +41,7 @@ class UserError(click.ClickException, ValueError):
     exit_code = 2
 
     def __init__(self, message: str):
-        super().__init__(" ".join(str(message).split()))
+        super().__init__(printable(" ".join(str(message).split())))
 
     def __str__(self) -> str:
         return self.message
@@ -27,12 +52,29 @@ class UserError(click.ClickException, ValueError):
         click.echo(f"Error{where}: {self.message}", file=file, err=file is None)
 
 
+def _whole(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"it holds a number of {len(digits)} digits")
+    return int(digits)
+
+
 def parse_json(text: str | bytes):
-    """``json.loads`` for files of others: too deep a nesting is a ValueError like all else that is wrong."""
+    """``json.loads`` for files of others, in bounded time and memory. ValueError for whatever is wrong: no JSON, numbers
+    that no float64 can hold, millions of values, lists in lists without end."""
+    kinds = (b"[", b"{", b",") if isinstance(text, bytes) else ("[", "{", ",")
+    if sum(text.count(kind) for kind in kinds) > _MOST_VALUES:
+        raise ValueError(f"it has more than {_MOST_VALUES} values")
     try:
-        return json.loads(text)
-    except RecursionError:
+        content = json.loads(text, parse_int=_whole)
+    except (RecursionError, MemoryError):
         raise ValueError("it is nested too deeply") from None
+    level = [content]
+    for _ in range(_DEEPEST):
+        containers = [part for part in level if isinstance(part, dict | list)]
+        level = [child for part in containers for child in (part.values() if isinstance(part, dict) else part)]
+        if not level:
+            return content
+    raise ValueError("it is nested too deeply")
 
 
 class MissingExtra(UserError):

@@ -23,6 +23,7 @@ from torch_utils.errors import UserError
 from torch_utils.image_data import ImageSource, atomic_path
 
 _ROUNDING = 10 * np.finfo(np.float64).eps  # eigenvalues below this share of the largest are noise of the zero ones
+_LONGEST_TEXT = 4096  # bytes of the name of a detector in a file
 _BATCHES_AHEAD = 3
 _MAX_WORKERS = 8
 
@@ -96,10 +97,13 @@ class Reference:
     @classmethod
     def load(cls, path: str | Path) -> "Reference":
         """Reads our files and EDM's. Raises UserError, naming the file."""
-        data = read_npz(path)
+        data = read_npz(path, ("mu", "sigma", "detector", "detector_sha256", "num"))
         if not {"mu", "sigma"} <= data.keys():
             raise UserError(f"{path}: not FID statistics (an npz with mu and sigma); make them with fid.py ref")
         try:
+            wide = [key for key in ("detector", "detector_sha256") if key in data and data[key].nbytes > _LONGEST_TEXT]
+            if wide:
+                raise ValueError(f"its '{wide[0]}' is no name but {data[wide[0]].nbytes} bytes")
             known = {
                 key: kind(data[key].item())
                 for key, kind in (("detector", str), ("detector_sha256", str), ("num", int))

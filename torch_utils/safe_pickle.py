@@ -1,21 +1,28 @@
 """Reading pickled networks without running anything that is in the file.
 
 Official EDM networks and the snapshots of the original AMED code are pickles that carry Python source and execute it
-when they are loaded with ``pickle``. Here a file is data only: a small unpickler knows a handful of exact global names,
-maps each to a function of this module, and refuses every other name. Objects come back as inert ``PersistentObject``
-records, from which the caller rebuilds its own classes. Three containers are understood: a plain pickle, and both
-formats of ``torch.save``.
+when they are loaded with ``pickle``. Here a file is data only. ``pickletools`` of the standard library splits the
+stream into instructions; a small loop builds dicts, lists, numbers and tensors from them. It knows a list of exact
+global names, maps each to a function of this module, and refuses every other name. Objects come back as inert
+``PersistentObject`` records, from which the caller rebuilds its own classes. Three containers are understood: a plain
+pickle, and both formats of ``torch.save``.
 
 PyTorch-Lightning checkpoints hold objects of arbitrary classes beside the weights. For them there is a second mode in
 which an unknown name is not refused but becomes a record of the name, and whatever is made from it an empty or inert
 record: nothing is imported or called in this mode either.
+
+One ``_Budget`` per file bounds what reading may cost: every instruction, every item that is copied, and every byte
+that is unpacked is paid before it is made. (``torch.load(weights_only=True)`` has no such bound, and refuses the
+Lightning checkpoints; the unpickler of the standard library hashes whatever the file names as a key.)
 """
 
 import contextlib
 import io
 import math
 import pickle
+import pickletools
 import zipfile
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,17 +32,42 @@ import torch
 
 from torch_utils.errors import UserError
 from torch_utils.file_kind import explain, file_kind
+from torch_utils.zip_file import open_zip, read_member
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first value of a file in the older torch.save format
 _LEGACY_PROTOCOL = 1001
 _MAX_DEPTH = 32  # of nested modules
 _MAX_TENSORS = 100_000
-_MOST_PARTS = 5_000_000  # of a plain container, with all that is in it
+_MAX_NAME = 1000  # characters of the dotted name of a tensor
 _DEEPEST = 200  # plain containers in each other
+_MOST_OBJECTS = 1_000_000  # instructions of a file; a network of 1,000 tensors takes about 40,000
+_PRICE_OF_CONTAINER = 3  # in objects, for a new container
+_PRICE_OF_KEY = 1000  # in objects, for keys whose hashes a file can choose so that they all collide
+_MOST_BITS = 512  # of a whole number; Python refuses to print those of more than 4,300 digits
 
 
 class UnsafePickleError(UserError, pickle.UnpicklingError):
     """The file asks for something that plain data does not need, or is damaged. Nothing of it has been executed."""
+
+
+def _require(condition, message: str) -> None:
+    if not condition:
+        raise UnsafePickleError(message)
+
+
+class _Budget:
+    """What reading one file may still cost, in objects and in bytes that are unpacked or copied."""
+
+    def __init__(self, size: int):
+        self.objects = _MOST_OBJECTS
+        self.bytes = 3 * size + (1 << 20)  # storages are copied once, and a tensor may share its storage with another
+
+    def pay(self, objects: int = 0, size: int = 0, for_keys: bool = False) -> None:
+        self.objects -= objects
+        self.bytes -= size
+        what = "keys that are no texts or small numbers" if for_keys else f"parts (more than {_MOST_OBJECTS})"
+        _require(self.objects >= 0, f"it has too many {what}")
+        _require(self.bytes >= 0, "its tensors and texts unpack to far more than the file holds")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -72,33 +104,43 @@ class PersistentObject:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Parameters and persistent buffers under their dotted names, as ``torch.nn.Module.state_dict`` gives them."""
         tensors: dict[str, torch.Tensor] = {}
-        self._collect(tensors, [], "", _MAX_DEPTH)
+        try:
+            self._collect(tensors, _Budget(0), "", _MAX_DEPTH)
+        except UnsafePickleError as error:
+            raise UserError(f"the stored {self.class_name} is damaged: {error}") from None
+        check_sharing(tensors, f"the stored {self.class_name}")
         return tensors
 
-    def _part(self, name: str) -> dict:
+    def _part(self, name: str, budget: _Budget) -> list[tuple]:
         part = self.state.get(name)
         if not isinstance(part, dict):
             raise UserError(f"the stored {self.class_name} is not a network: it has no {name}")
-        return part
+        budget.pay(10 * (1 + len(part)))  # objects can share a dictionary, so that few bytes hold many entries
+        return [(key, value) for key, value in part.items() if value is not None]
 
-    def _collect(self, tensors: dict, modules: list, prefix: str, depth: int) -> None:
-        modules.append(prefix)
-        if len(modules) > _MAX_TENSORS:  # modules that share modules need few bytes for many names
-            raise UserError(f"the stored {self.class_name} is damaged: it has too many modules")
-        skipped = self.state.get("_non_persistent_buffers_set") or ()
-        buffers = {name: value for name, value in self._part("_buffers").items() if name not in skipped}
-        for name, value in [*self._part("_parameters").items(), *buffers.items()]:
-            if value is None:
-                continue
-            if not isinstance(value, torch.Tensor) or len(tensors) >= _MAX_TENSORS:
-                raise UserError(f"the stored {self.class_name} is damaged at '{prefix}{name}'")
-            tensors[f"{prefix}{name}"] = value
-        for name, value in self._part("_modules").items():
-            if value is None:
-                continue
-            if not isinstance(value, PersistentObject) or depth == 0:
-                raise UserError(f"the stored {self.class_name} is damaged at '{prefix}{name}'")
-            value._collect(tensors, modules, f"{prefix}{name}.", depth - 1)
+    def _collect(self, tensors: dict, budget: _Budget, prefix: str, depth: int) -> None:
+        def check(name, good) -> str:
+            path = f"{prefix}{name}" if isinstance(name, str) and len(name) <= _MAX_NAME else f"{prefix}..."
+            if not good or len(path) > _MAX_NAME or path.endswith("..."):
+                raise UserError(f"the stored {self.class_name} is damaged at '{path[:200]}'")
+            return path
+
+        skipped = self.state.get("_non_persistent_buffers_set")
+        skipped = skipped if isinstance(skipped, set) else ()
+        buffers = [(name, value) for name, value in self._part("_buffers", budget) if name not in skipped]
+        for name, value in [*self._part("_parameters", budget), *buffers]:
+            tensors[check(name, isinstance(value, torch.Tensor) and len(tensors) < _MAX_TENSORS)] = value
+        for name, value in self._part("_modules", budget):
+            path = check(name, isinstance(value, PersistentObject) and depth > 0)
+            value._collect(tensors, budget, f"{path}.", depth - 1)
+
+
+def check_sharing(tensors: dict[str, torch.Tensor], whose: str) -> None:
+    """UserError where named tensors have far more elements than memory behind them: copies of them would fill up all."""
+    named = sum(value.numel() * value.element_size() for value in tensors.values())
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors.values()}
+    if named > 4 * sum(storages.values()) + (1 << 20):
+        raise UserError(f"{whose} is damaged: its tensors are {named} bytes in the memory of {sum(storages.values())}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +152,7 @@ class ForeignName:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What the globals of a file are mapped to. None of these is a function or class that the file could reconfigure: the
-# unpickler below calls a _Builder and instantiates a _PlainModule itself, and knows no other use of a global.
+# loop below calls a _Builder and instantiates a _PlainModule itself, and knows no other use of a global.
 
 
 @dataclass(frozen=True)
@@ -139,62 +181,59 @@ class _NumpyType:
     order: str = "<"
 
 
-def _require(condition, message: str) -> None:
-    if not condition:
-        raise UnsafePickleError(message)
-
-
 def _is_count(value) -> bool:
     return type(value) is int and 0 <= value < 1 << 60
 
 
-def _check_keys(keys) -> None:
-    # Hashing a deeply nested tuple can exhaust the C stack, and real files need only simple keys.
-    for key in keys:
-        _require(key is None or type(key) in (str, int, float, bool), f"a {type(key).__name__} serves as a key")
+def _is_text(value, *known: str) -> bool:
+    return type(value) is str and (not known or value in known)
 
 
-def _build_persistent(meta=None) -> PersistentObject:
+def _build_persistent(machine, meta=None) -> PersistentObject:
     """The record of one object; its ``module_src`` (Python source) is dropped unread."""
-    _require(isinstance(meta, dict) and meta.get("type") == "class", "a persistent object is not a class instance")
-    _require(meta.get("version") == 6, "a persistent object is not of version 6, the only one known")
-    name, state = meta.get("class_name"), meta.get("state")
-    _require(isinstance(name, str) and isinstance(state, dict), "a persistent object has no class name or no state")
+    _require(isinstance(meta, dict) and _is_text(meta.get("type"), "class"), "an object is not a class instance")
+    version, name, state = meta.get("version"), meta.get("class_name"), meta.get("state")
+    _require(type(version) is int and version == 6, "a persistent object is not of version 6, the only one known")
+    good = _is_text(name) and len(name) <= 200 and isinstance(state, dict)
+    _require(good, "a persistent object has no class name or no state")
     return PersistentObject(name, state)
 
 
-def _build_ordered_dict(pairs=()) -> OrderedDict:
+def _build_ordered_dict(machine, pairs=()) -> OrderedDict:
     _require(isinstance(pairs, (list, tuple)), "an OrderedDict is built from something else than pairs")
+    machine.budget.pay(3 * len(pairs))
     _require(all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs), "an OrderedDict is not built from pairs")
-    _check_keys(key for key, _ in pairs)
+    machine.check_keys([key for key, _ in pairs])
     return OrderedDict((key, value) for key, value in pairs)
 
 
-def _build_set(items=()) -> set:
+def _build_set(machine, items=()) -> set:
     _require(isinstance(items, (list, tuple)), "a set is built from something else than a list")
-    _check_keys(items)
+    machine.budget.pay(3 * len(items))
+    machine.check_keys(items)
     return set(items)
 
 
-def _build_bytes(text, encoding) -> bytes:
+def _build_bytes(machine, text, encoding) -> bytes:
     """Bytes as pickle protocol 2 spells them."""
-    _require(isinstance(text, str) and encoding == "latin1", "bytes are encoded in an unknown way")
+    _require(_is_text(text) and _is_text(encoding, "latin1"), "bytes are encoded in an unknown way")
+    machine.budget.pay(size=len(text))
     return text.encode("latin1")
 
 
-def _build_numpy_type(code, *flags) -> _NumpyType:
-    _require(code in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1"), "a numpy type is not a plain number")
+def _build_numpy_type(machine, code, *flags) -> _NumpyType:
+    _require(_is_text(code, "f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1"), "a numpy type is not a plain number")
     return _NumpyType(code)
 
 
-def _build_numpy_scalar(kind, data) -> float | int | bool:
+def _build_numpy_scalar(machine, kind, data) -> float | int | bool:
     _require(isinstance(kind, _NumpyType) and isinstance(data, bytes), "a numpy scalar is malformed")
     dtype = np.dtype(kind.order + kind.code)
     _require(len(data) == dtype.itemsize, "a numpy scalar has the wrong size")
     return np.frombuffer(data, dtype)[0].item()
 
 
-def _build_tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> torch.Tensor:
+def _build_tensor(machine, storage, offset, size, stride, *flags) -> torch.Tensor:
     """A view of the storage, after checking that it lies inside and has no more elements."""
     _require(isinstance(storage, _Storage), "a tensor has no storage")
     _require(isinstance(size, tuple) and isinstance(stride, tuple), "a tensor has no shape")
@@ -203,18 +242,20 @@ def _build_tensor(storage, offset, size, stride, requires_grad=False, hooks=None
     numel = storage.flat.numel()
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if all(size) else offset - 1
     _require(last < numel and math.prod(size) <= numel, "a tensor reaches beyond its storage")
+    machine.budget.pay(50, math.prod(size) * storage.flat.element_size())
     return storage.flat.as_strided(size, stride, storage.flat.storage_offset() + offset)
 
 
-def _build_parameter(data, requires_grad=False, hooks=None) -> torch.Tensor:
+def _build_parameter(machine, data, *flags) -> torch.Tensor:
     _require(isinstance(data, torch.Tensor), "a parameter is not a tensor")
     return data
 
 
-def _build_storage(data) -> _Storage:
+def _build_storage(machine, data) -> _Storage:
     """A nested storage: a file of the older torch.save of its own, in which nothing but storages may be named."""
     _require(isinstance(data, bytes), "a nested storage is not bytes")
-    storage = _load_legacy(_Source(io.BytesIO(data)), _STORAGE_GLOBALS)
+    machine.budget.pay(size=len(data))  # a file can name one again and again
+    storage = _load_legacy(_Source(io.BytesIO(data)), _STORAGE_GLOBALS, machine.budget)
     _require(isinstance(storage, _Storage), "a nested storage holds something else")
     return storage
 
@@ -269,186 +310,257 @@ _OBJECT_GLOBALS = {
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The unpickler
+# The instructions
 
-_PLAIN_OPCODES = (
-    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.DUP),
-    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE),
-    *(pickle.INT, pickle.LONG, pickle.FLOAT, pickle.STRING, pickle.UNICODE),
-    *(pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.LONG4, pickle.BINFLOAT),
-    *(pickle.BINSTRING, pickle.SHORT_BINSTRING, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8),
-    *(pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.BINBYTES8),
-    *(pickle.EMPTY_LIST, pickle.EMPTY_TUPLE, pickle.EMPTY_DICT, pickle.EMPTY_SET, pickle.LIST),
-    *(pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
-    *(pickle.GET, pickle.BINGET, pickle.LONG_BINGET, pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE),
-    *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.BINPERSID),
-)
+_LITERALS = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+_NEW = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
+_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_GETS, _PUTS = {"GET", "BINGET", "LONG_BINGET"}, {"PUT", "BINPUT", "LONG_BINPUT"}
 
 
-class _SafeUnpickler(pickle._Unpickler):
-    """The unpickler of the standard library, cut down.
+def _require_sense(condition) -> None:
+    if not condition:
+        raise ValueError("its instructions do not fit together")
 
-    The pure Python version is the base because every opcode that calls, instantiates or modifies an object is replaced:
-    otherwise an allowed object could be reconfigured through BUILD, SETITEM or ADDITEMS.
+
+class _Machine:
+    """Builds what one pickle describes from its instructions.
+
+    allowed: what the names of the file stand for. storage_of: gives the storage that a reference names. foreign: whether
+    an unknown name is a ForeignName instead of an error, and what the file makes from one a PersistentObject. Calls,
+    arguments and items of foreign objects are dropped; a first dictionary of attributes is kept, as data.
     """
 
-    def __init__(self, source, allowed: dict, persistent_load=None):
-        super().__init__(source, encoding="latin1")
-        self._allowed = allowed
-        self._persistent_load = persistent_load
+    def __init__(self, allowed: dict, budget: _Budget, storage_of=None, foreign: bool = False):
+        self.allowed, self.budget, self.storage_of, self.foreign = allowed, budget, storage_of, foreign
+        self.stack: list = []
+        self.marks: list[int] = []
+        self.memo: dict[int, object] = {}
 
-    def load(self):
-        try:
-            return super().load()
-        except KeyError as error:
-            raise UnsafePickleError(f"it uses the pickle instruction {error}, which plain data does not need") from None
+    def load(self, source):
+        budget = self.budget
+        for opcode, argument, _ in pickletools.genops(source):
+            name = opcode.name
+            budget.objects -= 1
+            if budget.objects < 0:
+                budget.pay()
+            if name in _LITERALS:
+                if type(argument) is int:
+                    _require(argument.bit_length() <= _MOST_BITS, "it holds a number of too many digits")
+                self.stack.append(argument)
+            elif name in _CONSTANTS:
+                self.stack.append(_CONSTANTS[name])
+            elif name in _NEW:
+                self.budget.pay(_PRICE_OF_CONTAINER)
+                self.stack.append(_NEW[name]())
+            elif name in _GETS:
+                _require_sense(argument in self.memo)
+                self.stack.append(self.memo[argument])
+            elif name in _PUTS:
+                _require_sense(0 <= argument < 1 << 32)
+                self.memo[argument] = self.top()
+            elif name in _TUPLES:
+                parts = [self.pop() for _ in range(_TUPLES[name])]
+                self.stack.append(tuple(reversed(parts)))
+            else:
+                act = getattr(self, f"_op_{name.lower()}", None)
+                if act is None:
+                    number = f"{ord(opcode.code)} ({name})"
+                    raise UnsafePickleError(f"it uses the pickle instruction {number}, which plain data does not need")
+                act(argument)
+        return self.pop()
 
-    def find_class(self, module, name):
-        try:
-            return self._allowed[module, name]
-        except KeyError:
-            wanted = f"{module}.{name}"[:200]
-            raise UnsafePickleError(f"it asks for the global '{wanted}', which is not on the safe list") from None
+    def top(self):
+        _require_sense(len(self.stack) > (self.marks[-1] if self.marks else 0))
+        return self.stack[-1]
 
-    def persistent_load(self, pid):
-        _require(self._persistent_load is not None, "it refers to data outside the stream")
-        return self._persistent_load(pid)
+    def pop(self):
+        self.top()
+        return self.stack.pop()
 
-    def _op_inst(self):
-        module, name = (self.readline()[:-1].decode("utf-8", "replace") for _ in range(2))
-        self.find_class(module, name)
-        raise UnsafePickleError(f"it instantiates '{module}.{name}' in an unknown way")
+    def pop_mark(self) -> list:
+        _require_sense(self.marks)
+        start = self.marks.pop()
+        items = self.stack[start:]
+        del self.stack[start:]
+        return items
 
-    def _op_reduce(self):
-        args, builder = self.stack.pop(), self.stack.pop()
-        _require(isinstance(builder, _Builder) and isinstance(args, tuple), "it calls something that is not a builder")
-        self.append(builder.function(*args))
+    # What is in a stream beside values
 
-    def _op_newobj(self):
-        args, kind = self.stack.pop(), self.stack.pop()
-        _require(isinstance(kind, _PlainModule) and args == (), "it instantiates something that is not a known module")
-        self.append(PersistentObject(kind.name))
+    def _op_proto(self, version):
+        _require(version <= 5, f"unsupported pickle protocol: {version}")
 
-    def _op_build(self):
-        state, target = self.stack.pop(), self.stack[-1]
-        if isinstance(target, PersistentObject) and not target.state and isinstance(state, dict):
-            target.state.update(state)
-        elif isinstance(target, _NumpyType):
-            good = isinstance(state, tuple) and len(state) > 1 and state[1] in ("<", ">", "|")
-            _require(good, "a numpy type has an unknown byte order")
-            target.order = state[1]
-        elif not isinstance(target, OrderedDict):  # the attributes of an OrderedDict (version notes) carry no data
-            raise UnsafePickleError(f"it sets the state of a {type(target).__name__}")
+    def _op_frame(self, length):
+        pass
 
-    def _check_keys(self, keys):
-        _check_keys(keys)
+    _op_stop = _op_frame
 
-    def _set_items(self, items):
-        _require(isinstance(self.stack[-1], dict), "it sets items of something that is not a dictionary")
-        self._check_keys(items[::2])
+    def _op_mark(self, _):
+        self.marks.append(len(self.stack))
+
+    def _op_pop(self, _):
+        if self.marks and self.marks[-1] == len(self.stack):
+            self.marks.pop()
+        else:
+            self.pop()
+
+    def _op_pop_mark(self, _):
+        self.pop_mark()
+
+    def _op_dup(self, _):
+        self.stack.append(self.top())
+
+    def _op_memoize(self, _):
+        self.memo[len(self.memo)] = self.top()
+
+    # Containers
+
+    def check_keys(self, keys) -> None:
+        """Keys are simple, since hashing a deep tuple can exhaust the C stack, and few of them have chosen hashes."""
+        for key in keys:
+            parts = (key,)
+            if self.foreign and type(key) is tuple:
+                self.budget.pay(_PRICE_OF_KEY + len(key), for_keys=True)
+                parts = key
+            for part in parts:
+                if type(part) is str or part is None or type(part) is bool or type(part) is int and abs(part) < 1 << 32:
+                    continue
+                if self.foreign and isinstance(part, (ForeignName, PersistentObject)):
+                    continue
+                _require(type(part) in (int, float), f"a {type(part).__name__} serves as a key")
+                self.budget.pay(_PRICE_OF_KEY, for_keys=True)
+
+    def _dropped(self) -> bool:
+        """Whether items are for a foreign object, which takes none."""
+        return self.foreign and isinstance(self.top(), PersistentObject)
+
+    def _set_items(self, items: list) -> None:
+        if self._dropped():
+            return
+        _require(isinstance(self.top(), dict), "it sets items of something that is not a dictionary")
+        _require_sense(len(items) % 2 == 0)
+        self.check_keys(items[::2])
         self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
 
-    def _op_setitem(self):
-        value, key = self.stack.pop(), self.stack.pop()
-        self._set_items([key, value])
-
-    def _op_setitems(self):
-        self._set_items(self.pop_mark())
-
-    def _op_dict(self):
-        items = self.pop_mark()
-        self.append({})
-        self._set_items(items)
-
-    def _op_append(self):
-        value = self.stack.pop()
-        self._extend(list, [value])
-
-    def _op_appends(self):
-        self._extend(list, self.pop_mark())
-
-    def _op_additems(self):
-        items = self.pop_mark()
-        self._check_keys(items)
-        self._extend(set, items)
-
-    def _extend(self, kind, items):
-        _require(type(self.stack[-1]) is kind, f"it extends something that is not a {kind.__name__}")
+    def _extend(self, kind: type, items: list) -> None:
+        if self._dropped():
+            return
+        _require(type(self.top()) is kind, f"it extends something that is not a {kind.__name__}")
         self.stack[-1].extend(items) if kind is list else self.stack[-1].update(items)
 
-    def _op_frozenset(self):
+    def _op_setitem(self, _):
+        value, key = self.pop(), self.pop()
+        self._set_items([key, value])
+
+    def _op_setitems(self, _):
+        self._set_items(self.pop_mark())
+
+    def _op_dict(self, _):
         items = self.pop_mark()
-        self._check_keys(items)
-        self.append(frozenset(items))
+        self.budget.pay(_PRICE_OF_CONTAINER)
+        self.stack.append({})
+        self._set_items(items)
 
-    dispatch = {code[0]: pickle._Unpickler.dispatch[code[0]] for code in _PLAIN_OPCODES} | {
-        pickle.INST[0]: _op_inst,
-        pickle.REDUCE[0]: _op_reduce,
-        pickle.NEWOBJ[0]: _op_newobj,
-        pickle.BUILD[0]: _op_build,
-        pickle.SETITEM[0]: _op_setitem,
-        pickle.SETITEMS[0]: _op_setitems,
-        pickle.DICT[0]: _op_dict,
-        pickle.APPEND[0]: _op_append,
-        pickle.APPENDS[0]: _op_appends,
-        pickle.ADDITEMS[0]: _op_additems,
-        pickle.FROZENSET[0]: _op_frozenset,
-    }
+    def _op_append(self, _):
+        value = self.pop()
+        self._extend(list, [value])
 
+    def _op_appends(self, _):
+        self._extend(list, self.pop_mark())
 
-class _TolerantUnpickler(_SafeUnpickler):
-    """The same, except that an unknown name gives a ForeignName, and what the file makes from one a PersistentObject.
+    def _op_additems(self, _):
+        items = self.pop_mark()
+        self.check_keys(items)
+        self._extend(set, items)
 
-    Calls, arguments and items of foreign objects are dropped; a first dictionary of attributes is kept, as data.
-    """
+    def _op_list(self, _):
+        self.budget.pay(_PRICE_OF_CONTAINER)
+        self.stack.append(self.pop_mark())
 
-    def find_class(self, module, name):
-        return self._allowed.get((module, name)) or ForeignName(f"{module}.{name}"[:200])
+    def _op_tuple(self, _):
+        self.stack.append(tuple(self.pop_mark()))
 
-    def _replace_call(self, arguments: int) -> bool:
-        """Puts a record in the place of a foreign callable and its arguments."""
-        foreign = isinstance(self.stack[-1 - arguments], ForeignName)
-        if foreign:
-            del self.stack[-arguments:]
-            self.append(PersistentObject(self.stack.pop().name))
-        return foreign
+    def _op_frozenset(self, _):
+        items = self.pop_mark()
+        self.check_keys(items)
+        self.budget.pay(_PRICE_OF_CONTAINER)
+        self.stack.append(frozenset(items))
 
-    def _op_reduce(self):
-        if not self._replace_call(1):
-            super()._op_reduce()
+    # Names and what is made from them
 
-    def _op_newobj(self):
-        if not self._replace_call(1):
-            super()._op_newobj()
+    def _find(self, module: str, name: str):
+        found = self.allowed.get((module, name))
+        if found is None and self.foreign:
+            self.budget.pay(_PRICE_OF_CONTAINER)
+            return ForeignName(f"{module}.{name}"[:200])
+        wanted = f"{module}.{name}"[:200]
+        _require(found is not None, f"it asks for the global '{wanted}', which is not on the safe list")
+        return found
 
-    def _op_newobj_ex(self):
-        _require(self._replace_call(2), "it instantiates something that is not a known module")
+    def _op_global(self, pair):
+        module, _, name = pair.partition(" ")
+        self.stack.append(self._find(module, name))
 
-    def _op_build(self):
-        target = self.stack[-2]
-        if isinstance(target, PersistentObject) and (target.state or not isinstance(self.stack[-1], dict)):
-            self.stack.pop()  # the state of a class with its own idea of one
-        else:
-            super()._op_build()
+    def _op_stack_global(self, _):
+        name, module = self.pop(), self.pop()
+        _require(_is_text(module) and _is_text(name), "it names a global by something that is no text")
+        self.stack.append(self._find(module, name))
 
-    def _check_keys(self, keys):
-        parts = [part for key in keys for part in (key if type(key) is tuple else (key,))]
-        _check_keys(part for part in parts if not isinstance(part, (ForeignName, PersistentObject)))
+    def _op_inst(self, pair):
+        module, _, name = pair.partition(" ")
+        self._find(module, name)
+        raise UnsafePickleError(f"it instantiates '{module[:100]}.{name[:100]}' in an unknown way")
 
-    def _set_items(self, items):
-        if not isinstance(self.stack[-1], PersistentObject):
-            super()._set_items(items)
+    def _op_reduce(self, _):
+        args, callee = self.pop(), self.pop()
+        self.budget.pay(_PRICE_OF_CONTAINER)
+        if isinstance(callee, ForeignName):
+            self.stack.append(PersistentObject(callee.name))
+            return
+        good = isinstance(callee, _Builder) and type(args) is tuple
+        _require(good, "it calls something that is not a builder")
+        self.stack.append(callee.function(self, *args))
 
-    def _extend(self, kind, items):
-        if not isinstance(self.stack[-1], PersistentObject):
-            super()._extend(kind, items)
+    def _op_newobj(self, _):
+        args, kind = self.pop(), self.pop()
+        self.budget.pay(_PRICE_OF_CONTAINER)
+        foreign = isinstance(kind, ForeignName)
+        good = foreign or isinstance(kind, _PlainModule) and args == ()
+        _require(good, "it instantiates something that is not a known module")
+        self.stack.append(PersistentObject(kind.name))
 
-    dispatch = _SafeUnpickler.dispatch | {
-        pickle.REDUCE[0]: _op_reduce,
-        pickle.NEWOBJ[0]: _op_newobj,
-        pickle.NEWOBJ_EX[0]: _op_newobj_ex,
-        pickle.BUILD[0]: _op_build,
-    }
+    def _op_newobj_ex(self, _):
+        _, _, kind = self.pop(), self.pop(), self.pop()
+        if not self.foreign:
+            raise UnsafePickleError("it uses the pickle instruction 146 (NEWOBJ_EX), which plain data does not need")
+        _require(isinstance(kind, ForeignName), "it instantiates something that is not a known module")
+        self.budget.pay(_PRICE_OF_CONTAINER)
+        self.stack.append(PersistentObject(kind.name))
+
+    def _op_build(self, _):
+        state, target = self.pop(), self.top()
+        if isinstance(target, PersistentObject) and not target.state and isinstance(state, dict):
+            self.budget.pay(3 * len(state))
+            target.state.update(state)
+        elif isinstance(target, PersistentObject) and self.foreign:
+            pass  # the state of a class with its own idea of one
+        elif isinstance(target, _NumpyType):
+            good = isinstance(state, tuple) and len(state) > 1 and _is_text(state[1], "<", ">", "|")
+            _require(good, "a numpy type has an unknown byte order")
+            target.order = state[1]
+        else:  # the attributes of an OrderedDict (version notes) carry no data
+            _require(isinstance(target, OrderedDict), f"it sets the state of a {type(target).__name__}")
+
+    def _op_binpersid(self, _):
+        pid = self.pop()
+        _require(self.storage_of is not None, "it refers to data outside the stream")
+        self.budget.pay(10)
+        self.stack.append(self.storage_of(pid))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -473,181 +585,196 @@ class _Source:
         return self._file.read(count)
 
 
-def _storage_id(pid) -> tuple[torch.dtype, str, int]:
-    """(dtype, key, number of elements) of a reference to a storage in a file of torch.save."""
-    _require(isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage", "it refers to unknown outside data")
-    _, kind, key, _location, numel, *view = pid
-    _require(isinstance(kind, _StorageType) and isinstance(key, str) and _is_count(numel), "a storage reference is bad")
-    _require(view in ([], [None]), "it holds views of storages, which only very old versions of torch wrote")
-    return kind.dtype, key, numel
+class _Storages:
+    """The storages of a file by their keys: each is made once, by ``make(key, dtype, numel)``."""
+
+    def __init__(self, make):
+        self.make, self.known = make, {}
+
+    def __call__(self, pid) -> _Storage:
+        """The storage that a reference of torch.save names."""
+        good = isinstance(pid, tuple) and len(pid) in (5, 6) and _is_text(pid[0], "storage")
+        _require(good, "it refers to unknown outside data")
+        _, kind, key, _location, numel, *view = pid
+        good = isinstance(kind, _StorageType) and _is_text(key) and _is_count(numel)
+        _require(good, "a storage reference is bad")
+        _require(not view or view[0] is None, "it holds views of storages, which only very old versions of torch wrote")
+        if key not in self.known:
+            self.known[key] = _Storage(self.make(key, kind.dtype, numel))
+        flat = self.known[key].flat
+        good = flat.dtype == kind.dtype and flat.numel() == numel
+        _require(good, f"storage {key[:40]} is described in two ways")
+        return self.known[key]
 
 
-def _load_legacy(source: _Source, allowed: dict, magic_read: bool = False, unpickler=_SafeUnpickler):
+def _load_legacy(source: _Source, allowed: dict, budget: _Budget, magic_read: bool = False, foreign: bool = False):
     """The older torch.save format: five pickles in a row, then the raw storages.
 
     Objects may refer only to storages; ``allowed`` applies to every pickle of the stream.
     """
-    storages: dict[str, _Storage] = {}
     declared = 0
 
-    def persistent_load(pid):
+    def make(key, dtype, numel):
         nonlocal declared
-        if isinstance(pid, tuple) and len(pid) == 4 and pid[0] == "module":
+        declared += numel * dtype.itemsize
+        _require(declared <= source.remaining(), "its tensors are larger than the file")
+        return torch.empty(numel, dtype=dtype)
+
+    storages = _Storages(make)
+
+    def storage_of(pid):
+        if isinstance(pid, tuple) and len(pid) == 4 and _is_text(pid[0], "module"):
             return pid[1]  # of (class, source file, source)
-        dtype, key, numel = _storage_id(pid)
-        if key not in storages:
-            declared += numel * dtype.itemsize
-            _require(declared <= source.remaining(), "its tensors are larger than the file")
-            storages[key] = _Storage(torch.empty(numel, dtype=dtype))
-        flat = storages[key].flat
-        _require(flat.dtype == dtype and flat.numel() == numel, f"storage {key} is described in two ways")
-        return storages[key]
+        return storages(pid)
 
     def plain():
-        return _SafeUnpickler(source, {}).load()
+        return _Machine({}, budget).load(source)
 
     _require(magic_read or plain() == _LEGACY_MAGIC, "it is not a file of torch.save")
     _require(plain() == _LEGACY_PROTOCOL, "it is a file of an unknown version of torch.save")
     system = plain()
     little = isinstance(system, dict) and system.get("little_endian") is True
     _require(little, "it was not written on a little-endian machine")
-    result = unpickler(source, allowed, persistent_load).load()
+    result = _Machine(allowed, budget, storage_of, foreign).load(source)
     keys = plain()
-    _require(isinstance(keys, list) and sorted(map(str, keys)) == sorted(storages), "its list of storages is damaged")
+    good = isinstance(keys, list) and all(map(_is_text, keys)) and sorted(keys) == sorted(storages.known)
+    _require(good, "its list of storages is damaged")
     for key in keys:
-        flat = storages[key].flat
-        _require(int.from_bytes(source.read(8), "little") == flat.numel(), f"storage {key} has the wrong size")
+        flat = storages.known[key].flat
+        _require(int.from_bytes(source.read(8), "little") == flat.numel(), f"storage {key[:40]} has the wrong size")
         _fill(flat, source.read(flat.numel() * flat.element_size()))
     return result
 
 
-def _fill(flat: torch.Tensor, data: bytes) -> None:
+def _fill(flat: torch.Tensor, data: bytes) -> torch.Tensor:
     if flat.numel():
         flat.view(torch.uint8).copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    return flat
 
 
-def _map_member(mapping: torch.Tensor, file, info: zipfile.ZipInfo, dtype: torch.dtype) -> torch.Tensor:
-    """The elements of an uncompressed part as a view of the mapped file (uint8)."""
+def _map_member(mapping: torch.Tensor, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> torch.Tensor:
+    """The bytes of an uncompressed part as a view of the mapped file (uint8); its checksum is right."""
+    with archive.open(info):  # compares the two headers
+        file = archive.fp
     file.seek(info.header_offset)
     header = file.read(30)
-    _require(header[:4] == b"PK\x03\x04" and len(header) == 30, f"the part {info.filename} is not where it should be")
     start = info.header_offset + 30 + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
     _require(start + info.file_size <= len(mapping), f"the part {info.filename} reaches beyond the file")
     part = mapping[start : start + info.file_size]
-    return (part if start % dtype.itemsize == 0 else part.clone()).view(dtype)
+    _require(zlib.crc32(part.numpy()) == info.CRC, f"Bad CRC-32 for the part {info.filename}: download it again")
+    return part
 
 
-def _load_zip(file, size: int, allowed: dict, unpickler=_SafeUnpickler, mapping: torch.Tensor | None = None):
+def _load_zip(file, allowed: dict, budget: _Budget, foreign: bool = False, mapping: torch.Tensor | None = None):
     """The zip format of torch.save: the object in ``*/data.pkl``, storages in ``*/data/<key>``, nothing compressed.
 
     mapping: the mapped file (uint8 [size]), of which the tensors are then views.
     """
-    with zipfile.ZipFile(file) as archive:
+    with open_zip(file) as archive:
         main = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
         _require(len(main) == 1, "it is a zip file, but not one written by torch.save")
         prefix = main[0].removesuffix("data.pkl")
-        budget = size
 
         def locate(name: str) -> zipfile.ZipInfo:
-            nonlocal budget
             _require(name in archive.NameToInfo, f"the part {name} is missing")
             info = archive.getinfo(name)
             stored = info.compress_type == zipfile.ZIP_STORED and info.compress_size == info.file_size
             _require(stored, f"the part {name} is compressed; torch.save never does that")
-            budget -= info.file_size
-            _require(budget >= 0, "its parts are larger than the file")
+            budget.pay(10, info.file_size)
             return info
 
         def member(name: str) -> bytes:
-            return archive.read(locate(name))
+            info = locate(name)
+            return read_member(archive, info, info.file_size)
+
+        def make(key, dtype, numel):
+            info = locate(f"{prefix}data/{key}")
+            _require(info.file_size == numel * dtype.itemsize, f"storage {key[:40]} has the wrong size")
+            if mapping is None:
+                return _fill(torch.empty(numel, dtype=dtype), read_member(archive, info, info.file_size))
+            part = _map_member(mapping, archive, info)
+            aligned = part.storage_offset() % dtype.itemsize == 0
+            return (part if aligned else part.clone()).view(dtype)
 
         if f"{prefix}byteorder" in archive.NameToInfo:
             _require(member(f"{prefix}byteorder") == b"little", "it was not written on a little-endian machine")
-        storages: dict[str, _Storage] = {}
-
-        def persistent_load(pid):
-            dtype, key, numel = _storage_id(pid)
-            if key not in storages:
-                info = locate(f"{prefix}data/{key}")
-                _require(info.file_size == numel * dtype.itemsize, f"storage {key[:40]} has the wrong size")
-                if mapping is not None:
-                    storages[key] = _Storage(_map_member(mapping, file, info, dtype))
-                else:
-                    storages[key] = _Storage(torch.empty(numel, dtype=dtype))
-                    _fill(storages[key].flat, archive.read(info))
-            flat = storages[key].flat
-            _require(flat.dtype == dtype and flat.numel() == numel, f"storage {key[:40]} is described in two ways")
-            return storages[key]
-
         source = _Source(io.BytesIO(member(main[0])))
-        return unpickler(source, allowed, persistent_load).load()
+        return _Machine(allowed, budget, _Storages(make), foreign).load(source)
 
 
 def _load(file):
     source = _Source(file)
+    budget = _Budget(source.remaining())
     allowed = _OBJECT_GLOBALS | _STORAGE_GLOBALS
     if _starts_like_zip(file):
-        return _of_sane_extent(_load_zip(file, source.remaining(), allowed))
-    result = _SafeUnpickler(source, _OBJECT_GLOBALS).load()
+        return _of_sane_extent(_load_zip(file, allowed, budget))
+    result = _Machine(_OBJECT_GLOBALS, budget).load(source)
     if isinstance(result, int) and result == _LEGACY_MAGIC:
-        result = _load_legacy(source, allowed, magic_read=True)
+        result = _load_legacy(source, allowed, budget, magic_read=True)
     return _of_sane_extent(result)
 
 
 def _load_tolerant(file, path: str | None):
     source = _Source(file)
+    size = source.remaining()
     allowed = _WEIGHT_GLOBALS | _STORAGE_GLOBALS
     if not _starts_like_zip(file):
-        return _of_sane_extent(_load_legacy(source, allowed, unpickler=_TolerantUnpickler))
-    size = source.remaining()
+        return _of_sane_extent(_load_legacy(source, allowed, _Budget(size), foreign=True))
     mapping = None if path is None else torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
-    return _of_sane_extent(_load_zip(file, size, allowed, _TolerantUnpickler, mapping))
+    return _of_sane_extent(_load_zip(file, allowed, _Budget(size), True, mapping))
 
 
-def _parts(value) -> list:
+def _parts(value) -> tuple | list:
     """What a container holds, as far as printing it would show."""
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
-    return list(value) if isinstance(value, (list, tuple, set, frozenset)) else []
+    return value if isinstance(value, (list, tuple)) else list(value) if isinstance(value, (set, frozenset)) else ()
 
 
 def _of_sane_extent(content):
     """``content``, unless printing a part of it could take forever: k pairs that each hold the one before twice have 2^k
     leaves. An error message must be able to quote any value. Nor may plain containers nest deeply, or hold themselves.
+
+    Every container is looked at once, whatever the number of references to it.
     """
     extents: dict[int, tuple[int, int]] = {}  # of containers: (leaves, depth)
-    open_now: set[int] = set()
-    roots = [content]
+    roots, seen = [content], set()
     while roots:
-        stack = [roots.pop()]
-        while stack:
-            value = stack[-1]
-            if id(value) in extents:
-                stack.pop()
-                continue
-            if isinstance(value, PersistentObject):  # printed by its name alone, so a start of its own
-                extents[id(value)] = (1, 0)
-                roots.append(value.state)
-                continue
-            parts = _parts(value)
-            todo = [part for part in parts if id(part) not in extents and (_parts(part) or _is_record(part))]
-            if todo:
-                _require(id(value) not in open_now, "a container holds itself, or too many others")
-                open_now.add(id(value))
-                stack.extend(todo)
-                _require(len(stack) <= _MOST_PARTS, "it has too many parts")
-                continue
-            known = [extents.get(id(part), (1, 0)) for part in parts]
-            leaves, depth = sum(n for n, _ in known), 1 + max((d for _, d in known), default=0)
-            _require(leaves <= _MOST_PARTS and depth <= _DEEPEST, "its containers are nested or shared without end")
-            extents[id(value)] = (leaves, depth)
-            open_now.discard(id(value))
-            stack.pop()
+        root = roots.pop()
+        if isinstance(root, PersistentObject):  # printed by its name alone, so its state is a start of its own
+            root = root.state
+        if id(root) in extents:
+            continue
+        path = [[root, iter(_parts(root)), 1, 0]]  # of containers begun: value, parts to come, leaves, depth
+        open_now = {id(root)}
+        while path:
+            value, parts, leaves, depth = path[-1]
+            for part in parts:
+                known = extents.get(id(part))
+                if known is not None:
+                    leaves, depth = leaves + known[0], max(depth, known[1])
+                elif isinstance(part, (dict, list, tuple, set, frozenset)):
+                    _require(id(part) not in open_now, "a container holds itself")
+                    path[-1][2:] = leaves, depth
+                    open_now.add(id(part))
+                    path.append([part, iter(_parts(part)), 1, 0])
+                    break
+                else:
+                    leaves += 1 + (len(part) // 16 if isinstance(part, (str, bytes)) else 0)
+                    if isinstance(part, PersistentObject) and id(part) not in seen:
+                        seen.add(id(part))
+                        roots.append(part)
+                sane = leaves <= _MOST_OBJECTS and depth < _DEEPEST
+                _require(sane, "its containers are nested or shared without end")
+            else:
+                path.pop()
+                open_now.discard(id(value))
+                extents[id(value)] = leaves, depth + 1
+                if path:
+                    path[-1][2] += leaves
+                    path[-1][3] = max(path[-1][3], depth + 1)
+            _require(len(path) <= _DEEPEST, "its containers are nested or shared without end")
     return content
-
-
-def _is_record(value) -> bool:
-    return isinstance(value, PersistentObject)
 
 
 def _starts_like_zip(file) -> bool:
@@ -710,5 +837,6 @@ def _one_line_errors(name: str, file):
             ) from None
         raise UnsafePickleError(f"{name} was refused, nothing in it was run: {error}") from None
     except Exception as error:  # whatever a damaged stream provokes in the standard library or in torch
-        reason = explain(file, f"{type(error).__name__}: {error}"[:200])
-        raise UnsafePickleError(f"{name} is not a readable pickle or torch.save file ({reason})") from error
+        plain = type(error) is ValueError or isinstance(error, zipfile.BadZipFile)
+        reason = explain(file, (f"{error}" if plain else f"{type(error).__name__}: {error}")[:200])
+        raise UnsafePickleError(f"{name} is not a readable pickle or torch.save file ({reason})") from None

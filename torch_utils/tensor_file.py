@@ -1,7 +1,6 @@
 """Safetensors files: tensors by name and string metadata, written whole or not at all."""
 
 import io
-import json
 import struct
 
 import safetensors.torch
@@ -46,7 +45,7 @@ def read_safetensors(data: bytes, name: str) -> tuple[dict[str, torch.Tensor], d
         reason = explain(io.BytesIO(data), error)
         raise UserError(f"{name} is not a readable safetensors file ({reason})") from None
     (length,) = struct.unpack("<Q", data[:8])
-    return tensors, json.loads(data[8 : 8 + length]).get("__metadata__") or {}
+    return tensors, parse_json(data[8 : 8 + length]).get("__metadata__") or {}
 
 
 def json_entry(metadata: dict[str, str], key: str, name: str) -> dict:

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from torch_utils.errors import UserError
 from torch_utils.file_kind import explain
-from torch_utils.safe_pickle import ForeignName, PersistentObject, open_binary, safe_load_checkpoint
+from torch_utils.safe_pickle import ForeignName, PersistentObject, check_sharing, open_binary, safe_load_checkpoint
 from torch_utils.tensor_file import is_safetensors
 
 
@@ -43,6 +43,7 @@ def read_weights(path) -> dict[str, torch.Tensor]:
             if not isinstance(key, str):
                 entry = f"an entry is named by {_describe(key)}, not by a string"
             raise UserError(f"{name} holds no state dict: {entry}")
+    check_sharing(content, name)
     return dict(content)
 
 

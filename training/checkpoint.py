@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 
+from solvers.span import KINDS as SPAN_KINDS
 from solvers.span import SpanStudent
-from torch_utils.errors import UserError
+from torch_utils.errors import UserError, brief
+from torch_utils.kinds import check_kinds
 from torch_utils.safe_pickle import PersistentObject, open_binary, safe_load
 from torch_utils.tensor_file import is_safetensors, json_entry, read_safetensors, write_safetensors
 from training.predictor import AMEDPredictor
@@ -80,6 +82,10 @@ def _check_sizes(config: dict, tensors: dict[str, torch.Tensor], name: str) -> N
 
 def _check_table(config: dict, tensors: dict[str, torch.Tensor], name: str) -> None:
     """The same for a span student: nothing of a size that only its configuration claims is built."""
+    try:
+        check_kinds(config, SPAN_KINDS)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
     sizes = {key: list(value.shape) for key, value in tensors.items()}
     if [config.get("num_steps")] != [length + 1 for length in sizes.get("labels", [])]:
         raise UserError(f"{name}: its 'num_steps' does not belong to its weights (labels)")
@@ -89,6 +95,12 @@ def _check_table(config: dict, tensors: dict[str, torch.Tensor], name: str) -> N
     width = sizes.get("heads.time.vectors", [None])[-1]
     if "time" in (config.get("heads") or []) and config.get("embedding_width") != width:
         raise UserError(f"{name}: its 'embedding_width' does not belong to its weights (heads)")
+    # The largest layers of the heads grow with the number of intervals.
+    held, intervals = sum(value.numel() for value in tensors.values()), (config["num_steps"] or 1) - 1
+    heads = config.get("heads") or ()
+    for head, key, per_interval in (("spatial", "img_channels", 16 * 9), ("time", "embedding_width", 1)):
+        if head in heads and config[key] * per_interval * (intervals - 1) > held:
+            raise UserError(f"{name}: its '{key}' does not belong to its weights")
     if config.get("image_shape") != sizes.get("mean"):
         raise UserError(f"{name}: its 'image_shape' does not belong to its weights (mean)")
 
@@ -99,7 +111,7 @@ def _build(cls, config: dict, tensors: dict[str, torch.Tensor], provenance: dict
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
     except (TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{name}: its configuration is not that of a predictor ({error})") from None
+        raise UserError(f"{name}: its configuration is not that of a predictor ({str(error)[:200]})") from None
     try:
         predictor.load_state_dict(tensors, strict=True)
     except RuntimeError as error:
@@ -119,7 +131,8 @@ def _original_snapshot(content, name: str) -> tuple[dict, dict[str, torch.Tensor
             found = f"an object of class {content.class_name}"
         elif isinstance(content, dict):
             entries = (
-                f"{key} ({getattr(value, 'class_name', type(value).__name__)})" for key, value in content.items()
+                f"{brief(key)} ({getattr(value, 'class_name', type(value).__name__)})"
+                for key, value in list(content.items())[:8]
             )
             found = ", ".join(entries)[:300] or "nothing"
         raise UserError(f"{name} holds no AMED predictor (AMED_predictor): found {found}")

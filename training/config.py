@@ -11,9 +11,10 @@ from models.execution import AUTOCAST, COMPILE_MODES
 from solvers import SOLVERS, check_sigmas
 from solvers.loop import AFS_KINDS
 from torch_utils.errors import UserError
+from torch_utils.kinds import check_kinds
 from torch_utils.memory import AUTO
 from training.loss import make_rules
-from training.predictor import DEFAULTS, AMEDPredictor, check_kinds
+from training.predictor import DEFAULTS, AMEDPredictor
 
 STUDENTS = tuple(name for name, rule in SOLVERS.items() if rule.can_learn)
 TEACHERS = tuple(name for name, rule in SOLVERS.items() if rule.can_teach)

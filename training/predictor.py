@@ -3,9 +3,6 @@
 Zhou et al. 2024, "Fast ODE-based Sampling for Diffusion Models in Around 5 Steps" (arXiv 2312.00094), Section 3.3.
 """
 
-import types
-import typing
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,6 +10,7 @@ from torch import nn
 from models.denoiser import BOTTLENECK_SIZE
 from models.networks import Linear, PositionalEmbedding
 from torch_utils.errors import UserError
+from torch_utils.kinds import check_kinds, check_steps
 
 # Every key of a predictor's configuration with its default: the settings of the run it was trained for (original names),
 # then the sizes of its layers.
@@ -58,27 +56,6 @@ KINDS = {
 _WIDEST = 1 << 16  # of any layer
 
 
-def fits(value, kind) -> bool:
-    """Whether a value is of a kind: a type, a union of types or a list of one. A whole number is a float too; True and
-    False are no numbers, and neither are NaN, infinity and what float64 cannot hold."""
-    if isinstance(kind, types.UnionType):
-        return any(fits(value, part) for part in kind.__args__)
-    if typing.get_origin(kind) is list:
-        return isinstance(value, list | tuple) and all(fits(part, kind.__args__[0]) for part in value)
-    if kind in (int, float):
-        number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-        return number and -1e300 < value < 1e300
-    return isinstance(value, kind)
-
-
-def check_kinds(config: dict, kinds: dict) -> None:
-    """Raises UserError, naming the setting, where a value is of another kind than ``kinds`` says."""
-    for name, value in config.items():
-        if not fits(value, kinds.get(name, object)):
-            wanted = getattr(kinds[name], "__name__", str(kinds[name]))
-            raise UserError(f"{name}={str(value)[:60]} is of the wrong kind: it must be {wanted}")
-
-
 class AMEDPredictor(nn.Module):
     """predictor(bottleneck, t_cur, t_next) -> (r, scale_dir, scale_time), each [B,1,1,1].
 
@@ -97,6 +74,7 @@ class AMEDPredictor(nn.Module):
         if torch.is_tensor(self.config["sigmas"]):
             self.config["sigmas"] = self.config["sigmas"].tolist()
         check_kinds(self.config, KINDS)
+        check_steps(self.config, "num_steps", "M", "sigmas")
         for name in ("hidden_dim", "bottleneck_output_dim", "noise_channels"):
             if not 1 <= self.config[name] <= _WIDEST:
                 raise UserError(f"{name}={self.config[name]} must be from 1 to {_WIDEST}")

@@ -5,13 +5,12 @@ import math
 import re
 from pathlib import Path
 
-import torch
-
 from torch_utils import distributed
 from torch_utils.errors import UserError, parse_json
 from torch_utils.image_data import atomic_path
 from torch_utils.json_file import read_json
 from torch_utils.progress import say
+from torch_utils.safe_pickle import safe_load
 from torch_utils.tensor_file import write_state
 
 OPTIONS_FILE = "training_options.json"
@@ -140,14 +139,15 @@ def load_newest_state(folder) -> dict:
         )
     path = states[-1][1]
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = safe_load(path)
         if not isinstance(state, dict) or not {"predictor", "optimizer", "iteration", "options"} <= state.keys():
             raise ValueError("it is not a training state")
         if not isinstance(state["options"], dict) or not all(isinstance(name, str) for name in state["options"]):
             raise ValueError("its options are damaged")
     except Exception as error:  # whatever a damaged file provokes in torch
         older = f"; delete it to continue from {states[-2][1].name}" if len(states) > 1 else ""
-        raise UserError(f"cannot read {path} ({str(error).strip()[:120]}){older}") from None
+        reason = str(error).strip().removeprefix(f"{path} ")[:160]
+        raise UserError(f"cannot read {path} ({reason}){older}") from None
     return state
 
 

@@ -1,0 +1,38 @@
+"""What the settings in a file may be: files bring values of any kind and size."""
+
+import types
+import typing
+
+from torch_utils.errors import UserError, brief
+
+MOST_STEPS = 1000  # time stamps, or calls of the network in a trajectory; few-step solvers have about ten
+
+
+def fits(value, kind) -> bool:
+    """Whether a value is of a kind: a type, a union of types or a list of one. A whole number is a float too; True and
+    False are no numbers, and neither are NaN, infinity and what float64 cannot hold."""
+    if isinstance(kind, types.UnionType):
+        return any(fits(value, part) for part in kind.__args__)
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list | tuple) and all(fits(part, kind.__args__[0]) for part in value)
+    if kind in (int, float):
+        number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        return number and -1e300 < value < 1e300
+    return isinstance(value, kind)
+
+
+def check_kinds(config: dict, kinds: dict) -> None:
+    """Raises UserError, naming the setting, where a value is of another kind than ``kinds`` says."""
+    for name, value in config.items():
+        if not fits(value, kinds.get(name, object)):
+            wanted = getattr(kinds[name], "__name__", str(kinds[name]))
+            raise UserError(f"{name}={brief(value)} is of the wrong kind: it must be {wanted}")
+
+
+def check_steps(config: dict, *names: str) -> None:
+    """Raises UserError where one of these settings, a number or a list, is of more steps than anybody takes."""
+    for name in names:
+        value = config[name]
+        count = len(value) if isinstance(value, list | tuple) else value or 0
+        if count > MOST_STEPS:
+            raise UserError(f"{name}: {count} is too much, at most {MOST_STEPS} is possible")
