@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from torch_utils.errors import UserError, parse_json
+from torch_utils import json_file
+from torch_utils.errors import UserError
 from torch_utils.file_kind import explain, file_kind
 
 _LARGEST_CONFIG = 1 << 24  # bytes; usual ones have thousands
@@ -38,9 +39,7 @@ def refuse_code_in_configs(folders: Iterable[Path], source) -> None:
 def read_json(path: Path):
     """The content of a JSON file of someone else; UserError if it is too large, or something else."""
     try:
-        if path.stat().st_size > _LARGEST_CONFIG:
-            raise ValueError(f"it has {path.stat().st_size} bytes")
-        return parse_json(path.read_bytes())
+        return json_file.read_json(path, _LARGEST_CONFIG)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not readable as JSON ({explain(path, error, reads=('json',))})") from None
 

@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 
 from torch_utils import distributed
-from torch_utils.errors import UserError, parse_json
+from torch_utils.errors import UserError, parse_json, printable
 from torch_utils.image_decoding import decode_image, header_channels
 from torch_utils.image_listing import describe, kind_of, list_folder, list_zip
 from torch_utils.prompts import seed_of
+from torch_utils.zip_file import check_member
 
 _MAX_FILE_BYTES = 1 << 28  # of one image file, unpacked: a guard against zip bombs
 _MOST_CLASSES = 1 << 16  # of which some have no image
-_PLAIN_COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _LABEL_FILE = "dataset.json"
 _SAMPLING_FILE = "sampling.json"  # of sample.py
 
@@ -332,9 +332,7 @@ class ImageSource:
                 with (self.path / name).open("rb") as file:
                     yield file
                 return
-            if entry.compress_type not in _PLAIN_COMPRESSION:  # bzip2 and LZMA unpack kilobytes to gigabytes at once
-                kind = zipfile.compressor_names.get(entry.compress_type, f"method {entry.compress_type}")
-                raise UserError(f"{self._where(name)}: is compressed with {kind}; only stored and deflate are read")
+            check_member(self._open_zip(), entry)
             with self._open_zip().open(entry) as file:
                 yield file
         except UserError:
@@ -379,8 +377,7 @@ class ImageSource:
 def note(message: str, kind: str = "Note") -> None:
     """One line on stderr, by the first process; what is not printable, in the names of files, is escaped."""
     if distributed.rank() == 0:
-        message = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
-        print(f"{kind}: {message}", file=sys.stderr)
+        print(f"{kind}: {printable(message)}", file=sys.stderr)
 
 
 def count_classes(labels: Sequence[int], where: str, gaps: bool = False) -> int:
