@@ -252,7 +252,7 @@ def plots_html(rows: list[dict]) -> str:
         return f"<p>No plots: {html.escape(str(error))}</p>"
     except Exception as error:  # whatever matplotlib finds wrong with its fonts, its cache or its settings
         reason = " ".join(f"matplotlib failed ({type(error).__name__}: {error})".split())
-        print(f"Warning: no plots in the page: {reason}", file=sys.stderr)
+        print(f"Warning: no plots in the page: {reason}", file=sys.stderr, flush=True)
         return f"<p>No plots: {html.escape(reason)}</p>"
     return "\n".join(drawn)
 
