@@ -29,12 +29,13 @@ from torch_utils.jackknife import CONFIDENCE, Estimate, jackknife
 NETWORKS = ("digits", "cifar10-small")
 ORDER = [
     *("plain, best fid", "plain, best distance", "gits", "ld3, own trainer", "AMED-Solver", "AMED-Plugin (iPNDM)"),
-    *("ld3", "s4s", "dyweight", "gs", "amed-table", "epd", "dyweight + spatial,time"),
+    *("ld3", "s4s", "dyweight", "dyweight, last sum one", "gs", "amed-table", "epd"),
+    *("dyweight + spatial,time", "dyweight, last sum one + spatial,time"),
     *("full", "full + spatial", "full + spatial,time"),
 ]
 LEARNED = [method for method in ORDER if not method.startswith("plain")]
 BASELINES = ("full + spatial,time", "AMED-Plugin (iPNDM)")  # of the tables of differences
-EARLIER = "†"  # marks a cell that is not comparable with the others
+EARLIER, EARLIER_IMAGES = "†", 1000  # marks rows that are not current; the images of those that do not say so
 WHOLE = [method for method in ORDER if method.startswith("full")]
 SCORES = {"fid": ("FID", 2), "fid2": ("FID of the second classifier", 2), "distance": ("distance", 4)}
 MORE = {"precision": ("precision", 3), "recall": ("recall", 3)}
@@ -45,11 +46,16 @@ def rows_file(network):
 
 
 def read(network):
-    """All rows of a network. UserError where one did not spend the evaluations that it stands under."""
+    """All rows of a network, "current" where ``is_current`` for as many test images as any of them has.
+
+    UserError where one did not spend the evaluations that it stands under.
+    """
     file = rows_file(network)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    most = max((row.get("images", EARLIER_IMAGES) for row in rows), default=0)
     for row in rows:
         check_row(row)
+        row["current"] = is_current(row, most)
     return rows
 
 
@@ -62,9 +68,9 @@ def check_row(row):
         )
 
 
-def is_current(row):
-    """Whether a row was measured with the images of today; of those on test seeds the scores of groups say so."""
-    return row["part"] in ("plain", "choice") or "fid_left_out" in row
+def is_current(row, images):
+    """Whether a row need not be measured again: on so many test images, with scores of groups; validation never again."""
+    return row["part"] in ("plain", "choice") or ("fid_left_out" in row and row["images"] >= images)
 
 
 def spread(values, digits):
@@ -79,7 +85,7 @@ def collect(rows, part):
     for row in rows:
         if row["part"] == part:
             found[row["method"], row["nfe"]].append(row)
-    return {key: [row for row in group if is_current(row)] or group for key, group in found.items()}
+    return {key: [row for row in group if row["current"]] or group for key, group in found.items()}
 
 
 def mean(group, score):
@@ -109,7 +115,7 @@ def difference(group, other, score):
 
 def best_of(found, nfe, score):
     """The learned method that is better than every other one of today by more than the interval, else None."""
-    groups = {m: found[m, nfe] for m in LEARNED if is_current(found.get((m, nfe), [{"part": "main"}])[0])}
+    groups = {m: found[m, nfe] for m in LEARNED if (m, nfe) in found and found[m, nfe][0]["current"]}
     if len(groups) < 2:
         return None
     best = min(groups, key=lambda method: mean(groups[method], score))
@@ -133,13 +139,13 @@ def main_table(rows, score, digits):
         cells = []
         for nfe, group in zip(nfes, groups, strict=True):
             cell = spread([row[score] for row in group], digits) if group else ""
-            cell += f" {EARLIER}" if group and not is_current(group[0]) else ""
+            cell += f" {EARLIER}" if group and not group[0]["current"] else ""
             cells.append(f"**{cell}**" if best.get(nfe) == method else cell)
         if any(cells):
             lines.append(f"| {method} | {seeds_of(groups)} | " + " | ".join(cells) + " |")
     teacher = found.get(("teacher", 30))
     if teacher:
-        cell = f"{teacher[0][score]:.{digits}f}" + ("" if is_current(teacher[0]) else f" {EARLIER}")
+        cell = f"{teacher[0][score]:.{digits}f}" + ("" if teacher[0]["current"] else f" {EARLIER}")
         lines.append(f"| teacher, 30 evaluations | - | {cell} |" + " |" * (len(nfes) - 1))
     return lines
 
@@ -147,7 +153,7 @@ def main_table(rows, score, digits):
 def difference_table(rows, score, digits, baseline):
     """Paired differences of all methods to a baseline, with 95 % intervals; less is better than the baseline."""
     found = collect(rows, "main")
-    nfes = sorted({nfe for method, nfe in found if method == baseline and is_current(found[method, nfe][0])})
+    nfes = sorted({nfe for method, nfe in found if method == baseline and found[method, nfe][0]["current"]})
     if not nfes:
         return [f"No row of {baseline} has scores of groups yet."]
     lines = [f"| minus {baseline} | " + " | ".join(map(str, nfes)) + " |", "|---" * (len(nfes) + 1) + "|"]
@@ -155,7 +161,7 @@ def difference_table(rows, score, digits, baseline):
         cells = []
         for nfe in nfes:
             group = found.get((method, 30 if method == "teacher" else nfe))
-            if method == baseline or not group or not is_current(group[0]):
+            if method == baseline or not group or not group[0]["current"]:
                 cells.append("")
                 continue
             estimate = difference(group, found[baseline, nfe], score)
@@ -168,7 +174,7 @@ def difference_table(rows, score, digits, baseline):
 
 def target_table(rows):
     """How much of AMED-Plugin's excess over the teacher is left, and what the best restriction has of it."""
-    found = {key: group for key, group in collect(rows, "main").items() if is_current(group[0])}
+    found = {key: group for key, group in collect(rows, "main").items() if group[0]["current"]}
     lines = [
         f"| evaluations | metric | excess of AMED-Plugin | {' | '.join(f'of {name} (ratio)' for name in WHOLE)} | best restriction | its excess |",
         "|---" * (5 + len(WHOLE)) + "|",
@@ -252,7 +258,7 @@ def ablation_table(rows):
                     spread([row[score] for row in group], digits)
                     for score, digits in (("fid", 2), ("fid2", 2), ("precision", 3), ("recall", 3), ("distance", 4))
                 ]
-                mark = "" if is_current(group[0]) else f" {EARLIER}"
+                mark = "" if group[0]["current"] else f" {EARLIER}"
                 lines.append(f"| {name}{mark} | " + " | ".join(cells) + " |")
     return lines
 
@@ -280,7 +286,9 @@ def page(networks):
     ]
     for network, rows in networks.items():
         dates = sorted({row["date"] for row in rows})
-        lines += [f"## {network}", "", f"{len(rows)} rows, {dates[0]} to {dates[-1]}.", ""]
+        images = sorted({row["images"] for row in rows if row["current"] and "images" in row})
+        lines += [f"## {network}", "", f"{len(rows)} rows, {dates[0]} to {dates[-1]}."]
+        lines += [f"Rows without {EARLIER}: {images[0]:,} test images." if images else "", ""]
         for score, (title, digits) in (SCORES | MORE).items():
             lines += [f"### {title}", "", *main_table(rows, score, digits), ""]
             for baseline in BASELINES if score in SCORES else ():
@@ -300,8 +308,8 @@ def explained():
         "± in a table of scores: standard deviation of the training seeds. ± in a table of differences: 95 % interval of the",
         "paired difference, over 20 groups of the sampled seeds (jackknife) and over the training seeds, where both have",
         "several; with one training seed it speaks of that trained student only. Bold: better by more than the interval, in a",
-        f"table of scores than every other learned method. {EARLIER}: measured earlier, on 1,000 images and without groups; its",
-        "Fréchet distances cannot be compared with cells of more images, and it has no interval.",
+        f"table of scores than every other learned method. {EARLIER}: measured earlier, on {EARLIER_IMAGES:,} images and without",
+        "groups of seeds: no interval. Fréchet distances of different numbers of images cannot be compared.",
     ]
 
 
@@ -324,12 +332,13 @@ def document_parts(networks):
 
 
 def draw_scores(networks, pyplot, dest):
-    """FID over evaluations, one panel for each network and classifier."""
+    """FID over evaluations, one panel for each network and classifier; hollow: measured earlier, on 1,000 images."""
     shown = {
         "plain, best fid": ("best without training", "tab:gray"), "gits": ("GITS", "tab:olive"),
         "AMED-Solver": ("AMED-Solver", "tab:orange"), "AMED-Plugin (iPNDM)": ("AMED-Plugin", "tab:red"),
         "ld3": ("LD3", "tab:green"), "s4s": ("S4S", "tab:cyan"), "dyweight": ("DyWeight", "tab:purple"),
-        "gs": ("GS", "tab:brown"), "epd": ("EPD", "tab:pink"), "full": ("span (full)", "tab:blue"),
+        "dyweight, last sum one": ("DyWeight, last sum one", "mediumpurple"), "gs": ("GS", "tab:brown"),
+        "amed-table": ("AMED's table", "gold"), "epd": ("EPD", "tab:pink"), "full": ("span (full)", "tab:blue"),
         "full + spatial,time": ("span (full + spatial, time)", "black"),
     }  # fmt: skip
     figure, grid = pyplot.subplots(len(networks), 2, figsize=(10, 3.6 * len(networks)), squeeze=False)
@@ -342,6 +351,10 @@ def draw_scores(networks, pyplot, dest):
                 errors = [statistics.stdev(group) if len(group) > 1 else 0 for group in values]
                 style = {"color": colour, "linewidth": 2.2 if method.startswith("full") else 1.2, "markersize": 4}
                 axes.errorbar(nfes, list(map(statistics.mean, values)), errors, fmt="o-", label=label, **style)
+                earlier = [
+                    (nfe, mean(found[method, nfe], score)) for nfe in nfes if not found[method, nfe][0]["current"]
+                ]
+                axes.plot(*zip(*earlier, strict=True), "o", color="white", markersize=2, zorder=3) if earlier else None
             if ("teacher", 30) in found:
                 axes.axhline(found["teacher", 30][0][score], color="black", linestyle=":", label="teacher, 30")
             axes.set_yscale("log")

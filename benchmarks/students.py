@@ -10,8 +10,8 @@ solvers without training, on an embedded network.
 
 Every row is appended to benchmarks/students_<dataset_name>.jsonl as soon as it is measured and not measured again; --nfe,
 --seeds and --methods take a part of them. benchmarks/report_students.py makes the tables and figures. Trained students stay
-in --work and are not trained again there. A row without scores of groups was measured earlier, with 1,000 images; where it
-holds a table or a schedule, that is scored again instead of trained again.
+in --work and are not trained again there. A row of fewer images, or without scores of groups, is measured again; where it
+holds a table or a schedule, that is scored instead of trained again.
 
 Training noise is apart from the seeds that are sampled (torch_utils/seeds.py), and the validation seeds 100000-100255, which
 settings were chosen on, are apart from the test seeds: 0-4999 of digits, 0-999 of natural images. Students see neither of
@@ -67,7 +67,7 @@ from torch_utils.manifold import precision_recall
 from training.checkpoint import find_predictor, load_predictor
 from training.final_config import FinalOptions
 
-IMAGES = {"digits": 5000, "cifar10-small": 1000}  # test images
+IMAGES = {"digits": 5000, "cifar10-small": 1000}  # test images, if --images does not say another number
 GROUPS = 20  # of the seeds, for intervals
 NEAR, REAL = 256, 1000  # those with a reference solution; images of either kind for precision and recall
 PAIRS, VALIDATION = 384, 64
@@ -89,10 +89,15 @@ BUDGET = {
 }
 # A quarter less for the preset that tries starts, as its three trials take a tenth of the run each: 0.72 * 1.3 = 0.94.
 TRIED = {"total_kimg": 0.72}
-STUDENTS = (
-    *("full + spatial,time", "full + spatial", "full", "ld3", "s4s", "dyweight", "gs", "amed-table", "epd"),
-    "dyweight + spatial,time",  # a restriction with our heads: how much of the gain is theirs
-)
+PINNED = {"learn": ["labels", "time", "corrections"]}  # of dyweight: its last row sums to one, as all others
+STUDENTS = {  # method -> preset, flags, changes of the student's configuration
+    **{preset: (preset, {}, {}) for preset in ("ld3", "s4s", "dyweight", "gs", "amed-table", "epd", "full")},
+    **{f"full + {heads}": ("full", {"heads": heads}, {}) for heads in ("spatial,time", "spatial")},
+    "dyweight, last sum one": ("dyweight", {}, PINNED),
+    # A restriction with our heads: how much of the gain is theirs.
+    "dyweight + spatial,time": ("dyweight", {"heads": "spatial,time"}, {}),
+    "dyweight, last sum one + spatial,time": ("dyweight", {"heads": "spatial,time"}, PINNED),
+}
 # Schedules for iPNDM, with the options of optimize_schedule.py. GITS: l2 cost with coefficient 1, its best setting here
 # (docs/schedules.md); LD3: its own trainer, as in benchmarks/schedules.sh, which tries four grids before it trains.
 SCHEDULES = {
@@ -150,7 +155,7 @@ CHOICES = {
         }
         for preset, groups in _PLACES.items()
     },
-    "dyweight": {"free last sum": ({}, {}), "last sum one": ({}, {"learn": ["labels", "time", "corrections"]})},
+    "dyweight": {"free last sum": ({}, {}), "last sum one": ({}, PINNED)},
     "gs": {
         "order lowered, to sigma_min": ({}, {}),
         "order kept, to sigma_min": ({}, {"lower_order_final": False}),
@@ -236,15 +241,18 @@ class TableStudent(SpanStudent):
     """A student without heads that follows the table of an earlier row instead of parameters."""
 
     def __init__(self, table, net):
+        points = max(map(len, table["inner"]))
+        nested = {"base": "midpoint", "parallel": points} if table["inner"][0] else {"parallel": points + 1}
         ends = {"sigma_max": table["sigmas"][0], "sigma_min": table["sigmas"][-1]}
-        super().__init__(num_steps=len(table["sigmas"]), first_step=table["first_step"], **ends)
+        super().__init__(num_steps=len(table["sigmas"]), first_step=table["first_step"], **ends, **nested)
         if table["first_step"] == "gaussian":
             self.measure_gaussian(net)
-        if any(table["inner"]):
-            raise ValueError("tables with inner points are trained again")
-        steps = [[torch.tensor(part, dtype=torch.float64) for part in step] for step in table["steps"]]
-        levels = (torch.tensor(table[name], dtype=torch.float64) for name in ("sigmas", "sigmas_net"))
-        self.numbers = Plan(*levels, steps, table["inner"])
+
+        def tensors(parts):
+            return [torch.tensor(part, dtype=torch.float64) for part in parts]
+
+        steps, inner = map(tensors, table["steps"]), [list(map(tensors, points)) for points in table["inner"]]
+        self.numbers = Plan(*tensors([table["sigmas"], table["sigmas_net"]]), list(steps), inner)
 
     def plan(self):
         return self.numbers
@@ -254,6 +262,19 @@ class TableStudent(SpanStudent):
 
     def sigmas_net(self):
         return self.numbers.sigmas_net
+
+
+def table_of(student):
+    """The numbers of a trajectory as a row keeps them, to six places."""
+    plan = student.plan()
+    table = {
+        "sigmas": plan.sigmas.tolist(),
+        "sigmas_net": plan.sigmas_net.tolist(),
+        "steps": [[part.tolist() for part in step] for step in plan.steps],
+        "inner": [[[part.tolist() for part in point] for point in points] for points in plan.inner],
+        "first_step": student.config["first_step"],
+    }
+    return json.loads(json.dumps(table), parse_float=lambda text: round(float(text), 6))
 
 
 def budget(settings, predictor):
@@ -286,10 +307,11 @@ def left_out(name, values, score):
 class Students:
     """Trains, samples and scores; the rows that are there already."""
 
-    def __init__(self, dataset_name, work):
-        self.dataset_name, self.work = dataset_name, Path(work) / dataset_name
+    def __init__(self, dataset_name, work, images=None):
+        self.dataset_name, self.images = dataset_name, images or IMAGES[dataset_name]
+        self.work = Path(work) / dataset_name
         self.file = rows_file(dataset_name)
-        self.bench = Bench(dataset_name, IMAGES[dataset_name], first=0, num_reference=NEAR)
+        self.bench = Bench(dataset_name, self.images, first=0, num_reference=NEAR)
         self.second = load_detector(judge_file(dataset_name))
         self.second_target = Reference.load(judge_file(dataset_name).with_suffix(".npz"))
         with np.load(judge_file(dataset_name).with_suffix(".npz")) as file:
@@ -300,7 +322,7 @@ class Students:
         return read(self.dataset_name)
 
     def once(self, key, work, settings=None, structure=None):
-        """The row of this key, measured by ``work()`` if it is not there, or without scores of groups.
+        """The row of this key, measured by ``work()`` if it is not there with as many images and scores of groups.
 
         settings, structure: those of ``train`` for a span student, so that an earlier row's table may be scored again.
 
@@ -309,7 +331,7 @@ class Students:
         key = {**key, "network": self.bench.net.weights_hash[:16]}
         claim = self.work / "claims" / "-".join(str(value).replace(" ", "_") for value in key.values())
         found = [row for row in self.rows() if all(row.get(name) == value for name, value in key.items())]
-        if any(is_current(row) for row in found) or claim.exists():
+        if any(is_current(row, self.images) for row in found) or claim.exists():
             return
         claim.parent.mkdir(parents=True, exist_ok=True)
         claim.touch()
@@ -331,7 +353,7 @@ class Students:
         """An earlier row with scores of today, from its schedule or table; None where it has neither."""
         if row.get("command", "").startswith("python optimize_schedule.py"):
             found = {**schedule_budget(row["settings"], row["method"]), **self.solved(**row["settings"])}
-        elif settings is not None and row.get("table") and not any(row["table"]["inner"]) and not has_heads(settings):
+        elif settings is not None and row.get("table") and not has_heads(settings):
             with structured(structure or {}):
                 found = budget(settings, FinalOptions(**settings).make_student(0.002, 80.0))
             found |= self.solved(solver="span", predictor=TableStudent(row["table"], self.bench.net))
@@ -368,17 +390,9 @@ class Students:
 
     def sampled(self, predictor):
         """The scores of a trained predictor, and its table if it is one."""
-        config, found = predictor.config, self.solved(**self.trained_settings(predictor))
+        found = self.solved(**self.trained_settings(predictor))
         if getattr(predictor, "kind", None) == "span":
-            plan = predictor.plan()
-            table = {
-                "sigmas": plan.sigmas.tolist(),
-                "sigmas_net": plan.sigmas_net.tolist(),
-                "steps": [[part.tolist() for part in step] for step in plan.steps],
-                "inner": [[[part.tolist() for part in point] for point in points] for points in plan.inner],
-                "first_step": config["first_step"],
-            }
-            found["table"] = json.loads(json.dumps(table), parse_float=lambda text: round(float(text), 6))
+            found["table"] = table_of(predictor)
         return found
 
     def train(self, settings, seed, name, structure=None):
@@ -492,9 +506,9 @@ class Students:
         return {**min(rows, key=lambda row: row[score])["settings"], "num_steps": nfe + 2}
 
     def main(self, nfes, seeds, wanted):
-        def take(name, nfe, seed, work, settings=None):
+        def take(name, nfe, seed, work, settings=None, structure=None):
             if not wanted or name in wanted:
-                self.once({"part": "main", "method": name, "nfe": nfe, "seed": seed}, work, settings)
+                self.once({"part": "main", "method": name, "nfe": nfe, "seed": seed}, work, settings, structure)
 
         take("teacher", 30, None, lambda: self.solved(**TEACHER))
         for nfe in nfes:
@@ -507,12 +521,11 @@ class Students:
                 for name in ("AMED-Solver", "AMED-Plugin (iPNDM)"):
                     settings = amed_flags(self.dataset_name, nfe, name)
                     take(name, nfe, seed, lambda f=settings, s=seed, k=f"{name}-{nfe}-{seed}": self.trained(f, s, k))
-                for name in STUDENTS:
-                    preset, _, heads = name.partition(" + ")
-                    settings = span_flags(self.dataset_name, nfe, preset, {"heads": heads} if heads else None)
+                for name, (preset, changes, structure) in STUDENTS.items():
+                    settings = span_flags(self.dataset_name, nfe, preset, changes)
                     if settings is not None:
-                        key = f"{name}-{nfe}-{seed}"
-                        take(name, nfe, seed, lambda f=settings, s=seed, k=key: self.trained(f, s, k), settings)
+                        work = partial(self.trained, settings, seed, f"{name}-{nfe}-{seed}", structure)
+                        take(name, nfe, seed, work, settings, structure)
 
     def ablation(self, nfes, seeds, wanted):
         changed = {**{name: (changes, None) for name, changes in ABLATIONS.items()}}
@@ -572,16 +585,19 @@ def make_judge(dataset_name, data, test):
 @click.option("--nfe", default="3,4,5,6", show_default=True)
 @click.option("--seeds", default="0,1,2", show_default=True, help="Of training")
 @click.option("--methods", default="", help="Some of them, separated by ;")
+@click.option(
+    "--images", type=click.IntRange(NEAR), help="Test images (default: 5000 of digits, 1000 of natural images)"
+)
 @click.option("--work", default=None, help="Folder of the trained students (default: a temporary one)")
 @click.option("--data", help="judge: training images, zip or folder")
 @click.option("--test", help="judge: test images")
-def main(dataset_name, part, nfe, seeds, methods, work, data, test):
+def main(dataset_name, part, nfe, seeds, methods, images, work, data, test):
     """Train and score students on an embedded network."""
     if part == "judge":
         make_judge(dataset_name, data, test)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        students = Students(dataset_name, work or temporary)
+        students = Students(dataset_name, work or temporary, images)
         nfes, seeds = ([int(value) for value in text.split(",")] for text in (nfe, seeds))
         wanted = [name.strip() for name in methods.split(";") if name.strip()]
         if part == "plain":

@@ -223,6 +223,7 @@ def test_dyweight_is_its_authors_sampler(case, first_step, last_sum):
         own = weights[row.interval, : row.count] / weights[row.interval].sum()
         changes.append((own - student.coefficients(row.interval).detach())[row.first : row.first + row.free])
     set_(student, corrections=torch.cat(changes), time=times.log())
+    assert student.groups()["scale"].numel() == 1
     set_(student, scale=[math.atanh((last_sum - 1) / student.config["scale_bound"])])  # one number: of the last row
     expected = torch.from_numpy(z[f"{case}.{'final' if last_sum == 1 else 'unpinned'}"])
     torch.testing.assert_close(student.run(net, x).detach(), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))

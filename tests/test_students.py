@@ -28,7 +28,7 @@ def rows_at(tmp_path, monkeypatch):
 def recorder(tmp_path, file):
     """A ``Students`` that can record rows but has no network."""
     own = students.Students.__new__(students.Students)
-    own.dataset_name, own.work, own.file = "digits", tmp_path / "work", file
+    own.images, own.dataset_name, own.work, own.file = 1000, "digits", tmp_path / "work", file
     own.bench = SimpleNamespace(net=SimpleNamespace(weights_hash="0" * 64))
     return own
 
@@ -39,7 +39,8 @@ def row_of(method="full", nfe=3, seed=0, value=2.0, groups=True, part="main"):
         scores |= {
             f"{name}_left_out": [value + 0.01 * math.sin(g) for g in range(20)] for name in report_students.SCORES
         }
-    return {"part": part, "method": method, "nfe": nfe, "nfe_spent": nfe, "seed": seed, "date": "2026-11-28", **scores}
+    own = {"part": part, "method": method, "nfe": nfe, "nfe_spent": nfe, "seed": seed, "date": "2026-11-28"}
+    return {**own, "images": 1000, "current": groups, **scores}
 
 
 # ---- evaluations -----------------------------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ def test_a_row_that_spent_other_evaluations_is_not_recorded(tmp_path, rows_at):
     with pytest.raises(UserError, match="full, seed 0 stands under 3 evaluations but spent 4"):
         own.once(key, lambda: {"nfe_spent": 4, "fid": 1.0, "fid_left_out": []})
     assert rows_at.read_text() == ""
-    own.once(key, lambda: {"nfe_spent": 3, "fid": 1.0, "fid_left_out": []})
+    own.once(key, lambda: {"nfe_spent": 3, "images": 1000, "fid": 1.0, "fid_left_out": []})
     assert json.loads(rows_at.read_text())["nfe_spent"] == 3
 
 
@@ -100,20 +101,32 @@ def test_an_earlier_row_is_measured_again_and_a_current_one_is_not(tmp_path, row
     values = [json.loads(line)["fid"] for line in rows_at.read_text().splitlines()]
     assert values == [2.0, 3.0]
     assert report_students.collect(report_students.read("digits"), "main")["AMED-Solver", 3][0]["fid"] == 3.0
+    own.images = 5000  # and once more on more images
+    own.once(key, lambda: row_of("AMED-Solver", value=2.5) | {"images": 5000})
+    rows = report_students.read("digits")
+    assert [row["current"] for row in rows] == [False, False, True]
+    assert [row["fid"] for row in report_students.collect(rows, "main")["AMED-Solver", 3]] == [2.5]
 
 
-def test_a_table_samples_as_the_student_it_is_of():
-    student = SpanStudent.preset("dyweight", num_steps=6)
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [
+        ("dyweight", {}),
+        ("epd", {}),
+        ("amed-table", {"first_step": "none"}),
+        ("full", {"parallel": 2, "first_step": "zero"}),
+    ],
+)
+def test_a_table_samples_as_the_student_it_is_of(preset, changes):
+    student = SpanStudent.preset(preset, num_steps=5, **changes)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in student.groups().values():
             value.add_(0.2 * torch.randn(value.shape, generator=generator, dtype=value.dtype))
-    plan = student.plan()
-    table = {"sigmas": plan.sigmas.tolist(), "sigmas_net": plan.sigmas_net.tolist(), "first_step": "zero"}
-    table |= {"steps": [[part.tolist() for part in step] for step in plan.steps], "inner": [[] for _ in plan.inner]}
-    again = students.TableStudent(table, ToyNet())
+    again = students.TableStudent(students.table_of(student), ToyNet())
     expected = student.run(ToyNet(), common("latents2")).detach()
-    torch.testing.assert_close(again.run(ToyNet(), common("latents2")), expected, rtol=0, atol=1e-10)
+    size = float(expected.abs().max())  # tables are rounded to six places
+    torch.testing.assert_close(again.run(ToyNet(), common("latents2")), expected, rtol=0, atol=2e-3 * size)
     assert again.evaluations() == student.evaluations()
 
 
@@ -152,7 +165,7 @@ def test_intervals_hold_the_known_difference_nineteen_times_of_twenty(training_s
     The images of one noise differ little between the methods. Each training seed moves a method's mean a little.
     """
     generator = torch.Generator().manual_seed(0)
-    dim, num, moved = 4, 200, 0.02 if training_seeds > 1 else 0.0
+    dim, num, moved = 4, 200, 0.05 if training_seeds > 1 else 0.0
     repeats = 100 // training_seeds
     target = np.zeros(dim), np.eye(dim)
     first, second = 1.20, 1.25  # standard deviations: the distances are dim (s - 1)^2
@@ -172,7 +185,7 @@ def test_intervals_hold_the_known_difference_nineteen_times_of_twenty(training_s
         inside += abs(found.value - known) <= found.half_width
         apart.append(found.half_width)
     assert inside / repeats >= 0.88
-    assert np.mean(apart) < (0.06 if training_seeds == 1 else 0.15)  # they say something
+    assert np.mean(apart) < (0.06 if training_seeds == 1 else 0.4)  # they say something
 
 
 def test_paired_intervals_are_far_narrower_than_unpaired_ones():
