@@ -52,7 +52,9 @@ def read(network):
     """
     file = rows_file(network)
     rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    most = max((row.get("images", EARLIER_IMAGES) for row in rows), default=0)
+    for row in rows:
+        row.setdefault("images", EARLIER_IMAGES)
+    most = max((row["images"] for row in rows), default=0)
     for row in rows:
         check_row(row)
         row["current"] = is_current(row, most)
@@ -173,15 +175,20 @@ def difference_table(rows, score, digits, baseline):
 
 
 def target_table(rows):
-    """How much of AMED-Plugin's excess over the teacher is left, and what the best restriction has of it."""
-    found = {key: group for key, group in collect(rows, "main").items() if group[0]["current"]}
+    """How much of AMED-Plugin's excess over the teacher is left, and what the best restriction has of it.
+
+    Of rows on as many images as the teacher's.
+    """
+    found = collect(rows, "main")
+    images = found["teacher", 30][0]["images"] if ("teacher", 30) in found else None
+    found = {key: group for key, group in found.items() if group[0]["images"] == images}
     lines = [
         f"| evaluations | metric | excess of AMED-Plugin | {' | '.join(f'of {name} (ratio)' for name in WHOLE)} | best restriction | its excess |",
         "|---" * (5 + len(WHOLE)) + "|",
     ]
     for nfe in sorted({nfe for method, nfe in found if method in WHOLE}):
         for score, (title, _) in SCORES.items():
-            if score == "distance" or ("AMED-Plugin (iPNDM)", nfe) not in found or ("teacher", 30) not in found:
+            if score == "distance" or ("AMED-Plugin (iPNDM)", nfe) not in found:
                 continue
             zero = found["teacher", 30][0][score]
             excess = {
@@ -198,7 +205,7 @@ def target_table(rows):
             rival = min(others, key=others.get) if others else ""
             rest = f"{others[rival]:.2f}" if others else ""
             lines.append(f"| {nfe} | {title} | {plugin:.2f} | {' | '.join(cells)} | {rival} | {rest} |")
-    return lines if len(lines) > 2 else ["No rows with scores of groups yet."]
+    return lines
 
 
 def budget_table(rows):
@@ -243,9 +250,10 @@ def ablation_table(rows):
     lines = []
     for nfe in nfes:
         names = ["full", *(method for method, at in found if at == nfe)]
+        mixed = any(group[0]["current"] for (_, at), group in found.items() if at == nfe)
         lines += [
             "",
-            f"{nfe} evaluations:",
+            f"{nfe} evaluations:" if mixed else f"{nfe} evaluations {EARLIER}:",
             "",
             "| | FID | second FID | precision | recall | distance |",
             "|---" * 6 + "|",
@@ -258,7 +266,7 @@ def ablation_table(rows):
                     spread([row[score] for row in group], digits)
                     for score, digits in (("fid", 2), ("fid2", 2), ("precision", 3), ("recall", 3), ("distance", 4))
                 ]
-                mark = "" if group[0]["current"] else f" {EARLIER}"
+                mark = f" {EARLIER}" if mixed and not group[0]["current"] else ""
                 lines.append(f"| {name}{mark} | " + " | ".join(cells) + " |")
     return lines
 
@@ -286,9 +294,9 @@ def page(networks):
     ]
     for network, rows in networks.items():
         dates = sorted({row["date"] for row in rows})
-        images = sorted({row["images"] for row in rows if row["current"] and "images" in row})
-        lines += [f"## {network}", "", f"{len(rows)} rows, {dates[0]} to {dates[-1]}."]
-        lines += [f"Rows without {EARLIER}: {images[0]:,} test images." if images else "", ""]
+        images = max(row["images"] for row in rows)
+        lines += [f"## {network}", "", f"{len(rows)} rows, {dates[0]} to {dates[-1]}.", ""]
+        lines += [f"Rows without {EARLIER}: {images:,} test images.", ""]
         for score, (title, digits) in (SCORES | MORE).items():
             lines += [f"### {title}", "", *main_table(rows, score, digits), ""]
             for baseline in BASELINES if score in SCORES else ():
