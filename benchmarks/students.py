@@ -145,14 +145,17 @@ STRUCTURE = {  # ablations of the student's structure, which the command line do
     "no contrast": {"learn": ["labels", "inner", "time", "inner_time", "corrections"]},
 }
 # What was chosen on validation: of each preset the variants as (flags, changes of the student's configuration).
-# Nothing changed is the preset as it is; the rate of amed-table and epd is then 0.2 (training/final_config.py).
+# Nothing changed is the preset as it is.
 _PLACES = {"amed-table": ("inner", "inner_time", "scale"), "epd": ("inner", "inner_time", "scale", "corrections")}
+
+
+def _rates(groups, rate):
+    return {"lrs": ",".join(f"{group}={rate}" for group in groups)}, {}
+
+
 CHOICES = {
     **{
-        preset: {
-            f"rate {rate}": ({} if rate == 0.2 else {"lrs": ",".join(f"{group}={rate}" for group in groups)}, {})
-            for rate in (0.2, 0.05, 0.4)
-        }
+        preset: {f"rate {rate}": _rates(groups, rate) for rate in (0.02, 0.05, 0.1, 0.2, 0.4)}
         for preset, groups in _PLACES.items()
     },
     "dyweight": {"free last sum": ({}, {}), "last sum one": ({}, PINNED)},
@@ -485,7 +488,7 @@ class Students:
                 for preset, variants in CHOICES.items():
                     for variant, (changes, structure) in variants.items():
                         settings = span_flags(self.dataset_name, nfe, preset, changes)
-                        if settings is not None and (not wanted or preset in wanted):
+                        if settings is not None and (not wanted or {preset, f"{preset}, {variant}"} & set(wanted)):
                             key = {"part": "choice", "method": preset, "variant": variant, "nfe": nfe, "seed": seed}
                             own = f" {variant}".replace(",", "") if changes or structure else ""
                             name = f"{preset}{own}-{nfe}-{seed}"  # as it is: trained once for this and for the tables
