@@ -159,11 +159,14 @@ class Bench:
         statistics.append(features)
         return float(frechet_distance(*statistics.moments(), target.mu, target.sigma))
 
+    def apart(self, x):
+        """[num_reference]: root mean square distances to the converged solution."""
+        reference = self.converged()
+        return (x[: len(reference)] - reference).square().mean(dim=(1, 2, 3)).sqrt()
+
     def score(self, x):
         fid = self.frechet(self.features(x, self.detector), self.target)
-        reference = self.converged()
-        apart = (x[: len(reference)] - reference).square().mean(dim=(1, 2, 3)).sqrt().mean()
-        return {"fid": round(fid, 3), "distance": round(float(apart), 4)}
+        return {"fid": round(fid, 3), "distance": round(float(self.apart(x).mean()), 4)}
 
     def plain(self, job):
         started = time.perf_counter()

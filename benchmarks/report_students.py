@@ -4,33 +4,77 @@
 
 It also renews the tables between the markers in README.md and docs/span_solver.md. Needs matplotlib (extra "plot") for the
 figures.
+
+Intervals are of the paired difference of two methods at 95 %. All methods have the same seeds, so the difference of their
+scores without one group of seeds at a time gives its error by the jackknife (torch_utils/jackknife.py): the Fréchet distance
+of a small group is biased upwards, and the mean over groups would keep that bias. To this error that of the training seeds is
+added, where a method has several.
 """
 
 import json
+import math
 import statistics
 from collections import defaultdict
+from functools import partial
 
 import click
+import numpy as np
+from scipy.special import stdtrit
 
 from benchmarks.demo_settings import ROOT
 from tools.make_docs import renew
 from torch_utils.cli import Command
+from torch_utils.errors import UserError
+from torch_utils.jackknife import CONFIDENCE, Estimate, jackknife
 from torch_utils.plots import new_figure
 
 NETWORKS = ("digits", "cifar10-small")
 ORDER = [
     *("plain, best fid", "plain, best distance", "gits", "ld3, own trainer", "AMED-Solver", "AMED-Plugin (iPNDM)"),
-    *("ld3", "s4s", "dyweight", "gs", "amed-table", "epd", "dyweight + spatial,time"),
+    *("ld3", "s4s", "dyweight", "dyweight, last sum one", "gs", "amed-table", "epd"),
+    *("dyweight + spatial,time", "dyweight, last sum one + spatial,time"),
     *("full", "full + spatial", "full + spatial,time"),
 ]
+LEARNED = [method for method in ORDER if not method.startswith("plain")]
+BASELINES = ("full + spatial,time", "AMED-Plugin (iPNDM)")  # of the tables of differences
+EARLIER, EARLIER_IMAGES = "†", 1000  # marks rows that are not current; the images of those that do not say so
 WHOLE = [method for method in ORDER if method.startswith("full")]
 SCORES = {"fid": ("FID", 2), "fid2": ("FID of the second classifier", 2), "distance": ("distance", 4)}
 MORE = {"precision": ("precision", 3), "recall": ("recall", 3)}
 
 
+def rows_file(network):
+    return ROOT / "benchmarks" / f"students_{network}.jsonl"
+
+
 def read(network):
-    file = ROOT / "benchmarks" / f"students_{network}.jsonl"
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    """All rows of a network, "current" where ``is_current`` for as many test images as any of them has.
+
+    UserError where one did not spend the evaluations that it stands under.
+    """
+    file = rows_file(network)
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    for row in rows:
+        row.setdefault("images", EARLIER_IMAGES)
+    most = max((row["images"] for row in rows), default=0)
+    for row in rows:
+        check_row(row)
+        row["current"] = is_current(row, most)
+    return rows
+
+
+def check_row(row):
+    """UserError where a row did not spend the evaluations that it stands under."""
+    if row.get("nfe_spent", row["nfe"]) != row["nfe"]:
+        name = f"{row['part']}, {row['method']}, seed {row.get('seed')}"
+        raise UserError(
+            f"the row of {name} stands under {row['nfe']} evaluations but spent {row['nfe_spent']}: correct its settings"
+        )
+
+
+def is_current(row, images):
+    """Whether a row need not be measured again: on so many test images, with scores of groups; validation never again."""
+    return row["part"] in ("plain", "choice") or ("fid_left_out" in row and row["images"] >= images)
 
 
 def spread(values, digits):
@@ -40,93 +84,178 @@ def spread(values, digits):
 
 
 def collect(rows, part):
-    """(method, nfe) -> rows of all training seeds."""
+    """(method, nfe) -> rows of all training seeds: those of today, or all earlier ones where there is none."""
     found = defaultdict(list)
     for row in rows:
         if row["part"] == part:
             found[row["method"], row["nfe"]].append(row)
-    return found
+    return {key: [row for row in group if row["current"]] or group for key, group in found.items()}
+
+
+def mean(group, score):
+    return statistics.mean(row[score] for row in group)
+
+
+def difference(group, other, score):
+    """The paired difference of two methods' rows in a score, the first minus the second.
+
+    Its error has two sources: the seeds that are sampled, by the jackknife over the groups of them, and the training seeds
+    of either method, where it has several. The degrees of freedom are Welch's and Satterthwaite's.
+    """
+    whole = mean(group, score) - mean(other, score)
+    first, second = (np.mean([row[f"{score}_left_out"] for row in rows], axis=0) for rows in (group, other))
+    images = jackknife(whole, first - second)
+    parts = [(images.error**2, len(first) - 1)]
+    for rows in (group, other):
+        if len(rows) > 1:
+            parts.append((statistics.variance(row[score] for row in rows) / len(rows), len(rows) - 1))
+    variance = sum(value for value, _ in parts)
+    if variance == 0:
+        return Estimate(images.value, 0.0, 0.0)
+    freedom = variance**2 / sum(value**2 / count for value, count in parts)
+    error = math.sqrt(variance)
+    return Estimate(images.value, error, float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * error)
+
+
+def best_of(found, nfe, score):
+    """The learned method that is better than every other one of today by more than the interval, else None."""
+    groups = {m: found[m, nfe] for m in LEARNED if (m, nfe) in found and found[m, nfe][0]["current"]}
+    if len(groups) < 2:
+        return None
+    best = min(groups, key=lambda method: mean(groups[method], score))
+    others = (groups[method] for method in groups if method != best)
+    return best if all(difference(groups[best], other, score).below_zero for other in others) else None
+
+
+def seeds_of(groups):
+    """How many training seeds the cells of a row have."""
+    counts = [len({row["seed"] for row in group} - {None}) for group in groups if group]
+    return "-" if not any(counts) else "/".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
 
 
 def main_table(rows, score, digits):
     found = collect(rows, "main")
     nfes = sorted({nfe for method, nfe in found if method != "teacher"})
-    lines = ["| evaluations | " + " | ".join(f"{nfe}" for nfe in nfes) + " |", "|---" * (len(nfes) + 1) + "|"]
-    learned = [method for method in ORDER if not method.startswith("plain")]
-    best = {}
-    for nfe in nfes:
-        means = {m: statistics.mean(r[score] for r in found[m, nfe]) for m in learned if found.get((m, nfe))}
-        if means:
-            best[nfe] = (max if score in MORE else min)(means, key=means.get)
+    lines = ["| evaluations | training seeds | " + " | ".join(map(str, nfes)) + " |", "|---" * (len(nfes) + 2) + "|"]
+    best = {nfe: best_of(found, nfe, score) for nfe in nfes} if score in SCORES else {}
     for method in ORDER:
+        groups = [found.get((method, nfe), []) for nfe in nfes]
         cells = []
-        for nfe in nfes:
-            values = [row[score] for row in found.get((method, nfe), [])]
-            cell = spread(values, digits) if values else ""
-            cells.append(f"**{cell}**" if values and best.get(nfe) == method else cell)
+        for nfe, group in zip(nfes, groups, strict=True):
+            cell = spread([row[score] for row in group], digits) if group else ""
+            cell += f" {EARLIER}" if group and not group[0]["current"] else ""
+            cells.append(f"**{cell}**" if best.get(nfe) == method else cell)
         if any(cells):
-            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+            lines.append(f"| {method} | {seeds_of(groups)} | " + " | ".join(cells) + " |")
     teacher = found.get(("teacher", 30))
     if teacher:
-        lines.append(f"| teacher, 30 evaluations | {teacher[0][score]:.{digits}f} |" + " |" * (len(nfes) - 1))
+        cell = f"{teacher[0][score]:.{digits}f}" + ("" if teacher[0]["current"] else f" {EARLIER}")
+        lines.append(f"| teacher, 30 evaluations | - | {cell} |" + " |" * (len(nfes) - 1))
+    return lines
+
+
+def difference_table(rows, score, digits, baseline):
+    """Paired differences of all methods to a baseline, with 95 % intervals; less is better than the baseline."""
+    found = collect(rows, "main")
+    nfes = sorted({nfe for method, nfe in found if method == baseline and found[method, nfe][0]["current"]})
+    if not nfes:
+        return [f"No row of {baseline} has scores of groups yet."]
+    lines = [f"| minus {baseline} | " + " | ".join(map(str, nfes)) + " |", "|---" * (len(nfes) + 1) + "|"]
+    for method in [*ORDER, "teacher"]:
+        cells = []
+        for nfe in nfes:
+            group = found.get((method, 30 if method == "teacher" else nfe))
+            if method == baseline or not group or not group[0]["current"]:
+                cells.append("")
+                continue
+            estimate = difference(group, found[baseline, nfe], score)
+            cell = f"{estimate.value:+.{digits}f} ± {estimate.half_width:.{digits}f}"
+            cells.append(f"**{cell}**" if estimate.below_zero else cell)
+        if any(cells):
+            lines.append(f"| {method}{', 30 evaluations' * (method == 'teacher')} | " + " | ".join(cells) + " |")
     return lines
 
 
 def target_table(rows):
-    """How much of AMED-Plugin's excess over the teacher is left, and what the best restriction has of it."""
+    """How much of AMED-Plugin's excess over the teacher is left, and what the best restriction has of it.
+
+    Of rows on as many images as the teacher's.
+    """
     found = collect(rows, "main")
-    if ("teacher", 30) not in found:
-        return []
+    images = found["teacher", 30][0]["images"] if ("teacher", 30) in found else None
+    found = {key: group for key, group in found.items() if group[0]["images"] == images}
     lines = [
         f"| evaluations | metric | excess of AMED-Plugin | {' | '.join(f'of {name} (ratio)' for name in WHOLE)} | best restriction | its excess |",
         "|---" * (5 + len(WHOLE)) + "|",
     ]
-    for nfe in sorted({nfe for method, nfe in found if method == "full"}):
+    for nfe in sorted({nfe for method, nfe in found if method in WHOLE}):
         for score, (title, _) in SCORES.items():
             if score == "distance" or ("AMED-Plugin (iPNDM)", nfe) not in found:
                 continue
             zero = found["teacher", 30][0][score]
             excess = {
-                method: statistics.mean(row[score] for row in found[method, nfe]) - zero
+                method: mean(found[method, nfe], score) - zero
                 for method in ORDER[ORDER.index("AMED-Plugin (iPNDM)") :]
                 if found.get((method, nfe))
             }
-            others = {m: v for m, v in excess.items() if m not in (*WHOLE, "AMED-Plugin (iPNDM)") and "+" not in m}
-            if not others:
-                continue
-            rival = min(others, key=others.get)
             plugin = excess["AMED-Plugin (iPNDM)"]
             cells = [
                 f"{excess[name]:.2f} ({excess[name] / plugin:.2f})" if name in excess and plugin > 0 else ""
                 for name in WHOLE
             ]
-            lines.append(f"| {nfe} | {title} | {plugin:.2f} | {' | '.join(cells)} | {rival} | {others[rival]:.2f} |")
+            others = {m: v for m, v in excess.items() if m not in (*WHOLE, "AMED-Plugin (iPNDM)") and "+" not in m}
+            rival = min(others, key=others.get) if others else ""
+            rest = f"{others[rival]:.2f}" if others else ""
+            lines.append(f"| {nfe} | {title} | {plugin:.2f} | {' | '.join(cells)} | {rival} | {rest} |")
     return lines
 
 
-def cost_table(rows):
+def budget_table(rows):
+    """What every row costs: to sample, and to train."""
     found = collect(rows, "main")
-    nfes = sorted({nfe for method, nfe in found if method == "full"})
+    nfes = sorted({nfe for method, nfe in found if method != "teacher"})
     title = " / ".join(map(str, nfes))
-    lines = [f"| method | CPU seconds of training at {title} evaluations |", "|---|---|"]
-    for method in ORDER[2:]:
-        cells = []
-        for nfe in nfes:
-            values = [row["training_seconds"] for row in found.get((method, nfe), []) if row["training_seconds"]]
-            cells.append(f"{statistics.mean(values):.0f}" if values else "-")
-        lines.append(f"| {method} | {' / '.join(cells)} |")
+    lines = [
+        f"| at {title} evaluations | training seeds | calls one after the other | trained parameters | pairs | CPU seconds |",
+        "|---" * 6 + "|",
+    ]
+    for method in ORDER:
+        groups = [found.get((method, nfe), []) for nfe in nfes]
+
+        def entries(name, digits=0, groups=groups):
+            values = [[row[name] for row in group if row.get(name) is not None] for group in groups]
+            shown = [f"{statistics.mean(part):.{digits}f}" if part else "-" for part in values]
+            return shown[0] if len(set(shown)) == 1 else " / ".join(shown)
+
+        cells = [seeds_of(groups), *map(entries, ("calls", "parameters", "pairs", "training_seconds"))]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def choice_table(rows):
+    """What was chosen on validation: variants of the restrictions."""
+    lines = [
+        "| preset | variant | evaluations | loss on pairs of validation | FID | distance |",
+        "|---" * 6 + "|",
+    ]
+    for row in sorted((row for row in rows if row["part"] == "choice"), key=lambda row: (row["method"], row["nfe"])):
+        own = (row["method"], row["variant"], row["nfe"])
+        lines.append(
+            f"| {' | '.join(map(str, own))} | {row['validation']:.4f} | {row['fid']:.2f} | {row['distance']:.4f} |"
+        )
     return lines
 
 
 def ablation_table(rows):
-    found, base = collect(rows, "ablation"), collect(rows, "main")
+    found, base = collect(rows, "ablation"), defaultdict(list, collect(rows, "main"))
     nfes = sorted({nfe for _, nfe in found})
     lines = []
     for nfe in nfes:
         names = ["full", *(method for method, at in found if at == nfe)]
+        mixed = any(group[0]["current"] for (_, at), group in found.items() if at == nfe)
         lines += [
             "",
-            f"{nfe} evaluations:",
+            f"{nfe} evaluations:" if mixed else f"{nfe} evaluations {EARLIER}:",
             "",
             "| | FID | second FID | precision | recall | distance |",
             "|---" * 6 + "|",
@@ -139,7 +268,8 @@ def ablation_table(rows):
                     spread([row[score] for row in group], digits)
                     for score, digits in (("fid", 2), ("fid2", 2), ("precision", 3), ("recall", 3), ("distance", 4))
                 ]
-                lines.append(f"| {name} | " + " | ".join(cells) + " |")
+                mark = f" {EARLIER}" if mixed and not group[0]["current"] else ""
+                lines.append(f"| {name}{mark} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -156,19 +286,41 @@ def plain_table(rows):
 
 
 def page(networks):
-    lines = ["# Learned samplers, compared", "", "Written by `python -m benchmarks.report_students`.", ""]
+    lines = [
+        "# Learned samplers, compared",
+        "",
+        "Written by `python -m benchmarks.report_students`.",
+        "",
+        *explained(),
+        "",
+    ]
     for network, rows in networks.items():
-        seeds = len({row["seed"] for row in rows if row["part"] == "main" and row["seed"] is not None})
         dates = sorted({row["date"] for row in rows})
-        lines += [f"## {network}", "", f"{len(rows)} rows, {seeds} training seeds, {dates[0]} to {dates[-1]}.", ""]
+        images = max(row["images"] for row in rows)
+        lines += [f"## {network}", "", f"{len(rows)} rows, {dates[0]} to {dates[-1]}.", ""]
+        lines += [f"Rows without {EARLIER}: {images:,} test images.", ""]
         for score, (title, digits) in (SCORES | MORE).items():
             lines += [f"### {title}", "", *main_table(rows, score, digits), ""]
+            for baseline in BASELINES if score in SCORES else ():
+                lines += [*difference_table(rows, score, digits, baseline), ""]
         lines += ["### Against the target", "", *target_table(rows), ""]
-        lines += ["### Cost of training", "", *cost_table(rows), ""]
+        lines += ["### Budgets", "", *budget_table(rows), ""]
         if any(row["part"] == "ablation" for row in rows):
             lines += ["### Ablations of full", *ablation_table(rows), ""]
         lines += ["### Solvers without training, on the validation seeds", "", *plain_table(rows), ""]
+        lines += ["### Rates and variants of restrictions, on validation", "", *choice_table(rows), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def explained():
+    """What the marks of the tables mean."""
+    return [
+        "± in a table of scores: standard deviation of the training seeds. ± in a table of differences: 95 % interval of the",
+        "paired difference, over 20 groups of the sampled seeds (jackknife) and over the training seeds, where both have",
+        "several; with one training seed it speaks of that trained student only. Bold: better by more than the interval, in a",
+        f"table of scores than every other learned method. {EARLIER}: measured earlier, on {EARLIER_IMAGES:,} images and without",
+        "groups of seeds: no interval. Fréchet distances of different numbers of images cannot be compared.",
+    ]
 
 
 def document_parts(networks):
@@ -178,19 +330,25 @@ def document_parts(networks):
         for score, (_, digits) in SCORES.items():
             short = min(digits, 3)
             parts[f"{network} {score}"] = lambda rows=rows, s=score, d=short: "\n".join(main_table(rows, s, d))
+        for score in ("fid", "fid2"):
+            table = partial(difference_table, rows, score, 2, BASELINES[0])
+            parts[f"{network} {score} differences"] = lambda table=table: "\n".join(table())
         parts[f"{network} target"] = lambda rows=rows: "\n".join(target_table(rows))
+        parts[f"{network} choices"] = lambda rows=rows: "\n".join(choice_table(rows))
         parts[f"{network} ablations"] = lambda rows=rows: "\n".join(ablation_table(rows)).strip()
+    parts["marks"] = lambda: "\n".join(explained())
     readme, document = ROOT / "README.md", ROOT / "docs" / "span_solver.md"
     return {readme: {name: parts[name] for name in parts if name == "cifar10-small fid"}, document: parts}
 
 
 def draw_scores(networks, dest):
-    """FID over evaluations, one panel for each network and classifier."""
+    """FID over evaluations, one panel for each network and classifier; hollow: measured earlier, on 1,000 images."""
     shown = {
         "plain, best fid": ("best without training", "tab:gray"), "gits": ("GITS", "tab:olive"),
         "AMED-Solver": ("AMED-Solver", "tab:orange"), "AMED-Plugin (iPNDM)": ("AMED-Plugin", "tab:red"),
         "ld3": ("LD3", "tab:green"), "s4s": ("S4S", "tab:cyan"), "dyweight": ("DyWeight", "tab:purple"),
-        "gs": ("GS", "tab:brown"), "epd": ("EPD", "tab:pink"), "full": ("span (full)", "tab:blue"),
+        "dyweight, last sum one": ("DyWeight, last sum one", "mediumpurple"), "gs": ("GS", "tab:brown"),
+        "amed-table": ("AMED's table", "gold"), "epd": ("EPD", "tab:pink"), "full": ("span (full)", "tab:blue"),
         "full + spatial,time": ("span (full + spatial, time)", "black"),
     }  # fmt: skip
     figure = new_figure("the figures", figsize=(10, 3.6 * len(networks)))
@@ -204,6 +362,10 @@ def draw_scores(networks, dest):
                 errors = [statistics.stdev(group) if len(group) > 1 else 0 for group in values]
                 style = {"color": colour, "linewidth": 2.2 if method.startswith("full") else 1.2, "markersize": 4}
                 axes.errorbar(nfes, list(map(statistics.mean, values)), errors, fmt="o-", label=label, **style)
+                earlier = [
+                    (nfe, mean(found[method, nfe], score)) for nfe in nfes if not found[method, nfe][0]["current"]
+                ]
+                axes.plot(*zip(*earlier, strict=True), "o", color="white", markersize=2, zorder=3) if earlier else None
             if ("teacher", 30) in found:
                 axes.axhline(found["teacher", 30][0][score], color="black", linestyle=":", label="teacher, 30")
             axes.set_yscale("log")

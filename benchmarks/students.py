@@ -2,21 +2,27 @@
 solvers without training, on an embedded network.
 
     python -m benchmarks.students --dataset_name=digits --part=plain      # solvers without training, on validation seeds
+    python -m benchmarks.students --dataset_name=digits --part=choices    # rates and variants of restrictions, validation
     python -m benchmarks.students --dataset_name=digits --part=main       # all methods, test seeds, three training seeds
     python -m benchmarks.students --dataset_name=digits --part=ablation   # the full student, one thing changed
     python -m benchmarks.students --dataset_name=digits --part=judge --data=... --test=...   # the second classifier's statistics
     python -m benchmarks.students --dataset_name=digits --part=picture --nfe=3 --seeds=0 --work=...   # docs/students_<...>.png
 
 Every row is appended to benchmarks/students_<dataset_name>.jsonl as soon as it is measured and not measured again; --nfe,
---seeds and --methods take a part of them. benchmarks/report_students.py makes the tables and figures.
+--seeds and --methods take a part of them. benchmarks/report_students.py makes the tables and figures. Trained students stay
+in --work and are not trained again there. A row of fewer images, or without scores of groups, is measured again; where it
+holds a table or a schedule, that is scored instead of trained again.
 
 Training noise is apart from the seeds that are sampled (torch_utils/seeds.py), and the validation seeds 100000-100255, which
-settings were chosen on, are apart from the test seeds 0-999. Students see neither of the two classifiers. Scores:
+settings were chosen on, are apart from the test seeds: 0-4999 of digits, 0-999 of natural images. Students see neither of
+the two classifiers. Scores:
 
     fid, fid2   Fréchet distance to the training images in the features of the network's usual classifier, and of a second one
                 of another architecture and seed (benchmarks/judges)
-    precision, recall   in the features of the second one, against test images
+    precision, recall   in the features of the second one, against test images; of the first 1,000 seeds
     distance    root mean square over pixels in [-1, 1] to Heun with 51 stamps from the same noise, first 256 seeds
+    ..._left_out    the same without one of 20 groups of seeds at a time (seed g, g + 20, ...): intervals of differences
+                between methods follow from them by the jackknife
 
 The second classifiers (98.73 % and 70.18 % test accuracy), before --part=judge, which reads the same images:
 
@@ -26,6 +32,8 @@ The second classifiers (98.73 % and 70.18 % test accuracy), before --part=judge,
         --data=cifar10-train.zip --test=cifar10-test.zip --dest=benchmarks/judges/cifar10-small.safetensors
 
 training_seconds are of CPU time (of its threads together), without the teacher's pairs, which all students of a seed share.
+parameters: the numbers that are trained; pairs: of the teacher, training and validation; calls: network calls one after the
+other, where calls in one batch count as one, as the authors of EPD count them.
 """
 
 import contextlib
@@ -34,6 +42,7 @@ import json
 import shutil
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import click
@@ -44,10 +53,12 @@ from PIL import Image, ImageDraw, ImageFont
 import optimize_schedule
 import train
 from benchmarks.demo_settings import FIRST_SEED, ROOT, Bench
+from benchmarks.report_students import check_row, is_current, read, rows_file
 from fid import choose_images, image_statistics
 from models.detectors import EMBEDDED, PRETRAINED, load_classifier, load_detector
 from solvers import sample
 from solvers.schedule_file import load_schedule
+from solvers.span import Plan, SpanStudent
 from tools.demo import HALVES
 from torch_utils.cli import Command
 from torch_utils.frechet import Reference
@@ -55,12 +66,11 @@ from torch_utils.image_data import ImageSource, load_array
 from torch_utils.image_writer import image_grid, save_image, to_uint8
 from torch_utils.manifold import precision_recall
 from training.checkpoint import find_predictor, load_predictor
+from training.final_config import FinalOptions
 
-IMAGES, NEAR, REAL = (
-    1000,
-    256,
-    1000,
-)  # test images; those with a reference solution; real images for precision and recall
+IMAGES = {"digits": 5000, "cifar10-small": 1000}  # test images, if --images does not say another number
+GROUPS = 20  # of the seeds, for intervals
+NEAR, REAL = 256, 1000  # those with a reference solution; images of either kind for precision and recall
 PAIRS, VALIDATION = 384, 64
 SHOWN = ("full + spatial,time", "dyweight", "AMED-Plugin (iPNDM)")  # in the picture
 ACROSS, LABEL = 16, 24  # images in a line; pixels for its label
@@ -80,10 +90,15 @@ BUDGET = {
 }
 # A quarter less for the preset that tries starts, as its three trials take a tenth of the run each: 0.72 * 1.3 = 0.94.
 TRIED = {"total_kimg": 0.72}
-STUDENTS = (
-    *("full + spatial,time", "full + spatial", "full", "ld3", "s4s", "dyweight", "gs", "amed-table", "epd"),
-    "dyweight + spatial,time",  # a restriction with our heads: how much of the gain is theirs
-)
+PINNED = {"learn": ["labels", "time", "corrections"]}  # of dyweight: its last row sums to one, as all others
+STUDENTS = {  # method -> preset, flags, changes of the student's configuration
+    **{preset: (preset, {}, {}) for preset in ("ld3", "s4s", "dyweight", "gs", "amed-table", "epd", "full")},
+    **{f"full + {heads}": ("full", {"heads": heads}, {}) for heads in ("spatial,time", "spatial")},
+    "dyweight, last sum one": ("dyweight", {}, PINNED),
+    # A restriction with our heads: how much of the gain is theirs.
+    "dyweight + spatial,time": ("dyweight", {"heads": "spatial,time"}, {}),
+    "dyweight, last sum one + spatial,time": ("dyweight", {"heads": "spatial,time"}, PINNED),
+}
 # Schedules for iPNDM, with the options of optimize_schedule.py. GITS: l2 cost with coefficient 1, its best setting here
 # (docs/schedules.md); LD3: its own trainer, as in benchmarks/schedules.sh, which tries four grids before it trains.
 SCHEDULES = {
@@ -117,7 +132,8 @@ ABLATIONS = {
     "time head": {"heads": "time"},
     "time scale within 5 %": {"time_bound": 0.05},
     "time scale within 30 %": {"time_bound": 0.3},
-    "two calls in one batch": {"parallel": 2},
+    "two calls in one batch": {"parallel": 2},  # even numbers of evaluations
+    "two calls in one batch, no first step": {"parallel": 2, "afs": False},  # odd ones
     "twice the training": {"total_kimg": 1.44},
     "both heads, loss in pixels": {"heads": "spatial,time", "loss": "huber"},
     "both heads, four times the training": {"heads": "spatial,time", "total_kimg": 2.88},
@@ -128,6 +144,27 @@ STRUCTURE = {  # ablations of the student's structure, which the command line do
     "coefficients of the theory": {"learn": ["labels", "inner", "time", "inner_time", "contrast"]},
     "labels fixed": {"learn": ["time", "inner_time", "corrections", "contrast"]},
     "no contrast": {"learn": ["labels", "inner", "time", "inner_time", "corrections"]},
+}
+# What was chosen on validation: of each preset the variants as (flags, changes of the student's configuration).
+# Nothing changed is the preset as it is.
+_PLACES = {"amed-table": ("inner", "inner_time", "scale"), "epd": ("inner", "inner_time", "scale", "corrections")}
+
+
+def _rates(groups, rate):
+    return {"lrs": ",".join(f"{group}={rate}" for group in groups)}, {}
+
+
+CHOICES = {
+    **{
+        preset: {f"rate {rate}": _rates(groups, rate) for rate in (0.02, 0.05, 0.1, 0.2, 0.4)}
+        for preset, groups in _PLACES.items()
+    },
+    "dyweight": {"free last sum": ({}, {}), "last sum one": ({}, PINNED)},
+    "gs": {
+        "order lowered, to sigma_min": ({}, {}),
+        "order kept, to sigma_min": ({}, {"lower_order_final": False}),
+        "order kept, to 0.0105": ({"sigma_min": 0.01048599}, {"lower_order_final": False}),  # as published
+    },
 }
 
 
@@ -155,6 +192,10 @@ def _features(file):
     return lambda images: model.features((images.clamp(-1, 1) + 1) / 2)
 
 
+def has_heads(settings):
+    return settings.get("heads") not in (None, "none")
+
+
 def judge_file(dataset_name):
     return ROOT / "benchmarks" / "judges" / f"{dataset_name}.safetensors"
 
@@ -176,21 +217,105 @@ def span_flags(dataset_name, nfe, preset, changes=None):
         return None
     changes = {"heads": "none" if preset == "full" else None, **(changes or {})}
     steps = {**steps, "num_steps": steps["num_steps"] + changes.pop("num_steps", 0)}
-    if changes.get("parallel") == 2:  # the same number of calls, but for the first point, where there is only one
-        if nfe % 2 == 0:
+    if changes.get("parallel") == 2:  # two calls at every point but the first, which has one, or none with a first step
+        first_step = changes.get("afs") is not False
+        if (nfe % 2 == 0) != first_step:
             return None
-        steps["num_steps"] = (nfe - 1) // 2 + 3
+        steps["num_steps"] = (nfe + 1) // 2 + 1 + first_step
     budget = {**BUDGET, **(TRIED if preset == "full" else {})}
     return {**budget, "dataset_name": dataset_name, "preset": preset, **steps, **changes}
+
+
+@contextlib.contextmanager
+def structured(changes):
+    """The configuration of all students that are trained inside, as the command line would make it, but with ``changes``."""
+    original = FinalOptions.student_config
+
+    def with_changes(options, *arguments, **more):
+        return {**original(options, *arguments, **more), **changes}
+
+    FinalOptions.student_config = with_changes
+    try:
+        yield
+    finally:
+        FinalOptions.student_config = original
+
+
+class TableStudent(SpanStudent):
+    """A student without heads that follows the table of an earlier row instead of parameters."""
+
+    def __init__(self, table, net):
+        points = max(map(len, table["inner"]))
+        nested = {"base": "midpoint", "parallel": points} if table["inner"][0] else {"parallel": points + 1}
+        ends = {"sigma_max": table["sigmas"][0], "sigma_min": table["sigmas"][-1]}
+        super().__init__(num_steps=len(table["sigmas"]), first_step=table["first_step"], **ends, **nested)
+        if table["first_step"] == "gaussian":
+            self.measure_gaussian(net)
+
+        def tensors(parts):
+            return [torch.tensor(part, dtype=torch.float64) for part in parts]
+
+        steps, inner = map(tensors, table["steps"]), [list(map(tensors, points)) for points in table["inner"]]
+        self.numbers = Plan(*tensors([table["sigmas"], table["sigmas_net"]]), list(steps), inner)
+
+    def plan(self):
+        return self.numbers
+
+    def sigmas(self):
+        return self.numbers.sigmas
+
+    def sigmas_net(self):
+        return self.numbers.sigmas_net
+
+
+def table_of(student):
+    """The numbers of a trajectory as a row keeps them, to six places."""
+    plan = student.plan()
+    table = {
+        "sigmas": plan.sigmas.tolist(),
+        "sigmas_net": plan.sigmas_net.tolist(),
+        "steps": [[part.tolist() for part in step] for step in plan.steps],
+        "inner": [[[part.tolist() for part in point] for point in points] for points in plan.inner],
+        "first_step": student.config["first_step"],
+    }
+    return json.loads(json.dumps(table), parse_float=lambda text: round(float(text), 6))
+
+
+def budget(settings, predictor):
+    """What a row says of the cost of a predictor that was trained with these flags of train.py."""
+    pairs = settings.get("pairs", 0) + settings.get("val_pairs", 0)
+    if getattr(predictor, "kind", None) != "span":
+        parameters = sum(value.numel() for value in predictor.parameters())
+        return {"parameters": parameters, "calls": predictor.evaluations(), "pairs": pairs}
+    weights = sum(value.numel() for value in predictor.head_parameters())
+    calls = predictor.intervals * (1 + predictor.nested) - predictor.analytic
+    return {"parameters": predictor.scalars() + weights, "calls": calls, "pairs": pairs}
+
+
+def schedule_budget(settings, name):
+    """The same of an optimised schedule: the ends are fixed, and with a first step the network is not asked at the first."""
+    learned = len(settings["sigmas"]) - 2
+    learned += learned if settings.get("sigmas_net") else 0
+    used = ("num_warmup", "num_train", "num_valid")
+    pairs = sum(SCHEDULES[name].get(option, 0) for option in used)
+    return {"parameters": learned, "calls": len(settings["sigmas"]) - 2, "pairs": pairs}
+
+
+def left_out(name, values, score):
+    """A row's entries for a score of ``values`` [N,...]: of all, and without one group of seeds at a time."""
+    group = torch.arange(len(values)) % GROUPS
+    others = [round(score(values[group != number]), 6) for number in range(GROUPS)]
+    return {name: round(score(values), 6), f"{name}_left_out": others}
 
 
 class Students:
     """Trains, samples and scores; the rows that are there already."""
 
-    def __init__(self, dataset_name, work):
-        self.dataset_name, self.work = dataset_name, Path(work) / dataset_name
-        self.file = ROOT / "benchmarks" / f"students_{dataset_name}.jsonl"
-        self.bench = Bench(dataset_name, IMAGES, first=0, num_reference=NEAR)
+    def __init__(self, dataset_name, work, images=None):
+        self.dataset_name, self.images = dataset_name, images or IMAGES[dataset_name]
+        self.work = Path(work) / dataset_name
+        self.file = rows_file(dataset_name)
+        self.bench = Bench(dataset_name, self.images, first=0, num_reference=NEAR)
         self.second = load_detector(judge_file(dataset_name))
         self.second_target = Reference.load(judge_file(dataset_name).with_suffix(".npz"))
         with np.load(judge_file(dataset_name).with_suffix(".npz")) as file:
@@ -198,36 +323,58 @@ class Students:
 
     def rows(self):
         """Read anew each time: several processes may work at once."""
-        return (
-            [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
-            if self.file.exists()
-            else []
-        )
+        return read(self.dataset_name)
 
-    def once(self, key, work):
-        """The row of this key, measured by ``work()`` if it is not there."""
+    def once(self, key, work, settings=None, structure=None):
+        """The row of this key, measured by ``work()`` if it is not there with as many images and scores of groups.
+
+        settings, structure: those of ``train`` for a span student, so that an earlier row's table may be scored again.
+
+        Raises UserError where the row did not spend the evaluations of its key.
+        """
         key = {**key, "network": self.bench.net.weights_hash[:16]}
         claim = self.work / "claims" / "-".join(str(value).replace(" ", "_") for value in key.values())
-        if any(all(row.get(name) == value for name, value in key.items()) for row in self.rows()) or claim.exists():
+        found = [row for row in self.rows() if all(row.get(name) == value for name, value in key.items())]
+        if any(is_current(row, self.images) for row in found) or claim.exists():
             return
         claim.parent.mkdir(parents=True, exist_ok=True)
         claim.touch()
         try:
-            row = {**key, **work(), "date": time.strftime("%Y-%m-%d")}
+            row = {
+                **key,
+                **((found and self.again(found[0], settings, structure)) or work()),
+                "date": time.strftime("%Y-%m-%d"),
+            }
         finally:
             claim.unlink()
+        check_row(row)
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        print(json.dumps({name: value for name, value in row.items() if name not in ("network", "table")}), flush=True)
+        hidden = ("network", "table", "settings", *(name for name in row if name.endswith("_left_out")))
+        print(json.dumps({name: value for name, value in row.items() if name not in hidden}), flush=True)
+
+    def again(self, row, settings, structure):
+        """An earlier row with scores of today, from its schedule or table; None where it has neither."""
+        if row.get("command", "").startswith("python optimize_schedule.py"):
+            found = {**schedule_budget(row["settings"], row["method"]), **self.solved(**row["settings"])}
+        elif settings is not None and row.get("table") and not has_heads(settings):
+            with structured(structure or {}):
+                found = budget(settings, FinalOptions(**settings).make_student(0.002, 80.0))
+            found |= self.solved(solver="span", predictor=TableStudent(row["table"], self.bench.net))
+        else:
+            return None
+        kept = ("command", "training_seconds", "start", "table")
+        return {**{name: row[name] for name in kept if name in row}, **found, "scored_again": True}
 
     def scored(self, x):
-        features = self.bench.features(x, self.second)
-        precision, recall = precision_recall(self.real, features)
-        second = self.bench.frechet(features, self.second_target)
-        return {
-            **self.bench.score(x),
-            **{"fid2": round(second, 3), "precision": round(precision, 4), "recall": round(recall, 4)},
-        }
+        features = {"fid": self.bench.features(x, self.bench.detector), "fid2": self.bench.features(x, self.second)}
+        targets = {"fid": self.bench.target, "fid2": self.second_target}
+        precision, recall = precision_recall(self.real, features["fid2"][:REAL])
+        apart = self.bench.apart(x)
+        found = {"images": len(x), "precision": round(precision, 4), "recall": round(recall, 4)}
+        for name in targets:
+            found |= left_out(name, features[name], lambda part, n=name: self.bench.frechet(part, targets[n]))
+        return found | left_out("distance", apart, lambda part: float(part.mean()))
 
     # Methods
 
@@ -245,63 +392,54 @@ class Students:
         names += {"ipndm": ("max_order",), "dpmpp": ("max_order", "thresholding")}.get(config["sampler_stu"], ())
         return {"solver": config["sampler_stu"], "predictor": predictor, **{name: config[name] for name in names}}
 
-    def sampled(self, file):
+    def sampled(self, predictor):
         """The scores of a trained predictor, and its table if it is one."""
-        predictor = load_predictor(file)
-        config, found = predictor.config, self.solved(**self.trained_settings(predictor))
+        found = self.solved(**self.trained_settings(predictor))
         if getattr(predictor, "kind", None) == "span":
-            plan = predictor.plan()
-            table = {
-                "sigmas": plan.sigmas.tolist(),
-                "sigmas_net": plan.sigmas_net.tolist(),
-                "steps": [[part.tolist() for part in step] for step in plan.steps],
-                "inner": [[[part.tolist() for part in point] for point in points] for points in plan.inner],
-                "first_step": config["first_step"],
-            }
-            found["table"] = json.loads(json.dumps(table), parse_float=lambda text: round(float(text), 6))
+            found["table"] = table_of(predictor)
         return found
 
-    def trained(self, settings, seed, name):
-        """Trains with train.py's command line, then scores."""
+    def train(self, settings, seed, name, structure=None):
+        """(what the row says of the training, the predictor), by train.py's command line unless it is in ``work`` already.
+
+        structure: changes of the student's configuration that the command line does not offer.
+        """
         folder = self.work / name.replace(" ", "_")
-        shutil.rmtree(folder, ignore_errors=True)
         settings = {**settings, "seed": seed}
+        command = "python train.py " + " ".join(flags(settings))
+        command += f"  # with {structure} in the student's configuration" if structure else ""
+        done = folder / "trained.json"
+        if done.exists() and (facts := json.loads(done.read_text()))["command"] == command:
+            return facts, load_predictor(find_predictor(folder))
+        shutil.rmtree(folder, ignore_errors=True)
         more = {"outdir": folder}
-        if settings.get("sampler_stu") == "span":
-            states = "-states" if settings.get("w_anchor") else ""
-            more["teacher_set"] = self.work / f"pairs-{seed}{states}.safetensors"
-            if not more["teacher_set"].exists():  # its time is nobody's: a run of one iteration makes it
-                first = {**settings, **more, "total_kimg": 0.008, "init": "preset"}
-                with contextlib.redirect_stdout(io.StringIO()):
-                    train.main([*flags(first), "--nosubdir"], standalone_mode=False)
-                shutil.rmtree(folder)
-        started = time.process_time()
-        with contextlib.redirect_stdout(io.StringIO()) as output:
-            train.main([*flags(settings | more), "--nosubdir"], standalone_mode=False)
-        seconds = time.process_time() - started
+        with structured(structure or {}):
+            if settings.get("sampler_stu") == "span":
+                apart = [name for name in ("w_anchor", "sigma_min") if settings.get(name)]
+                more["teacher_set"] = self.work / f"{'-'.join(['pairs', str(seed), *apart])}.safetensors"
+                if not more["teacher_set"].exists():  # its time is nobody's: a run of one iteration makes it
+                    first = {**settings, **more, "total_kimg": 0.008, "init": "preset"}
+                    with contextlib.redirect_stdout(io.StringIO()):
+                        train.main([*flags(first), "--nosubdir"], standalone_mode=False)
+                    shutil.rmtree(folder)
+            started = time.process_time()
+            with contextlib.redirect_stdout(io.StringIO()) as output:
+                train.main([*flags(settings | more), "--nosubdir"], standalone_mode=False)
+            seconds = time.process_time() - started
         start = [line for line in output.getvalue().splitlines() if line.startswith("after ")]
-        return {
-            "command": "python train.py " + " ".join(flags(settings)),
+        predictor = load_predictor(find_predictor(folder))
+        facts = {
+            "command": command,
             "training_seconds": round(seconds, 1),
             **({"start": start[0].split(": ")[1].split(" ")[0]} if start else {}),
-            **self.sampled(find_predictor(folder)),
+            **budget(settings, predictor),
         }
+        done.write_text(json.dumps(facts))
+        return facts, predictor
 
-    def changed(self, nfe, seed, name, changes):
-        """The full student with another structure: trained from the configuration that the command line would make."""
-        from training.final_config import FinalOptions
-
-        original = FinalOptions.student_config
-
-        def with_changes(options, *arguments, **more):
-            return {**original(options, *arguments, **more), **changes}
-
-        FinalOptions.student_config = with_changes
-        try:
-            found = self.trained(span_flags(self.dataset_name, nfe, "full"), seed, f"{name}-{nfe}-{seed}")
-        finally:
-            FinalOptions.student_config = original
-        return {**found, "command": found["command"] + f"  # with {changes} in the student's configuration"}
+    def trained(self, settings, seed, name, structure=None):
+        facts, predictor = self.train(settings, seed, name, structure)
+        return {**facts, **self.sampled(predictor)}
 
     def scheduled(self, name, nfe, seed):
         """iPNDM on an optimised schedule of ``SCHEDULES``."""
@@ -317,6 +455,7 @@ class Students:
         command = "python optimize_schedule.py " + " ".join(flags(settings))
         told = {} if schedule.sigmas_net is None else {"sigmas_net": list(schedule.sigmas_net)}
         found = self.solved(**PLAIN["ipndm"], sigmas=list(schedule.sigmas), **told, afs="data")
+        found |= schedule_budget(found["settings"], name)
         return {"command": command, "training_seconds": round(seconds, 1), **found}
 
     # Parts
@@ -332,10 +471,36 @@ class Students:
                     self.once(
                         key,
                         lambda settings=settings, nfe=nfe: {
-                            **bench.score(bench.solve(**settings, num_steps=nfe + 2)[0]),
+                            **self.validated(bench, num_steps=nfe + 2, **settings),
                             "settings": settings,
                         },
                     )
+
+    @staticmethod
+    def validated(bench, **settings):
+        x, nfe = bench.solve(**settings)
+        return {"nfe_spent": nfe, **bench.score(x)}
+
+    def choices(self, nfes, seeds, wanted):
+        """The variants of ``CHOICES``: loss on the pairs of validation, and scores of validation seeds (distance: of 64)."""
+        bench = Bench(self.dataset_name, 256, first=FIRST_SEED, num_reference=64)
+        for seed in seeds:
+            for nfe in nfes:
+                for preset, variants in CHOICES.items():
+                    for variant, (changes, structure) in variants.items():
+                        settings = span_flags(self.dataset_name, nfe, preset, changes)
+                        if settings is not None and (not wanted or {preset, f"{preset}, {variant}"} & set(wanted)):
+                            key = {"part": "choice", "method": preset, "variant": variant, "nfe": nfe, "seed": seed}
+                            own = f" {variant}".replace(",", "") if changes or structure else ""
+                            name = f"{preset}{own}-{nfe}-{seed}"  # as it is: trained once for this and for the tables
+                            self.once(
+                                key, lambda f=settings, s=seed, k=name, c=structure: self.chosen(bench, f, s, k, c)
+                            )
+
+    def chosen(self, bench, settings, seed, name, structure):
+        facts, predictor = self.train(settings, seed, name, structure)
+        best = predictor.provenance["validation"]["best"]
+        return {**facts, "validation": best, **self.validated(bench, **self.trained_settings(predictor))}
 
     def best_plain(self, nfe, score):
         """Settings of the plain candidate that was best on the validation seeds."""
@@ -345,9 +510,9 @@ class Students:
         return {**min(rows, key=lambda row: row[score])["settings"], "num_steps": nfe + 2}
 
     def main(self, nfes, seeds, wanted):
-        def take(name, nfe, seed, work):
+        def take(name, nfe, seed, work, settings=None, structure=None):
             if not wanted or name in wanted:
-                self.once({"part": "main", "method": name, "nfe": nfe, "seed": seed}, work)
+                self.once({"part": "main", "method": name, "nfe": nfe, "seed": seed}, work, settings, structure)
 
         take("teacher", 30, None, lambda: self.solved(**TEACHER))
         for nfe in nfes:
@@ -360,25 +525,23 @@ class Students:
                 for name in ("AMED-Solver", "AMED-Plugin (iPNDM)"):
                     settings = amed_flags(self.dataset_name, nfe, name)
                     take(name, nfe, seed, lambda f=settings, s=seed, k=f"{name}-{nfe}-{seed}": self.trained(f, s, k))
-                for name in STUDENTS:
-                    preset, _, heads = name.partition(" + ")
-                    settings = span_flags(self.dataset_name, nfe, preset, {"heads": heads} if heads else None)
+                for name, (preset, changes, structure) in STUDENTS.items():
+                    settings = span_flags(self.dataset_name, nfe, preset, changes)
                     if settings is not None:
-                        key = f"{name}-{nfe}-{seed}"
-                        take(name, nfe, seed, lambda f=settings, s=seed, k=key: self.trained(f, s, k))
+                        work = partial(self.trained, settings, seed, f"{name}-{nfe}-{seed}", structure)
+                        take(name, nfe, seed, work, settings, structure)
 
     def ablation(self, nfes, seeds, wanted):
+        changed = {**{name: (changes, None) for name, changes in ABLATIONS.items()}}
+        changed |= {name: (None, structure) for name, structure in STRUCTURE.items()}
         for seed in seeds:
             for nfe in nfes:
-                for name, changes in ABLATIONS.items():
+                for name, (changes, structure) in changed.items():
                     settings = span_flags(self.dataset_name, nfe, "full", changes)
                     if settings is not None and (not wanted or name in wanted):
                         key = {"part": "ablation", "method": name, "nfe": nfe, "seed": seed}
-                        self.once(key, lambda f=settings, s=seed, k=f"{name}-{nfe}-{seed}": self.trained(f, s, k))
-                for name, changes in STRUCTURE.items():
-                    if not wanted or name in wanted:
-                        key = {"part": "ablation", "method": name, "nfe": nfe, "seed": seed}
-                        self.once(key, lambda n=nfe, s=seed, k=name, c=changes: self.changed(n, s, k, c))
+                        work = partial(self.trained, settings, seed, f"{name}-{nfe}-{seed}", structure)
+                        self.once(key, work, settings, structure)
 
     def picture(self, nfe, seed):
         """The same seeds by several methods, one line each, from the students that are still in the folder of work."""
@@ -422,20 +585,23 @@ def make_judge(dataset_name, data, test):
 
 @click.command(cls=Command)
 @click.option("--dataset_name", type=click.Choice(list(EMBEDDED)), required=True)
-@click.option("--part", type=click.Choice(["plain", "main", "ablation", "judge", "picture"]), required=True)
+@click.option("--part", type=click.Choice(["plain", "choices", "main", "ablation", "judge", "picture"]), required=True)
 @click.option("--nfe", default="3,4,5,6", show_default=True)
 @click.option("--seeds", default="0,1,2", show_default=True, help="Of training")
 @click.option("--methods", default="", help="Some of them, separated by ;")
+@click.option(
+    "--images", type=click.IntRange(NEAR), help="Test images (default: 5000 of digits, 1000 of natural images)"
+)
 @click.option("--work", default=None, help="Folder of the trained students (default: a temporary one)")
 @click.option("--data", help="judge: training images, zip or folder")
 @click.option("--test", help="judge: test images")
-def main(dataset_name, part, nfe, seeds, methods, work, data, test):
+def main(dataset_name, part, nfe, seeds, methods, images, work, data, test):
     """Train and score students on an embedded network."""
     if part == "judge":
         make_judge(dataset_name, data, test)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        students = Students(dataset_name, work or temporary)
+        students = Students(dataset_name, work or temporary, images)
         nfes, seeds = ([int(value) for value in text.split(",")] for text in (nfe, seeds))
         wanted = [name.strip() for name in methods.split(";") if name.strip()]
         if part == "plain":

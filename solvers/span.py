@@ -75,6 +75,7 @@ DEFAULTS = {
     "learn": ["labels", "time", "corrections", "contrast"],
     "time_bound": 0.3,  # |ln a|; None: unbounded
     "scale_bound": 0.05,  # |scale - 1|
+    "scaled": None,  # number of last intervals whose scale is learned; None: all
     "contrast_bound": 0.05,  # |delta|
     # optional networks beside the table (solvers/span_heads.py), which start at zero
     "heads": [],  # "sample", "spatial", "time"
@@ -112,9 +113,10 @@ PRESETS = {
     },
     # DyWeight (Zhao et al. 2025): x += (tau_{n+1} - t_n) sum of three W_nj g_j and t_{n+1} = t_n + (sum_j W_nj)
     # (tau_{n+1} - t_n) on a fixed grid tau. With c = W / sum W these are learned labels t_n and rows that sum to one.
+    # The last label is fixed, so the free sum of the last row is the scale of the last interval.
     "dyweight": {
         **{"first_step": "zero", "base": "ipndm", "relative": False, "window": 3, "time_bound": None},
-        **{"learn": ["labels", "time", "corrections"]},
+        **{"learn": ["labels", "time", "corrections", "scale"], "scaled": 1, "scale_bound": 0.5},
     },
     # Generalized solvers, GS (2025): x_{i+1} = sum_j A_ij x_j + sum_j C_ij D_j, DPM++(3M) on the learned grid plus corrections
     # without limit of order. The x_j and D_j lie in the span of x_0 and g_j; what is left is the gain 1 + delta.
@@ -187,7 +189,7 @@ class SpanStudent(nn.Module):
         inner [I]           logits of r, of all inner points
         time                ln a = time_bound tanh(time), of the calls at the points of the schedule; inner_time [I] likewise
         corrections         Delta, of all rows one after the other without their newest entry
-        scale [N]           scale = 1 + scale_bound tanh(scale)
+        scale [N]           scale = 1 + scale_bound tanh(scale), of the last ``scaled`` intervals
         contrast            delta = contrast_bound tanh(contrast / contrast_bound), of the intervals that begin with a call
 
     Raises UserError for impossible settings.
@@ -220,7 +222,7 @@ class SpanStudent(nn.Module):
                 name: torch.zeros(size, dtype=torch.float64) for name, size in (("time", calls), ("inner_time", points))
             },
             "corrections": torch.zeros(sum(row.free for row in self.rows), dtype=torch.float64),
-            "scale": torch.zeros(self.intervals, dtype=torch.float64),
+            "scale": torch.zeros(min(self.config["scaled"] or self.intervals, self.intervals), dtype=torch.float64),
             "contrast": torch.zeros(calls, dtype=torch.float64),
         }
         for name in GROUPS:
@@ -263,10 +265,10 @@ class SpanStudent(nn.Module):
         width = c["embedding_width"]
         if "time" in c["heads"] and not (isinstance(width, int) and width > 0):
             raise UserError("the time head needs embedding_width, the length of the network's noise embedding")
-        for name, most in (("parallel", 16), ("window", None), ("max_order", 4)):
+        for name, most in (("parallel", 16), ("window", None), ("scaled", None), ("max_order", 4)):
             value = c[name]
             whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= (most or value)
-            if not (whole or (name == "window" and value is None)):
+            if not (whole or (name in ("window", "scaled") and value is None)):
                 raise UserError(f"{name}={value!r} must be a whole number" + (f" in 1..{most}" if most else " above 0"))
         if c["parallel"] > 1 and c["base"] not in ("ab", "midpoint"):
             raise UserError(f"parallel={c['parallel']} needs base='ab' or 'midpoint', not '{c['base']}'")
@@ -446,6 +448,7 @@ class SpanStudent(nn.Module):
         sigmas, inner = self._labels()
         plan = Plan(sigmas, self._told(sigmas), inner=[[] for _ in range(self.intervals)])
         scales = 1 + self.config["scale_bound"] * torch.tanh(self.scale.cpu())
+        scales = torch.cat([scales.new_ones(self.intervals - len(scales)), scales])
         bound, own = self.config["contrast_bound"], self.contrast.cpu()
         contrasts = torch.cat([own.new_zeros(self.intervals - len(own)), bound * torch.tanh(own / bound)])
         times = self._time_scale(self.inner_time)

@@ -253,6 +253,18 @@ def test_of_equal_validations_the_first_is_the_best(folder):
     assert trainer.best["iteration"] == 0 and trainer.validation == trainer.first
 
 
+@pytest.mark.parametrize("preset", ["amed-table", "epd"])
+def test_a_place_can_cross_its_interval_in_a_short_run(folder, preset):
+    """Adam moves a logit by at most about its rate: 120 iterations have to reach the ends, 0.5 to 0.99."""
+    trainer = make_trainer(folder, preset=preset, total_kimg=0.48)
+    assert trainer.total == 120
+    reach = sum(trainer._rate() for trainer.iteration in range(120))
+    for name in ("inner", "inner_time", "scale", *(["corrections"] if preset == "epd" else [])):
+        assert trainer.rates[name] * reach > math.log(0.99 / 0.01), name
+    given = make_trainer(folder, preset=preset, lrs="inner=0.03").rates
+    assert given["inner"] == 0.03 and given["scale"] == trainer.rates["scale"]
+
+
 def test_anchor(folder):
     """By hand at the levels where states are kept; gone after its share of the run."""
     trainer = make_trainer(folder, w_anchor=2.0, anchor=0.5)

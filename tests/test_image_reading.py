@@ -444,7 +444,10 @@ def test_files_of_zips(tmp_path, capsys):
 @pytest.mark.parametrize("kind", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_compressions_that_unpack_without_limit_are_refused(tmp_path, kind):
     pack(tmp_path / "a.zip", {"a.png": encode(GREY)}, kind)
-    with pytest.raises(UserError, match="a.zip:a.png: cannot be read .the part a.png is packed with (bzip2|lzma); only stored and deflate"):
+    with pytest.raises(
+        UserError,
+        match="a.zip:a.png: cannot be read .the part a.png is packed with (bzip2|lzma); only stored and deflate",
+    ):
         load_array(tmp_path / "a.zip")
     pack(tmp_path / "b.zip", {"dataset.json": b"{}"}, kind)
     with zipfile.ZipFile(tmp_path / "b.zip", "a") as archive:

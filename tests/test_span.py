@@ -3,11 +3,12 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
-from toy import ToyNet, common
+from toy import GOLDEN, ToyNet, common
 
 import compare
 import sample as cli
@@ -204,6 +205,36 @@ def test_dyweight_is_its_formulas_on_the_labels_that_they_imply():
         corrections += reversed((w / w.sum() - torch.tensor(base, dtype=torch.float64))[1:].tolist())
     set_(student, time=a[1:].log(), corrections=corrections)
     torch.testing.assert_close(student.run(ToyNet(), latents()).detach(), x, **EXACT)
+
+
+@pytest.mark.parametrize(("case", "first_step"), [("dyweight.0", "zero"), ("dyweight.1", "none")])
+@pytest.mark.parametrize("last_sum", [1.0, 0.97])
+def test_dyweight_is_its_authors_sampler(case, first_step, last_sum):
+    """Samples of Westlake-AGI-Lab/DyWeight 620534e, also where its last row of weights does not sum to one."""
+    z, net = np.load(GOLDEN / "dyweight.npz"), ToyNet()
+    net.means, x = torch.from_numpy(z["means"]).double(), torch.from_numpy(z["latents"]).double()
+    weights, times = torch.from_numpy(z[f"{case}.W"]), torch.from_numpy(z[f"{case}.t_scale"])
+    grid, labels = get_schedule(5, 0.002, 80.0), [80.0]
+    for i in range(3):  # sums of rows move the labels along the fixed grid
+        labels.append(labels[-1] + float(weights[i].sum()) * (float(grid[i + 1]) - labels[-1]))
+    student = SpanStudent.preset("dyweight", sigmas=[*labels, 0.002], first_step=first_step)
+    changes = []
+    for row in student.rows:
+        own = weights[row.interval, : row.count] / weights[row.interval].sum()
+        changes.append((own - student.coefficients(row.interval).detach())[row.first : row.first + row.free])
+    set_(student, corrections=torch.cat(changes), time=times.log())
+    assert student.groups()["scale"].numel() == 1
+    set_(student, scale=[math.atanh((last_sum - 1) / student.config["scale_bound"])])  # one number: of the last row
+    expected = torch.from_numpy(z[f"{case}.{'final' if last_sum == 1 else 'unpinned'}"])
+    torch.testing.assert_close(student.run(net, x).detach(), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_scales_of_the_last_intervals_only():
+    student = shaken(SpanStudent(learn=["scale"], scaled=2, num_steps=6))
+    scales = torch.stack([scale for _, scale, _ in student.plan().steps]).detach()
+    assert student.scalars() == 2 and bool((scales[:3] == 1).all()) and bool((scales[3:] != 1).all())
+    with pytest.raises(UserError, match="scaled=0 must be a whole number above 0"):
+        SpanStudent(scaled=0)
 
 
 def test_gs_and_s4s_are_in_the_span():

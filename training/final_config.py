@@ -27,6 +27,13 @@ RATES = {
     "heads": 3e-3,
     "shifts": 1e-2,
 }
+# Rates of a preset that differ from ``RATES``, chosen on validation (docs/span_solver.md, "Learning rates").
+# amed-table and epd: 0.2 as published. scale of dyweight: within its bound it moves as fast as a correction.
+PRESET_RATES = {
+    "amed-table": {"inner": 0.2, "inner_time": 0.2, "scale": 0.2},
+    "epd": {"inner": 0.2, "inner_time": 0.2, "scale": 0.2, "corrections": 0.2},
+    "dyweight": {"scale": 6e-2},
+}
 KINDS = (*GROUPS, "heads", "shifts")
 DEFAULT_HEADS = ("spatial", "time")  # of the preset "full", if nothing else is said
 DEFAULT_LOSS = "features+0.2*huber"
@@ -55,7 +62,7 @@ class FinalOptions(RunOptions):
     sampler_tea, num_steps_tea, schedule_tea, rho_tea: the teacher; pairs, val_pairs: how many it makes; teacher_set: file
     they are kept in (None: one in outdir/teacher-sets, named after the settings).
 
-    lrs: learning rates per group, those left out keep ``RATES``; lr_final: share of the rates at the end of the cosine;
+    lrs: learning rates per group, those left out keep ``PRESET_RATES`` of the preset, else ``RATES``; lr_final: share of the rates at the end of the cosine;
     warmup: iterations; clip: largest norm of the gradient; ema: decay of the average that is validated every val_every
     iterations and of which the best is kept; phases, phase_rounds: see ``parse_phases``. checkpointing: activations are
     computed again in the backward pass.
@@ -258,7 +265,8 @@ class FinalOptions(RunOptions):
             if name not in learned(student):
                 raise UserError(f"--lrs: the preset {self.preset} does not learn '{name}'; leave it out")
             given[name] = rate
-        rates = {name: given.get(name, RATES[name]) for name in learned(student)}
+        rates = {**RATES, **PRESET_RATES.get(self.preset, {}), **given}
+        rates = {name: rates[name] for name in learned(student)}
         if not any(rates.values()):
             raise UserError("--lrs: all learning rates are 0")
         return rates
