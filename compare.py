@@ -7,7 +7,7 @@
     torchrun --standalone --nproc_per_node=8 compare.py ... --num_images=50000
 
 All methods have the same network, seeds and range of noise. A solver comes with its customary schedule and options
-(tools/comparison.py lists them), which --schedule_type, --schedule_rho and --afs change for all and
+(tools/compare_run.py lists them), which --schedule_type, --schedule_rho and --afs change for all and
 solver:option=value for one. Results are kept in the output folder: a further method costs its own work only, and a
 killed run goes on where it stopped. Under torchrun write --num as --num_images: torchrun itself takes --num for one of
 its own options.
@@ -20,12 +20,11 @@ import shlex
 import click
 from click.core import ParameterSource
 
-from models.execution import AUTOCAST
-from sample import compile_flag, text_flags
+from models.compile import AUTOCAST
+from sampling.flags import POSITIVE, compile_flag, parse_afs, parse_sigmas, text_flags
 from solvers import SCHEDULES
-from solvers.flags import POSITIVE, parse_afs, parse_sigmas
-from tools.comparison import compute, prepare
-from tools.comparison_report import write_report
+from tools.compare_run import compute, prepare
+from tools.report import write_report
 from torch_utils import distributed
 from torch_utils.cli import PATH, Command, Number, PathText, offline_flag
 from torch_utils.locks import only_command

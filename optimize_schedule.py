@@ -17,26 +17,27 @@ import click
 import torch
 from click.core import ParameterSource
 
-from fid import choose_detector, find_reference, warn_about_count
+from evaluation.fid import choose_detector, find_reference, warn_about_count
+from evaluation.frechet import FeatureStatistics, frechet_distance
 from models import create_model, zoo
-from models.execution import AUTOCAST, prepare_network
-from sample import check_text, read_text, text_flags
+from models.compile import AUTOCAST, prepare_network
+from sampling.flags import POSITIVE, flag_type, parse_afs, rule_flags, rule_option_names, text_flags
+from sampling.settings import check_text, read_text
 from solvers import make_rule
-from solvers.flags import POSITIVE, flag_type, parse_afs, rule_flags, rule_option_names
-from solvers.optimize import METHODS, Problem, optimize
 from solvers.schedule_file import Schedule, save_schedule
+from solvers.search.problem import Problem
 from torch_utils import distributed
 from torch_utils.cli import PATH, SEED, Command, Number, offline_flag
 from torch_utils.distributed import together
 from torch_utils.errors import UserError
-from torch_utils.frechet import FeatureStatistics, frechet_distance
-from torch_utils.image_data import check_destination
-from torch_utils.image_writer import to_uint8
+from torch_utils.files import check_destination
+from torch_utils.images import to_uint8
 from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom
 from torch_utils.seeds import SeededGenerators
 from torch_utils.session import session
-from training.config import code_version
+from torch_utils.version import code_version
+from training.schedule_search import METHODS, optimize
 
 
 def method_flags(command):

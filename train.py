@@ -17,24 +17,22 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from models.execution import AUTOCAST, COMPILE_MODES
+from models.compile import AUTOCAST, COMPILE_MODES
+from sampling.flags import POSITIVE, schedule_file_flag, use_schedule
 from solvers import SCHEDULES
-from solvers.flags import POSITIVE
-from solvers.pair_loss import own_code
-from solvers.schedule_file import schedule_file_flag, use_schedule
-from solvers.span import PRESETS
+from solvers.span_table import PRESETS
 from torch_utils import distributed
 from torch_utils.cli import PATH, SEED, Command, Number, offline_flag
 from torch_utils.download import no_network
 from torch_utils.errors import UserError
 from torch_utils.memory import BatchSize
 from torch_utils.session import session
-from training.config import CHANGEABLE, STUDENTS, TEACHERS, TrainingOptions
-from training.final_config import CHANGEABLE_FINAL, FinalOptions
-from training.final_loop import train_student
+from training.amed_trainer import train_predictor
+from training.options import CHANGEABLE, CHANGEABLE_FINAL, STUDENTS, TEACHERS, FinalOptions, TrainingOptions
 from training.run_folder import find_run, on_main, stored_options
-from training.teacher_set import teachers
-from training.training_loop import train_predictor
+from training.sample_loss import own_code
+from training.span_run import train_student
+from training.teacher import teachers
 
 PATHS = ("model_path", "prompt_path", "tokenizer_path", "teacher_set")  # options that name files, or parts of the hub
 OPTIONS = {"per_step": TrainingOptions, "final": FinalOptions}

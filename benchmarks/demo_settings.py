@@ -20,15 +20,15 @@ import click
 import numpy as np
 import torch
 
+from evaluation.detectors import EMBEDDED, cache_dir, load_detector
+from evaluation.frechet import FeatureStatistics, Reference, frechet_distance
 from models import create_model, zoo
-from models.detectors import EMBEDDED, cache_dir, load_detector
 from solvers import sample
 from tools.demo import HALVES
 from torch_utils.cli import Command
-from torch_utils.frechet import FeatureStatistics, Reference, frechet_distance
-from torch_utils.image_writer import to_uint8
+from torch_utils.images import to_uint8
 from torch_utils.seeds import SeededGenerators
-from training.training_loop import Distiller
+from training.amed_trainer import Distiller
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = {"solver": "heun", "num_steps": 51}

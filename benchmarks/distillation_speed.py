@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models import create_model
 from torch_utils.cli import Command
 from torch_utils.seeds import SeededGenerators, stream_seeds
+from training.amed_trainer import Distiller
 from training.loss import DistillationLoss
-from training.training_loop import Distiller
 
 AMED = {"sampler_stu": "amed", "sampler_tea": "heun", "M": 1, "schedule_type": "time_uniform", "schedule_rho": 1}
 IPNDM = {"sampler_stu": "ipndm", "sampler_tea": "ipndm", "M": 2, "schedule_type": "polynomial", "schedule_rho": 7}

@@ -17,12 +17,12 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measuring import describe_machine, interleaved, spread, table
-from models.detectors import load_detector
+from evaluation.detectors import load_detector
+from evaluation.frechet import FeatureStatistics
+from evaluation.reading import compute_statistics, read_batches
 from torch_utils.cli import Command
 from torch_utils.distributed import pick_device
-from torch_utils.frechet import FeatureStatistics, compute_statistics, read_batches
-from torch_utils.image_data import ImageSource
-from torch_utils.image_writer import ImageWriter
+from torch_utils.images import ImageSource, ImageWriter
 
 
 def make_folder(folder: Path, count: int, size: int, channels: int) -> float:

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measuring import describe_machine, interleaved, spread, table
-from models import create_model, networks, openai_unet
-from models.execution import prepare_network
+from models import create_model, openai_unet
+from models import edm_unet as networks
+from models.compile import prepare_network
 from solvers import sample
 from torch_utils.cli import Command
 from torch_utils.distributed import pick_device

@@ -13,8 +13,8 @@ import scipy.linalg
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from evaluation.frechet import frechet_distance
 from torch_utils.cli import Command
-from torch_utils.frechet import frechet_distance
 
 
 def with_sqrtm(mu1, sigma1, mu2, sigma2) -> float:

@@ -22,13 +22,14 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models import create_model, lay_out
+from models import create_model
 from models.adm import PRESETS, ADMDenoiser
+from models.building import lay_out
 from models.sd import STABLE_DIFFUSION_1_5, StableDiffusionDenoiser
 from solvers import sample
 from torch_utils.cli import Command
 from torch_utils.seeds import SeededGenerators
-from training.training_loop import Distiller
+from training.amed_trainer import Distiller
 
 GIGA = 1e9
 NETWORKS = {"sd": ("ms_coco", "cfg", None), "adm": ("imagenet256", "cg", 1.0)}

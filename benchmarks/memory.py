@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import create_model
 from torch_utils.cli import Command
-from training.training_loop import Distiller
+from training.amed_trainer import Distiller
 
 
 def peak_memory() -> float:

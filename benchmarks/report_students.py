@@ -6,7 +6,7 @@ It also renews the tables between the markers in README.md and docs/span_solver.
 figures.
 
 Intervals are of the paired difference of two methods at 95 %. All methods have the same seeds, so the difference of their
-scores without one group of seeds at a time gives its error by the jackknife (torch_utils/jackknife.py): the Fréchet distance
+scores without one group of seeds at a time gives its error by the jackknife (evaluation/jackknife.py): the Fréchet distance
 of a small group is biased upwards, and the mean over groups would keep that bias. To this error that of the training seeds is
 added, where a method has several.
 """
@@ -22,10 +22,10 @@ import numpy as np
 from scipy.special import stdtrit
 
 from benchmarks.demo_settings import ROOT
+from evaluation.jackknife import CONFIDENCE, Estimate, jackknife
 from tools.make_docs import renew
 from torch_utils.cli import Command
 from torch_utils.errors import UserError
-from torch_utils.jackknife import CONFIDENCE, Estimate, jackknife
 from torch_utils.plots import new_figure
 
 NETWORKS = ("digits", "cifar10-small")

@@ -18,10 +18,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measuring import describe_machine, interleaved, spread, table, table_line
-from fid import StreamedFID
+from evaluation.fid import StreamedFID
 from models import create_model
-from models.execution import AUTOCAST, prepare_network
-from sample import Folder, generate_images, write_images
+from models.compile import AUTOCAST, prepare_network
+from sampling.folder import Folder
+from sampling.generate import generate_images
+from sampling.run import write_images
 from solvers import make_rule
 from torch_utils.cli import Command
 from torch_utils.distributed import pick_device

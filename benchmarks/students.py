@@ -54,19 +54,18 @@ import optimize_schedule
 import train
 from benchmarks.demo_settings import FIRST_SEED, ROOT, Bench
 from benchmarks.report_students import check_row, is_current, read, rows_file
-from fid import choose_images, image_statistics
-from models.detectors import EMBEDDED, PRETRAINED, load_classifier, load_detector
+from evaluation.detectors import EMBEDDED, PRETRAINED, load_classifier, load_detector
+from evaluation.fid import choose_images, image_statistics
+from evaluation.frechet import Reference
+from evaluation.precision_recall import precision_recall
 from solvers import sample
 from solvers.schedule_file import load_schedule
-from solvers.span import Plan, SpanStudent
+from solvers.span_table import Plan, SpanStudent
 from tools.demo import HALVES
 from torch_utils.cli import Command
-from torch_utils.frechet import Reference
-from torch_utils.image_data import ImageSource, load_array
-from torch_utils.image_writer import image_grid, save_image, to_uint8
-from torch_utils.manifold import precision_recall
+from torch_utils.images import ImageSource, image_grid, load_array, save_image, to_uint8
 from training.checkpoint import find_predictor, load_predictor
-from training.final_config import FinalOptions
+from training.options import FinalOptions
 
 IMAGES = {"digits": 5000, "cifar10-small": 1000}  # test images, if --images does not say another number
 GROUPS = 20  # of the seeds, for intervals

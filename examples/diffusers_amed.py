@@ -12,10 +12,10 @@ from pathlib import Path
 import click
 import torch
 
-from models.diffusers_model import load_diffusers
+from models.diffusers import load_diffusers
 from torch_utils.cli import PATH, Command
 from torch_utils.errors import UserError
-from torch_utils.image_data import atomic_path
+from torch_utils.files import atomic_path
 from torch_utils.seeds import parse_seeds
 
 

@@ -17,10 +17,12 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from models.building import check_guidance
 from models.denoiser import Denoiser
 from torch_utils.errors import UserError, brief
 
-__all__ = ["Denoiser", "build_denoiser", "create_model", "use_tokenizer"]
+__all__ = ["Denoiser", "build_denoiser", "create_model", "use_tokenizer", "brief"]
+
 
 # Network family -> the function that builds it, as "module:function", imported when the family is asked for. It takes
 # (config, state_dict, guidance_type, guidance_rate, device) and returns the denoiser, filled with copies of the weights
@@ -61,18 +63,18 @@ def create_model(
     the classifier lies beside ``model_path``, under its published name. guidance_type: None is the network's default;
     guidance_rate: None is 7.5 under "cfg" (diffusers: the pipeline's default) and 1 under "cg".
 
-    On the CPU its convolution weights lie channels last (``models.execution.prepare_network`` changes that, the precision, and
+    On the CPU its convolution weights lie channels last (``models.compile.prepare_network`` changes that, the precision, and
     whether it is compiled). The result also has ``dataset_name``, ``source_path`` and ``weights_hash``: the SHA-256 of the file, or of the list of
     hashes where a classifier or a description belongs to the network.
 
     Raises UserError for unknown names, guidance that the network does not take, and files that are not this network.
     """
     from models import zoo
-    from models.execution import prepare_network
+    from models.compile import prepare_network
 
     card = zoo.find_card(dataset_name)
     if dataset_name == zoo.DIFFUSERS:
-        from models.diffusers_model import load_diffusers
+        from models.diffusers import load_diffusers
 
         if not model_path:
             raise UserError("dataset_name 'diffusers' needs --model_path, the folder or the hub id of a pipeline")
@@ -139,108 +141,6 @@ def _find(place: str) -> Callable:
     return getattr(importlib.import_module(module), function)
 
 
-_LONGEST_LIST = 32  # of a list among a network's arguments: levels, resolutions, taps of a filter
-_LARGEST_SIZE = 1 << 20  # of any whole number among them
-_PARTS_PER_TENSOR, _LEAST_PARTS = 4, 1000  # modules and parameters; networks have about two for each of their tensors
-
-
-def _check_arguments(config, what: str) -> None:
-    """UserError where a number is far beyond any network's, or a list far longer."""
-    for name, value in config.items() if isinstance(config, Mapping) else ():
-        if name == "scheduler_config":  # of the learning rate; published files have 10^13 there
-            continue
-        if isinstance(value, Mapping):
-            _check_arguments(value, what)
-            continue
-        parts = value if isinstance(value, list | tuple) else [value]
-        sizes = [part for part in parts if isinstance(part, int)]
-        if len(parts) > _LONGEST_LIST or any(abs(size) > _LARGEST_SIZE for size in sizes):
-            raise UserError(f"these are not the arguments of {what}: {brief(name)}={brief(value)} is too much")
-
-
-@contextmanager
-def _as_many_parts_as(tensors: int, what: str):
-    """Ends what makes far more modules and parameters than there are weights: products of small numbers can be huge."""
-    left = parts = _PARTS_PER_TENSOR * tensors + _LEAST_PARTS
-
-    def count(*_) -> None:
-        nonlocal left
-        left -= 1
-        if left < 0:
-            raise UserError(f"these are not the arguments of {what}: more than {parts} parts for {tensors} weights")
-
-    hooks = (register_module_module_registration_hook, register_module_parameter_registration_hook)
-    handles = [register(count) for register in hooks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def lay_out(constructor: Callable, config: Mapping, what: str, tensors: int = 10_000) -> torch.nn.Module:
-    """``constructor(**config)`` on the meta device, without memory for the weights; a UserError naming ``what`` if refused.
-
-    tensors: how many weights there are for it, or far more than anybody has.
-    """
-    _check_arguments(config, what)
-    try:
-        with torch.device("meta"), _as_many_parts_as(tensors, what):
-            return constructor(**config)  # the initial values would be overwritten anyway
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as exc:
-        if isinstance(exc, UserError) and str(exc).startswith("these are not"):
-            raise
-        raise UserError(f"these are not the arguments of {what}: {str(exc)[:200] or type(exc).__name__}") from None
-
-
-def fill_weights(net: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], device: str | torch.device) -> None:
-    """Gives a laid-out network copies of these tensors, on ``device`` and in the dtype of the network's own ones.
-
-    One tensor is copied at a time, so a memory-mapped ``state_dict`` is never in memory as a whole. Raises UserError
-    where names or shapes differ.
-    """
-    expected = net.state_dict()
-    check_weights(expected, state_dict)
-    copies = {name: state_dict[name].detach().to(device, own.dtype, copy=True) for name, own in expected.items()}
-    net.load_state_dict(copies, strict=True, assign=True)
-
-
-def _build_edm(config, state_dict, guidance_type, guidance_rate, device) -> Denoiser:
-    from models.edm import EDMDenoiser
-
-    net = lay_out(EDMDenoiser, config, "an EDM network", len(state_dict))
-    _check_edm_guidance(net, guidance_type, guidance_rate)
-    fill_weights(net, state_dict, device)
-    return net
-
-
-def _load_edm(path, *, config, dataset_name, guidance_type, guidance_rate, device) -> Denoiser:
-    from models import zoo
-    from models.edm import load_edm_network
-    from torch_utils.weights_file import read_weights
-
-    if config is not None:
-        try:
-            return build_denoiser("edm", config, read_weights(path), guidance_type, guidance_rate, device)
-        except UserError as error:
-            raise UserError(f"checkpoint {path}: {error}") from None
-    net = load_edm_network(path)
-    if (card := zoo.find_card(dataset_name)) is not None:
-        expected = _describe(card.channels, card.resolution, card.label_dim)
-        found = _describe(net.img_channels, net.img_resolution, net.label_dim)
-        if found != expected:
-            raise UserError(f"checkpoint {path} is {found}, but dataset_name '{dataset_name}' expects {expected}")
-    else:
-        _check_edm_guidance(net, guidance_type, guidance_rate)
-    if net.data_mean is not None:  # an attribute, which Module.to does not move
-        net.data_mean = net.data_mean.to(device)
-    return net.to(device)
-
-
-def _check_edm_guidance(net: Denoiser, guidance_type, guidance_rate) -> None:
-    check_guidance(("none",) if net.label_dim else ("none", "uncond"), guidance_type, guidance_rate, "this network")
-
-
 def _hash_files(path: Path, classifier: Path | None, config: Mapping | None) -> str:
     from torch_utils.download import known_sha256
 
@@ -248,36 +148,3 @@ def _hash_files(path: Path, classifier: Path | None, config: Mapping | None) -> 
     if config is not None:
         parts.append(hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest())
     return parts[0] if len(parts) == 1 else hashlib.sha256("".join(parts).encode()).hexdigest()
-
-
-def check_guidance(allowed: tuple[str, ...], kind: str | None, rate: float | None, whom: str) -> None:
-    """Raises UserError for a guidance type that ``whom`` does not take, or a rate that would be without effect."""
-    kind = kind or "none"
-    if kind not in allowed:
-        raise UserError(f"{whom} does not take guidance_type '{kind}'; use {' or '.join(allowed)}")
-    if kind in ("none", "uncond") and rate not in (None, 0, 1):
-        raise UserError(f"guidance_rate {rate:g} has no effect with guidance_type '{kind}'; leave it out")
-
-
-def _describe(channels: int, resolution: int, label_dim: int) -> str:
-    return f"{channels}x{resolution}x{resolution} {f'with {label_dim} classes' if label_dim else 'unconditional'}"
-
-
-def check_weights(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
-    """Raises UserError, naming a few of them, where names or shapes differ."""
-    shapes = [
-        f"{name[:200]} {list(given[name].shape)} instead of {list(expected[name].shape)}"
-        for name in expected
-        if name in given and given[name].shape != expected[name].shape
-    ]
-    problems = [
-        f"{len(names)} {what} ({', '.join(name[:200] for name in names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in (
-            ("missing", [name for name in expected if name not in given]),
-            ("unexpected", [name for name in given if name not in expected]),
-            ("of another shape", shapes),
-        )
-        if names
-    ]
-    if problems:
-        raise UserError(f"the weights do not fit the network's configuration: {'; '.join(problems)}")

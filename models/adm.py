@@ -9,7 +9,9 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models import build_denoiser, check_guidance, fill_weights, lay_out
+from models import build_denoiser
+from models.building import check_guidance, fill_weights, lay_out
+from models.noise import CosineNoise, LinearNoise
 from models.openai_unet import (
     ADM,
     ADM_CLASSIFIER,
@@ -23,7 +25,7 @@ from models.openai_unet import (
     unet_arguments,
 )
 from torch_utils.errors import UserError
-from torch_utils.weights_file import read_weights
+from torch_utils.tensor_file import read_weights
 
 # The settings published with <size>x<size>_diffusion.pt and <size>x<size>_classifier.pt (README of guided-diffusion).
 _COMMON = {
@@ -37,6 +39,8 @@ _COMMON = {
     "use_scale_shift_norm": True,
     "use_fp16": True,
 }
+
+
 _CLASSIFIER = {
     "classifier_width": 128,
     "classifier_depth": 2,
@@ -57,62 +61,14 @@ def _preset(image_size: int, model: Mapping, classifier: Mapping, noise_schedule
 
 
 _SMALL = {"num_channels": 192, "num_res_blocks": 3, "dropout": 0.1, "use_new_attention_order": True}
+
+
 PRESETS = {
     "imagenet64_adm": _preset(64, _SMALL, {"classifier_depth": 4}, "cosine"),
     "imagenet128": _preset(128, {"num_heads": 4, "num_head_channels": -1}, {}),
     "imagenet256": _preset(256, {}, {}),
     "imagenet512": _preset(512, {"use_fp16": False}, {}),
 }
-
-_STEPS = 1000  # of the networks' training
-
-
-class LinearNoise:
-    """The variance-preserving process with linear beta(t), t in 0.001 .. 1, as continuous limit of the 1000 steps.
-
-    sigma(t)^2 = exp(beta_d t^2 / 2 + beta_min t) - 1 (Song et al. 2021, Appendix C). The arithmetic keeps the dtype and
-    the order of operations of the reference implementation: in float32 the smallest t depend on them by 0.1 %.
-    """
-
-    beta_d, beta_min = 19.9, 0.1
-
-    def sigma(self, t):
-        return ((0.5 * self.beta_d * t**2 + self.beta_min * t).exp() - 1).sqrt()
-
-    def sigma_inv(self, sigma):
-        return ((self.beta_min**2 + 2 * self.beta_d * (1 + sigma**2).log()).sqrt() - self.beta_min) / self.beta_d
-
-    def step(self, t):
-        """The time the network was trained with, 0 .. 999."""
-        return (_STEPS - 1) * t
-
-    def sigma_range(self) -> tuple[float, float]:
-        return self.sigma(torch.tensor(1e-3)).item(), self.sigma(torch.tensor(1.0)).item()
-
-
-class CosineNoise:
-    """alpha_bar(t) proportional to cos^2((t + 0.008) / 1.008 pi / 2) (Nichol & Dhariwal 2021, eq. 17); step 1000 t - 1.
-
-    Sampling stops at sigma 80, as in Karras et al. 2022 for the same network: the last of the 1000 steps lie far above.
-    """
-
-    shift = 0.008
-
-    def _angle(self, t):
-        return (t + self.shift) / (1 + self.shift) * math.pi / 2
-
-    def sigma(self, t):
-        return ((math.cos(self._angle(0)) / torch.cos(self._angle(t))) ** 2 - 1).sqrt()
-
-    def sigma_inv(self, sigma):
-        angle = torch.acos(math.cos(self._angle(0)) / (1 + sigma**2).sqrt())
-        return angle * (2 / math.pi) * (1 + self.shift) - self.shift
-
-    def step(self, t):
-        return _STEPS * t - 1
-
-    def sigma_range(self) -> tuple[float, float]:
-        return self.sigma(torch.tensor(1 / _STEPS, dtype=torch.float64)).item(), 80.0
 
 
 _NOISE = {"linear": LinearNoise, "cosine": CosineNoise}

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from models import build_denoiser, check_guidance, fill_weights, lay_out
+from models import build_denoiser
+from models.building import check_guidance, fill_weights, lay_out
 from models.openai_unet import (
     CONSISTENCY,
     PixelUNetDenoiser,
@@ -16,7 +17,7 @@ from models.openai_unet import (
     unet_arguments,
 )
 from torch_utils.errors import UserError
-from torch_utils.weights_file import read_weights
+from torch_utils.tensor_file import read_weights
 
 # The settings published with edm_bedroom256_ema.pt and edm_cat256_ema.pt.
 _LSUN256 = {

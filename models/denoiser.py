@@ -42,7 +42,7 @@ class Denoiser(torch.nn.Module):
     guided: bool = False
     data_mean: torch.Tensor | None = None
     data_std: float | None = None
-    compiled = None  # models.execution.CompiledForward, which then stands in for forward
+    compiled = None  # models.compile.CompiledForward, which then stands in for forward
 
     def __call__(self, x, sigma, *args, **cond):
         if self.compiled is None or args:

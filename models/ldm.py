@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 
-from models import build_denoiser, check_guidance, fill_weights, lay_out
+from models import build_denoiser
 from models.autoencoder import build_first_stage
+from models.building import check_guidance, fill_weights, lay_out
 from models.denoiser import Denoiser
+from models.noise import DiscreteTime
 from models.openai_unet import LATENT_DIFFUSION, UNetModel, check_family, choose_settings
 from torch_utils.errors import UserError
-from torch_utils.weights_file import read_weights
+from torch_utils.tensor_file import read_weights
 
 _VQ_F4 = {
     "target": "VQModelInterface",
@@ -36,6 +38,7 @@ _VQ_F4 = {
         },
     },
 }
+
 
 # The published unconditional models on 64x64x3 latents of VQ-f4: LSUN bedrooms, FFHQ and CelebA-HQ, all of 256x256.
 VQ_F4_LDM = {
@@ -60,7 +63,9 @@ VQ_F4_LDM = {
     "cond_stage_config": "__is_unconditional__",
 }
 
+
 PRESETS = {"lsun_bedroom_ldm": VQ_F4_LDM, "ffhq_ldm": VQ_F4_LDM}
+
 
 # Arguments of the published configurations that do not change the network or its sampling.
 _TRAINING_ONLY = (
@@ -69,65 +74,8 @@ _TRAINING_ONLY = (
     *("original_elbo_weight", "scheduler_config", "use_positional_encodings", "v_posterior"),
 )
 
+
 DECODE_BATCH = 8  # images decoded at a time: their feature maps, not the latents, fill the memory
-
-
-def _interpolate(x: torch.Tensor, xs: torch.Tensor, ys: torch.Tensor) -> torch.Tensor:
-    """Piecewise linear through the points (xs, ys), xs ascending; the outer pieces continue beyond them."""
-    left = (torch.searchsorted(xs, x.contiguous()) - 1).clamp(0, len(xs) - 2)
-    return ys[left] + (x - xs[left]) * (ys[left + 1] - ys[left]) / (xs[left + 1] - xs[left])
-
-
-class DiscreteTime:
-    """t in (0, 1] <-> sigma for a process known at the times 1/N, 2/N, ..., 1.
-
-    log sqrt(a) is interpolated linearly between these times and extended linearly beyond them (Lu et al. 2022,
-    appendix D.4), so that any sigma > 0 has a time. alphas_cumprod: [N], a at these times. The tables are rounded to
-    float32, as a is in the checkpoints: far beyond the last time, the published continuation is that of rounded slopes.
-    Raises UserError for a table that is not of noise that grows.
-    """
-
-    def __init__(self, alphas_cumprod: torch.Tensor):
-        steps = len(alphas_cumprod)
-        log_alphas = alphas_cumprod.to(torch.float32).log() / 2
-        times = torch.linspace(0, 1, steps + 1, dtype=torch.float32)[1:]
-        if steps < 2 or not (log_alphas.isfinite().all() and log_alphas[0] <= 0 and (log_alphas.diff() < 0).all()):
-            raise UserError(
-                "the noise table is unusable: the share of the image has to fall from step to step, above 0"
-            )
-        self._tables = torch.stack([times, log_alphas])
-        self._copies: dict = {}
-
-    @classmethod
-    def of_scaled_linear_betas(cls, start: float, end: float, steps: int) -> "DiscreteTime":
-        """sqrt(beta) in equal steps, the schedule of latent diffusion."""
-        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square()
-        return cls((1 - betas).cumprod(0))
-
-    def __len__(self) -> int:
-        return self._tables.shape[1]
-
-    def _with_tables(self, value) -> tuple[torch.Tensor, torch.Tensor]:
-        """value as a tensor of floats, and the tables like it."""
-        value = torch.as_tensor(value)
-        if not value.is_floating_point():  # a table of integers would be zeros
-            value = value.to(torch.get_default_dtype())
-        key = (value.device, value.dtype)
-        if key not in self._copies:
-            self._copies[key] = self._tables.to(*key)
-        return value, self._copies[key]
-
-    def sigma(self, t: torch.Tensor) -> torch.Tensor:
-        t, (times, log_alphas) = self._with_tables(t)
-        return (-2 * _interpolate(t, times, log_alphas)).expm1().sqrt()
-
-    def t(self, sigma: torch.Tensor) -> torch.Tensor:
-        sigma, (times, log_alphas) = self._with_tables(sigma)
-        return _interpolate(sigma.square().log1p() / 2, -log_alphas, times)
-
-    def index(self, sigma: torch.Tensor) -> torch.Tensor:
-        """What the network is told of the time: the number of the step, counted from 0 and with fractions."""
-        return len(self) * self.t(sigma) - 1
 
 
 class LatentDenoiser(Denoiser):

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from models import check_guidance, fill_weights, lay_out
-from models.clip import TOKENIZER_FILES, first_line, has_tokenizer, hub_folder, import_transformers
+from models.building import check_guidance, fill_weights, lay_out
 from models.ldm import LatentDenoiser, load_latent
 from models.openai_unet import STABLE_DIFFUSION
 from torch_utils.errors import UserError
+from torch_utils.hub import TOKENIZER_FILES, first_line, has_tokenizer, hub_folder, import_transformers
 from torch_utils.prompts import batch_of_prompts
 
 GUIDANCE_RATE = 7.5  # of the published samples

@@ -10,8 +10,9 @@ import click
 
 from torch_utils import distributed
 from torch_utils.cli import Group
-from torch_utils.download import download_file, download_member, known_sha256, recorded_sha256, sha256_of
+from torch_utils.download import download_file, download_member, known_sha256, recorded_sha256
 from torch_utils.errors import UserError, parse_json
+from torch_utils.files import sha256_of
 
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 _NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/edm"

@@ -3,9 +3,9 @@
 import importlib
 import pkgutil
 
-from solvers.loop import SampleInfo, Solver, State, integrate, resolve_sigmas, sample
-from solvers.rules import SOLVERS, Option, Rule, make_rule
+from solvers.sampler import SampleInfo, Solver, State, integrate, resolve_sigmas, sample
 from solvers.schedules import SCHEDULES, check_sigmas, get_schedule, refine
+from solvers.solver import SOLVERS, Option, Rule, make_rule
 
 __all__ = [
     "SCHEDULES",

@@ -6,8 +6,8 @@ import functools
 import numpy as np
 import torch
 
-from solvers.rules import Option, Rule, order_option, register
-from solvers.schedules import VPTime
+from models.noise import VPTime
+from solvers.solver import Option, Rule, order_option, register
 
 # Gauss-Legendre in ln sigma: the integrand's singularities are pi/2 away from the real axis, so this many points reach
 # rounding error on any interval, be it from 80 to 0.002.

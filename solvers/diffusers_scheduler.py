@@ -18,9 +18,9 @@ from types import SimpleNamespace
 import torch
 
 from models.denoiser import BOTTLENECK_SIZE, add_shift, read_bottleneck
-from solvers.loop import Solver, resolve_sigmas
-from solvers.rules import SOLVERS, State, make_rule
+from solvers.sampler import Solver, resolve_sigmas
 from solvers.schedules import check_sigmas
+from solvers.solver import SOLVERS, State, make_rule
 from torch_utils.errors import UserError
 
 
@@ -255,7 +255,7 @@ class _AMEDScheduler:
     @torch.no_grad()
     def _plan(self, mu, device) -> None:
         """The times of the network's calls, with zeros for the bottleneck; exact in the time-only mode."""
-        from models.diffusers_model import noise_process  # no architecture at the import of solvers
+        from models.diffusers import noise_process
 
         self.process = noise_process(self.config, mu=mu)
         run = self._start(device)
@@ -381,7 +381,7 @@ def _replaced(arguments: tuple, named: dict, place, change) -> tuple[tuple, dict
 @functools.cache
 def _with_diffusers() -> type:
     """The class that pipelines accept: the one above with the base classes of diffusers."""
-    from models.diffusers_model import import_diffusers
+    from models.diffusers import import_diffusers
 
     diffusers = import_diffusers("AMEDScheduler")
     from diffusers.schedulers.scheduling_utils import SchedulerOutput

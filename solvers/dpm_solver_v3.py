@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from solvers.rules import Option, Rule, State, order_option, register
-from torch_utils.download import sha256_of
+from solvers.solver import Option, Rule, State, order_option, register
 from torch_utils.errors import UserError
+from torch_utils.files import sha256_of
 from torch_utils.tensor_file import json_entry, read_safetensors, write_safetensors
 
 ENTRY = "dpm_v3"  # of the metadata of a statistics file

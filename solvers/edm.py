@@ -2,8 +2,8 @@
 
 import math
 
-from solvers.loop import afs_direction
-from solvers.rules import Heun, Option, State, register
+from solvers.sampler import afs_direction
+from solvers.solver import Heun, Option, State, register
 from torch_utils.errors import UserError
 
 

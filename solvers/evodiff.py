@@ -2,7 +2,7 @@
 
 import torch
 
-from solvers.rules import Option, Rule, State, register
+from solvers.solver import Option, Rule, State, register
 
 LIMIT = 2.0  # of every projection coefficient
 LONG_RUN = 20  # intervals above which zeta has its second form

@@ -1,6 +1,6 @@
 """iPNDM (Zhang & Chen 2023) with variable steps: Adams-Bashforth on any grid (Hairer, Norsett & Wanner 1993, III.5)."""
 
-from solvers.rules import Option, Rule, order_option, register
+from solvers.solver import Option, Rule, order_option, register
 
 
 def adams_bashforth_weights(sigmas, sigma_next, published=False) -> list:

@@ -1,6 +1,6 @@
 """PFDiff (Wang et al. 2024, "PFDiff: Training-Free Acceleration of Diffusion Models Combining Past and Future Scores")."""
 
-from solvers.rules import Option, Rule, State, register
+from solvers.solver import Option, Rule, State, register
 from torch_utils.errors import UserError
 
 MOST_SKIPPED = 3

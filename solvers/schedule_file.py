@@ -21,18 +21,15 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-import click
-
-from solvers.flags import SCHEDULE_NAMES
-from solvers.loop import AFS_KINDS, RANGE_SLACK
+from solvers.sampler import AFS_KINDS, RANGE_SLACK
 from solvers.schedules import check_sigmas
-from torch_utils.cli import PATH
 from torch_utils.errors import UserError
 from torch_utils.file_kind import explain
-from torch_utils.image_data import atomic_path
-from torch_utils.json_file import read_json
+from torch_utils.files import atomic_path, read_json
 
 FORMAT = "amed-schedule-1"
+
+
 MOST_LEVELS = 1000  # of a schedule that was optimised; solvers take time and memory that grow with its square
 
 
@@ -143,36 +140,3 @@ def load_schedule(path: str | Path) -> Schedule:
         return Schedule(**{name: content[name] for name in names})
     except UserError as error:
         raise UserError(f"the schedule {path} cannot be used: {error}") from None
-
-
-def schedule_file_flag(command):
-    """Decorator: the flag --schedule of a command line; its value is a Schedule, or None."""
-
-    def load(ctx, param, value):
-        return None if value is None else load_schedule(value)
-
-    return click.option(
-        "--schedule",
-        type=PATH,
-        metavar="FILE",
-        callback=load,
-        help="Optimised noise levels (optimize_schedule.py makes them)",
-    )(command)
-
-
-def use_schedule(options: dict, given: set[str]) -> Schedule | None:
-    """Takes --schedule out of the flags and puts its noise levels in the place of --sigmas (and sigmas_net).
-
-    options: all flags of a command line by name, changed here; given: those that the user wrote. UserError where
-    another flag of the schedule was given as well.
-    """
-    schedule = options.pop("schedule")
-    given.discard("schedule")
-    if schedule is None:
-        return None
-    extra = [name for name in (*SCHEDULE_NAMES, "sigmas") if name in given]
-    if extra:
-        raise UserError(f"--schedule is the whole schedule: leave out --{extra[0]}")
-    options["sigmas"], options["sigmas_net"] = list(schedule.sigmas), schedule.sigmas_net
-    given.add("sigmas")
-    return schedule

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from models.noise import VP_EPS, VPTime
 from torch_utils.errors import UserError
 
 
@@ -18,31 +19,11 @@ def _logsnr(u, lo, hi, rho, net, original_code):
 
 
 MOST_STEPS = 1_000_000  # far beyond any use; larger numbers would exhaust the memory
+
+
 # Smallest relative gap between neighbouring noise levels. A multistep solver divides differences of
 # network outputs by it; below these values the result is rounding noise.
 SMALLEST_GAPS = {torch.float32: 1e-5, torch.float64: 1e-14}
-VP_EPS = 1e-3  # the time of sigma_min; sigma_max is at time 1
-
-
-class VPTime:
-    """Time of the variance-preserving SDE with linear beta(t) that reaches sigma_min at time VP_EPS and sigma_max at 1:
-    sigma(t)^2 + 1 = exp(beta_d t^2 / 2 + beta_min t) (Song et al. 2021, Appendix C), the curve of ``time_uniform``."""
-
-    def __init__(self, sigma_min: float, sigma_max: float):
-        log_lo, log_hi = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
-        self.beta_d = 2 * (log_lo / VP_EPS - log_hi) / (VP_EPS - 1)
-        self.beta_min = log_hi - self.beta_d / 2
-
-    def time(self, sigma):
-        return ((self.beta_min**2 + 2 * self.beta_d * torch.log1p(sigma**2)).sqrt() - self.beta_min) / self.beta_d
-
-    def sigma(self, time):
-        return torch.expm1(0.5 * self.beta_d * time**2 + self.beta_min * time).sqrt()
-
-    def slope(self, time):
-        """d sigma / d time."""
-        sigma = self.sigma(time)
-        return (self.beta_d * time + self.beta_min) * (sigma**2 + 1) / (2 * sigma)
 
 
 def _time_uniform(u, lo, hi, rho, net, original_code):
@@ -166,3 +147,6 @@ def _to_device(sigmas, device):
     if device is not None and torch.device(device).type == "mps":
         sigmas = sigmas.float()  # MPS has no float64
     return sigmas.to(device) if device is not None else sigmas
+
+
+SCHEDULE_NAMES = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_max")

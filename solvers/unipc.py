@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from solvers.rules import EXPONENTIAL_OPTIONS, DPMSolverPP, Option, State, order_option, register
+from solvers.solver import EXPONENTIAL_OPTIONS, DPMSolverPP, Option, State, order_option, register
 
 
 def phi_functions(z, count: int) -> list[torch.Tensor]:

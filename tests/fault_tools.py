@@ -182,7 +182,7 @@ def inject(fault: dict) -> None:
     usage: no fault, but a file that gets a line with ``usage()`` at every call of the network.
     """
     if "grace" in fault:
-        import_module("torch_utils.peers")._GRACE_S = fault["grace"]
+        import_module("torch_utils.distributed")._GRACE_S = fault["grace"]
     if fault.get("rank") not in (None, int(os.environ.get("RANK", "0"))):
         return
     if "file_limit" in fault:
@@ -190,7 +190,7 @@ def inject(fault: dict) -> None:
     if "kill_in_write" in fault:
         _kill_in_write(fault["kill_in_write"])
     if fault.keys() & {"nan", "boom", "hang", "slow", "oom", "usage"}:
-        for module in (import_module("sample"), import_module("training.training_loop")):
+        for module in (import_module("sample"), import_module("training.amed_trainer")):
             module.create_model = _spoilt(module.create_model, fault)
 
 

@@ -59,9 +59,9 @@ def load_network(path):
 def load_learned(path):
     import torch
 
-    from sample import settings_of
-    from solvers.rules import SOLVERS
-    from solvers.span import SpanStudent
+    from sampling.settings import settings_of
+    from solvers.solver import SOLVERS
+    from solvers.span_table import SpanStudent
     from training.checkpoint import load_predictor
 
     class Net:
@@ -85,13 +85,13 @@ def load_content(path):
 
 
 def load_weights(path):
-    from torch_utils.weights_file import read_weights
+    from torch_utils.tensor_file import read_weights
 
     read_weights(path)
 
 
 def load_reference(path):
-    from torch_utils.frechet import Reference
+    from evaluation.frechet import Reference
 
     Reference.load(path)
 
@@ -110,7 +110,7 @@ def load_noise_levels(path):
 
 
 def load_images(path):
-    from torch_utils.image_data import ImageSource, load_array
+    from torch_utils.images import ImageSource, load_array
 
     source = ImageSource(path)
     load_array(source)
@@ -118,7 +118,7 @@ def load_images(path):
 
 
 def load_judge(path):
-    from models.detectors import load_classifier
+    from evaluation.detectors import load_classifier
 
     load_classifier(path)
 
@@ -130,7 +130,7 @@ def load_model_statistics(path):
 
 
 def load_state(path):
-    from training.config import TrainingOptions
+    from training.options import TrainingOptions
     from training.run_folder import load_newest_state
 
     state = load_newest_state(path.parent)
@@ -152,7 +152,7 @@ def load_description(path):
 
 
 def load_record(path):
-    from sample import Folder
+    from sampling.folder import Folder
 
     Folder(path.parent, True, False).record()
 
@@ -188,13 +188,13 @@ def make_files(folder: Path) -> None:
     import torch
     from PIL import Image
 
-    from models.detectors import ConvClassifier, save_classifier
+    from evaluation.detectors import ConvClassifier, save_classifier
+    from evaluation.frechet import Reference
     from models.edm import load_edm_network, save_edm_safetensors
     from solvers.dpm_solver_v3 import Statistics, save_statistics
-    from solvers.span import SpanStudent
-    from torch_utils.frechet import Reference
+    from solvers.span_table import SpanStudent
     from training.checkpoint import save_predictor
-    from training.config import TrainingOptions
+    from training.options import TrainingOptions
     from training.predictor import AMEDPredictor
 
     torch.manual_seed(0)

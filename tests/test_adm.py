@@ -10,8 +10,9 @@ from test_openai_unet import TOLERANCE, half_names, manifest, meta_weights, rela
 from torch.utils.checkpoint import checkpoint
 
 from models import build_denoiser
-from models.adm import PRESETS, ADMDenoiser, CosineNoise, LinearNoise, load_adm
+from models.adm import PRESETS, ADMDenoiser, load_adm
 from models.denoiser import read_bottleneck
+from models.noise import CosineNoise, LinearNoise
 from solvers import get_schedule, sample
 from torch_utils.errors import UserError
 from torch_utils.seeds import SeededGenerators

@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from latent_nets import relative_error
 from PIL import Image
 
-from models.diffusers_model import load_diffusers
+from models.diffusers import load_diffusers
 from solvers import SOLVERS, sample
-from solvers.span import SpanStudent
+from solvers.span_table import SpanStudent
 from torch_utils.errors import UserError
 from training.checkpoint import save_predictor
 from training.predictor import AMEDPredictor

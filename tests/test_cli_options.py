@@ -323,7 +323,7 @@ OWN = {
     },
     "models.zoo list": {},
     "models.zoo verify": {"name": [("nope",)]},
-    "torch_utils.doctor": {},
+    "tools.doctor": {},
     "tools.make_docs": {"check": FLAG, "path": ["missing.md", "text.txt", "empty"]},
 }
 

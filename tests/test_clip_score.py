@@ -20,11 +20,11 @@ from ports import reserve_port
 from safetensors.torch import load_file, save_file
 
 import clip_score
-from clip_score import calculate_clip_score, pair_by_seed
-from models import clip
-from models.clip import ClipNetwork
+from evaluation import clip
+from evaluation.clip import ClipNetwork
+from evaluation.clip_score import calculate_clip_score, pair_by_seed
 from torch_utils.errors import MissingExtra, UserError
-from torch_utils.image_data import ImageSource
+from torch_utils.images import ImageSource
 from torch_utils.prompts import read_prompts, seed_of
 
 ROOT = Path(__file__).parents[1]

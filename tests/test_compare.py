@@ -22,19 +22,21 @@ from ports import reserve_port
 
 import compare
 import sample as sample_cli
-from fid import calculate_fid
-from models.detectors import ConvClassifier, load_detector, save_classifier
-from models.edm import EDMDenoiser, load_edm_network
-from models.edm_io import save_edm_safetensors
+from evaluation.detectors import ConvClassifier, load_detector, save_classifier
+from evaluation.fid import calculate_fid
+from evaluation.frechet import Reference
+from models.edm import EDMDenoiser, load_edm_network, save_edm_safetensors
+from sampling.generate import generate_images
 from solvers import SOLVERS, Rule, sample
 from solvers.dpm_solver_v3 import Statistics, save_statistics
 from solvers.schedule_file import Schedule, save_schedule
-from tools import comparison, comparison_report
-from tools.comparison import Settings, choose_steps, parse_method, pool_moments, share_out
-from tools.comparison_report import plot, plots_html
+from tools import compare_run as comparison
+from tools import report as comparison_report
+from tools.compare_methods import PRESETS, choose_steps, parse_method
+from tools.compare_run import SCORES, Comparison, Settings, add_differences, pool_moments, share_out
+from tools.report import plot, plots_html
 from torch_utils.errors import MissingExtra, UserError
-from torch_utils.frechet import Reference
-from torch_utils.image_writer import to_uint8
+from torch_utils.images import to_uint8
 from torch_utils.seeds import SeededGenerators
 from training.checkpoint import save_predictor
 from training.predictor import AMEDPredictor
@@ -280,7 +282,7 @@ def test_presets_fit_the_rules():
     for name, rule in SOLVERS.items():
         if not rule.needs_predictor:
             parse_method(name, common, {})
-    assert comparison.PRESETS["deis"]["max_order"] == 4
+    assert PRESETS["deis"]["max_order"] == 4
 
 
 def test_what_is_said_for_one_goes_before_what_is_said_for_all():
@@ -313,7 +315,7 @@ def test_original_code_is_that_of_sample(files, tmp_path):
 def test_explicit_sigmas_pass_through(files, tmp_path, monkeypatch):
     used = []
     monkeypatch.setattr(
-        comparison, "generate_images", lambda *a, **k: used.append(k["sigmas"]) or sample_cli.generate_images(*a, **k)
+        comparison, "generate_images", lambda *a, **k: used.append(k["sigmas"]) or generate_images(*a, **k)
     )
     arguments = [flag for flag in flags(files, tmp_path) if not flag.startswith("--nfe")]
     done = CliRunner().invoke(compare.main, [*arguments, "--solvers=euler,heun", "--sigmas=70,3.9,0.01"])
@@ -449,17 +451,17 @@ def test_a_new_file_of_statistics_is_another_result(files, tmp_path):
 
 def test_a_killed_run_goes_on_where_it_stopped(files, tmp_path, calls, monkeypatch):
     whole, _ = run(files, tmp_path / "whole", "--solvers=euler,ipndm", "--nfe=2")
-    measure = comparison.Comparison.measure
+    measure = Comparison.measure
 
     def killed(self, job, group):
         if job.settings.solver == "ipndm" and group == 1:
             raise KeyboardInterrupt
         measure(self, job, group)
 
-    monkeypatch.setattr(comparison.Comparison, "measure", killed)
+    monkeypatch.setattr(Comparison, "measure", killed)
     done = CliRunner().invoke(compare.main, flags(files, tmp_path / "cut", "--solvers=euler,ipndm", "--nfe=2"))
     assert done.exit_code == 130 and not (tmp_path / "cut" / "results.json").exists()
-    monkeypatch.setattr(comparison.Comparison, "measure", measure)
+    monkeypatch.setattr(Comparison, "measure", measure)
     calls.clear()
     rows, output = run(files, tmp_path / "cut", "--solvers=euler,ipndm", "--nfe=2")
     assert calls == [4, 4, 4, 4, 3, 3]  # the second group of ipndm and nothing else
@@ -652,7 +654,7 @@ def make_row(method, nfe, groups):
         "images_per_second": 1.0,
         "nfe_requested": [nfe],
     }
-    for name in comparison.SCORES:
+    for name in SCORES:
         values = (groups.mean(), scipy.stats.sem(groups), 0.0, left_out)
         row |= dict(zip((name, f"{name}_se", f"{name}_ci95", f"{name}_left_out"), values, strict=True))
     return row
@@ -676,7 +678,7 @@ ROWS = [
 
 def test_differences_are_paired():
     """For means, the interval of scipy's paired t test; it is far narrower than that of one method."""
-    rows = {(row["method"], row["nfe"]): row for row in comparison.add_differences(ROWS, "base")}
+    rows = {(row["method"], row["nfe"]): row for row in add_differences(ROWS, "base")}
     one, other = 9.9 + NOISE + SMALL, 10 + NOISE
     paired = scipy.stats.ttest_rel(one, other).confidence_interval(0.95)
     row = rows["better", 3]
@@ -687,12 +689,12 @@ def test_differences_are_paired():
     assert rows["base", 5]["pixel_difference"] == 0 and rows["first", 5]["pixel_difference"] == pytest.approx(-1)
     assert rows["alone", 7]["fid_difference"] is None and rows["alone", 7]["feature_difference_ci95"] is None
     without = ROWS[1] | {"pixel": None, "pixel_left_out": []}
-    added = comparison.add_differences([ROWS[0], without], "base")[1]
+    added = add_differences([ROWS[0], without], "base")[1]
     assert added["pixel_difference"] is None and added["fid_difference"] is not None
 
 
 def test_only_what_is_better_beyond_the_interval_is_marked():
-    rows = comparison.add_differences(ROWS, "base")
+    rows = add_differences(ROWS, "base")
     text = comparison_report.markdown_text(rows, {"baseline": "base"}, [])
     tables = [part for part in text.split("\n\n") if part.startswith("|")]
     assert len(tables) == 6 and "FID minus that of base, by NFE" in text

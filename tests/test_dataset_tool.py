@@ -13,7 +13,8 @@ from PIL import Image
 
 from tools.dataset_tool import make_dataset, parse_resolution
 from torch_utils.errors import UserError
-from torch_utils.image_data import ImageSource, atomic_path, decode_image, load_array
+from torch_utils.files import atomic_path
+from torch_utils.images import ImageSource, decode_image, load_array
 
 ROOT = Path(__file__).parents[1]
 RNG = np.random.default_rng(0)

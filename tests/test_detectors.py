@@ -10,10 +10,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models import detectors
-from models.detectors import ARCHITECTURES, ConvClassifier, cache_dir, load_classifier, load_detector, save_classifier
+from evaluation import detectors
+from evaluation.detectors import (
+    ARCHITECTURES,
+    ConvClassifier,
+    cache_dir,
+    load_classifier,
+    load_detector,
+    save_classifier,
+)
 from torch_utils.errors import UserError
-from torch_utils.image_data import ImageSource, load_array
+from torch_utils.images import ImageSource, load_array
 
 DIGITS = Path(__file__).parent / "golden" / "digits" / "test-256.zip"
 

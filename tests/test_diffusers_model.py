@@ -10,7 +10,8 @@ import torch
 from latent_nets import relative_error
 
 from models.denoiser import read_bottleneck
-from models.diffusers_model import RectifiedFlow, load_diffusers, noise_process
+from models.diffusers import load_diffusers, noise_process
+from models.noise import RectifiedFlow
 from solvers import get_schedule, sample
 from torch_utils.errors import MissingExtra, UserError
 from torch_utils.seeds import SeededGenerators

@@ -7,9 +7,10 @@ from scipy.integrate import quad
 from toy import ToyNet
 
 from solvers import get_schedule
-from solvers.dmn import dmn_sigmas, error_bound, step_weights
-from solvers.optimize import Problem, run_dmn
+from solvers.search.dmn import dmn_sigmas, error_bound, step_weights
+from solvers.search.problem import Problem
 from torch_utils.errors import UserError
+from training.schedule_search import run_dmn
 
 LAMBDAS = np.array([-4.0, -2.5, -2.2, -0.9, -0.8, 1.5, 2.0, 2.1, 4.0, 6.0])
 

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from models import create_model
-from torch_utils import doctor
+from tools import doctor
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -37,7 +37,7 @@ def test_the_known_images_are_right(name):
 
 def test_a_sound_installation(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "AMED_CACHE": str(tmp_path / "cache")}
-    command = [sys.executable, "-m", "torch_utils.doctor"]
+    command = [sys.executable, "-m", "tools.doctor"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and lines[-1] == "all is well", done.stdout + done.stderr

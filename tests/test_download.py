@@ -19,15 +19,9 @@ import pytest
 import requests
 
 from torch_utils import download
-from torch_utils.download import (
-    download_file,
-    download_member,
-    extract_member,
-    known_sha256,
-    recorded_sha256,
-    sha256_of,
-)
+from torch_utils.download import download_file, download_member, extract_member, known_sha256, recorded_sha256
 from torch_utils.errors import UserError
+from torch_utils.files import sha256_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = hashlib.shake_256(b"a file").digest(3_000_017)

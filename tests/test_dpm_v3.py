@@ -113,7 +113,7 @@ def test_constant_statistics_of_order_one_are_dpmpp(kind, schedule):
 def test_constant_statistics_are_unipc_with_all_weights_solved(monkeypatch, kind, order, lower, corrector):
     """The exponential integrator with polynomial interpolation. With a corrector of order 1 it is
     UniPC, without one UniPC's predictor alone."""
-    monkeypatch.setitem(sys.modules["solvers.rules"].SOLVERS, "weighted", FullyWeighted)
+    monkeypatch.setitem(sys.modules["solvers.solver"].SOLVERS, "weighted", FullyWeighted)
     x, sigmas = common("latents2"), get_schedule(8, 0.01, 60.0)
     common_options = {"sigmas": sigmas, "max_order": order, "lower_order_final": lower, "return_trajectory": True}
     found = sample(ToyNet(), x, solver="dpm_v3", statistics=kind, corrector=corrector, **common_options)

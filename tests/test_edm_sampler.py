@@ -9,6 +9,7 @@ from test_solvers_properties import Constant, Gaussian, grid, noise, order_of
 from toy import ToyNet, common
 
 import sample as cli
+from sampling.generate import generate_images
 from solvers import SOLVERS, get_schedule, sample
 
 CHURN = {"S_churn": 3.0, "S_min": 0.05, "S_max": 50.0, "S_noise": 1.007}
@@ -185,7 +186,7 @@ class Model(ToyNet):
 
 def images(seeds, batch, **options):
     settings = {"solver": "edm", "num_steps": 6, "batch": batch, "device": "cpu", **options}
-    return torch.cat([done.images for done in cli.generate_images(Model(torch.float32), seeds, **settings)])
+    return torch.cat([done.images for done in generate_images(Model(torch.float32), seeds, **settings)])
 
 
 def test_an_image_depends_on_its_seed_alone():

@@ -11,7 +11,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from torch_utils import doctor
+from tools import doctor
 from torch_utils.cli import Command, Group
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,15 +15,18 @@ from click.testing import CliRunner
 from toy import ToyNet
 
 import optimize_schedule as cli
-from fid import choose_detector, find_reference
+from evaluation.fid import choose_detector, find_reference
+from evaluation.frechet import FeatureStatistics, frechet_distance
 from models import create_model
-from solvers import evolution, get_schedule, optimize, sample
-from solvers.evolution import Evolution, cross, mutate, random_genome, snap
-from solvers.optimize import Problem
+from solvers import get_schedule, sample
 from solvers.schedule_file import load_schedule
+from solvers.search import evolution
+from solvers.search.evolution import Evolution, cross, mutate, random_genome, snap
+from solvers.search.problem import Problem
 from torch_utils.errors import UserError
-from torch_utils.frechet import FeatureStatistics, frechet_distance
-from torch_utils.image_writer import to_uint8
+from torch_utils.images import to_uint8
+from training import schedule_search as optimize
+from training.schedule_search import optimize
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {"num_samples": 3, "num_steps_tea": 9, "grid_points": 9, "population": 8, "generations": 2, "elites": 3}
@@ -193,7 +196,7 @@ def test_distance_finds_the_best_of_all_schedules(solver, afs):
     task = toy_problem(solver=solver, afs=afs)
     grid = get_schedule(9, 0.002, 80, "logsnr")
     generous = {**TINY, "population": 21}  # as many as there are schedules
-    found = optimize.optimize(task, "evolution", generous)
+    found = optimize(task, "evolution", generous)
     latents = torch.cat([task.noise(seeds)[0] for seeds in task.batches(3)])
     target = sample(task.net, latents, solver="heun", num_steps=9)
 
@@ -208,7 +211,7 @@ def test_distance_finds_the_best_of_all_schedules(solver, afs):
 def test_a_stochastic_solver_is_judged_by_the_same_noise(monkeypatch):
     monkeypatch.delattr(torch, "randn_like")  # nothing from the global generator
     task = {"solver": "edm", "options": {"S_churn": 20.0}}
-    first, again = (optimize.optimize(toy_problem(**task), "evolution", TINY).sigmas for _ in range(2))
+    first, again = (optimize(toy_problem(**task), "evolution", TINY).sigmas for _ in range(2))
     judges = evolution.Judges(
         toy_problem(**task),
         get_schedule(9, 0.002, 80, "logsnr"),
@@ -240,7 +243,7 @@ def test_fid_objective_takes_the_least():
 
     task.make_judge = make_judge
     options = {**TINY, "population": 21, "objective": "fid", "fid_samples": 3, "ref": "mine"}
-    found = optimize.optimize(task, "evolution", options)
+    found = optimize(task, "evolution", options)
     grid = get_schedule(9, 0.002, 80, "logsnr")
     latents = torch.cat([task.noise(seeds)[0] for seeds in task.batches(3)])
 
@@ -267,16 +270,16 @@ def test_finalists_are_judged_by_fid():
 
     task.make_judge = make_judge
     options = {**TINY, "finalists": 3, "fid_samples": 4}
-    found = optimize.optimize(task, "evolution", options)
+    found = optimize(task, "evolution", options)
     assert len(judged) == 3 and all(len(images) == 4 for images in judged)
-    assert found.sigmas != optimize.optimize(toy_problem(), "evolution", TINY).sigmas  # but the second best by distance
+    assert found.sigmas != optimize(toy_problem(), "evolution", TINY).sigmas  # but the second best by distance
 
 
 def test_a_network_that_breaks_down():
     net = ToyNet()
     net.means.fill_(float("nan"))
     with pytest.raises(UserError, match="none of 8 schedules gave finite images"):
-        optimize.optimize(toy_problem(net=net), "evolution", TINY)
+        optimize(toy_problem(net=net), "evolution", TINY)
 
 
 # The command line
@@ -313,7 +316,7 @@ OF_KILLED = {**TINY, "finalists": 3, "fid_samples": 4, "grid_points": 12}  # 24 
 KILLED = """
 import os, signal, sys
 from test_evolution import OF_KILLED, judged_problem
-from solvers.optimize import Problem, optimize
+from training.schedule_search import Problem, optimize
 
 save, saved = Problem.save_state, []
 
@@ -342,8 +345,8 @@ def test_killed_runs_continue(tmp_path, at):
     command = [sys.executable, "-c", KILLED, str(tmp_path / "s"), str(at)]
     killed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert killed.returncode == -9 and [path.name for path in tmp_path.iterdir()] == ["s.0"], killed.stderr
-    whole = optimize.optimize(judged_problem(), "evolution", OF_KILLED)
-    again = optimize.optimize(judged_problem(state_path=tmp_path / "s"), "evolution", OF_KILLED)
+    whole = optimize(judged_problem(), "evolution", OF_KILLED)
+    again = optimize(judged_problem(state_path=tmp_path / "s"), "evolution", OF_KILLED)
     assert again.sigmas == whole.sigmas
     teacher = 3 * 16 if at < 24 else 0  # its samples are made anew
     assert again.evaluations == whole.evaluations + teacher
@@ -353,7 +356,7 @@ SHARED = """
 import json, sys
 from pathlib import Path
 from test_evolution import TINY, toy_problem
-from solvers.optimize import optimize
+from training.schedule_search import optimize
 from torch_utils import distributed
 
 distributed.init("cpu")
@@ -371,7 +374,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
     command += [str(tmp_path / "shared.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
-    one = optimize.optimize(toy_problem(), "evolution", TINY)
+    one = optimize(toy_problem(), "evolution", TINY)
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == [one.sigmas, one.evaluations]
 
@@ -416,7 +419,7 @@ def test_mistakes(tmp_path, arguments, message):
 
 def test_no_judge_in_the_library():
     with pytest.raises(UserError, match="there is no judge of FID here"):
-        optimize.optimize(toy_problem(), "evolution", {**TINY, "objective": "fid"})
+        optimize(toy_problem(), "evolution", {**TINY, "objective": "fid"})
 
 
 def test_own_networks_need_a_reference():

@@ -5,8 +5,8 @@ import torch
 from latent_nets import relative_error, tiny_case
 
 from models import build_denoiser, create_model
+from models.compile import CompiledForward, prepare_network
 from models.denoiser import call_shifted, read_bottleneck
-from models.execution import CompiledForward, prepare_network
 from solvers import sample
 from torch_utils.errors import UserError
 from torch_utils.seeds import SeededGenerators

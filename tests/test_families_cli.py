@@ -21,26 +21,27 @@ import compare as compare_cli
 import optimize_schedule as optimize_cli
 import sample as sample_cli
 import train as train_cli
-from fid import calculate_fid
+from evaluation.detectors import ConvClassifier, save_classifier
+from evaluation.fid import calculate_fid
+from evaluation.frechet import Reference
 from models import create_model
 from models.adm import load_adm
 from models.cm import load_cm
-from models.detectors import ConvClassifier, save_classifier
 from models.ldm import load_ldm
 from models.sd import StableDiffusionDenoiser, load_sd
 from solvers import sample
 from solvers.schedule_file import load_schedule
-from tools import comparison, comparison_report
+from tools import compare_run as comparison
+from tools import report as comparison_report
 from torch_utils import distributed
-from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
-from torch_utils.frechet import Reference
-from torch_utils.image_writer import to_uint8
+from torch_utils.files import sha256_of
+from torch_utils.images import to_uint8
 from torch_utils.seeds import SeededGenerators
+from training.amed_trainer import Distiller
 from training.checkpoint import load_predictor
 from training.predictor import DEFAULTS
 from training.run_folder import load_newest_state
-from training.training_loop import Distiller
 
 TEXT = pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs the package transformers")
 SETTINGS = {  # dataset_name -> (solver, flags of the network, flags of the schedule, evaluations per call)

@@ -27,8 +27,9 @@ from PIL import Image
 import torch_utils.progress as progress
 from models.edm import EDMDenoiser, save_edm_safetensors
 from tools.train_denoiser import ARCHITECTURES
-from torch_utils.image_data import atomic_path, is_whole_png, remove_leftovers
-from torch_utils.peers import Peers
+from torch_utils.distributed import Peers
+from torch_utils.files import atomic_path, remove_leftovers
+from torch_utils.images import is_whole_png
 from training.checkpoint import load_predictor
 from training.run_folder import load_newest_state
 

@@ -9,8 +9,8 @@ from test_training_loop import write_tiny
 from toy import ToyNet
 
 from models import build_denoiser, create_model
-from solvers.feature_loss import DenoiserFeatures, feature_distance
 from torch_utils.errors import UserError
+from training.sample_loss import DenoiserFeatures, feature_distance
 
 
 @pytest.fixture(scope="module")

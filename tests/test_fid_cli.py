@@ -17,13 +17,22 @@ import torch
 from PIL import Image
 
 import fid
-from fid import calculate_fid, choose_detector, choose_images, find_reference
-from models import detectors
-from models.detectors import load_detector
-from torch_utils import frechet
+from evaluation import detectors
+from evaluation import fid as fid_module
+from evaluation import reading as reading_module
+from evaluation.detectors import load_detector
+from evaluation.fid import (
+    calculate_fid,
+    choose_detector,
+    choose_images,
+    find_reference,
+    image_statistics,
+    warn_about_count,
+)
+from evaluation.frechet import Reference
+from evaluation.reading import choose_workers, read_batches
 from torch_utils.errors import UserError
-from torch_utils.frechet import Reference, read_batches
-from torch_utils.image_data import ImageSource, load_array
+from torch_utils.images import ImageSource, load_array
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "tests" / "golden" / "digits" / "test-256.zip"
@@ -183,7 +192,7 @@ def test_published_copies_of_inception_agree(monkeypatch):
     class Stub(detectors.FeatureDetector):
         name, file, digest, feature_dim = "inception", "file.pth", state, 2048
 
-    monkeypatch.setattr(fid, "load_detector", lambda *_: Stub())
+    monkeypatch.setattr(fid_module, "load_detector", lambda *_: Stub())
     assert choose_detector(None, reference, torch.device("cpu")).digest == state
     Stub.digest = 64 * "1"
     with pytest.raises(UserError, match="other weights"):
@@ -213,7 +222,7 @@ def test_few_images_give_a_warning_and_a_number(tmp_path, capsys):
 )
 def test_from_how_many_images_on_nothing_is_said(count, word, capsys):
     """The covariance of N images has rank N - 1 at most, so 64 of them are too few for 64 features."""
-    fid.warn_about_count(count, SimpleNamespace(feature_dim=64))
+    warn_about_count(count, SimpleNamespace(feature_dim=64))
     assert re.match(word or "$", capsys.readouterr().err)
 
 
@@ -241,7 +250,7 @@ def test_a_feature_cache_belongs_to_its_detector(tmp_path):
         detectors.save_classifier(detectors.ConvClassifier(1, 8, 10, feature_dim=6, width=4).eval(), file)
         detector = load_detector(file)
         for cache in (None, tmp_path / "features.npz", tmp_path / "features.npz"):
-            statistics = fid.image_statistics(source, range(12), detector, 5, torch.device("cpu"), cache)
+            statistics = image_statistics(source, range(12), detector, 5, torch.device("cpu"), cache)
             found.append(statistics.moments()[0])
     for one, other in ((0, 1), (0, 2), (3, 4), (3, 5)):
         np.testing.assert_allclose(found[one], found[other], rtol=1e-6)
@@ -317,11 +326,11 @@ def test_batches_come_in_order_from_threads_and_processes(tmp_path, workers):
 
 def test_workers_are_for_gpus_with_room_in_shared_memory(noise, monkeypatch):
     source = ImageSource(noise)
-    monkeypatch.setattr(frechet.os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
-    monkeypatch.setattr(frechet.Path, "is_dir", lambda path: True)
-    monkeypatch.setattr(frechet.shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
-    assert frechet.choose_workers("cpu", source, 250) == 0
-    assert frechet.choose_workers("cuda", source, 250) == 6
-    assert frechet.choose_workers("cuda", source, 8000) == 0  # 8 MB each, three of each worker: not within 16 MB
+    monkeypatch.setattr(reading_module.os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    monkeypatch.setattr(reading_module.Path, "is_dir", lambda path: True)
+    monkeypatch.setattr(reading_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
+    assert choose_workers("cpu", source, 250) == 0
+    assert choose_workers("cuda", source, 250) == 6
+    assert choose_workers("cuda", source, 8000) == 0  # 8 MB each, three of each worker: not within 16 MB
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert frechet.choose_workers("cuda", source, 250) == 2
+    assert choose_workers("cuda", source, 250) == 2

@@ -15,15 +15,15 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from models.detectors import load_detector
-from models.edm_io import load_edm_network
+from evaluation.detectors import load_detector
+from evaluation.frechet import Reference
+from models.edm import load_edm_network
 from solvers.schedule_file import load_schedule
 from torch_utils.arrays import npz_names, read_npz
 from torch_utils.errors import UserError
 from torch_utils.file_kind import file_kind
-from torch_utils.frechet import Reference
 from torch_utils.safe_pickle import safe_load, safe_load_checkpoint
-from torch_utils.weights_file import read_weights
+from torch_utils.tensor_file import read_weights
 from training.checkpoint import load_predictor
 
 # As https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md has it.

@@ -11,9 +11,9 @@ from toy import ToyNet
 from models.edm import EDMDenoiser
 from torch_utils.errors import UserError
 from training.checkpoint import load_predictor
-from training.final_config import FinalOptions
-from training.final_loop import train_student
+from training.options import FinalOptions
 from training.run_folder import load_newest_state
+from training.span_run import train_student
 
 
 @pytest.fixture(scope="module")

@@ -12,16 +12,18 @@ import torch
 from toy import ToyNet
 
 from solvers import sample
-from solvers.span import SpanStudent
+from solvers.span_table import SpanStudent
 from torch_utils.errors import UserError
 from torch_utils.seeds import SeededGenerators
-from training import final_loop, training_loop
+from training import run as run_module
+from training import span_trainer as final_loop
 from training.checkpoint import load_predictor
-from training.final_config import FinalOptions, grid_sigmas, learned, parse_phases
-from training.final_loop import FinalTrainer, NotFinite, train_student
+from training.options import FinalOptions, grid_sigmas, learned, parse_phases
 from training.run import Interrupted
 from training.run_folder import load_newest_state
-from training.teacher_set import teacher_set
+from training.span_run import train_student
+from training.span_trainer import PATIENCE, FinalTrainer, NotFinite
+from training.teacher import teacher_set
 
 USUAL = {"dataset_name": "custom", "seed": 3, "num_steps": 5, "pairs": 24, "val_pairs": 6, "batch": 4, "val_every": 5}
 USUAL |= {"num_steps_tea": 21, "total_kimg": 0.08, "init": "preset", "heads": "none", "loss": "huber"}
@@ -55,7 +57,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def toy_model(monkeypatch):
-    monkeypatch.setattr(training_loop, "create_model", lambda *_, **__: Toy())
+    monkeypatch.setattr(run_module, "create_model", lambda *_, **__: Toy())
 
 
 def make_trainer(folder, net=None, **more) -> FinalTrainer:
@@ -328,13 +330,13 @@ def test_a_gradient_that_is_not_finite_is_skipped(folder, bad):
     assert train(trainer, 1)[0, -1] == 0 and trainer.failures == 0
     net.bad = bad
     with pytest.raises(NotFinite):
-        train(trainer, final_loop.PATIENCE)
+        train(trainer, PATIENCE)
     assert all(value.isfinite().all() for value in trainer.student.state_dict().values())
 
 
 def test_a_run_of_failures_ends_with_the_last_good_state(toy_model, tmp_path, monkeypatch):
     net = Spoilt()
-    monkeypatch.setattr(training_loop, "create_model", lambda *_, **__: net)
+    monkeypatch.setattr(run_module, "create_model", lambda *_, **__: net)
     accumulate = FinalTrainer._accumulate
 
     def spoiling(self, trained):

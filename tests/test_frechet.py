@@ -5,8 +5,9 @@ import pytest
 import scipy.linalg
 import torch
 
+from evaluation.frechet import FeatureStatistics, Reference, frechet_distance
+from evaluation.reading import compute_statistics
 from torch_utils.errors import UserError
-from torch_utils.frechet import FeatureStatistics, Reference, compute_statistics, frechet_distance
 
 
 def random_statistics(dim: int, count: int, seed: int, scale: float = 1.0):

@@ -8,8 +8,8 @@ import torch
 from toy import ToyNet, common, load_golden
 
 from solvers import SOLVERS, sample
-from solvers.gits import METRICS, chord_distance, gits_cost, gits_indices, insert_afs_point
-from solvers.rules import Euler
+from solvers.search.gits import METRICS, chord_distance, gits_cost, gits_indices, insert_afs_point
+from solvers.solver import Euler
 from torch_utils.errors import UserError
 
 GOLDEN, JSON = load_golden("gits")

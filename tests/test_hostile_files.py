@@ -23,13 +23,14 @@ import torch
 from fuzz_mutations import HOSTILE
 from PIL import Image
 
+from evaluation.detectors import TRUSTED_TORCHSCRIPT, load_classifier, load_detector
+from evaluation.frechet import Reference
+from evaluation.inception import load_inception
 from models import build_denoiser
-from models.detectors import TRUSTED_TORCHSCRIPT, load_classifier, load_detector
 from models.edm import load_edm_network
-from models.inception import load_inception
 from models.zoo import own_settings
 from solvers.schedule_file import load_schedule
-from solvers.span import SpanStudent
+from solvers.span_table import SpanStudent
 from tools.dataset_tool import ArraySource
 from tools.train_denoiser import read_state
 from torch_utils import safe_pickle
@@ -37,11 +38,9 @@ from torch_utils.arrays import read_npz
 from torch_utils.cli import Command
 from torch_utils.download import extract_member
 from torch_utils.errors import UserError, parse_json
-from torch_utils.frechet import Reference
-from torch_utils.image_data import ImageSource, decode_image, load_array
+from torch_utils.images import ImageSource, decode_image, load_array
 from torch_utils.safe_pickle import UnsafePickleError, safe_load, safe_load_checkpoint
-from torch_utils.tensor_file import read_safetensors, write_safetensors
-from torch_utils.weights_file import read_weights
+from torch_utils.tensor_file import read_safetensors, read_weights, write_safetensors
 from torch_utils.zip_file import BadMember, read_member
 from training.checkpoint import load_predictor, save_predictor
 from training.predictor import AMEDPredictor

@@ -18,15 +18,15 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image, ImageOps
 
-from fid import calculate_fid
+from evaluation.fid import calculate_fid
+from evaluation.reading import read_batches
 from tools import dataset_tool
 from tools.dataset_tool import make_dataset
 from tools.train_denoiser import load_data
 from torch_utils.errors import UserError
-from torch_utils.frechet import read_batches
-from torch_utils.image_data import ImageSource, load_array
 from torch_utils.image_decoding import MODES, _bits, decode_image, image_extensions
-from torch_utils.signals import Interrupted, raised_sigterm
+from torch_utils.images import ImageSource, load_array
+from torch_utils.session import Interrupted, raised_sigterm
 
 ROOT = Path(__file__).parents[1]
 RNG = np.random.default_rng(0)

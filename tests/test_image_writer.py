@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-import torch_utils.image_writer as image_writer
+import torch_utils.images as image_writer
 from torch_utils.errors import UserError
-from torch_utils.image_writer import ImageWriter, image_grid, save_image, to_uint8
+from torch_utils.images import ImageWriter, image_grid, save_image, to_uint8
 
 
 def test_to_uint8_is_edms_rounding():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.inception import FEATURE_DIM, BlockE, InceptionV3, canonical_key, load_inception, load_state, resize_tf1
+from evaluation.inception import FEATURE_DIM, BlockE, InceptionV3, canonical_key, load_inception, load_state, resize_tf1
 from torch_utils.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden" / "inception" / "artificial-weights.npz"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from torch_utils.frechet import frechet_distance
-from torch_utils.jackknife import jackknife
+from evaluation.frechet import frechet_distance
+from evaluation.jackknife import jackknife
 
 GROUPS, FEATURES, IMAGES, REPETITIONS = 5, 8, 200, 200
 

@@ -15,13 +15,15 @@ from toy import ToyNet
 import optimize_schedule
 import sample as sample_cli
 from models import build_denoiser, create_model
-from solvers import SOLVERS, get_schedule, integrate, ld3, sample
-from solvers.ld3 import Grid, NotFinite, Pairs, Trainer, check_gradients
-from solvers.optimize import METHODS, Problem, optimize
-from solvers.pair_loss import huber
-from solvers.rules import Euler, register
+from solvers import SOLVERS, get_schedule, integrate, sample
 from solvers.schedule_file import load_schedule
+from solvers.search.problem import Problem
+from solvers.solver import Euler, register
 from torch_utils.errors import UserError
+from training import ld3
+from training.ld3 import Grid, NotFinite, Pairs, Trainer, check_gradients
+from training.sample_loss import huber
+from training.schedule_search import METHODS, optimize
 
 ROOT = Path(__file__).resolve().parents[1]
 DIFFERENTIABLE = [

@@ -6,9 +6,11 @@ import pytest
 import torch
 from latent_nets import TOLERANCE, manifest, meta_weights, relative_error, same_settings, tiny_case
 
-from models import build_denoiser, lay_out
+from models import build_denoiser
+from models.building import lay_out
 from models.denoiser import read_bottleneck
-from models.ldm import VQ_F4_LDM, DiscreteTime, LDMDenoiser, load_ldm
+from models.ldm import VQ_F4_LDM, LDMDenoiser, load_ldm
+from models.noise import DiscreteTime
 from solvers import sample
 from torch_utils.errors import UserError
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from torch_utils.errors import UserError
-from torch_utils.image_data import ImageSource, decode_image
+from torch_utils.images import ImageSource, decode_image
 from torch_utils.safe_pickle import safe_load, safe_load_checkpoint
 
 MIB = 1 << 20

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.spatial import cKDTree
 
-from torch_utils.manifold import precision_recall
+from evaluation.precision_recall import precision_recall
 
 
 def by_tree(real, generated, k):

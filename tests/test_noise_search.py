@@ -19,14 +19,18 @@ from test_families_cli import adm_config, pictures, sd_flags
 from test_sample_cli import BrokenNet, ClassNet, assert_same_pictures, numbered
 
 import sample as cli
-from models import build_denoiser, create_model, verifiers
-from models.clip import ClipNetwork
-from models.detectors import EMBEDDED, PRETRAINED, ConvClassifier, load_classifier, save_classifier
-from models.verifiers import find_function, judge, load_verifier
+from evaluation import verifiers
+from evaluation.clip import ClipNetwork
+from evaluation.detectors import EMBEDDED, PRETRAINED, ConvClassifier, load_classifier, save_classifier
+from evaluation.verifiers import find_function, judge, load_verifier
+from models import build_denoiser, create_model
+from sampling.folder import Folder
+from sampling.generate import Batch, generate_images
+from sampling.run import search, write_images
+from sampling.search import Choice, ScoreFile, keep_best
 from solvers import sample
-from solvers.noise_search import Choice, ScoreFile, keep_best
 from torch_utils.errors import UserError
-from torch_utils.image_writer import to_uint8
+from torch_utils.images import to_uint8
 from torch_utils.seeds import candidate_seed
 
 model, images, cosines = test_clip_score.model, test_clip_score.images, test_clip_score.cosines  # fixtures
@@ -185,7 +189,7 @@ def test_keep_best_for_any_division_into_batches(size):
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             images = torch.tensor([[math.nan if row in broken else 10.0 * row[0] + row[1]] for row in part])
-            yield cli.Batch([s for s, _ in part], images.reshape(-1, 1, 1, 1), images.reshape(1, -1, 1, 1, 1), None, {})
+            yield Batch([s for s, _ in part], images.reshape(-1, 1, 1, 1), images.reshape(1, -1, 1, 1, 1), None, {})
 
     def score(batch, rows):
         values = batch.images.flatten()[rows].int().tolist()
@@ -230,7 +234,7 @@ class NoisyClassNet(ClassNet):
 
 def drawn(seeds, **options) -> torch.Tensor:
     settings = {"solver": "edm", "num_steps": 4, "S_churn": 40.0, "device": "cpu"}
-    return torch.cat([b.images for b in cli.generate_images(NoisyClassNet(), seeds, **settings, **options)])
+    return torch.cat([b.images for b in generate_images(NoisyClassNet(), seeds, **settings, **options)])
 
 
 def test_candidates_share_the_class_and_begin_with_the_image_itself():
@@ -242,12 +246,12 @@ def test_candidates_share_the_class_and_begin_with_the_image_itself():
     assert len({round(value, 5) for value in three.flatten(2).mean(2).flatten().tolist()}) == 9
     shown = [
         [round(image.mean().item()) for image in batch.images]
-        for batch in cli.generate_images(
+        for batch in generate_images(
             ClassNet(), [4, 9, 2], candidates=3, batch=3, device="cpu", solver="euler", sigmas=[1.0, 0.002]
         )
     ]
     assert all(len(set(row)) == 1 for row in shown) and len({row[0] for row in shown}) > 1
-    labelled = cli.generate_images(
+    labelled = generate_images(
         ClassNet(), [4, 9], candidates=2, labels=[7, 8], device="cpu", solver="euler", sigmas=[1.0, 0.002]
     )
     assert [round(image.mean().item()) for image in next(labelled).images] == [7, 7, 8, 8]
@@ -396,19 +400,17 @@ def test_verifiers_that_do_not_answer(tmp_path, monkeypatch, body, message):
 
 
 def test_a_seed_without_any_finite_image_is_named(tmp_path):
-    batches = cli.generate_images(
-        BrokenNet(), [10, 11], batch=3, candidates=2, device="cpu", solver="euler", num_steps=3
-    )
+    batches = generate_images(BrokenNet(), [10, 11], batch=3, candidates=2, device="cpu", solver="euler", num_steps=3)
     scores = ScoreFile(tmp_path)
     verifier = load_verifier("math:fsum", None)
     verifier._function = lambda images, **_: torch.ones(len(images))
-    folder = cli.Folder(tmp_path, subdirs=False, inters=False)
+    folder = Folder(tmp_path, subdirs=False, inters=False)
     with cli.progress_bar(disable=True) as bar:  # one of two candidates is broken: the other one is kept
-        cli.write_images(cli.search(batches, verifier, 2, None, scores), folder, 2, bar)
+        write_images(search(batches, verifier, 2, None, scores), folder, 2, bar)
     assert {seed: choice.candidate for seed, choice in scores.read().items()} == {10: 0, 11: 0}
-    batches = cli.generate_images(BrokenNet(), [10, 11], candidates=1, device="cpu", solver="euler", num_steps=3)
+    batches = generate_images(BrokenNet(), [10, 11], candidates=1, device="cpu", solver="euler", num_steps=3)
     with pytest.raises(UserError, match="for seeds 11: not written"), cli.progress_bar(disable=True) as bar:
-        cli.write_images(cli.search(batches, verifier, 1, None, scores), folder, 2, bar)
+        write_images(search(batches, verifier, 1, None, scores), folder, 2, bar)
 
 
 def test_find_function():

@@ -53,7 +53,7 @@ LOCAL = [
     "sample --predictor_path=0 --seeds=0-1 --outdir=out2",
     "compare --dataset_name=digits --solvers=euler --nfe=2 --num=4 --groups=2 --num_reference=2 --reference_steps=2",
     "optimize_schedule --method=dmn --dataset_name=digits --num_steps=4 --dest=s.json",
-    "torch_utils.doctor",
+    "tools.doctor",
 ]
 
 

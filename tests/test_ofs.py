@@ -9,10 +9,12 @@ from scipy.integrate import quad
 from toy import ToyNet
 
 from models.denoiser import Denoiser
-from solvers import optimize, sample
-from solvers.ofs import bound_costs, ofs_cost
-from solvers.optimize import Problem
+from solvers import sample
+from solvers.search.ofs import bound_costs, ofs_cost
+from solvers.search.problem import Problem
 from torch_utils.errors import UserError
+from training import schedule_search as optimize
+from training.schedule_search import optimize
 
 SMALL = {"num_steps_tea": 13, "num_warmup": 3}
 
@@ -109,7 +111,7 @@ def test_every_denoiser_that_does_not_expand_is_bounded():
 @pytest.mark.parametrize("afs", [False, True, "data"])
 def test_schedule_is_the_cheapest_of_all(trajectories, afs):
     task = problem(afs=afs)
-    found = optimize.optimize(task, "ofs", {**SMALL, "trajectories": trajectories})
+    found = optimize(task, "ofs", {**SMALL, "trajectories": trajectories})
     teacher = task.teacher("ipndm", 13, "logsnr", 7.0)
     parts = [len(s) * ofs_cost(task, s, trajectories, 10.0, teacher) for s in task.batches(3)]
     cost = sum(parts) / 3
@@ -151,7 +153,7 @@ def test_noised_trajectories_do_not_repeat_the_teachers_noise():
 
 def test_seeds_and_batches():
     first, again, parts, other = (
-        optimize.optimize(problem(net=ToyNet(), seed=seed, batch=batch), "ofs", {**SMALL, "num_steps_tea": 41}).sigmas
+        optimize(problem(net=ToyNet(), seed=seed, batch=batch), "ofs", {**SMALL, "num_steps_tea": 41}).sigmas
         for seed, batch in ((0, 3), (0, 3), (0, 2), (1, 3))
     )
     assert first == again == parts and other != first
@@ -159,9 +161,9 @@ def test_seeds_and_batches():
 
 def test_resume(tmp_path, monkeypatch):
     """A run that dies in its second batch goes on there, with the same result and the same bill."""
-    from solvers import ofs
+    from solvers.search import ofs
 
-    whole = optimize.optimize(problem(net=ToyNet()), "ofs", {**SMALL, "num_warmup": 5})
+    whole = optimize(problem(net=ToyNet()), "ofs", {**SMALL, "num_warmup": 5})
     real, calls = ofs.ofs_cost, []
 
     def dying(*args):
@@ -172,8 +174,8 @@ def test_resume(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ofs, "ofs_cost", dying)
     with pytest.raises(KeyboardInterrupt):
-        optimize.optimize(problem(net=ToyNet(), state_path=tmp_path / "s"), "ofs", {**SMALL, "num_warmup": 5})
-    done = optimize.optimize(problem(net=ToyNet(), state_path=tmp_path / "s"), "ofs", {**SMALL, "num_warmup": 5})
+        optimize(problem(net=ToyNet(), state_path=tmp_path / "s"), "ofs", {**SMALL, "num_warmup": 5})
+    done = optimize(problem(net=ToyNet(), state_path=tmp_path / "s"), "ofs", {**SMALL, "num_warmup": 5})
     assert len(calls) == 4 and (done.sigmas, done.evaluations) == (whole.sigmas, whole.evaluations)
 
 
@@ -191,13 +193,13 @@ def test_resume(tmp_path, monkeypatch):
 )
 def test_mistakes(options, changes, message):
     with pytest.raises(UserError, match=message):
-        optimize.optimize(problem(**changes), "ofs", {**SMALL, **options})
+        optimize(problem(**changes), "ofs", {**SMALL, **options})
 
 
 def test_a_wider_spread_moves_points_to_high_noise():
     """With errors forgotten on the way, the end of the sampling is all that counts."""
     found = [
-        optimize.optimize(problem(), "ofs", {**SMALL, "num_steps_tea": 81, "spread": spread}).sigmas
+        optimize(problem(), "ofs", {**SMALL, "num_steps_tea": 81, "spread": spread}).sigmas
         for spread in (0.0, 0.3, 10.0)
     ]
     assert all(a[k] < b[k] for a, b in itertools.pairwise(found) for k in (1, 2, 3))

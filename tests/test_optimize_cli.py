@@ -12,13 +12,15 @@ from toy import ToyNet
 
 import optimize_schedule as cli
 from models import create_model
-from solvers import get_schedule, optimize, sample
-from solvers.dmn import dmn_sigmas
-from solvers.optimize import METHODS, Found, Method, Problem
-from solvers.rules import Option
+from solvers import get_schedule, sample
 from solvers.schedule_file import load_schedule
+from solvers.search.dmn import dmn_sigmas
+from solvers.search.problem import Found, Problem
+from solvers.solver import Option
 from torch_utils.errors import UserError
 from torch_utils.seeds import SeededGenerators
+from training import schedule_search as optimize
+from training.schedule_search import METHODS, Method, optimize
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER_STEPS, SAMPLES = 9, 4
@@ -144,14 +146,14 @@ def test_afs_counts_its_free_point():
     there is none, since its teacher uses AFS as well (golden data, quirk 16)."""
     options = {"num_steps_tea": 13, "num_warmup": 2, "schedule_type": "logsnr"}
     net = ToyNet()
-    schedule = optimize.optimize(toy_problem(net=net, afs=True), "gits", options)
+    schedule = optimize(toy_problem(net=net, afs=True), "gits", options)
     grid = get_schedule(13, 0.002, 80, "logsnr").tolist()
     chain = [grid.index(sigma) for sigma in schedule.sigmas]
     assert len(chain) == 5 and chain[0] == 0 and chain[1] < chain[2] and chain[-1] == 12
     trials = chain[2] - 1  # every point before the third one, with 3 evaluations; and the teacher once more
     assert schedule.evaluations == 2 * (2 * 12 + 3 * trials)
     assert schedule.evaluations == 2 * len(net.calls)
-    published = optimize.optimize(toy_problem(afs=True), "gits", {**options, "original_code": True})
+    published = optimize(toy_problem(afs=True), "gits", {**options, "original_code": True})
     assert len(published.sigmas) == 5 and grid.index(published.sigmas[1]) == 1
 
 
@@ -159,7 +161,7 @@ def test_a_teacher_of_lower_order_takes_its_highest():
     options = {"num_steps_tea": 9, "num_warmup": 2, "solver_tea": "dpmpp"}
     of_four = toy_problem(solver="ipndm", options={"max_order": 4})
     of_three = toy_problem(solver="ipndm", options={"max_order": 3})
-    found = [optimize.optimize(problem, "gits", options) for problem in (of_four, of_three)]
+    found = [optimize(problem, "gits", options) for problem in (of_four, of_three)]
     assert found[0].sigmas == found[1].sigmas and found[0].solver_options == {"max_order": 4}
 
 
@@ -169,9 +171,7 @@ def test_a_stochastic_student_draws_from_the_seed(monkeypatch):
     monkeypatch.setattr(SeededGenerators, "randn", lambda *a, **k: drawn.append(randn(*a, **k)) or drawn[-1])
     monkeypatch.delattr(torch, "randn_like")
     options = {"num_steps_tea": 9, "num_warmup": 4}
-    found = optimize.optimize(
-        toy_problem(solver="edm", options={"S_churn": 30.0}, afs=True, num_steps=3), "gits", options
-    )
+    found = optimize(toy_problem(solver="edm", options={"S_churn": 30.0}, afs=True, num_steps=3), "gits", options)
     # Latents for the costs and for the trials; then of all seven points in between two intervals of noise each.
     assert len(found.sigmas) == 3 and len(drawn) == 2 + 7 * 2
     assert all(torch.equal(noise, drawn[2 + index % 2]) for index, noise in enumerate(drawn[2:]))
@@ -180,9 +180,7 @@ def test_a_stochastic_student_draws_from_the_seed(monkeypatch):
 
 def test_seeds():
     options = {"num_steps_tea": 9, "num_warmup": 2}
-    first, again, other = (
-        optimize.optimize(toy_problem(seed=seed, num_steps=6), "gits", options) for seed in (0, 0, 1)
-    )
+    first, again, other = (optimize(toy_problem(seed=seed, num_steps=6), "gits", options) for seed in (0, 0, 1))
     assert first.sigmas == again.sigmas and other.settings["seed"] == 1
     noise = [toy_problem(seed=seed).noise(toy_problem(seed=seed).batches(2)[0])[0] for seed in (0, 0, 1)]
     assert torch.equal(noise[0], noise[1]) and not torch.equal(noise[0], noise[2])
@@ -193,7 +191,7 @@ def test_a_broken_network_stops_with_one_line():
     net = ToyNet()
     net.means.fill_(float("nan"))
     with pytest.raises(UserError, match="not finite"):
-        optimize.optimize(toy_problem(net=net), "gits", {"num_steps_tea": 9, "num_warmup": 2})
+        optimize(toy_problem(net=net), "gits", {"num_steps_tea": 9, "num_warmup": 2})
 
 
 def test_a_method_is_one_entry_of_the_table(monkeypatch, tmp_path):
@@ -205,7 +203,7 @@ def test_a_method_is_one_entry_of_the_table(monkeypatch, tmp_path):
         return Found(sigmas, sigmas * 1.1)
 
     monkeypatch.setitem(METHODS, "mine", Method("a test", run, {"power": Option(float, 3.0, "a number")}))
-    schedule = optimize.optimize(toy_problem(), "mine", {"power": 2})
+    schedule = optimize(toy_problem(), "mine", {"power": 2})
     expected = get_schedule(5, 0.002, 80, schedule_rho=2)
     assert schedule.sigmas == expected.tolist() and schedule.sigmas_net == (1.1 * expected).tolist()
     assert schedule.evaluations == 3 and schedule.settings["power"] == 2.0
@@ -215,7 +213,7 @@ def test_a_method_is_one_entry_of_the_table(monkeypatch, tmp_path):
         ("?", {}, "unknown method"),
     ):
         with pytest.raises(UserError, match=message):
-            optimize.optimize(toy_problem(), method, options)
+            optimize(toy_problem(), method, options)
 
 
 @pytest.mark.slow

@@ -8,9 +8,8 @@ import pytest
 import torch
 from toy import ToyNet
 
-from solvers.pair_loss import PairLoss, huber, l2, own_code, parse_loss
 from torch_utils.errors import MissingExtra, UserError
-from training.distribution_loss import DistributionTerm, energy_distance
+from training.sample_loss import DistributionTerm, PairLoss, energy_distance, huber, l2, own_code, parse_loss
 
 
 def images(batch, seed=0):

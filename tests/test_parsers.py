@@ -13,12 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fid import find_reference
-from sample import format_seeds
+from evaluation.fid import find_reference
+from evaluation.frechet import Reference
+from sampling.flags import parse_afs, parse_sigmas
+from sampling.folder import format_seeds
 from solvers import check_sigmas, get_schedule
-from solvers.flags import parse_afs, parse_sigmas
 from solvers.schedule_file import FORMAT, load_schedule
-from tools.comparison import parse_nfe, split_list
+from tools.compare_methods import parse_nfe, split_list
 from tools.dataset_tool import parse_resolution
 from tools.train_denoiser import parse_ints
 from torch_utils.arrays import read_npz
@@ -26,12 +27,11 @@ from torch_utils.cli import Number
 from torch_utils.distributed import pick_device
 from torch_utils.download import download_file
 from torch_utils.errors import UserError
-from torch_utils.frechet import Reference
-from torch_utils.image_data import ImageSource, load_array
+from torch_utils.images import ImageSource, load_array
 from torch_utils.prompts import read_prompts, seed_of
 from torch_utils.seeds import parse_seeds
 from training.checkpoint import load_predictor, save_predictor
-from training.config import TrainingOptions
+from training.options import TrainingOptions
 from training.predictor import DEFAULTS, AMEDPredictor
 
 # Examples are the same in every run; files are rewritten by each, so sharing a folder is fine.

@@ -20,12 +20,14 @@ import optimize_schedule
 import sample as cli
 import train
 from models import zoo
+from sampling import run as run_module
+from sampling.folder import _difference
+from sampling.run import write_images
 from solvers import SOLVERS, sample
-from solvers.optimize import Problem, optimize
 from solvers.schedule_file import Schedule
 from solvers.schedules import check_sigmas, get_schedule
-from tools import dataset_tool, demo, make_docs, model_statistics, train_classifier, train_denoiser
-from torch_utils import doctor
+from solvers.search.problem import Problem
+from tools import dataset_tool, demo, doctor, make_docs, model_statistics, train_classifier, train_denoiser
 from torch_utils.cli import PathText
 from torch_utils.errors import UserError
 from torch_utils.locks import held, is_held, locked
@@ -33,6 +35,7 @@ from torch_utils.seeds import among, parse_ranges
 from training.checkpoint import save_predictor
 from training.predictor import AMEDPredictor
 from training.run_folder import RunLog
+from training.schedule_search import optimize
 
 PROGRAMS = {
     "sample": cli.main,
@@ -212,7 +215,7 @@ def during(monkeypatch):
     """during(action): calls it once while sample.py writes its images."""
 
     def install(action):
-        write = cli.write_images
+        write = write_images
         pending = [action]
 
         def write_images(*arguments):
@@ -220,7 +223,7 @@ def during(monkeypatch):
                 pending.pop()()
             return write(*arguments)
 
-        monkeypatch.setattr(cli, "write_images", write_images)
+        monkeypatch.setattr(run_module, "write_images", write_images)
 
     return install
 
@@ -283,11 +286,9 @@ def test_default_folders_of_different_images_are_distinct(tmp_path, monkeypatch)
 @pytest.mark.parametrize("change", [{"guidance_rate": 0.0}, {"guidance_type": "none"}, {"sigma_max": 80.0}])
 def test_settings_without_effect_are_no_difference(change):
     old = {"sigmas": [80.0, 1.0], "guidance_rate": None, "guidance_type": None, "sigma_max": None, "solver": "euler"}
-    assert cli._difference(old, old | change) == ""
-    assert cli._difference(old, old | change | {"solver": "ipndm"}) == 'solver: "euler" there, "ipndm" now'
-    assert cli._difference(old, old | {"sigmas": [70.0, 1.0], "sigma_max": 70.0}).startswith(
-        "sigma_max: null there, 70"
-    )
+    assert _difference(old, old | change) == ""
+    assert _difference(old, old | change | {"solver": "ipndm"}) == 'solver: "euler" there, "ipndm" now'
+    assert _difference(old, old | {"sigmas": [70.0, 1.0], "sigma_max": 70.0}).startswith("sigma_max: null there, 70")
 
 
 def test_a_record_of_many_seeds_is_bounded(tmp_path):

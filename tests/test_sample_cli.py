@@ -16,8 +16,13 @@ from click.testing import CliRunner
 from PIL import Image
 
 import sample as cli
-from fid import calculate_fid
+from evaluation.fid import calculate_fid
 from models import create_model
+from sampling import settings as settings_module
+from sampling.folder import Folder, format_seeds
+from sampling.generate import generate_images
+from sampling.run import write_images
+from sampling.settings import Settings
 from solvers import sample
 from torch_utils.errors import UserError
 from torch_utils.seeds import SeededGenerators
@@ -336,13 +341,13 @@ def test_original_code_without_effect_is_said(tmp_path, flags, idle):
 
 
 def test_original_code_has_an_effect_on_the_discrete_schedule():
-    idle = cli.Settings("x", "euler", schedule_type="discrete", schedule_rho=1, original_code=True)
+    idle = Settings("x", "euler", schedule_type="discrete", schedule_rho=1, original_code=True)
     assert idle.warnings() and not dataclasses.replace(idle, schedule_rho=2).warnings()
 
 
 def test_analytic_step_that_the_network_cannot_take_is_said_at_once(tmp_path, monkeypatch, net):
     monkeypatch.setattr(net, "data_mean", None)
-    monkeypatch.setattr(cli, "create_model", lambda *arguments: net)
+    monkeypatch.setattr(settings_module, "create_model", lambda *arguments: net)
     done = CliRunner().invoke(cli.main, [*EULER, "--afs=data", "--outdir", str(tmp_path / "out"), "--device=cpu"])
     assert done.exit_code == 2 and "mean and spread" in done.output and not (tmp_path / "out").exists()
 
@@ -376,10 +381,10 @@ class BrokenNet(torch.nn.Module):
 
 
 def test_images_that_are_not_finite_are_named_and_not_written(tmp_path):
-    folder = cli.Folder(tmp_path, subdirs=False, inters=False)
-    batches = cli.generate_images(BrokenNet(), [10, 11, 12], device="cpu", solver="euler", num_steps=3)
+    folder = Folder(tmp_path, subdirs=False, inters=False)
+    batches = generate_images(BrokenNet(), [10, 11, 12], device="cpu", solver="euler", num_steps=3)
     with pytest.raises(UserError, match="for seeds 11: not written"), cli.progress_bar(disable=True) as bar:
-        cli.write_images(batches, folder, 2, bar)
+        write_images(batches, folder, 2, bar)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000010.png", "000012.png"]
 
 
@@ -471,7 +476,7 @@ class ClassNet(BrokenNet):
 
 
 def classes_shown(seeds, **options) -> list[int]:
-    batches = cli.generate_images(ClassNet(), seeds, device="cpu", solver="euler", sigmas=[1.0, 0.002], **options)
+    batches = generate_images(ClassNet(), seeds, device="cpu", solver="euler", sigmas=[1.0, 0.002], **options)
     return [round(image.mean().item()) for result in batches for image in result.images]
 
 
@@ -490,5 +495,5 @@ def test_classes_come_from_the_seed_or_from_the_caller():
 
 
 def test_format_seeds_is_the_inverse_of_parse_seeds():
-    assert cli.format_seeds([7, 0, 2, 1, 11, 10, 2]) == "0-2,7,10-11"
-    assert cli.parse_seeds(cli.format_seeds(range(50_000))) == list(range(50_000))
+    assert format_seeds([7, 0, 2, 1, 11, 10, 2]) == "0-2,7,10-11"
+    assert cli.parse_seeds(format_seeds(range(50_000))) == list(range(50_000))

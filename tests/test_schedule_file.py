@@ -9,8 +9,8 @@ import pytest
 from click.core import ParameterSource
 from click.testing import CliRunner
 
-from solvers.flags import schedule_flags
-from solvers.schedule_file import FORMAT, Schedule, load_schedule, save_schedule, schedule_file_flag, use_schedule
+from sampling.flags import schedule_file_flag, schedule_flags, use_schedule
+from solvers.schedule_file import FORMAT, Schedule, load_schedule, save_schedule
 from torch_utils.errors import UserError
 from training.checkpoint import load_predictor
 

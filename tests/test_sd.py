@@ -10,7 +10,8 @@ from latent_nets import TOLERANCE, manifest, meta_weights, relative_error, same_
 from safetensors.torch import save_file
 from torch import nn
 
-from models import build_denoiser, lay_out
+from models import build_denoiser
+from models.building import lay_out
 from models.denoiser import read_bottleneck
 from models.sd import CLIP_TEXT, STABLE_DIFFUSION_1_5, StableDiffusionDenoiser, load_sd
 from solvers import sample

@@ -6,7 +6,7 @@ import torch
 from toy import GOLDEN, ToyNet, common, load_golden
 
 from solvers import get_schedule, sample
-from solvers.rules import dynamic_threshold, exponential_multistep
+from solvers.solver import dynamic_threshold, exponential_multistep
 from training.loss import DistillationLoss
 from training.predictor import AMEDPredictor
 

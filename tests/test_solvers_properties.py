@@ -9,8 +9,8 @@ import torch
 from toy import ToyNet, common
 
 from solvers import SOLVERS, Solver, State, get_schedule, make_rule, refine, sample
-from solvers.rules import DPMSolverPP, dynamic_threshold, upper_quantile
-from solvers.span import SpanStudent
+from solvers.solver import DPMSolverPP, dynamic_threshold, upper_quantile
+from solvers.span_table import SpanStudent
 from torch_utils.errors import UserError
 from training.predictor import AMEDPredictor
 

@@ -13,10 +13,12 @@ from toy import GOLDEN, ToyNet, common
 import compare
 import sample as cli
 from models import create_model
+from sampling.generate import generate_images
+from sampling.settings import settings_of
 from solvers import Solver, get_schedule, integrate, make_rule, sample
-from solvers.span import GROUPS, PRESETS, SpanStudent
 from solvers.span_heads import SpatialHead, slope_features
-from tools import comparison_report
+from solvers.span_table import GROUPS, PRESETS, SpanStudent
+from tools import report as comparison_report
 from torch_utils.errors import UserError
 from torch_utils.tensor_file import read_safetensors
 from training.checkpoint import load_predictor, save_predictor
@@ -820,9 +822,7 @@ def test_sample_py(digits, tmp_path):
         "nfe"
     ] == 2
     assert settings["sigmas"] == student.sigmas().tolist() and settings["sigmas_net"] == student.sigmas_net().tolist()
-    seeds = [
-        batch.images for batch in cli.generate_images(net, [0, 1, 2], predictor=student, solver="span", device="cpu")
-    ]
+    seeds = [batch.images for batch in generate_images(net, [0, 1, 2], predictor=student, solver="span", device="cpu")]
     again = student.run(net, cli.SeededGenerators([0, 1, 2]).randn((1, 32, 32)))
     torch.testing.assert_close(seeds[0], again.detach(), rtol=0, atol=1e-5)
     for flag, message in (
@@ -834,8 +834,8 @@ def test_sample_py(digits, tmp_path):
         with pytest.raises(UserError, match=message):
             name, value = flag[2:].split("=")
             options = {"dataset_name": None, "denoise_to_zero": False, "guidance_type": None, "guidance_rate": None}
-            cli.settings_of(student, {**options, name: value}, {name})
-    assert cli.settings_of(student, {**options, "num_steps": 4}, {"num_steps"}).solver == "span"
+            settings_of(student, {**options, name: value}, {name})
+    assert settings_of(student, {**options, "num_steps": 4}, {"num_steps"}).solver == "span"
 
 
 def test_compare_py(digits, tmp_path, monkeypatch):

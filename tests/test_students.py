@@ -10,10 +10,10 @@ import torch
 from toy import ToyNet, common
 
 from benchmarks import report_students, students
-from solvers.span import SpanStudent
+from evaluation.frechet import frechet_distance
+from solvers.span_table import SpanStudent
 from torch_utils.errors import UserError
-from torch_utils.frechet import frechet_distance
-from training.final_config import FinalOptions
+from training.options import FinalOptions
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from toy import ToyNet
 from solvers import sample
 from torch_utils.errors import UserError
 from torch_utils.seeds import SeededGenerators, stream_seeds
-from training.teacher_set import TeacherSet, TeacherSettings, file_of, identity_of, teacher_set
+from training.teacher import TeacherSet, TeacherSettings, file_of, identity_of, teacher_set
 
 SETTINGS = TeacherSettings("ipndm", 9, "polynomial", 7.0, 0.002, 80.0, pairs=5, validation=3, seed=4)
 

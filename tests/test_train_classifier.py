@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from models.detectors import load_classifier, load_detector
+from evaluation.detectors import load_classifier, load_detector
 from tools.train_classifier import augment, load_labelled, main
 
 ROOT = Path(__file__).parents[1]

@@ -15,9 +15,9 @@ from click.testing import CliRunner
 from test_training_loop import write_tiny
 
 from train import main
+from training.amed_trainer import train_predictor
 from training.checkpoint import load_predictor
 from training.run_folder import load_newest_state
-from training.training_loop import train_predictor
 
 ROOT = Path(__file__).parents[1]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -18,8 +18,8 @@ from models.edm import EDMDenoiser, load_edm_network
 from solvers.schedule_file import Schedule, save_schedule
 from tools import train_denoiser
 from torch_utils import distributed
-from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
+from torch_utils.files import sha256_of
 from torch_utils.tensor_file import read_safetensors
 
 ROOT = Path(__file__).resolve().parent.parent

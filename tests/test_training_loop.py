@@ -13,15 +13,17 @@ from toy import ToyNet, common, load_golden
 
 from models import build_denoiser
 from models.edm import save_edm_safetensors
-from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
+from torch_utils.files import sha256_of
 from torch_utils.seeds import SeededGenerators, stream_seeds
-from torch_utils.signals import Interrupted
-from training import training_loop
+from torch_utils.session import Interrupted
+from training import amed_trainer as training_loop
+from training import run as run_module
+from training.amed_trainer import Distiller, NotFinite, train_predictor
 from training.checkpoint import load_predictor
-from training.config import TrainingOptions
+from training.options import TrainingOptions
+from training.run import fitting_batch_gpu
 from training.run_folder import create_run_folder, find_run, load_newest_state, save_state
-from training.training_loop import Distiller, NotFinite, train_predictor
 
 TINY = Path(__file__).parent / "golden" / "nets" / "tiny"
 TRAIN, TRAIN_JSON = load_golden("train")
@@ -249,7 +251,7 @@ def test_what_a_run_leaves(tiny, tmp_path):
 def test_class_labels_are_drawn_per_sample(tmp_path):
     net = write_tiny("edm_song_cond", tmp_path / "cond.safetensors")
     path = train_predictor(settings(net, tmp_path, total_kimg=0.002, batch=2))
-    loaded = training_loop.create_model("custom", net)
+    loaded = run_module.create_model("custom", net)
     distiller = Distiller(loaded, {"num_steps": 3}, batch=6, batch_gpu=3, seed=1)
     labels = torch.cat([cond["class_labels"] for _, cond in distiller.draw()])
     whole = Distiller(loaded, {"num_steps": 3}, batch=6, seed=1).draw()[0][1]["class_labels"]
@@ -264,7 +266,7 @@ def test_training_lowers_the_loss(tiny, tmp_path):
 
 
 def test_not_finite_ends_the_run_with_the_last_good_state(tiny, tmp_path, monkeypatch):
-    load, calls = training_loop.create_model, []
+    load, calls = run_module.create_model, []
 
     def spoilt(*arguments, **more):
         net = load(*arguments, **more)
@@ -276,7 +278,7 @@ def test_not_finite_ends_the_run_with_the_last_good_state(tiny, tmp_path, monkey
         net.register_forward_hook(hook)
         return net
 
-    monkeypatch.setattr(training_loop, "create_model", spoilt)
+    monkeypatch.setattr(run_module, "create_model", spoilt)
     with pytest.raises(UserError, match=r"not finite in iteration 3 \(0.004 kimg\), interval 0 \(sigma 80 .*rank 0"):
         train_predictor(settings(tiny, tmp_path, total_kimg=0.02))
     (folder,) = tmp_path.iterdir()
@@ -426,7 +428,7 @@ def test_a_run_is_continued_only_where_it_can_be(tiny, tmp_path):
     with pytest.raises(UserError, match="has reached 0.004 kimg: pass a larger --total_kimg"):
         train_predictor(options, run_dir=path.parent, resume=True)
     other = tmp_path / "other.safetensors"
-    net = training_loop.create_model("custom", tiny)
+    net = run_module.create_model("custom", tiny)
     with torch.no_grad():
         next(net.parameters()).mul_(1.1)
     save_edm_safetensors(net, other)
@@ -444,6 +446,6 @@ def test_micro_batches_divide_the_share(most, found, capsys):
         if batch_gpu > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    assert training_loop.fitting_batch_gpu(rehearse, 12, "cpu") == found
+    assert fitting_batch_gpu(rehearse, 12, "cpu") == found
     with pytest.raises(UserError, match="even with --batch-gpu=1"):
-        training_loop.fitting_batch_gpu(lambda batch_gpu: rehearse(99), 12, "cpu")
+        fitting_batch_gpu(lambda batch_gpu: rehearse(99), 12, "cpu")

@@ -21,7 +21,7 @@ from torch_utils.safe_pickle import (
     safe_load,
     safe_load_checkpoint,
 )
-from torch_utils.weights_file import read_weights
+from torch_utils.tensor_file import read_weights
 
 
 def weights():

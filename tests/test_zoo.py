@@ -14,11 +14,12 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from models import adm, build_denoiser, cm, create_model, lay_out, ldm, sd, zoo
+from models import adm, build_denoiser, cm, create_model, ldm, sd, zoo
+from models.building import lay_out
 from models.denoiser import read_bottleneck
 from models.edm import EDMDenoiser
-from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
+from torch_utils.files import sha256_of
 from torch_utils.prompts import read_prompts
 from torch_utils.seeds import SeededGenerators
 

@@ -27,17 +27,10 @@ if not __package__:  # run as a file: the repository root is not on the path
 from torch_utils.arrays import npz_names, read_npz
 from torch_utils.cli import PATH, Command
 from torch_utils.errors import UserError
-from torch_utils.image_data import (
-    ImageSource,
-    atomic_path,
-    check_destination,
-    count_classes,
-    evenly_spaced,
-    note,
-    remove_leftovers,
-)
+from torch_utils.files import atomic_path, check_destination, remove_leftovers
+from torch_utils.images import ImageSource, count_classes, evenly_spaced, note
 from torch_utils.progress import progress_bar
-from torch_utils.signals import raised_sigterm
+from torch_utils.session import raised_sigterm
 
 _IMAGE_KEYS = ("images", "x", "data", "arr_0")  # arr_0, arr_1: numpy's own names, as in the samples of ADM
 _LABEL_KEYS = ("labels", "y", "arr_1")

@@ -24,12 +24,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from fid import calculate_fid
+from evaluation.fid import calculate_fid
 from torch_utils.cli import PATH, Command
 from torch_utils.errors import UserError
-from torch_utils.image_data import ImageSource, load_array
-from torch_utils.image_writer import image_grid, save_image
-from training.config import code_version
+from torch_utils.images import ImageSource, image_grid, load_array, save_image
+from torch_utils.version import code_version
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,7 +17,7 @@ import click
 from solvers import SCHEDULES, SOLVERS
 from torch_utils.cli import Command
 from torch_utils.errors import UserError
-from torch_utils.image_data import atomic_path
+from torch_utils.files import atomic_path
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 MANY = 600  # intervals, for the average number of evaluations
@@ -35,7 +35,7 @@ SCRIPTS = {
     "python -m tools.model_statistics": "tools.model_statistics",
     "python -m tools.demo": "tools.demo",
     "python -m models.zoo": "models.zoo",
-    "python -m torch_utils.doctor": "torch_utils.doctor",
+    "python -m tools.doctor": "tools.doctor",
 }
 
 

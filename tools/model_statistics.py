@@ -25,7 +25,7 @@ from solvers.dpm_solver_v3 import Statistics, guidance_rate, node_slopes, save_s
 from torch_utils import distributed
 from torch_utils.cli import PATH, SEED, Command, Number, offline_flag
 from torch_utils.errors import UserError
-from torch_utils.image_data import check_destination
+from torch_utils.files import check_destination
 from torch_utils.progress import progress_bar
 from torch_utils.seeds import SeededGenerators, stream_seeds
 

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 if not __package__:  # run as a file: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.detectors import ARCHITECTURES, save_classifier
+from evaluation.detectors import ARCHITECTURES, save_classifier
 from torch_utils import distributed
 from torch_utils.cli import PATH, SEED, Command, Number
-from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
-from torch_utils.image_data import ImageSource, check_destination, count_classes, load_array
+from torch_utils.files import check_destination, sha256_of
+from torch_utils.images import ImageSource, count_classes, load_array
 from torch_utils.progress import progress_bar
 
 

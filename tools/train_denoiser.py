@@ -31,21 +31,20 @@ from click.core import ParameterSource
 from torch.nn.parallel import DistributedDataParallel
 
 from models.edm import EDMDenoiser, load_edm_network, save_edm_safetensors
-from models.networks import count_parameters
+from models.edm_unet import count_parameters
 from solvers import sample
 from solvers.schedule_file import Schedule, load_schedule
 from torch_utils import distributed
 from torch_utils.cli import PATH, SEED, Command, Number
-from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
-from torch_utils.image_data import ImageSource, count_classes, load_array
+from torch_utils.files import sha256_of
+from torch_utils.images import ImageSource, count_classes, load_array
 from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom
 from torch_utils.progress import progress_bar
 from torch_utils.safe_pickle import safe_load
 from torch_utils.seeds import stream_seeds
-from torch_utils.session import session
-from torch_utils.signals import Interrupted, any_signal, deferred_signals
+from torch_utils.session import Interrupted, any_signal, deferred_signals, session
 from torch_utils.tensor_file import write_state
 from training.run_folder import OPTIONS_FILE, RunLog, on_main, write_json
 
@@ -140,7 +139,7 @@ def load_data(path, cond, gaps=False):
 
 def save_grid(net, path, device, columns=10):
     """A grid of columns^2 images of fixed seeds, Heun with 18 stamps."""
-    from torch_utils.image_writer import image_grid, save_image, to_uint8
+    from torch_utils.images import image_grid, save_image, to_uint8
     from torch_utils.seeds import SeededGenerators
 
     generators = SeededGenerators(range(columns * columns))

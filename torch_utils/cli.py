@@ -16,7 +16,7 @@ import click
 
 from torch_utils.download import no_network
 from torch_utils.errors import UserError, printable
-from torch_utils.signals import Interrupted
+from torch_utils.session import Interrupted
 
 # Raised by click 8.2 and newer to print the help of a command without arguments; 8.1 raises nothing.
 _NO_ARGS_IS_HELP = getattr(click.exceptions, "NoArgsIsHelpError", ())

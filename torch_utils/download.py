@@ -5,7 +5,6 @@ ranges, RFC 9110 section 14), falls back to mirrors, and is renamed after its si
 checked. Checksums of files can be kept beside them, so that gigabytes are not read again at every start.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -23,17 +22,26 @@ import requests
 
 from torch_utils import distributed
 from torch_utils.errors import UserError
-from torch_utils.image_data import atomic_path
+from torch_utils.files import _CHUNK, atomic_path, sha256_of
 from torch_utils.locks import locked
 from torch_utils.progress import progress_bar
 from torch_utils.zip_file import BadMember, check_member
 
 _TIMEOUT_S = (15, 60)  # to connect, and between two pieces of data
+
+
 _ATTEMPTS = 3  # per mirror, in a row without any progress
+
+
 _BACKOFF_S = 1.0  # doubled after each attempt without progress
-_CHUNK = 1 << 14  # what a broken connection loses at most
+
+
 _SLOW_TO_READ = 1 << 28  # bytes; the checksum of a smaller file takes less than a second
+
+
 _UNANNOUNCED = 1 << 30  # bytes of a reply that does not say how long it is, where the size is not known either
+
+
 _RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
@@ -55,12 +63,6 @@ class _Session(requests.Session):
             if urlsplit(resp.url).scheme == "https" != urlsplit(urljoin(resp.url, target)).scheme:
                 raise _Refused("it redirects from HTTPS to an unencrypted address")
         return target
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def record_of(path: Path) -> Path:

@@ -1,15 +1,98 @@
-"""The frame of every command line: joins the other processes, and ends with them whatever happens."""
+"""The frame of every command line: joins the other processes, handles signals, and ends with the others whatever happens."""
 
 import re
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import click
 import torch
 import torch.distributed as dist
 
 from torch_utils import distributed
 from torch_utils.errors import UserError
-from torch_utils.signals import raised_sigterm
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(click.ClickException):
+    """A signal ended the program and what it has made is in order; ``exit_code`` is 128 + signal, as shells have it.
+
+    It reaches the user as one line; note: what follows after "interrupted by SIGTERM".
+    """
+
+    def __init__(self, number: int, note: str = ""):
+        super().__init__(f"interrupted by {signal.Signals(number).name}{note}")
+        self.exit_code = 128 + number
+
+    def show(self, file=None) -> None:
+        if distributed.rank() == 0:
+            click.echo(self.message[:1].upper() + self.message[1:], file=file, err=file is None)
+
+
+@contextmanager
+def deferred_signals() -> Iterator[list[int]]:
+    """Yields a list that collects SIGINT and SIGTERM instead of dying of them.
+
+    A second Ctrl-C stops at once, except under torchrun, which passes on the one that the terminal sent us already.
+    """
+    received: list[int] = []
+
+    def handler(number, frame):
+        if received and number == signal.SIGINT and not distributed.launched_by_torchrun():
+            raise KeyboardInterrupt
+        received.append(number)
+
+    with _handled(handler, STOPPING):
+        yield received
+
+
+class _Stopped(KeyboardInterrupt):
+    """What a signal handler raises: no ``Exception``, which whatever code it comes upon might take for its own."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def raised_sigterm(also: tuple[int, ...] = ()) -> Iterator[None]:
+    """SIGTERM raises Interrupted, so that files half written are removed; if a peer has failed, that is said instead.
+
+    also: further signals that do.
+    """
+
+    def handler(number, frame):
+        distributed.check_peers()
+        raise _Stopped(number)
+
+    try:
+        with _handled(handler, (signal.SIGTERM, *also)):
+            yield
+    except _Stopped as stopped:
+        raise Interrupted(stopped.number) from None
+
+
+@contextmanager
+def _handled(handler, numbers) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def any_signal(received: list[int], device) -> int | None:
+    """The signal that any process has received, on every process."""
+    flags = torch.tensor([float(kind in received) for kind in STOPPING], device=device)
+    flags = distributed.all_reduce_sum(flags).tolist()
+    return next((int(kind) for kind, flag in zip(STOPPING, flags, strict=True) if flag), None)
+
 
 _OF_COLLECTIVES = re.compile(r"gloo|nccl|closed by peer|reset by peer|broken pipe|socket", re.IGNORECASE)
 _PATIENCE_S = 5.0  # a broken collective may be noticed before the reason for it arrives

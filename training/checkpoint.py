@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from solvers.span import KINDS as SPAN_KINDS
-from solvers.span import SpanStudent
+from solvers.span_table import KINDS as SPAN_KINDS
+from solvers.span_table import SpanStudent
 from torch_utils.errors import UserError, brief
 from torch_utils.kinds import check_kinds
 from torch_utils.safe_pickle import PersistentObject, open_binary, safe_load

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from models.denoiser import BOTTLENECK_SIZE
-from models.networks import Linear, PositionalEmbedding
+from models.edm_unet import Linear, PositionalEmbedding
 from torch_utils.errors import UserError
 from torch_utils.kinds import check_kinds, check_steps
 

@@ -1,10 +1,12 @@
 """A training run, whatever it trains: its iterations, what they write, and how it is interrupted and continued."""
 
+import copy
 import datetime
 import math
+import secrets
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -12,15 +14,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from models import create_model, use_tokenizer, zoo
+from models.compile import prepare_network
 from torch_utils import distributed
-from torch_utils.download import sha256_of
 from torch_utils.errors import UserError
-from torch_utils.image_data import remove_leftovers
+from torch_utils.files import remove_leftovers, sha256_of
 from torch_utils.locks import only_command
-from torch_utils.memory import explained_oom
+from torch_utils.memory import explained_oom, is_out_of_memory, release_memory
 from torch_utils.progress import progress_bar
-from torch_utils.signals import Interrupted, any_signal, deferred_signals
-from training.config import RunOptions, code_version
+from torch_utils.prompts import read_prompts
+from torch_utils.session import Interrupted, any_signal, deferred_signals
+from torch_utils.version import code_version
+from training.options import RunOptions
 from training.run_folder import (
     OPTIONS_FILE,
     RunLog,
@@ -252,3 +257,63 @@ def resume_run(trainer, options: RunOptions, net, folder) -> float:
     """
     state = on_main(newest_state, folder)
     return 0.0 if state is None else restore(trainer, options, state, net, folder)
+
+
+def load_network(options: RunOptions, device: torch.device):
+    net = create_model(
+        options.dataset_name, options.model_path, options.guidance_type, options.guidance_rate, device=device
+    )
+    prepare_network(net, options.amp, options.channels_last, options.compile)
+    needs_prompts = getattr(net, "takes_prompts", False)
+    options.check_prompts(needs_prompts)
+    if options.tokenizer_path is not None:
+        use_tokenizer(net, options.tokenizer_path)
+    # What the network did by itself is written down, so that the predictor does not depend on defaults.
+    if needs_prompts:
+        options.guidance_type = options.guidance_type or "cfg"
+    elif options.guidance_type == "none":
+        options.guidance_type = None
+    if options.guidance_rate is None:
+        options.guidance_rate = getattr(net, "guidance_rate", 0.0)
+    for name in ("model_path", "prompt_path", "tokenizer_path"):
+        value = getattr(options, name)
+        if value is not None and Path(value).exists():  # otherwise the id of a repository
+            setattr(options, name, str(Path(value).resolve()))
+    return net
+
+
+def prepare(options: RunOptions, device: torch.device) -> tuple:
+    """(options, network, prompts or None): a checked copy of the options, in which a seed is chosen.
+
+    Raises UserError for settings that cannot work, before anything is written.
+    """
+    options = copy.copy(options)
+    options.check(distributed.world_size())
+    if options.seed is None:
+        options.seed = distributed.broadcast_object(secrets.randbelow(1 << 31))
+    torch.backends.cudnn.benchmark = options.bench
+    options.prompt_path = zoo.resolve_prompts(options.prompt_path)
+    prompts = None if options.prompt_path is None else list(read_prompts(options.prompt_path).values())
+    return options, load_network(options, device), prompts
+
+
+def fitting_batch_gpu(rehearse: Callable[[int], None], share: int, device) -> int:
+    """The largest divisor of the share for which the memory of every process suffices.
+
+    rehearse(batch_gpu): does what needs the most. Raises UserError where not even one sample fits.
+    """
+    for batch_gpu in sorted((n for n in range(1, share + 1) if share % n == 0), reverse=True):
+        fits = True
+        try:
+            rehearse(batch_gpu)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            fits = False
+        release_memory()
+        if all(distributed.gather_objects(fits)):
+            return batch_gpu
+        distributed.print0(
+            f"Note: --batch-gpu=auto: {batch_gpu} samples at once do not fit into the memory of {device}"
+        )
+    raise UserError(f"{device} is out of memory even with --batch-gpu=1: use another device or --amp")

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from torch_utils import distributed
 from torch_utils.errors import UserError, parse_json
-from torch_utils.image_data import atomic_path
-from torch_utils.json_file import read_json
+from torch_utils.files import atomic_path, read_json
 from torch_utils.progress import say
 from torch_utils.safe_pickle import safe_load
 from torch_utils.tensor_file import write_state

@@ -1,0 +1,1 @@
+"""Measuring images: Frechet distance, CLIP score, precision and recall, and the networks behind them."""

@@ -1,0 +1,272 @@
+"""Frechet inception distance of a set of images to reference statistics (EDM's protocol and file format)."""
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlparse
+
+import numpy as np
+import torch
+
+from evaluation.detectors import KNOWN, FeatureDetector, cache_dir, is_published_inception, load_detector
+from evaluation.frechet import FeatureStatistics, Reference, frechet_distance
+from evaluation.reading import compute_statistics
+from models import zoo
+from torch_utils import distributed
+from torch_utils.arrays import read_npz
+from torch_utils.download import download_file
+from torch_utils.errors import UserError
+from torch_utils.files import atomic_path
+from torch_utils.images import ImageSource
+from torch_utils.memory import explained_oom
+from torch_utils.progress import progress_bar
+
+_USUAL_COUNT = 10_000  # below this the bias of FID makes figures of different sample sizes incomparable
+
+
+@dataclass(frozen=True)
+class FIDResult:
+    fid: float
+    images: int
+    detector: str
+    detector_file: str
+    detector_sha256: str
+    ref: str
+    ref_images: int | None
+    source: str
+    seed: int | None
+
+    def line(self) -> str:
+        weights = f"{'_'.join(self.detector_file.split())}:{self.detector_sha256[:12]}"
+        return f"FID {self.fid:.4f} images={self.images} detector={self.detector} weights={weights} ref={self.ref}"
+
+
+def find_reference(ref: str) -> Reference:
+    """Statistics by name of a network of the zoo, path or URL (kept in the cache folder)."""
+    if ref in zoo.CARDS:
+        return Reference.load(zoo.resolve_fid_ref(ref))
+    if ref.startswith(("http://", "https://")):
+        try:
+            last = Path(urlparse(ref).path).name[-100:] or "reference.npz"
+        except ValueError as exc:
+            raise UserError(f"--ref={ref}: not a usable address ({exc})") from None
+        # Files of one name from two addresses are two files.
+        name = f"{hashlib.sha256(ref.encode('utf-8', 'replace')).hexdigest()[:12]}-{last}"
+        path = cache_dir() / "fid-refs" / name
+        with distributed.local_main_first():
+            if distributed.local_rank() == 0 and not path.is_file():
+                download_file([ref], path, desc=path.name, hint="pass a local file as --ref")
+        return Reference.load(path)
+    if not Path(ref).is_file():
+        raise UserError(
+            f"--ref={ref}: no such file; pass an npz made by 'fid.py ref', its URL, or one of {', '.join(zoo.CARDS)}"
+        )
+    return Reference.load(ref)
+
+
+def choose_detector(
+    name: str | None, reference: Reference | None, device: torch.device, trust: bool = False
+) -> FeatureDetector:
+    """The detector asked for, else the reference's, else Inception; refuses one that does not fit the reference."""
+    stored = reference.detector if reference is not None else None
+    if name is None and stored not in (None, *KNOWN):
+        raise UserError(f"the reference was made with the detector '{stored}'; pass its file as --detector=PATH")
+    with distributed.local_main_first():
+        detector = load_detector(name or stored or "inception", device, trust)
+    if len(set(distributed.gather_objects(detector.digest))) > 1:
+        raise UserError(
+            f"the processes found different files of the detector '{detector.name}'; pass one as --detector"
+        )
+    if reference is None:
+        return detector
+    if stored is not None and (
+        stored != detector.name or not _same_weights(reference.detector_sha256, detector.digest)
+    ):
+        raise UserError(
+            f"--detector={name or stored}: the reference was made with '{stored}'"
+            + (" (other weights)" if stored == detector.name else "")
+            + f", not '{detector.name}'; leave --detector out, or make a reference with 'fid.py ref'"
+        )
+    if len(reference.mu) != detector.feature_dim:
+        raise UserError(
+            f"--ref has {len(reference.mu)} features and the detector '{detector.name}' {detector.feature_dim};"
+            " choose the detector that made the reference"
+        )
+    return detector
+
+
+def _same_weights(stored: str | None, digest: str) -> bool:
+    return stored in (None, digest) or (is_published_inception(stored) and is_published_inception(digest))
+
+
+def choose_images(source: ImageSource, num: int | None, seed: int) -> Sequence[int]:
+    """All indices, or ``num`` random ones that depend on the names and ``seed`` only."""
+    if num is None:
+        num = len(source)
+    if num > len(source):
+        raise UserError(f"--num={num}: {source.path} holds only {len(source)} images")
+    if num < 2:
+        raise UserError(f"{source.path}: {num} image is too few; a covariance needs at least 2")
+    if num == len(source):
+        return range(num)
+    return np.sort(np.random.default_rng(seed).permutation(len(source))[:num])
+
+
+def image_statistics(
+    source: ImageSource,
+    indices: Sequence[int],
+    detector: FeatureDetector,
+    batch: int,
+    device: torch.device,
+    feature_cache: str | Path | None = None,
+    workers: int | None = None,
+) -> FeatureStatistics:
+    """Statistics over all ranks, with a progress bar, and from or into ``feature_cache``."""
+    # Networks that take both repeat grey to RGB themselves: the same features, and sets may be mixed.
+    source.expect(detector.img_channels or 3, f"which is what the detector '{detector.name}' takes")
+    detector.check(source.shape, source.where(0))
+    if feature_cache is not None:
+        cached = _from_cache(Path(feature_cache), source, indices, detector)
+        if cached is not None:
+            return cached
+    share = indices[distributed.rank() :: distributed.world_size()]
+    kept: list[np.ndarray] = []
+    with progress_bar(len(share), unit="img", desc=detector.name) as bar:
+
+        def on_batch(features: torch.Tensor) -> None:
+            bar.update(len(features))
+            if feature_cache is not None:
+                kept.append(features.cpu().numpy())
+
+        with explained_oom(device, f"lower --batch (now {batch})"):
+            statistics = compute_statistics(
+                source, detector, indices=indices, batch=batch, device=device, workers=workers, on_batch=on_batch
+            )
+    source.report_conversions(shared=True)
+    if feature_cache is not None:
+        _to_cache(Path(feature_cache), source, indices, detector, kept)
+    return statistics
+
+
+def _from_cache(
+    path: Path, source: ImageSource, indices: Sequence[int], detector: FeatureDetector
+) -> FeatureStatistics | None:
+    """Rank 0 looks; all ranks learn together whether every image is there, unchanged and from the same detector."""
+    rows, error = None, None
+    if distributed.rank() == 0 and path.exists():
+        try:
+            data = read_npz(path)
+            keys, features, digest = data["keys"], data["features"], str(data["detector_sha256"])
+            if features.shape != (len(keys), detector.feature_dim) or features.dtype.kind != "f":
+                raise ValueError(f"features {list(features.shape)} of {len(keys)} images")
+        except (ValueError, KeyError, TypeError) as exc:
+            error = UserError(f"--feature-cache={path}: not a feature cache ({exc}); name another file or delete it")
+        else:
+            known = {str(key): row for row, key in enumerate(keys)} if digest == detector.digest else {}
+            wanted = [known.get(source.fingerprint(int(index))) for index in indices]
+            rows = None if None in wanted else features[wanted]
+    distributed.agree(error)
+    if not distributed.broadcast_object(rows is not None):
+        return None
+    statistics = FeatureStatistics(detector.feature_dim)
+    if rows is not None:  # rank 0, the only one that needs the result
+        statistics.append(torch.from_numpy(rows))
+    return statistics
+
+
+def _to_cache(
+    path: Path, source: ImageSource, indices: Sequence[int], detector: FeatureDetector, kept: list[np.ndarray]
+) -> None:
+    own = np.concatenate(kept) if kept else np.zeros([0, detector.feature_dim], dtype=np.float32)
+    parts = distributed.gather_objects(own)
+    if distributed.rank() != 0:
+        return
+    features = np.empty([len(indices), detector.feature_dim], dtype=np.float32)
+    for rank, part in enumerate(parts):
+        features[rank :: len(parts)] = part
+    keys = np.array([source.fingerprint(int(index)) for index in indices])
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, keys=keys, features=features, detector_sha256=np.asarray(detector.digest))
+
+
+def calculate_fid(
+    images: str | Path,
+    ref: str,
+    *,
+    num: int | None = None,
+    seed: int = 0,
+    batch: int = 250,
+    detector: str | None = None,
+    feature_cache: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    trust: bool = False,
+    workers: int | None = None,
+) -> FIDResult | None:
+    """FID of a folder or zip of images; the result on rank 0, None on the others. Warnings go to stderr."""
+    device = torch.device(device)
+    reference = find_reference(str(ref))
+    source = ImageSource(images)
+    source.check_one_run()
+    source.by_seed()  # no image twice
+    indices = choose_images(source, num, seed)
+    network = choose_detector(detector, reference, device, trust)
+    warn_about_count(len(indices), network)
+    statistics = image_statistics(source, indices, network, batch, device, feature_cache, workers)
+    if distributed.rank() != 0:
+        return None
+    seed = None if len(indices) == len(source) else seed
+    return _result(statistics, reference, network, ref=str(ref), source=str(images), seed=seed)
+
+
+def _result(statistics: FeatureStatistics, reference: Reference, network: FeatureDetector, **more) -> FIDResult:
+    mu, sigma = statistics.moments()
+    return FIDResult(
+        fid=frechet_distance(mu, sigma, reference.mu, reference.sigma),
+        images=statistics.count,
+        detector=network.name,
+        detector_file=network.file,
+        detector_sha256=network.digest,
+        ref_images=reference.num,
+        **more,
+    )
+
+
+class StreamedFID:
+    """FID of images that come from a sampler and need not be written; every process of a torchrun makes one.
+
+    count: how many images there will be on all processes, for the warnings. Raises UserError for an unknown reference and
+    a detector that does not suit it.
+    """
+
+    def __init__(self, ref: str, count: int, detector: str | None = None, device: torch.device | str = "cpu"):
+        self.ref, device = ref, torch.device(device)
+        if count < 2:
+            raise UserError(f"the FID of {count} image: a covariance needs at least 2")
+        self.reference = find_reference(ref)
+        self.detector = choose_detector(detector, self.reference, device)
+        self.statistics = FeatureStatistics(self.detector.feature_dim, device)
+        warn_about_count(count, self.detector)
+
+    def append(self, pixels: torch.Tensor) -> None:
+        """pixels: uint8 [B,C,H,W], on any device."""
+        self.statistics.append(self.detector(pixels))
+
+    def result(self, source: str) -> FIDResult | None:
+        """Adds up what the processes have; the result on rank 0, None on the others. source: what to record as such."""
+        self.statistics.all_reduce()
+        if distributed.rank() != 0:
+            return None
+        return _result(self.statistics, self.reference, self.detector, ref=self.ref, source=source, seed=None)
+
+
+def warn_about_count(count: int, detector: FeatureDetector) -> None:
+    if distributed.rank() != 0:
+        return
+    if count <= detector.feature_dim:
+        message = f"{count} images for {detector.feature_dim} features: the covariance is singular"
+        print(f"Warning: {message} and the FID far too large", file=sys.stderr)
+    elif count < _USUAL_COUNT:
+        message = f"FID of {count} images is biased upwards; compare it only with FIDs of as many images"
+        print(f"Note: {message} (published figures: 50000)", file=sys.stderr)

@@ -1,0 +1,106 @@
+"""Building networks from descriptions and weights of others."""
+
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from torch_utils.errors import UserError, brief
+
+_LONGEST_LIST = 32  # of a list among a network's arguments: levels, resolutions, taps of a filter
+_LARGEST_SIZE = 1 << 20  # of any whole number among them
+_PARTS_PER_TENSOR, _LEAST_PARTS = 4, 1000  # modules and parameters; networks have about two for each of their tensors
+
+
+def _check_arguments(config, what: str) -> None:
+    """UserError where a number is far beyond any network's, or a list far longer."""
+    for name, value in config.items() if isinstance(config, Mapping) else ():
+        if name == "scheduler_config":  # of the learning rate; published files have 10^13 there
+            continue
+        if isinstance(value, Mapping):
+            _check_arguments(value, what)
+            continue
+        parts = value if isinstance(value, list | tuple) else [value]
+        sizes = [part for part in parts if isinstance(part, int)]
+        if len(parts) > _LONGEST_LIST or any(abs(size) > _LARGEST_SIZE for size in sizes):
+            raise UserError(f"these are not the arguments of {what}: {brief(name)}={brief(value)} is too much")
+
+
+@contextmanager
+def _as_many_parts_as(tensors: int, what: str):
+    """Ends what makes far more modules and parameters than there are weights: products of small numbers can be huge."""
+    left = parts = _PARTS_PER_TENSOR * tensors + _LEAST_PARTS
+
+    def count(*_) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise UserError(f"these are not the arguments of {what}: more than {parts} parts for {tensors} weights")
+
+    hooks = (register_module_module_registration_hook, register_module_parameter_registration_hook)
+    handles = [register(count) for register in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def lay_out(constructor: Callable, config: Mapping, what: str, tensors: int = 10_000) -> torch.nn.Module:
+    """``constructor(**config)`` on the meta device, without memory for the weights; a UserError naming ``what`` if refused.
+
+    tensors: how many weights there are for it, or far more than anybody has.
+    """
+    _check_arguments(config, what)
+    try:
+        with torch.device("meta"), _as_many_parts_as(tensors, what):
+            return constructor(**config)  # the initial values would be overwritten anyway
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as exc:
+        if isinstance(exc, UserError) and str(exc).startswith("these are not"):
+            raise
+        raise UserError(f"these are not the arguments of {what}: {str(exc)[:200] or type(exc).__name__}") from None
+
+
+def fill_weights(net: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], device: str | torch.device) -> None:
+    """Gives a laid-out network copies of these tensors, on ``device`` and in the dtype of the network's own ones.
+
+    One tensor is copied at a time, so a memory-mapped ``state_dict`` is never in memory as a whole. Raises UserError
+    where names or shapes differ.
+    """
+    expected = net.state_dict()
+    check_weights(expected, state_dict)
+    copies = {name: state_dict[name].detach().to(device, own.dtype, copy=True) for name, own in expected.items()}
+    net.load_state_dict(copies, strict=True, assign=True)
+
+
+def check_guidance(allowed: tuple[str, ...], kind: str | None, rate: float | None, whom: str) -> None:
+    """Raises UserError for a guidance type that ``whom`` does not take, or a rate that would be without effect."""
+    kind = kind or "none"
+    if kind not in allowed:
+        raise UserError(f"{whom} does not take guidance_type '{kind}'; use {' or '.join(allowed)}")
+    if kind in ("none", "uncond") and rate not in (None, 0, 1):
+        raise UserError(f"guidance_rate {rate:g} has no effect with guidance_type '{kind}'; leave it out")
+
+
+def check_weights(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
+    """Raises UserError, naming a few of them, where names or shapes differ."""
+    shapes = [
+        f"{name[:200]} {list(given[name].shape)} instead of {list(expected[name].shape)}"
+        for name in expected
+        if name in given and given[name].shape != expected[name].shape
+    ]
+    problems = [
+        f"{len(names)} {what} ({', '.join(name[:200] for name in names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (
+            ("missing", [name for name in expected if name not in given]),
+            ("unexpected", [name for name in given if name not in expected]),
+            ("of another shape", shapes),
+        )
+        if names
+    ]
+    if problems:
+        raise UserError(f"the weights do not fit the network's configuration: {'; '.join(problems)}")

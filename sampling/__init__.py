@@ -1,0 +1,1 @@
+"""Sampling: settings, images from seeds, the folder they lie in, one run."""

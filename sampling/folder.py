@@ -1,0 +1,246 @@
+"""The output folder of sample.py: where images lie, the record beside them, and what a rerun may replace."""
+
+import hashlib
+import json
+import math
+import re
+import secrets
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from sampling.search import ScoreFile
+from solvers.schedules import SCHEDULE_NAMES
+from torch_utils import distributed
+from torch_utils.errors import UserError
+from torch_utils.files import atomic_path, read_json, remove_leftovers
+from torch_utils.images import decode_image, image_grid, is_whole_png, save_image
+from torch_utils.locks import held, is_held, locked
+from torch_utils.seeds import among, parse_ranges, parse_seeds
+
+RECORD = "sampling.json"
+GRID_LIMIT = 100
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where the image of a seed and its companions lie."""
+
+    path: Path
+    subdirs: bool
+    inters: bool
+
+    def image(self, seed: int) -> Path:
+        parent = self.path / f"{seed - seed % 1000:06d}" if self.subdirs else self.path
+        return parent / f"{seed:06d}.png"
+
+    def strip(self, seed: int) -> Path:
+        return self.path / "inters" / f"{seed:06d}.png"
+
+    @property
+    def grid(self) -> Path:
+        return self.path / "grid.png"
+
+    def scores(self) -> ScoreFile:
+        """What the search over noises chose, and why."""
+        return ScoreFile(self.path, distributed.rank())
+
+    def done(self, seed: int) -> bool:
+        return is_whole_png(self.image(seed)) and (not self.inters or is_whole_png(self.strip(seed)))
+
+    def begun(self) -> list[int]:
+        """The seeds of which there are images or strips."""
+        parents = [self.path, self.path / "inters"]
+        if self.subdirs and self.path.is_dir():
+            parents += [path for path in self.path.iterdir() if re.fullmatch("[0-9]{6,10}", path.name)]
+        files = {path for parent in parents if parent.is_dir() for path in parent.iterdir()}
+        numbers = {int(path.stem) for path in files if re.fullmatch(r"[0-9]{6,10}\.png", path.name)}
+        return sorted(seed for seed in numbers if not files.isdisjoint((self.image(seed), self.strip(seed))))
+
+    def record(self) -> dict | None:
+        """The contents of ``sampling.json``, None where there is none."""
+        path = self.path / RECORD
+        if not path.exists():
+            return None
+        try:
+            record = read_json(path)
+            parse_ranges(record["seeds"])
+            dict(record["settings"])
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is not a record of sample.py; choose another --outdir") from None
+        return record
+
+
+def format_seeds(seeds: Sequence[int]) -> str:
+    """The inverse of ``parse_seeds``: [0, 1, 2, 7] -> "0-2,7" (sorted, repetitions dropped)."""
+    parts: list[list[int]] = []
+    for seed in sorted(set(seeds)):
+        if parts and seed == parts[-1][1] + 1:
+            parts[-1][1] = seed
+        else:
+            parts.append([seed, seed])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+class OtherSettings(UserError):
+    """The folder holds images of other settings, or is about to."""
+
+
+def prepare_folder(
+    folder: Folder, record: dict, seeds: list[int], overwrite: bool, *, busy: bool = False, keep_others: bool = False
+) -> list[int]:
+    """Sees to it that the folder will hold images of one kind only, writes its record, returns the seeds to do.
+
+    busy: another command is writing images there. keep_others: not even ``overwrite`` replaces
+    images of other settings.
+    """
+    old = folder.record()
+    made: list[int] = []
+    if old is not None:
+        before = Folder(folder.path, bool(old["settings"].get("subdirs")), inters=False)
+        made = parse_seeds(old["seeds"]) if busy else among(before.begun(), parse_ranges(old["seeds"]))
+        different = _difference(old["settings"], record["settings"])
+        if different and busy:
+            raise OtherSettings(
+                f"another command is writing images with other settings to {folder.path} ({different});"
+                " choose another --outdir"
+            )
+        if made and different:
+            _check_replacement(folder, seeds, made, different, overwrite and not keep_others)
+            _remove(before, made)
+            made = []
+    elif not overwrite and any(folder.image(seed).exists() for seed in seeds):
+        raise UserError(
+            f"{folder.path} holds images but no {RECORD}, so nobody knows how they were made;"
+            " choose another --outdir, or --overwrite=True to replace them"
+        )
+    record = record | {"seeds": format_seeds([*made, *seeds])}
+    with atomic_path(folder.path / RECORD) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    todo = seeds if overwrite else [seed for seed in seeds if not folder.done(seed)]
+    for parent in {folder.path, folder.path / "inters", *(folder.image(seed).parent for seed in todo)}:
+        remove_leftovers(parent)
+    return todo
+
+
+class Place:
+    """The output folder during a run; only the first process of a run works with it.
+
+    Several commands with the same settings may write to one folder at the same time, each its own
+    seeds: the record is changed under a lock, and every command holds a lock of its own as long as it
+    writes, so that one with other settings is refused. locks: holds it, and gives it back in the end.
+    """
+
+    def __init__(self, folder: Folder, locks: ExitStack):
+        self.folder, self._locks = folder, locks
+        self._mark = folder.path / f".writing-{secrets.token_hex(6)}.lock"
+
+    def _locked(self):
+        path = self.folder.path
+        return locked(path / ".record.lock", f"another command is starting or ending in {path}; waiting for it")
+
+    def _busy(self) -> bool:
+        return any([is_held(path) for path in self.folder.path.glob(".writing-*.lock")])  # all: it removes old ones
+
+    def begin(self, *arguments, **more) -> list[int]:
+        """``prepare_folder``, and what a killed run left is put in order."""
+        with self._locked():
+            busy = self._busy()
+            todo = prepare_folder(self.folder, *arguments, busy=busy, **more)
+            if not busy:
+                self.folder.scores().merge()
+            self._locks.enter_context(held(self._mark, f"{self._mark} is in use"))
+        return todo
+
+    def end(self) -> None:
+        """All images are written."""
+        with self._locked():
+            self._locks.close()
+            if not self._busy():
+                self.folder.scores().merge()
+
+
+def begin_folder(
+    folder: Folder, default: bool, locks: ExitStack, record: dict, seeds: list[int], overwrite: bool
+) -> tuple:
+    """(place, seeds to do). default: the user named no folder; where the usual one holds images of other settings, a
+    folder beside it is taken, named after the settings. locks: see ``Place``."""
+    if not default:
+        place = Place(folder, locks)
+        return place, place.begin(record, seeds, overwrite)
+    settings = {name: value for name, value in _meaning(record["settings"]).items() if name != "subdirs"}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    own = Place(replace(folder, path=folder.path.with_name(f"{folder.path.name}_{digest}")), locks)
+    if own.folder.record() is not None:
+        return own, own.begin(record, seeds, overwrite)
+    usual = Place(folder, locks)
+    try:
+        return usual, usual.begin(record, seeds, overwrite, keep_others=True)
+    except OtherSettings as error:
+        print(f"Note: {str(error).partition(';')[0]}; writing to {own.folder.path}", file=sys.stderr)
+    return own, own.begin(record, seeds, overwrite)
+
+
+def _check_replacement(folder: Folder, seeds: list[int], made: list[int], different: str, overwrite: bool) -> None:
+    """Images made with other settings may go only if the user says so and all of them are replaced."""
+    if not overwrite:
+        raise OtherSettings(
+            f"{folder.path} holds images made with other settings ({different});"
+            " choose another --outdir, or --overwrite=True to replace them"
+        )
+    rest = sorted(set(made) - set(seeds))
+    if rest:
+        raise UserError(
+            f"{folder.path} also holds seeds {format_seeds(rest)[:60]} made with other settings ({different});"
+            f" choose another --outdir, or overwrite all of them (--seeds={format_seeds(made)[:60]})"
+        )
+
+
+def _remove(folder: Folder, seeds: list[int]) -> None:
+    """Removed at once and not one by one: a rerun that breaks off must not leave a mixture."""
+    for seed in seeds:
+        folder.image(seed).unlink(missing_ok=True)
+        folder.strip(seed).unlink(missing_ok=True)
+    folder.grid.unlink(missing_ok=True)
+    folder.scores().remove()
+
+
+def _meaning(settings: dict) -> dict:
+    """What the images depend on, of the settings of a record: the noise levels, not how they were asked for; the
+    strength of the guidance that the network has."""
+    found = {name: value for name, value in json.loads(json.dumps(settings)).items() if value is not None}
+    if "sigmas" in found:
+        found = {name: value for name, value in found.items() if name not in SCHEDULE_NAMES}
+    found.pop("guidance_type", None)
+    if not found.get("guidance_rate"):
+        found.pop("guidance_rate", None)
+    return found
+
+
+def _difference(old: dict, new: dict) -> str:
+    """The first setting that makes other images, "" where there is none."""
+    before, now = _meaning(old), _meaning(new)
+    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if "sigmas" in names:  # said in the words of the flags
+        names += [name for name in SCHEDULE_NAMES if old.get(name) != new.get(name)]
+    first = ("predictor_sha256", "network_sha256", "solver", *SCHEDULE_NAMES)
+    for name in [*(name for name in first if name in names), *names]:
+        return f"{name}: {_short(old.get(name))} there, {_short(new.get(name))} now"
+    return ""
+
+
+def _short(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def write_grid(folder: Folder, seeds: Sequence[int]) -> None:
+    """One picture of the images of the first seeds, in seed order, read back from their files."""
+    chosen = sorted(seeds)[:GRID_LIMIT]
+    images = [decode_image(folder.image(seed).read_bytes(), str(folder.image(seed))) for seed in chosen]
+    stacked = np.stack(images).transpose(0, 2, 3, 1)
+    save_image(image_grid(stacked, columns=math.ceil(math.sqrt(len(chosen)))), folder.grid)

@@ -1,0 +1,1 @@
+"""Searches for noise levels that need no gradients."""

@@ -1,0 +1,175 @@
+"""GITS: the time schedule by dynamic programming over the points of a teacher's trajectory.
+
+Chen et al. 2024, "On the Trajectory Regularity of ODE-based Diffusion Sampling". What one Euler jump from point i of a
+fine grid to point j would cost is measured along trajectories of a teacher; the cheapest chain of a given number of
+jumps is then found exactly. The result is an ordinary schedule for any solver.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import torch
+
+from solvers.sampler import sample
+from solvers.solver import SOLVERS
+from torch_utils.errors import UserError
+
+METRICS = ("dev", "l1", "l2")
+
+
+def chord_distance(points, start, end):
+    """Distance of points [...,B,D] from the straight line through start and end, both [B,D]; [...,B]."""
+    chord = end - start
+    unit = chord / chord.norm(dim=-1, keepdim=True)
+    offset = points - end
+    return (offset - (offset * unit).sum(-1, keepdim=True) * unit).norm(dim=-1)
+
+
+def jump_costs(states, offsets, sigmas, metric: str = "dev") -> torch.Tensor:
+    """What an Euler jump from point i to point j > i costs, averaged over the batch; float64 [T,T] on the CPU, else 0.
+
+    states [T,B,...]: the teacher's trajectory; offsets [T-1,B,...]: x - D at its points, the direction times sigma;
+    sigmas [T]. metric: l1 or l2, the norm of the difference to the teacher's x_j; dev, how much farther than x_j the
+    jump ends from the chord between the ends of the trajectory (it may be negative).
+    """
+    if metric not in METRICS:
+        raise UserError(f"unknown metric '{metric}'; choose from {', '.join(METRICS)}")
+    states, offsets = states.flatten(2), offsets.flatten(2)
+    sigmas = sigmas.to(states)
+    cost = torch.zeros(len(states), len(states), dtype=torch.float64)
+    if metric == "dev":
+        of_states = chord_distance(states, states[0], states[-1])
+    for i in range(len(states) - 1):  # one row at a time: no more memory than the trajectory takes
+        shrink = (sigmas[i + 1 :] / sigmas[i] - 1).reshape(-1, 1, 1)
+        jumps = states[i] + shrink * offsets[i]
+        if metric == "dev":
+            row = chord_distance(jumps, states[0], states[-1]) - of_states[i + 1 :]
+        else:
+            row = (jumps - states[i + 1 :]).norm(p=1 if metric == "l1" else 2, dim=-1)
+        cost[i, i + 1 :] = row.mean(dim=1).double().cpu()
+    return cost
+
+
+def teacher_trajectory(net, latents, solver: str, **settings):
+    """(states [T,B,C,H,W], x - D [T-1,B,C,H,W] at all but the last of them, sigmas [T]) of a plain solver.
+
+    latents: unit-variance noise [B,C,H,W]; settings: keywords of ``sample``. Raises UserError for a solver whose
+    directions at the points of its grid are not those of a deterministic trajectory.
+    """
+    offsets = []
+    states, info = sample(
+        net,
+        latents,
+        solver=solver,
+        callback=lambda i, sigma, x, denoised: offsets.append(x - denoised),
+        return_trajectory=True,
+        return_info=True,
+        **settings,
+    )
+    if not len(states) == len(info.sigmas) == len(offsets) + 1:
+        raise UserError(f"the solver '{solver}' skips points of its schedule: it cannot be the teacher")
+    return states, torch.stack(offsets), info.sigmas
+
+
+def check_teacher(solver: str) -> None:
+    """UserError where this solver cannot be the teacher."""
+    possible = [name for name, rule in SOLVERS.items() if rule.can_teach and not rule.stochastic]
+    if solver not in possible:
+        raise UserError(f"the solver '{solver}' cannot be the teacher; choose from {', '.join(possible)}")
+
+
+def gits_cost(
+    net,
+    latents: Iterable[torch.Tensor],
+    solver: str = "ipndm",
+    num_steps: int = 61,
+    metric: str = "dev",
+    *,
+    cond: Mapping | None = None,
+    afs: bool | str = False,
+    original_code: bool = False,
+    **settings,
+) -> torch.Tensor:
+    """The cost matrix of GITS over the teacher's grid of T points, averaged over all samples; float64 [T,T].
+
+    latents: unit-variance noise [rounds,batch,C,H,W], or any iterable of batches; one batch is in memory at a time.
+    solver, num_steps (T) and settings (schedule_type, sigma_min, max_order, ...): the teacher, as in ``sample``. metric:
+    dev, l1 or l2 (``jump_costs``). cond: passed on to net in every round. afs: whether the schedule is meant for AFS; the
+    teacher never uses it, except under original_code, where the published code applies it to both. Raises UserError on
+    unknown names and solvers that cannot teach.
+    """
+    check_teacher(solver)
+    settings = {**settings, "afs": afs if original_code else False, "original_code": original_code}
+    total, count = 0.0, 0
+    for batch in latents:
+        if batch.ndim != 4:
+            raise UserError(f"gits_cost: latents must be [rounds,batch,C,H,W], not [rounds,{_shape(batch)}]")
+        trajectory = teacher_trajectory(net, batch, solver, num_steps=num_steps, cond=cond, **settings)
+        total = total + len(batch) * jump_costs(*trajectory, metric)
+        count += len(batch)
+    if not count:
+        raise UserError("gits_cost: no latents were given")
+    return total / count
+
+
+def gits_indices(cost, num_steps: int, coeff: float = 1.15, second: int = 1, method: str = "GITS") -> list[int]:
+    """The cheapest chain of num_steps points from the first to the last of the teacher's grid, as indices into it.
+
+    cost: [T,T], from i to j > i. coeff > 0: the m-th jump (from 0) weighs coeff^m, so values above 1 make errors late
+    in the sampling dearer. second: the second point is at least this one (unless it is the last). Among equal chains the
+    one with the smallest indices is taken. Raises UserError, in the name of ``method``, where there is no such chain or
+    cost is not finite.
+    """
+    cost = torch.as_tensor(cost).detach().to("cpu", torch.float64).numpy()
+    if cost.ndim != 2 or cost.shape[0] != cost.shape[1] or len(cost) < 2:
+        raise UserError(f"gits_indices: the cost matrix must be [T,T] with T >= 2, not [{_shape(cost)}]")
+    if not np.isfinite(cost).all():
+        raise UserError(f"the cost matrix of {method} is not finite: the teacher's trajectory broke down")
+    if not coeff > 0 or not np.isfinite(coeff):
+        raise UserError(f"coeff={coeff} must be a positive number")
+    if int(num_steps) != num_steps or not 2 <= num_steps <= len(cost):
+        raise UserError(
+            f"num_steps={num_steps}: {method} chooses 2 to {len(cost)} of the {len(cost)} points of the teacher's grid;"
+            " choose another num_steps or a finer grid"
+        )
+    jumps = np.where(np.triu(np.ones(cost.shape, bool), 1), cost, np.inf)
+    jumps[0, 1 : min(second, len(cost) - 1)] = np.inf
+    value = jumps[:, -1]  # the cost of the rest of the chain from each point; one jump
+    choices = []
+    for _ in range(num_steps - 2):
+        total = jumps + coeff * value
+        choices.append(total.argmin(axis=1))
+        value = total.min(axis=1)
+    if not np.isfinite(value[0]):
+        raise UserError(
+            f"num_steps={num_steps}: the teacher's grid of {len(cost)} points is too small for a second point at"
+            f" index {second} or later"
+        )
+    chain = [0]
+    for choice in reversed(choices):
+        chain.append(int(choice[chain[-1]]))
+    return [*chain, len(cost) - 1]
+
+
+def insert_afs_point(
+    net, latents, targets, sigmas, indices: list[int], *, solver: str, noise=None, **settings
+) -> list[int]:
+    """``indices`` with one more point between the first two, which costs nothing under AFS.
+
+    All points of the teacher's grid between them are tried with the student (solver and settings as in ``sample``), and
+    the one whose samples end nearest to the teacher's (mean L2 distance to targets [B,C,H,W]) is taken. Without a point
+    between them the list is returned as it is. noise: gives, for every trial anew, the ``noise`` of a stochastic student.
+    """
+    best, least = list(indices), float("inf")
+    for k in range(indices[0] + 1, indices[1]):
+        chain = [indices[0], k, *indices[1:]]
+        drawn = None if noise is None else noise()
+        x = sample(net, latents, solver=solver, sigmas=sigmas[chain], noise=drawn, **{"afs": True, **settings})
+        distance = float((x - targets).flatten(1).norm(dim=1).mean())
+        if distance < least:
+            best, least = chain, distance
+    return best
+
+
+def _shape(array) -> str:
+    return ",".join(map(str, array.shape))

@@ -1,0 +1,206 @@
+"""What a search for noise levels is given to work with."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from solvers.sampler import afs_direction, resolve_sigmas
+from solvers.solver import SOLVERS, Rule, make_rule
+from torch_utils import distributed
+from torch_utils.distributed import together
+from torch_utils.errors import UserError
+from torch_utils.progress import progress_bar
+from torch_utils.safe_pickle import safe_load
+from torch_utils.seeds import SeededGenerators, stream_seeds
+from torch_utils.tensor_file import write_state
+
+SHARED_OPTIONS = ("max_order", "predict_x0", "lower_order_final", "thresholding")  # a teacher takes the student's
+
+
+@dataclass
+class Found:
+    """What a method returns: sigmas [N] descending; sigmas_net [N] where it learns what the network is told."""
+
+    sigmas: torch.Tensor
+    sigmas_net: torch.Tensor | None = None
+
+
+@dataclass
+class Problem:
+    """A schedule is wanted for this network and solver.
+
+    num_steps: time stamps of the schedule; options: those of the solver that were set; sigma_min, sigma_max: its ends
+    (None: the network's); afs: the free first step the schedule is meant for; seed: of all randomness; batch: samples per
+    network call; labels: class of all samples (None: drawn); prompts: of text-to-image networks, texts of which each
+    sample draws one; negative_prompt: for the unconditional side (None: the network's default); state_path: where a method
+    may keep its state; make_judge: (ref, detector) -> judge(batches), the FID of this process's batches of decoded images
+    [B,C,H,W] and those of the others, the same on all of them; None where it cannot be had.
+    """
+
+    net: torch.nn.Module
+    solver: str
+    num_steps: int
+    options: dict = field(default_factory=dict)
+    sigma_min: float | None = None
+    sigma_max: float | None = None
+    afs: bool | str = False
+    seed: int = 0
+    batch: int = 64
+    labels: int | None = None
+    prompts: Sequence[str] | None = None
+    negative_prompt: str | None = None
+    device: torch.device | str = "cpu"
+    state_path: Path | None = None
+    make_judge: Callable | None = None
+    evaluations: int = 0  # of the network by this process, counted per sample; with those before a resume
+    seconds: float = 0.0  # spent before a resume
+    identity: dict = field(default_factory=dict)  # what a state has to agree with, filled in by ``optimize``
+
+    def __post_init__(self):
+        rule = self.rule()
+        if rule.needs_predictor:
+            raise UserError(f"the solver '{self.solver}' needs a trained predictor: choose a plain one")
+        if self.num_steps < 2:
+            raise UserError(f"num_steps={self.num_steps}: a schedule needs at least 2 time stamps")
+        if self.batch < 1:
+            raise UserError(f"batch={self.batch} must be at least 1")
+        if self.afs:  # a network that cannot do it says so before anything is computed
+            afs_direction(
+                self.net, torch.zeros(1, 1, 1, 1, device=self.device), torch.ones((), device=self.device), self.afs
+            )
+        self.sigma_min = self.net.sigma_min if self.sigma_min is None else self.sigma_min
+        self.sigma_max = self.net.sigma_max if self.sigma_max is None else self.sigma_max
+        sigmas = resolve_sigmas(
+            self.net, 2, "logsnr", 1, self.sigma_min, self.sigma_max
+        )  # says what is wrong with them
+        if self.options:  # a file that an option names is looked at now
+            rule.bind(self.net, sigmas)
+        self._started = time.perf_counter()
+
+    def rule(self) -> Rule:
+        """The solver with its options; UserError where they do not go together."""
+        return make_rule(self.solver, self.options)
+
+    def shared_options(self, solver_tea: str) -> dict:
+        """The options that a teacher takes from the solver."""
+        teacher = SOLVERS[solver_tea]
+        shared = {
+            name: value for name, value in self.options.items() if name in SHARED_OPTIONS and name in teacher.options
+        }
+        if shared.get("max_order") is not None:  # a teacher that has no such high order takes its highest
+            shared["max_order"] = min(shared["max_order"], teacher.highest_order)
+        return shared
+
+    def batches(self, samples: int) -> list[list[int]]:
+        """The seeds of so many samples, batch by batch. They are not those of ``sample.py``, so that what is found is not
+        fitted to the images that evaluate it."""
+        seeds = stream_seeds(self.seed, 0, samples)
+        return [seeds[start : start + self.batch] for start in range(0, samples, self.batch)]
+
+    def noise(self, seeds: list[int]) -> tuple[torch.Tensor, dict]:
+        """Unit-variance noise [B,C,H,W] and the condition that belong to these seeds. Float64 where the device has it."""
+        generators = SeededGenerators(seeds)
+        latents = generators.randn((self.net.img_channels, self.net.img_resolution, self.net.img_resolution))
+        dtype = torch.float32 if torch.device(self.device).type == "mps" else torch.float64
+        make_cond = getattr(self.net, "make_cond", lambda *_: {})
+        text = {}
+        if self.prompts is not None:
+            numbers = generators.randint(len(self.prompts)).tolist()
+            text = {"prompts": [self.prompts[number] for number in numbers]}
+            text |= {} if self.negative_prompt is None else {"negative_prompt": self.negative_prompt}
+        return latents.to(self.device, dtype), make_cond(generators, self.labels, **text)
+
+    def texts(self) -> dict:
+        """What the file and the state say about the prompts: a text, or the number of captions and their SHA-256."""
+        if self.prompts is None:
+            return {}
+        digest = hashlib.sha256(json.dumps(list(self.prompts)).encode()).hexdigest()
+        many = {"captions": len(self.prompts), "sha256": digest}
+        return {"prompt": self.prompts[0] if len(self.prompts) == 1 else many, "negative_prompt": self.negative_prompt}
+
+    def fresh_noise(self, seeds: list[int]) -> Callable[[], torch.Tensor]:
+        """A source of noise [B,C,H,W] beside that of ``noise``; every source made for these seeds gives the same."""
+        generators = SeededGenerators([stream_seeds(seed, 0, 1)[0] for seed in seeds])
+        shape = (self.net.img_channels, self.net.img_resolution, self.net.img_resolution)
+        return lambda: generators.randn(shape)
+
+    def teacher(self, solver_tea, num_steps_tea, schedule_type, schedule_rho, **more) -> dict:
+        """Keywords of ``sample`` for a teacher over the range of the schedule; it takes the student's SHARED_OPTIONS."""
+        return {
+            "solver": solver_tea,
+            "num_steps": num_steps_tea,
+            "schedule_type": schedule_type,
+            "schedule_rho": schedule_rho,
+            "sigma_min": self.sigma_min,
+            "sigma_max": self.sigma_max,
+            **more,
+            **self.shared_options(solver_tea),
+        }
+
+    def mean_cost(self, samples: int, size: int, cost_of: Callable) -> torch.Tensor:
+        """The mean over so many samples of cost_of(seeds), the mean of a batch, float64 [size,size].
+
+        The batches are shared by the processes of a torchrun, and a run that was interrupted goes on after the last one.
+        """
+        mine = self.batches(samples)[distributed.rank() :: distributed.world_size()]
+        with together():
+            state = self.load_state() or {"rounds": 0, "cost": torch.zeros(size, size, dtype=torch.float64)}
+            total, done = state["cost"], state["rounds"]
+            with self.progress(len(mine), "batch", done) as bar:
+                for seeds in mine[done:]:
+                    total, done = total + len(seeds) * cost_of(seeds), done + 1
+                    self.save_state({"rounds": done, "cost": total})
+                    bar.update()
+        return torch.stack(distributed.gather_objects(total)).sum(0) / samples
+
+    def progress(self, total: int, unit: str, done: int = 0) -> tqdm:
+        return progress_bar(total, initial=done, unit=unit)
+
+    # A method that takes long keeps a state and goes on from it. Every process of a torchrun has one of its own.
+
+    def load_state(self) -> dict | None:
+        """What ``save_state`` wrote last in a run that did not end; None where there is nothing."""
+        path = self._state_file()
+        if path is None or not path.exists():
+            return None
+        try:
+            content = safe_load(path)
+            identity, state = content["identity"], content["state"]
+            evaluations, seconds = int(content["evaluations"]), float(content["seconds"])
+        except (UserError, LookupError, TypeError, ValueError):
+            raise UserError(f"cannot read {path}, the state of an interrupted run: delete it to start again") from None
+        if identity != self.identity:
+            name = next(n for n in (*self.identity, *identity) if identity.get(n) != self.identity.get(n))
+            raise UserError(
+                f"{path} is the state of an interrupted run with another {name} ({identity.get(name)} there,"
+                f" {self.identity.get(name)} now): repeat that command, or delete the file to start again"
+            )
+        self.evaluations += evaluations
+        self.seconds += seconds
+        return state
+
+    def save_state(self, state: dict) -> None:
+        """Keeps a dict of tensors, numbers and texts for a later ``load_state``."""
+        path = self._state_file()
+        if path is None:
+            return
+        spent = {"evaluations": self.evaluations, "seconds": self.elapsed()}
+        write_state(path, {"identity": self.identity, "state": state, **spent})
+
+    def drop_state(self) -> None:
+        path = self._state_file()
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    def elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self._started
+
+    def _state_file(self) -> Path | None:
+        path = self.state_path
+        return None if path is None else Path(path).with_name(f"{Path(path).name}.{distributed.rank()}")

@@ -1,0 +1,359 @@
+"""Step rules: how a solver turns directions into a step.
+
+A rule is a small object that does not change while it samples. It sees the state x, the history of what it asked to
+remember (newest last, the current point included) and the noise levels; the loop in ``solvers/sampler.py`` owns everything
+else: evaluations and their count, schedules, AFS, guidance, trajectories, the predictor. A rule is one of
+
+* a one-stage rule: implements ``update``, called once per interval, twice when a predictor inserts a point;
+* a two-stage rule: evaluates once inside the interval and implements ``combine`` for the two directions;
+* anything else: implements ``advance``, a whole interval, with the evaluations that the loop offers.
+
+Each module of this package that registers a rule is found by itself (``solvers/__init__.py``).
+d = (x - D) / sigma is the direction dx/dsigma of the probability-flow ODE throughout.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from torch_utils.errors import UserError
+
+SOLVERS: dict[str, type["Rule"]] = {}
+
+
+def register(name: str):
+    """Class decorator: makes a rule known under ``name`` to the command lines, to ``sample`` and to the documentation."""
+
+    def add(cls):
+        cls.name = name
+        SOLVERS[name] = cls
+        return cls
+
+    return add
+
+
+@dataclass(frozen=True)
+class State:
+    """A point of a trajectory: x [B,C,H,W], what the rule remembers, and how many updates were made."""
+
+    x: torch.Tensor
+    history: tuple = ()
+    updates: int = 0
+
+    def detach(self) -> "State":
+        history = tuple((output.detach(), torch.as_tensor(sigma).detach()) for output, sigma in self.history)
+        return State(self.x.detach(), history, self.updates)
+
+
+@dataclass(frozen=True)
+class Option:
+    """A setting of a rule: a keyword of ``sample`` and a flag of the command lines. kind: bool, int, float, str, or the
+    tuple of the words that may be chosen from (a boolean then counts as the word True or False)."""
+
+    kind: type | tuple[str, ...]
+    default: object
+    help: str
+
+    def check(self, name, value):
+        """``value`` in the option's type; UserError where it does not fit."""
+        if value is None:
+            return self.default
+        if isinstance(self.kind, tuple):
+            value = str(value) if isinstance(value, bool) else value
+            if value not in self.kind:
+                raise UserError(f"{name}={value}: choose from {', '.join(self.kind)}")
+            return value
+        if self.kind in (int, float) and not isinstance(value, bool):
+            number = float(value) if isinstance(value, int | float) else None
+            if number is not None and (number.is_integer() or (self.kind is float and not math.isnan(number))):
+                return self.kind(number)
+        elif isinstance(value, self.kind):
+            return value
+        wanted = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}[self.kind]
+        raise UserError(f"{name}={value} must be {wanted}")
+
+
+class Rule:
+    """Base class. Options are keyword arguments of the constructor and become attributes."""
+
+    name: str
+    summary: str = ""  # one line for the documentation table
+    options: dict[str, Option] = {}
+    stages: int = 1  # network evaluations per interval without a predictor
+    can_teach: bool = True
+    can_learn: bool = True  # may a predictor be inserted?
+    needs_predictor: bool = False
+    own_schedule: bool = False  # its predictor is a student that brings schedule and first step (``SpanStudent``)
+    stochastic: bool = False  # draws noise while sampling
+    differentiable: bool = True  # do gradients flow to the noise levels?
+    fingerprint: str | None = None  # of a file that the bound rule steps with: the images depend on it
+    max_order: int = 1
+    highest_order: int = 1  # the option max_order may be 1..highest_order
+
+    def __init__(self, **values):
+        unknown = sorted(set(values) - set(self.options))
+        if unknown:
+            known = ", ".join(self.options) or "none"
+            raise UserError(f"{self.name} has no option '{unknown[0]}'; it takes {known}")
+        for name, option in self.options.items():
+            setattr(self, name, option.check(name, values.get(name)))
+        if not 1 <= self.max_order <= self.highest_order:
+            raise UserError(f"max_order={self.max_order}: {self.name} supports 1..{self.highest_order}")
+
+    @property
+    def keep(self) -> int:
+        """How many points of the history the rule looks at, the current one included."""
+        return self.max_order
+
+    @property
+    def one_step(self) -> bool:
+        """True when a step depends on the current point only, so that a trajectory may be restarted anywhere."""
+        return self.keep == 1
+
+    def adopt(self, predictor) -> "Rule":
+        """The rule to use with this predictor (None: without): itself, or a copy that knows it.
+
+        Raises UserError where they do not go together.
+        """
+        if predictor is None and self.needs_predictor:
+            raise UserError(f"the solver '{self.name}' needs a trained predictor")
+        if predictor is not None and not self.can_learn:
+            raise UserError(f"no predictor can be inserted into the solver '{self.name}'")
+        if getattr(predictor, "solver", self.name) != self.name:
+            raise UserError(f"this predictor is a student of the solver '{predictor.solver}', not of '{self.name}'")
+        return self
+
+    def bind(self, net, sigmas) -> "Rule":
+        """The rule to use for this network and schedule [N]: itself, or a copy with what it needs to know of them.
+
+        Raises UserError where it cannot work on them.
+        """
+        return self
+
+    def evaluations(self, intervals: int, afs=False, learned: bool = False) -> int:
+        """Calls of the network over a schedule of so many intervals; learned: with a predictor."""
+        return (2 if learned else self.stages) * intervals - bool(afs)
+
+    def stride(self, i: int, intervals: int) -> int:
+        """How many intervals of the schedule the step from point i covers."""
+        return 1
+
+    def output(self, x, d, sigma):
+        """What the rule remembers of an evaluation: by default the direction."""
+        return d
+
+    def update(self, x, history, sigma_next, index, total, scale=1.0):
+        """One step to sigma_next.
+
+        x [B,C,H,W]; history: list of (output, sigma), the current point last; index, total: which update of the
+        trajectory this is (from 0) and how many there are; scale: the predictor's scale_dir, [B,1,1,1] or 1.
+        """
+        raise NotImplementedError
+
+    def advance(self, run, state: State, i: int) -> State:
+        """From point i of the schedule to the next. run: the ``Solver``, which evaluates and asks the predictor."""
+        cur, nxt = run.sigma(i, state.x), run.sigma(i + 1, state.x)
+        d = run.direction_at(state.x, i)
+        if run.predictor is None:
+            return self.step(run, state, d, cur, nxt)
+        r, scale_dir, scale_time = run.predict(state.x, i)
+        mid = nxt**r * cur ** (1 - r)
+        state = self.step(run, state, d, cur, mid)
+        d_mid = run.direction(state.x, mid, scale_time, run.told(i, r))
+        return self.step(run, state, d_mid, mid, nxt, scale_dir)
+
+    def step(self, run, state, d, sigma, target, scale=1.0) -> State:
+        """Remembers the evaluation d at sigma and makes one update from there to ``target``."""
+        history = (*state.history, (self.output(state.x, d, sigma), sigma))[-self.keep :]
+        x = self.update(state.x, history, target, state.updates, run.updates, scale)
+        return State(x, history, state.updates + 1)
+
+
+def order_option(default: int) -> Option:
+    return Option(int, default, "order of the method")
+
+
+@register("euler")
+class Euler(Rule):
+    """x + (t - s) d; DDIM (Song et al. 2021) in this parametrisation."""
+
+    summary = "Euler / DDIM, order 1"
+
+    def update(self, x, history, sigma_next, index, total, scale=1.0):
+        d, sigma = history[-1]
+        return x + scale * (sigma_next - sigma) * d
+
+
+@register("ipndm")
+class IPNDM(Rule):
+    """Adams-Bashforth with the weights of equal steps, whatever the grid (Zhang & Chen 2023; Liu et al. 2022)."""
+
+    summary = "improved PNDM: linear multistep, order 1-4"
+    options = {"max_order": order_option(4)}
+    highest_order = 4
+    one_step = False
+    WEIGHTS = (
+        (1.0,),
+        (3 / 2, -1 / 2),
+        (23 / 12, -16 / 12, 5 / 12),
+        (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+    )
+
+    def update(self, x, history, sigma_next, index, total, scale=1.0):
+        weights = self.WEIGHTS[min(self.max_order, len(history)) - 1]
+        d = sum(w * past for w, (past, _) in zip(weights, reversed(history), strict=False))
+        return x + scale * (sigma_next - history[-1][1]) * d
+
+
+EXPONENTIAL_OPTIONS = {
+    "predict_x0": Option(bool, True, "work with images, not with noise"),
+    "lower_order_final": Option(bool, True, "lower order in the last steps"),
+    "thresholding": Option(bool, True, "dynamic thresholding under predict_x0"),
+}
+
+
+def dynamic_threshold(denoised: torch.Tensor, quantile: float = 0.995) -> torch.Tensor:
+    """Clips each sample to its own quantile of |x0| (at least 1) and rescales it to [-1, 1] (Saharia et al. 2022, 2.3)."""
+    limit = upper_quantile(denoised.flatten(1).abs(), quantile)
+    limit = limit.clamp(min=1).reshape(-1, *[1] * (denoised.ndim - 1))
+    return torch.minimum(torch.maximum(denoised, -limit), limit) / limit
+
+
+def upper_quantile(values: torch.Tensor, quantile: float) -> torch.Tensor:
+    """torch.quantile(values, quantile, dim=1) for values [B,N] and a quantile near 1, to the bit; it sorts the largest ones
+    only, which is some twenty times faster, and knows no limit of N."""
+    rank = values.new_tensor(quantile, device="cpu") * (values.shape[1] - 1)  # in this dtype, as torch.quantile has it
+    below = int(rank)
+    top = values.topk(values.shape[1] - below, dim=1).values
+    return torch.lerp(top[:, -1], top[:, max(-2, -top.shape[1])], float(rank - below))
+
+
+def exponential_multistep(x, history, sigma_next, order, predict_x0, scale=1.0):
+    """Multistep DPM-Solver++ update of Lu et al. 2022 (Algorithms 2 and 3) for x = x0 + sigma * noise, lambda = -ln sigma.
+
+    history: (model output, sigma), newest last; the outputs are denoised images if predict_x0, else directions. scale
+    multiplies the model-output terms only.
+    """
+    outputs, sigmas = [h[0] for h in history], [h[1] for h in history]
+    h = (sigmas[-1] / sigma_next).log()
+    phi1 = torch.expm1(-h) if predict_x0 else torch.expm1(h)
+    phi2 = phi1 / h + 1 if predict_x0 else phi1 / h - 1
+    phi3 = phi2 / h - 0.5
+    m0 = outputs[-1]
+    if order >= 2:
+        r0 = (sigmas[-2] / sigmas[-1]).log() / h
+        d1 = d1_0 = (m0 - outputs[-2]) / r0
+    if order >= 3:
+        r1 = (sigmas[-3] / sigmas[-2]).log() / h
+        d1_1 = (outputs[-2] - outputs[-3]) / r1
+        d1 = d1_0 + r0 / (r0 + r1) * (d1_0 - d1_1)
+        d2 = (d1_0 - d1_1) / (r0 + r1)
+    if predict_x0:
+        terms = phi1 * m0
+        if order == 2:
+            terms = terms + 0.5 * phi1 * d1
+        elif order == 3:
+            terms = terms - phi2 * d1 + phi3 * d2
+        return sigma_next / sigmas[-1] * x - scale * terms
+    terms = phi1 * m0
+    if order == 2:
+        terms = terms + 0.5 * phi1 * d1
+    elif order == 3:
+        terms = terms + phi2 * d1 + phi3 * d2
+    return x - scale * sigma_next * terms
+
+
+@register("dpmpp")
+class DPMSolverPP(Rule):
+    """DPM-Solver++ multistep (Lu et al. 2022), in data (predict_x0) or noise prediction.
+
+    lower_order_final: the last updates fall back to orders that need no step beyond the end. thresholding: dynamic
+    thresholding of every denoised image, the published default of pixel models under predict_x0.
+    """
+
+    summary = "DPM-Solver++ multistep, order 1-3"
+    options = {"max_order": order_option(3), **EXPONENTIAL_OPTIONS}
+    highest_order = 3
+    one_step = False
+
+    def output(self, x, d, sigma):
+        if not self.predict_x0:
+            return d
+        denoised = x - sigma * d
+        return dynamic_threshold(denoised) if self.thresholding else denoised
+
+    def update(self, x, history, sigma_next, index, total, scale=1.0):
+        return exponential_multistep(x, history, sigma_next, self.order(index, total), self.predict_x0, scale)
+
+    def order(self, index, total):
+        """The order of update number ``index`` (from 0) of ``total``."""
+        if self.lower_order_final and index + 1 >= self.max_order:
+            return min(self.max_order, total - index)
+        return min(self.max_order, index + 1)
+
+
+class TwoStageRule(Rule):
+    """One evaluation inside the interval at sigma_mid = t^r s^(1-r), reached by an Euler step."""
+
+    stages = 2
+    r: float = 0.5
+
+    def __init__(self, **values):
+        super().__init__(**values)
+        if not 0 < self.r <= 1:
+            raise UserError(f"r={self.r}: the intermediate point of {self.name} needs 0 < r <= 1")
+
+    def advance(self, run, state: State, i: int) -> State:
+        x, cur, nxt = state.x, run.sigma(i, state.x), run.sigma(i + 1, state.x)
+        d = run.direction_at(x, i)
+        r, scale_dir, scale_time = (self.r, 1.0, None) if run.predictor is None else run.predict(x, i)
+        mid = nxt**r * cur ** (1 - r)
+        d_mid = run.direction(x + (mid - cur) * d, mid, scale_time, run.told(i, r))
+        return State(x + scale_dir * (nxt - cur) * self.combine(d, d_mid, r), (), state.updates + 1)
+
+    def combine(self, d, d_mid, r):
+        """The direction of the whole step from the one at the start and the one inside."""
+        raise NotImplementedError
+
+
+@register("dpm")
+class DPMSolver2(TwoStageRule):
+    """DPM-Solver-2 (Lu et al. 2022, Algorithm 1) for any r in (0, 1]."""
+
+    summary = "DPM-Solver-2 singlestep, order 2; 2 evaluations per step"
+    options = {"r": Option(float, 0.5, "place of the intermediate point, 0 < r <= 1")}
+
+    def combine(self, d, d_mid, r):
+        return d_mid / (2 * r) + (1 - 1 / (2 * r)) * d
+
+
+@register("heun")
+class Heun(DPMSolver2):
+    """Heun's method (Karras et al. 2022, Algorithm 1): the two-stage rule whose second point is the end of the step."""
+
+    summary = "Heun, order 2; 2 evaluations per step, also on the last one"
+    options = {}
+    can_learn = False
+    r = 1.0
+
+
+@register("amed")
+class AMED(TwoStageRule):
+    """AMED-Solver (Zhou et al. 2024, eq. 8): the whole step along the direction at a learned intermediate point."""
+
+    summary = "AMED-Solver: learned intermediate point; needs a predictor"
+    can_teach = False
+    needs_predictor = True
+
+    def combine(self, d, d_mid, r):
+        return d_mid
+
+
+def make_rule(solver: str, explicit: dict | None = None, common: dict | None = None) -> Rule:
+    """The rule named ``solver``. ``explicit`` options must be understood by it, ``common`` ones are used where they are."""
+    if solver not in SOLVERS:
+        raise UserError(f"unknown solver '{solver}'; choose from {', '.join(SOLVERS)}")
+    cls = SOLVERS[solver]
+    chosen = {k: v for k, v in (common or {}).items() if k in cls.options}
+    return cls(**{**chosen, **(explicit or {})})

@@ -1,0 +1,578 @@
+"""The span solver: explicit linear samplers as one learned table, with its own schedule and first step.
+
+    student = SpanStudent.preset("full", num_steps=5, sigma_min=0.002, sigma_max=80.0)   # 4 network calls with a first step
+    student.measure_gaussian(net)                       # only for first_step="gaussian"
+    x = student.run(net, latents)                       # [B,C,H,W], differentiable; latents: unit-variance noise
+    x = sample(net, latents, solver="span", predictor=student)      # the same without gradients; all options of the loop
+    for name, parameter in student.groups().items(): ...            # what is learned, by kind, for learning rates
+    save_predictor(student, path); load_predictor(path)             # training/checkpoint.py
+
+Between the noise levels s_0 > ... > s_N (num_steps = N + 1 time stamps) a trajectory is
+
+    g_i     = (x_i - D(x_i, a_i s_i)) / s_i                             slope at a point; g_0 is analytic with a first step
+    x_{i+1} = (1 + delta_i) x_i + scale_i (s_{i+1} - s_i) sum_j c_ij g_j           over all slopes there are, sum_j c_ij = 1
+
+and, where more than one call is made per interval, further slopes at m_ik = s_{i+1}^r s_i^(1-r), 0 < r = r_ik < 1:
+
+    e_ik    = x_i + (m_ik - s_i) sum_j c_ikj g_j          g_ik = (e_ik - D(e_ik, a_ik m_ik)) / m_ik.
+
+Any explicit linear sampler evaluates in the span of x_0 and its slopes, so it is such a table (docs of ``PRESETS``). As rows
+sum to one, s_i is the noise level that x_i really has, whatever is learned, up to delta and scale. The learned scalars are
+corrections: c = c_theory(labels) + Delta, where c_theory is a classical solver on the *current* labels, with gradient.
+
+Two layouts of an interval: "ab" and the other multistep bases call x_i and the e_ik in one batch (they see the slopes of
+earlier intervals); "midpoint" calls x_i first and then its K points e_ik in one batch, and steps along those.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from models.denoiser import embedding_layer
+from solvers.deis import gauss_legendre, lagrange_basis
+from solvers.sampler import integrate
+from solvers.schedules import check_sigmas, get_schedule
+from solvers.solver import State, make_rule
+from solvers.span_heads import HEADS, LIFTED, SampleHead, SpatialHead, TimeHead
+from torch_utils.errors import UserError
+from torch_utils.kinds import MOST_STEPS, check_kinds, check_steps
+from torch_utils.seeds import SeededGenerators
+
+GROUPS = ("labels", "inner", "time", "inner_time", "corrections", "scale", "contrast")
+
+
+# What the values may be: files bring them.
+KINDS = {
+    **dict.fromkeys(("dataset_name", "guidance_type", "preset"), str | None),
+    **dict.fromkeys(("first_step", "base", "schedule_type"), str),
+    **dict.fromkeys(("num_steps", "parallel", "max_order"), int),
+    **dict.fromkeys(("img_resolution", "window", "img_channels", "embedding_width"), int | None),
+    **dict.fromkeys(("guidance_rate", "time_bound"), float | None),
+    **dict.fromkeys(("sigma_min", "sigma_max", "schedule_rho", "scale_bound", "contrast_bound"), float),
+    **dict.fromkeys(("lower_order_final", "relative"), bool),
+    **dict.fromkeys(("learn", "heads"), list[str]),
+    "image_shape": list[int] | None,
+    "sigmas": list[float] | None,
+}
+
+
+BASES = ("ab", "midpoint", "euler", "ipndm", "deis", "dpmpp")
+FIRST_STEPS = ("none", "zero", "gaussian")
+LEAST_SHARE = 1e-6  # of ln(sigma_max / sigma_min) in every interval, so that no two labels fall together
+
+
+DEFAULTS = {
+    # what it belongs to
+    "dataset_name": None,
+    "img_resolution": None,
+    "guidance_type": None,
+    "guidance_rate": 0.0,
+    "preset": None,  # the name it was made under
+    # structure
+    "num_steps": 5,  # time stamps; there are num_steps - 1 intervals
+    "parallel": 1,  # K, the calls of the network in one batch
+    "first_step": "zero",  # none; zero: x / sqrt(1 + sigma^2); gaussian: that of the data's mean and variance
+    "image_shape": None,  # [C,H,W] of the mean that measure_gaussian found
+    "base": "ab",  # the theory that the coefficients start from, one of BASES
+    "max_order": 3,  # its order
+    "lower_order_final": True,  # of dpmpp
+    "relative": True,  # the theory on the current labels; False: on the initial ones, for ever
+    "window": None,  # stages whose slopes the corrections of a row see, newest first; None: all
+    # initial labels
+    "sigma_min": 0.002,
+    "sigma_max": 80.0,
+    "schedule_type": "polynomial",
+    "schedule_rho": 7,
+    "sigmas": None,  # explicit ones, which replace num_steps, the range and the schedule
+    # what is learned and how far it may go
+    "learn": ["labels", "time", "corrections", "contrast"],
+    "time_bound": 0.3,  # |ln a|; None: unbounded
+    "scale_bound": 0.05,  # |scale - 1|
+    "scaled": None,  # number of last intervals whose scale is learned; None: all
+    "contrast_bound": 0.05,  # |delta|
+    # optional networks beside the table (solvers/span_heads.py), which start at zero
+    "heads": [],  # "sample", "spatial", "time"
+    "img_channels": None,  # for spatial
+    "embedding_width": None,  # for time: entries of the network's noise embedding
+}
+
+
+PRESETS = {
+    # Schedule and decoupled times under a fixed solver: Tong et al. 2024, "Learning to Discretize Denoising Diffusion ODEs"
+    # (LD3). Delta = 0; D is asked at a_i s_i.
+    "ld3": {
+        **{"first_step": "none", "base": "dpmpp", "schedule_type": "logsnr", "learn": ["labels", "time"]},
+        **{"time_bound": None},
+    },
+    # S4S (Frankel et al. 2025): x_{i+1} = (t/s) x_i + (1 - t/s) sum of three b_j D_j with free b that start as DPM++'s, and
+    # LD3's times. The b do not follow the labels, hence S4S-Alt trains both in turn. Here the three newest slopes are
+    # corrected, not the three newest images, and rows sum to one.
+    "s4s": {
+        **{"first_step": "none", "base": "dpmpp", "schedule_type": "logsnr", "relative": False, "window": 3},
+        **{"learn": ["labels", "time", "corrections"], "time_bound": None},
+    },
+    # DyWeight (Zhao et al. 2025): x += (tau_{n+1} - t_n) sum of three W_nj g_j and t_{n+1} = t_n + (sum_j W_nj)
+    # (tau_{n+1} - t_n) on a fixed grid tau. With c = W / sum W these are learned labels t_n and rows that sum to one.
+    # The last label is fixed, so the free sum of the last row is the scale of the last interval.
+    "dyweight": {
+        **{"first_step": "zero", "base": "ipndm", "relative": False, "window": 3, "time_bound": None},
+        **{"learn": ["labels", "time", "corrections", "scale"], "scaled": 1, "scale_bound": 0.5},
+    },
+    # Generalized solvers, GS (2025): x_{i+1} = sum_j A_ij x_j + sum_j C_ij D_j, DPM++(3M) on the learned grid plus corrections
+    # without limit of order. The x_j and D_j lie in the span of x_0 and g_j; what is left is the gain 1 + delta.
+    "gs": {
+        **{
+            "first_step": "none",
+            "base": "dpmpp",
+            "schedule_type": "time_uniform",
+            "schedule_rho": 1,
+            "time_bound": None,
+        },
+        **{"learn": ["labels", "time", "corrections", "contrast"]},
+    },
+    # AMED-Solver (Zhou et al. 2024, eq. 8) without its network: e = x + (m - s) g, x += c (t - s) g_m, m = t^r s^(1-r), with
+    # one r, c, a per interval; AdaSDE at gamma = 0.
+    "amed-table": {
+        **{"first_step": "zero", "base": "midpoint", "schedule_type": "time_uniform", "schedule_rho": 1},
+        **{"learn": ["inner", "inner_time", "scale"], "scale_bound": 0.05},
+    },
+    # EPD-Solver (Zhu et al. 2025): e_k = x + (m_k - s) g, x += (t - s) sum_k w_k c_k g_k, its K calls in one batch. Here
+    # scale = sum_k w_k c_k and c = w_k c_k / scale, which need not be positive.
+    "epd": {
+        **{"first_step": "zero", "base": "midpoint", "parallel": 2, "schedule_type": "time_uniform", "schedule_rho": 1},
+        **{"learn": ["inner", "inner_time", "scale", "corrections"], "window": 1, "time_bound": 0.05},
+    },
+    # Everything, relative to Adams-Bashforth of order 3 on the current labels; training tries other bases as well.
+    "full": {
+        **{"first_step": "gaussian", "learn": ["labels", "inner", "time", "inner_time", "corrections", "contrast"]},
+        **{"time_bound": 1.0},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """Where a row of coefficients belongs. The row of interval i to its point ``inner`` (None: to s_{i+1}) has ``count``
+    entries, for the slopes in the order in which they are found; those before ``first`` keep to theory."""
+
+    interval: int
+    inner: int | None
+    count: int
+    first: int
+
+    @property
+    def free(self) -> int:
+        """Corrections of the row: the newest entry is what the others leave."""
+        return max(self.count - 1 - self.first, 0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of one trajectory, float64 on the CPU, with gradients.
+
+    sigmas, sigmas_net: [N + 1]; steps: per interval (coefficients, scale, contrast); inner: per interval, one
+    (label, told to the network, coefficients) per inner point.
+    """
+
+    sigmas: torch.Tensor
+    sigmas_net: torch.Tensor
+    steps: list = field(default_factory=list)
+    inner: list = field(default_factory=list)
+
+
+class SpanStudent(nn.Module):
+    """The learned table (see the module). Keyword arguments are the keys of ``DEFAULTS``; ``config`` holds all of them.
+
+    Parameters, all float64 whatever the module is moved to, those of the groups in ``learn`` with gradient:
+
+        labels [N]          logits of the shares of ln(sigma_max / sigma_min) that the intervals have; the ends are pinned
+        inner [I]           logits of r, of all inner points
+        time                ln a = time_bound tanh(time), of the calls at the points of the schedule; inner_time [I] likewise
+        corrections         Delta, of all rows one after the other without their newest entry
+        scale [N]           scale = 1 + scale_bound tanh(scale), of the last ``scaled`` intervals
+        contrast            delta = contrast_bound tanh(contrast / contrast_bound), of the intervals that begin with a call
+
+    Raises UserError for impossible settings.
+    """
+
+    kind = "span"  # in the file
+    solver = "span"  # the rule that it is for
+
+    def __init__(self, **config):
+        super().__init__()
+        unknown = sorted(set(config) - set(DEFAULTS))
+        if unknown:
+            raise UserError(f"unknown setting of a span student '{unknown[0]}'; known: {', '.join(DEFAULTS)}")
+        self.config = copy.deepcopy({**DEFAULTS, **config})
+        self.provenance: dict = {}
+        initial = self._check()
+        self.rows = self._make_rows()
+        shares = (initial[:-1] / initial[1:]).log() / math.log(float(initial[0] / initial[-1]))
+        if float(shares.min()) <= LEAST_SHARE:
+            raise UserError(f"sigmas: two of the noise levels nearly coincide: {initial.tolist()}")
+        points = sum(self.inner_points(i) for i in range(self.intervals))
+        ratios = [
+            (k + 1) / (self.inner_points(i) + 1) for i in range(self.intervals) for k in range(self.inner_points(i))
+        ]
+        calls = self.intervals - self.analytic
+        start = {
+            "labels": ((shares - LEAST_SHARE) / (1 - len(shares) * LEAST_SHARE)).log(),
+            "inner": torch.tensor(ratios, dtype=torch.float64).logit(),
+            **{
+                name: torch.zeros(size, dtype=torch.float64) for name, size in (("time", calls), ("inner_time", points))
+            },
+            "corrections": torch.zeros(sum(row.free for row in self.rows), dtype=torch.float64),
+            "scale": torch.zeros(min(self.config["scaled"] or self.intervals, self.intervals), dtype=torch.float64),
+            "contrast": torch.zeros(calls, dtype=torch.float64),
+        }
+        for name in GROUPS:
+            setattr(self, name, nn.Parameter(start[name], requires_grad=name in self.config["learn"]))
+        self.heads = self._make_heads()
+        self.register_buffer("mean", None)
+        self.register_buffer("variance", None)
+        if self.config["image_shape"] is not None:
+            self._set_gaussian(torch.zeros(self.config["image_shape"]), torch.zeros(()))
+        self._theory = None if self.config["relative"] else [row.detach() for row in self._base(*self._labels())]
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "SpanStudent":
+        """The student named in ``PRESETS``, with other settings where given."""
+        if name not in PRESETS:
+            raise UserError(f"unknown span student '{name}'; choose from {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], "preset": name, **changes})
+
+    # Structure
+
+    def _check(self) -> torch.Tensor:
+        """The initial labels [N + 1]; UserError for impossible settings."""
+        c = self.config
+        if torch.is_tensor(c["sigmas"]):
+            c["sigmas"] = c["sigmas"].tolist()
+        check_kinds(c, KINDS)
+        check_steps(c, "num_steps", "sigmas", "window")
+        calls = (len(c["sigmas"]) if c["sigmas"] else c["num_steps"]) * c["parallel"]
+        if calls > MOST_STEPS:
+            raise UserError(f"num_steps and parallel: {calls} calls are too many, at most {MOST_STEPS} are possible")
+        for name, known in (("base", BASES), ("first_step", FIRST_STEPS)):
+            if c[name] not in known:
+                raise UserError(f"{name}={c[name]!r}: choose from {', '.join(known)}")
+        for name, known in (("learn", GROUPS), ("heads", HEADS)):
+            wrong = [part for part in c[name] if part not in known]
+            if wrong:
+                raise UserError(f"{name}: unknown '{wrong[0]}'; choose from {', '.join(known)}")
+        if "spatial" in c["heads"] and not (isinstance(c["img_channels"], int) and c["img_channels"] > 0):
+            raise UserError("the spatial head needs img_channels, the channels of the images or latents")
+        width = c["embedding_width"]
+        if "time" in c["heads"] and not (isinstance(width, int) and width > 0):
+            raise UserError("the time head needs embedding_width, the length of the network's noise embedding")
+        for name, most in (("parallel", 16), ("window", None), ("scaled", None), ("max_order", 4)):
+            value = c[name]
+            whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= (most or value)
+            if not (whole or (name in ("window", "scaled") and value is None)):
+                raise UserError(f"{name}={value!r} must be a whole number" + (f" in 1..{most}" if most else " above 0"))
+        if c["parallel"] > 1 and c["base"] not in ("ab", "midpoint"):
+            raise UserError(f"parallel={c['parallel']} needs base='ab' or 'midpoint', not '{c['base']}'")
+        for name, most in (("time_bound", math.inf), ("scale_bound", 1), ("contrast_bound", 1)):
+            if c[name] is None and name == "time_bound":
+                continue
+            if not (isinstance(c[name], int | float) and 0 < c[name] < most):
+                raise UserError(f"{name}={c[name]!r} must be a number above 0" + ("" if most > 1 else " and below 1"))
+        if c["sigmas"] is None:
+            names = ("num_steps", "sigma_min", "sigma_max", "schedule_type", "schedule_rho")
+            return get_schedule(**{name: c[name] for name in names})
+        sigmas = check_sigmas(torch.as_tensor(c["sigmas"], dtype=torch.float64).detach())
+        c["sigmas"] = sigmas.tolist()
+        c["num_steps"], c["sigma_max"], c["sigma_min"] = len(sigmas), c["sigmas"][0], c["sigmas"][-1]
+        return sigmas
+
+    @property
+    def intervals(self) -> int:
+        return self.config["num_steps"] - 1
+
+    @property
+    def analytic(self) -> bool:
+        """Whether the first slope is known without the network."""
+        return self.config["first_step"] != "none"
+
+    @property
+    def nested(self) -> bool:
+        """Whether the inner points of an interval see the slope at its start."""
+        return self.config["base"] == "midpoint"
+
+    def inner_points(self, i: int) -> int:
+        """How many inner points interval i has."""
+        if self.nested:
+            return self.config["parallel"]
+        return self.config["parallel"] - 1 if i else 0  # before the first call there is one place only: x_0
+
+    def _make_rows(self) -> list[Row]:
+        """All rows in the order of ``corrections``: of each interval those of its inner points, then its step."""
+        rows, stages, window = [], [], self.config["window"]
+
+        def add(interval, inner):
+            newest = stages[-1] if stages else 0
+            first = 0 if window is None else sum(stage <= newest - window for stage in stages)
+            rows.append(Row(interval, inner, len(stages), first))
+
+        for i in range(self.intervals):
+            points = self.inner_points(i)
+            if self.nested:
+                stages.append(2 * i)
+            for k in range(points):
+                add(i, k)
+            stages += [2 * i + 1] * points if self.nested else [i] * (points + 1)
+            add(i, None)
+        return rows
+
+    def _make_heads(self) -> nn.ModuleDict:
+        heads, steps = nn.ModuleDict(), [row for row in self.rows if row.inner is None]
+        if "sample" in self.config["heads"]:
+            heads["sample"] = SampleHead([row.free for row in steps], [row.count - 1 - row.free for row in steps])
+        if "spatial" in self.config["heads"]:
+            heads["spatial"] = SpatialHead(self.config["img_channels"], {r.interval: r.count for r in steps[-LIFTED:]})
+        if "time" in self.config["heads"]:
+            heads["time"] = TimeHead(self.evaluations(), self.config["embedding_width"])
+        return heads
+
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The weights of the optional heads, float32; not among ``groups``."""
+        return list(self.heads.parameters())
+
+    def groups(self) -> dict[str, nn.Parameter]:
+        """What is learned, by kind; kinds without any entry are left out."""
+        learned = {name: getattr(self, name) for name in GROUPS if name in self.config["learn"]}
+        return {name: value for name, value in learned.items() if value.numel()}
+
+    def scalars(self) -> int:
+        """Degrees of freedom that are learned."""
+        groups = self.groups()  # a common summand of the logits changes nothing
+        return sum(value.numel() for value in groups.values()) - ("labels" in groups)
+
+    def evaluations(self) -> int:
+        """Network evaluations of one trajectory (calls; guidance may double their cost)."""
+        return self.intervals - self.analytic + sum(self.inner_points(i) for i in range(self.intervals))
+
+    def check_network(self, net) -> None:
+        """UserError where the heads are made for images of other channels, or for another noise embedding, than net's."""
+        own, channels = self.config["img_channels"], getattr(net, "img_channels", None)
+        if "spatial" in self.heads and channels not in (None, own):
+            raise UserError(f"the student's head 'spatial' needs a network of {own} channels, this has {channels}")
+        if "time" in self.heads:
+            own, width = self.config["embedding_width"], embedding_layer(net).out_features
+            if width != own:
+                raise UserError(f"the student's head 'time' needs a noise embedding of {own} numbers, this has {width}")
+
+    # Numbers
+
+    def sigmas(self) -> torch.Tensor:
+        """The labels s_0 .. s_N, float64 [N + 1] on the CPU: strictly decreasing, the ends pinned, with gradient."""
+        high, low = float(self.config["sigma_max"]), float(self.config["sigma_min"])
+        shares = torch.softmax(self.labels.cpu(), 0) * (1 - self.intervals * LEAST_SHARE) + LEAST_SHARE
+        inner = high * (-math.log(high / low) * shares.cumsum(0)[:-1]).exp()
+        return torch.cat([inner.new_tensor([high]), inner, inner.new_tensor([low])])
+
+    def sigmas_net(self) -> torch.Tensor:
+        """What the network is told at the labels, float64 [N + 1]: a_i s_i."""
+        return self._told(self.sigmas())
+
+    def _told(self, sigmas):
+        ones = sigmas.new_ones(1)
+        return sigmas * torch.cat([*([ones] if self.analytic else []), self._time_scale(self.time), ones])
+
+    def _time_scale(self, raw):
+        bound = self.config["time_bound"]
+        return (raw.cpu() if bound is None else bound * torch.tanh(raw.cpu())).exp()
+
+    def _labels(self):
+        """(labels [N + 1], per interval the labels of its inner points)."""
+        sigmas, r = self.sigmas(), torch.sigmoid(self.inner.cpu())
+        inner, used = [], 0
+        for i in range(self.intervals):
+            part = r[used : used + self.inner_points(i)]
+            inner.append(sigmas[i + 1] ** part * sigmas[i] ** (1 - part))
+            used += len(part)
+        return sigmas, inner
+
+    def _base(self, sigmas, inner) -> list[torch.Tensor]:
+        """The theoretical coefficients on these labels, one tensor [count] per row, each of sum one."""
+        c = self.config
+        if c["base"] == "midpoint":
+            parts = (1 if row.inner is not None else c["parallel"] for row in self.rows)
+            return [
+                sigmas.new_tensor([0.0] * (row.count - n) + [1 / n] * n)
+                for row, n in zip(self.rows, parts, strict=True)
+            ]
+        if c["base"] != "ab":
+            return self._symbolic(sigmas)
+        nodes = [label for i in range(self.intervals) for label in (sigmas[i], *inner[i])]
+        rows = []
+        for row in self.rows:
+            start = sigmas[row.interval]
+            target = sigmas[row.interval + 1] if row.inner is None else inner[row.interval][row.inner]
+            newest = nodes[max(row.count - c["max_order"], 0) : row.count]
+            points, weights = gauss_legendre(start, target, 2)  # exact for cubics
+            found = [(weights * basis).sum() / (target - start) for basis in lagrange_basis(points, newest)]
+            rows.append(torch.cat([sigmas.new_zeros(row.count - len(newest)), torch.stack(found)]))
+        return rows
+
+    def _symbolic(self, sigmas) -> list[torch.Tensor]:
+        """The rows of a registered linear rule, which steps here not with images but with their coordinates in the span.
+
+        A rule that works with denoised images x - sigma g thereby becomes one on slopes.
+        """
+        names = ("max_order", "lower_order_final")
+        common = {name: self.config[name] for name in names} | {"thresholding": False}
+        rule = make_rule(self.config["base"], common=common).bind(None, sigmas)
+        run, slopes = SimpleNamespace(updates=self.intervals), torch.eye(self.intervals, dtype=torch.float64)
+        state, rows = State(sigmas.new_zeros(self.intervals)), []
+        for i in range(self.intervals):
+            before = state.x
+            state = rule.step(run, state, slopes[i], sigmas[i], sigmas[i + 1])
+            rows.append(((state.x - before) / (sigmas[i + 1] - sigmas[i]))[: i + 1])
+        return rows
+
+    def _coefficients(self, sigmas, inner) -> list[torch.Tensor]:
+        """Theory and corrections of all rows."""
+        theory = self._base(sigmas, inner) if self._theory is None else self._theory
+        result, used, corrections = [], 0, self.corrections.cpu()
+        for row, base in zip(self.rows, theory, strict=True):
+            own = corrections[used : used + row.free]
+            used += row.free
+            if row.free:
+                base = base + torch.cat([own.new_zeros(row.first), own, -own.sum().reshape(1)])
+            result.append(base)
+        return result
+
+    def plan(self) -> Plan:
+        """All numbers of a trajectory, with gradient."""
+        sigmas, inner = self._labels()
+        plan = Plan(sigmas, self._told(sigmas), inner=[[] for _ in range(self.intervals)])
+        scales = 1 + self.config["scale_bound"] * torch.tanh(self.scale.cpu())
+        scales = torch.cat([scales.new_ones(self.intervals - len(scales)), scales])
+        bound, own = self.config["contrast_bound"], self.contrast.cpu()
+        contrasts = torch.cat([own.new_zeros(self.intervals - len(own)), bound * torch.tanh(own / bound)])
+        times = self._time_scale(self.inner_time)
+        for row, c in zip(self.rows, self._coefficients(sigmas, inner), strict=True):
+            if row.inner is None:
+                plan.steps.append((c, scales[row.interval], contrasts[row.interval]))
+            else:
+                label, used = inner[row.interval][row.inner], sum(map(len, plan.inner))
+                plan.inner[row.interval].append((label, times[used] * label, c))
+        return plan
+
+    def coefficients(self, i: int, inner: int | None = None) -> torch.Tensor:
+        """The row of the step from s_i, or of an inner point of interval i: float64 [number of slopes], sum one."""
+        plan = self.plan()
+        return plan.steps[i][0] if inner is None else plan.inner[i][inner][2]
+
+    @torch.no_grad()
+    def table(self) -> dict:
+        """All numbers, for printing, drawing and other programs: a plain dict that JSON can hold.
+
+        intervals: one dict each with "sigma", "told" (None where the slope is analytic), "contrast", "scale",
+        "coefficients" of the step, and "inner", a list of dicts with "sigma", "told", "coefficients".
+        """
+        plan = self.plan()
+        intervals = []
+        for i, (c, scale, contrast) in enumerate(plan.steps):
+            points = [
+                {"sigma": float(label), "told": float(told), "coefficients": row.tolist()}
+                for label, told, row in plan.inner[i]
+            ]
+            told = None if i == 0 and self.analytic else float(plan.sigmas_net[i])
+            own = {"sigma": float(plan.sigmas[i]), "told": told, "contrast": float(contrast), "scale": float(scale)}
+            intervals.append({**own, "coefficients": c.tolist(), "inner": points})
+        names = ("preset", "first_step", "base", "parallel")
+        result = {name: self.config[name] for name in names}
+        result["heads"] = list(self.heads)  # with any of them the numbers are not the whole solver
+        result |= {"evaluations": self.evaluations(), "sigmas": plan.sigmas.tolist(), "intervals": intervals}
+        return result
+
+    # The first step
+
+    def first_direction(self, x, sigma):
+        """The slope at the highest noise without the network; what ``solvers.sampler.afs_direction`` asks for."""
+        if self.config["first_step"] == "zero":
+            return x / (1 + sigma**2).sqrt()
+        if self.mean is None:
+            raise UserError("first_step=gaussian: call measure_gaussian(net) of the student before it samples")
+        if self.mean.shape != x.shape[1:]:
+            raise UserError(f"the student is for images of shape {list(self.mean.shape)}, not {list(x.shape[1:])}")
+        mean, variance = (value.to(x.device, x.dtype) for value in (self.mean, self.variance))
+        return (x - mean) * (sigma / (variance + sigma**2))
+
+    def _set_gaussian(self, mean, variance) -> None:
+        self.mean, self.variance = mean.to(torch.float64), variance.to(torch.float64)
+        self.config["image_shape"] = list(mean.shape)
+
+    @torch.no_grad()
+    def measure_gaussian(self, net, calls: int = 256, seed: int = 0, batch: int = 64, make_cond=None) -> None:
+        """Finds mean image mu and variance v of the data, as the network has them, for first_step="gaussian".
+
+        D is asked for ``calls`` samples x of pure noise at sigma_max, its class (if any) drawn as in sampling; make_cond:
+        called with the generators of a batch for its cond (default: the network's; text-to-image networks need prompts).
+        For Gaussian data D = mu + v / (v + sigma^2) (x - mu); mu is the mean of D, and v follows from the slope of D on x
+        by least squares over all pixels, 0 where a network has it negative: at sigma = 80 it is below 1e-4, and v matters
+        as little. Depends on the seed only.
+        """
+        sigma = torch.tensor(float(self.config["sigma_max"]), dtype=torch.float64)
+        device = next(net.parameters(), torch.empty(0)).device
+        shape = (net.img_channels, net.img_resolution, net.img_resolution)
+        make_cond = getattr(net, "make_cond", lambda generators: {}) if make_cond is None else make_cond
+        total, images = {"x": 0.0, "d": 0.0, "xd": 0.0, "xx": 0.0}, 0
+        for start in range(0, calls, batch):
+            generators = SeededGenerators(range(seed + start, seed + min(start + batch, calls)))
+            x = generators.randn(shape).to(device) * float(sigma)
+            denoised = net(x, sigma.to(x), **make_cond(generators))
+            x, denoised = (value.to("cpu", torch.float64) for value in (x, denoised))
+            for name, value in (("x", x), ("d", denoised), ("xd", x * denoised), ("xx", x * x)):
+                total[name] = total[name] + value.sum(0)
+            images += len(x)
+        mean, noise = total["d"] / images, total["x"] / images
+        slope = (total["xd"] / images - mean * noise).sum() / (total["xx"] / images - noise**2).sum()
+        slope = slope.clamp(0, 0.5)
+        self._set_gaussian(mean, slope / (1 - slope) * sigma**2)
+
+    # Sampling
+
+    def brings(self, num_steps=None, sigmas=None, sigmas_net=None, afs=False) -> dict:
+        """The arguments of the loop that the student replaces; UserError where other ones were given."""
+        own = {"sigmas": self.sigmas(), "sigmas_net": self.sigmas_net()}
+        for name, given in (("sigmas", sigmas), ("sigmas_net", sigmas_net)):
+            if given is None:
+                continue
+            given = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
+            if given.shape != own[name].shape or not torch.allclose(given, own[name].detach(), rtol=1e-6, atol=0):
+                raise UserError(f"{name}: the student brings its own; leave the argument out")
+        if num_steps not in (None, self.config["num_steps"]):
+            raise UserError(
+                f"num_steps={num_steps}: the student has {self.config['num_steps']}; leave the argument out"
+            )
+        if afs is not False and afs != self.afs:
+            raise UserError(
+                f"afs={afs}: the student has first_step={self.config['first_step']}; leave the argument out"
+            )
+        return {**own, "afs": self.first_direction if self.analytic else False}
+
+    @property
+    def afs(self) -> bool | str:
+        """The first step as a setting: False, True (mean zero) or "gaussian"."""
+        return {"none": False, "zero": True, "gaussian": "gaussian"}[self.config["first_step"]]
+
+    def run(self, net, latents, cond: Mapping | None = None, checkpointing=False, return_trajectory=False):
+        """``solvers.integrate`` with this student: images [B,C,H,W], or the states at all labels [N + 1,B,C,H,W]."""
+        options = {"checkpointing": checkpointing, "return_trajectory": return_trajectory}
+        return integrate(net, latents, solver="span", predictor=self, cond=cond, **options)
+
+    def _apply(self, fn, recurse=True):
+        """Moves, but keeps float64; MPS, which has none, leaves the scalars on the CPU."""
+        for child in self.children():
+            child._apply(fn)
+        device = fn(torch.empty(0)).device
+        device = torch.device("cpu") if device.type == "mps" else device
+        return super()._apply(lambda tensor: tensor.to(device), recurse=False)

@@ -1,0 +1,245 @@
+"""A fair comparison of samplers: the same network, the same seeds, the same range of noise, evaluations really spent.
+
+A *method* is a solver with its customary schedule and options (``PRESETS``) or with the noise levels of schedule files, or
+a trained predictor. A *job* is a method at one number of evaluations. The seeds are dealt out to groups (seed first + i belongs to group i mod groups), and one
+group of one job is the unit of work: stored as soon as it is done, so that a killed run goes on and ranks share the
+work. A finished job is one small file; the images themselves are never written.
+
+compare.py is the command line, tools/report.py writes the table and the page.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+import torch
+
+from sampling.flags import flag_type, parse_afs
+from sampling.settings import Settings, settings_of
+from solvers import SCHEDULES, SOLVERS, check_sigmas
+from torch_utils import distributed
+from torch_utils.cli import PATH
+from torch_utils.errors import UserError
+from training.checkpoint import find_predictor, load_predictor
+
+# The customary schedule and options of each solver, from its paper or the code published with it; a solver that is not
+# named here takes the defaults (polynomial, rho 7). All of them can be changed on the command line.
+POLYNOMIAL = {"schedule_type": "polynomial", "schedule_rho": 7.0}  # Karras et al. 2022
+
+
+LOGSNR = {"schedule_type": "logsnr"}  # Lu et al. 2022
+
+
+PRESETS = {
+    "euler": POLYNOMIAL,
+    "heun": POLYNOMIAL,
+    "edm": POLYNOMIAL | {"S_churn": 30.0, "S_min": 0.01, "S_max": 1.0, "S_noise": 1.007},  # CIFAR-10 VP, ibid. Table 5
+    "dpm": LOGSNR,
+    "dpmpp": LOGSNR | {"max_order": 3},
+    "unipc": LOGSNR | {"max_order": 3},
+    # tAB3: a polynomial of degree 3 through 4 points; steps uniform in the square root of time (Zhang & Chen 2023).
+    "deis": {"schedule_type": "time_uniform", "schedule_rho": 2.0, "max_order": 4, "deis_mode": "tab"},
+    "ipndm": POLYNOMIAL | {"max_order": 4},
+    "ipndm_v": POLYNOMIAL | {"max_order": 4},
+    "pfdiff": POLYNOMIAL,
+    "evodiff": LOGSNR,
+    "dpm_v3": LOGSNR,
+}
+
+
+SCHEDULE_SETTINGS = {  # what a method may say besides the options of its rule, and how that is read
+    "schedule_type": click.Choice(list(SCHEDULES)),
+    "schedule_rho": click.FLOAT,
+    "afs": None,
+    "denoise_to_zero": click.BOOL,
+    "original_code": click.BOOL,  # of the rule and of the schedule
+}
+
+
+SCHEDULE_FILE, NFE_MARK = "schedule", "{nfe}"  # a further setting of a method: a file, or a pattern of files
+GUIDANCE = ("guidance_type", "guidance_rate")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is compared. settings: all but the number of steps where there is no predictor. named: asked for by name, not
+    as one of all solvers. schedule: the file with its noise levels, with {nfe} in the place of the evaluations if there are
+    several; they are read when the jobs are made."""
+
+    label: str
+    settings: Settings
+    predictor: torch.nn.Module | None = None
+    predictor_file: Path | None = None
+    named: bool = True
+    schedule: str | None = None
+
+
+def _parse_value(method: str, name: str, text: str, kind):
+    if name == "afs":
+        return parse_afs(None, None, text)
+    try:
+        return kind.convert(text, None, None)
+    except click.BadParameter as error:
+        raise UserError(f"--solvers={method}: {name}={text}: {error.message}") from None
+
+
+def parse_method(text: str, common: dict, everywhere: dict) -> Method:
+    """ "dpmpp:max_order=2:afs=data" -> the method: preset, then ``everywhere`` (flags for all), then what the text says.
+
+    common: what all settings share (dataset_name, sigma_min, guidance, ...). Raises UserError on unknown solvers and
+    options, values that do not fit and impossible combinations.
+    """
+    solver, *parts = text.strip().split(":")
+    if solver not in SOLVERS:
+        raise UserError(f"--solvers: unknown solver '{solver}'; choose from {', '.join(SOLVERS)}")
+    rule = SOLVERS[solver]
+    if rule.needs_predictor:
+        raise UserError(f"--solvers: '{solver}' needs a trained predictor: leave it out and give --predictor_path")
+    own = {}
+    for part in parts:
+        name, equals, value = part.partition("=")
+        if not equals or name in own:
+            raise UserError(f"--solvers={text}: write each option once, as solver:option=value:option=value")
+        if name == SCHEDULE_FILE:
+            own[name] = PATH.convert(value, None, None)
+        elif name in SCHEDULE_SETTINGS:
+            own[name] = _parse_value(text, name, value, SCHEDULE_SETTINGS[name])
+        elif name in rule.options:
+            own[name] = _parse_value(text, name, value, click.types.convert_type(flag_type(rule.options[name].kind)))
+        else:
+            known = ", ".join(dict.fromkeys([*rule.options, *SCHEDULE_SETTINGS, SCHEDULE_FILE]))
+            raise UserError(f"--solvers={text}: {solver} has no option '{name}'; choose from {known}")
+    file = own.pop(SCHEDULE_FILE, None)
+    values = dict(PRESETS.get(solver, POLYNOMIAL))
+    for layer in (everywhere, own):
+        if layer.get("schedule_type", values["schedule_type"]) != values["schedule_type"]:
+            values.pop("schedule_rho", None)  # an exponent belongs to its schedule
+        values |= layer
+    given = common.get("sigmas") is not None
+    whole = "--sigmas" if given else SCHEDULE_FILE
+    if (given or file is not None) and {"schedule_type", "schedule_rho"} & own.keys():
+        raise UserError(f"--solvers={text}: {whole} is the whole schedule: leave out its schedule_type, schedule_rho")
+    if given and file is not None:
+        raise UserError(f"--solvers={text}: --sigmas is the schedule of all methods; leave out one of the two")
+    schedule = {name: values.pop(name) for name in tuple(values) if name in SCHEDULE_SETTINGS}
+    settings = Settings(solver=solver, **common, **schedule, options=values)
+    method = Method(text.strip(), settings, schedule=file)
+    try:
+        method.settings.rule()  # refuses what does not go together
+    except UserError as error:
+        raise UserError(f"--solvers={text}: {error}") from None
+    return method
+
+
+def _guidance(kind: str | None, rate: float | None) -> tuple[str, float]:
+    """In one form: without guidance its strength has no meaning, and "uncond" is the network as it is."""
+    return ("none", 0.0) if kind in (None, "none", "uncond") else (kind, float(rate or 0))
+
+
+def predictor_method(path: str, dataset_name: str, options: dict) -> Method:
+    """The method of a trained predictor, with the settings that it brings along."""
+    file = find_predictor(path)
+    predictor = load_predictor(file)
+    neutral = {"dataset_name": dataset_name, "r": None, "denoise_to_zero": False}
+    neutral |= {name: options[name] for name in GUIDANCE}
+    settings = settings_of(predictor, neutral, set())
+    if settings.dataset_name != dataset_name:
+        raise UserError(f"{file}: trained for dataset_name '{settings.dataset_name}', not '{dataset_name}'")
+    brought = _guidance(settings.guidance_type, settings.guidance_rate)
+    if brought != _guidance(options["guidance_type"], options["guidance_rate"]):
+        raise UserError(
+            f"{file}: trained under guidance_type {brought[0]}, rate {brought[1]:g}; all methods share one network:"
+            f" give --guidance_type={brought[0]} --guidance_rate={brought[1]:g}, or leave the predictor out"
+        )
+    return Method(_label(predictor, settings.solver), settings, predictor, file)
+
+
+def _label(predictor, solver: str) -> str:
+    if solver == "span":
+        preset = predictor.config["preset"]
+        return f"span({preset})" if preset else "span"
+    return "AMED-Solver" if solver == "amed" else f"AMED-Plugin({solver})"
+
+
+def choose_steps(settings: Settings, net, nfe: int) -> tuple[Settings, int]:
+    """(the settings with the number of steps that costs ``nfe`` evaluations, what they really cost).
+
+    Where no number of steps costs exactly that: the nearest below, or the cheapest there is. Of several numbers of steps
+    with one cost the largest.
+    """
+    best, refusal = None, UserError(f"--nfe={nfe}: {settings.solver} cannot spend so few evaluations")
+    for intervals in range(1, 8 * nfe + 9):  # no rule covers more than a few intervals per evaluation
+        candidate = replace(settings, num_steps=intervals + 1)
+        try:
+            cost = candidate.evaluations(net)
+        except UserError as error:  # a number of steps that this rule or schedule does not take
+            refusal = error
+            continue
+        if cost <= nfe or best is None:
+            best = (candidate, cost) if cost > 0 else best
+        if cost > nfe:
+            break
+    if best is None:
+        raise refusal
+    return best
+
+
+def split_list(text: str | None) -> list[str]:
+    return [part.strip() for part in (text or "").split(",") if part.strip()]
+
+
+def parse_nfe(text: str) -> list[int]:
+    """ "3,5,8" -> [3, 5, 8], sorted, each once."""
+    try:
+        values = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise UserError(f"--nfe={text}: write whole numbers like 3,4,5,6,8,10") from None
+    if values[0] < 1:
+        raise UserError(f"--nfe={text}: no solver can spend {values[0]} evaluations; choose 1 or more")
+    return values
+
+
+def make_methods(options: dict, given: set[str]) -> list[Method]:
+    """All methods that the flags name. Raises UserError where they make no sense; asks no network."""
+    if options["dataset_name"] is None:
+        raise UserError("say which network: --dataset_name=digits, cifar10, ... (or custom with --model_path)")
+    sigmas = options["sigmas"]
+    if sigmas is not None:
+        extra = [name for name in ("nfe", "schedule_type", "schedule_rho", "sigma_min", "sigma_max") if name in given]
+        if extra:
+            raise UserError(f"--sigmas is the whole schedule and its length the NFE: leave out --{extra[0]}")
+        sigmas = check_sigmas(sigmas).tolist()
+    common = {name: options[name] for name in ("dataset_name", "sigma_min", "sigma_max", *GUIDANCE)}
+    common |= {"sigmas": sigmas, "num_steps": None if sigmas is None else len(sigmas)}
+    everywhere = {name: options[name] for name in ("schedule_type", "schedule_rho", "afs") if options[name] is not None}
+    names = split_list(options["solvers"])
+    everything = names == ["all"]
+    if everything:
+        names = [name for name, rule in SOLVERS.items() if not rule.needs_predictor]
+    elif names == ["none"]:
+        names = []
+    methods = [parse_method(text, common, everywhere) for text in dict.fromkeys(names)]
+    methods = [replace(method, named=not everything) for method in name_schedules(methods)]
+    for method in methods:
+        for line in method.settings.warnings():
+            distributed.print0(f"Warning: {method.label}: {line}", file=sys.stderr)
+    for path in dict.fromkeys(split_list(options["predictor_path"])):
+        methods.append(predictor_method(path, options["dataset_name"], options))
+    if not methods:
+        raise UserError("nothing to compare: name --solvers or --predictor_path")
+    return methods
+
+
+def name_schedules(methods: list[Method]) -> list[Method]:
+    """Schedule files go by their names without folder and ending, unless that makes two methods one."""
+
+    def short(method: Method) -> str:
+        full = f":{SCHEDULE_FILE}={method.schedule}"
+        return method.label if method.schedule is None else method.label.replace(full, f":{Path(method.schedule).stem}")
+
+    labels = [short(method) for method in methods]
+    return [
+        replace(method, label=label) if labels.count(label) == 1 else method
+        for method, label in zip(methods, labels, strict=True)
+    ]

@@ -1,0 +1,545 @@
+"""LD3: the time schedule by gradient descent through the sampler.
+
+Tong et al. 2024, "Learning to Discretize Denoising Diffusion ODEs". A student, the solver with the few steps that are
+wanted, starts from the noise of a teacher with many and should end at the teacher's image. What is learned are the noise
+levels and, apart from them, what the network is told at each ("decoupled"). A student need not reach the very image of
+its noise, only one of a noise within a small ball around it: the starting points are learned along ("soft" objective).
+
+Other than in the published code: a decoupled level is bounded by the gaps beside it, not by the smallest gap of all
+(which the code takes from the logits, where it is zero at first); steps of the starting points have a given length
+instead of a learning rate in units of the loss; the loss is divided by its first value, so that learning rates and the
+clipping of gradients mean the same for every kind of loss; batches are larger, and the start is the best of the common
+schedules or one from a file, as equal gaps in ln sigma are a bad one for few steps.
+"""
+
+import copy
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from models.noise import VPTime
+from solvers.sampler import integrate, resolve_sigmas, sample
+from solvers.schedule_file import load_schedule
+from solvers.schedules import SCHEDULES, check_sigmas
+from solvers.search.gits import check_teacher
+from solvers.solver import Option
+from torch_utils import distributed
+from torch_utils.errors import UserError
+from training.sample_loss import PairLoss, parse_loss
+
+INITIAL = {"polynomial": 7, "time_uniform": 1, "logsnr": 1, "discrete": 1}  # schedule_type: its usual schedule_rho
+SUMMARY = "LD3: gradient descent through the sampler; needs a differentiable solver"
+OPTIONS = {
+    "solver_tea": Option(str, "unipc", "solver of the teacher"),
+    "num_steps_tea": Option(int, 21, "points of the teacher's grid"),
+    "schedule_type": Option(tuple(SCHEDULES), "polynomial", "the teacher's grid"),
+    "schedule_rho": Option(float, 7.0, "its exponent"),
+    "init": Option(
+        str, "auto", f"where to start: {', '.join(INITIAL)}, a schedule file, or auto, the best of the names"
+    ),
+    "mode": Option(("lambda", "time"), "lambda", "what the gaps are measured in: -ln sigma or the time of the VP SDE"),
+    "loss": Option(
+        str, "features", "distance to the teacher: weighted sum of l2, huber, features, lpips, module:function"
+    ),
+    "feature_sigma": Option(
+        float, None, "noise level at which features of the denoiser are compared, 0.1 if it knows that"
+    ),
+    "num_train": Option(int, 256, "pairs of noise and image to learn from"),
+    "num_valid": Option(int, 64, "pairs to choose the result by"),
+    "update_batch": Option(int, 32, "pairs per update, over all processes; --batch is per network call"),
+    "rounds": Option(int, 15, "passes over the pairs"),
+    "rounds_grid": Option(int, 4, "passes before what the network is told is learned apart"),
+    "valid_every": Option(int, 4, "updates between two validations"),
+    "patience": Option(int, 5, "validations without progress until the learning rates fall by a fifth"),
+    "lr": Option(float, 5e-3, "learning rate of the gaps (RMSprop)"),
+    "lr_net": Option(float, 1.0, "that of the decoupled levels (SGD), divided by the number of intervals"),
+    "win_rate": Option(float, 0.5, "how far they may go, in units of the next gap; 0: they are the noise levels"),
+    "radius": Option(float, 1e-3, "of the ball of starting points, times C H W / intervals^2; 0: the noise itself"),
+    "checkpointing": Option(bool, True, "compute activations twice instead of keeping them"),
+}
+SMALLEST_GAP = 1e-3  # of the mean gap
+MOMENTUM, LARGEST_GRADIENT, DECAY = 0.9, 1.0, 0.8
+PROGRESS = 1e-6  # share by which a loss has to fall; less is rounding
+RELAXATION = 0.5  # length of a step of the starting points, of the ball's radius
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is learned
+
+
+class Grid:
+    """A schedule with parameters u [N - 1], the logits of the gaps, and v [N - 2] in -1 .. 1, the decoupled levels.
+
+    initial: the noise levels [N] to start at, float64, N > 2; initial_net: what the network is told there. mode: gaps in
+    lambda = -ln sigma, or in the time of the variance-preserving SDE. win_rate: the decoupled levels stay within this
+    share of the smaller gap beside them. Whatever u, the levels descend between the same ends.
+    """
+
+    def __init__(self, initial: torch.Tensor, mode: str = "lambda", win_rate: float = 0.5, initial_net=None):
+        self.ends, self.mode, self.win_rate = initial[[0, -1]].clone(), mode, win_rate
+        self._curve = VPTime(float(initial[-1]), float(initial[0])) if mode == "time" else None
+        gaps = self._coordinate(initial).diff()
+        self._span, self._start = gaps.sum(), self._coordinate(initial)[0]
+        self._least = SMALLEST_GAP / len(gaps)
+        free = (gaps / gaps.sum() - self._least).clamp(min=self._least * SMALLEST_GAP)
+        self.u = free.log().requires_grad_(True)
+        self.v = torch.zeros(len(gaps) - 1, dtype=torch.float64, requires_grad=True)
+        if initial_net is not None and win_rate:
+            offset = self._coordinate(initial_net[1:-1]) - self._coordinate(initial[1:-1])
+            self.v.data = (offset / self._room(gaps)).clamp(-1, 1)
+
+    def levels(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sigmas, sigmas_net), each float64 [N] on the CPU, with gradients to u and v."""
+        shares = self._least + (1 - self._least * len(self.u)) * self.u.softmax(0)
+        gaps = self._span * shares
+        inner = self._start + gaps.cumsum(0)[:-1]
+        return self._pinned(inner), self._pinned(inner + self._room(gaps.detach()) * self.v)
+
+    def project(self) -> None:
+        """Puts v back into its bounds."""
+        self.v.data.clamp_(-1, 1)
+
+    def _room(self, gaps):
+        return self.win_rate * torch.minimum(gaps[:-1], gaps[1:])
+
+    def _pinned(self, inner):
+        sigmas = (-inner).exp() if self._curve is None else self._curve.sigma(-inner)
+        return torch.cat([self.ends[:1], sigmas, self.ends[1:]])
+
+    def _coordinate(self, sigmas):
+        """Grows from noise to image."""
+        return -(sigmas.log() if self._curve is None else self._curve.time(sigmas))
+
+
+@dataclass
+class Pairs:
+    """Samples of one network call: noise [B,C,H,W], where the student starts instead, the teacher's images."""
+
+    latents: torch.Tensor
+    cond: Mapping
+    targets: torch.Tensor | None = None
+    relaxed: torch.Tensor | None = None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Which solvers have gradients
+
+
+class Probe(torch.nn.Module):
+    """The denoiser of Gaussian data with independent pixels, in closed form. Samples are well within -1 .. 1, where
+    thresholding does nothing."""
+
+    img_channels, img_resolution, label_dim = 1, 4, 0
+
+    def __init__(self, sigma_min, sigma_max):
+        super().__init__()
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+        self.data_mean, self.data_std = torch.linspace(-0.3, 0.2, 16, dtype=torch.float64).reshape(1, 1, 4, 4), 0.2
+        self.variance = (0.01 + 0.2 * self.data_mean**2).flip(-1)
+
+    def forward(self, x, sigma, **cond):
+        return (self.variance * x + sigma**2 * self.data_mean) / (self.variance + sigma**2)
+
+
+def check_gradients(problem, sigmas: torch.Tensor) -> None:
+    """UserError for a solver through which no gradients flow to the noise levels, or wrong ones: they are compared with
+    differences on ``Probe``, where that costs nothing."""
+    wrong = f"ld3 needs gradients to the noise levels, and the solver '{problem.solver}' "
+    rule = problem.rule()
+    if rule.stochastic:
+        raise UserError(wrong + "draws noise: choose a deterministic one")
+    if not rule.differentiable:
+        raise UserError(wrong + "does not have them: choose another one")
+    net = Probe(problem.sigma_min, problem.sigma_max)
+    latents = torch.sin(torch.arange(32, dtype=torch.float64) ** 2).reshape(2, 1, 4, 4)
+
+    def output(logs):
+        settings = {"solver": problem.solver, "afs": problem.afs, **problem.options}
+        x = integrate(net, latents, sigmas=logs[0].exp(), sigmas_net=logs[1].exp(), **settings)
+        return (x * torch.linspace(1, 2, 32, dtype=torch.float64).reshape(x.shape)).sum()
+
+    point = torch.stack([sigmas, sigmas]).cpu().log()
+    leaf = point.clone().requires_grad_(True)
+    result = output(leaf)
+    found = torch.zeros_like(point)
+    if result.requires_grad:
+        found = torch.autograd.grad(result, leaf, allow_unused=True, materialize_grads=True)[0]
+    expected, step = torch.zeros_like(point), 1e-5
+    with torch.no_grad():
+        for row in range(2):
+            for i in range(1, point.shape[1] - 1):
+                shift = torch.zeros_like(point)
+                shift[row, i] = step
+                expected[row, i] = (output(point + shift) - output(point - shift)) / (2 * step)
+    error = (found - expected)[:, 1:-1].norm()
+    if not error <= 1e-4 * expected.norm():
+        raise UserError(wrong + "gives wrong ones: choose another one")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The optimisation
+
+
+class NotFinite(Exception):
+    """A loss or a gradient is not a number, on every rank."""
+
+
+class Trainer:
+    """One run of LD3 on a ``Problem`` (training/schedule_search.py). Every process has its own pairs and the same parameters.
+
+    options: those of ``OPTIONS``. Attributes: ``grid``; ``best``, the levels with the least validation loss and that
+    loss; ``first``, the validation loss of the start.
+    """
+
+    def __init__(self, problem, options: dict):
+        self.problem, self.options = problem, options
+        self.distance = PairLoss(options["loss"], problem.net, options["feature_sigma"])
+        if options["feature_sigma"] is not None and "features" not in [name for _, name in parse_loss(options["loss"])]:
+            raise UserError(f"feature_sigma has no effect with loss={options['loss']}; leave it out")
+        self.intervals = problem.num_steps - 1
+        numbers = problem.net.img_channels * problem.net.img_resolution**2
+        self.radius = options["radius"] * numbers / self.intervals**2
+        self.updates = self.stale = self.recomputed = 0
+        self.best: dict = {}
+
+    # Pairs.
+
+    def deal(self) -> None:
+        """Noise and conditions of this process's pairs: batches of training pairs and the validation pairs, each as a
+        list of network calls. Which process has a pair does not change."""
+        train, valid, batch = (self.options[name] for name in ("num_train", "num_valid", "update_batch"))
+        seeds = [seed for part in self.problem.batches(train + valid) for seed in part]
+        starts = range(0, train, batch)
+        self.sizes = [min(batch, train - start) for start in starts]
+        self.train = [self._calls(seeds[start : start + size]) for start, size in zip(starts, self.sizes, strict=True)]
+        self.valid = self._calls(seeds[train:])
+
+    def _calls(self, seeds: list[int]) -> list[Pairs]:
+        mine = seeds[distributed.rank() :: distributed.world_size()]
+        parts = [mine[start : start + self.problem.batch] for start in range(0, len(mine), self.problem.batch)]
+        return [Pairs(*self.problem.noise(part)) for part in parts]
+
+    @property
+    def calls(self) -> list[Pairs]:
+        return [pairs for batch in (*self.train, self.valid) for pairs in batch]
+
+    def teach(self) -> None:
+        """Makes the teacher's images."""
+        options, problem = self.options, self.problem
+        settings = {
+            "solver": options["solver_tea"],
+            "num_steps": options["num_steps_tea"],
+            **{name: options[name] for name in ("schedule_type", "schedule_rho")},
+            "sigma_min": problem.sigma_min,
+            "sigma_max": problem.sigma_max,
+            **problem.shared_options(options["solver_tea"]),
+        }
+        with problem.progress(sum(len(pairs.latents) for pairs in self.calls), "pair") as bar:
+            for pairs in self.calls:
+                pairs.targets = sample(problem.net, pairs.latents, cond=pairs.cond, **settings)
+                pairs.relaxed = pairs.latents
+                bar.update(len(pairs.latents))
+
+    # Losses.
+
+    def losses(self, x, pairs: Pairs, sigmas, told) -> torch.Tensor:
+        """Distances [B] of the student's samples from noise x."""
+        problem = self.problem
+        samples, info = integrate(
+            problem.net,
+            x,
+            solver=problem.solver,
+            sigmas=sigmas,
+            sigmas_net=told,
+            afs=problem.afs,
+            cond=pairs.cond,
+            checkpointing=self.options["checkpointing"],
+            return_info=True,
+            **problem.options,
+        )
+        if samples.requires_grad and self.options["checkpointing"]:  # repetitions end early, uncounted by hooks
+            self.recomputed += info.nfe * len(x)
+            problem.evaluations += info.nfe * len(x)
+        return self.distance(samples, pairs.targets, pairs.cond)
+
+    @torch.no_grad()
+    def validate(self, sigmas, told) -> float:
+        """The mean loss of the validation pairs from where they start now."""
+        total = torch.zeros(1, dtype=torch.float64)
+        with distributed.together():
+            for pairs in self.valid:
+                total += self.losses(pairs.relaxed, pairs, sigmas, told).double().sum().cpu()
+        return float(self._summed(total)) / self.options["num_valid"]
+
+    def gradients(self, pairs: Pairs, sigmas, told) -> tuple[torch.Tensor, torch.Tensor]:
+        """(losses [B], gradients of their sum to sigmas and told [2,N]); moves the starting points of the pairs."""
+        levels = [sigmas, told if told is None else told.detach().requires_grad_(True)]
+        levels[0] = sigmas.detach().requires_grad_(True)
+        x = pairs.relaxed.detach().requires_grad_(self.radius > 0)
+        losses = self.losses(x, pairs, *levels)
+        wanted = [value for value in (*levels, x) if value is not None and value.requires_grad]
+        found = list(torch.autograd.grad(losses.sum(), wanted, allow_unused=True, materialize_grads=True))
+        if self.radius:
+            self.relax(
+                pairs, found.pop(), losses.detach(), *(value if value is None else value.detach() for value in levels)
+            )
+        rows = [value.double() for value in found] + [torch.zeros(len(sigmas), dtype=torch.float64)]
+        return losses.detach(), torch.stack(rows[:2])
+
+    @torch.no_grad()
+    def relax(self, pairs: Pairs, gradient, losses, sigmas, told) -> None:
+        """One step of projected gradient descent of the starting points, kept where the loss falls."""
+
+        def lengths(value):
+            return value.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
+
+        step = RELAXATION * self.radius * gradient / lengths(gradient).clamp(min=torch.finfo(gradient.dtype).tiny)
+        offset = pairs.relaxed - step - pairs.latents
+        candidate = pairs.latents + offset * (self.radius / lengths(offset)).clamp(max=1)
+        better = self.losses(candidate, pairs, sigmas, told) < losses
+        pairs.relaxed = torch.where(better.reshape(-1, 1, 1, 1), candidate, pairs.relaxed)
+
+    def _summed(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes; NotFinite on all of them where it is no number."""
+        device = torch.device(self.problem.device)
+        values = distributed.all_reduce_sum(values.to(device) if device.type == "cuda" else values).cpu()
+        if not values.isfinite().all():
+            raise NotFinite
+        return values
+
+    # Steps.
+
+    def start(self) -> None:
+        """The grid to start from, judged by the validation pairs."""
+        candidates = initial_schedules(self.problem, self.options["init"])
+        measured = []
+        for sigmas, told in candidates:
+            try:
+                measured.append(self.validate(sigmas, told))
+            except NotFinite:
+                measured.append(math.inf)
+        self.first = min(measured)
+        if not 0 < self.first < math.inf:
+            raise UserError(
+                f"the loss at the start is {self.first}: the network, its teacher or the schedule to start from broke down"
+            )
+        sigmas, told = candidates[measured.index(self.first)]
+        self.best = {"loss": self.first, "sigmas": sigmas, "told": told, "updates": 0}
+        win_rate = self.options["win_rate"]
+        self.grid = Grid(sigmas, self.options["mode"], win_rate, told)
+        self.optimizers = self._optimizers()
+
+    def _optimizers(self):
+        lr, lr_net = self.options["lr"], self.options["lr_net"] / self.intervals
+        return [torch.optim.RMSprop([self.grid.u], lr, momentum=MOMENTUM), torch.optim.SGD([self.grid.v], lr_net)]
+
+    def levels(self):
+        """The current (sigmas, sigmas_net), the latter None where it is the same."""
+        sigmas, told = self.grid.levels()
+        return sigmas, told if self.decoupled or self.grid.v.any() else None
+
+    @property
+    def decoupled(self) -> bool:
+        """Whether v is learned in this round."""
+        return self.options["win_rate"] > 0 and self.round >= self.options["rounds_grid"]
+
+    def update(self, index: int) -> None:
+        """A step of the parameters on one batch of training pairs."""
+        sigmas, told = self.levels()
+        total = torch.zeros(2 * len(sigmas), dtype=torch.float64)
+        with distributed.together():
+            for pairs in self.train[index]:
+                total += self.gradients(pairs, sigmas, told)[1].flatten()
+        gradients = self._summed(total).reshape(2, -1) / (self.sizes[index] * self.first)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        outputs = [sigmas] if told is None else [sigmas, told]
+        torch.autograd.backward(outputs, list(gradients[: len(outputs)]))
+        learned = [self.grid.u, self.grid.v] if self.decoupled else [self.grid.u]
+        torch.nn.utils.clip_grad_norm_(learned, LARGEST_GRADIENT)
+        for optimizer in self.optimizers[: len(learned)]:
+            optimizer.step()
+        self.grid.project()
+        self.updates += 1
+
+    @torch.no_grad()
+    def judge(self) -> float:
+        """Validates the current grid: keeps it if it is the best, else sometimes lowers the learning rates."""
+        sigmas, told = self.levels()
+        loss = self.validate(sigmas, told)
+        if loss < self.best["loss"] * (1 - PROGRESS):
+            self.best = {"loss": loss, "sigmas": sigmas, "told": told, "updates": self.updates}
+            self.stale = 0
+        else:
+            self.stale += 1
+        if self.stale >= self.options["patience"]:
+            self.stale = 0
+            for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+                group["lr"] *= DECAY
+        return loss
+
+    def relax_validation(self) -> None:
+        """Moves the starting points of the validation pairs, once for a whole round in which losses are compared."""
+        sigmas, told = self.levels()
+        with distributed.together():
+            for pairs in self.valid:
+                self.gradients(pairs, sigmas, told)
+        self.best["loss"] = self.validate(self.best["sigmas"], self.best["told"])
+
+    def run_round(self, bar) -> None:
+        if self.radius:
+            self.relax_validation()
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.round))
+        last = self.options["rounds"] * len(self.train)
+        for index in order.tolist():
+            self.update(index)
+            if self.updates % self.options["valid_every"] == 0 or self.updates == last:
+                loss = self.judge()
+                bar.set_postfix(valid=f"{loss:.4g}", best=f"{self.best['loss']:.4g}")
+            bar.update()
+
+    def run(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(sigmas, sigmas_net or None), the best ones found."""
+        problem, options = self.problem, self.options
+        self.deal()
+        with distributed.together():
+            state = problem.load_state()
+        if not self.restore(state):
+            with distributed.together():
+                self.teach()
+            self.round = 0
+            self.start()
+            self.before = self.snapshot()
+            self.save()
+        with problem.progress(options["rounds"] * len(self.train), "update", self.updates) as bar:
+            try:
+                while self.round < options["rounds"]:
+                    self.run_round(bar)
+                    self.round += 1
+                    self.save()
+            except NotFinite:
+                self.broken()
+        distributed.print0(
+            f"ld3: validation loss {self.best['loss']:.4g} after {self.best['updates']} of {self.updates} updates"
+            f" (at the start {self.first:.4g}); {self.recomputed} evaluations by this process were repetitions for gradients"
+        )
+        return self.best["sigmas"], self.best["told"]
+
+    def broken(self) -> None:
+        """A loss or gradient was not finite: UserError if nothing better than the start is known yet."""
+        if not self.best["updates"]:
+            self.problem.drop_state()
+            raise UserError(
+                f"the loss or its gradient is not finite after {self.updates} updates, and nothing better than the start"
+                " was found: try another solver, loss or a smaller lr"
+            )
+        if distributed.rank() == 0:
+            print(
+                f"Warning: stopped after {self.updates} updates, where the loss or its gradient is not finite; the best"
+                " schedule until then is kept",
+                file=sys.stderr,
+            )
+
+    # Resuming. Processes save after the same round, but some may be killed before they do: each keeps two rounds.
+
+    def snapshot(self) -> dict:
+        names = ("round", "updates", "stale", "recomputed", "first")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "best": dict(self.best),
+            "grid": [self.grid.u.detach().clone(), self.grid.v.detach().clone()],
+            "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in self.optimizers],
+            "relaxed": [pairs.relaxed for pairs in self.calls],
+        }
+
+    def save(self) -> None:
+        now = self.snapshot()
+        snapshots = [self.before, now] if distributed.world_size() > 1 else [now]
+        with distributed.together():
+            self.problem.save_state({"targets": [pairs.targets for pairs in self.calls], "snapshots": snapshots})
+        self.before = now
+
+    def restore(self, state: dict | None) -> bool:
+        """Goes on where a state ends; False where this or another process has none."""
+        rounds = distributed.gather_objects(None if state is None else state["snapshots"][-1]["round"])
+        if None in rounds:
+            return False
+        common = [one for one in state["snapshots"] if one["round"] == min(rounds)]
+        error = None if common else UserError("the states of the processes do not belong together: delete them")
+        distributed.agree(error)
+        self.before = common[0]
+        for name in ("round", "updates", "stale", "recomputed", "first"):
+            setattr(self, name, self.before[name])
+        self.best = dict(self.before["best"])
+        self.grid = Grid(self.best["sigmas"], self.options["mode"], self.options["win_rate"])
+        for parameter, value in zip((self.grid.u, self.grid.v), self.before["grid"], strict=True):
+            parameter.data = value.clone()
+        self.optimizers = self._optimizers()
+        for optimizer, value in zip(self.optimizers, self.before["optimizers"], strict=True):
+            optimizer.load_state_dict(copy.deepcopy(value))
+        for pairs, targets, relaxed in zip(self.calls, state["targets"], self.before["relaxed"], strict=True):
+            pairs.targets, pairs.relaxed = targets.to(pairs.latents), relaxed.to(pairs.latents)
+        return True
+
+
+def initial_schedules(problem, init: str) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The (sigmas, sigmas_net or None) to start from, with the problem's ends: one, or those of which ``auto`` chooses."""
+
+    def pinned(sigmas, told=None):
+        sigmas = torch.as_tensor(sigmas, dtype=torch.float64).cpu().clone()
+        sigmas[0], sigmas[-1] = problem.sigma_max, problem.sigma_min
+        return check_sigmas(sigmas), None if told is None else torch.as_tensor(told, dtype=torch.float64)
+
+    if init != "auto" and init not in INITIAL:
+        schedule = load_schedule(init)
+        if len(schedule.sigmas) != problem.num_steps:
+            raise UserError(f"{init} has {len(schedule.sigmas)} noise levels instead of num_steps={problem.num_steps}")
+        return [pinned(schedule.sigmas, schedule.sigmas_net)]
+    found = []
+    for name in INITIAL if init == "auto" else [init]:
+        if init == "auto" and name == "discrete" and not hasattr(problem.net, "sigma_inv"):
+            continue
+        try:
+            ends = (problem.sigma_min, problem.sigma_max)
+            found.append(pinned(resolve_sigmas(problem.net, problem.num_steps, name, INITIAL[name], *ends)))
+        except UserError:  # time_uniform does not exist for every range
+            if init != "auto":
+                raise
+    return found
+
+
+def check_options(problem, options: dict) -> None:
+    """UserError where the settings are impossible, before anything is computed."""
+    check_teacher(options["solver_tea"])
+    if problem.num_steps < 3:
+        raise UserError("ld3 needs num_steps of at least 3: with 2 there is nothing between the ends")
+    for name in ("num_train", "num_valid", "update_batch", "rounds", "valid_every", "patience"):
+        if options[name] < 1:
+            raise UserError(f"{name}={options[name]} must be at least 1")
+    for name in ("rounds_grid", "lr", "lr_net", "radius"):
+        if not (math.isfinite(options[name]) and options[name] >= 0):
+            raise UserError(f"{name}={options[name]} must be a finite number >= 0")
+    if not 0 <= options["win_rate"] <= 0.5:
+        raise UserError(f"win_rate={options['win_rate']} must be within 0..0.5")
+    resolve_sigmas(
+        problem.net,
+        options["num_steps_tea"],
+        options["schedule_type"],
+        options["schedule_rho"],
+        problem.sigma_min,
+        problem.sigma_max,
+    )
+    check_gradients(problem, initial_schedules(problem, options["init"])[0][0])
+
+
+def ld3_schedule(problem, **options) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(sigmas, sigmas_net or None) for a ``Problem``, float64 [num_steps]; options: all of ``OPTIONS``.
+
+    The ends are those of the problem; the validation loss is never above that of the start. Raises UserError on
+    impossible settings, on solvers without gradients, and where losses are not finite before anything better was found.
+    """
+    check_options(problem, options)
+    return Trainer(problem, options).run()

@@ -1,0 +1,264 @@
+"""A run that trains a span solver: its start, its pairs, its folder."""
+
+import copy
+import math
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from models.denoiser import embedding_layer
+from solvers.span_table import SpanStudent
+from torch_utils import distributed
+from torch_utils.errors import UserError
+from torch_utils.files import sha256_of
+from torch_utils.memory import AUTO, explained_oom
+from torch_utils.progress import progress_bar
+from training.checkpoint import save_predictor
+from training.options import FinalOptions, grid_sigmas
+from training.run import Run, check_state, fitting_batch_gpu, numbers, prepare, provenance_of, restore, working_folder
+from training.run_folder import newest_state, on_main
+from training.sample_loss import PairLoss
+from training.span_trainer import PATIENCE, STATISTICS, FinalTrainer, NotFinite, measure
+from training.teacher import TeacherSet, draw_condition, draw_inputs, file_of, identity_of, teacher_set
+
+FINALISTS = 3  # starts that are trained for a moment before one is chosen
+
+
+def head_sizes(net, options: FinalOptions) -> dict:
+    """What the heads of a student have to know of the network."""
+    if not options.head_names():
+        return {}
+    width = embedding_layer(net).out_features if "time" in options.head_names() else None
+    return {"img_channels": net.img_channels, "embedding_width": width}
+
+
+def rehearse(net, options: FinalOptions, ends: tuple, prompts, device, batch_gpu: int) -> None:
+    """What needs the memory of an iteration, for one call of the network and without learning."""
+    shape = [net.img_channels, net.img_resolution, net.img_resolution]
+    student = options.make_student(*ends, **head_sizes(net, options), image_shape=shape)
+    student.heads.to(device)
+    latents, cond = draw_inputs(net, range(batch_gpu), prompts, device=device)
+    x = student.run(net, latents, cond, checkpointing=options.checkpointing)
+    PairLoss(options.loss, net, options.feature_sigma)(x, latents, cond).sum().backward()
+
+
+def choose_start(
+    net, options: FinalOptions, pairs: TeacherSet, ends: tuple, chunk: int, total: int, say
+) -> SpanStudent:
+    """The untrained student: of ``options.starts`` those are picked whose loss on the first init_pairs pairs is least, and
+    of these the one that is best after a short training (``try_finalists``). total: iterations of the run; say(text): told
+    the scores."""
+    pair_loss = PairLoss(options.loss, net, options.feature_sigma)
+    starts, indices = options.starts(), pairs.train[: options.init_pairs]
+    gaussian = _data_gaussian(net, options, ends, pairs.prompts, chunk)
+    results = []
+    bar = progress_bar(len(starts), unit="start", disable=len(starts) == 1 or None, leave=False)
+    for base, grid in starts:
+        bar.update()
+        more = {"image_shape": list(gaussian["mean"].shape)} if gaussian else {}
+        more |= head_sizes(net, options)
+        if base is not None:
+            more["base"] = base
+        if grid is not None:
+            more["sigmas"] = grid_sigmas(grid, options.num_steps, *ends, net)
+        try:
+            student = options.make_student(*ends, **more)
+        except UserError:
+            if len(starts) == 1:
+                raise
+            continue  # two levels of this grid coincide, for example
+        student.load_state_dict(gaussian, strict=False)
+        student.heads.to(pairs.device)
+        loss = measure(net, student, pairs, indices, pair_loss, chunk)[0] if len(starts) > 1 else 0.0
+        results.append((loss, len(results), f"{base or 'preset'}@{grid or 'given'}", student))
+    bar.close()
+    if not results:
+        raise UserError(f"--init={options.init}: none of its starts is possible with num_steps={options.num_steps}")
+    results.sort(key=lambda result: result[:2])
+    if not math.isfinite(results[0][0]):
+        raise UserError("no start of the student has a finite loss: check the network, or --amp=none")
+    if len(results) > 1:
+        say("starts: " + ", ".join(f"{name} {loss:.4g}" for loss, _, name, _ in results))
+    finalists = [(name, student) for loss, _, name, student in results[:FINALISTS] if math.isfinite(loss)]
+    if len(finalists) == 1 or not options.init_trial:
+        return finalists[0][1]
+    return try_finalists(net, options, pairs, finalists, math.ceil(options.init_trial * total), say)
+
+
+def try_finalists(net, options: FinalOptions, pairs: TeacherSet, finalists: list, iterations: int, say) -> SpanStudent:
+    """The one of ``finalists``, (name, student) pairs, that is best in validation after so many iterations; untrained.
+
+    Solvers that err alike before training may be far apart after it, and a few iterations show that.
+    """
+    short = replace(options, warmup=min(options.warmup, iterations // 4))
+    results = []
+    for name, student in finalists:
+        trainer = FinalTrainer(net, copy.deepcopy(student), pairs, short, iterations, pairs.device)
+        if trainer.distribution is None:  # which begins with features of the untrained student
+            trainer.first = (math.nan, math.nan)  # else its validation is not needed
+        try:
+            for _ in range(iterations):
+                trainer.iterate()
+        except NotFinite:
+            trainer.best["value"] = math.inf
+        results.append((trainer.best["value"], len(results), name, student))
+    results.sort(key=lambda result: result[:2])
+    say(f"after {iterations} iterations: " + ", ".join(f"{name} {value:.4g}" for value, _, name, _ in results))
+    return results[0][-1]
+
+
+def _data_gaussian(net, options: FinalOptions, ends: tuple, prompts, batch: int) -> dict:
+    """Mean and variance of the data for the student's first step, measured on one process; empty where it needs none."""
+    student = options.make_student(*ends)
+    if student.config["first_step"] != "gaussian":
+        return {}
+
+    def measured():
+        make_cond = partial(draw_condition, net, prompts=prompts)
+        student.measure_gaussian(net, batch=batch, make_cond=make_cond)
+        return {name: student.state_dict()[name].cpu() for name in ("mean", "variance")}
+
+    return on_main(measured)
+
+
+class FinalRun(Run):
+    """The training of a span student in a folder."""
+
+    columns = STATISTICS
+    failures = (NotFinite,)
+
+    def save_product(self, progress: dict) -> None:
+        trainer = self.trainer
+        values = {"first": trainer.first[0], "best": trainer.best["value"], "best_iteration": trainer.best["iteration"]}
+        provenance = {**self.provenance, **progress, "validation": values}
+        on_main(save_predictor, trainer.best_student(), self.product_path, provenance)
+
+    def give_up(self, error: NotFinite) -> None:
+        """Saves the last good state and the best student, and says what happened."""
+        self.save_state()
+        message = (
+            f"no finite gradient in {PATIENCE} iterations in a row, up to iteration {self.trainer.iteration + 1} "
+            f"({self.nimg / 1000:g} kimg); the last good state is kept in {self.folder}: check the network, or start "
+            "again with smaller --lrs or --amp=none"
+        )
+        self.log.note(f"Error: {message}")
+        raise UserError(message) from None
+
+    def shown(self, latest: torch.Tensor) -> str:
+        loss, (val, rms) = float(latest[0, 0]), self.trainer.validation  # validation is rare: not smoothed
+        return f"loss {loss:.4g} val {val:.4g} (first {self.trainer.first[0]:.4g}) rms {rms:.4g}"
+
+    def announce(self, net, device: torch.device, resume: bool) -> None:
+        """Records the options, and says in a few lines what is going to happen."""
+        self.record_options(device)
+        options, trainer, world = self.options, self.trainer, distributed.world_size()
+        config = trainer.student.config
+        self.log.say(f"{'Continuing' if resume else 'Training'} in {self.folder}")
+        self.log.say(
+            f"span student ({options.preset}, base {config['base']}) taught by {options.sampler_tea} on "
+            f"{options.dataset_name} ({Path(net.source_path).name}), {config['num_steps']} time stamps, "
+            f"NFE {trainer.evaluations}, {_size(trainer.student)}"
+        )
+        self.log.say(f"noise levels {numbers(trainer.student.sigmas().detach())}; seed {options.seed}")
+        self.log.say(
+            f"loss {options.loss}, {options.pairs} pairs, batch {options.batch} ({trainer.chunk} per call, {world} "
+            f"processes), {self.total} iterations, {device}"
+        )
+        if resume:
+            self.log.say(f"from iteration {trainer.iteration} ({self.nimg / 1000:g} kimg)")
+
+
+def train_student(options: FinalOptions | dict, device="cpu", run_dir=None, resume: bool = False) -> Path:
+    """Trains a span student on final samples and returns its file, ``<folder>/predictor-<kimg>.safetensors``: the state
+    that was best in validation.
+
+    Arguments and errors as those of ``train_predictor``.
+    """
+    with ExitStack() as locks:
+        return _train_student(options, device, run_dir, resume, locks)
+
+
+def _train_student(options: FinalOptions | dict, device, run_dir, resume: bool, locks: ExitStack) -> Path:
+    """The same; ``locks`` holds the folder."""
+    device = torch.device(device)
+    options = FinalOptions.from_dict(options) if isinstance(options, dict) else options
+    options, net, prompts = prepare(options, device)
+    options = options.resolved(net, prompts, device)
+    ends = tuple(
+        float(getattr(net, name) if getattr(options, name) is None else getattr(options, name))
+        for name in ("sigma_min", "sigma_max")
+    )
+    if options.sigmas is not None:
+        ends = (options.sigmas[-1], options.sigmas[0])
+    options.make_student(*ends)  # says what is wrong with the noise levels
+    own_place = run_dir is not None or options.nosubdir  # before the work: is it free?
+    folder = locks.enter_context(working_folder(options, net, run_dir, resume)) if own_place else None
+    state = on_main(newest_state, run_dir) if resume else None  # None: it was killed before the first one
+    if state is not None:
+        check_state(options, state, net, run_dir)
+    if options.batch_gpu == AUTO:
+        share = options.batch // distributed.world_size()
+        options.batch_gpu = fitting_batch_gpu(partial(rehearse, net, options, ends, prompts, device), share, device)
+    pairs = _pairs(net, options, ends, prompts, device, run_dir if resume else None)
+    chunk = min(options.batch_gpu or options.batch, options.batch // distributed.world_size())
+    total = math.ceil(options.total_kimg * 1000 / options.batch - 1e-9)
+    lines: list[str] = []
+    if state is None:
+        with explained_oom(device, f"lower --batch-gpu (now {chunk})"):
+            student = choose_start(net, options, pairs, ends, chunk, max(1, total), lines.append)
+    else:
+        student = _student_of(state, run_dir)
+    trainer = FinalTrainer(net, student, pairs, options, max(1, total), device)
+    names = ("seed", "batch", "amp", "objective", "loss", "sampler_tea", "num_steps_tea", "pairs")
+    provenance = provenance_of(net, options, names)
+    elapsed = 0.0
+    if state is not None:
+        elapsed = restore(trainer, options, state, net, run_dir)
+    if folder is None:
+        folder = locks.enter_context(working_folder(options, net, run_dir))
+    run = FinalRun(trainer, options, folder, provenance, elapsed)
+    trainer.report = run.log.say
+    if resume:
+        run.tidy()
+    run.announce(net, device, resume)
+    for line in lines:
+        run.log.say(line)
+    path = run.carry_out()
+    first, best = trainer.first[0], trainer.best
+    run.log.say(f"validation {first:.4g} before, {best['value']:.4g} in the best state (iteration {best['iteration']})")
+    return path
+
+
+def _pairs(net, options: FinalOptions, ends, prompts, device, run_dir=None) -> TeacherSet:
+    """The teacher pairs. run_dir: folder of a run that is continued; a set that lies beside it is read."""
+    settings = options.teacher(*ends)
+    more = {name: getattr(options, name) for name in ("guidance_type", "guidance_rate", "amp")}
+    if options.prompt_path is not None:
+        more["prompts_sha256"] = sha256_of(options.prompt_path)
+    path = options.teacher_set
+    if path is None:
+        places = [options.outdir, *([] if run_dir is None else [Path(run_dir).parent])]
+        files = [file_of(Path(place) / "teacher-sets", identity_of(net, settings, more)) for place in places]
+        path = next((file for file in files if file.is_file()), files[0])
+    batch = options.batch_gpu or max(options.batch // distributed.world_size(), 1)
+    return teacher_set(
+        net, settings, path, more=more, prompts=prompts, batch=batch, device=device, log=distributed.print0
+    )
+
+
+def _student_of(state: dict, folder) -> SpanStudent:
+    """The student of a training state, before its parameters are put back."""
+    try:
+        student = SpanStudent(**state["student_config"])
+        student.load_state_dict(state["predictor"])
+    except (TypeError, ValueError, ArithmeticError, KeyError, RuntimeError) as error:
+        raise UserError(f"the training state in {folder} is not that of a span student ({str(error)[:120]})") from None
+    return student
+
+
+def _size(student: SpanStudent) -> str:
+    heads = sum(parameter.numel() for parameter in student.head_parameters())
+    return f"{student.scalars()} scalars" + (f" and {heads} weights of heads" if heads else "")

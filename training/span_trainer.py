@@ -1,0 +1,290 @@
+"""Training of a span student on its final samples: the whole trajectory is differentiated, against offline teacher pairs.
+
+Samples are dealt out by their place in a stream of shuffled pairs, and gradients are sums over samples divided by the
+total batch, so the number of processes and of micro-batches changes results by rounding only.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+
+import torch
+
+from solvers.span_table import SpanStudent
+from torch_utils import distributed
+from torch_utils.seeds import stream_seeds
+from training.options import FinalOptions, learned
+from training.sample_loss import DistributionTerm, PairLoss, energy_distance
+from training.teacher import TeacherSet
+
+STATISTICS = ("loss", "val", "rms", "gradient", "skipped")
+PATIENCE = 5  # iterations in a row without a finite gradient, after which the run ends
+QUEUE = 1024  # student samples whose features the energy distance remembers
+
+
+class NotFinite(Exception):
+    """Several iterations in a row had gradients that are not finite."""
+
+
+class FinalTrainer:
+    """A span student, its optimiser, and one iteration: an Adam step for the loss of a batch of final samples.
+
+    net: a Denoiser; student: a SpanStudent, trained in place: its table on the CPU, its heads on the device; pairs: a TeacherSet;
+    total: iterations of the whole run, over which rates decay and phases take turns. report(text): told what is unusual.
+
+    ``averaged`` is the student with the moving average of the parameters; ``best`` its best state in validation, with
+    its value; ``validation`` the latest (objective, root mean square distance to the teacher).
+    """
+
+    def __init__(self, net, student: SpanStudent, pairs: TeacherSet, options: FinalOptions, total: int, device="cpu"):
+        self.net, self.student, self.pairs, self.options = net, student, pairs, options
+        self.total, self.device = total, torch.device(device)
+        self.share = options.batch // distributed.world_size()
+        self.chunk = min(options.batch_gpu or self.share, self.share)
+        self.pair_loss = PairLoss(options.loss, net, options.feature_sigma)
+        self.distribution = DistributionTerm(net, options.feature_sigma, QUEUE) if options.w_dist else None
+        self.rates, self.phases = options.rates(student), options.phase_list(student)
+        student.heads.to(self.device)
+        self.groups = learned(student)
+        groups = [{"params": parameters, "lr": self.rates[name]} for name, parameters in self.groups.items()]
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999))
+        self.averaged = copy.deepcopy(student)
+        self.iteration, self.failures = 0, 0
+        self.validation = (math.nan, math.nan)
+        self.best: dict = {"value": math.inf, "iteration": 0, "state": _copy(student.state_dict())}
+        self.first: tuple[float, float] | None = None  # the validation of the untrained student
+        self.report: Callable[[str], None] = lambda text: None
+        self._latest = torch.zeros(1, len(STATISTICS), dtype=torch.float64)
+        if self.distribution is not None:
+            self.distribution.set_bank(
+                (images, cond) for _, cond, images in map(pairs.batch, _chunks(pairs.train, self.chunk))
+            )
+
+    @property
+    def evaluations(self) -> int:
+        """NFE of the student, by the cost of the network's calls."""
+        return self.student.evaluations() * getattr(self.net, "evals_per_call", 1)
+
+    # One iteration
+
+    def iterate(self) -> torch.Tensor:
+        """One iteration; returns the statistics [1, 5] (see STATISTICS), the same on all processes.
+
+        A gradient that is not finite is skipped and counted; ``PATIENCE`` of them in a row raise NotFinite, on every
+        process. The student is then as after the last good iteration.
+        """
+        if self.first is None:
+            self.first = self.validate()
+        trained = self._phase()
+        loss = self._accumulate(trained)
+        gradients = [parameter.grad for name in trained for parameter in self.groups[name]]
+        norm = torch.stack([gradient.norm().cpu().double() for gradient in gradients]).norm()
+        good = math.isfinite(loss) and bool(norm.isfinite())
+        self._latest[0, -1] = float(not good)
+        if good:
+            self.failures = 0
+            self._update(gradients, norm)
+            self._latest[0, [0, 3]] = torch.tensor([loss, float(norm)], dtype=torch.float64)
+        else:
+            self.failures += 1
+            self.report(f"Warning: no finite gradient in iteration {self.iteration + 1}: skipped")
+            if self.failures == PATIENCE:
+                self.failures = 0  # a continued run may try again
+                raise NotFinite
+        self.iteration += 1
+        if self.iteration % self.options.val_every == 0 or self.iteration == self.total:
+            self.validate()
+        self._latest[0, 1:3] = torch.tensor(self.validation)
+        return self._latest.clone()
+
+    def _phase(self) -> list[str]:
+        """The groups that are trained in this iteration."""
+        end = 0.0
+        for groups, share in self.phases:
+            end += share * self.total
+            if self.iteration < end - 1e-9:
+                return [name for name in self.groups if name in groups]
+        return [name for name in self.groups if name in self.phases[-1][0]]
+
+    def _rate(self) -> float:
+        """Share of the learning rates: linear warm-up, then a cosine down to lr_final."""
+        warm = min(1.0, (self.iteration + 1) / max(self.options.warmup, 1))
+        cosine = 0.5 * (1 + math.cos(math.pi * min(self.iteration / self.total, 1.0)))
+        return warm * (self.options.lr_final + (1 - self.options.lr_final) * cosine)
+
+    def _anchor_weight(self) -> float:
+        """Weight of the teacher's states, which falls linearly to 0."""
+        end = self.options.anchor * self.total
+        return self.options.w_anchor * max(0.0, 1 - self.iteration / end) if end else 0.0
+
+    def _indices(self) -> list[int]:
+        """This process's part of the batch: consecutive places in a stream of shuffled epochs."""
+        start = self.iteration * self.options.batch + distributed.rank() * self.share
+        train, indices, orders = self.pairs.train, [], {}
+        for position in range(start, start + self.share):
+            epoch, place = divmod(position, len(train))
+            if epoch not in orders:
+                generator = torch.Generator().manual_seed(stream_seeds(self.options.seed, -1 - epoch, 1)[0])
+                orders[epoch] = torch.randperm(len(train), generator=generator).tolist()
+            indices.append(train[orders[epoch][place]])
+        return indices
+
+    def _accumulate(self, trained: list[str]) -> float:
+        """Puts the gradients of the batch into the parameters of these groups; returns the loss, the mean over it."""
+        self.optimizer.zero_grad(set_to_none=True)
+        total, vectors = 0.0, []
+        for indices in _chunks(self._indices(), self.chunk):
+            losses, features = self._losses(indices)
+            losses.sum().backward()
+            total += float(losses.detach().double().sum())
+            vectors.append(features)
+        parameters = [parameter for name in trained for parameter in self.groups[name]]
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        parts = [g.flatten().cpu().double() for g in gradients]
+        sums = torch.cat([*parts, torch.tensor([total], dtype=torch.float64)])
+        sums = distributed.all_reduce_sum(_for_exchange(sums, self.device)).cpu() / self.options.batch
+        self.optimizer.zero_grad(set_to_none=True)  # Adam leaves alone what has no gradient
+        sizes = [p.numel() for p in parameters]
+        for parameter, gradient in zip(parameters, sums[:-1].split(sizes), strict=True):
+            parameter.grad = gradient.view_as(parameter).to(parameter, copy=True)
+        loss = float(sums[-1])
+        if self.options.w_delta and "corrections" in trained:
+            (corrections,) = self.groups["corrections"]
+            loss += self.options.w_delta * float(corrections.detach().square().sum())
+            corrections.grad += 2 * self.options.w_delta * corrections.detach()
+        if self.distribution is not None:
+            found = torch.cat(distributed.gather_objects(torch.cat(vectors).cpu())).to(self.device)
+            if found.isfinite().all():
+                self.distribution.push(found)
+        return loss
+
+    def _losses(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Losses [B] of these samples with gradients, and the features of the student's samples, detached."""
+        latents, cond, target = self.pairs.batch(indices)
+        anchor = self._anchor_weight()
+        found = self.student.run(
+            self.net, latents, cond, checkpointing=self.options.checkpointing, return_trajectory=anchor > 0
+        )
+        x = found[-1] if anchor else found
+        losses = self.pair_loss(x, target, cond)
+        features = None
+        if self.distribution is not None:
+            vectors = self.distribution.vectors(x, cond)
+            losses = losses + self.options.w_dist * self.distribution(vectors)
+            features = vectors.detach()
+        if anchor:
+            losses = losses + anchor * self._anchor(found, indices)
+        return losses, features
+
+    def _anchor(self, states: torch.Tensor, indices: list[int]) -> torch.Tensor:
+        """[B]: squared distance of the states between the ends to the teacher's, in units of the noise there."""
+        sigmas = self.student.sigmas().detach()[1:-1]
+        wanted = self.pairs.states_at(indices, sigmas)
+        squared = (states[1:-1] - wanted).square().flatten(2).mean(dim=2)
+        return (squared / sigmas.to(squared)[:, None] ** 2).sum(dim=0)
+
+    def _update(self, gradients: list[torch.Tensor], norm: torch.Tensor) -> None:
+        """An Adam step along the clipped gradients, and the average after it."""
+        scale = min(1.0, self.options.clip / max(float(norm), 1e-30))
+        for gradient in gradients:
+            gradient.mul_(scale)
+        for group, name in zip(self.optimizer.param_groups, self.groups, strict=True):
+            group["lr"] = self.rates[name] * self._rate()
+        self.optimizer.step()
+        decay = min(self.options.ema, (1 + self.iteration) / (10 + self.iteration))
+        with torch.no_grad():
+            for name, averages in learned(self.averaged).items():
+                for average, parameter in zip(averages, self.groups[name], strict=True):
+                    average.lerp_(parameter, 1 - decay)
+
+    # Validation
+
+    @torch.no_grad()
+    def validate(self) -> tuple[float, float]:
+        """Judges the average on the pairs of validation, each process its part; keeps the best. Returns ``validation``."""
+        loss, rms, vectors = measure(
+            self.net, self.averaged, self.pairs, self.pairs.validation, self.pair_loss, self.chunk, self.distribution
+        )
+        if self.distribution is not None:
+            loss += self.options.w_dist * float(energy_distance(vectors, self.distribution.bank))
+            if self.distribution.queue is None:
+                self.distribution.push(vectors)
+        self.validation = (loss, rms)
+        if loss < self.best["value"]:
+            self.best = {"value": loss, "iteration": self.iteration, "state": _copy(self.averaged.state_dict())}
+        return self.validation
+
+    def best_student(self) -> SpanStudent:
+        """The student whose validation was best."""
+        student = copy.deepcopy(self.averaged)
+        student.load_state_dict(self.best["state"])
+        return student
+
+    # Continuing
+
+    def state(self) -> dict:
+        """A copy of everything that the next iteration depends on."""
+        return {
+            "predictor": _copy(self.student.state_dict()),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
+            "iteration": self.iteration,
+            "student_config": copy.deepcopy(self.student.config),
+            "averaged": _copy(self.averaged.state_dict()),
+            "best": {**self.best, "state": _copy(self.best["state"])},
+            "validation": self.validation,
+            "first": self.first,
+            "failures": self.failures,
+            "latest": self._latest.clone(),
+            "queue": None
+            if self.distribution is None or self.distribution.queue is None
+            else self.distribution.queue.cpu(),
+        }
+
+    def load_state(self, state: dict) -> None:
+        self.student.load_state_dict(state["predictor"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.averaged.load_state_dict(state["averaged"])
+        self.iteration, self.failures = state["iteration"], state["failures"]
+        self.best, self.validation, self.first = state["best"], state["validation"], state["first"]
+        self._latest = state["latest"].clone()
+        if self.distribution is not None:
+            self.distribution.queue = None if state["queue"] is None else state["queue"].to(self.device)
+
+
+def _copy(state: dict) -> dict:
+    return {name: value.detach().clone() for name, value in state.items()}
+
+
+def _chunks(indices, size: int):
+    return [list(indices[start : start + size]) for start in range(0, len(indices), size)]
+
+
+def _for_exchange(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device that the processes exchange data with."""
+    return tensor.to(device) if device.type == "cuda" else tensor
+
+
+@torch.no_grad()
+def measure(net, student, pairs: TeacherSet, indices, pair_loss, chunk: int, distribution=None) -> tuple:
+    """(mean loss, mean of the root mean square distance, features or None) of a student on these pairs.
+
+    Every process takes a part of the pairs, and all get the same result. Infinite where something is not finite.
+    """
+    rank, world = distributed.rank(), distributed.world_size()
+    mine = list(indices)[len(indices) * rank // world : len(indices) * (rank + 1) // world]
+    sums, vectors = torch.zeros(2, dtype=torch.float64), []
+    for part in _chunks(mine, chunk):
+        latents, cond, target = pairs.batch(part)
+        x = student.run(net, latents, cond)
+        rms = (x - target).square().flatten(1).mean(dim=1).sqrt()
+        values = torch.stack([pair_loss(x, target, cond), rms.float()])
+        sums += values.sum(dim=1).cpu().double()
+        if distribution is not None:
+            vectors.append(distribution.vectors(x, cond).cpu())
+    sums = distributed.all_reduce_sum(_for_exchange(sums, pairs.device)).cpu() / len(indices)
+    found = None
+    if distribution is not None:
+        own = torch.cat(vectors) if vectors else torch.zeros(0, distribution.bank.shape[1])
+        found = torch.cat(distributed.gather_objects(own)).to(pairs.device)
+    loss, rms = (value if math.isfinite(value) else math.inf for value in sums.tolist())
+    return loss, rms, found
