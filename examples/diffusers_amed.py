@@ -37,7 +37,7 @@ from torch_utils.seeds import parse_seeds
 def main(pipeline, predictor, prompt, guidance, seeds, outdir, device, time_only):
     """Samples one image per seed, all in one batch."""
     net = load_diffusers(pipeline, device=device)  # runs no code of the pipeline, and says what is wrong with it
-    from solvers.diffusers_scheduler import AMEDScheduler  # needs diffusers
+    from sampling.diffusers_scheduler import AMEDScheduler  # needs diffusers
 
     pipe = net.pipeline
     pipe.scheduler = AMEDScheduler.from_predictor(predictor, pipe.scheduler.config, None if time_only else net.network)

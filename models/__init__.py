@@ -5,46 +5,31 @@ The two functions here are the way in: ``create_model`` for a network of the tab
 """
 
 import hashlib
-import importlib
+import inspect
 import json
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
 
-from models.building import check_guidance
+from models.building import Family, check_guidance
 from models.denoiser import Denoiser
-from torch_utils.errors import UserError, brief
+from torch_utils.errors import UserError
 
-__all__ = ["Denoiser", "build_denoiser", "create_model", "use_tokenizer", "brief"]
-
-
-# Network family -> the function that builds it, as "module:function", imported when the family is asked for. It takes
-# (config, state_dict, guidance_type, guidance_rate, device) and returns the denoiser, filled with copies of the weights
-# on the device; ``lay_out``, ``fill_weights`` and ``check_guidance`` below are its tools.
-FAMILIES = {
-    "edm": "models:_build_edm",
-    "cm": "models.cm:build_cm",
-    "adm": "models.adm:build_adm",
-    "ldm": "models.ldm:build_ldm",
-    "sd": "models.sd:build_sd",
-}
+__all__ = ["Denoiser", "build_denoiser", "create_model", "use_tokenizer"]
 
 
-# Network family -> the function that reads its checkpoints, and which of these it takes as keywords besides the guidance
-# and the device: config (constructor arguments instead of the published ones), dataset_name, path_classifier.
-LOADERS = {
-    "edm": ("models:_load_edm", ("config", "dataset_name")),
-    "cm": ("models.cm:load_cm", ("config", "dataset_name")),
-    "adm": ("models.adm:load_adm", ("config", "dataset_name", "path_classifier")),
-    "ldm": ("models.ldm:load_ldm", ("config", "dataset_name")),
-    "sd": ("models.sd:load_sd", ("config",)),
-}
+def families() -> dict[str, Family]:
+    """All families of networks by name, loaded when first asked for: solvers need the interface alone."""
+    from models import adm, cm, edm, ldm, sd
+
+    return {family.name: family for family in (edm.FAMILY, cm.FAMILY, adm.FAMILY, ldm.FAMILY, sd.FAMILY)}
+
+
+def __getattr__(name):
+    if name == "FAMILIES":
+        return families()
+    raise AttributeError(f"module 'models' has no attribute '{name}'")
 
 
 def create_model(
@@ -84,17 +69,18 @@ def create_model(
         check_guidance(card.guidance, kind, guidance_rate, f"dataset_name '{dataset_name}'")
     path = zoo.resolve(dataset_name, model_path)
     family, config = zoo.own_settings(path) or (card.family if card else "edm", None)
-    if family not in LOADERS or card is not None and family != card.family:
-        expected = f"dataset_name '{dataset_name}' is of family {card.family}" if card else f"use {', '.join(LOADERS)}"
+    known = families()
+    if family not in known or card is not None and family != card.family:
+        expected = f"dataset_name '{dataset_name}' is of family {card.family}" if card else f"use {', '.join(known)}"
         raise UserError(f"{path}.json names the network family '{family}': {expected}")
     classifier = None
     if guidance_type == "cg" and guidance_rate != 0:
         classifier = zoo.resolve_companion(dataset_name, model_path)
-    loader, takes = LOADERS[family]
+    load = known[family].load
     given = {"config": config, "dataset_name": dataset_name, "path_classifier": classifier}
-    net = _find(loader)(
+    net = load(
         path,
-        **{name: given[name] for name in takes},
+        **{name: given[name] for name in inspect.signature(load).parameters if name in given},
         guidance_type=guidance_type,
         guidance_rate=guidance_rate,
         device=device,
@@ -129,16 +115,10 @@ def build_denoiser(
 
     Raises UserError for unknown families, unusable arguments, and weights that do not belong to them.
     """
-    if family not in FAMILIES:
-        raise UserError(f"network family '{family}' is unknown; available: {', '.join(FAMILIES)}")
-    build = _find(FAMILIES[family])
-    return build(config, state_dict, guidance_type, guidance_rate, device).eval().requires_grad_(False)
-
-
-def _find(place: str) -> Callable:
-    """The function at "module:function"."""
-    module, _, function = place.partition(":")
-    return getattr(importlib.import_module(module), function)
+    known = families()
+    if family not in known:
+        raise UserError(f"network family '{family}' is unknown; available: {', '.join(known)}")
+    return known[family].create(config, state_dict, guidance_type, guidance_rate, device)
 
 
 def _hash_files(path: Path, classifier: Path | None, config: Mapping | None) -> str:

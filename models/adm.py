@@ -9,8 +9,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models import build_denoiser
-from models.building import check_guidance, fill_weights, lay_out
+from models.building import Family, check_guidance, fill_weights, lay_out
 from models.noise import CosineNoise, LinearNoise
 from models.openai_unet import (
     ADM,
@@ -166,7 +165,7 @@ class ADMDenoiser(PixelUNetDenoiser):
 
 
 def build_adm(config: Mapping, state_dict, guidance_type, guidance_rate, device) -> ADMDenoiser:
-    """The builder of family "adm" for ``models.build_denoiser``.
+    """The builder of the family "adm".
 
     config: {"model": ..., "classifier": ..., "noise_schedule": ...}, the last two optional. guidance_type "cg" has the rate
     1 unless one is given; without guidance, or with rate 0, the classifier is neither built nor needed.
@@ -224,6 +223,9 @@ def load_adm(
     if "model.label_emb.weight" not in weights:
         arguments["model"]["num_classes"] = None
     try:
-        return build_denoiser("adm", arguments, weights, guidance_type, guidance_rate, device)
+        return FAMILY.create(arguments, weights, guidance_type, guidance_rate, device)
     except UserError as error:
         raise UserError(f"checkpoint {' and '.join(str(path) for path, _, _ in parts.values())}: {error}") from None
+
+
+FAMILY = Family("adm", build_adm, load_adm)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch.nn.modules.module import (
@@ -10,6 +11,27 @@ from torch.nn.modules.module import (
 )
 
 from torch_utils.errors import UserError, brief
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of networks: how one is made of weights in memory, and how its checkpoints are read.
+
+    name: what descriptions of networks and ``build_denoiser`` call it.
+    build: function of (config, state_dict, guidance_type, guidance_rate, device) that returns the denoiser with copies of
+        the weights on the device; ``lay_out``, ``fill_weights`` and ``check_guidance`` are its tools.
+    load: function of a path and the keywords guidance_type, guidance_rate, device, and any of config (constructor
+        arguments instead of the published ones), dataset_name and path_classifier.
+    """
+
+    name: str
+    build: Callable
+    load: Callable
+
+    def create(self, config, state_dict, guidance_type, guidance_rate, device) -> torch.nn.Module:
+        """``build``, frozen and in evaluation mode."""
+        return self.build(config, state_dict, guidance_type, guidance_rate, device).eval().requires_grad_(False)
+
 
 _LONGEST_LIST = 32  # of a list among a network's arguments: levels, resolutions, taps of a filter
 _LARGEST_SIZE = 1 << 20  # of any whole number among them

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 
-from models import build_denoiser
-from models.building import check_guidance, fill_weights, lay_out
+from models.building import Family, check_guidance, fill_weights, lay_out
 from models.openai_unet import (
     CONSISTENCY,
     PixelUNetDenoiser,
@@ -62,7 +61,7 @@ class CMDenoiser(PixelUNetDenoiser):
 
 
 def build_cm(config: Mapping, state_dict, guidance_type, guidance_rate, device) -> CMDenoiser:
-    """The builder of family "cm" for ``models.build_denoiser``."""
+    """The builder of the family "cm"."""
     net = lay_out(CMDenoiser, config, "a consistency-model U-Net", len(state_dict))
     check_guidance(("none",) if net.label_dim else ("none", "uncond"), guidance_type, guidance_rate, "this network")
     fill_weights(net.model, state_dict, device)
@@ -89,6 +88,9 @@ def load_cm(
     weights = read_weights(path)
     check_family(path, weights, CONSISTENCY)
     try:
-        return build_denoiser("cm", arguments, weights, guidance_type, guidance_rate, device)
+        return FAMILY.create(arguments, weights, guidance_type, guidance_rate, device)
     except UserError as error:
         raise UserError(f"checkpoint {path}: {error}") from None
+
+
+FAMILY = Family("cm", build_cm, load_cm)

@@ -4,13 +4,13 @@ import json
 
 import torch
 
-from models import build_denoiser
-from models.building import check_guidance, check_weights, fill_weights, lay_out
+from models import zoo
+from models.building import Family, check_guidance, check_weights, fill_weights, lay_out
 from models.denoiser import Denoiser
 from models.edm_unet import NETWORKS
 from torch_utils.errors import UserError, brief
 from torch_utils.safe_pickle import PersistentObject, open_binary, safe_load
-from torch_utils.tensor_file import is_safetensors, json_entry, read_safetensors, write_safetensors
+from torch_utils.tensor_file import is_safetensors, json_entry, read_safetensors, read_weights, write_safetensors
 
 
 def class_indices(labels, count: int | None, label_dim: int) -> torch.Tensor:
@@ -213,21 +213,19 @@ def _describe(value) -> str:
     return f"a {type(value).__name__}"
 
 
-def _build_edm(config, state_dict, guidance_type, guidance_rate, device) -> Denoiser:
-
+def build_edm(config, state_dict, guidance_type, guidance_rate, device) -> EDMDenoiser:
+    """The builder of the family \"edm\"."""
     net = lay_out(EDMDenoiser, config, "an EDM network", len(state_dict))
     _check_edm_guidance(net, guidance_type, guidance_rate)
     fill_weights(net, state_dict, device)
     return net
 
 
-def _load_edm(path, *, config, dataset_name, guidance_type, guidance_rate, device) -> Denoiser:
-    from models import zoo
-    from torch_utils.tensor_file import read_weights
-
+def load_edm(path, *, config, dataset_name, guidance_type, guidance_rate, device) -> EDMDenoiser:
+    """The denoiser of a file: an official pickle, one of this project, or weights described by ``config``."""
     if config is not None:
         try:
-            return build_denoiser("edm", config, read_weights(path), guidance_type, guidance_rate, device)
+            return FAMILY.create(config, read_weights(path), guidance_type, guidance_rate, device)
         except UserError as error:
             raise UserError(f"checkpoint {path}: {error}") from None
     net = load_edm_network(path)
@@ -249,3 +247,6 @@ def _check_edm_guidance(net: Denoiser, guidance_type, guidance_rate) -> None:
 
 def _kind_of_images(channels: int, resolution: int, label_dim: int) -> str:
     return f"{channels}x{resolution}x{resolution} {f'with {label_dim} classes' if label_dim else 'unconditional'}"
+
+
+FAMILY = Family("edm", build_edm, load_edm)

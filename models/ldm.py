@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-from models import build_denoiser
 from models.autoencoder import build_first_stage
-from models.building import check_guidance, fill_weights, lay_out
+from models.building import Family, check_guidance, fill_weights, lay_out
 from models.denoiser import Denoiser
 from models.noise import DiscreteTime
 from models.openai_unet import LATENT_DIFFUSION, UNetModel, check_family, choose_settings
@@ -230,7 +229,7 @@ class LDMDenoiser(LatentDenoiser):
 
 
 def build_ldm(config, state_dict, guidance_type=None, guidance_rate=None, device="cpu") -> LDMDenoiser:
-    """For ``build_denoiser``. guidance_type: "uncond" or "none", which are the same."""
+    """The builder of the family "ldm". guidance_type: "uncond" or "none", which are the same."""
     check_guidance(("none", "uncond"), guidance_type, guidance_rate, "an unconditional latent diffusion model")
     net = lay_out(LDMDenoiser, config, "an unconditional latent diffusion model", len(state_dict))
     fill_weights(net, net.select_weights(state_dict), device)
@@ -253,16 +252,19 @@ def load_ldm(
     that is damaged or holds another network.
     """
     config = choose_settings(PRESETS, dataset_name, config)
-    return load_latent("ldm", LATENT_DIFFUSION, path, config, guidance_type, guidance_rate, device)
+    return load_latent(FAMILY, LATENT_DIFFUSION, path, config, guidance_type, guidance_rate, device)
 
 
-def load_latent(family, kind, path, config, guidance_type, guidance_rate, device) -> LatentDenoiser:
+def load_latent(family: Family, kind, path, config, guidance_type, guidance_rate, device) -> LatentDenoiser:
     """The denoiser of a checkpoint of one of the latent families; ``kind`` is its name in ``check_family``."""
     weights = read_weights(path)
     check_family(path, weights, kind)
     averaged = any(name.startswith("model_ema.diffusion_model") for name in weights)
     config = {**config, "use_ema": config.get("use_ema", True) and averaged}
     try:
-        return build_denoiser(family, config, weights, guidance_type, guidance_rate, device)
+        return family.create(config, weights, guidance_type, guidance_rate, device)
     except UserError as error:
         raise UserError(f"checkpoint {path}: {error}") from None
+
+
+FAMILY = Family("ldm", build_ldm, load_ldm)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from models.building import check_guidance, fill_weights, lay_out
+from models.building import Family, check_guidance, fill_weights, lay_out
 from models.ldm import LatentDenoiser, load_latent
 from models.openai_unet import STABLE_DIFFUSION
 from torch_utils.errors import UserError
@@ -257,7 +257,7 @@ class StableDiffusionDenoiser(LatentDenoiser):
 
 
 def build_sd(config, state_dict, guidance_type=None, guidance_rate=None, device="cpu") -> StableDiffusionDenoiser:
-    """For ``build_denoiser``. guidance_type: "cfg" (the default, with rate 7.5), or "none", which is rate 1."""
+    """The builder of the family "sd". guidance_type: "cfg" (the default, with rate 7.5), or "none", which is rate 1."""
     check_guidance(("cfg", "none"), guidance_type or "cfg", guidance_rate, "Stable Diffusion")
     rate = GUIDANCE_RATE if guidance_rate is None else guidance_rate
     rate = 1.0 if guidance_type == "none" else rate
@@ -284,6 +284,9 @@ def load_sd(
     another network.
     """
     config = STABLE_DIFFUSION_1_5 if config is None else config
-    net = load_latent("sd", STABLE_DIFFUSION, path, config, guidance_type, guidance_rate, device)
+    net = load_latent(FAMILY, STABLE_DIFFUSION, path, config, guidance_type, guidance_rate, device)
     net.cond_stage_model.tokenizer = str(tokenizer)
     return net
+
+
+FAMILY = Family("sd", build_sd, load_sd)

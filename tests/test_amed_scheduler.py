@@ -25,7 +25,7 @@ pytest.importorskip("transformers")
 
 from diffusers_pipelines import SIZE, pipeline_folder  # noqa: E402
 
-from solvers.diffusers_scheduler import AMEDScheduler  # noqa: E402
+from sampling.diffusers_scheduler import AMEDScheduler  # noqa: E402
 
 TOLERANCE = 1e-5  # relative to the largest magnitude
 PROMPTS = ["a b", "c"]
@@ -296,7 +296,7 @@ from torch_utils.errors import MissingExtra
 assert "diffusers" not in sys.modules and "transformers" not in sys.modules
 sys.modules["diffusers"] = None
 try:
-    from solvers.diffusers_scheduler import AMEDScheduler
+    from sampling.diffusers_scheduler import AMEDScheduler
 except MissingExtra as error:
     print(error)
 """

@@ -25,7 +25,6 @@ from solvers.search.evolution import Evolution, cross, mutate, random_genome, sn
 from solvers.search.problem import Problem
 from torch_utils.errors import UserError
 from torch_utils.images import to_uint8
-from training import schedule_search as optimize
 from training.schedule_search import optimize
 
 ROOT = Path(__file__).resolve().parents[1]

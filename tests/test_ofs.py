@@ -13,7 +13,6 @@ from solvers import sample
 from solvers.search.ofs import bound_costs, ofs_cost
 from solvers.search.problem import Problem
 from torch_utils.errors import UserError
-from training import schedule_search as optimize
 from training.schedule_search import optimize
 
 SMALL = {"num_steps_tea": 13, "num_warmup": 3}

@@ -19,7 +19,7 @@ from solvers.search.problem import Found, Problem
 from solvers.solver import Option
 from torch_utils.errors import UserError
 from torch_utils.seeds import SeededGenerators
-from training import schedule_search as optimize
+from training import schedule_search
 from training.schedule_search import METHODS, Method, optimize
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,7 +92,7 @@ def test_resume(found, tmp_path, monkeypatch):
     """A run that dies in its second batch goes on there, with the same result and the same bill."""
     dest = tmp_path / "s.json"
     arguments = ("--num_steps=5", "--solver=ipndm", "--max_order=3", *SMALL)
-    real, calls = optimize.gits_cost, []
+    real, calls = schedule_search.gits_cost, []
 
     def dying(*args, **kwargs):
         calls.append(1)
@@ -100,7 +100,7 @@ def test_resume(found, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(optimize, "gits_cost", dying)
+    monkeypatch.setattr(schedule_search, "gits_cost", dying)
     call(dest, *arguments, code=1)
     assert not dest.exists() and len(list(tmp_path.iterdir())) == 1
     error = line_of(call(dest, *arguments, "--coeff=1.0", code=2))

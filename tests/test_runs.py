@@ -22,7 +22,6 @@ import train
 from models import zoo
 from sampling import run as run_module
 from sampling.folder import _difference
-from sampling.run import write_images
 from solvers import SOLVERS, sample
 from solvers.schedule_file import Schedule
 from solvers.schedules import check_sigmas, get_schedule
@@ -215,7 +214,7 @@ def during(monkeypatch):
     """during(action): calls it once while sample.py writes its images."""
 
     def install(action):
-        write = write_images
+        write = run_module.write_images
         pending = [action]
 
         def write_images(*arguments):

@@ -1,1 +1,5 @@
-"""Plumbing that knows nothing about diffusion: processes, seeds, files, safe loading, images."""
+"""Helpers that know nothing of diffusion: files, images, processes, command lines."""
+
+from torch_utils.moved import install
+
+install()

@@ -92,9 +92,15 @@ def never_fail_to_print() -> None:
 class _Program:
     """Mixin of the commands below: what holds for a program from its start."""
 
-    def main(self, *args, **more):
+    def main(self, *args, standalone_mode: bool = True, **more):
         never_fail_to_print()
-        return super().main(*args, **more)
+        try:
+            return super().main(*args, standalone_mode=standalone_mode, **more)
+        except (UserError, Interrupted) as error:
+            if not standalone_mode:
+                raise
+            error.show()
+            sys.exit(error.exit_code)
 
 
 class Command(_Program, click.Command):

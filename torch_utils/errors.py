@@ -3,8 +3,7 @@
 import json
 import os
 import reprlib
-
-import click
+import sys
 
 _MOST_DIGITS = 300  # of a whole number in JSON; float64 ends at 10^308, and Python does not print over 4,300
 _MOST_VALUES = 8_000_000  # of a JSON text; the labels of a million images are half of that
@@ -31,7 +30,7 @@ def brief(value) -> str:
     return (value[:60] if isinstance(value, str) else _BRIEF.repr(value))[:60]
 
 
-class UserError(click.ClickException, ValueError):
+class UserError(ValueError):
     """A mistake that one line can explain: what was wrong and what to do about it.
 
     Raised anywhere in the code base, it reaches the user as a single line on stderr with exit code 2 when a command line
@@ -41,7 +40,8 @@ class UserError(click.ClickException, ValueError):
     exit_code = 2
 
     def __init__(self, message: str):
-        super().__init__(printable(" ".join(str(message).split())))
+        self.message = printable(" ".join(str(message).split()))
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return self.message
@@ -49,7 +49,7 @@ class UserError(click.ClickException, ValueError):
     def show(self, file=None) -> None:
         rank = os.environ.get("RANK")
         where = f" [rank {rank}]" if rank is not None and os.environ.get("WORLD_SIZE", "1") != "1" else ""
-        click.echo(f"Error{where}: {self.message}", file=file, err=file is None)
+        print(f"Error{where}: {self.message}", file=file or sys.stderr, flush=True)
 
 
 def _whole(digits: str) -> int:

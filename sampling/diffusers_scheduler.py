@@ -1,6 +1,6 @@
 """AMEDScheduler: a trained predictor inside a pipeline of the diffusers library.
 
-    from solvers.diffusers_scheduler import AMEDScheduler
+    from sampling.diffusers_scheduler import AMEDScheduler
     pipe.scheduler = AMEDScheduler.from_predictor("exps/00007-...", pipe.scheduler.config, pipe.unet)
     image = pipe(prompt, num_inference_steps=len(pipe.scheduler), guidance_scale=7.5).images[0]
 
