@@ -21,9 +21,9 @@ from evaluation.fid import choose_detector, find_reference, warn_about_count
 from evaluation.frechet import FeatureStatistics, frechet_distance
 from models import create_model, zoo
 from models.compile import AUTOCAST, prepare_network
-from sampling.flags import POSITIVE, flag_type, parse_afs, rule_flags, rule_option_names, text_flags
+from sampling.flags import POSITIVE, flag_type, parse_afs, solver_flags, solver_option_names, text_flags
 from sampling.settings import check_text, read_text
-from solvers import make_rule
+from solvers import make_solver
 from solvers.schedule_file import Schedule, save_schedule
 from solvers.search.problem import Problem
 from torch_utils import distributed
@@ -43,7 +43,7 @@ from training.schedule_search import METHODS, optimize
 def method_flags(command):
     """Decorator: a click option for every option of the methods that is not one of the solvers' as well."""
     names = dict.fromkeys(name for method in METHODS.values() for name in method.options)
-    for name in reversed([name for name in names if name not in rule_option_names()]):
+    for name in reversed([name for name in names if name not in solver_option_names()]):
         users = {key: method.options[name] for key, method in METHODS.items() if name in method.options}
         kind = next(iter(users.values())).kind
         if any(option.kind != kind for option in users.values()):
@@ -55,15 +55,15 @@ def method_flags(command):
 
 def split_options(options: dict, given: set[str]) -> tuple[dict, dict]:
     """(options of the solver, options of the method) among the flags that the user wrote; UserError for idle ones."""
-    rule, method = make_rule(options["solver"]).options, METHODS[options["method"]].options
-    known = {*rule_option_names(), *(name for entry in METHODS.values() for name in entry.options)}
+    solver, method = make_solver(options["solver"]).options, METHODS[options["method"]].options
+    known = {*solver_option_names(), *(name for entry in METHODS.values() for name in entry.options)}
     for name in sorted(known & given):
-        if name not in rule and name not in method:
+        if name not in solver and name not in method:
             raise UserError(
                 f"--{name} has no effect with --method={options['method']} --solver={options['solver']}; leave it out"
             )
     return (
-        {name: options[name] for name in rule if name in given},
+        {name: options[name] for name in solver if name in given},
         {name: options[name] for name in method if name in given},
     )
 
@@ -172,7 +172,7 @@ def run(options: dict, given: set[str], device: torch.device) -> None:
     help="For a free first step",
 )
 @method_flags
-@rule_flags
+@solver_flags
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Of the samples that are used")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Samples per network call")
 @click.option("--class", "class_idx", type=click.IntRange(min=0), help="Class of all samples (default: drawn)")

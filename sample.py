@@ -18,7 +18,7 @@ from click.core import ParameterSource
 
 from evaluation.verifiers import FORMS
 from models.compile import AUTOCAST
-from sampling.flags import compile_flag, rule_flags, schedule_file_flag, schedule_flags, text_flags, use_schedule
+from sampling.flags import compile_flag, schedule_file_flag, schedule_flags, solver_flags, text_flags, use_schedule
 from sampling.folder import GRID_LIMIT
 from sampling.run import run
 from solvers import SOLVERS
@@ -29,7 +29,7 @@ from torch_utils.session import session
 
 
 def _plain_solvers() -> str:
-    return ", ".join(name for name, rule in SOLVERS.items() if not rule.needs_predictor)
+    return ", ".join(name for name, solver in SOLVERS.items() if not solver.needs_predictor)
 
 
 @click.command(cls=Command, may_be_empty=("prompt", "negative_prompt"))
@@ -46,7 +46,7 @@ def _plain_solvers() -> str:
 @click.option("--solver", metavar="NAME", help=f"Plain solver: {_plain_solvers()}")
 @schedule_flags
 @schedule_file_flag
-@rule_flags
+@solver_flags
 @click.option("--denoise_to_zero", type=bool, default=False, show_default=True, help="One more evaluation at the end")
 @click.option("--guidance_type", metavar="NAME", help="Guidance, where the network takes one")
 @click.option("--guidance_rate", type=Number(), help="Its strength (default: 7.5 for cfg, 1 for cg)")

@@ -28,14 +28,14 @@ from torch_utils.errors import UserError
 from torch_utils.memory import BatchSize
 from torch_utils.session import session
 from training.amed_trainer import train_predictor
-from training.options import CHANGEABLE, CHANGEABLE_FINAL, STUDENTS, TEACHERS, FinalOptions, TrainingOptions
+from training.options import CHANGEABLE, CHANGEABLE_FINAL, STUDENTS, TEACHERS, AMEDOptions, SpanOptions
 from training.run_folder import find_run, on_main, stored_options
 from training.sample_loss import own_code
-from training.span_run import train_student
+from training.span_run import train_span
 from training.teacher import teachers
 
 PATHS = ("model_path", "prompt_path", "tokenizer_path", "teacher_set")  # options that name files, or parts of the hub
-OPTIONS = {"per_step": TrainingOptions, "final": FinalOptions}
+OPTIONS = {"per_step": AMEDOptions, "final": SpanOptions}
 _DEFAULTS = {objective: {field.name: field.default for field in fields(kind)} for objective, kind in OPTIONS.items()}
 _DEFAULT = {**_DEFAULTS["final"], **_DEFAULTS["per_step"]}
 
@@ -231,8 +231,8 @@ def main(ctx, device, resume, dry_run, **values):
             distributed.print0(json.dumps(options.to_dict(), indent=2))
             distributed.print0(f"Would run on {device}, in {folder or options.folder_name(0)}")
             return
-        if isinstance(options, FinalOptions):
-            train_student(options, device, folder, resume=folder is not None)
+        if isinstance(options, SpanOptions):
+            train_span(options, device, folder, resume=folder is not None)
         else:
             train_predictor(options, device, folder, resume=folder is not None, schedule=schedule)
 
@@ -252,7 +252,7 @@ def find_objective(values: dict, given: set[str]) -> str:
     return objective
 
 
-def new_options(values: dict, given: set[str]) -> TrainingOptions | FinalOptions:
+def new_options(values: dict, given: set[str]) -> AMEDOptions | SpanOptions:
     if values["dataset_name"] is None:
         raise UserError("--dataset_name is missing: name a network ('python -m models.zoo list'), or --resume a run")
     if values["sigmas"] is not None:
@@ -262,14 +262,14 @@ def new_options(values: dict, given: set[str]) -> TrainingOptions | FinalOptions
         if replaced:
             raise UserError(f"--sigmas replaces --{min(replaced)}: give only one of them")
     if find_objective(values, given) == "final":  # its defaults are others
-        return FinalOptions.from_dict({name: values[name] for name in given if name in _DEFAULTS["final"]})
-    options = TrainingOptions.from_dict({name: values[name] for name in _DEFAULTS["per_step"]})
+        return SpanOptions.from_dict({name: values[name] for name in given if name in _DEFAULTS["final"]})
+    options = AMEDOptions.from_dict({name: values[name] for name in _DEFAULTS["per_step"]})
     if options.sampler_tea not in TEACHERS:
         raise UserError(f"--sampler_tea={options.sampler_tea} can only make the pairs of --objective=final")
     return options
 
 
-def continued_options(stored: dict, values: dict, given: set[str], folder: Path) -> TrainingOptions | FinalOptions:
+def continued_options(stored: dict, values: dict, given: set[str], folder: Path) -> AMEDOptions | SpanOptions:
     """The options of the run that is continued, with those changes that leave its results alone.
 
     The folder may come from somebody else. What it names is read, but written is only below it and

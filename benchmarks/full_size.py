@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import create_model
 from models.adm import PRESETS, ADMDenoiser
-from models.building import lay_out
+from models.building import build_empty
 from models.sd import STABLE_DIFFUSION_1_5, StableDiffusionDenoiser
 from solvers import sample
 from torch_utils.cli import Command
@@ -50,12 +50,12 @@ def random_weights(net: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def write_files(family: str, folder: Path) -> list[Path]:
     if family == "sd":
-        net = lay_out(StableDiffusionDenoiser, STABLE_DIFFUSION_1_5, "a Stable Diffusion model")
+        net = build_empty(StableDiffusionDenoiser, STABLE_DIFFUSION_1_5, "a Stable Diffusion model")
         places = [folder / "v1-5-pruned-emaonly.safetensors"]
         save_file(random_weights(net), places[0])
         return places
     config = {**PRESETS["imagenet256"], "guidance_rate": 1.0}
-    weights = random_weights(lay_out(ADMDenoiser, config, "an ADM network"))
+    weights = random_weights(build_empty(ADMDenoiser, config, "an ADM network"))
     places = [folder / "256x256_diffusion.pt", folder / "256x256_classifier.pt"]
     for path, prefix in zip(places, ("model.", "classifier."), strict=True):
         part = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}

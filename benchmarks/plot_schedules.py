@@ -49,10 +49,10 @@ def main(files, nfe, sigma_min, sigma_max, dest):
     colours = {"literature": "tab:gray", "fixed": "tab:blue", "optimised": "tab:red"}
     figure = new_figure("the picture", figsize=(10, 1.2 + 0.26 * len(rows)))
     axes = figure.add_subplot()
-    for height, (kind, _, levels, told) in enumerate(reversed(rows)):
+    for height, (kind, _, levels, sigma_cond) in enumerate(reversed(rows)):
         axes.plot(levels, [height] * len(levels), "o-", color=colours[kind], markersize=5, linewidth=0.8)
-        if told is not None:
-            axes.plot(told, [height] * len(told), "|", color="black", markersize=9)
+        if sigma_cond is not None:
+            axes.plot(sigma_cond, [height] * len(sigma_cond), "|", color="black", markersize=9)
     axes.set_yticks(range(len(rows)), [name for _, name, *_ in reversed(rows)], fontsize=8)
     axes.set_xscale("log")
     axes.invert_xaxis()

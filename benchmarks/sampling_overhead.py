@@ -24,7 +24,7 @@ from models.compile import AUTOCAST, prepare_network
 from sampling.folder import Folder
 from sampling.generate import generate_images
 from sampling.run import write_images
-from solvers import make_rule
+from solvers import make_solver
 from torch_utils.cli import Command
 from torch_utils.distributed import pick_device
 from torch_utils.seeds import SeededGenerators
@@ -65,7 +65,7 @@ def main(dataset_name, model_path, num_images, batch, num_steps, repeats, amp, d
 
 def measure(net, label, arguments, num_images, batch, repeats, device, folder, stream=None) -> list[str]:
     steps, with_predictor = arguments["num_steps"], "predictor" in arguments
-    nfe = make_rule(arguments["solver"], {}, {}).evaluations(steps - 1, False, with_predictor) * net.evals_per_call
+    nfe = make_solver(arguments["solver"], {}, {}).evaluations(steps - 1, False, with_predictor) * net.evals_per_call
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     sigma = torch.tensor(1.0, device=device)
     sizes = [min(batch, num_images - start) for start in range(0, num_images, batch)]

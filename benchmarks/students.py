@@ -60,12 +60,12 @@ from evaluation.frechet import Reference
 from evaluation.precision_recall import precision_recall
 from solvers import sample
 from solvers.schedule_file import load_schedule
-from solvers.span_table import Plan, SpanStudent
+from solvers.span_table import Plan, SpanSolver
 from tools.demo import HALVES
 from torch_utils.cli import Command
 from torch_utils.images import ImageSource, image_grid, load_array, save_image, to_uint8
 from training.checkpoint import find_predictor, load_predictor
-from training.options import FinalOptions
+from training.options import SpanOptions
 
 IMAGES = {"digits": 5000, "cifar10-small": 1000}  # test images, if --images does not say another number
 GROUPS = 20  # of the seeds, for intervals
@@ -228,19 +228,19 @@ def span_flags(dataset_name, nfe, preset, changes=None):
 @contextlib.contextmanager
 def structured(changes):
     """The configuration of all students that are trained inside, as the command line would make it, but with ``changes``."""
-    original = FinalOptions.student_config
+    original = SpanOptions.student_config
 
     def with_changes(options, *arguments, **more):
         return {**original(options, *arguments, **more), **changes}
 
-    FinalOptions.student_config = with_changes
+    SpanOptions.student_config = with_changes
     try:
         yield
     finally:
-        FinalOptions.student_config = original
+        SpanOptions.student_config = original
 
 
-class TableStudent(SpanStudent):
+class TableStudent(SpanSolver):
     """A student without heads that follows the table of an earlier row instead of parameters."""
 
     def __init__(self, table, net):
@@ -358,7 +358,7 @@ class Students:
             found = {**schedule_budget(row["settings"], row["method"]), **self.solved(**row["settings"])}
         elif settings is not None and row.get("table") and not has_heads(settings):
             with structured(structure or {}):
-                found = budget(settings, FinalOptions(**settings).make_student(0.002, 80.0))
+                found = budget(settings, SpanOptions(**settings).make_student(0.002, 80.0))
             found |= self.solved(solver="span", predictor=TableStudent(row["table"], self.bench.net))
         else:
             return None
@@ -452,8 +452,8 @@ class Students:
         seconds = time.process_time() - started
         schedule = load_schedule(destination)
         command = "python optimize_schedule.py " + " ".join(flags(settings))
-        told = {} if schedule.sigmas_net is None else {"sigmas_net": list(schedule.sigmas_net)}
-        found = self.solved(**PLAIN["ipndm"], sigmas=list(schedule.sigmas), **told, afs="data")
+        sigma_cond = {} if schedule.sigmas_net is None else {"sigmas_net": list(schedule.sigmas_net)}
+        found = self.solved(**PLAIN["ipndm"], sigmas=list(schedule.sigmas), **sigma_cond, afs="data")
         found |= schedule_budget(found["settings"], name)
         return {"command": command, "training_seconds": round(seconds, 1), **found}
 

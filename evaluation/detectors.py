@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from evaluation.inception import FEATURE_DIM, load_inception
-from models.building import fill_weights, lay_out
+from models.building import build_empty, load_weights
 from torch_utils.download import download_file
 from torch_utils.errors import UserError
 from torch_utils.file_kind import explain
@@ -162,8 +162,8 @@ def load_classifier(path: str | Path) -> tuple[torch.nn.Module, dict[str, str]]:
         architecture = metadata.get("architecture", "conv")  # older files do not say
         if architecture not in ARCHITECTURES:
             raise UserError(f"{path}: unknown architecture '{architecture[:40]}'; known: {', '.join(ARCHITECTURES)}")
-        model = lay_out(ARCHITECTURES[architecture], config, "a classifier", len(state))
-        fill_weights(model, state, "cpu")
+        model = build_empty(ARCHITECTURES[architecture], config, "a classifier", len(state))
+        load_weights(model, state, "cpu")
     except (SafetensorError, OSError) as exc:
         raise UserError(f"{path}: not a usable classifier file ({explain(path, exc)})") from None
     except UserError as exc:

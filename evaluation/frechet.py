@@ -132,7 +132,7 @@ class FeatureStatistics:
 
     def all_reduce(self) -> "FeatureStatistics":
         """Adds up the sums of all ranks, in place, on every rank."""
-        distributed.meet()  # shares may take very different times
+        distributed.wait_for_all()  # shares may take very different times
         distributed.all_reduce_sum(self._sums)
         return self
 

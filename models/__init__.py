@@ -44,7 +44,7 @@ def create_model(
     dataset_name: a name of ``models.zoo``, "custom" for any network at ``model_path``, or "diffusers", where that is a
     folder or a hub id. Without ``model_path`` the file is the embedded one or is downloaded to ``./src/<dataset_name>/``;
     every process of a torchrun has to call this. A network of other sizes than the published ones is described by
-    ``<model_path>.json`` (``models.zoo.own_settings``); without it, "custom" is an EDM network. Under guidance_type "cg"
+    ``<model_path>.json`` (``models.zoo.read_sidecar``); without it, "custom" is an EDM network. Under guidance_type "cg"
     the classifier lies beside ``model_path``, under its published name. guidance_type: None is the network's default;
     guidance_rate: None is 7.5 under "cfg" (diffusers: the pipeline's default) and 1 under "cg".
 
@@ -68,7 +68,7 @@ def create_model(
         kind = guidance_type or card.guidance[0]
         check_guidance(card.guidance, kind, guidance_rate, f"dataset_name '{dataset_name}'")
     path = zoo.resolve(dataset_name, model_path)
-    family, config = zoo.own_settings(path) or (card.family if card else "edm", None)
+    family, config = zoo.read_sidecar(path) or (card.family if card else "edm", None)
     known = families()
     if family not in known or card is not None and family != card.family:
         expected = f"dataset_name '{dataset_name}' is of family {card.family}" if card else f"use {', '.join(known)}"

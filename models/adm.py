@@ -9,7 +9,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from models.building import Family, check_guidance, fill_weights, lay_out
+from models.building import Family, build_empty, check_guidance, load_weights
 from models.noise import CosineNoise, LinearNoise
 from models.openai_unet import (
     ADM,
@@ -174,12 +174,12 @@ def build_adm(config: Mapping, state_dict, guidance_type, guidance_rate, device)
     rate = (1.0 if guidance_rate is None else float(guidance_rate)) if guidance_type == "cg" else 0.0
     if not (math.isfinite(rate) and rate >= 0):
         raise UserError(f"guidance_rate {rate:g} has to be a number from 0 up")
-    net = lay_out(ADMDenoiser, {**config, "guidance_rate": rate}, "an ADM network", len(state_dict))
+    net = build_empty(ADMDenoiser, {**config, "guidance_rate": rate}, "an ADM network", len(state_dict))
     allowed = ("none", "cg") if net.model.num_classes else ("none", "uncond", "cg")
     check_guidance(allowed, guidance_type, guidance_rate, "this network")
     if not rate:
         state_dict = {name: value for name, value in state_dict.items() if not name.startswith("classifier.")}
-    fill_weights(net, state_dict, device)
+    load_weights(net, state_dict, device)
     return net
 
 

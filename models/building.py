@@ -19,7 +19,7 @@ class Family:
 
     name: what descriptions of networks and ``build_denoiser`` call it.
     build: function of (config, state_dict, guidance_type, guidance_rate, device) that returns the denoiser with copies of
-        the weights on the device; ``lay_out``, ``fill_weights`` and ``check_guidance`` are its tools.
+        the weights on the device; ``build_empty``, ``load_weights`` and ``check_guidance`` are its tools.
     load: function of a path and the keywords guidance_type, guidance_rate, device, and any of config (constructor
         arguments instead of the published ones), dataset_name and path_classifier.
     """
@@ -72,7 +72,7 @@ def _as_many_parts_as(tensors: int, what: str):
             handle.remove()
 
 
-def lay_out(constructor: Callable, config: Mapping, what: str, tensors: int = 10_000) -> torch.nn.Module:
+def build_empty(constructor: Callable, config: Mapping, what: str, tensors: int = 10_000) -> torch.nn.Module:
     """``constructor(**config)`` on the meta device, without memory for the weights; a UserError naming ``what`` if refused.
 
     tensors: how many weights there are for it, or far more than anybody has.
@@ -87,7 +87,7 @@ def lay_out(constructor: Callable, config: Mapping, what: str, tensors: int = 10
         raise UserError(f"these are not the arguments of {what}: {str(exc)[:200] or type(exc).__name__}") from None
 
 
-def fill_weights(net: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], device: str | torch.device) -> None:
+def load_weights(net: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], device: str | torch.device) -> None:
     """Gives a laid-out network copies of these tensors, on ``device`` and in the dtype of the network's own ones.
 
     One tensor is copied at a time, so a memory-mapped ``state_dict`` is never in memory as a whole. Raises UserError
@@ -99,11 +99,11 @@ def fill_weights(net: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], d
     net.load_state_dict(copies, strict=True, assign=True)
 
 
-def check_guidance(allowed: tuple[str, ...], kind: str | None, rate: float | None, whom: str) -> None:
-    """Raises UserError for a guidance type that ``whom`` does not take, or a rate that would be without effect."""
+def check_guidance(allowed: tuple[str, ...], kind: str | None, rate: float | None, owner: str) -> None:
+    """Raises UserError for a guidance type that ``owner`` does not take, or a rate that would be without effect."""
     kind = kind or "none"
     if kind not in allowed:
-        raise UserError(f"{whom} does not take guidance_type '{kind}'; use {' or '.join(allowed)}")
+        raise UserError(f"{owner} does not take guidance_type '{kind}'; use {' or '.join(allowed)}")
     if kind in ("none", "uncond") and rate not in (None, 0, 1):
         raise UserError(f"guidance_rate {rate:g} has no effect with guidance_type '{kind}'; leave it out")
 

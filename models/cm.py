@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from models.building import Family, check_guidance, fill_weights, lay_out
+from models.building import Family, build_empty, check_guidance, load_weights
 from models.openai_unet import (
     CONSISTENCY,
     PixelUNetDenoiser,
@@ -62,9 +62,9 @@ class CMDenoiser(PixelUNetDenoiser):
 
 def build_cm(config: Mapping, state_dict, guidance_type, guidance_rate, device) -> CMDenoiser:
     """The builder of the family "cm"."""
-    net = lay_out(CMDenoiser, config, "a consistency-model U-Net", len(state_dict))
+    net = build_empty(CMDenoiser, config, "a consistency-model U-Net", len(state_dict))
     check_guidance(("none",) if net.label_dim else ("none", "uncond"), guidance_type, guidance_rate, "this network")
-    fill_weights(net.model, state_dict, device)
+    load_weights(net.model, state_dict, device)
     return net
 
 

@@ -5,7 +5,7 @@ import json
 import torch
 
 from models import zoo
-from models.building import Family, check_guidance, check_weights, fill_weights, lay_out
+from models.building import Family, build_empty, check_guidance, check_weights, load_weights
 from models.denoiser import Denoiser
 from models.edm_unet import NETWORKS
 from torch_utils.errors import UserError, brief
@@ -194,7 +194,7 @@ def _build(config: dict, state: dict[str, torch.Tensor], name: str) -> EDMDenois
     It is laid out without memory first, so that arguments which do not belong to the weights cost nothing.
     """
     try:
-        net = lay_out(EDMDenoiser, config, "an EDM network", len(state))
+        net = build_empty(EDMDenoiser, config, "an EDM network", len(state))
         if not (0 < net.img_resolution <= _LARGEST and 0 < net.sigma_min < net.sigma_max and 0 < net.sigma_data < 1e6):
             raise UserError("its resolution or its noise levels are impossible")
         check_weights(net.state_dict(), state)
@@ -215,9 +215,9 @@ def _describe(value) -> str:
 
 def build_edm(config, state_dict, guidance_type, guidance_rate, device) -> EDMDenoiser:
     """The builder of the family \"edm\"."""
-    net = lay_out(EDMDenoiser, config, "an EDM network", len(state_dict))
+    net = build_empty(EDMDenoiser, config, "an EDM network", len(state_dict))
     _check_edm_guidance(net, guidance_type, guidance_rate)
-    fill_weights(net, state_dict, device)
+    load_weights(net, state_dict, device)
     return net
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from models.autoencoder import build_first_stage
-from models.building import Family, check_guidance, fill_weights, lay_out
+from models.building import Family, build_empty, check_guidance, load_weights
 from models.denoiser import Denoiser
 from models.noise import DiscreteTime
 from models.openai_unet import LATENT_DIFFUSION, UNetModel, check_family, choose_settings
@@ -231,8 +231,8 @@ class LDMDenoiser(LatentDenoiser):
 def build_ldm(config, state_dict, guidance_type=None, guidance_rate=None, device="cpu") -> LDMDenoiser:
     """The builder of the family "ldm". guidance_type: "uncond" or "none", which are the same."""
     check_guidance(("none", "uncond"), guidance_type, guidance_rate, "an unconditional latent diffusion model")
-    net = lay_out(LDMDenoiser, config, "an unconditional latent diffusion model", len(state_dict))
-    fill_weights(net, net.select_weights(state_dict), device)
+    net = build_empty(LDMDenoiser, config, "an unconditional latent diffusion model", len(state_dict))
+    load_weights(net, net.select_weights(state_dict), device)
     return net
 
 

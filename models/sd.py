@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from models.building import Family, check_guidance, fill_weights, lay_out
+from models.building import Family, build_empty, check_guidance, load_weights
 from models.ldm import LatentDenoiser, load_latent
 from models.openai_unet import STABLE_DIFFUSION
 from torch_utils.errors import UserError
@@ -261,10 +261,10 @@ def build_sd(config, state_dict, guidance_type=None, guidance_rate=None, device=
     check_guidance(("cfg", "none"), guidance_type or "cfg", guidance_rate, "Stable Diffusion")
     rate = GUIDANCE_RATE if guidance_rate is None else guidance_rate
     rate = 1.0 if guidance_type == "none" else rate
-    net = lay_out(
+    net = build_empty(
         partial(StableDiffusionDenoiser, guidance_rate=rate), config, "a Stable Diffusion model", len(state_dict)
     )
-    fill_weights(net, net.select_weights(state_dict), device)
+    load_weights(net, net.select_weights(state_dict), device)
     return net
 
 

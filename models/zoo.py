@@ -323,7 +323,7 @@ def _fetch(card: Card, name: str, urls: tuple[str, ...], hint: str, member: str 
     return path
 
 
-def own_settings(path: Path) -> tuple[str, dict] | None:
+def read_sidecar(path: Path) -> tuple[str, dict] | None:
     """(family, constructor arguments) of a network that differs from the published ones in its sizes.
 
     They stand in ``<checkpoint>.json`` beside the checkpoint, {"family": ..., "config": {...}}, config being what

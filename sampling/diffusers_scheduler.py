@@ -5,7 +5,7 @@
     image = pipe(prompt, num_inference_steps=len(pipe.scheduler), guidance_scale=7.5).images[0]
 
 The arithmetic is that of the sampling loop itself. The loop asks the network; here the pipeline does. So each interval is
-computed by ``Rule.advance`` up to the evaluation that is not known yet; when the pipeline brings it, the interval is
+computed by ``Solver.advance`` up to the evaluation that is not known yet; when the pipeline brings it, the interval is
 computed again, one evaluation further. The rules cost nothing next to the network, and any rule that can learn works.
 
 diffusers is optional: it is imported when ``AMEDScheduler`` is first asked for (Python calls ``__getattr__`` below).
@@ -18,9 +18,9 @@ from types import SimpleNamespace
 import torch
 
 from models.denoiser import BOTTLENECK_SIZE, add_shift, read_bottleneck
-from solvers.sampler import Solver, resolve_sigmas
+from solvers.sampler import Sampler, resolve_sigmas
 from solvers.schedules import check_sigmas
-from solvers.solver import SOLVERS, State, make_rule
+from solvers.solver import SOLVERS, State, make_solver
 from torch_utils.errors import UserError
 
 
@@ -32,8 +32,8 @@ class _Question(Exception):
         self.x, self.sigma = x, sigma
 
 
-class _Replay(Solver):
-    """A ``Solver`` that is told the network's answers one at a time.
+class _Replay(Sampler):
+    """A ``Sampler`` that is told the network's answers one at a time.
 
     reader: of the bottleneck, or None for the time-only mode, in which the predictor sees zeros and its outputs are the
     same for every sample.
@@ -73,7 +73,7 @@ class _Replay(Solver):
                 self.state = self.advance(self.state, self.interval)
             except _Question as question:
                 return question
-            self.interval += self.rule.stride(self.interval, self.intervals)
+            self.interval += self.solver.stride(self.interval, self.intervals)
             self._answers, self._prediction = [], None
         return None
 
@@ -104,26 +104,26 @@ class _Network(SimpleNamespace):
         )
 
 
-def _rule_of(predictor):
+def _solver_of(predictor):
     """The rule that a predictor is for; UserError where a pipeline cannot run it."""
     settings, solver = predictor.config, getattr(predictor, "solver", None)
     if solver is not None:  # a student with a rule of its own
         if settings["parallel"] > 1:
             raise UserError("a pipeline asks the network for one point at a time: students with parallel=1 only")
-        return make_rule(solver)
+        return make_solver(solver)
     if settings["sampler_stu"] not in SOLVERS:
         raise UserError(f"the predictor was trained for an unknown solver '{settings['sampler_stu']}'")
     if settings["afs"] == "data":
         raise UserError("a predictor with afs='data' needs the statistics of the data, which a pipeline does not have")
     options = {name: settings[name] for name in SOLVERS[settings["sampler_stu"]].options if name in settings}
-    return make_rule(settings["sampler_stu"], {k: v for k, v in options.items() if v is not None})
+    return make_solver(settings["sampler_stu"], {k: v for k, v in options.items() if v is not None})
 
 
 class _AMEDScheduler:
     """Drop-in scheduler for diffusers pipelines that samples with a trained AMED predictor or span student.
 
     predictor: an AMEDPredictor; its configuration says which rule (AMED-Plugin on dpmpp, euler, ipndm, or amed), which
-    noise levels and whether AFS. Or a SpanStudent with one call per stage; it needs no network, but for its head "time".
+    noise levels and whether AFS. Or a SpanSolver with one call per stage; it needs no network, but for its head "time".
     config: that of the pipeline's own scheduler, which describes the network. network: the pipeline's U-Net for the
     per-sample mode, in which the predictor sees the bottleneck (see ``attach``); without it the predictor sees zeros
     (time-only mode). Raises UserError where these do not go together.
@@ -137,7 +137,7 @@ class _AMEDScheduler:
 
     def __init__(self, predictor, config, network=None):
         super().__init__()
-        self.rule = _rule_of(predictor)
+        self.solver = _solver_of(predictor)
         self.predictor = predictor
         # Some pipelines look for their scheduler's settings; with use_flow_sigmas they leave the noise levels to it.
         flow = "base_image_seq_len" in config or bool(config.get("use_flow_sigmas"))
@@ -242,15 +242,15 @@ class _AMEDScheduler:
 
     def _start(self, device) -> _Replay:
         settings, network = self.predictor.config, _Network(self.process)
-        if self.rule.own_schedule:
+        if self.solver.own_schedule:
             own = self.predictor.brings()
             return _Replay(
-                network, self.rule, check_sigmas(own.pop("sigmas").detach(), device), predictor=self.predictor, **own
+                network, self.solver, check_sigmas(own.pop("sigmas").detach(), device), predictor=self.predictor, **own
             )
         names = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_max", "sigmas")
         sigmas = resolve_sigmas(network, **{name: settings[name] for name in names}, device=device)
         predictor = self.predictor.to(device)
-        return _Replay(network, self.rule, sigmas, afs=settings["afs"], predictor=predictor, reader=self._reader)
+        return _Replay(network, self.solver, sigmas, afs=settings["afs"], predictor=predictor, reader=self._reader)
 
     @torch.no_grad()
     def _plan(self, mu, device) -> None:

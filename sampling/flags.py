@@ -21,15 +21,15 @@ def flag_type(kind):
     return {float: Number(infinite=True), str: PATH}.get(kind, kind)
 
 
-def rule_option_names() -> tuple[str, ...]:
+def solver_option_names() -> tuple[str, ...]:
     """The options of all solvers, each once."""
-    return tuple(dict.fromkeys(name for rule in SOLVERS.values() for name in rule.options))
+    return tuple(dict.fromkeys(name for solver in SOLVERS.values() for name in solver.options))
 
 
-def rule_flags(command):
+def solver_flags(command):
     """Decorator: one click option per option of the registered solvers; None where the user does not give it."""
-    for name in reversed(rule_option_names()):
-        users = {solver: rule.options[name] for solver, rule in SOLVERS.items() if name in rule.options}
+    for name in reversed(solver_option_names()):
+        users = {solver: method.options[name] for solver, method in SOLVERS.items() if name in method.options}
         kind = next(iter(users.values())).kind
         if any(option.kind != kind for option in users.values()):
             raise TypeError(f"the solvers {', '.join(users)} disagree about the type of their option '{name}'")

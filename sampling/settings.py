@@ -9,13 +9,13 @@ import torch
 
 from models import create_model, use_tokenizer, zoo
 from models.compile import prepare_network
-from sampling.flags import rule_option_names
+from sampling.flags import solver_option_names
 from sampling.folder import format_seeds
 from sampling.generate import _text_of
-from solvers import SOLVERS, make_rule, resolve_sigmas
+from solvers import SOLVERS, make_solver, resolve_sigmas
 from solvers.sampler import afs_direction, check_predictor
 from solvers.schedules import SCHEDULE_NAMES
-from solvers.span_table import SpanStudent
+from solvers.span_table import SpanSolver
 from torch_utils import distributed
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
@@ -47,9 +47,9 @@ class Settings:
     guidance_type: str | None = None
     guidance_rate: float | None = None
 
-    def rule(self):
+    def make_solver(self):
         """The solver with its options; UserError where they do not go together."""
-        return make_rule(self.solver, self.options, {"original_code": self.original_code})
+        return make_solver(self.solver, self.options, {"original_code": self.original_code})
 
     def arguments(self) -> dict:
         """Keyword arguments of ``solvers.sample``."""
@@ -76,7 +76,7 @@ class Settings:
         if predictor is not None:
             calls = predictor.evaluations()
         else:
-            calls = self.rule().evaluations(len(self.resolve(net)) - 1, self.afs)
+            calls = self.make_solver().evaluations(len(self.resolve(net)) - 1, self.afs)
         return (calls + bool(self.denoise_to_zero)) * getattr(net, "evals_per_call", 1)
 
 
@@ -85,8 +85,8 @@ def settings_from_flags(options: dict, given: set[str]) -> Settings:
     solver = options["solver"]
     if options["dataset_name"] is None or solver is None:
         raise UserError("say what to sample: --predictor_path, or --dataset_name together with --solver")
-    explicit = {name: options[name] for name in rule_option_names() if name in given and name != "original_code"}
-    if make_rule(solver, explicit).needs_predictor:
+    explicit = {name: options[name] for name in solver_option_names() if name in given and name != "original_code"}
+    if make_solver(solver, explicit).needs_predictor:
         raise UserError(f"--solver={solver} needs a trained predictor: give --predictor_path (train.py makes one)")
     if options["sigmas"] is not None:
         extra = [name for name in SCHEDULE_NAMES if name in given]
@@ -128,7 +128,7 @@ def settings_from_predictor(config: dict, options: dict, given: set[str]) -> Set
         raise UserError(f"the predictor was trained for an unknown solver '{values['solver']}'")
     taken = SOLVERS[values["solver"]].options
     rule_options = {name: config[name] for name in taken if config.get(name) is not None}
-    for name in rule_option_names():
+    for name in solver_option_names():
         if name in given and name in taken:
             rule_options[name] = options[name]
         elif name in given and options[name] not in (None, False, config.get(name)):
@@ -138,7 +138,7 @@ def settings_from_predictor(config: dict, options: dict, given: set[str]) -> Set
     return Settings(**values, options=rule_options, **more)
 
 
-def settings_from_student(student: SpanStudent, options: dict, given: set[str]) -> Settings:
+def settings_from_student(student: SpanSolver, options: dict, given: set[str]) -> Settings:
     """Settings of a span student; UserError where a flag that the user wrote contradicts them."""
     config = student.config
     own = {name: config[name] for name in ("dataset_name", *_GUIDANCE_OPTIONS)}
@@ -147,7 +147,7 @@ def settings_from_student(student: SpanStudent, options: dict, given: set[str]) 
         raise UserError("this student does not say which network it belongs to: give --dataset_name")
     brought = {**own, "solver": student.solver, "afs": student.afs}
     brought |= {name: config[name] for name in ("num_steps", "sigma_min", "sigma_max")}
-    for name in ("schedule_type", "schedule_rho", "sigmas", *rule_option_names(), *brought):
+    for name in ("schedule_type", "schedule_rho", "sigmas", *solver_option_names(), *brought):
         if name in given and options[name] != brought.get(name):
             raise UserError(f"--{name}: the span student brings its own solver, schedule and first step; leave it out")
     lists = {name: getattr(student, name)().tolist() for name in ("sigmas", "sigmas_net")}
@@ -156,7 +156,7 @@ def settings_from_student(student: SpanStudent, options: dict, given: set[str]) 
 
 def settings_of(predictor, options: dict, given: set[str]) -> Settings:
     """Settings that a predictor of any kind was trained for."""
-    if isinstance(predictor, SpanStudent):
+    if isinstance(predictor, SpanSolver):
         return settings_from_student(predictor, options, given)
     return settings_from_predictor(predictor.config, options, given)
 
@@ -238,14 +238,14 @@ def check_network(net, settings: Settings, predictor, device: torch.device) -> N
     """UserError where the network cannot do what the settings ask; warns where the predictor belongs to other weights."""
     if settings.afs:
         zero = torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution, device=device)
-        kind = predictor.first_direction if isinstance(predictor, SpanStudent) else settings.afs
+        kind = predictor.first_direction if isinstance(predictor, SpanSolver) else settings.afs
         afs_direction(net, zero, torch.ones((), device=device), kind)
-    if isinstance(predictor, SpanStudent):
+    if isinstance(predictor, SpanSolver):
         predictor.check_network(net)
     elif predictor is not None:
-        rule, sigmas = settings.rule(), settings.resolve(net)
+        solver, sigmas = settings.make_solver(), settings.resolve(net)
         try:
-            check_predictor(predictor, net, rule, sigmas, vars(settings))
+            check_predictor(predictor, net, solver, sigmas, vars(settings))
         except UserError as error:
             raise UserError(f"--{error}") from None
     if predictor is not None:
@@ -259,12 +259,12 @@ def check_network(net, settings: Settings, predictor, device: torch.device) -> N
 
 def recorded_settings(settings: Settings, options: dict, net, predictor_file: Path | None) -> dict:
     """What the images depend on, with the defaults of the solver and the noise levels spelled out."""
-    rule, sigmas = settings.rule(), settings.resolve(net)
-    recorded = asdict(settings) | {"fingerprint": rule.bind(net, sigmas).fingerprint}
-    for name in recorded.pop("options") | rule.options:
-        value = getattr(rule, name)
+    solver, sigmas = settings.make_solver(), settings.resolve(net)
+    recorded = asdict(settings) | {"fingerprint": solver.bind(net, sigmas).fingerprint}
+    for name in recorded.pop("options") | solver.options:
+        value = getattr(solver, name)
         recorded[name] = str(value) if value in (math.inf, -math.inf) else value  # JSON has no infinity
-    recorded["original_code"] = getattr(rule, "original_code", None) or None
+    recorded["original_code"] = getattr(solver, "original_code", None) or None
     recorded["guidance_rate"] = getattr(net, "guidance_rate", None)  # None: the network takes no guidance
     return recorded | {
         **recorded_text(options),

@@ -3,22 +3,22 @@
 import importlib
 import pkgutil
 
-from solvers.sampler import SampleInfo, Solver, State, integrate, resolve_sigmas, sample
+from solvers.sampler import SampleInfo, Sampler, State, integrate, resolve_sigmas, sample
 from solvers.schedules import SCHEDULES, check_sigmas, get_schedule, refine
-from solvers.solver import SOLVERS, Option, Rule, make_rule
+from solvers.solver import SOLVERS, Option, Solver, make_solver
 
 __all__ = [
     "SCHEDULES",
     "SOLVERS",
     "Option",
-    "Rule",
-    "SampleInfo",
     "Solver",
+    "SampleInfo",
+    "Sampler",
     "State",
     "check_sigmas",
     "get_schedule",
     "integrate",
-    "make_rule",
+    "make_solver",
     "refine",
     "resolve_sigmas",
     "sample",

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from models.noise import VPTime
-from solvers.solver import Option, Rule, order_option, register
+from solvers.solver import Option, Solver, order_option, register
 
 # Gauss-Legendre in ln sigma: the integrand's singularities are pi/2 away from the real axis, so this many points reach
 # rounding error on any interval, be it from 80 to 0.002.
@@ -40,7 +40,7 @@ def gauss_legendre(start: torch.Tensor, end: torch.Tensor, count: int) -> tuple[
 
 
 @register("deis")
-class DEIS(Rule):
+class DEIS(Solver):
     """DEIS multistep (Zhang & Chen 2023): the direction is extrapolated by the polynomial through the newest
     max_order points and integrated exactly. In which variable it is a polynomial, deis_mode says:
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from solvers.solver import Option, Rule, State, order_option, register
+from solvers.solver import Option, Solver, State, order_option, register
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
 from torch_utils.tensor_file import json_entry, read_safetensors, write_safetensors
@@ -273,7 +273,7 @@ def _command(net, path=None) -> str:
 
 
 @register("dpm_v3")
-class DPMSolverV3(Rule):
+class DPMSolverV3(Solver):
     """DPM-Solver-v3 multistep (Zheng et al. 2023, Section 3): what is linear in the network's
     statistics is integrated exactly, the rest as the polynomial in lambda = -ln sigma through the
     newest max_order points. Follows the published code, except that its integrals are exact

@@ -54,5 +54,5 @@ class EDM(Heun):
         d = afs_direction(run.net, x, hat, run.afs) if i == 0 and run.afs else run.direction(x, hat)
         if run.observer is not None:
             run.observer(i, cur, state.x, x - hat * d)
-        d_next = run.direction(x + (nxt - hat) * d, nxt, told=run.told(i + 1))
+        d_next = run.direction(x + (nxt - hat) * d, nxt, sigma_cond=run.sigma_cond(i + 1))
         return State(x + (nxt - hat) * self.combine(d, d_next, self.r), (), state.updates + 1)

@@ -2,7 +2,7 @@
 
 import torch
 
-from solvers.solver import Option, Rule, State, register
+from solvers.solver import Option, Solver, State, register
 
 LIMIT = 2.0  # of every projection coefficient
 LONG_RUN = 20  # intervals above which zeta has its second form
@@ -19,7 +19,7 @@ def bounded(a, b):
 
 
 @register("evodiff")
-class EVODiff(Rule):
+class EVODiff(Solver):
     """EVODiff (arXiv 2509.26096), multistep, in data prediction: what the difference of two denoised images says about the
     next one is weighted per sample and channel by inner products over the pixels.
 

@@ -1,6 +1,6 @@
 """iPNDM (Zhang & Chen 2023) with variable steps: Adams-Bashforth on any grid (Hairer, Norsett & Wanner 1993, III.5)."""
 
-from solvers.solver import Option, Rule, order_option, register
+from solvers.solver import Option, Solver, order_option, register
 
 
 def adams_bashforth_weights(sigmas, sigma_next, published=False) -> list:
@@ -40,7 +40,7 @@ def adams_bashforth_weights(sigmas, sigma_next, published=False) -> list:
 
 
 @register("ipndm_v")
-class IPNDMV(Rule):
+class IPNDMV(Solver):
     """Adams-Bashforth with the weights of the actual steps: exact where d is a polynomial in sigma of degree below the
     order, on any grid. With equal steps it is ipndm. The first step is Euler's, then the order rises by one per step.
 

@@ -1,13 +1,13 @@
 """PFDiff (Wang et al. 2024, "PFDiff: Training-Free Acceleration of Diffusion Models Combining Past and Future Scores")."""
 
-from solvers.solver import Option, Rule, State, register
+from solvers.solver import Option, Solver, State, register
 from torch_utils.errors import UserError
 
 MOST_SKIPPED = 3
 
 
 @register("pfdiff")
-class PFDiff(Rule):
+class PFDiff(Solver):
     """PFDiff-k_h on first-order steps (Wang et al. 2024): one evaluation pays for k + 1 intervals.
 
     The first interval is Euler's. From then on, at point i of the schedule and with the slope g of the evaluation before:

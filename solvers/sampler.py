@@ -1,6 +1,6 @@
 """The one sampling loop. It owns the schedule, AFS, the NFE count, trajectories and the predictor of learned points.
 
-``Solver.advance`` does one interval and is what distillation trains through; ``sample`` runs all of them, and
+``Sampler.advance`` does one interval and is what distillation trains through; ``sample`` runs all of them, and
 ``integrate`` does so with gradients, to the starting noise, the noise levels and whatever the rule or predictor learns.
 """
 
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.denoiser import BOTTLENECK_SIZE, call_shifted, read_bottleneck
 from solvers.schedules import check_sigmas, get_schedule, levels_tensor
-from solvers.solver import Rule, State, make_rule
+from solvers.solver import Solver, State, make_solver
 from torch_utils.errors import UserError
 
 RANGE_SLACK = 1e-3  # schedules in float32 and rounded ends of a range may exceed it by this share
@@ -50,7 +50,7 @@ def afs_direction(net, x: torch.Tensor, sigma, kind) -> torch.Tensor:
     return (x - mean) * (sigma / (sigma**2 + float(std) ** 2))
 
 
-class Solver:
+class Sampler:
     """A rule on a schedule with a network, and optionally a predictor that inserts one learned point per interval.
 
     sigmas: [N] descending. afs: False, True, "data" or a function (see ``afs_direction``). ``nfe`` counts the network evaluations really made.
@@ -64,7 +64,7 @@ class Solver:
     def __init__(
         self,
         net,
-        rule: Rule,
+        solver: Solver,
         sigmas: torch.Tensor,
         *,
         afs=False,
@@ -78,7 +78,7 @@ class Solver:
     ):
         if not (isinstance(afs, bool) or afs == "data" or callable(afs)):
             raise UserError(f"afs={afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
-        self.net, self.rule, self.sigmas = net, rule.adopt(predictor).bind(net, sigmas), sigmas
+        self.net, self.solver, self.sigmas = net, solver.adopt(predictor).bind(net, sigmas), sigmas
         self.sigmas_net = None
         if sigmas_net is not None:
             self.sigmas_net = levels_tensor("sigmas_net", sigmas_net, sigmas.dtype).to(sigmas.device)
@@ -98,7 +98,7 @@ class Solver:
     @property
     def updates(self) -> int:
         """Updates of the rule over the whole trajectory; one-stage rules make two per interval under a predictor."""
-        return self.intervals * (2 if self.predictor is not None and self.rule.stages == 1 else 1)
+        return self.intervals * (2 if self.predictor is not None and self.solver.stages == 1 else 1)
 
     def sigma(self, i: int, x: torch.Tensor) -> torch.Tensor:
         """The noise level at point i of the schedule, in the dtype of x."""
@@ -107,7 +107,7 @@ class Solver:
     @contextmanager
     def reading(self):
         """Context in which the network's bottleneck is read; needed around ``advance`` when there is a predictor."""
-        if self.predictor is None or self.rule.own_schedule:
+        if self.predictor is None or self.solver.own_schedule:
             yield
             return
         with read_bottleneck(self.net) as self._reader:
@@ -116,7 +116,7 @@ class Solver:
 
     def advance(self, state: State, i: int) -> State:
         """From point i of the schedule to the next (``rule.stride`` intervals further)."""
-        return self.rule.advance(self, state, i)
+        return self.solver.advance(self, state, i)
 
     # What a rule may ask for.
 
@@ -133,7 +133,7 @@ class Solver:
             return checkpoint(net, x, sigma, use_reentrant=False, **cond).to(x.dtype)
         return net(x, sigma, **cond).to(x.dtype)
 
-    def told(self, i, r=None):
+    def sigma_cond(self, i, r=None):
         """What the network is told at point i, or, for a given r, at sigmas[i + 1]^r sigmas[i]^(1 - r); None where that is
         the noise level itself."""
         levels = self.sigmas_net
@@ -141,19 +141,21 @@ class Solver:
             return None
         return levels[i] if r is None else levels[i + 1] ** r * levels[i] ** (1 - r)
 
-    def direction(self, x, sigma, scale_time=None, told=None, shift=None):
+    def direction(self, x, sigma, scale_time=None, sigma_cond=None, shift=None):
         """d = (x - D) / sigma; told (see there) and scale_time change only the noise level that the network is told, shift
         [1, E] its embedding."""
-        told = sigma if told is None else told.to(x.dtype)
-        return (x - self.denoise(x, told if scale_time is None else scale_time * told, shift=shift)) / sigma
+        sigma_cond = sigma if sigma_cond is None else sigma_cond.to(x.dtype)
+        return (x - self.denoise(x, sigma_cond if scale_time is None else scale_time * sigma_cond, shift=shift)) / sigma
 
-    def directions(self, points: list, sigmas: list, told: list, shift=None) -> list:
-        """The directions at several points [B,C,H,W] in one call of the network, which is told the noise levels ``told``,
+    def directions(self, points: list, sigmas: list, sigma_cond: list, shift=None) -> list:
+        """The directions at several points [B,C,H,W] in one call of the network, which is told the noise levels ``sigma_cond``,
         their embeddings shifted by shift [number of points, E]."""
         if len(points) == 1:
-            return [self.direction(points[0], sigmas[0], told=told[0].to(points[0]), shift=shift)]
+            return [self.direction(points[0], sigmas[0], sigma_cond=sigma_cond[0].to(points[0]), shift=shift)]
         batch = len(points[0])
-        levels = torch.stack([level.to(points[0]) for level in told]).repeat_interleave(batch).reshape(-1, 1, 1, 1)
+        levels = (
+            torch.stack([level.to(points[0]) for level in sigma_cond]).repeat_interleave(batch).reshape(-1, 1, 1, 1)
+        )
         denoised = self.denoise(torch.cat(points), levels, len(points), shift).split(batch)
         return [(x - d) / sigma for x, d, sigma in zip(points, denoised, sigmas, strict=True)]
 
@@ -169,13 +171,13 @@ class Solver:
         """
         if i in self.known:
             return self.known[i][0]
-        sigma, told = self.sigma(i, x), self.told(i)
-        learned = any(value is not None and value.requires_grad for value in (x, sigma, told, shift))
+        sigma, sigma_cond = self.sigma(i, x), self.sigma_cond(i)
+        learned = any(value is not None and value.requires_grad for value in (x, sigma, sigma_cond, shift))
         with torch.set_grad_enabled(torch.is_grad_enabled() and learned):
             if i == 0 and self.afs:
                 d = afs_direction(self.net, x, sigma, self.afs)
             else:
-                d = self.direction(x, sigma, told=told, shift=shift)
+                d = self.direction(x, sigma, sigma_cond=sigma_cond, shift=shift)
         self.observe(i, sigma, x, d)
         return d
 
@@ -242,7 +244,7 @@ def _within_range(net, sigmas):
 _SCHEDULE = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_max")
 
 
-def check_predictor(predictor, net, rule: Rule, sigmas: torch.Tensor, settings: Mapping) -> None:
+def check_predictor(predictor, net, solver: Solver, sigmas: torch.Tensor, settings: Mapping) -> None:
     """Raises UserError where a predictor would be used in another way than it was trained for.
 
     sigmas: [N] noise levels of the run. settings: "afs", and by name what the noise levels were
@@ -252,7 +254,7 @@ def check_predictor(predictor, net, rule: Rule, sigmas: torch.Tensor, settings: 
     trained = {name: predictor.config[name] for name in getattr(predictor, "stated", ())}
     if "sampler_stu" in trained:
         trained["solver"] = trained["sampler_stu"]
-    used = {"solver": rule.name, "afs": settings["afs"]} | {name: getattr(rule, name) for name in rule.options}
+    used = {"solver": solver.name, "afs": settings["afs"]} | {name: getattr(solver, name) for name in solver.options}
     different = [
         name
         for name, value in used.items()
@@ -315,12 +317,12 @@ def integrate(
     arithmetic. num_steps: time stamps (intervals + 1). sigmas: an explicit schedule that replaces num_steps and
     schedule_type; sigmas_net: what the network is told in their place, if not the same. predictor: an AMEDPredictor; it
     inserts one learned evaluation per interval and works only with the settings of its training (UserError for others);
-    max_order None is then that of the training. For the solver "span" a SpanStudent, which brings schedule and first step
+    max_order None is then that of the training. For the solver "span" a SpanSolver, which brings schedule and first step
     along. cond: passed on to net.
     denoise_to_zero: one more evaluation at the last sigma. callback(i, sigma, x, denoised): called in every interval with
     the state and the denoised image at its start. noise(): standard normal noise like latents for stochastic solvers
     (default: torch's global generator). original_code: reproduce the published code where it deviates from its
-    paper (docs/solvers.md lists the places). checkpointing: see ``Solver``.
+    paper (docs/solvers.md lists the places). checkpointing: see ``Sampler``.
 
     Gradients flow to whatever requires them: latents, sigmas, sigmas_net, the parameters of a predictor. ``sample`` is the
     same without gradients.
@@ -336,9 +338,9 @@ def integrate(
         max_order = getattr(predictor, "config", {}).get("max_order")
     common = {"max_order": max_order, "predict_x0": predict_x0, "lower_order_final": lower_order_final}
     common["original_code"] = original_code
-    rule = make_rule(solver, solver_options, common)
-    if rule.own_schedule:
-        rule.adopt(predictor)  # refuses what is no student of it
+    method = make_solver(solver, solver_options, common)
+    if method.own_schedule:
+        method.adopt(predictor)  # refuses what is no student of it
         predictor.check_network(net)
         own = predictor.brings(num_steps, sigmas, sigmas_net, afs)
         sigmas, sigmas_net, afs = own["sigmas"], own["sigmas_net"], own["afs"]
@@ -346,13 +348,13 @@ def integrate(
         raise UserError("sample: give num_steps or an explicit list of sigmas")
     schedule = (num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas)
     times = resolve_sigmas(net, *schedule, latents.device, original_code, latents.dtype)
-    if not rule.own_schedule:
+    if not method.own_schedule:
         names = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_max", "sigmas")
         asked = dict(zip(names, schedule, strict=True)) | {"afs": afs, "original_code": original_code}
-        check_predictor(predictor, net, rule, times, asked)
-    run = Solver(
+        check_predictor(predictor, net, method, times, asked)
+    run = Sampler(
         net,
-        rule,
+        method,
         times,
         afs=afs,
         predictor=predictor,
@@ -369,7 +371,7 @@ def integrate(
         i = 0
         while i < run.intervals:
             state = run.advance(state, i)
-            i += run.rule.stride(i, run.intervals)
+            i += run.solver.stride(i, run.intervals)
             if return_trajectory:
                 points.append(state.x)
             if run.predicted is not None:
@@ -377,7 +379,7 @@ def integrate(
                     getattr(info, name).append(value.flatten())
     x = state.x
     if denoise_to_zero:
-        last = run.told(-1)
+        last = run.sigma_cond(-1)
         x = run.denoise(x, (times[-1] if last is None else last).to(x.dtype))
         points.append(x)
     info.nfe = run.nfe

@@ -19,7 +19,7 @@ import torch
 
 from torch_utils.errors import UserError
 
-SOLVERS: dict[str, type["Rule"]] = {}
+SOLVERS: dict[str, type["Solver"]] = {}
 
 
 def register(name: str):
@@ -74,7 +74,7 @@ class Option:
         raise UserError(f"{name}={value} must be {wanted}")
 
 
-class Rule:
+class Solver:
     """Base class. Options are keyword arguments of the constructor and become attributes."""
 
     name: str
@@ -84,7 +84,7 @@ class Rule:
     can_teach: bool = True
     can_learn: bool = True  # may a predictor be inserted?
     needs_predictor: bool = False
-    own_schedule: bool = False  # its predictor is a student that brings schedule and first step (``SpanStudent``)
+    own_schedule: bool = False  # its predictor is a student that brings schedule and first step (``SpanSolver``)
     stochastic: bool = False  # draws noise while sampling
     differentiable: bool = True  # do gradients flow to the noise levels?
     fingerprint: str | None = None  # of a file that the bound rule steps with: the images depend on it
@@ -111,7 +111,7 @@ class Rule:
         """True when a step depends on the current point only, so that a trajectory may be restarted anywhere."""
         return self.keep == 1
 
-    def adopt(self, predictor) -> "Rule":
+    def adopt(self, predictor) -> "Solver":
         """The rule to use with this predictor (None: without): itself, or a copy that knows it.
 
         Raises UserError where they do not go together.
@@ -124,7 +124,7 @@ class Rule:
             raise UserError(f"this predictor is a student of the solver '{predictor.solver}', not of '{self.name}'")
         return self
 
-    def bind(self, net, sigmas) -> "Rule":
+    def bind(self, net, sigmas) -> "Solver":
         """The rule to use for this network and schedule [N]: itself, or a copy with what it needs to know of them.
 
         Raises UserError where it cannot work on them.
@@ -152,7 +152,7 @@ class Rule:
         raise NotImplementedError
 
     def advance(self, run, state: State, i: int) -> State:
-        """From point i of the schedule to the next. run: the ``Solver``, which evaluates and asks the predictor."""
+        """From point i of the schedule to the next. run: the ``Sampler``, which evaluates and asks the predictor."""
         cur, nxt = run.sigma(i, state.x), run.sigma(i + 1, state.x)
         d = run.direction_at(state.x, i)
         if run.predictor is None:
@@ -160,7 +160,7 @@ class Rule:
         r, scale_dir, scale_time = run.predict(state.x, i)
         mid = nxt**r * cur ** (1 - r)
         state = self.step(run, state, d, cur, mid)
-        d_mid = run.direction(state.x, mid, scale_time, run.told(i, r))
+        d_mid = run.direction(state.x, mid, scale_time, run.sigma_cond(i, r))
         return self.step(run, state, d_mid, mid, nxt, scale_dir)
 
     def step(self, run, state, d, sigma, target, scale=1.0) -> State:
@@ -175,7 +175,7 @@ def order_option(default: int) -> Option:
 
 
 @register("euler")
-class Euler(Rule):
+class Euler(Solver):
     """x + (t - s) d; DDIM (Song et al. 2021) in this parametrisation."""
 
     summary = "Euler / DDIM, order 1"
@@ -186,7 +186,7 @@ class Euler(Rule):
 
 
 @register("ipndm")
-class IPNDM(Rule):
+class IPNDM(Solver):
     """Adams-Bashforth with the weights of equal steps, whatever the grid (Zhang & Chen 2023; Liu et al. 2022)."""
 
     summary = "improved PNDM: linear multistep, order 1-4"
@@ -265,7 +265,7 @@ def exponential_multistep(x, history, sigma_next, order, predict_x0, scale=1.0):
 
 
 @register("dpmpp")
-class DPMSolverPP(Rule):
+class DPMSolverPP(Solver):
     """DPM-Solver++ multistep (Lu et al. 2022), in data (predict_x0) or noise prediction.
 
     lower_order_final: the last updates fall back to orders that need no step beyond the end. thresholding: dynamic
@@ -293,7 +293,7 @@ class DPMSolverPP(Rule):
         return min(self.max_order, index + 1)
 
 
-class TwoStageRule(Rule):
+class TwoStageSolver(Solver):
     """One evaluation inside the interval at sigma_mid = t^r s^(1-r), reached by an Euler step."""
 
     stages = 2
@@ -309,7 +309,7 @@ class TwoStageRule(Rule):
         d = run.direction_at(x, i)
         r, scale_dir, scale_time = (self.r, 1.0, None) if run.predictor is None else run.predict(x, i)
         mid = nxt**r * cur ** (1 - r)
-        d_mid = run.direction(x + (mid - cur) * d, mid, scale_time, run.told(i, r))
+        d_mid = run.direction(x + (mid - cur) * d, mid, scale_time, run.sigma_cond(i, r))
         return State(x + scale_dir * (nxt - cur) * self.combine(d, d_mid, r), (), state.updates + 1)
 
     def combine(self, d, d_mid, r):
@@ -318,7 +318,7 @@ class TwoStageRule(Rule):
 
 
 @register("dpm")
-class DPMSolver2(TwoStageRule):
+class DPMSolver2(TwoStageSolver):
     """DPM-Solver-2 (Lu et al. 2022, Algorithm 1) for any r in (0, 1]."""
 
     summary = "DPM-Solver-2 singlestep, order 2; 2 evaluations per step"
@@ -339,7 +339,7 @@ class Heun(DPMSolver2):
 
 
 @register("amed")
-class AMED(TwoStageRule):
+class AMED(TwoStageSolver):
     """AMED-Solver (Zhou et al. 2024, eq. 8): the whole step along the direction at a learned intermediate point."""
 
     summary = "AMED-Solver: learned intermediate point; needs a predictor"
@@ -350,7 +350,7 @@ class AMED(TwoStageRule):
         return d_mid
 
 
-def make_rule(solver: str, explicit: dict | None = None, common: dict | None = None) -> Rule:
+def make_solver(solver: str, explicit: dict | None = None, common: dict | None = None) -> Solver:
     """The rule named ``solver``. ``explicit`` options must be understood by it, ``common`` ones are used where they are."""
     if solver not in SOLVERS:
         raise UserError(f"unknown solver '{solver}'; choose from {', '.join(SOLVERS)}")

@@ -1,6 +1,6 @@
 """The span solver: explicit linear samplers as one learned table, with its own schedule and first step.
 
-    student = SpanStudent.preset("full", num_steps=5, sigma_min=0.002, sigma_max=80.0)   # 4 network calls with a first step
+    student = SpanSolver.preset("full", num_steps=5, sigma_min=0.002, sigma_max=80.0)   # 4 network calls with a first step
     student.measure_gaussian(net)                       # only for first_step="gaussian"
     x = student.run(net, latents)                       # [B,C,H,W], differentiable; latents: unit-variance noise
     x = sample(net, latents, solver="span", predictor=student)      # the same without gradients; all options of the loop
@@ -37,7 +37,7 @@ from models.denoiser import embedding_layer
 from solvers.deis import gauss_legendre, lagrange_basis
 from solvers.sampler import integrate
 from solvers.schedules import check_sigmas, get_schedule
-from solvers.solver import State, make_rule
+from solvers.solver import State, make_solver
 from solvers.span_heads import HEADS, LIFTED, SampleHead, SpatialHead, TimeHead
 from torch_utils.errors import UserError
 from torch_utils.kinds import MOST_STEPS, check_kinds, check_steps
@@ -185,7 +185,7 @@ class Plan:
     inner: list = field(default_factory=list)
 
 
-class SpanStudent(nn.Module):
+class SpanSolver(nn.Module):
     """The learned table (see the module). Keyword arguments are the keys of ``DEFAULTS``; ``config`` holds all of them.
 
     Parameters, all float64 whatever the module is moved to, those of the groups in ``learn`` with gradient:
@@ -240,7 +240,7 @@ class SpanStudent(nn.Module):
         self._theory = None if self.config["relative"] else [row.detach() for row in self._base(*self._labels())]
 
     @classmethod
-    def preset(cls, name: str, **changes) -> "SpanStudent":
+    def preset(cls, name: str, **changes) -> "SpanSolver":
         """The student named in ``PRESETS``, with other settings where given."""
         if name not in PRESETS:
             raise UserError(f"unknown span student '{name}'; choose from {', '.join(PRESETS)}")
@@ -427,12 +427,12 @@ class SpanStudent(nn.Module):
         """
         names = ("max_order", "lower_order_final")
         common = {name: self.config[name] for name in names} | {"thresholding": False}
-        rule = make_rule(self.config["base"], common=common).bind(None, sigmas)
+        solver = make_solver(self.config["base"], common=common).bind(None, sigmas)
         run, slopes = SimpleNamespace(updates=self.intervals), torch.eye(self.intervals, dtype=torch.float64)
         state, rows = State(sigmas.new_zeros(self.intervals)), []
         for i in range(self.intervals):
             before = state.x
-            state = rule.step(run, state, slopes[i], sigmas[i], sigmas[i + 1])
+            state = solver.step(run, state, slopes[i], sigmas[i], sigmas[i + 1])
             rows.append(((state.x - before) / (sigmas[i + 1] - sigmas[i]))[: i + 1])
         return rows
 
@@ -481,11 +481,16 @@ class SpanStudent(nn.Module):
         intervals = []
         for i, (c, scale, contrast) in enumerate(plan.steps):
             points = [
-                {"sigma": float(label), "told": float(told), "coefficients": row.tolist()}
-                for label, told, row in plan.inner[i]
+                {"sigma": float(label), "told": float(sigma_cond), "coefficients": row.tolist()}
+                for label, sigma_cond, row in plan.inner[i]
             ]
-            told = None if i == 0 and self.analytic else float(plan.sigmas_net[i])
-            own = {"sigma": float(plan.sigmas[i]), "told": told, "contrast": float(contrast), "scale": float(scale)}
+            sigma_cond = None if i == 0 and self.analytic else float(plan.sigmas_net[i])
+            own = {
+                "sigma": float(plan.sigmas[i]),
+                "told": sigma_cond,
+                "contrast": float(contrast),
+                "scale": float(scale),
+            }
             intervals.append({**own, "coefficients": c.tolist(), "inner": points})
         names = ("preset", "first_step", "base", "parallel")
         result = {name: self.config[name] for name in names}

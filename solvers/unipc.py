@@ -84,7 +84,7 @@ class UniPC(DPMSolverPP):
         if last and not self.corrects_last(run.intervals):
             return State(x, history, state.updates + 1)
         sigma = run.sigma(i + 1, x)
-        d = run.direction(x, sigma, told=run.told(i + 1)) if last else run.direction_at(x, i + 1)
+        d = run.direction(x, sigma, sigma_cond=run.sigma_cond(i + 1)) if last else run.direction_at(x, i + 1)
         output = self.output(x, d, sigma)
         corrected = step([*differences, output - newest], [*places, 1.0], fixed=order == 1)
         return State(corrected, (*history, (output, sigma))[-self.keep :], state.updates + 1)

@@ -61,7 +61,7 @@ def load_learned(path):
 
     from sampling.settings import settings_of
     from solvers.solver import SOLVERS
-    from solvers.span_table import SpanStudent
+    from solvers.span_table import SpanSolver
     from training.checkpoint import load_predictor
 
     class Net:
@@ -72,7 +72,7 @@ def load_learned(path):
     options = {name: None for rule in SOLVERS.values() for name in rule.options}
     settings = settings_of(predictor, {**options, **neutral, "denoise_to_zero": False}, set())
     settings.evaluations(Net(), predictor)
-    if isinstance(predictor, SpanStudent):
+    if isinstance(predictor, SpanSolver):
         predictor.table()
     else:
         predictor(torch.zeros(1, 8, 8), torch.tensor(80.0), torch.tensor(1.0))
@@ -130,11 +130,11 @@ def load_model_statistics(path):
 
 
 def load_state(path):
-    from training.options import TrainingOptions
+    from training.options import AMEDOptions
     from training.run_folder import load_newest_state
 
     state = load_newest_state(path.parent)
-    TrainingOptions.from_dict(state["options"]).check(1)
+    AMEDOptions.from_dict(state["options"]).check(1)
 
 
 def load_captions(path):
@@ -146,7 +146,7 @@ def load_captions(path):
 def load_description(path):
     from models import build_denoiser, zoo
 
-    described = zoo.own_settings(path.with_name(path.name.removesuffix(".json")))
+    described = zoo.read_sidecar(path.with_name(path.name.removesuffix(".json")))
     if described is not None:
         build_denoiser(*described, {})
 
@@ -192,9 +192,9 @@ def make_files(folder: Path) -> None:
     from evaluation.frechet import Reference
     from models.edm import load_edm_network, save_edm_safetensors
     from solvers.dpm_solver_v3 import Statistics, save_statistics
-    from solvers.span_table import SpanStudent
+    from solvers.span_table import SpanSolver
     from training.checkpoint import save_predictor
-    from training.options import TrainingOptions
+    from training.options import AMEDOptions
     from training.predictor import AMEDPredictor
 
     torch.manual_seed(0)
@@ -205,7 +205,7 @@ def make_files(folder: Path) -> None:
     predictor = AMEDPredictor(dataset_name="digits", num_steps=4, afs=True, scale_dir=0.01, max_order=3, hidden_dim=16)
     save_predictor(predictor, folder / "predictor.safetensors", {"network_hash": "0" * 64})
     structure = {"dataset_name": "digits", "image_shape": [1, 2, 2], "heads": ["sample", "spatial", "time"]}
-    student = SpanStudent(**structure, parallel=2, num_steps=4, img_channels=1, embedding_width=8)
+    student = SpanSolver(**structure, parallel=2, num_steps=4, img_channels=1, embedding_width=8)
     save_predictor(student, folder / "student.safetensors", {"network_hash": "0" * 64})
     _pack_snapshot(folder / "predictor.pkl", folder / "predictor.pt")
     weights = {"a.weight": torch.randn(4, 4), "a.bias": torch.randn(4).half(), "step": torch.tensor(3)}
@@ -247,7 +247,7 @@ def make_files(folder: Path) -> None:
     curves = [torch.rand(3, 1, 2, 2) for _ in range(3)]
     sigmas = torch.tensor([80.0, 1.0, 0.002], dtype=torch.float64)
     save_statistics(Statistics(sigmas, *curves, {"nodes": 3}), folder / "statistics.safetensors")
-    options = TrainingOptions(dataset_name="digits", seed=0).to_dict()
+    options = AMEDOptions(dataset_name="digits", seed=0).to_dict()
     state = {"predictor": weights, "optimizer": {"state": {0: weights}}, "iteration": 3, "options": options}
     torch.save(state, folder / "training-state-000001.pt")
     (folder / "captions.csv").write_text('seed,caption\n0,"a fox, red"\n5,naïve\n7,"two\nlines"\n', encoding="utf-8")
@@ -369,10 +369,10 @@ def run_share(folder: Path, seed: int, first: int, end: int, step: int) -> list[
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as worker:
             begun = None
             for line in worker.stdout:
-                told = json.loads(line)
-                begun = told.get("begun", begun)
-                if "begun" not in told:
-                    outcomes.append(told)
+                sigma_cond = json.loads(line)
+                begun = sigma_cond.get("begun", begun)
+                if "begun" not in sigma_cond:
+                    outcomes.append(sigma_cond)
         if worker.returncode == 0:
             break
         if begun is None:

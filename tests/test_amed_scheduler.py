@@ -15,7 +15,7 @@ from PIL import Image
 
 from models.diffusers import load_diffusers
 from solvers import SOLVERS, sample
-from solvers.span_table import SpanStudent
+from solvers.span_table import SpanSolver
 from torch_utils.errors import UserError
 from training.checkpoint import save_predictor
 from training.predictor import AMEDPredictor
@@ -340,7 +340,7 @@ def test_span_student(preset, first_step, heads, tmp_path):
     net = load_diffusers(pipeline_folder("sd"), guidance_rate=RATE)
     ends = {"sigma_min": net.sigma_min, "sigma_max": net.sigma_max}
     sizes = {"img_channels": net.img_channels, "embedding_width": net.noise_embedding.out_features}
-    student = SpanStudent.preset(preset, num_steps=4, first_step=first_step, heads=heads, **sizes, **ends)
+    student = SpanSolver.preset(preset, num_steps=4, first_step=first_step, heads=heads, **sizes, **ends)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in student.groups().values():
@@ -358,9 +358,9 @@ def test_span_student(preset, first_step, heads, tmp_path):
     for _ in range(2):
         assert relative_error(run_pipeline(net, scheduler, noise), expected.float()) < TOLERANCE
     with pytest.raises(UserError, match="parallel=1 only"):
-        AMEDScheduler(SpanStudent(parallel=2), net.pipeline.scheduler.config)
+        AMEDScheduler(SpanSolver(parallel=2), net.pipeline.scheduler.config)
     if "time" in heads:
-        unet, wrong = net.pipeline.unet, SpanStudent(heads=["time"], embedding_width=4)
+        unet, wrong = net.pipeline.unet, SpanSolver(heads=["time"], embedding_width=4)
         with torch.no_grad():
             student.heads["time"].vectors.zero_()
         other = sample(net, noise.double(), solver="span", predictor=student, cond=cond)

@@ -27,7 +27,7 @@ from evaluation.fid import calculate_fid
 from evaluation.frechet import Reference
 from models.edm import EDMDenoiser, load_edm_network, save_edm_safetensors
 from sampling.generate import generate_images
-from solvers import SOLVERS, Rule, sample
+from solvers import SOLVERS, Solver, sample
 from solvers.dpm_solver_v3 import Statistics, save_statistics
 from solvers.schedule_file import Schedule, save_schedule
 from tools import compare_run as comparison
@@ -247,7 +247,7 @@ class Net:
     sigma_min, sigma_max = 0.002, 80.0
 
 
-class TwoIntervals(Rule):
+class TwoIntervals(Solver):
     """Two intervals per evaluation, and an odd number of them is refused."""
 
     def evaluations(self, intervals, afs=False, learned=False):
@@ -279,8 +279,8 @@ def test_steps_for_a_number_of_evaluations(monkeypatch, solver, afs, guided, nfe
 
 def test_presets_fit_the_rules():
     common = {"dataset_name": "custom", "sigmas": None}
-    for name, rule in SOLVERS.items():
-        if not rule.needs_predictor:
+    for name, solver in SOLVERS.items():
+        if not solver.needs_predictor:
             parse_method(name, common, {})
     assert PRESETS["deis"]["max_order"] == 4
 

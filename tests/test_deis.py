@@ -20,7 +20,7 @@ from test_solvers_properties import (
 from test_unipc import ARCHIVE, JSON, check_golden
 from toy import ToyNet, common
 
-from solvers import Solver, State, get_schedule, make_rule, refine, sample
+from solvers import Sampler, State, get_schedule, make_solver, refine, sample
 from solvers.deis import CURVE
 
 CASES = [case for case in JSON["cases"] if case["solver"] == "deis"]
@@ -56,9 +56,9 @@ def test_golden_float32(case):
     check_golden(case, torch.float32, 2e-3, **settings(case, needs_original(case)))
 
 
-def coefficients(rule, sigmas, i):
-    newest = range(i, max(-1, i - rule.max_order), -1)
-    return torch.stack(rule.coefficients([sigmas[k] for k in newest], sigmas[i + 1]))
+def coefficients(solver, sigmas, i):
+    newest = range(i, max(-1, i - solver.max_order), -1)
+    return torch.stack(solver.coefficients([sigmas[k] for k in newest], sigmas[i + 1]))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['id']}-{c['deis_mode']}")
@@ -66,7 +66,7 @@ def test_golden_coefficients(case):
     sigmas = torch.from_numpy(ARCHIVE[f"{case['id']}.t_steps"])
     expected, expected_f32 = (ARCHIVE[f"{case['id']}.{name}"] for name in ("coeff", "coeff_f32"))
     options = {"max_order": case["max_order"], "deis_mode": case["deis_mode"]}
-    published, exact = (make_rule("deis", {**options, "original_code": original}) for original in (True, False))
+    published, exact = (make_solver("deis", {**options, "original_code": original}) for original in (True, False))
     assert np.isnan(expected[0]).all()  # an Euler step
     assert published.coefficients([sigmas[0]], sigmas[1]) == [sigmas[1] - sigmas[0]]
     for i in range(1, min(len(sigmas) - 1, case.get("stale_coefficients_from_step", 99))):
@@ -97,7 +97,7 @@ def test_default_of_rhoab_goes_on_at_its_full_order():
 def test_integrals_are_exact(steps, kind, mode):
     """Against adaptive quadrature over sigma, up to an interval that spans two decades."""
     sigmas = get_schedule(steps, 0.002, 80, kind, 7 if kind == "polynomial" else 1)
-    rule = make_rule("deis", {"max_order": 4, "deis_mode": mode})
+    solver = make_solver("deis", {"max_order": 4, "deis_mode": mode})
     for i in range(1, steps - 1):
         count = min(4, i + 1)
         nodes = [sigmas[i - k] for k in range(count)]
@@ -109,7 +109,7 @@ def test_integrals_are_exact(steps, kind, mode):
 
         a, b = float(sigmas[i]), float(sigmas[i + 1])
         expected = [quad(basis, a, b, args=(j,), epsabs=1e-13, epsrel=1e-12, limit=200)[0] for j in range(count)]
-        close(torch.stack(rule.coefficients(nodes, sigmas[i + 1])), expected, 1e-12)
+        close(torch.stack(solver.coefficients(nodes, sigmas[i + 1])), expected, 1e-12)
 
 
 def test_curve():
@@ -139,12 +139,12 @@ class PolynomialDirection(torch.nn.Module):
 def test_rhoab_is_exact_on_polynomials(order):
     """Of degree order - 1 in sigma, and not of one more."""
     sigmas = torch.tensor([4.0, 3.7, 2.2, 2.0, 1.1, 0.3], dtype=torch.float64)
-    rule = make_rule("deis", {"max_order": order, "deis_mode": "rhoab"})
+    solver = make_solver("deis", {"max_order": order, "deis_mode": "rhoab"})
     for degree in range(order + 1):
         net = PolynomialDirection([0.5, -0.8, 0.4, 0.3, -0.2][: degree + 1])
         integral, start = net.q.integ(), order - 1
         exact = [noise() + integral(float(s)) for s in sigmas]
-        run = Solver(net, rule, sigmas)
+        run = Sampler(net, solver, sigmas)
         history = tuple((torch.full_like(exact[0], net.q(float(s))), s) for s in sigmas[:start])
         state = State(exact[start], history, start)
         for i in range(start, run.intervals):
@@ -159,8 +159,8 @@ def test_rhoab_is_exact_on_polynomials(order):
 def test_order(order, mode, make):
     """On unequal steps; order 2 at most from noise, for the first step is Euler's."""
     counts = (50, 100, 200)
-    rule = make_rule("deis", {"max_order": order, "deis_mode": mode})
-    errors = errors_after_exact_start(make, counts, "polynomial", rule)
+    solver = make_solver("deis", {"max_order": order, "deis_mode": mode})
+    errors = errors_after_exact_start(make, counts, "polynomial", solver)
     assert order_of(errors, counts) == pytest.approx(order, abs=0.15)
     if make is Gaussian and order in (1, 3):
         errors = final_errors(make, counts, "polynomial", "deis", max_order=order, deis_mode=mode)
@@ -236,11 +236,11 @@ def test_scale_dir_multiplies_the_displacement(mode):
 @pytest.mark.parametrize("options", [{}, {"deis_mode": "rhoab"}, {"original_code": True}])
 def test_gradients_with_respect_to_the_points(options):
     """The coefficients depend on r: automatic and numerical derivatives of two intervals agree."""
-    rule = make_rule("deis", options)
+    solver = make_solver("deis", options)
 
     def end(r, scale):
         net = Gaussian()
-        run = Solver(net, rule, grid(2, "logsnr"), predictor=PerSample(r, scale, torch.ones_like(r)))
+        run = Sampler(net, solver, grid(2, "logsnr"), predictor=PerSample(r, scale, torch.ones_like(r)))
         state = State(noise() * 1.2)
         with run.reading():
             for i in range(2):

@@ -43,10 +43,10 @@ def test_the_tables_of_students_follow_from_their_rows():
 def test_table_has_every_solver_and_option():
     rows = {row.split("|")[1].strip(" `"): row for row in make_docs.solver_table().splitlines()[2:]}
     assert list(rows) == list(SOLVERS)
-    for name, rule in SOLVERS.items():
-        assert all(f"`{option}=" in rows[name] for option in rule.options)
-        assert ("teacher" in rows[name]) == rule.can_teach
-        assert ("student" in rows[name]) == rule.can_learn
+    for name, solver in SOLVERS.items():
+        assert all(f"`{option}=" in rows[name] for option in solver.options)
+        assert ("teacher" in rows[name]) == solver.can_teach
+        assert ("student" in rows[name]) == solver.can_learn
         assert len(re.findall(r"(?<!\\)\|", rows[name])) == 8
     assert "`max_order=4`" in rows["ipndm"] and "`r=0.5`" in rows["dpm"] and "`thresholding=True`" in rows["dpmpp"]
     assert [rows[name].split("|")[3].strip() for name in ("euler", "heun", "dpmpp")] == ["1", "2", "1-3"]

@@ -13,7 +13,7 @@ from toy import ToyNet, common
 
 from models import create_model
 from models.edm import EDMDenoiser
-from solvers import get_schedule, make_rule, sample
+from solvers import get_schedule, make_solver, sample
 from solvers.dpm_solver_v3 import (
     CORRECTORS,
     Curves,
@@ -127,7 +127,7 @@ def test_constant_statistics_are_unipc_with_all_weights_solved(monkeypatch, kind
 
 def predictor_only(x, sigmas, order, lower, predict_x0):
     """The exponential integrator through the newest points, written with UniPC's weights."""
-    rule, net, n = FullyWeighted(predict_x0=predict_x0, thresholding=False), ToyNet(), len(sigmas) - 1
+    solver, net, n = FullyWeighted(predict_x0=predict_x0, thresholding=False), ToyNet(), len(sigmas) - 1
     x, outputs = x * sigmas[0], []
     rows = [x]
     for i in range(n):
@@ -141,7 +141,7 @@ def predictor_only(x, sigmas, order, lower, predict_x0):
         terms = math.expm1(z) * outputs[-1]
         if places:
             terms = terms + sum(
-                w * (outputs[-1 - k] - outputs[-1]) for k, w in enumerate(rule.weights(z, places, False), start=1)
+                w * (outputs[-1 - k] - outputs[-1]) for k, w in enumerate(solver.weights(z, places, False), start=1)
             )
         x = t / s * x - terms if predict_x0 else x - t * terms
         rows.append(x)
@@ -431,7 +431,7 @@ def test_one_evaluation_per_interval(intervals, corrector, afs):
         return_info=True, callback=lambda i, sigma, x, denoised: seen.append(i),
     )  # fmt: skip
     assert [float(value) for value in net.calls] == sigmas[int(afs) : -1].tolist()
-    assert info.nfe == make_rule("dpm_v3").evaluations(intervals, afs)
+    assert info.nfe == make_solver("dpm_v3").evaluations(intervals, afs)
     assert seen == list(range(intervals))
 
 

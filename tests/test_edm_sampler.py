@@ -29,10 +29,10 @@ def draws(seed=7, batch=2, shape=(1, 2, 2)):
 
 def algorithm_2(net, x, sigmas, draw, S_churn, S_min=0.0, S_max=math.inf, S_noise=1.0):
     """Karras et al. 2022, Algorithm 2, without noise before the last step; (result, noise levels of the evaluations)."""
-    t, told = [*sigmas.tolist(), 0.0], []
+    t, sigma_cond = [*sigmas.tolist(), 0.0], []
 
     def slope(x, t):
-        told.append(t)
+        sigma_cond.append(t)
         return (x - net.denoised(x, torch.tensor(t, dtype=x.dtype))) / t
 
     for i in range(len(sigmas)):
@@ -43,7 +43,7 @@ def algorithm_2(net, x, sigmas, draw, S_churn, S_min=0.0, S_max=math.inf, S_nois
         x = x_hat + (t[i + 1] - t_hat) * d
         if t[i + 1]:
             x = x_hat + (t[i + 1] - t_hat) * (d + slope(x, t[i + 1])) / 2
-    return x, told
+    return x, sigma_cond
 
 
 @pytest.mark.parametrize("afs", [False, True])
@@ -62,14 +62,14 @@ def test_without_noise_it_is_heun(options, afs):
 def test_algorithm_2(options):
     """N noise levels take 2 N - 1 evaluations, the last of them for the step to zero."""
     net, sigmas = Wide(), get_schedule(8, 0.002, 80.0)
-    expected, told = algorithm_2(net, noise() * 80.0, sigmas, draws(), **options)
+    expected, sigma_cond = algorithm_2(net, noise() * 80.0, sigmas, draws(), **options)
     found, info = sample(
         net, noise(), solver="edm", num_steps=8, noise=draws(), denoise_to_zero=True, return_info=True, **options
     )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
-    assert [float(c[0]) for c in net.calls] == pytest.approx(told, rel=1e-13)
-    assert info.nfe == len(told) == 15
-    assert any(level > 1.01 * float(sigma) for level, sigma in zip(told[::2], sigmas, strict=True))
+    assert [float(c[0]) for c in net.calls] == pytest.approx(sigma_cond, rel=1e-13)
+    assert info.nfe == len(sigma_cond) == 15
+    assert any(level > 1.01 * float(sigma) for level, sigma in zip(sigma_cond[::2], sigmas, strict=True))
 
 
 def response(stamps, **options):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from solvers import get_schedule, make_rule, sample
+from solvers import get_schedule, make_solver, sample
 from solvers.evodiff import projection
 
 torch.set_num_threads(1)
@@ -56,7 +56,7 @@ def test_one_evaluation_per_interval_at_the_points_of_the_schedule(intervals, af
     _, info = sample(net, latents(), **options, return_info=True)
     expected = options["sigmas"][int(afs) : -1 if lower or intervals == 1 else None].tolist()
     assert net.calls == expected
-    assert info.nfe == len(expected) == make_rule("evodiff", {"lower_order_final": lower}).evaluations(intervals, afs)
+    assert info.nfe == len(expected) == make_solver("evodiff", {"lower_order_final": lower}).evaluations(intervals, afs)
     net.calls.clear()
     sample(net, latents(), **options, denoise_to_zero=True)
     assert net.calls == [*expected, float(options["sigmas"][-1])]

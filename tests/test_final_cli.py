@@ -11,9 +11,9 @@ from toy import ToyNet
 from models.edm import EDMDenoiser
 from torch_utils.errors import UserError
 from training.checkpoint import load_predictor
-from training.options import FinalOptions
+from training.options import SpanOptions
 from training.run_folder import load_newest_state
-from training.span_run import train_student
+from training.span_run import train_span
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def test_two_processes_give_the_student_of_one(tiny, tmp_path):
     assert two.returncode == 0, two.stderr
     path = trained(two.stdout)
     state = load_newest_state(path.parent)
-    one = train_student({**state["options"], "outdir": str(tmp_path / "one")})
+    one = train_span({**state["options"], "outdir": str(tmp_path / "one")})
     other = load_newest_state(one.parent)
     assert state["iteration"] == other["iteration"] == 4
     for name, value in other["predictor"].items():
@@ -100,11 +100,11 @@ def test_heads_and_loss_that_are_not_given_suit_the_network(tiny, tmp_path):
         def forward(self, x, sigma):
             return x * 0.5
 
-    options = FinalOptions("custom").resolved(Blind(torch.float32))
+    options = SpanOptions("custom").resolved(Blind(torch.float32))
     assert (options.heads, options.loss) == ("spatial", "huber")
-    assert FinalOptions("custom", heads="sample", loss="l2").resolved(Blind(torch.float32)).loss == "l2"
+    assert SpanOptions("custom", heads="sample", loss="l2").resolved(Blind(torch.float32)).loss == "l2"
     with pytest.raises(UserError, match="features at sigma=100"):
-        FinalOptions("custom", feature_sigma=100.0).resolved(Blind(torch.float32))
+        SpanOptions("custom", feature_sigma=100.0).resolved(Blind(torch.float32))
 
 
 def test_micro_batches_that_fit(tiny, tmp_path, monkeypatch):

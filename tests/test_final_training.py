@@ -12,17 +12,17 @@ import torch
 from toy import ToyNet
 
 from solvers import sample
-from solvers.span_table import SpanStudent
+from solvers.span_table import SpanSolver
 from torch_utils.errors import UserError
 from torch_utils.seeds import SeededGenerators
 from training import run as run_module
 from training import span_trainer as final_loop
 from training.checkpoint import load_predictor
-from training.options import FinalOptions, grid_sigmas, learned, parse_phases
+from training.options import SpanOptions, grid_sigmas, learned, parse_phases
 from training.run import Interrupted
 from training.run_folder import load_newest_state
-from training.span_run import train_student
-from training.span_trainer import PATIENCE, FinalTrainer, NotFinite
+from training.span_run import train_span
+from training.span_trainer import PATIENCE, NotFinite, SpanTrainer
 from training.teacher import teacher_set
 
 USUAL = {"dataset_name": "custom", "seed": 3, "num_steps": 5, "pairs": 24, "val_pairs": 6, "batch": 4, "val_every": 5}
@@ -60,8 +60,8 @@ def toy_model(monkeypatch):
     monkeypatch.setattr(run_module, "create_model", lambda *_, **__: Toy())
 
 
-def make_trainer(folder, net=None, **more) -> FinalTrainer:
-    options = FinalOptions(**{**USUAL, **more})
+def make_trainer(folder, net=None, **more) -> SpanTrainer:
+    options = SpanOptions(**{**USUAL, **more})
     options.check(1)
     net = net or Toy()
     settings = options.teacher(0.002, 80.0)
@@ -70,10 +70,10 @@ def make_trainer(folder, net=None, **more) -> FinalTrainer:
     if student.config["first_step"] == "gaussian":
         student.measure_gaussian(net)
     total = math.ceil(options.total_kimg * 1000 / options.batch)
-    return FinalTrainer(net, student, pairs, options, total)
+    return SpanTrainer(net, student, pairs, options, total)
 
 
-def train(trainer: FinalTrainer, iterations: int | None = None) -> torch.Tensor:
+def train(trainer: SpanTrainer, iterations: int | None = None) -> torch.Tensor:
     count = trainer.total - trainer.iteration if iterations is None else iterations
     return torch.cat([trainer.iterate() for _ in range(count)])
 
@@ -97,7 +97,7 @@ def stats(path: Path) -> list[dict]:
 def test_trained_student_is_closer_to_the_truth_on_other_noise(folder):
     """The error of the ODE itself, on seeds that training has not seen, against a solver with 200 steps."""
     trainer = make_trainer(folder, num_steps=5, total_kimg=0.4)
-    start = SpanStudent(**trainer.student.config)
+    start = SpanSolver(**trainer.student.config)
     start.load_state_dict(trainer.student.state_dict())
     train(trainer)
     latents = SeededGenerators(range(40)).randn([3, 16, 16])
@@ -176,8 +176,8 @@ def test_phases_in_turn():
     once = parse_phases("labels:1,all:3", 1, learned)
     assert once == [(frozenset({"labels"}), 0.25), (frozenset(learned), 0.75)]
     assert parse_phases("labels:1,all:3", 2, learned) == [(groups, share / 2) for groups, share in once * 2]
-    student = FinalOptions("custom", preset="s4s").make_student(0.002, 80.0)
-    alternating = FinalOptions("custom", preset="s4s").phase_list(student)
+    student = SpanOptions("custom", preset="s4s").make_student(0.002, 80.0)
+    alternating = SpanOptions("custom", preset="s4s").phase_list(student)
     assert [sorted(groups) for groups, _ in alternating] == [["labels", "time"], ["corrections"]] * 4
     for text in ("labels", "labels:0", "labels:x", "colour:1", "contrast:1", ""):
         with pytest.raises(UserError, match="--phases="):
@@ -337,15 +337,15 @@ def test_a_gradient_that_is_not_finite_is_skipped(folder, bad):
 def test_a_run_of_failures_ends_with_the_last_good_state(toy_model, tmp_path, monkeypatch):
     net = Spoilt()
     monkeypatch.setattr(run_module, "create_model", lambda *_, **__: net)
-    accumulate = FinalTrainer._accumulate
+    accumulate = SpanTrainer._accumulate
 
     def spoiling(self, trained):
         net.bad = "forward" if self.iteration >= 3 else None
         return accumulate(self, trained)
 
-    monkeypatch.setattr(FinalTrainer, "_accumulate", spoiling)
+    monkeypatch.setattr(SpanTrainer, "_accumulate", spoiling)
     with pytest.raises(UserError, match="no finite gradient in 5 iterations in a row, up to iteration 8"):
-        train_student({**USUAL, "outdir": str(tmp_path)})
+        train_span({**USUAL, "outdir": str(tmp_path)})
     (run,) = tmp_path.glob("0*")
     state = load_newest_state(run)
     assert state["failures"] == 0 and all(value.isfinite().all() for value in state["predictor"].values())
@@ -356,7 +356,7 @@ def test_a_run_of_failures_ends_with_the_last_good_state(toy_model, tmp_path, mo
 
 
 def test_what_a_run_leaves(toy_model, tmp_path):
-    path = train_student({**USUAL, "outdir": str(tmp_path), "init": "ab@polynomial:7,dpmpp@logsnr", "desc": "x"})
+    path = train_span({**USUAL, "outdir": str(tmp_path), "init": "ab@polynomial:7,dpmpp@logsnr", "desc": "x"})
     assert path.parent.name == "00000-custom-5-3-span-full-deis-x"
     names = sorted(entry.name for entry in path.parent.iterdir())
     assert names == ["log.txt", "predictor-000000.safetensors", "stats.jsonl", "training-state-000000.pt"] + [
@@ -364,13 +364,13 @@ def test_what_a_run_leaves(toy_model, tmp_path):
     ]
     assert [entry.suffix for entry in (tmp_path / "teacher-sets").iterdir()] == [".safetensors"]
     student = load_predictor(path)
-    assert isinstance(student, SpanStudent) and student.config["preset"] == "full" and student.evaluations() == 3
+    assert isinstance(student, SpanSolver) and student.config["preset"] == "full" and student.evaluations() == 3
     facts = student.provenance
     assert facts["network_hash"] == "toy" and facts["kimg"] == 0.08 and facts["seed"] == 3 and facts["loss"] == "huber"
     assert facts["validation"]["best"] < facts["validation"]["first"]
     recorded = json.loads((path.parent / "training_options.json").read_text())
     recorded.pop("provenance")
-    assert FinalOptions.from_dict(recorded).init == "ab@polynomial:7,dpmpp@logsnr"
+    assert SpanOptions.from_dict(recorded).init == "ab@polynomial:7,dpmpp@logsnr"
     log = (path.parent / "log.txt").read_text()
     assert "starts: " in log and f"trained {path} NFE=3" in log
     latents = SeededGenerators(range(4)).randn([3, 16, 16])
@@ -392,7 +392,7 @@ def test_the_best_start_is_taken(toy_model, tmp_path):
     }
     first = {}
     for init in (*names, ",".join(names)):
-        path = train_student({**kept, "init": init})
+        path = train_span({**kept, "init": init})
         state = load_newest_state(path.parent)
         first[init] = (state["first"][0], state["student_config"]["base"], state["student_config"]["sigmas"])
     chosen = first.pop(",".join(names))
@@ -417,11 +417,11 @@ def test_the_start_that_learns_best_is_taken(toy_model, tmp_path, more):
     short = {**kept, "total_kimg": 0.016, "warmup": 1}  # what a trial of a fifth comes to, warm-up and all
     untrained, trained, starts = {}, {}, {}
     for number, init in enumerate(names):
-        path = train_student({**short, "init": init, "outdir": str(tmp_path / str(number))})
+        path = train_span({**short, "init": init, "outdir": str(tmp_path / str(number))})
         state = load_newest_state(path.parent)
         untrained[init], trained[init] = state["first"][0], state["validation"][0]
         starts[init] = (state["student_config"]["base"], state["student_config"]["sigmas"])
-    said = train_student({**kept, "init": ",".join(names), "init_trial": 0.2, "outdir": str(tmp_path / "all")}).parent
+    said = train_span({**kept, "init": ",".join(names), "init_trial": 0.2, "outdir": str(tmp_path / "all")}).parent
     state = load_newest_state(said)
     finalists = re.search(r"after 4 iterations: (.*)", (said / "log.txt").read_text())[1]
     assert len(finalists.split(", ")) == 3
@@ -436,8 +436,8 @@ def test_the_start_that_learns_best_is_taken(toy_model, tmp_path, more):
 @pytest.mark.parametrize("more", [{}, {"w_dist": 0.1, "w_anchor": 0.1, "preset": "s4s"}])
 def test_continuing_after_an_interruption_is_bit_for_bit(toy_model, tmp_path, monkeypatch, more):
     settings = {**USUAL, **more, "tick": 0.02, "outdir": str(tmp_path)}
-    straight = train_student(settings)
-    iterate = FinalTrainer.iterate
+    straight = train_span(settings)
+    iterate = SpanTrainer.iterate
 
     def interrupted(self):
         if self.iteration == 7:
@@ -445,31 +445,31 @@ def test_continuing_after_an_interruption_is_bit_for_bit(toy_model, tmp_path, mo
         return iterate(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(FinalTrainer, "iterate", interrupted)
+        patch.setattr(SpanTrainer, "iterate", interrupted)
         with pytest.raises(Interrupted):
-            train_student(settings)
+            train_span(settings)
     folder = sorted(tmp_path.glob("0*"))[1]
     state = load_newest_state(folder)
     assert state["iteration"] == 8
-    path = train_student(state["options"], run_dir=folder, resume=True)
+    path = train_span(state["options"], run_dir=folder, resume=True)
     one, two = load_newest_state(straight.parent), load_newest_state(folder)
     for name in ("predictor", "optimizer", "iteration", "averaged", "best", "validation", "first", "queue"):
         assert same_state(one[name], two[name]), name
     assert same_state({**load_predictor(straight).state_dict()}, {**load_predictor(path).state_dict()})
     assert stats(straight)[-1] == stats(path)[-1]
     with pytest.raises(UserError, match="has reached 0.08 kimg"):
-        train_student(state["options"], run_dir=folder, resume=True)
+        train_span(state["options"], run_dir=folder, resume=True)
 
 
 def test_a_damaged_state_is_explained(toy_model, tmp_path):
-    path = train_student({**USUAL, "outdir": str(tmp_path)})
+    path = train_span({**USUAL, "outdir": str(tmp_path)})
     state_path = next(path.parent.glob("*.pt"))
     state = load_newest_state(path.parent)
     state["options"]["total_kimg"] = 1
     for change in ({"student_config": {"num_steps": 9}}, {"student_config": {"colour": 1}}, {"student_config": None}):
         torch.save({**state, **change}, state_path)
         with pytest.raises(UserError, match="is not that of a span student"):
-            train_student(state["options"], run_dir=path.parent, resume=True)
+            train_span(state["options"], run_dir=path.parent, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -508,5 +508,5 @@ def test_a_damaged_state_is_explained(toy_model, tmp_path):
 )
 def test_impossible_settings_leave_no_run(toy_model, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
-        train_student({**USUAL, **change, "outdir": str(tmp_path / "exps")})
+        train_span({**USUAL, **change, "outdir": str(tmp_path / "exps")})
     assert not list((tmp_path / "exps").glob("0*"))

@@ -28,9 +28,9 @@ from evaluation.frechet import Reference
 from evaluation.inception import load_inception
 from models import build_denoiser
 from models.edm import load_edm_network
-from models.zoo import own_settings
+from models.zoo import read_sidecar
 from solvers.schedule_file import load_schedule
-from solvers.span_table import SpanStudent
+from solvers.span_table import SpanSolver
 from tools.dataset_tool import ArraySource
 from tools.train_denoiser import read_state
 from torch_utils import safe_pickle
@@ -854,7 +854,7 @@ SPAN = [
 @pytest.mark.parametrize("changes", SPAN, ids=str)
 def test_settings_of_span_files(changes, tmp_path):
     path = tmp_path / "student.safetensors"
-    save_predictor(SpanStudent(num_steps=4), path)
+    save_predictor(SpanSolver(num_steps=4), path)
     change_config(path, **changes)
     with at_once(), pytest.raises(UserError, match="student.safetensors"):
         load_predictor(path)
@@ -864,7 +864,7 @@ def test_span_files_with_many_time_steps(tmp_path):
     """Whatever the labels say: 2,000 time stamps are too many, 16 calls per interval for 999 too."""
     path = tmp_path / "student.safetensors"
     for steps, parallel in ((2000, 1), (999, 16)):
-        save_predictor(SpanStudent(num_steps=4), path)
+        save_predictor(SpanSolver(num_steps=4), path)
         tensors, metadata = read_safetensors(path.read_bytes(), str(path))
         config = json.loads(metadata["config"]) | {"num_steps": steps, "parallel": parallel}
         tensors["labels"] = torch.zeros(steps - 1, dtype=torch.float64)
@@ -894,7 +894,7 @@ def test_json_beyond_measure(value, tmp_path):
     path = tmp_path / "net.pkl"
     (tmp_path / "net.pkl.json").write_text(f'{{"family": "edm", "config": {{"img_resolution": {value}}}}}')
     with pytest.raises(UserError, match="net.pkl.json"):
-        own_settings(path)
+        read_sidecar(path)
     (tmp_path / "schedule.json").write_text(f'{{"format": "amed-schedule-1", "sigmas": {value}}}')
     with pytest.raises(UserError, match="schedule.json"):
         load_schedule(tmp_path / "schedule.json")

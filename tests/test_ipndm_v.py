@@ -6,15 +6,15 @@ from test_solvers_properties import NETS, Constant, errors_after_exact_start, gr
 from test_unipc import JSON, check_golden
 from toy import ToyNet, common
 
-from solvers import Solver, State, make_rule, refine, sample
+from solvers import Sampler, State, make_solver, refine, sample
 from solvers.ipndm_v import adams_bashforth_weights
 
 CASES = [case for case in JSON["cases"] if case["solver"] == "ipndm_v"]
 UNEQUAL = torch.tensor([1.0, 0.83, 0.71, 0.4, 0.12], dtype=torch.float64)
 
 
-def rule(order, **options):
-    return make_rule("ipndm_v", {"max_order": order, **options})
+def solver(order, **options):
+    return make_solver("ipndm_v", {"max_order": order, **options})
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c['id']}-{c['max_order']}")
@@ -44,7 +44,7 @@ def test_exact_on_polynomials(order, published):
     for p in range(order + 1):
         known = order - 1
         history = tuple((torch.full((1, 1, 1, 1), float(s) ** p, dtype=torch.float64), s) for s in UNEQUAL[:known])
-        run = Solver(Power(), rule(order, original_code=published), UNEQUAL[: order + 1])
+        run = Sampler(Power(), solver(order, original_code=published), UNEQUAL[: order + 1])
         state = run.advance(State(torch.zeros(1, 1, 1, 1, dtype=torch.float64), history, known), known)
         error = abs(float(state.x) - float(UNEQUAL[order] ** (p + 1) - UNEQUAL[known] ** (p + 1)) / (p + 1))
         if p < order and not (published and order >= 3):
@@ -63,9 +63,9 @@ def test_published_weights_of_order_4_do_not_sum_to_one():
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_order(order, make):
     counts = (80, 160, 320)
-    errors = errors_after_exact_start(make, counts, "polynomial", rule(order))
+    errors = errors_after_exact_start(make, counts, "polynomial", solver(order))
     assert order_of(errors, counts) == pytest.approx(order, abs=0.15)
-    published = errors_after_exact_start(make, counts, "polynomial", rule(order, original_code=True))
+    published = errors_after_exact_start(make, counts, "polynomial", solver(order, original_code=True))
     assert order_of(published, counts) == pytest.approx(2 if order == 4 else order, abs=0.15)
 
 
@@ -120,4 +120,4 @@ def test_a_learned_point_per_sample():
 
 def test_bad_order_is_explained():
     with pytest.raises(ValueError, match=r"^max_order=5: ipndm_v supports 1\.\.4$"):
-        rule(5)
+        solver(5)

@@ -27,7 +27,9 @@ from training.schedule_search import METHODS, optimize
 
 ROOT = Path(__file__).resolve().parents[1]
 DIFFERENTIABLE = [
-    name for name, rule in SOLVERS.items() if rule.differentiable and not rule.stochastic and not rule.needs_predictor
+    name
+    for name, solver in SOLVERS.items()
+    if solver.differentiable and not solver.stochastic and not solver.needs_predictor
 ]
 SMALL = {"num_train": 16, "num_valid": 16, "update_batch": 8, "rounds": 6, "rounds_grid": 2, "loss": "l2"}
 QUICK = {**SMALL, "num_train": 4, "num_valid": 2, "update_batch": 2, "num_steps_tea": 5, "rounds": 2, "rounds_grid": 1}
@@ -64,9 +66,9 @@ def trained(problem, **changes):
 @pytest.mark.parametrize("kind", ["polynomial", "logsnr", "time_uniform"])
 def test_the_start_is_the_initial_schedule(kind, mode):
     initial = get_schedule(7, 0.002, 80, kind, 7 if kind == "polynomial" else 1)
-    sigmas, told = Grid(initial, mode).levels()
+    sigmas, sigma_cond = Grid(initial, mode).levels()
     torch.testing.assert_close(sigmas, initial, rtol=1e-9, atol=0)
-    assert torch.equal(told, sigmas) and torch.equal(sigmas[[0, -1]], initial[[0, -1]])
+    assert torch.equal(sigma_cond, sigmas) and torch.equal(sigmas[[0, -1]], initial[[0, -1]])
 
 
 @pytest.mark.parametrize("mode", ["lambda", "time"])
@@ -80,11 +82,11 @@ def test_any_parameters_give_a_schedule(mode):
             grid.u.data = spread * torch.randn(5, generator=generator, dtype=torch.float64)
             grid.v.data = spread * torch.randn(4, generator=generator, dtype=torch.float64)
             grid.project()
-            sigmas, told = (value.detach() for value in grid.levels())
-            assert (sigmas.diff() < 0).all() and (told.diff() <= 1e-12).all()
-            for levels in (sigmas, told):
+            sigmas, sigma_cond = (value.detach() for value in grid.levels())
+            assert (sigmas.diff() < 0).all() and (sigma_cond.diff() <= 1e-12).all()
+            for levels in (sigmas, sigma_cond):
                 assert levels[0] == initial[0] and levels[-1] == initial[-1]
-            where, asked = (grid._coordinate(value) for value in (sigmas, told))
+            where, asked = (grid._coordinate(value) for value in (sigmas, sigma_cond))
             gaps = where.diff()
             share = ((asked - where)[1:-1].abs() / torch.minimum(gaps[:-1], gaps[1:])).max()
             assert share <= 0.5 * (1 + 1e-6)
@@ -95,9 +97,9 @@ def test_learned_levels_of_a_file_are_continued():
     initial = get_schedule(5, 0.002, 80)
     grid = Grid(initial)
     grid.v.data = torch.tensor([0.3, -0.8, 0.5], dtype=torch.float64)
-    sigmas, told = (value.detach() for value in grid.levels())
-    again = Grid(sigmas, initial_net=told).levels()
-    torch.testing.assert_close(again[1].detach(), told, rtol=1e-9, atol=0)
+    sigmas, sigma_cond = (value.detach() for value in grid.levels())
+    again = Grid(sigmas, initial_net=sigma_cond).levels()
+    torch.testing.assert_close(again[1].detach(), sigma_cond, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("solver", ["ipndm", "dpmpp", "unipc"])
@@ -110,8 +112,8 @@ def test_nothing_learned_is_the_solver_itself(solver):
     latents = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     assert found.sigmas == expected.tolist() and found.sigmas_net is None
     grid = Grid(expected)
-    sigmas, told = (value.detach() for value in grid.levels())
-    x = sample(net, latents, solver=solver, sigmas=sigmas, sigmas_net=told)
+    sigmas, sigma_cond = (value.detach() for value in grid.levels())
+    x = sample(net, latents, solver=solver, sigmas=sigmas, sigmas_net=sigma_cond)
     torch.testing.assert_close(x, sample(net, latents, solver=solver, num_steps=6), rtol=0, atol=1e-9)
 
 
@@ -130,8 +132,15 @@ def test_gradients_equal_differences(solver, afs):
     def loss(point):
         grid = Grid(get_schedule(5, 0.002, 80))
         grid.u, grid.v = point[:4], point[4:7]
-        sigmas, told = grid.levels()
-        settings = {"sigmas": sigmas, "sigmas_net": told, "solver": solver, "afs": afs, "checkpointing": True, **plain}
+        sigmas, sigma_cond = grid.levels()
+        settings = {
+            "sigmas": sigmas,
+            "sigmas_net": sigma_cond,
+            "solver": solver,
+            "afs": afs,
+            "checkpointing": True,
+            **plain,
+        }
         return huber(integrate(net, latents + point[7] * target, **settings), target).sum()
 
     # Where v is 0, the bounds of the levels, which follow u without a gradient, do not matter.
@@ -224,8 +233,8 @@ def test_errors_fall(solver, changes):
 def test_validation_decides():
     """Steps that are far too long do not spoil the result: it is the start or better, and learning rates fall."""
     trainer = Trainer(problem(), options(lr=5.0, lr_net=50.0, patience=1, valid_every=1, radius=0))
-    sigmas, told = trainer.run()
-    trainer.valid, loss = trainer.valid, trainer.validate(sigmas, told)
+    sigmas, sigma_cond = trainer.run()
+    trainer.valid, loss = trainer.valid, trainer.validate(sigmas, sigma_cond)
     assert loss == trainer.best["loss"] <= trainer.first
     assert trainer.optimizers[0].param_groups[0]["lr"] < 5.0
 
@@ -239,26 +248,26 @@ def test_auto_starts_with_the_best():
 def test_starting_points_stay_in_the_ball_and_losses_fall():
     trainer = trained(problem(), radius=0.5)
     assert trainer.radius == pytest.approx(0.5 * 4 / 25)
-    sigmas, told = trainer.levels()
+    sigmas, sigma_cond = trainer.levels()
     (pairs,) = trainer.train[0]
     losses = []
     for _ in range(6):
-        losses.append(trainer.gradients(pairs, sigmas, told)[0])
+        losses.append(trainer.gradients(pairs, sigmas, sigma_cond)[0])
         lengths = (pairs.relaxed - pairs.latents).flatten(1).norm(dim=1)
         assert (lengths <= trainer.radius * (1 + 1e-12)).all()
     assert (losses[-1] <= losses[0]).all() and losses[-1].mean() < 0.9 * losses[0].mean()
     assert (lengths > 0.9 * trainer.radius).any()  # the ball is what stops them
     strict = trained(problem(), radius=0)
     (pairs,) = strict.train[0]
-    strict.gradients(pairs, sigmas, told)
+    strict.gradients(pairs, sigmas, sigma_cond)
     assert torch.equal(pairs.relaxed, pairs.latents)
 
 
 def test_what_the_network_is_told_is_frozen_at_first():
-    for rounds_grid, told in ((6, False), (5, True)):
+    for rounds_grid, sigma_cond in ((6, False), (5, True)):
         trainer = Trainer(problem(), options(rounds_grid=rounds_grid))
         trainer.run()
-        assert bool(trainer.grid.v.any()) == told
+        assert bool(trainer.grid.v.any()) == sigma_cond
     trainer = Trainer(problem(), options(win_rate=0.0))
     assert trainer.run()[1] is None
 

@@ -7,7 +7,7 @@ import torch
 from latent_nets import TOLERANCE, manifest, meta_weights, relative_error, same_settings, tiny_case
 
 from models import build_denoiser
-from models.building import lay_out
+from models.building import build_empty
 from models.denoiser import read_bottleneck
 from models.ldm import VQ_F4_LDM, LDMDenoiser, load_ldm
 from models.noise import DiscreteTime
@@ -85,7 +85,7 @@ def test_noise_tables_have_to_fall(alphas):
 
 def test_full_size_parameter_list():
     facts = manifest("lsun_bedrooms_ldm")
-    net = lay_out(LDMDenoiser, facts["init_kwargs"], "an LDM")
+    net = build_empty(LDMDenoiser, facts["init_kwargs"], "an LDM")
     official = meta_weights(facts)
     ema_map = facts["ema"]["map"]
     for name, average in ema_map.items():

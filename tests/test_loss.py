@@ -5,12 +5,12 @@ import torch
 from toy import ToyNet, common
 
 from solvers import SOLVERS, get_schedule, sample
-from training.loss import DistillationLoss, make_rules
+from training.loss import DistillationLoss, make_solvers
 from training.predictor import DEFAULTS, AMEDPredictor
 
 torch.set_num_threads(1)
-STUDENTS = [name for name, rule in SOLVERS.items() if rule.can_learn]
-TEACHERS = [name for name, rule in SOLVERS.items() if rule.can_teach]
+STUDENTS = [name for name, solver in SOLVERS.items() if solver.can_learn]
+TEACHERS = [name for name, solver in SOLVERS.items() if solver.can_teach]
 ONE_STEP = {"euler", "dpm", "amed"}  # their step depends on the current point alone
 BASE = {"num_steps": 4, "sampler_tea": "heun", "M": 1, "scale_dir": 0.05, "scale_time": 0.2}
 
@@ -40,10 +40,10 @@ def walk(loss, predictor, x, targets):
     ("student", "order", "teacher", "highest"), [("ipndm", 4, "dpmpp", 3), ("deis", 4, "unipc", 3)]
 )
 def test_a_teacher_without_so_high_an_order_takes_its_highest(student, order, teacher, highest):
-    rules = make_rules({**DEFAULTS, "sampler_stu": student, "sampler_tea": teacher, "max_order": order})
-    assert [rule.max_order for rule in rules] == [order, highest]
-    rules = make_rules({**DEFAULTS, "sampler_stu": student, "sampler_tea": teacher, "max_order": 2})
-    assert [rule.max_order for rule in rules] == [2, 2]
+    rules = make_solvers({**DEFAULTS, "sampler_stu": student, "sampler_tea": teacher, "max_order": order})
+    assert [solver.max_order for solver in rules] == [order, highest]
+    rules = make_solvers({**DEFAULTS, "sampler_stu": student, "sampler_tea": teacher, "max_order": 2})
+    assert [solver.max_order for solver in rules] == [2, 2]
 
 
 @pytest.mark.parametrize("student", STUDENTS)
@@ -103,9 +103,9 @@ def test_explicit_sigmas_are_refined_evenly_in_ln_sigma(make):
     net, _, loss, x, targets = setup(sampler_tea="euler", M=2, sigmas=given)
     assert loss.sigmas.tolist() == values
     assert loss.sigma_max == 31.7
-    told = torch.stack([c[0] for c in net.calls])
-    assert len(told) == 9
-    assert told[::3].tolist() == values[:-1]  # to the last bit
+    sigma_cond = torch.stack([c[0] for c in net.calls])
+    assert len(sigma_cond) == 9
+    assert sigma_cond[::3].tolist() == values[:-1]  # to the last bit
     assert loss.teacher_sigmas[::3].tolist() == values
     ratios = loss.teacher_sigmas.log().diff().reshape(3, 3)
     torch.testing.assert_close(ratios, ratios[:, :1].expand(3, 3), rtol=1e-12, atol=0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from toy import ToyNet
 
-from solvers import make_rule, sample
+from solvers import make_solver, sample
 from solvers.dpm_solver_v3 import Statistics, save_statistics
 from tools.model_statistics import estimate_statistics
 
@@ -52,8 +52,8 @@ def check(group, case, **options):
         **options,
     )  # fmt: skip
     np.testing.assert_allclose([float(level) for level in net.calls], arrays["net_sigmas"], rtol=1e-9)
-    rule = make_rule(group, {name: value for name, value in options.items() if name != "corrector"})
-    assert info.nfe == case["nfe"] == rule.evaluations(len(sigmas) - 1) + denoise
+    solver = make_solver(group, {name: value for name, value in options.items() if name != "corrector"})
+    assert info.nfe == case["nfe"] == solver.evaluations(len(sigmas) - 1) + denoise
     if denoise:
         assert deviation(states[-1:], arrays["denoised"][None]) <= case["tol"]
         states = states[:-1]

@@ -31,7 +31,7 @@ from torch_utils.images import ImageSource, load_array
 from torch_utils.prompts import read_prompts, seed_of
 from torch_utils.seeds import parse_seeds
 from training.checkpoint import load_predictor, save_predictor
-from training.options import TrainingOptions
+from training.options import AMEDOptions
 from training.predictor import DEFAULTS, AMEDPredictor
 
 # Examples are the same in every run; files are rewritten by each, so sharing a folder is fine.
@@ -251,11 +251,9 @@ def test_metadata_of_predictors(tmp_path, changes):
 
 
 @bounded
-@given(
-    st.dictionaries(st.sampled_from([*TrainingOptions(dataset_name="digits").to_dict(), "x"]), json_values, max_size=2)
-)
+@given(st.dictionaries(st.sampled_from([*AMEDOptions(dataset_name="digits").to_dict(), "x"]), json_values, max_size=2))
 def test_options_of_training_states(changes):
-    options = or_refused(TrainingOptions.from_dict, TrainingOptions(dataset_name="digits").to_dict() | changes)
+    options = or_refused(AMEDOptions.from_dict, AMEDOptions(dataset_name="digits").to_dict() | changes)
     if options is not None:
         or_refused(options.check, 1)
 

@@ -5,7 +5,7 @@ import torch
 from test_solvers_properties import Constant, Gaussian, final_errors, grid, noise, order_of
 from toy import ToyNet, common
 
-from solvers import make_rule, sample
+from solvers import make_solver, sample
 
 PAIRS = [(k, h) for k in (1, 2, 3) for h in range(1, k + 1)]
 
@@ -26,13 +26,13 @@ def observed(net, latents, **options):
 
 @pytest.mark.parametrize(("k", "h"), PAIRS)
 def test_evaluations(k, h):
-    rule = make_rule("pfdiff", {"pfdiff_k": k, "pfdiff_h": h})
+    solver = make_solver("pfdiff", {"pfdiff_k": k, "pfdiff_h": h})
     for intervals in range(1, 13):
         expected = next(n for n in range(1, 13) if (k + 1) * n - k >= intervals)
         for afs in (False, True):
             net = Gaussian()
             _, info = run(net, noise(), k, h, sigmas=grid(intervals, "polynomial"), afs=afs, return_info=True)
-            assert rule.evaluations(intervals, afs) == expected - afs == len(net.calls) == info.nfe
+            assert solver.evaluations(intervals, afs) == expected - afs == len(net.calls) == info.nfe
         _, doubled = run(
             net, noise(), k, h, sigmas=grid(intervals, "polynomial"), denoise_to_zero=True, return_info=True
         )

@@ -82,7 +82,7 @@ def noise(dtype=torch.float32):
     return torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=dtype)
 
 
-@pytest.mark.parametrize("solver", [name for name, rule in SOLVERS.items() if not rule.needs_predictor])
+@pytest.mark.parametrize("solver", [name for name, solver in SOLVERS.items() if not solver.needs_predictor])
 @pytest.mark.parametrize("below", [9.999999999, 9.99999])
 def test_noise_levels_that_float32_cannot_tell_apart(solver, below):
     """They gave NaN and images of 1e5: multistep solvers divide by their distance."""

@@ -177,15 +177,15 @@ def run(script, *arguments):
 
 def test_the_schedule_of_a_file_reaches_sampling_and_training(tmp_path):
     """The noise levels unchanged, what the network is told besides, and a warning for another solver or network."""
-    sigmas, told = [80.0, 5.0, 0.002], [79.0, 5.1, 0.002]
+    sigmas, sigma_cond = [80.0, 5.0, 0.002], [79.0, 5.1, 0.002]
     path = tmp_path / "s.json"
-    save_schedule(path, make(sigmas=sigmas, sigmas_net=told, network_hash="0" * 64))
+    save_schedule(path, make(sigmas=sigmas, sigmas_net=sigma_cond, network_hash="0" * 64))
     common = ["--dataset_name=digits", f"--schedule={path}"]
     done = run("sample", *common, "--solver=euler", "--seeds=0-1", f"--outdir={tmp_path / 'images'}")
     assert done.exit_code == 0, done.output
     assert "found for another network" in done.output and "for the solver 'ipndm', not for 'euler'" in done.output
     recorded = json.loads((tmp_path / "images" / "sampling.json").read_text())["settings"]
-    assert recorded["sigmas"] == sigmas and recorded["sigmas_net"] == told
+    assert recorded["sigmas"] == sigmas and recorded["sigmas_net"] == sigma_cond
     refused = run("train", *common, f"--outdir={tmp_path / 'exps'}", "--sampler_stu=euler")
     assert refused.exit_code == 2 and "which training cannot do" in refused.output
     save_schedule(path, make(sigmas=sigmas, sigmas_net=None))

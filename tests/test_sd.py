@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from models import build_denoiser
-from models.building import lay_out
+from models.building import build_empty
 from models.denoiser import read_bottleneck
 from models.sd import CLIP_TEXT, STABLE_DIFFUSION_1_5, StableDiffusionDenoiser, load_sd
 from solvers import sample
@@ -103,7 +103,7 @@ def test_guidance_and_its_cost():
 
 def test_full_size_parameter_list():
     facts = manifest("v1-5-pruned-emaonly")
-    net = lay_out(StableDiffusionDenoiser, facts["init_kwargs"], "Stable Diffusion")
+    net = build_empty(StableDiffusionDenoiser, facts["init_kwargs"], "Stable Diffusion")
     official = meta_weights(facts)
     position_ids = "cond_stage_model.transformer.text_model.embeddings.position_ids"
     own = [name for name in official if "." in name and name != position_ids]
@@ -349,5 +349,5 @@ def test_text_settings():
         net.cond_stage_model.config["num_hidden_layers"] == 2 and net.cond_stage_model.config.keys() == CLIP_TEXT.keys()
     )
     changes = {"cond_stage_config": {"target": "ldm.modules.encoders.modules.FrozenCLIPEmbedder"}}
-    full = lay_out(StableDiffusionDenoiser, {**STABLE_DIFFUSION_1_5, **changes}, "Stable Diffusion")
+    full = build_empty(StableDiffusionDenoiser, {**STABLE_DIFFUSION_1_5, **changes}, "Stable Diffusion")
     assert full.cond_stage_model.config == CLIP_TEXT

@@ -8,17 +8,17 @@ import pytest
 import torch
 from toy import ToyNet, common
 
-from solvers import SOLVERS, Solver, State, get_schedule, make_rule, refine, sample
+from solvers import SOLVERS, Sampler, State, get_schedule, make_solver, refine, sample
 from solvers.solver import DPMSolverPP, dynamic_threshold, upper_quantile
-from solvers.span_table import SpanStudent
+from solvers.span_table import SpanSolver
 from torch_utils.errors import UserError
 from training.predictor import AMEDPredictor
 
 torch.set_num_threads(1)
 HI, LO = 1.2, 0.4  # a range where every method is in its asymptotic regime at a hundred steps
-PLAIN = [name for name, rule in SOLVERS.items() if not rule.needs_predictor]
+PLAIN = [name for name, solver in SOLVERS.items() if not solver.needs_predictor]
 NEEDS = {"dpm_v3": {"statistics": "data"}}  # options without which a solver cannot run on these networks
-LEARNING = [name for name, rule in SOLVERS.items() if rule.can_learn]
+LEARNING = [name for name, solver in SOLVERS.items() if solver.can_learn]
 
 
 class Analytic(torch.nn.Module):
@@ -118,15 +118,15 @@ def final_errors(make, counts, kind, solver, **options):
     return errors
 
 
-def errors_after_exact_start(make, counts, kind, rule):
+def errors_after_exact_start(make, counts, kind, solver):
     """Errors of a multistep method that is given its first points exactly: its own order, not that of its start."""
     errors = []
     for count in counts:
         net, sigmas, exact = make(), grid(count, kind), exact_states(make, count, kind)
-        run = Solver(net, rule, sigmas)
-        known = rule.keep - 1
+        run = Sampler(net, solver, sigmas)
+        known = solver.keep - 1
         history = tuple(
-            (rule.output(exact[k], (exact[k] - net.denoised(exact[k], sigmas[k])) / sigmas[k], sigmas[k]), sigmas[k])
+            (solver.output(exact[k], (exact[k] - net.denoised(exact[k], sigmas[k])) / sigmas[k], sigmas[k]), sigmas[k])
             for k in range(known)
         )
         state = State(exact[known], history, known)
@@ -205,7 +205,7 @@ def test_order_of_dpmpp_from_noise(order, predict_x0, lower_order_final):
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_order_of_ipndm_on_equal_steps(order, make):
     counts = (80, 160, 320)
-    errors = errors_after_exact_start(make, counts, "uniform", make_rule("ipndm", {"max_order": order}))
+    errors = errors_after_exact_start(make, counts, "uniform", make_solver("ipndm", {"max_order": order}))
     assert order_of(errors, counts) == pytest.approx(order, abs=0.15)
     errors = final_errors(make, counts, "uniform", "ipndm", max_order=order)
     assert order_of(errors, counts) == pytest.approx(min(order, 2), abs=0.15)  # the first step is Euler's
@@ -215,7 +215,7 @@ def test_ipndm_on_unequal_steps():
     """Its weights are those of equal steps: order 2 on a smooth grid, whose neighbouring steps differ by O(h^2)."""
     counts = (80, 160, 320)
     for order in (2, 3, 4):
-        errors = errors_after_exact_start(TwoGaussians, counts, "logsnr", make_rule("ipndm", {"max_order": order}))
+        errors = errors_after_exact_start(TwoGaussians, counts, "logsnr", make_solver("ipndm", {"max_order": order}))
         assert order_of(errors, counts) == pytest.approx(2, abs=0.15)
 
 
@@ -263,9 +263,9 @@ def test_inserted_point_equals_a_finer_schedule():
 @pytest.mark.parametrize("denoise", [False, True])
 @pytest.mark.parametrize("solver", list(SOLVERS))
 def test_evaluations_are_those_really_made(solver, denoise, afs):
-    rule = SOLVERS[solver]
-    for predictor in [None] * (not rule.needs_predictor) + [Constant(0.4)] * rule.can_learn:
-        expected = rule().evaluations(4, afs, predictor is not None)
+    method = SOLVERS[solver]
+    for predictor in [None] * (not method.needs_predictor) + [Constant(0.4)] * method.can_learn:
+        expected = method().evaluations(4, afs, predictor is not None)
         net = Gaussian()
         _, info = sample(
             net,
@@ -308,9 +308,9 @@ def test_explicit_sigmas_reach_the_network_unchanged(make):
     assert info.sigmas.tolist() == values
     net.calls.clear()
     sample(net, common("latents2"), solver="heun", sigmas=given)
-    told = [float(c) for c in net.calls]
-    assert told[::2] == values[:-1]
-    assert told[1::2] == pytest.approx(values[1:], rel=1e-15)
+    sigma_cond = [float(c) for c in net.calls]
+    assert sigma_cond[::2] == values[:-1]
+    assert sigma_cond[1::2] == pytest.approx(values[1:], rel=1e-15)
 
 
 def test_scale_time_changes_only_what_the_network_is_told():
@@ -324,17 +324,17 @@ def test_scale_time_changes_only_what_the_network_is_told():
 def test_decoupled_noise_levels_change_only_what_the_network_is_told(solver):
     """LD3's decoupled times: a network that undoes the change gives the same samples."""
     sigmas = grid(4, "logsnr")
-    told = sigmas * torch.linspace(0.9, 1.1, 5, dtype=torch.float64)
+    sigma_cond = sigmas * torch.linspace(0.9, 1.1, 5, dtype=torch.float64)
 
     class Undoing(Gaussian):
         def forward(self, x, sigma, **cond):
-            return super().forward(x, sigmas[(told - sigma).abs().argmin()], **cond)
+            return super().forward(x, sigmas[(sigma_cond - sigma).abs().argmin()], **cond)
 
     options = {"solver": solver, "sigmas": sigmas, **(DPMPP if solver in ("dpmpp", "unipc") else {})}
     expected = sample(Gaussian(), noise(), denoise_to_zero=True, **options)
-    found = sample(Undoing(), noise(), denoise_to_zero=True, sigmas_net=told, **options)
+    found = sample(Undoing(), noise(), denoise_to_zero=True, sigmas_net=sigma_cond, **options)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
-    changed = sample(Gaussian(), noise(), denoise_to_zero=True, sigmas_net=told, **options)
+    changed = sample(Gaussian(), noise(), denoise_to_zero=True, sigmas_net=sigma_cond, **options)
     assert not torch.allclose(changed, expected)
     same = sample(Gaussian(), noise(), denoise_to_zero=True, sigmas_net=sigmas.tolist(), **options)
     torch.testing.assert_close(same, expected, rtol=0, atol=1e-14)
@@ -343,10 +343,10 @@ def test_decoupled_noise_levels_change_only_what_the_network_is_told(solver):
 @pytest.mark.parametrize("solver", ["euler", "ipndm"])
 def test_every_call_gets_its_own_decoupled_level(solver):
     """The last step to zero included; none of these levels is one of the schedule."""
-    net, told = ToyNet(), [70.0, 11.0, 2.0, 0.003]
-    options = {"sigmas": [80.0, 9.0, 1.0, 0.002], "sigmas_net": told, "denoise_to_zero": True}
+    net, sigma_cond = ToyNet(), [70.0, 11.0, 2.0, 0.003]
+    options = {"sigmas": [80.0, 9.0, 1.0, 0.002], "sigmas_net": sigma_cond, "denoise_to_zero": True}
     sample(net, common("latents2"), solver=solver, **options)
-    assert [float(call) for call in net.calls] == told
+    assert [float(call) for call in net.calls] == sigma_cond
 
 
 def test_noise_levels_may_leave_the_range_by_rounding_only():
@@ -453,7 +453,7 @@ def test_sampling_is_deterministic_and_leaves_its_inputs_alone(solver):
     torch.manual_seed(0)
     predictor = AMEDPredictor(scale_dir=0.01, scale_time=0.2).double() if SOLVERS[solver].can_learn else None
     if SOLVERS[solver].own_schedule:
-        predictor = SpanStudent(sigmas=grid(4, "polynomial").tolist())
+        predictor = SpanSolver(sigmas=grid(4, "polynomial").tolist())
     before = None if predictor is None else {k: v.clone() for k, v in predictor.state_dict().items()}
     latents, sigmas = common("latents3"), grid(4, "polynomial")
     kept, kept_sigmas, cond = latents.clone(), sigmas.clone(), {}
@@ -474,7 +474,7 @@ def test_sampling_is_deterministic_and_leaves_its_inputs_alone(solver):
 def test_dtype_of_latents_is_the_dtype_of_results(solver):
     predictor = AMEDPredictor() if SOLVERS[solver].needs_predictor else None
     if SOLVERS[solver].own_schedule:
-        predictor = SpanStudent(num_steps=4)
+        predictor = SpanSolver(num_steps=4)
     for dtype in (torch.float32, torch.float64):
         net, latents = ToyNet(dtype), common("latents2", dtype)
         trajectory, info = sample(
@@ -492,8 +492,8 @@ def test_dtype_of_latents_is_the_dtype_of_results(solver):
         assert all(c.dtype == dtype for c in net.calls)
 
 
-COMBINATIONS = [(name, False) for name, rule in SOLVERS.items() if not rule.needs_predictor]
-COMBINATIONS += [(name, True) for name, rule in SOLVERS.items() if rule.can_learn]
+COMBINATIONS = [(name, False) for name, solver in SOLVERS.items() if not solver.needs_predictor]
+COMBINATIONS += [(name, True) for name, solver in SOLVERS.items() if solver.can_learn]
 
 
 @pytest.mark.parametrize(("solver", "learned"), COMBINATIONS)

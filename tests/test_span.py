@@ -15,9 +15,9 @@ import sample as cli
 from models import create_model
 from sampling.generate import generate_images
 from sampling.settings import settings_of
-from solvers import Solver, get_schedule, integrate, make_rule, sample
+from solvers import Sampler, get_schedule, integrate, make_solver, sample
 from solvers.span_heads import SpatialHead, slope_features
-from solvers.span_table import GROUPS, PRESETS, SpanStudent
+from solvers.span_table import GROUPS, PRESETS, SpanSolver
 from tools import report as comparison_report
 from torch_utils.errors import UserError
 from torch_utils.tensor_file import read_safetensors
@@ -114,7 +114,7 @@ THEORIES = [
 @pytest.mark.parametrize("first_step", ["none", "zero"])
 @pytest.mark.parametrize(("config", "plain"), THEORIES, ids=lambda value: "-".join(map(str, value.values())))
 def test_without_corrections_it_is_the_theory(config, plain, first_step):
-    student = SpanStudent(**config, first_step=first_step, sigmas=GRID)
+    student = SpanSolver(**config, first_step=first_step, sigmas=GRID)
     options = {"return_trajectory": True, "return_info": True}
     found, info = sample(ToyNet(), latents(), solver="span", predictor=student, **options)
     expected, other = sample(ToyNet(), latents(), sigmas=GRID, afs=first_step == "zero", **plain, **options)
@@ -124,12 +124,12 @@ def test_without_corrections_it_is_the_theory(config, plain, first_step):
 
 @pytest.mark.parametrize("base", ["ab", "dpmpp"])
 def test_ld3_is_its_base_on_labels_with_decoupled_times(base):
-    student = shaken(SpanStudent.preset("ld3", base=base, num_steps=6, sigma_max=60.0))
+    student = shaken(SpanSolver.preset("ld3", base=base, num_steps=6, sigma_max=60.0))
     assert set(student.groups()) == {"labels", "time"}
     plain = {"ab": {"solver": "ipndm_v", "max_order": 3}, "dpmpp": {"solver": "dpmpp", "thresholding": False}}[base]
-    sigmas, told = student.sigmas().detach(), student.sigmas_net().detach()
-    assert not torch.allclose(sigmas[:-1], told[:-1], rtol=1e-3)
-    expected = sample(ToyNet(), latents(), sigmas=sigmas, sigmas_net=told, **plain)
+    sigmas, sigma_cond = student.sigmas().detach(), student.sigmas_net().detach()
+    assert not torch.allclose(sigmas[:-1], sigma_cond[:-1], rtol=1e-3)
+    expected = sample(ToyNet(), latents(), sigmas=sigmas, sigmas_net=sigma_cond, **plain)
     torch.testing.assert_close(student.run(ToyNet(), latents()).detach(), expected, **EXACT)
 
 
@@ -147,7 +147,7 @@ class Table(torch.nn.Module):
 
 @pytest.mark.parametrize("first_step", ["none", "zero"])
 def test_amed_table_is_amed_with_constant_outputs(first_step):
-    student = SpanStudent.preset("amed-table", num_steps=5, first_step=first_step)
+    student = SpanSolver.preset("amed-table", num_steps=5, first_step=first_step)
     generator = torch.Generator().manual_seed(3)
     r, c, a = (torch.rand(4, generator=generator, dtype=torch.float64) for _ in range(3))
     c, a = 1 + 0.08 * (c - 0.5), (0.5 * (a - 0.5)).exp()
@@ -169,7 +169,7 @@ def test_amed_table_is_amed_with_constant_outputs(first_step):
 
 
 def test_epd_is_its_formulas():
-    student = shaken(SpanStudent.preset("epd", num_steps=4))
+    student = shaken(SpanSolver.preset("epd", num_steps=4))
     net, x = ToyNet(), latents()
     sigmas = get_schedule(4, 0.002, 80.0, "time_uniform", 1)
     r = torch.sigmoid(student.inner).detach().reshape(3, 2)
@@ -191,7 +191,7 @@ def test_epd_is_its_formulas():
 def test_dyweight_is_its_formulas_on_the_labels_that_they_imply():
     net, tau = ToyNet(), get_schedule(6, 0.02, 70.0)
     generator = torch.Generator().manual_seed(2)
-    theory = make_rule("ipndm", {"max_order": 3}).WEIGHTS
+    theory = make_solver("ipndm", {"max_order": 3}).WEIGHTS
     weights = [torch.tensor(theory[min(n, 2)], dtype=torch.float64) for n in range(5)]
     weights = [w + 0.03 * torch.randn(len(w), generator=generator, dtype=torch.float64) for w in weights]
     a = 1 + 0.1 * torch.randn(5, generator=generator, dtype=torch.float64)
@@ -201,7 +201,7 @@ def test_dyweight_is_its_formulas_on_the_labels_that_they_imply():
         x = x + (tau[n + 1] - t) * sum(w * g for w, g in zip(weights[n], reversed(slopes), strict=False))
         t = t + weights[n].sum() * (tau[n + 1] - t)
         labels.append(t)
-    student = SpanStudent.preset("dyweight", sigmas=[float(label) for label in labels])
+    student = SpanSolver.preset("dyweight", sigmas=[float(label) for label in labels])
     corrections = []
     for w, base in zip(weights, (theory[min(n, 2)] for n in range(5)), strict=True):
         corrections += reversed((w / w.sum() - torch.tensor(base, dtype=torch.float64))[1:].tolist())
@@ -219,7 +219,7 @@ def test_dyweight_is_its_authors_sampler(case, first_step, last_sum):
     grid, labels = get_schedule(5, 0.002, 80.0), [80.0]
     for i in range(3):  # sums of rows move the labels along the fixed grid
         labels.append(labels[-1] + float(weights[i].sum()) * (float(grid[i + 1]) - labels[-1]))
-    student = SpanStudent.preset("dyweight", sigmas=[*labels, 0.002], first_step=first_step)
+    student = SpanSolver.preset("dyweight", sigmas=[*labels, 0.002], first_step=first_step)
     changes = []
     for row in student.rows:
         own = weights[row.interval, : row.count] / weights[row.interval].sum()
@@ -232,18 +232,18 @@ def test_dyweight_is_its_authors_sampler(case, first_step, last_sum):
 
 
 def test_scales_of_the_last_intervals_only():
-    student = shaken(SpanStudent(learn=["scale"], scaled=2, num_steps=6))
+    student = shaken(SpanSolver(learn=["scale"], scaled=2, num_steps=6))
     scales = torch.stack([scale for _, scale, _ in student.plan().steps]).detach()
     assert student.scalars() == 2 and bool((scales[:3] == 1).all()) and bool((scales[3:] != 1).all())
     with pytest.raises(UserError, match="scaled=0 must be a whole number above 0"):
-        SpanStudent(scaled=0)
+        SpanSolver(scaled=0)
 
 
 def test_gs_and_s4s_are_in_the_span():
     """A step from free weights b on denoised images, with a free gain on x, is a row of a dense student."""
     net, sigmas, x = ToyNet(), torch.tensor(GRID, dtype=torch.float64), latents() * GRID[0]
     generator = torch.Generator().manual_seed(5)
-    student = SpanStudent.preset("gs", sigmas=GRID, learn=["corrections", "contrast"])
+    student = SpanSolver.preset("gs", sigmas=GRID, learn=["corrections", "contrast"])
     images, theory = [], student.plan().steps
     eye, coordinates, rows = torch.eye(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64), []
     in_span = []  # D_j = x_j - s_j g_j in coordinates on the slopes
@@ -279,7 +279,7 @@ def test_order_of_convergence(config, order):
     net, x, errors = Gauss(v=1.5), latents(), []
     for intervals in (20, 40):
         sigmas = torch.linspace(1.2, 0.4, intervals + 1, dtype=torch.float64).tolist()
-        student = SpanStudent(**config, sigmas=sigmas, first_step="none")
+        student = SpanSolver(**config, sigmas=sigmas, first_step="none")
         found = sample(net, x, solver="span", predictor=student)
         errors.append(float((found - net.solution(1.2 * x, 1.2, 0.4)).abs().max()))
     assert order - 0.2 < math.log2(errors[0] / errors[1]) < order + 0.4
@@ -289,7 +289,7 @@ def test_order_of_convergence(config, order):
 @pytest.mark.parametrize("structure", [{}, {"parallel": 2}, {"base": "midpoint", "parallel": 2}], ids=str)
 def test_translation_of_the_data_is_that_of_the_images(structure, first_step):
     """Only delta, and a scale that breaks the labels, can move the mean."""
-    student = SpanStudent(**structure, num_steps=5, first_step=first_step, learn=list(GROUPS[:5]))
+    student = SpanSolver(**structure, num_steps=5, first_step=first_step, learn=list(GROUPS[:5]))
     shift = torch.linspace(-1, 2, 3 * 16 * 16, dtype=torch.float64).reshape(3, 16, 16)
     net, high = Gauss(0.0), 80.0
     shaken(student)
@@ -300,7 +300,7 @@ def test_translation_of_the_data_is_that_of_the_images(structure, first_step):
         student._set_gaussian(shift, torch.tensor(0.5))
     moved = sample(Gauss(shift), latents() + shift / high, solver="span", predictor=student)
     torch.testing.assert_close(moved, plain + shift, rtol=0, atol=1e-9)
-    student = shaken(SpanStudent(**structure, num_steps=5, first_step=first_step, learn=["contrast"]))
+    student = shaken(SpanSolver(**structure, num_steps=5, first_step=first_step, learn=["contrast"]))
     if first_step == "gaussian":
         student._set_gaussian(shift, torch.tensor(0.5))
     moved = sample(Gauss(shift), latents() + shift / high, solver="span", predictor=student)
@@ -311,7 +311,7 @@ def test_translation_of_the_data_is_that_of_the_images(structure, first_step):
 def test_labels_are_the_noise_levels(name):
     """With D = 0 every state is x_0 s_i / s_0, whatever is learned but delta and scale."""
     learn = [group for group in GROUPS if group not in ("scale", "contrast")]
-    student = shaken(SpanStudent.preset(name, num_steps=5, first_step="none", learn=learn), 0.5)
+    student = shaken(SpanSolver.preset(name, num_steps=5, first_step="none", learn=learn), 0.5)
     states = student.run(Zero(), latents(), return_trajectory=True)
     expected = latents() * student.sigmas().reshape(-1, 1, 1, 1, 1)
     torch.testing.assert_close(states, expected, **EXACT)
@@ -324,7 +324,7 @@ def test_labels_are_the_noise_levels(name):
 
 def test_gaussian_data_are_measured():
     mean = torch.linspace(-1, 0.5, 3 * 16 * 16, dtype=torch.float64).reshape(3, 16, 16)
-    net, student = Gauss(mean, v=0.3), SpanStudent(first_step="gaussian")
+    net, student = Gauss(mean, v=0.3), SpanSolver(first_step="gaussian")
     with pytest.raises(UserError, match="measure_gaussian"):
         student.run(net, latents())
     student.measure_gaussian(net, calls=96)
@@ -341,7 +341,7 @@ def test_gaussian_data_are_measured():
             assert rows == len(x)
             return super().forward(x, sigma)
 
-    again = SpanStudent(first_step="gaussian")
+    again = SpanSolver(first_step="gaussian")
     prompted = Prompted(mean, v=0.3)
     again.measure_gaussian(prompted, calls=96, batch=17, make_cond=lambda generators: {"rows": len(generators.seeds)})
     torch.testing.assert_close(again.mean, student.mean, rtol=0, atol=1e-6)
@@ -357,7 +357,7 @@ def test_a_measured_variance_is_never_negative(slope, variance):
         def forward(self, x, sigma):
             return self.mean + slope * (x - self.mean)
 
-    student = SpanStudent(first_step="gaussian")
+    student = SpanSolver(first_step="gaussian")
     student.measure_gaussian(Linear(torch.zeros(3, 16, 16, dtype=torch.float64)), calls=16)
     assert float(student.variance) == pytest.approx(variance, rel=1e-4, abs=1e-9)
     assert student.run(Linear(torch.zeros(3, 16, 16, dtype=torch.float64)), latents()).isfinite().all()
@@ -369,7 +369,7 @@ def test_a_measured_variance_is_never_negative(slope, variance):
 @pytest.mark.parametrize("schedule", ["polynomial", "logsnr", "time_uniform", None])
 def test_initial_labels_are_those_asked_for(schedule):
     config = {"sigmas": GRID} if schedule is None else {"num_steps": 7, "schedule_type": schedule, "sigma_max": 60.0}
-    student = SpanStudent(**config)
+    student = SpanSolver(**config)
     expected = GRID if schedule is None else get_schedule(7, 0.002, 60.0, schedule)
     torch.testing.assert_close(
         student.sigmas().detach(), torch.as_tensor(expected, dtype=torch.float64), rtol=1e-10, atol=0
@@ -381,7 +381,7 @@ def test_initial_labels_are_those_asked_for(schedule):
 @pytest.mark.parametrize("size", [0.1, 3.0, 100.0])
 def test_labels_descend_between_fixed_ends_whatever_the_parameters(size):
     for seed in range(20):
-        student = shaken(SpanStudent(num_steps=9, parallel=2, learn=["labels", "inner", "time"]), size, seed)
+        student = shaken(SpanSolver(num_steps=9, parallel=2, learn=["labels", "inner", "time"]), size, seed)
         sigmas, inner = student._labels()
         assert (sigmas[0], sigmas[-1]) == (80.0, 0.002) and bool((sigmas[1:] < sigmas[:-1]).all())
         for i, points in enumerate(inner):
@@ -390,11 +390,11 @@ def test_labels_descend_between_fixed_ends_whatever_the_parameters(size):
 
 
 def test_numbers_of_scalars_and_evaluations():
-    counts = [SpanStudent.preset("full", num_steps=calls + 2).scalars() for calls in (3, 4, 5, 6)]
+    counts = [SpanSolver.preset("full", num_steps=calls + 2).scalars() for calls in (3, 4, 5, 6)]
     assert counts == [15, 22, 30, 39]  # coefficients S (S + 1) / 2, labels, times and gains S each
-    assert SpanStudent.preset("full", num_steps=5, first_step="none").evaluations() == 4
+    assert SpanSolver.preset("full", num_steps=5, first_step="none").evaluations() == 4
     for structure, calls in (({"parallel": 2}, 6), ({"base": "midpoint", "parallel": 2}, 11)):
-        assert SpanStudent(**structure, num_steps=5).evaluations() == calls
+        assert SpanSolver(**structure, num_steps=5).evaluations() == calls
 
 
 @pytest.mark.parametrize("denoise", [False, True])
@@ -403,7 +403,7 @@ def test_numbers_of_scalars_and_evaluations():
 def test_evaluations_are_those_really_made(name, first_step, denoise):
     for parallel in {1, PRESETS[name].get("parallel", 1), 2 if name == "full" else 1}:
         student, net, seen = (
-            SpanStudent.preset(name, num_steps=5, first_step=first_step, parallel=parallel),
+            SpanSolver.preset(name, num_steps=5, first_step=first_step, parallel=parallel),
             ToyNet(),
             [],
         )
@@ -437,7 +437,7 @@ def test_parallel_calls_have_the_condition_of_their_samples():
             return super().forward(x - shift, sigma) + shift
 
     shift = torch.tensor([0.5, -2.0], dtype=torch.float64).reshape(2, 1, 1, 1)
-    student = shaken(SpanStudent.preset("epd", num_steps=4))
+    student = shaken(SpanSolver.preset("epd", num_steps=4))
     cond = {"shift": shift, "other": torch.zeros(1, 3)}
     together = student.run(Classes(), latents(), cond)
     for k in range(2):
@@ -446,7 +446,7 @@ def test_parallel_calls_have_the_condition_of_their_samples():
 
 
 def test_single_and_double_precision():
-    student = shaken(SpanStudent.preset("full", num_steps=5, first_step="zero", parallel=2))
+    student = shaken(SpanSolver.preset("full", num_steps=5, first_step="zero", parallel=2))
     double = student.run(ToyNet(), latents())
     single = student.run(ToyNet(torch.float32), latents().float())
     assert single.dtype == torch.float32 and double.dtype == torch.float64
@@ -456,7 +456,7 @@ def test_single_and_double_precision():
 
 def test_the_table_is_the_whole_solver():
     """Sampling by hand from nothing but the exported numbers."""
-    student = shaken(SpanStudent.preset("full", num_steps=5, first_step="zero", parallel=2))
+    student = shaken(SpanSolver.preset("full", num_steps=5, first_step="zero", parallel=2))
     table = json.loads(json.dumps(student.table()))
     net, x, slopes = ToyNet(), latents() * table["sigmas"][0], []
     mix = lambda row: sum(c * slope for c, slope in zip(row, slopes, strict=True))  # noqa: E731
@@ -467,7 +467,9 @@ def test_the_table_is_the_whole_solver():
             slopes.append(x / math.sqrt(1 + s * s))
         else:
             points.insert(0, (x, s, step["told"]))
-        slopes += [(y - net(y, torch.tensor(told, dtype=torch.float64))) / level for y, level, told in points]
+        slopes += [
+            (y - net(y, torch.tensor(sigma_cond, dtype=torch.float64))) / level for y, level, sigma_cond in points
+        ]
         x = (1 + step["contrast"]) * x + step["scale"] * (end - s) * mix(step["coefficients"])
     torch.testing.assert_close(student.run(ToyNet(), latents()).detach(), x, **EXACT)
 
@@ -486,7 +488,7 @@ def test_the_table_is_the_whole_solver():
     ids=["parallel", "dpmpp", "midpoint", "free"],
 )
 def test_gradients_against_finite_differences(config):
-    student = shaken(SpanStudent(**config, num_steps=4), 0.2)
+    student = shaken(SpanSolver(**config, num_steps=4), 0.2)
     probe = torch.randn(latents().shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
     def value(checkpointing=False):
@@ -512,7 +514,7 @@ def test_gradients_against_finite_differences(config):
 
 
 def test_free_coefficients_do_not_follow_the_labels_and_relative_ones_do():
-    free, relative = (SpanStudent(num_steps=6, relative=relative) for relative in (False, True))
+    free, relative = (SpanSolver(num_steps=6, relative=relative) for relative in (False, True))
     for student in (free, relative):
         before = student.coefficients(3).detach()
         shaken(student, 0.3).corrections.data.zero_()
@@ -520,16 +522,16 @@ def test_free_coefficients_do_not_follow_the_labels_and_relative_ones_do():
 
 
 def test_the_window_limits_the_corrections():
-    student = shaken(SpanStudent(num_steps=7, window=2, max_order=1))
+    student = shaken(SpanSolver(num_steps=7, window=2, max_order=1))
     assert student.corrections.numel() == 5  # all steps but the first have one
     row = student.coefficients(4).detach()
     assert torch.equal(row[:3], torch.zeros(3, dtype=torch.float64)) and float(row[3:].abs().min()) > 0
-    epd = SpanStudent.preset("epd", num_steps=4)  # of each interval one weight of two
+    epd = SpanSolver.preset("epd", num_steps=4)  # of each interval one weight of two
     assert epd.corrections.numel() == 3
 
 
 def test_only_what_is_learned_has_gradients():
-    student = SpanStudent.preset("ld3", num_steps=5)
+    student = SpanSolver.preset("ld3", num_steps=5)
     student.run(ToyNet(), latents()).sum().backward()
     assert {name for name, value in student.named_parameters() if value.grad is not None} == {"labels", "time"}
 
@@ -542,8 +544,8 @@ STRUCTURES = [{}, {"parallel": 2}, {"base": "midpoint", "parallel": 2}, {"first_
 @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
 @pytest.mark.parametrize("heads", [["sample"], ["spatial"], ["time"], ["sample", "spatial", "time"]], ids="-".join)
 def test_new_heads_change_nothing(heads, structure):
-    with_heads = SpanStudent(num_steps=5, heads=heads, img_channels=3, embedding_width=2, **structure)
-    plain, state = shaken(SpanStudent(num_steps=5, **structure)), torch.get_rng_state()
+    with_heads = SpanSolver(num_steps=5, heads=heads, img_channels=3, embedding_width=2, **structure)
+    plain, state = shaken(SpanSolver(num_steps=5, **structure)), torch.get_rng_state()
     with_heads.load_state_dict(plain.state_dict(), strict=False)
     assert torch.equal(torch.get_rng_state(), state)  # nor the random numbers of others
     for dtype in (torch.float64, torch.float32):
@@ -561,7 +563,7 @@ def test_new_heads_change_nothing(heads, structure):
 
 def learned_heads(**config):
     heads = ["sample", "spatial", "time"]
-    student = SpanStudent(num_steps=5, heads=heads, img_channels=3, embedding_width=2, **config)
+    student = SpanSolver(num_steps=5, heads=heads, img_channels=3, embedding_width=2, **config)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for value in student.head_parameters():
@@ -573,7 +575,7 @@ def learned_heads(**config):
 def test_learned_heads_depend_on_each_sample_alone(structure, tmp_path):
     student = learned_heads(**structure)
     together, plain = (
-        one.run(EmbeddedToy(), latents()).detach() for one in (student, SpanStudent(num_steps=5, **structure))
+        one.run(EmbeddedToy(), latents()).detach() for one in (student, SpanSolver(num_steps=5, **structure))
     )
     assert float((together - plain).abs().max()) > 1e-3
     alone = student.run(EmbeddedToy(), latents()[1:]).detach()
@@ -602,7 +604,7 @@ def test_the_sample_head_keeps_rows_of_sum_one_and_the_spatial_one_the_first_ste
     with torch.no_grad():
         for value in (*student.heads["sample"].parameters(), student.heads["time"].vectors):
             value.zero_()
-    states = [one.run(EmbeddedToy(), latents(), return_trajectory=True) for one in (student, SpanStudent(num_steps=5))]
+    states = [one.run(EmbeddedToy(), latents(), return_trajectory=True) for one in (student, SpanSolver(num_steps=5))]
     changed = [not torch.equal(a, b) for a, b in zip(*states, strict=True)]
     assert changed == [False, False, False, True, True]
 
@@ -610,8 +612,8 @@ def test_the_sample_head_keeps_rows_of_sum_one_and_the_spatial_one_the_first_ste
 @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
 def test_the_time_head_shifts_the_embedding_of_its_own_call(structure):
     """Against the closed form: a shift (c, b) of one call makes its denoised image (1 + c) D + b, and no other's."""
-    plain = shaken(SpanStudent(num_steps=4, **structure))
-    student = SpanStudent(num_steps=4, heads=["time"], embedding_width=2, **structure)
+    plain = shaken(SpanSolver(num_steps=4, **structure))
+    student = SpanSolver(num_steps=4, heads=["time"], embedding_width=2, **structure)
     student.load_state_dict(plain.state_dict(), strict=False)
 
     class Changed(ToyNet):
@@ -652,7 +654,7 @@ def test_features_of_slopes_by_hand():
 
 
 def test_noise_levels_given_beside_those_of_the_solver_have_to_be_the_same():
-    student = shaken(SpanStudent(num_steps=5))
+    student = shaken(SpanSolver(num_steps=5))
     own = {"sigmas": student.sigmas().detach(), "sigmas_net": student.sigmas_net().detach()}
     for name, levels in own.items():
         found = student.brings(**{name: (levels * (1 + 1e-8)).tolist()})  # as a file may have rounded them
@@ -665,7 +667,7 @@ def test_noise_levels_given_beside_those_of_the_solver_have_to_be_the_same():
 @pytest.mark.parametrize("structure", [{"first_step": "none"}, {"base": "midpoint"}, {"parallel": 2}], ids=str)
 def test_a_time_head_learns_alone(structure):
     """Its vectors get gradients at every call, also where nothing before that call is learned."""
-    student = SpanStudent(num_steps=4, learn=[], heads=["time"], embedding_width=2, **structure)
+    student = SpanSolver(num_steps=4, learn=[], heads=["time"], embedding_width=2, **structure)
     student.run(EmbeddedToy(), latents()).square().sum().backward()
     assert student.heads["time"].vectors.grad.norm(dim=1).min() > 1e-6
 
@@ -697,13 +699,13 @@ def test_the_spatial_head_sees_the_state_at_unit_size():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_round_trip(name, tmp_path):
-    student = SpanStudent.preset(name, num_steps=4, dataset_name="digits")
+    student = SpanSolver.preset(name, num_steps=4, dataset_name="digits")
     if name == "full":
         student.measure_gaussian(Gauss(), calls=8)
     path = tmp_path / "predictor-000001.safetensors"
     save_predictor(shaken(student), path, {"seed": 3})
     loaded = load_predictor(path)
-    assert isinstance(loaded, SpanStudent) and loaded.provenance == {"seed": 3} and not loaded.training
+    assert isinstance(loaded, SpanSolver) and loaded.provenance == {"seed": 3} and not loaded.training
     assert loaded.config == student.config and loaded.table() == student.table()
     assert torch.equal(loaded.run(ToyNet(), latents()), student.run(ToyNet(), latents()))
     assert read_safetensors(path.read_bytes(), "")[1]["kind"] == "span"
@@ -713,7 +715,7 @@ def test_round_trip(name, tmp_path):
 
 def test_files_that_are_no_students(tmp_path):
     path = tmp_path / "p.safetensors"
-    save_predictor(SpanStudent(num_steps=4), path)
+    save_predictor(SpanSolver(num_steps=4), path)
     tensors, metadata = read_safetensors(path.read_bytes(), "")
     config = json.loads(metadata["config"])
     for change, message in (
@@ -762,35 +764,35 @@ def test_files_that_are_no_students(tmp_path):
 )
 def test_impossible_settings(config, message):
     with pytest.raises(UserError, match=message) as caught:
-        SpanStudent(**config)
+        SpanSolver(**config)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="unknown span student 'x'"):
-        SpanStudent.preset("x")
+        SpanSolver.preset("x")
 
 
 def test_students_and_solvers_that_do_not_belong_together():
-    student = SpanStudent(num_steps=4)
+    student = SpanSolver(num_steps=4)
     for options, message in (
         ({"solver": "span"}, "'span' needs"),
-        ({"solver": "span", "predictor": AMEDPredictor()}, "SpanStudent"),
+        ({"solver": "span", "predictor": AMEDPredictor()}, "SpanSolver"),
         ({"solver": "ipndm", "predictor": student}, "student of the solver 'span'"),
         ({"solver": "heun", "predictor": student}, "no predictor can be inserted"),
         ({"solver": "span", "predictor": student, "num_steps": 5}, "num_steps=5"),
         ({"solver": "span", "predictor": student, "sigmas": [80.0, 3.0, 0.2, 0.002]}, "sigmas: the student brings"),
         ({"solver": "span", "predictor": student, "afs": "data"}, "afs=data"),
-        ({"solver": "span", "predictor": SpanStudent(sigma_max=90.0)}, "outside the network's range"),
+        ({"solver": "span", "predictor": SpanSolver(sigma_max=90.0)}, "outside the network's range"),
         (
-            {"solver": "span", "predictor": SpanStudent(heads=["spatial"], img_channels=1)},
+            {"solver": "span", "predictor": SpanSolver(heads=["spatial"], img_channels=1)},
             "needs a network of 1 channels",
         ),
-        ({"solver": "span", "predictor": SpanStudent(heads=["time"], embedding_width=2)}, "leave the head 'time' out"),
+        ({"solver": "span", "predictor": SpanSolver(heads=["time"], embedding_width=2)}, "leave the head 'time' out"),
     ):
         with pytest.raises(UserError, match=message):
             integrate(ToyNet(), latents(), **{"num_steps": 4, **options} if options["solver"] != "span" else options)
     with pytest.raises(UserError, match="needs a noise embedding of 3 numbers, this has 2"):
-        sample(EmbeddedToy(), latents(), solver="span", predictor=SpanStudent(heads=["time"], embedding_width=3))
+        sample(EmbeddedToy(), latents(), solver="span", predictor=SpanSolver(heads=["time"], embedding_width=3))
     with pytest.raises(UserError, match="'amed' needs"):
-        Solver(ToyNet(), make_rule("amed"), get_schedule(4, 0.002, 80.0))
+        Sampler(ToyNet(), make_solver("amed"), get_schedule(4, 0.002, 80.0))
 
 
 @pytest.fixture(scope="module")
@@ -798,7 +800,7 @@ def digits(tmp_path_factory):
     """(the network, a file of an untrained student for it)"""
     net, folder = create_model("digits"), tmp_path_factory.mktemp("student")
     config = {"sigma_min": net.sigma_min, "sigma_max": net.sigma_max, "img_resolution": 32, "dataset_name": "digits"}
-    student = SpanStudent.preset("full", num_steps=4, **config)
+    student = SpanSolver.preset("full", num_steps=4, **config)
     student.measure_gaussian(net, calls=16)
     save_predictor(shaken(student, 0.05), folder / "predictor-000001.safetensors", {"network_hash": net.weights_hash})
     return net, folder

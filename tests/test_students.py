@@ -11,9 +11,9 @@ from toy import ToyNet, common
 
 from benchmarks import report_students, students
 from evaluation.frechet import frechet_distance
-from solvers.span_table import SpanStudent
+from solvers.span_table import SpanSolver
 from torch_utils.errors import UserError
-from training.options import FinalOptions
+from training.options import SpanOptions
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def settings_of_every_row():
 
 def test_every_row_spends_the_evaluations_of_its_column():
     spent = [
-        (name, nfe, FinalOptions(**settings).make_student(0.002, 80.0).evaluations())
+        (name, nfe, SpanOptions(**settings).make_student(0.002, 80.0).evaluations())
         for nfe, name, settings in settings_of_every_row()
         if settings is not None
     ]
@@ -82,11 +82,11 @@ def test_every_row_spends_the_evaluations_of_its_column():
 
 def test_calls_in_one_batch_count_as_one_call_in_a_row():
     """EPD's authors count its two parallel calls as one: an interval is two calls for them, three evaluations here."""
-    student = SpanStudent.preset("epd", num_steps=4)
+    student = SpanSolver.preset("epd", num_steps=4)
     found = students.budget({"pairs": 384, "val_pairs": 64}, student)
     assert (student.evaluations(), found["calls"], found["pairs"]) == (8, 5, 448)
     assert found["parameters"] == 6 + 6 + 3 + 3  # places, times, scales, one weight per interval
-    assert students.budget({}, SpanStudent.preset("full", num_steps=5, learn=["labels", "time"]))["parameters"] == 6
+    assert students.budget({}, SpanSolver.preset("full", num_steps=5, learn=["labels", "time"]))["parameters"] == 6
 
 
 # ---- measuring again -------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def test_an_earlier_row_is_measured_again_and_a_current_one_is_not(tmp_path, row
     ],
 )
 def test_a_table_samples_as_the_student_it_is_of(preset, changes):
-    student = SpanStudent.preset(preset, num_steps=5, **changes)
+    student = SpanSolver.preset(preset, num_steps=5, **changes)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for value in student.groups().values():

@@ -21,7 +21,7 @@ from training import amed_trainer as training_loop
 from training import run as run_module
 from training.amed_trainer import Distiller, NotFinite, train_predictor
 from training.checkpoint import load_predictor
-from training.options import TrainingOptions
+from training.options import AMEDOptions
 from training.run import fitting_batch_gpu
 from training.run_folder import create_run_folder, find_run, load_newest_state, save_state
 
@@ -238,7 +238,7 @@ def test_what_a_run_leaves(tiny, tmp_path):
     assert predictor.provenance["code_version"] and predictor.provenance["torch"] == torch.__version__
     recorded = json.loads((folder / "training_options.json").read_text())
     assert recorded.pop("provenance")["network_hash"] == sha256_of(tiny)
-    assert TrainingOptions.from_dict(recorded).batch_gpu == 1
+    assert AMEDOptions.from_dict(recorded).batch_gpu == 1
     rows = stats(folder)
     assert [row["kimg"] for row in rows] == [0.004, 0.008, 0.012]
     assert all(len(row[key]) == 2 for row in rows for key in ("loss", "r", "scale_dir", "scale_time"))
@@ -416,7 +416,7 @@ def test_impossible_settings_leave_no_folder(tiny, tmp_path, change, message):
 
 
 def test_share_of_every_process():
-    options = TrainingOptions("digits", batch=10)
+    options = AMEDOptions("digits", batch=10)
     options.check(5)
     with pytest.raises(UserError, match=r"batch=10 must be divisible by the number of processes \(4\)"):
         options.check(4)
@@ -442,10 +442,10 @@ def test_a_run_is_continued_only_where_it_can_be(tiny, tmp_path):
 def test_micro_batches_divide_the_share(most, found, capsys):
     """Of 12 samples, where ``most`` fit into memory at once."""
 
-    def rehearse(batch_gpu):
+    def probe_memory(batch_gpu):
         if batch_gpu > most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    assert fitting_batch_gpu(rehearse, 12, "cpu") == found
+    assert fitting_batch_gpu(probe_memory, 12, "cpu") == found
     with pytest.raises(UserError, match="even with --batch-gpu=1"):
-        fitting_batch_gpu(lambda batch_gpu: rehearse(99), 12, "cpu")
+        fitting_batch_gpu(lambda batch_gpu: probe_memory(99), 12, "cpu")

@@ -10,7 +10,7 @@ from test_solvers_golden import close, run_case
 from test_solvers_properties import NETS, Constant, Gaussian, exact_states, final_errors, grid, noise, order_of
 from toy import ToyNet, common, load_golden
 
-from solvers import SOLVERS, Solver, State, make_rule, sample
+from solvers import SOLVERS, Sampler, State, make_solver, sample
 from solvers.unipc import phi_functions
 
 ARCHIVE, JSON = load_golden("diff_solvers")
@@ -50,23 +50,23 @@ def test_golden_float32(case):
 # ---- accuracy --------------------------------------------------------------------------------------------------------
 
 
-def exact_start(net, rule, sigmas, exact, known):
+def exact_start(net, solver, sigmas, exact, known):
     """The state at point ``known`` when everything up to it is exact, its own evaluation included."""
     history = tuple(
-        (rule.output(exact[k], (exact[k] - net(exact[k], sigmas[k])) / sigmas[k], sigmas[k]), sigmas[k])
+        (solver.output(exact[k], (exact[k] - net(exact[k], sigmas[k])) / sigmas[k], sigmas[k]), sigmas[k])
         for k in range(known + 1)
-    )[-rule.keep :]
+    )[-solver.keep :]
     return State(exact[known], history, known)
 
 
-def errors_after_exact_start(make, counts, rule):
+def errors_after_exact_start(make, counts, solver):
     errors = []
     for count in counts:
         net, sigmas, exact = make(), grid(count, "polynomial"), exact_states(make, count, "polynomial")
-        run = Solver(net, rule, sigmas)
-        state = exact_start(net, rule, sigmas, exact, rule.max_order - 1)
+        run = Sampler(net, solver, sigmas)
+        state = exact_start(net, solver, sigmas, exact, solver.max_order - 1)
         with torch.no_grad():
-            for i in range(rule.max_order - 1, run.intervals):
+            for i in range(solver.max_order - 1, run.intervals):
                 state = run.advance(state, i)
         errors.append(float((state.x - exact[-1]).norm()))
     return errors
@@ -81,8 +81,8 @@ def test_order(order, variant, predict_x0, make):
     saved and the last interval has no corrector, which costs one error of order p + 1."""
     counts = (80, 160, 320)
     options = {"max_order": order, "variant": variant, "predict_x0": predict_x0, "thresholding": False}
-    rule = make_rule("unipc", {**options, "lower_order_final": False})
-    assert order_of(errors_after_exact_start(make, counts, rule), counts) == pytest.approx(order + 1, abs=0.15)
+    solver = make_solver("unipc", {**options, "lower_order_final": False})
+    assert order_of(errors_after_exact_start(make, counts, solver), counts) == pytest.approx(order + 1, abs=0.15)
 
 
 @pytest.mark.parametrize("predict_x0", [True, False])
@@ -127,13 +127,13 @@ def test_exact_on_polynomials(order, variant, predict_x0):
     """The corrector of order p integrates model outputs of degree p in ln sigma exactly, the third-order predictor,
     alone on the last interval, those of degree 2; the second-order predictor is the one with a fixed weight."""
     options = {"max_order": order, "variant": variant, "predict_x0": predict_x0, "thresholding": False}
-    rule = make_rule("unipc", {**options, "lower_order_final": False})
+    solver = make_solver("unipc", {**options, "lower_order_final": False})
     sigmas = torch.tensor([40.0, 22.0, 9.0, 3.0, 0.4, 0.1], dtype=torch.float64)
     for degree in range(order + 1):
         net = Polynomial([0.7, -0.4, 0.3, 0.2][: degree + 1], predict_x0)
         exact = net.solution(noise(), sigmas)
-        run = Solver(net, rule, sigmas)
-        state = exact_start(net, rule, sigmas, exact, order - 1)
+        run = Sampler(net, solver, sigmas)
+        state = exact_start(net, solver, sigmas, exact, order - 1)
         for i in range(order - 1, run.intervals):
             state = run.advance(state, i)
             if i + 1 < run.intervals or degree == 0 or (order == 3 and degree < 3):
@@ -160,8 +160,8 @@ def test_phi_functions():
 
 
 def test_variants_differ_only_where_a_weight_is_fixed():
-    rules = [make_rule("unipc", {"variant": variant}) for variant in VARIANTS]
-    free, fixed = ([rule.weights(-0.7, [-0.4, 1.0][: 2 - f], bool(f)) for rule in rules] for f in (0, 1))
+    rules = [make_solver("unipc", {"variant": variant}) for variant in VARIANTS]
+    free, fixed = ([solver.weights(-0.7, [-0.4, 1.0][: 2 - f], bool(f)) for solver in rules] for f in (0, 1))
     assert free[0] == free[1]
     assert fixed[0] == pytest.approx([-0.7 / 2 / -0.4], rel=1e-14)
     assert fixed[1] == pytest.approx([math.expm1(-0.7) / 2 / -0.4], rel=1e-14)
@@ -181,7 +181,7 @@ def test_evaluations(order, original_code, afs):
         _, info = sample(net, noise(), solver="unipc", num_steps=intervals + 1, afs=afs, return_info=True, **options)
         expected = intervals - bool(afs) + (original_code and intervals < order)
         assert info.nfe == len(net.calls) == expected
-        assert make_rule("unipc", options).evaluations(intervals, afs) == expected
+        assert make_solver("unipc", options).evaluations(intervals, afs) == expected
 
 
 def test_the_corrector_of_the_published_code_on_few_intervals():
@@ -229,11 +229,11 @@ def test_last_interval_is_the_predictor_of_a_longer_schedule():
 
 
 def test_a_rule_is_not_changed_by_sampling():
-    rule = make_rule("unipc")
-    before = copy.deepcopy(vars(rule))
-    run = Solver(Gaussian(), rule, grid(4, "logsnr"))
+    solver = make_solver("unipc")
+    before = copy.deepcopy(vars(solver))
+    run = Sampler(Gaussian(), solver, grid(4, "logsnr"))
     run.advance(State(noise()), 0)
-    assert vars(rule) == before
+    assert vars(solver) == before
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------

@@ -93,8 +93,8 @@ def parse_method(text: str, common: dict, everywhere: dict) -> Method:
     solver, *parts = text.strip().split(":")
     if solver not in SOLVERS:
         raise UserError(f"--solvers: unknown solver '{solver}'; choose from {', '.join(SOLVERS)}")
-    rule = SOLVERS[solver]
-    if rule.needs_predictor:
+    method = SOLVERS[solver]
+    if method.needs_predictor:
         raise UserError(f"--solvers: '{solver}' needs a trained predictor: leave it out and give --predictor_path")
     own = {}
     for part in parts:
@@ -105,10 +105,10 @@ def parse_method(text: str, common: dict, everywhere: dict) -> Method:
             own[name] = PATH.convert(value, None, None)
         elif name in SCHEDULE_SETTINGS:
             own[name] = _parse_value(text, name, value, SCHEDULE_SETTINGS[name])
-        elif name in rule.options:
-            own[name] = _parse_value(text, name, value, click.types.convert_type(flag_type(rule.options[name].kind)))
+        elif name in method.options:
+            own[name] = _parse_value(text, name, value, click.types.convert_type(flag_type(method.options[name].kind)))
         else:
-            known = ", ".join(dict.fromkeys([*rule.options, *SCHEDULE_SETTINGS, SCHEDULE_FILE]))
+            known = ", ".join(dict.fromkeys([*method.options, *SCHEDULE_SETTINGS, SCHEDULE_FILE]))
             raise UserError(f"--solvers={text}: {solver} has no option '{name}'; choose from {known}")
     file = own.pop(SCHEDULE_FILE, None)
     values = dict(PRESETS.get(solver, POLYNOMIAL))
@@ -126,7 +126,7 @@ def parse_method(text: str, common: dict, everywhere: dict) -> Method:
     settings = Settings(solver=solver, **common, **schedule, options=values)
     method = Method(text.strip(), settings, schedule=file)
     try:
-        method.settings.rule()  # refuses what does not go together
+        method.settings.make_solver()  # refuses what does not go together
     except UserError as error:
         raise UserError(f"--solvers={text}: {error}") from None
     return method
@@ -216,7 +216,7 @@ def make_methods(options: dict, given: set[str]) -> list[Method]:
     names = split_list(options["solvers"])
     everything = names == ["all"]
     if everything:
-        names = [name for name, rule in SOLVERS.items() if not rule.needs_predictor]
+        names = [name for name, solver in SOLVERS.items() if not solver.needs_predictor]
     elif names == ["none"]:
         names = []
     methods = [parse_method(text, common, everywhere) for text in dict.fromkeys(names)]

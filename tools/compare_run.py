@@ -61,7 +61,7 @@ class Job:
 
     @property
     def stochastic(self) -> bool:
-        return self.settings.rule().stochastic
+        return self.settings.make_solver().stochastic
 
     @property
     def name(self) -> str:

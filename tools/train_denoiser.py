@@ -398,7 +398,7 @@ class Run:
                 try:
                     loss = self.learner.step(lr)
                 except NotFinite as error:
-                    self._give_up(error)
+                    self._on_failure(error)
                 self.loss = loss if math.isnan(self.loss) else 0.99 * self.loss + 0.01 * loss
                 bar.update(min(self.learner.kimg, bar.total) - bar.n)
                 if self.learner.iteration % 50 == 0:
@@ -448,7 +448,7 @@ class Run:
         lr, warmup = self.options.lr, max(self.options.warmup_kimg, 1e-8)
         return max(lr * min(1.0, self.learner.kimg / warmup) * min(1.0, (1 - progress) / 0.5), lr * 1e-3)
 
-    def _give_up(self, error):
+    def _on_failure(self, error):
         ranks = ", ".join(map(str, error.ranks))
         if self._saved_at < 0:
             remedy = f"nothing is saved yet: start again with a smaller --lr (now {self.options.lr:g})"

@@ -146,11 +146,11 @@ class Peers:
         for other in self._links:
             if other != rank and (self.rank == 0 or rank == self.rank):
                 self._send({"rank": rank, "error": why}, other)
-        timer = threading.Timer(_GRACE_S, self._give_up)
+        timer = threading.Timer(_GRACE_S, self._on_failure)
         timer.daemon = True
         timer.start()
 
-    def _give_up(self) -> None:
+    def _on_failure(self) -> None:
         print(f"Error [rank {self.rank}]: {self.failure}", file=sys.stderr, flush=True)
         os._exit(UserError.exit_code)
 
@@ -170,7 +170,7 @@ class Peers:
         with self._changed:
             return self._changed.wait_for(lambda: self.failure is not None, seconds)
 
-    def meet(self) -> None:
+    def wait_for_all(self) -> None:
         """Waits, as long as it takes, until all processes are here. Raises UserError when one of them fails."""
         self.check()
         self._meeting += 1
@@ -295,14 +295,14 @@ def peer_failed(within: float) -> bool:
     return _peers is not None and _peers.wait_for_failure(within)
 
 
-def meet() -> None:
+def wait_for_all() -> None:
     """Waits for all processes, however long they take; UserError where one fails meanwhile."""
     if _peers is not None:
-        _peers.meet()
+        _peers.wait_for_all()
 
 
 def barrier() -> None:
-    meet()
+    wait_for_all()
     if dist.is_initialized():
         if dist.get_backend() == "nccl":
             dist.barrier(device_ids=[torch.cuda.current_device()])
@@ -321,7 +321,7 @@ def broadcast_object(value, source: int = 0):
     """The value that rank ``source`` holds, on every rank."""
     if not dist.is_initialized():
         return value
-    meet()
+    wait_for_all()
     box = [value]
     dist.broadcast_object_list(box, src=source)
     return box[0]
@@ -331,7 +331,7 @@ def gather_objects(value, group=None) -> list:
     """The values of all ranks, in rank order, on every rank. group: another one than the default of all processes."""
     if not dist.is_initialized():
         return [value]
-    meet()
+    wait_for_all()
     values = [None] * world_size()
     dist.all_gather_object(values, value, group=group)
     return values

@@ -165,7 +165,7 @@ def download_file(
     if job.is_done():
         return dest
     if offline():
-        raise _give_up([(url, _why_offline()) for url in urls[:1]], dest, hint)
+        raise _on_failure([(url, _why_offline()) for url in urls[:1]], dest, hint)
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         with locked(dest.with_name(dest.name + ".lock"), f"another process is downloading {dest}; waiting for it"):
@@ -180,7 +180,7 @@ def download_file(
                     reasons.append((url, str(exc)))
     except OSError as exc:
         raise UserError(f"could not write {dest}: {exc.strerror or exc}; choose another place or free it") from None
-    raise _give_up(reasons, dest, hint)
+    raise _on_failure(reasons, dest, hint)
 
 
 def download_member(
@@ -243,7 +243,7 @@ def _check_free(dest: Path, need: int) -> None:
         raise UserError(f"{dest} needs {need:.0f} MiB, but the disk has {free:.0f} MiB left: free some space")
 
 
-def _give_up(reasons: list[tuple[str, str]], dest: Path, hint: str) -> UserError:
+def _on_failure(reasons: list[tuple[str, str]], dest: Path, hint: str) -> UserError:
     tried = ", ".join(f"{url} ({reason})" for url, reason in reasons) or f"{dest.name} (no URL is known)"
     return UserError(f"could not download {tried}: put the file at {dest} or {hint}")
 

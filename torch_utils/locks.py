@@ -77,11 +77,11 @@ def _release(file, path: Path) -> None:
 def locked(path: Path, waiting: str) -> Iterator[None]:
     """Holds the lock file ``path`` during the block and removes it afterwards. waiting: what is said before waiting for
     another holder."""
-    told = False
+    sigma_cond = False
     while (file := _take(path)) is None:
-        if not told:
+        if not sigma_cond:
             print(waiting, file=sys.stderr)
-            told = True
+            sigma_cond = True
         time.sleep(0.2)
     try:
         yield

@@ -47,6 +47,13 @@ MOVED = {
     "training.training_loop": "training.amed_trainer",
 }
 
+# What else is called otherwise in the modules of former names: module of today -> former name -> name of today.
+RENAMED = {
+    "solvers.solver": {"Rule": "Solver", "make_rule": "make_solver"},
+    "training.options": {"FinalOptions": "SpanOptions", "TrainingOptions": "AMEDOptions"},
+    "training.span_run": {"FinalTrainer": "SpanTrainer", "FinalRun": "SpanRun", "train_student": "train_span"},
+}
+
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds a former name and gives the module of today, the same object."""
@@ -60,6 +67,8 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         now = MOVED[spec.name]
         warnings.warn(f"the module {spec.name} is now {now}; import it from there", DeprecationWarning, stacklevel=4)
         module = importlib.import_module(now)
+        for former, name in RENAMED.get(now, {}).items():
+            setattr(module, former, getattr(module, name))
         self._spec = module.__spec__  # importlib is about to replace it by that of the old name
         return module
 

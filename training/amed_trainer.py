@@ -18,8 +18,8 @@ from torch_utils.errors import UserError
 from torch_utils.memory import AUTO
 from torch_utils.seeds import stream_seeds
 from training.checkpoint import save_predictor
-from training.loss import DistillationLoss, Lesson
-from training.options import TrainingOptions
+from training.loss import DistillationLoss, TeacherTargets
+from training.options import AMEDOptions
 from training.predictor import AMEDPredictor
 from training.run import (
     Run,
@@ -50,7 +50,7 @@ class Distiller:
     net: a Denoiser; config: the predictor's configuration; batch: samples per iteration over all processes, of which
     this process takes a contiguous share, ``batch_gpu`` per network call. prompts: for text-to-image networks, of which
     every sample draws one. teacher_cache: so many trajectories of the teacher are computed and then used again and again
-    (None: every iteration has new ones). checkpointing: see ``solvers.Solver``. Attributes:
+    (None: every iteration has new ones). checkpointing: see ``solvers.Sampler``. Attributes:
     ``predictor``, ``optimizer``, ``iteration`` (how many are done), ``sigmas``.
     """
 
@@ -126,7 +126,9 @@ class Distiller:
             taught.append(self._taught[first])
         return self.step([(latents, cond) for latents, cond, _ in taught], [lesson for *_, lesson in taught])
 
-    def step(self, micro_batches: list[tuple[torch.Tensor, dict]], lessons: list[Lesson] | None = None) -> torch.Tensor:
+    def step(
+        self, micro_batches: list[tuple[torch.Tensor, dict]], lessons: list[TeacherTargets] | None = None
+    ) -> torch.Tensor:
         """One iteration; returns the statistics [intervals, 4] (see STATISTICS), means over all processes.
 
         lessons: of the teacher on these micro-batches, if known. Raises NotFinite, on every process, where a loss is NaN
@@ -164,7 +166,7 @@ class Distiller:
         self.iteration += 1
         return statistics
 
-    def rehearse(self) -> None:
+    def probe_memory(self) -> None:
         """What needs the memory of an iteration, for one micro-batch and without learning; spoils the solvers' history."""
         latents, cond = self.draw()[0]
         x, loss = latents * self.losses[0].sigma_max, self.losses[0]
@@ -184,16 +186,16 @@ class Distiller:
         self.iteration = state["iteration"]
 
 
-class PredictorRun(Run):
+class AMEDRun(Run):
     """The distillation of a predictor, with a loss for each interval."""
 
     columns = STATISTICS
     failures = (NotFinite,)
 
-    def save_product(self, progress: dict) -> None:
-        on_main(save_predictor, self.trainer.predictor, self.product_path, {**self.provenance, **progress})
+    def save_result(self, progress: dict) -> None:
+        on_main(save_predictor, self.trainer.predictor, self.result_path, {**self.provenance, **progress})
 
-    def give_up(self, error: NotFinite) -> None:
+    def on_failure(self, error: NotFinite) -> None:
         """Saves the state before the iteration that failed, and says what happened."""
         self.save_state()
         cur, nxt = self.trainer.sigmas[error.interval : error.interval + 2].tolist()
@@ -226,7 +228,7 @@ class PredictorRun(Run):
 
 
 def train_predictor(
-    options: TrainingOptions | dict, device="cpu", run_dir=None, resume: bool = False, schedule: Schedule | None = None
+    options: AMEDOptions | dict, device="cpu", run_dir=None, resume: bool = False, schedule: Schedule | None = None
 ) -> Path:
     """Trains a predictor and returns its file, ``<folder>/predictor-<kimg>.safetensors``.
 
@@ -237,7 +239,7 @@ def train_predictor(
     after Ctrl-C or SIGTERM, when everything is saved.
     """
     device = torch.device(device)
-    options = TrainingOptions.from_dict(options) if isinstance(options, dict) else options
+    options = AMEDOptions.from_dict(options) if isinstance(options, dict) else options
     options, net, prompts = prepare(options, device)
     if options.afs:  # before a folder is made: the network may not know what afs="data" needs
         afs_direction(net, torch.zeros(1, net.img_channels, 1, 1, device=device), torch.ones(()), options.afs)
@@ -255,16 +257,18 @@ def train_predictor(
     )
     if options.batch_gpu == AUTO:
         options.batch_gpu = fitting_batch_gpu(
-            lambda batch_gpu: make(batch_gpu=batch_gpu).rehearse(), options.batch // distributed.world_size(), device
+            lambda batch_gpu: make(batch_gpu=batch_gpu).probe_memory(),
+            options.batch // distributed.world_size(),
+            device,
         )
     distiller = make(batch_gpu=options.batch_gpu)
     provenance = provenance_of(net, options, ("seed", "batch", "lr", "amp", "compile", "teacher_cache"))
     with working_folder(options, net, run_dir, resume) as folder:
         elapsed = resume_run(distiller, options, net, folder) if resume else 0.0
-        run = PredictorRun(distiller, options, folder, provenance, elapsed)
+        run = AMEDRun(distiller, options, folder, provenance, elapsed)
         if resume:
-            run.tidy()
+            run.clean_up()
         run.announce(net, device, resume)
         for line in [] if schedule is None else schedule.warnings(net, options.sampler_stu, options.afs):
             run.log.say(f"Warning: {line}")
-        return run.carry_out()
+        return run.run_to_end()

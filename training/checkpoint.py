@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from solvers.span_table import KINDS as SPAN_KINDS
-from solvers.span_table import SpanStudent
+from solvers.span_table import SpanSolver
 from torch_utils.errors import UserError, brief
 from torch_utils.kinds import check_kinds
 from torch_utils.safe_pickle import PersistentObject, open_binary, safe_load
@@ -20,7 +20,7 @@ from training.predictor import AMEDPredictor
 from training.run_folder import numbered_runs
 
 FORMAT = "amed-predictor"
-KINDS = {"amed": AMEDPredictor, SpanStudent.kind: SpanStudent}  # a file that names no kind holds an AMEDPredictor
+KINDS = {"amed": AMEDPredictor, SpanSolver.kind: SpanSolver}  # a file that names no kind holds an AMEDPredictor
 
 # Constructor arguments of the original predictor, under the same names here.
 _ORIGINAL_KEYS = (
@@ -34,7 +34,7 @@ _FIXED = {"output_dim": 1, "bottleneck_input_dim": 64, "embedding_type": "positi
 _SIZES = {"hidden_dim": "enc_layer0", "bottleneck_output_dim": "enc_layer1", "noise_channels": "map_layer0"}
 
 
-def save_predictor(predictor: AMEDPredictor | SpanStudent, path, provenance: dict | None = None) -> None:
+def save_predictor(predictor: AMEDPredictor | SpanSolver, path, provenance: dict | None = None) -> None:
     """Writes weights, configuration and provenance to one safetensors file, atomically.
 
     provenance: where the predictor comes from (network name and hash, code version, seed, kimg, ...), JSON values;
@@ -42,12 +42,12 @@ def save_predictor(predictor: AMEDPredictor | SpanStudent, path, provenance: dic
     """
     provenance = predictor.provenance if provenance is None else provenance
     metadata = {"format": FORMAT, "config": json.dumps(predictor.config), "provenance": json.dumps(provenance)}
-    if isinstance(predictor, SpanStudent):
+    if isinstance(predictor, SpanSolver):
         metadata["kind"] = predictor.kind
     write_safetensors(path, predictor.state_dict(), metadata)
 
 
-def load_predictor(path) -> AMEDPredictor | SpanStudent:
+def load_predictor(path) -> AMEDPredictor | SpanSolver:
     """The predictor or span student of a file, on the CPU and in eval mode.
 
     path: a path or binary file object; a file of ``save_predictor``, or a ``.pkl`` / ``.pt`` snapshot of the original

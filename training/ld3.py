@@ -148,10 +148,10 @@ def check_gradients(problem, sigmas: torch.Tensor) -> None:
     """UserError for a solver through which no gradients flow to the noise levels, or wrong ones: they are compared with
     differences on ``Probe``, where that costs nothing."""
     wrong = f"ld3 needs gradients to the noise levels, and the solver '{problem.solver}' "
-    rule = problem.rule()
-    if rule.stochastic:
+    solver = problem.make_solver()
+    if solver.stochastic:
         raise UserError(wrong + "draws noise: choose a deterministic one")
-    if not rule.differentiable:
+    if not solver.differentiable:
         raise UserError(wrong + "does not have them: choose another one")
     net = Probe(problem.sigma_min, problem.sigma_max)
     latents = torch.sin(torch.arange(32, dtype=torch.float64) ** 2).reshape(2, 1, 4, 4)
@@ -245,7 +245,7 @@ class Trainer:
 
     # Losses.
 
-    def losses(self, x, pairs: Pairs, sigmas, told) -> torch.Tensor:
+    def losses(self, x, pairs: Pairs, sigmas, sigma_cond) -> torch.Tensor:
         """Distances [B] of the student's samples from noise x."""
         problem = self.problem
         samples, info = integrate(
@@ -253,7 +253,7 @@ class Trainer:
             x,
             solver=problem.solver,
             sigmas=sigmas,
-            sigmas_net=told,
+            sigmas_net=sigma_cond,
             afs=problem.afs,
             cond=pairs.cond,
             checkpointing=self.options["checkpointing"],
@@ -266,17 +266,17 @@ class Trainer:
         return self.distance(samples, pairs.targets, pairs.cond)
 
     @torch.no_grad()
-    def validate(self, sigmas, told) -> float:
+    def validate(self, sigmas, sigma_cond) -> float:
         """The mean loss of the validation pairs from where they start now."""
         total = torch.zeros(1, dtype=torch.float64)
         with distributed.together():
             for pairs in self.valid:
-                total += self.losses(pairs.relaxed, pairs, sigmas, told).double().sum().cpu()
+                total += self.losses(pairs.relaxed, pairs, sigmas, sigma_cond).double().sum().cpu()
         return float(self._summed(total)) / self.options["num_valid"]
 
-    def gradients(self, pairs: Pairs, sigmas, told) -> tuple[torch.Tensor, torch.Tensor]:
+    def gradients(self, pairs: Pairs, sigmas, sigma_cond) -> tuple[torch.Tensor, torch.Tensor]:
         """(losses [B], gradients of their sum to sigmas and told [2,N]); moves the starting points of the pairs."""
-        levels = [sigmas, told if told is None else told.detach().requires_grad_(True)]
+        levels = [sigmas, sigma_cond if sigma_cond is None else sigma_cond.detach().requires_grad_(True)]
         levels[0] = sigmas.detach().requires_grad_(True)
         x = pairs.relaxed.detach().requires_grad_(self.radius > 0)
         losses = self.losses(x, pairs, *levels)
@@ -290,7 +290,7 @@ class Trainer:
         return losses.detach(), torch.stack(rows[:2])
 
     @torch.no_grad()
-    def relax(self, pairs: Pairs, gradient, losses, sigmas, told) -> None:
+    def relax(self, pairs: Pairs, gradient, losses, sigmas, sigma_cond) -> None:
         """One step of projected gradient descent of the starting points, kept where the loss falls."""
 
         def lengths(value):
@@ -299,7 +299,7 @@ class Trainer:
         step = RELAXATION * self.radius * gradient / lengths(gradient).clamp(min=torch.finfo(gradient.dtype).tiny)
         offset = pairs.relaxed - step - pairs.latents
         candidate = pairs.latents + offset * (self.radius / lengths(offset)).clamp(max=1)
-        better = self.losses(candidate, pairs, sigmas, told) < losses
+        better = self.losses(candidate, pairs, sigmas, sigma_cond) < losses
         pairs.relaxed = torch.where(better.reshape(-1, 1, 1, 1), candidate, pairs.relaxed)
 
     def _summed(self, values: torch.Tensor) -> torch.Tensor:
@@ -316,9 +316,9 @@ class Trainer:
         """The grid to start from, judged by the validation pairs."""
         candidates = initial_schedules(self.problem, self.options["init"])
         measured = []
-        for sigmas, told in candidates:
+        for sigmas, sigma_cond in candidates:
             try:
-                measured.append(self.validate(sigmas, told))
+                measured.append(self.validate(sigmas, sigma_cond))
             except NotFinite:
                 measured.append(math.inf)
         self.first = min(measured)
@@ -326,10 +326,10 @@ class Trainer:
             raise UserError(
                 f"the loss at the start is {self.first}: the network, its teacher or the schedule to start from broke down"
             )
-        sigmas, told = candidates[measured.index(self.first)]
-        self.best = {"loss": self.first, "sigmas": sigmas, "told": told, "updates": 0}
+        sigmas, sigma_cond = candidates[measured.index(self.first)]
+        self.best = {"loss": self.first, "sigmas": sigmas, "told": sigma_cond, "updates": 0}
         win_rate = self.options["win_rate"]
-        self.grid = Grid(sigmas, self.options["mode"], win_rate, told)
+        self.grid = Grid(sigmas, self.options["mode"], win_rate, sigma_cond)
         self.optimizers = self._optimizers()
 
     def _optimizers(self):
@@ -338,8 +338,8 @@ class Trainer:
 
     def levels(self):
         """The current (sigmas, sigmas_net), the latter None where it is the same."""
-        sigmas, told = self.grid.levels()
-        return sigmas, told if self.decoupled or self.grid.v.any() else None
+        sigmas, sigma_cond = self.grid.levels()
+        return sigmas, sigma_cond if self.decoupled or self.grid.v.any() else None
 
     @property
     def decoupled(self) -> bool:
@@ -348,15 +348,15 @@ class Trainer:
 
     def update(self, index: int) -> None:
         """A step of the parameters on one batch of training pairs."""
-        sigmas, told = self.levels()
+        sigmas, sigma_cond = self.levels()
         total = torch.zeros(2 * len(sigmas), dtype=torch.float64)
         with distributed.together():
             for pairs in self.train[index]:
-                total += self.gradients(pairs, sigmas, told)[1].flatten()
+                total += self.gradients(pairs, sigmas, sigma_cond)[1].flatten()
         gradients = self._summed(total).reshape(2, -1) / (self.sizes[index] * self.first)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        outputs = [sigmas] if told is None else [sigmas, told]
+        outputs = [sigmas] if sigma_cond is None else [sigmas, sigma_cond]
         torch.autograd.backward(outputs, list(gradients[: len(outputs)]))
         learned = [self.grid.u, self.grid.v] if self.decoupled else [self.grid.u]
         torch.nn.utils.clip_grad_norm_(learned, LARGEST_GRADIENT)
@@ -368,10 +368,10 @@ class Trainer:
     @torch.no_grad()
     def judge(self) -> float:
         """Validates the current grid: keeps it if it is the best, else sometimes lowers the learning rates."""
-        sigmas, told = self.levels()
-        loss = self.validate(sigmas, told)
+        sigmas, sigma_cond = self.levels()
+        loss = self.validate(sigmas, sigma_cond)
         if loss < self.best["loss"] * (1 - PROGRESS):
-            self.best = {"loss": loss, "sigmas": sigmas, "told": told, "updates": self.updates}
+            self.best = {"loss": loss, "sigmas": sigmas, "told": sigma_cond, "updates": self.updates}
             self.stale = 0
         else:
             self.stale += 1
@@ -383,10 +383,10 @@ class Trainer:
 
     def relax_validation(self) -> None:
         """Moves the starting points of the validation pairs, once for a whole round in which losses are compared."""
-        sigmas, told = self.levels()
+        sigmas, sigma_cond = self.levels()
         with distributed.together():
             for pairs in self.valid:
-                self.gradients(pairs, sigmas, told)
+                self.gradients(pairs, sigmas, sigma_cond)
         self.best["loss"] = self.validate(self.best["sigmas"], self.best["told"])
 
     def run_round(self, bar) -> None:
@@ -488,10 +488,10 @@ class Trainer:
 def initial_schedules(problem, init: str) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
     """The (sigmas, sigmas_net or None) to start from, with the problem's ends: one, or those of which ``auto`` chooses."""
 
-    def pinned(sigmas, told=None):
+    def pinned(sigmas, sigma_cond=None):
         sigmas = torch.as_tensor(sigmas, dtype=torch.float64).cpu().clone()
         sigmas[0], sigmas[-1] = problem.sigma_max, problem.sigma_min
-        return check_sigmas(sigmas), None if told is None else torch.as_tensor(told, dtype=torch.float64)
+        return check_sigmas(sigmas), None if sigma_cond is None else torch.as_tensor(sigma_cond, dtype=torch.float64)
 
     if init != "auto" and init not in INITIAL:
         schedule = load_schedule(init)

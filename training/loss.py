@@ -1,5 +1,5 @@
 """Distillation of a predictor: the student's interval is pulled towards a teacher that takes more steps (Section 3.3 of
-Zhou et al. 2024). The student's interval is the code that sampling runs, ``Solver.advance``."""
+Zhou et al. 2024). The student's interval is the code that sampling runs, ``Sampler.advance``."""
 
 import math
 from dataclasses import dataclass
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 import torch
 
 from models.denoiser import read_bottleneck
-from solvers import SOLVERS, Rule, Solver, State, get_schedule, make_rule, refine, resolve_sigmas
+from solvers import SOLVERS, Sampler, Solver, State, get_schedule, make_solver, refine, resolve_sigmas
 from torch_utils.errors import UserError
 from training.predictor import DEFAULTS
 
 
-def make_rules(config: dict) -> tuple[Rule, Rule]:
+def make_solvers(config: dict) -> tuple[Solver, Solver]:
     """The student's and the teacher's rule. Both have the options of the configuration, as in the original code; a
     teacher that has no such high order takes its highest."""
     common = {key: config[key] for key in ("max_order", "predict_x0", "lower_order_final", "thresholding")}
-    student = make_rule(config["sampler_stu"], common=common)
+    student = make_solver(config["sampler_stu"], common=common)
     highest = getattr(SOLVERS.get(config["sampler_tea"]), "highest_order", 1)
     if common["max_order"] is not None:
         common["max_order"] = min(common["max_order"], highest)
-    teacher = make_rule(config["sampler_tea"], common=common)
+    teacher = make_solver(config["sampler_tea"], common=common)
     if not student.can_learn:
         raise UserError(f"sampler_stu={config['sampler_stu']} cannot take a predictor")
     if not teacher.can_teach:
@@ -29,7 +29,7 @@ def make_rules(config: dict) -> tuple[Rule, Rule]:
 
 
 @dataclass
-class Lesson:
+class TeacherTargets:
     """What a teacher did from one batch of starting points.
 
     targets: its states at the student's noise levels 1 .. num_steps - 1, [num_steps-1,B,C,H,W]. starts: {k: (direction,
@@ -46,7 +46,7 @@ class DistillationLoss:
     net: a Denoiser; config: the predictor's configuration (``training.predictor.DEFAULTS``; missing keys take the
     defaults). ``sigmas``: the student's schedule, float64 [num_steps]; ``teacher_sigmas``: the teacher's, with M points
     more in every interval. One-step students restart every interval from the teacher's state, multistep ones continue
-    from their own, whose history this object carries from step_idx to step_idx + 1. checkpointing: see ``Solver``.
+    from their own, whose history this object carries from step_idx to step_idx + 1. checkpointing: see ``Sampler``.
     """
 
     def __init__(self, net, config: dict, checkpointing: bool = False):
@@ -55,7 +55,7 @@ class DistillationLoss:
         if int(config["M"]) != config["M"] or config["M"] < 0:
             raise UserError(f"M={config['M']} must be a whole number >= 0")
         self.extra = int(config["M"])
-        self.student_rule, self.teacher_rule = make_rules(config)
+        self.student_solver, self.teacher_solver = make_solvers(config)
         self.sigmas = resolve_sigmas(
             net,
             config["num_steps"],
@@ -93,7 +93,7 @@ class DistillationLoss:
         return self.teach(latents, cond).targets
 
     @torch.no_grad()
-    def teach(self, latents: torch.Tensor, cond=None) -> Lesson:
+    def teach(self, latents: torch.Tensor, cond=None) -> TeacherTargets:
         """``teacher_trajectory`` with the evaluations in it that the student's intervals would repeat."""
         wanted = {k * (self.extra + 1): k for k in range(len(self.sigmas) - 1) if self._begins_as_teacher(k)}
         starts = {}
@@ -103,31 +103,33 @@ class DistillationLoss:
                 if i in wanted and x is state.x:  # a corrector's evaluation is not at the state it leads to
                     starts[wanted[i]] = ((x - denoised) / sigma, reader.read(len(x)).to(x.dtype))
 
-            run = Solver(self.net, self.teacher_rule, self._on(latents, self.teacher_sigmas), cond=cond, observer=keep)
+            run = Sampler(
+                self.net, self.teacher_solver, self._on(latents, self.teacher_sigmas), cond=cond, observer=keep
+            )
             state, targets = State(latents), []
             for i in range(run.intervals):
                 state = run.advance(state, i)
                 if (i + 1) % (self.extra + 1) == 0:
                     targets.append(state.x)
-        return Lesson(torch.stack(targets), starts)
+        return TeacherTargets(torch.stack(targets), starts)
 
     def _begins_as_teacher(self, k: int) -> bool:
         """Whether the student asks the network at the start of interval k, at a point of the teacher's trajectory."""
         if k == 0 and self.config["afs"]:
             return False
         own, teachers = self.sigmas[k].item(), self.teacher_sigmas[k * (self.extra + 1)].item()
-        return (k == 0 or self.student_rule.one_step) and math.isclose(own, teachers, rel_tol=1e-12)
+        return (k == 0 or self.student_solver.one_step) and math.isclose(own, teachers, rel_tol=1e-12)
 
     def student_step(self, predictor, x, step_idx, target, cond=None, start=None):
         """One interval of the student from x [B,C,H,W] at sigmas[step_idx], with gradients.
 
-        start: the (direction, bottleneck) there, if a ``Lesson`` has it; x is then the teacher's state.
+        start: the (direction, bottleneck) there, if a ``TeacherTargets`` has it; x is then the teacher's state.
         Returns the squared error per element [B,C,H,W] and the point where the next interval starts (detached): the
         target for one-step students, the student's own result for multistep ones.
         """
-        run = Solver(
+        run = Sampler(
             self.net,
-            self.student_rule,
+            self.student_solver,
             self._on(x, self.sigmas),
             afs=self.config["afs"],
             predictor=predictor,
@@ -143,7 +145,7 @@ class DistillationLoss:
         self.predicted = tuple(value.detach() for value in run.predicted)
         self._state = after.detach()
         error = (after.x - target) ** 2
-        return error, (target.detach() if self.student_rule.one_step else self._state.x)
+        return error, (target.detach() if self.student_solver.one_step else self._state.x)
 
     @staticmethod
     def _on(x, sigmas):

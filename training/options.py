@@ -11,18 +11,18 @@ from solvers import SOLVERS
 from solvers.sampler import AFS_KINDS
 from solvers.schedules import SCHEDULES, check_sigmas, get_schedule
 from solvers.search.problem import Problem
-from solvers.span_table import BASES, GROUPS, PRESETS, SpanStudent
+from solvers.span_table import BASES, GROUPS, PRESETS, SpanSolver
 from torch_utils.errors import UserError
 from torch_utils.kinds import check_kinds
 from torch_utils.memory import AUTO
-from training.loss import make_rules
+from training.loss import make_solvers
 from training.predictor import DEFAULTS, AMEDPredictor
 from training.sample_loss import DenoiserFeatures, parse_loss
 from training.schedule_search import run_dmn
 from training.teacher import TeacherSettings, draw_inputs
 
-STUDENTS = tuple(name for name, rule in SOLVERS.items() if rule.can_learn)
-TEACHERS = tuple(name for name, rule in SOLVERS.items() if rule.can_teach)
+STUDENTS = tuple(name for name, solver in SOLVERS.items() if solver.can_learn)
+TEACHERS = tuple(name for name, solver in SOLVERS.items() if solver.can_teach)
 
 
 # What may differ between the parts of one run: where and how long it runs and what it writes, not what it computes.
@@ -140,7 +140,7 @@ class RunOptions:
 
 
 @dataclass
-class TrainingOptions(RunOptions):
+class AMEDOptions(RunOptions):
     """Every option of train.py that a predictor's run depends on; names and defaults are the original code's.
 
     sigmas: an explicit schedule that replaces num_steps, schedule_type and schedule_rho. teacher_cache: how many
@@ -179,7 +179,7 @@ class TrainingOptions(RunOptions):
         positive("lr", self.lr)
         if self.teacher_cache is not None and (self.teacher_cache < self.batch or self.teacher_cache % self.batch):
             raise UserError(f"--teacher_cache={self.teacher_cache} must be a multiple of the batch, {self.batch}")
-        make_rules(self.to_dict())
+        make_solvers(self.to_dict())
         AMEDPredictor(**self.predictor_config())
 
     @property
@@ -249,7 +249,7 @@ INITIAL_GRIDS = ("polynomial:7", "polynomial:4", "logsnr", "time_uniform:1")
 
 
 @dataclass
-class FinalOptions(RunOptions):
+class SpanOptions(RunOptions):
     """Every option of train.py under ``--objective=final``; see RunOptions for those of all runs.
 
     preset: of ``solvers.span_table.PRESETS``; heads: comma-separated ``solvers.span_heads.HEADS``, or "none" (None: spatial and
@@ -382,7 +382,7 @@ class FinalOptions(RunOptions):
             raise UserError(f"--heads={self.heads}: name each head only once")
         return names
 
-    def resolved(self, net, prompts=None, device="cpu") -> "FinalOptions":
+    def resolved(self, net, prompts=None, device="cpu") -> "SpanOptions":
         """The options with the heads and the loss that this network can have, where none were given."""
         heads, loss = self.heads, self.loss
         if heads is None:
@@ -392,8 +392,8 @@ class FinalOptions(RunOptions):
             loss = DEFAULT_LOSS if has_features(net, self.feature_sigma, prompts, device) else "huber"
         return replace(self, heads=heads, loss=loss)
 
-    def make_student(self, sigma_min: float, sigma_max: float, **more) -> SpanStudent:
-        student = SpanStudent(**self.student_config(sigma_min, sigma_max, **more))
+    def make_student(self, sigma_min: float, sigma_max: float, **more) -> SpanSolver:
+        student = SpanSolver(**self.student_config(sigma_min, sigma_max, **more))
         if not learned(student):
             raise UserError(f"preset={self.preset} with num_steps={self.num_steps} has nothing to learn")
         if student.evaluations() < 1:
@@ -456,7 +456,7 @@ class FinalOptions(RunOptions):
 
     # The optimisation
 
-    def rates(self, student: SpanStudent) -> dict[str, float]:
+    def rates(self, student: SpanSolver) -> dict[str, float]:
         """Learning rate of each group that the student learns."""
         given = {}
         for part in filter(None, (piece.strip() for piece in self.lrs.split(","))):
@@ -476,7 +476,7 @@ class FinalOptions(RunOptions):
             raise UserError("--lrs: all learning rates are 0")
         return rates
 
-    def phase_list(self, student: SpanStudent) -> list[tuple[frozenset[str], float]]:
+    def phase_list(self, student: SpanSolver) -> list[tuple[frozenset[str], float]]:
         """(groups that are trained, share of the run), one after the other; the shares sum to one.
 
         phases: comma-separated ``group+group:share``, where "all" is every group; all of them phase_rounds times over.
@@ -519,7 +519,7 @@ def has_features(net, sigma: float, prompts=None, device="cpu") -> bool:
     return True
 
 
-def learned(student: SpanStudent) -> dict[str, list[torch.nn.Parameter]]:
+def learned(student: SpanSolver) -> dict[str, list[torch.nn.Parameter]]:
     """What a student learns by kind: the groups of its table, "shifts" of the head "time", and "heads", all others."""
     groups = {name: [parameter] for name, parameter in student.groups().items()}
     for name, head in student.heads.items():
@@ -528,7 +528,7 @@ def learned(student: SpanStudent) -> dict[str, list[torch.nn.Parameter]]:
 
 
 def parse_phases(text: str, rounds: int, names: set[str]) -> list[tuple[frozenset[str], float]]:
-    """The phases of ``FinalOptions.phase_list``. Raises UserError for unknown groups and shares that are no numbers."""
+    """The phases of ``SpanOptions.phase_list``. Raises UserError for unknown groups and shares that are no numbers."""
     phases = []
     for part in text.split(","):
         kinds, colon, share = part.strip().rpartition(":")

@@ -61,11 +61,11 @@ class Run:
         self._shown: torch.Tensor | None = None
         self._saved_at = -1  # iteration of the newest state on disk
 
-    def save_product(self, progress: dict) -> None:
-        """Writes what has been trained so far to ``product_path``; progress: kimg, iteration and date."""
+    def save_result(self, progress: dict) -> None:
+        """Writes what has been trained so far to ``result_path``; progress: kimg, iteration and date."""
         raise NotImplementedError
 
-    def give_up(self, error: Exception) -> None:
+    def on_failure(self, error: Exception) -> None:
         """Raises UserError for an exception that ``failures`` names; the trainer is as before the iteration."""
         raise NotImplementedError
 
@@ -85,7 +85,7 @@ class Run:
         return self.trainer.iteration * self.options.batch
 
     @property
-    def product_path(self) -> Path:
+    def result_path(self) -> Path:
         return self.folder / f"predictor-{self.nimg // 1000:06d}.safetensors"
 
     def loop(self) -> None:
@@ -96,7 +96,7 @@ class Run:
                 try:
                     statistics = self.trainer.iterate()
                 except self.failures as error:
-                    self.give_up(error)
+                    self.on_failure(error)
                 self._collected.append(statistics)
                 self._show(bar, statistics, time.monotonic() - begin)
                 stop = any_signal(received, self.trainer.device)
@@ -109,12 +109,12 @@ class Run:
                     self.log.say(f"Interrupted after {self.nimg / 1000:g} kimg; continue with: {command}")
                     raise Interrupted(stop)
 
-    def carry_out(self) -> Path:
+    def run_to_end(self) -> Path:
         """``loop`` to the end; returns the file of the product. UserError where the device's memory does not do."""
         with explained_oom(self.trainer.device, f"lower --batch-gpu (now {self.trainer.chunk})"):
             self.loop()
-        self.log.say(f"trained {self.product_path} NFE={self.trainer.evaluations} in {self.elapsed:.1f} s")
-        return self.product_path
+        self.log.say(f"trained {self.result_path} NFE={self.trainer.evaluations} in {self.elapsed:.1f} s")
+        return self.result_path
 
     def _after_iteration(self, stopping: bool) -> None:
         done = stopping or self.trainer.iteration == self.total
@@ -129,7 +129,7 @@ class Run:
         self._tick()
         if done or crosses(self.options.snap):
             progress = {"kimg": self.nimg / 1000, "iteration": self.trainer.iteration, "date": date()}
-            self.save_product(progress)
+            self.save_result(progress)
         if done or crosses(self.options.dump):
             self.save_state()
 
@@ -178,7 +178,7 @@ class Run:
         bar.set_postfix_str(f"{kimg} {text} {float(self._shown[0, -1]):.3g} s/kimg", refresh=False)
         bar.update()
 
-    def tidy(self) -> None:
+    def clean_up(self) -> None:
         """What a run that is continued has to put in order: files that a kill left, lines beyond the newest state."""
         on_main(remove_leftovers, self.folder)
         on_main(self.log.rewind, "iteration", self.trainer.iteration)
@@ -297,7 +297,7 @@ def prepare(options: RunOptions, device: torch.device) -> tuple:
     return options, load_network(options, device), prompts
 
 
-def fitting_batch_gpu(rehearse: Callable[[int], None], share: int, device) -> int:
+def fitting_batch_gpu(probe_memory: Callable[[int], None], share: int, device) -> int:
     """The largest divisor of the share for which the memory of every process suffices.
 
     rehearse(batch_gpu): does what needs the most. Raises UserError where not even one sample fits.
@@ -305,7 +305,7 @@ def fitting_batch_gpu(rehearse: Callable[[int], None], share: int, device) -> in
     for batch_gpu in sorted((n for n in range(1, share + 1) if share % n == 0), reverse=True):
         fits = True
         try:
-            rehearse(batch_gpu)
+            probe_memory(batch_gpu)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

@@ -157,7 +157,7 @@ def write_json(path, value) -> None:
 
 def on_main(function, *arguments):
     """Calls the function on the first process, once all have got here; its result or UserError reaches all of them."""
-    distributed.meet()
+    distributed.wait_for_all()
     result = error = None
     if distributed.rank() == 0:
         try:

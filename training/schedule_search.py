@@ -72,7 +72,7 @@ def run_gits(
     gits_indices(torch.zeros(num_steps_tea, num_steps_tea), count, coeff, second)  # says at once what is impossible
     if afs:  # the student is tried in the end; what it is not prepared for is said before that
         ends = (problem.sigma_min, problem.sigma_max)
-        problem.rule().bind(problem.net, resolve_sigmas(problem.net, problem.num_steps, "logsnr", 1, *ends))
+        problem.make_solver().bind(problem.net, resolve_sigmas(problem.net, problem.num_steps, "logsnr", 1, *ends))
     teacher = problem.teacher(solver_tea, num_steps_tea, schedule_type, schedule_rho, original_code=original_code)
 
     def cost_of(seeds):
@@ -109,16 +109,16 @@ def run_dmn(problem: Problem, *, kind) -> Found:
     """DM-NonUniform, for the order of the solver."""
     if kind == "auto":
         kind = "latent" if getattr(problem.net, "latent", False) else "pixel"
-    rule = problem.rule()
-    exponential = hasattr(rule, "lower_order_final")
+    solver = problem.make_solver()
+    exponential = hasattr(solver, "lower_order_final")
     return Found(
         dmn_sigmas(
             problem.num_steps,
             problem.sigma_min,
             problem.sigma_max,
             kind,
-            max_order=rule.max_order if exponential else HIGHEST_ORDER,
-            lower_order_final=rule.lower_order_final if exponential else True,
+            max_order=solver.max_order if exponential else HIGHEST_ORDER,
+            lower_order_final=solver.lower_order_final if exponential else True,
             net=problem.net,
         )
     )

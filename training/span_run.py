@@ -10,24 +10,24 @@ from pathlib import Path
 import torch
 
 from models.denoiser import embedding_layer
-from solvers.span_table import SpanStudent
+from solvers.span_table import SpanSolver
 from torch_utils import distributed
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
 from torch_utils.memory import AUTO, explained_oom
 from torch_utils.progress import progress_bar
 from training.checkpoint import save_predictor
-from training.options import FinalOptions, grid_sigmas
+from training.options import SpanOptions, grid_sigmas
 from training.run import Run, check_state, fitting_batch_gpu, numbers, prepare, provenance_of, restore, working_folder
 from training.run_folder import newest_state, on_main
 from training.sample_loss import PairLoss
-from training.span_trainer import PATIENCE, STATISTICS, FinalTrainer, NotFinite, measure
+from training.span_trainer import PATIENCE, STATISTICS, NotFinite, SpanTrainer, measure
 from training.teacher import TeacherSet, draw_condition, draw_inputs, file_of, identity_of, teacher_set
 
 FINALISTS = 3  # starts that are trained for a moment before one is chosen
 
 
-def head_sizes(net, options: FinalOptions) -> dict:
+def head_sizes(net, options: SpanOptions) -> dict:
     """What the heads of a student have to know of the network."""
     if not options.head_names():
         return {}
@@ -35,7 +35,7 @@ def head_sizes(net, options: FinalOptions) -> dict:
     return {"img_channels": net.img_channels, "embedding_width": width}
 
 
-def rehearse(net, options: FinalOptions, ends: tuple, prompts, device, batch_gpu: int) -> None:
+def probe_memory(net, options: SpanOptions, ends: tuple, prompts, device, batch_gpu: int) -> None:
     """What needs the memory of an iteration, for one call of the network and without learning."""
     shape = [net.img_channels, net.img_resolution, net.img_resolution]
     student = options.make_student(*ends, **head_sizes(net, options), image_shape=shape)
@@ -45,9 +45,7 @@ def rehearse(net, options: FinalOptions, ends: tuple, prompts, device, batch_gpu
     PairLoss(options.loss, net, options.feature_sigma)(x, latents, cond).sum().backward()
 
 
-def choose_start(
-    net, options: FinalOptions, pairs: TeacherSet, ends: tuple, chunk: int, total: int, say
-) -> SpanStudent:
+def choose_start(net, options: SpanOptions, pairs: TeacherSet, ends: tuple, chunk: int, total: int, say) -> SpanSolver:
     """The untrained student: of ``options.starts`` those are picked whose loss on the first init_pairs pairs is least, and
     of these the one that is best after a short training (``try_finalists``). total: iterations of the run; say(text): told
     the scores."""
@@ -88,7 +86,7 @@ def choose_start(
     return try_finalists(net, options, pairs, finalists, math.ceil(options.init_trial * total), say)
 
 
-def try_finalists(net, options: FinalOptions, pairs: TeacherSet, finalists: list, iterations: int, say) -> SpanStudent:
+def try_finalists(net, options: SpanOptions, pairs: TeacherSet, finalists: list, iterations: int, say) -> SpanSolver:
     """The one of ``finalists``, (name, student) pairs, that is best in validation after so many iterations; untrained.
 
     Solvers that err alike before training may be far apart after it, and a few iterations show that.
@@ -96,7 +94,7 @@ def try_finalists(net, options: FinalOptions, pairs: TeacherSet, finalists: list
     short = replace(options, warmup=min(options.warmup, iterations // 4))
     results = []
     for name, student in finalists:
-        trainer = FinalTrainer(net, copy.deepcopy(student), pairs, short, iterations, pairs.device)
+        trainer = SpanTrainer(net, copy.deepcopy(student), pairs, short, iterations, pairs.device)
         if trainer.distribution is None:  # which begins with features of the untrained student
             trainer.first = (math.nan, math.nan)  # else its validation is not needed
         try:
@@ -110,7 +108,7 @@ def try_finalists(net, options: FinalOptions, pairs: TeacherSet, finalists: list
     return results[0][-1]
 
 
-def _data_gaussian(net, options: FinalOptions, ends: tuple, prompts, batch: int) -> dict:
+def _data_gaussian(net, options: SpanOptions, ends: tuple, prompts, batch: int) -> dict:
     """Mean and variance of the data for the student's first step, measured on one process; empty where it needs none."""
     student = options.make_student(*ends)
     if student.config["first_step"] != "gaussian":
@@ -124,19 +122,19 @@ def _data_gaussian(net, options: FinalOptions, ends: tuple, prompts, batch: int)
     return on_main(measured)
 
 
-class FinalRun(Run):
+class SpanRun(Run):
     """The training of a span student in a folder."""
 
     columns = STATISTICS
     failures = (NotFinite,)
 
-    def save_product(self, progress: dict) -> None:
+    def save_result(self, progress: dict) -> None:
         trainer = self.trainer
         values = {"first": trainer.first[0], "best": trainer.best["value"], "best_iteration": trainer.best["iteration"]}
         provenance = {**self.provenance, **progress, "validation": values}
-        on_main(save_predictor, trainer.best_student(), self.product_path, provenance)
+        on_main(save_predictor, trainer.best_student(), self.result_path, provenance)
 
-    def give_up(self, error: NotFinite) -> None:
+    def on_failure(self, error: NotFinite) -> None:
         """Saves the last good state and the best student, and says what happened."""
         self.save_state()
         message = (
@@ -171,20 +169,20 @@ class FinalRun(Run):
             self.log.say(f"from iteration {trainer.iteration} ({self.nimg / 1000:g} kimg)")
 
 
-def train_student(options: FinalOptions | dict, device="cpu", run_dir=None, resume: bool = False) -> Path:
+def train_span(options: SpanOptions | dict, device="cpu", run_dir=None, resume: bool = False) -> Path:
     """Trains a span student on final samples and returns its file, ``<folder>/predictor-<kimg>.safetensors``: the state
     that was best in validation.
 
     Arguments and errors as those of ``train_predictor``.
     """
     with ExitStack() as locks:
-        return _train_student(options, device, run_dir, resume, locks)
+        return _train_span(options, device, run_dir, resume, locks)
 
 
-def _train_student(options: FinalOptions | dict, device, run_dir, resume: bool, locks: ExitStack) -> Path:
+def _train_span(options: SpanOptions | dict, device, run_dir, resume: bool, locks: ExitStack) -> Path:
     """The same; ``locks`` holds the folder."""
     device = torch.device(device)
-    options = FinalOptions.from_dict(options) if isinstance(options, dict) else options
+    options = SpanOptions.from_dict(options) if isinstance(options, dict) else options
     options, net, prompts = prepare(options, device)
     options = options.resolved(net, prompts, device)
     ends = tuple(
@@ -201,7 +199,7 @@ def _train_student(options: FinalOptions | dict, device, run_dir, resume: bool, 
         check_state(options, state, net, run_dir)
     if options.batch_gpu == AUTO:
         share = options.batch // distributed.world_size()
-        options.batch_gpu = fitting_batch_gpu(partial(rehearse, net, options, ends, prompts, device), share, device)
+        options.batch_gpu = fitting_batch_gpu(partial(probe_memory, net, options, ends, prompts, device), share, device)
     pairs = _pairs(net, options, ends, prompts, device, run_dir if resume else None)
     chunk = min(options.batch_gpu or options.batch, options.batch // distributed.world_size())
     total = math.ceil(options.total_kimg * 1000 / options.batch - 1e-9)
@@ -211,7 +209,7 @@ def _train_student(options: FinalOptions | dict, device, run_dir, resume: bool, 
             student = choose_start(net, options, pairs, ends, chunk, max(1, total), lines.append)
     else:
         student = _student_of(state, run_dir)
-    trainer = FinalTrainer(net, student, pairs, options, max(1, total), device)
+    trainer = SpanTrainer(net, student, pairs, options, max(1, total), device)
     names = ("seed", "batch", "amp", "objective", "loss", "sampler_tea", "num_steps_tea", "pairs")
     provenance = provenance_of(net, options, names)
     elapsed = 0.0
@@ -219,20 +217,20 @@ def _train_student(options: FinalOptions | dict, device, run_dir, resume: bool, 
         elapsed = restore(trainer, options, state, net, run_dir)
     if folder is None:
         folder = locks.enter_context(working_folder(options, net, run_dir))
-    run = FinalRun(trainer, options, folder, provenance, elapsed)
+    run = SpanRun(trainer, options, folder, provenance, elapsed)
     trainer.report = run.log.say
     if resume:
-        run.tidy()
+        run.clean_up()
     run.announce(net, device, resume)
     for line in lines:
         run.log.say(line)
-    path = run.carry_out()
+    path = run.run_to_end()
     first, best = trainer.first[0], trainer.best
     run.log.say(f"validation {first:.4g} before, {best['value']:.4g} in the best state (iteration {best['iteration']})")
     return path
 
 
-def _pairs(net, options: FinalOptions, ends, prompts, device, run_dir=None) -> TeacherSet:
+def _pairs(net, options: SpanOptions, ends, prompts, device, run_dir=None) -> TeacherSet:
     """The teacher pairs. run_dir: folder of a run that is continued; a set that lies beside it is read."""
     settings = options.teacher(*ends)
     more = {name: getattr(options, name) for name in ("guidance_type", "guidance_rate", "amp")}
@@ -249,16 +247,16 @@ def _pairs(net, options: FinalOptions, ends, prompts, device, run_dir=None) -> T
     )
 
 
-def _student_of(state: dict, folder) -> SpanStudent:
+def _student_of(state: dict, folder) -> SpanSolver:
     """The student of a training state, before its parameters are put back."""
     try:
-        student = SpanStudent(**state["student_config"])
+        student = SpanSolver(**state["student_config"])
         student.load_state_dict(state["predictor"])
     except (TypeError, ValueError, ArithmeticError, KeyError, RuntimeError) as error:
         raise UserError(f"the training state in {folder} is not that of a span student ({str(error)[:120]})") from None
     return student
 
 
-def _size(student: SpanStudent) -> str:
+def _size(student: SpanSolver) -> str:
     heads = sum(parameter.numel() for parameter in student.head_parameters())
     return f"{student.scalars()} scalars" + (f" and {heads} weights of heads" if heads else "")

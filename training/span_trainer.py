@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 import torch
 
-from solvers.span_table import SpanStudent
+from solvers.span_table import SpanSolver
 from torch_utils import distributed
 from torch_utils.seeds import stream_seeds
-from training.options import FinalOptions, learned
+from training.options import SpanOptions, learned
 from training.sample_loss import DistributionTerm, PairLoss, energy_distance
 from training.teacher import TeacherSet
 
@@ -26,17 +26,17 @@ class NotFinite(Exception):
     """Several iterations in a row had gradients that are not finite."""
 
 
-class FinalTrainer:
+class SpanTrainer:
     """A span student, its optimiser, and one iteration: an Adam step for the loss of a batch of final samples.
 
-    net: a Denoiser; student: a SpanStudent, trained in place: its table on the CPU, its heads on the device; pairs: a TeacherSet;
+    net: a Denoiser; student: a SpanSolver, trained in place: its table on the CPU, its heads on the device; pairs: a TeacherSet;
     total: iterations of the whole run, over which rates decay and phases take turns. report(text): told what is unusual.
 
     ``averaged`` is the student with the moving average of the parameters; ``best`` its best state in validation, with
     its value; ``validation`` the latest (objective, root mean square distance to the teacher).
     """
 
-    def __init__(self, net, student: SpanStudent, pairs: TeacherSet, options: FinalOptions, total: int, device="cpu"):
+    def __init__(self, net, student: SpanSolver, pairs: TeacherSet, options: SpanOptions, total: int, device="cpu"):
         self.net, self.student, self.pairs, self.options = net, student, pairs, options
         self.total, self.device = total, torch.device(device)
         self.share = options.batch // distributed.world_size()
@@ -214,7 +214,7 @@ class FinalTrainer:
             self.best = {"value": loss, "iteration": self.iteration, "state": _copy(self.averaged.state_dict())}
         return self.validation
 
-    def best_student(self) -> SpanStudent:
+    def best_student(self) -> SpanSolver:
         """The student whose validation was best."""
         student = copy.deepcopy(self.averaged)
         student.load_state_dict(self.best["state"])

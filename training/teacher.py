@@ -76,7 +76,7 @@ class TeacherSettings:
 
 def teachers() -> list[str]:
     """Solvers that can make pairs: those that need no predictor and draw no noise."""
-    return [name for name, rule in SOLVERS.items() if not rule.needs_predictor and not rule.stochastic]
+    return [name for name, solver in SOLVERS.items() if not solver.needs_predictor and not solver.stochastic]
 
 
 def check_teacher(solver: str) -> None:

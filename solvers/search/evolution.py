@@ -319,7 +319,7 @@ def evolution_sigmas(
         seed=problem.seed,
         **settings,
     )
-    problem.rule().bind(
+    problem.make_solver().bind(
         problem.net, grid[[*range(problem.num_steps - 1), -1]]
     )  # what it is not prepared for is said now
     teacher = problem.teacher(solver_tea, num_steps_tea, schedule_type, schedule_rho)

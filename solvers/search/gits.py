@@ -73,7 +73,7 @@ def teacher_trajectory(net, latents, solver: str, **settings):
 
 def check_teacher(solver: str) -> None:
     """UserError where this solver cannot be the teacher."""
-    possible = [name for name, rule in SOLVERS.items() if rule.can_teach and not rule.stochastic]
+    possible = [name for name, method in SOLVERS.items() if method.can_teach and not method.stochastic]
     if solver not in possible:
         raise UserError(f"the solver '{solver}' cannot be the teacher; choose from {', '.join(possible)}")
 

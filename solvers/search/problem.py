@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from solvers.sampler import afs_direction, resolve_sigmas
-from solvers.solver import SOLVERS, Rule, make_rule
+from solvers.solver import SOLVERS, Solver, make_solver
 from torch_utils import distributed
 from torch_utils.distributed import together
 from torch_utils.errors import UserError
@@ -63,8 +63,8 @@ class Problem:
     identity: dict = field(default_factory=dict)  # what a state has to agree with, filled in by ``optimize``
 
     def __post_init__(self):
-        rule = self.rule()
-        if rule.needs_predictor:
+        solver = self.make_solver()
+        if solver.needs_predictor:
             raise UserError(f"the solver '{self.solver}' needs a trained predictor: choose a plain one")
         if self.num_steps < 2:
             raise UserError(f"num_steps={self.num_steps}: a schedule needs at least 2 time stamps")
@@ -80,12 +80,12 @@ class Problem:
             self.net, 2, "logsnr", 1, self.sigma_min, self.sigma_max
         )  # says what is wrong with them
         if self.options:  # a file that an option names is looked at now
-            rule.bind(self.net, sigmas)
+            solver.bind(self.net, sigmas)
         self._started = time.perf_counter()
 
-    def rule(self) -> Rule:
+    def make_solver(self) -> Solver:
         """The solver with its options; UserError where they do not go together."""
-        return make_rule(self.solver, self.options)
+        return make_solver(self.solver, self.options)
 
     def shared_options(self, solver_tea: str) -> dict:
         """The options that a teacher takes from the solver."""
