@@ -113,13 +113,13 @@ def generate_fitting(net, seeds: Sequence[int], *, device: torch.device, **argum
     The images are those of any other batch. Raises UserError where not even one image fits.
     """
     rows = len(seeds) * arguments.get("candidates", 1)
-    batch, start, sigma_cond = min(first_batch(device), max(rows, 1)), 0, None
+    batch, start, announced = min(first_batch(device), max(rows, 1)), 0, None
     while start < rows:
         try:
             for result in generate_images(net, seeds, batch=batch, device=device, first=start, **arguments):
                 start += len(result.seeds)
-                if sigma_cond != batch:
-                    sigma_cond = _tell_batch(batch, device)
+                if announced != batch:
+                    announced = _tell_batch(batch, device)
                 yield result
             return
         except (RuntimeError, MemoryError) as error:

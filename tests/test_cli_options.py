@@ -205,6 +205,8 @@ OWN = {
     "fid ref": {
         "data": ["missing", "empty", "text.txt", "broken.zip", "mixed"],
         "dest": ["x.txt", "empty", "text.txt/x.npz", "folder.npz"],
+        # Without the last one of SHARED, which takes grey images as RGB.
+        "detector": ["nope", "text.txt", "broken.pt", "broken.safetensors", "broken.pth"],
     },
     "clip_score calc": {
         "images": ["missing", "empty", "text.txt", "broken.zip"],
@@ -221,6 +223,7 @@ OWN = {
         "groups": ["1", "1000"],
         "num_reference": ["-1", "1000", "1"],
         "reference_steps": COUNT,
+        "baseline": ["nope"],
         "outdir": ["text.txt", "text.txt/out"],
         "num": ["0", "1.5", "-2", "3"],
     },

@@ -452,13 +452,13 @@ def test_compressions_that_unpack_without_limit_are_refused(tmp_path, kind):
     pack(tmp_path / "b.zip", {"dataset.json": b"{}"}, kind)
     with zipfile.ZipFile(tmp_path / "b.zip", "a") as archive:
         archive.writestr("a.png", encode(GREY))
-    with pytest.raises(UserError, match="b.zip:dataset.json: is compressed with"):
+    with pytest.raises(UserError, match="b.zip:dataset.json: cannot be read .the part dataset.json is packed with"):
         ImageSource(tmp_path / "b.zip")
     pack(tmp_path / "c.zip", {"a.png": encode(GREY)}, zipfile.ZIP_DEFLATED)
     data = bytearray((tmp_path / "c.zip").read_bytes())
     data[data.find(b"PK\1\2") + 10] = data[8] = 9  # deflate64
     (tmp_path / "c.zip").write_bytes(data)
-    with pytest.raises(UserError, match="c.zip:a.png: is compressed with deflate64"):
+    with pytest.raises(UserError, match="c.zip:a.png: cannot be read .the part a.png is packed with deflate64"):
         load_array(tmp_path / "c.zip")
     pack(tmp_path / "d.zip", {"a.png": encode(GREY)}, zipfile.ZIP_DEFLATED)
     assert load_array(tmp_path / "d.zip").shape == (1, 1, 8, 8)

@@ -149,7 +149,7 @@ def test_a_killed_run_keeps_what_it_chose(searched, tmp_path, monkeypatch):
         return real(self, images, seeds=seeds, **more)
 
     monkeypatch.setattr(verifiers.ClassifierVerifier, "__call__", dying)
-    run(*SEARCH, "--batch=3", "--outdir", tmp_path, code=1)
+    run(*SEARCH, "--batch=3", "--outdir", tmp_path, code=130)
     part = tmp_path / "candidates.csv.0"
     part.write_text(part.read_text() + "4,2,77")  # the line that was being written
     monkeypatch.setattr(verifiers.ClassifierVerifier, "__call__", real)

@@ -593,7 +593,7 @@ def prepare(options: dict, given: set[str], device: torch.device) -> tuple[Compa
     jobs = make_jobs(comparison, methods, nfes)
     labels = list(dict.fromkeys(job.method.label for job in jobs))
     if options["baseline"] not in (None, *labels):
-        raise UserError(f"--baseline={options['baseline']}: not one of the compared methods: {', '.join(labels)}")
+        raise UserError(f"--baseline={options['baseline']}: choose from the compared methods, {', '.join(labels)}")
     return comparison, jobs
 
 

@@ -77,11 +77,11 @@ def _release(file, path: Path) -> None:
 def locked(path: Path, waiting: str) -> Iterator[None]:
     """Holds the lock file ``path`` during the block and removes it afterwards. waiting: what is said before waiting for
     another holder."""
-    sigma_cond = False
+    announced = False
     while (file := _take(path)) is None:
-        if not sigma_cond:
+        if not announced:
             print(waiting, file=sys.stderr)
-            sigma_cond = True
+            announced = True
         time.sleep(0.2)
     try:
         yield
