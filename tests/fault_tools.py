@@ -190,8 +190,11 @@ def inject(fault: dict) -> None:
     if "kill_in_write" in fault:
         _kill_in_write(fault["kill_in_write"])
     if fault.keys() & {"nan", "boom", "hang", "slow", "oom", "usage"}:
-        for module in (import_module("sample"), import_module("training.amed_trainer")):
-            module.create_model = _spoilt(module.create_model, fault)
+        create_model = import_module("models").create_model
+        spoilt = _spoilt(create_model, fault)
+        for module in list(sys.modules.values()):  # wherever it was imported to
+            if getattr(module, "create_model", None) is create_model:
+                module.create_model = spoilt
 
 
 def _spoilt(create_model, fault: dict):
