@@ -21,13 +21,13 @@ from safetensors.torch import save_file
 
 from evaluation.inception import FEATURE_DIM, load_inception
 from models.building import build_empty, load_weights
+from models.zoo import PRETRAINED
 from torch_utils.download import download_file
 from torch_utils.errors import UserError
 from torch_utils.file_kind import explain
 from torch_utils.files import atomic_path, sha256_of
 from torch_utils.tensor_file import json_entry
 
-PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 CLASSIFIER_FORMAT = "amed-classifier-1"
 
 # Classifiers in this repository, each named after the network whose images it judges.
