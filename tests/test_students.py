@@ -155,7 +155,7 @@ def measured(images, target, seed):
     def score(part):
         return frechet_distance(part.mean(0).numpy(), np.cov(part.numpy().T), *target)
 
-    return {"seed": seed, **students.left_out("fid", images, score)}
+    return {"seed": seed, "current": True, **students.left_out("fid", images, score)}
 
 
 @pytest.mark.parametrize("training_seeds", [1, 3])
