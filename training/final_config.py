@@ -27,7 +27,7 @@ RATES = {
     "heads": 3e-3,
     "shifts": 1e-2,
 }
-# Rates of a preset that differ from ``RATES``: the best of five in validation on two networks (docs/span_solver.md, "Choices
+# Rates of a preset that differ from ``RATES``: the best in validation on two networks (docs/span_solver.md, "Choices
 # for the restrictions"). scale of dyweight: within its bound it moves as fast as a correction.
 PRESET_RATES = {
     "amed-table": {"inner": 0.1, "inner_time": 0.1, "scale": 0.1},
