@@ -29,7 +29,8 @@ from torch_utils.jackknife import CONFIDENCE, Estimate, jackknife
 NETWORKS = ("digits", "cifar10-small")
 ORDER = [
     *("plain, best fid", "plain, best distance", "gits", "ld3, own trainer", "AMED-Solver", "AMED-Plugin (iPNDM)"),
-    *("ld3", "s4s", "dyweight", "dyweight, last sum one", "gs", "amed-table", "epd"),
+    *("ld3", "s4s", "dyweight", "dyweight, last sum one", "gs"),
+    *("amed-table", "amed-table, rate 0.2", "epd", "epd, rate 0.2"),
     *("dyweight + spatial,time", "dyweight, last sum one + spatial,time"),
     *("full", "full + spatial", "full + spatial,time"),
 ]
