@@ -127,9 +127,12 @@ def difference(group, other, score):
 
 
 def best_of(found, nfe, score):
-    """The learned method that is better than every other one of today by more than the interval, else None."""
-    groups = {m: found[m, nfe] for m in LEARNED if (m, nfe) in found and with_groups(found[m, nfe])}
-    if len(groups) < 2:
+    """The learned method that is better than every other one by more than the interval, else None.
+
+    None too where one of them has no scores of groups, as nothing can be said of the difference to it.
+    """
+    groups = {method: found[method, nfe] for method in LEARNED if (method, nfe) in found}
+    if len(groups) < 2 or not all(map(with_groups, groups.values())):
         return None
     best = min(groups, key=lambda method: mean(groups[method], score))
     others = (groups[method] for method in groups if method != best)
@@ -327,7 +330,7 @@ def explained():
         "± in a table of scores: standard deviation of the training seeds. ± in a table of differences: 95 % interval of the",
         "paired difference, over 20 groups of the sampled seeds (jackknife) and over the training seeds, where both have",
         "several; with one training seed it speaks of that trained student only. Bold: better by more than the interval, in a",
-        f"table of scores than every other learned method. {EARLIER}: measured earlier, on {EARLIER_IMAGES:,} images and without",
+        f"table of scores than every other learned method, where all have one. {EARLIER}: measured earlier, on {EARLIER_IMAGES:,} images and without",
         "groups of seeds: no interval. Fréchet distances of different numbers of images cannot be compared.",
     ]
 
@@ -366,6 +369,8 @@ def draw_scores(networks, pyplot, dest):
         for axes, score in zip(line, ("fid", "fid2"), strict=True):
             for method, (label, colour) in shown.items():
                 nfes = sorted(nfe for name, nfe in found if name == method)
+                if not nfes:
+                    continue
                 values = [[row[score] for row in found[method, nfe]] for nfe in nfes]
                 errors = [statistics.stdev(group) if len(group) > 1 else 0 for group in values]
                 style = {"color": colour, "linewidth": 2.2 if method.startswith("full") else 1.2, "markersize": 4}
@@ -398,7 +403,7 @@ def draw_tables(rows, pyplot, dest, nfe):
     names = [name for name in ORDER if name in found and "+" not in name]
     if not names:
         return
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 1 + 0.62 * len(names)), width_ratios=(3, 2))
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 1 + 0.62 * len(names)), width_ratios=(3, 2), sharey=True)
     for height, name in enumerate(reversed(names)):
         table = found[name]["table"]
         calls = [(s, t) for s, t in zip(table["sigmas"][:-1], table["sigmas_net"][:-1], strict=True)]
@@ -416,15 +421,14 @@ def draw_tables(rows, pyplot, dest, nfe):
             sign = 1 if value >= 0 else -1
             right.barh(height, value, left=bottom[sign], color=colours(min(k / 5, 1)), height=0.6)
             bottom[sign] += value
-    for axes in (left, right):
-        axes.set_yticks(range(len(names)), list(reversed(names)), fontsize=9)
+    left.set_yticks(range(len(names)), list(reversed(names)), fontsize=9)
     left.set_xscale("log")
     left.invert_xaxis()
     left.set_xlabel(
         "sigma of the calls (bars: what the network is told; open: free first step; x: the end)", fontsize=8
     )
     right.axvline(1, color="black", linewidth=0.6)
-    right.set_xlabel("coefficients of the last step, newest slope first (dark to light), sum 1", fontsize=8)
+    right.set_xlabel("coefficients of the last step, newest slope first (dark to light)", fontsize=8)
     figure.suptitle(f"{nfe} evaluations", fontsize=10)
     figure.tight_layout()
     figure.savefig(dest, dpi=100)

@@ -100,7 +100,9 @@ PINNED = {"learn": ["labels", "time", "corrections"]}  # of dyweight: its last r
 STUDENTS = {  # method -> preset, flags, changes of the student's configuration
     **{preset: (preset, {}, {}) for preset in ("ld3", "s4s", "dyweight", "gs", "amed-table", "epd", "full")},
     **{f"full + {heads}": ("full", {"heads": heads}, {}) for heads in ("spatial,time", "spatial")},
-    **{f"{preset}, rate 0.2": (preset, *_rates(groups, 0.2)) for preset, groups in _PLACES.items()},  # the published rate
+    **{
+        f"{preset}, rate 0.2": (preset, *_rates(groups, 0.2)) for preset, groups in _PLACES.items()
+    },  # the published rate
     "dyweight, last sum one": ("dyweight", {}, PINNED),
     # A restriction with our heads: how much of the gain is theirs.
     "dyweight + spatial,time": ("dyweight", {"heads": "spatial,time"}, {}),
