@@ -165,7 +165,7 @@ CHOICES = {
     "gs": {
         "order lowered, to sigma_min": ({}, {}),
         "order kept, to sigma_min": ({}, {"lower_order_final": False}),
-        "order kept, to 0.0105": ({"sigma_min": 0.01048599}, {"lower_order_final": False}),  # the published rate
+        "order kept, to 0.0105": ({"sigma_min": 0.01048599}, {"lower_order_final": False}),  # as published
     },
 }
 
