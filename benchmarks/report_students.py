@@ -31,7 +31,8 @@ from torch_utils.plots import new_figure
 NETWORKS = ("digits", "cifar10-small")
 ORDER = [
     *("plain, best fid", "plain, best distance", "gits", "ld3, own trainer", "AMED-Solver", "AMED-Plugin (iPNDM)"),
-    *("ld3", "s4s", "dyweight", "dyweight, last sum one", "gs", "amed-table", "epd"),
+    *("ld3", "s4s", "dyweight", "dyweight, last sum one", "gs"),
+    *("amed-table", "amed-table, rate 0.2", "epd", "epd, rate 0.2"),
     *("dyweight + spatial,time", "dyweight, last sum one + spatial,time"),
     *("full", "full + spatial", "full + spatial,time"),
 ]
@@ -84,12 +85,20 @@ def spread(values, digits):
 
 
 def collect(rows, part):
-    """(method, nfe) -> rows of all training seeds: those of today, or all earlier ones where there is none."""
-    found = defaultdict(list)
+    """(method, nfe) -> rows of the training seeds: those of the most images, of each seed the one with scores of groups."""
+    found = defaultdict(dict)
     for row in rows:
         if row["part"] == part:
-            found[row["method"], row["nfe"]].append(row)
-    return {key: [row for row in group if row["current"]] or group for key, group in found.items()}
+            own, seed = found[row["method"], row["nfe"]], row.get("seed")
+            if seed not in own or row["current"] or not own[seed]["current"]:
+                own[seed] = row
+    most = {key: max(row["images"] for row in own.values()) for key, own in found.items()}
+    return {key: [row for row in own.values() if row["images"] == most[key]] for key, own in found.items()}
+
+
+def with_groups(group):
+    """The rows that an interval can be made from."""
+    return [row for row in group if row["current"]]
 
 
 def mean(group, score):
@@ -100,15 +109,17 @@ def difference(group, other, score):
     """The paired difference of two methods' rows in a score, the first minus the second.
 
     Its error has two sources: the seeds that are sampled, by the jackknife over the groups of them, and the training seeds
-    of either method, where it has several. The degrees of freedom are Welch's and Satterthwaite's.
+    of either method, where it has several (also those without scores of groups). The degrees of freedom are Welch's and
+    Satterthwaite's.
     """
-    whole = mean(group, score) - mean(other, score)
-    first, second = (np.mean([row[f"{score}_left_out"] for row in rows], axis=0) for rows in (group, other))
+    pair = with_groups(group), with_groups(other)
+    whole = mean(pair[0], score) - mean(pair[1], score)
+    first, second = (np.mean([row[f"{score}_left_out"] for row in rows], axis=0) for rows in pair)
     images = jackknife(whole, first - second)
     parts = [(images.error**2, len(first) - 1)]
-    for rows in (group, other):
+    for rows, used in zip((group, other), pair, strict=True):
         if len(rows) > 1:
-            parts.append((statistics.variance(row[score] for row in rows) / len(rows), len(rows) - 1))
+            parts.append((statistics.variance(row[score] for row in rows) / len(used), len(rows) - 1))
     variance = sum(value for value, _ in parts)
     if variance == 0:
         return Estimate(images.value, 0.0, 0.0)
@@ -118,9 +129,12 @@ def difference(group, other, score):
 
 
 def best_of(found, nfe, score):
-    """The learned method that is better than every other one of today by more than the interval, else None."""
-    groups = {m: found[m, nfe] for m in LEARNED if (m, nfe) in found and found[m, nfe][0]["current"]}
-    if len(groups) < 2:
+    """The learned method that is better than every other one by more than the interval, else None.
+
+    None too where one of them has no scores of groups, as nothing can be said of the difference to it.
+    """
+    groups = {method: found[method, nfe] for method in LEARNED if (method, nfe) in found}
+    if len(groups) < 2 or not all(map(with_groups, groups.values())):
         return None
     best = min(groups, key=lambda method: mean(groups[method], score))
     others = (groups[method] for method in groups if method != best)
@@ -143,7 +157,7 @@ def main_table(rows, score, digits):
         cells = []
         for nfe, group in zip(nfes, groups, strict=True):
             cell = spread([row[score] for row in group], digits) if group else ""
-            cell += f" {EARLIER}" if group and not group[0]["current"] else ""
+            cell += f" {EARLIER}" if group and not with_groups(group) else ""
             cells.append(f"**{cell}**" if best.get(nfe) == method else cell)
         if any(cells):
             lines.append(f"| {method} | {seeds_of(groups)} | " + " | ".join(cells) + " |")
@@ -157,7 +171,7 @@ def main_table(rows, score, digits):
 def difference_table(rows, score, digits, baseline):
     """Paired differences of all methods to a baseline, with 95 % intervals; less is better than the baseline."""
     found = collect(rows, "main")
-    nfes = sorted({nfe for method, nfe in found if method == baseline and found[method, nfe][0]["current"]})
+    nfes = sorted({nfe for method, nfe in found if method == baseline and with_groups(found[method, nfe])})
     if not nfes:
         return [f"No row of {baseline} has scores of groups yet."]
     lines = [f"| minus {baseline} | " + " | ".join(map(str, nfes)) + " |", "|---" * (len(nfes) + 1) + "|"]
@@ -165,7 +179,7 @@ def difference_table(rows, score, digits, baseline):
         cells = []
         for nfe in nfes:
             group = found.get((method, 30 if method == "teacher" else nfe))
-            if method == baseline or not group or not group[0]["current"]:
+            if method == baseline or not with_groups(group or []):
                 cells.append("")
                 continue
             estimate = difference(group, found[baseline, nfe], score)
@@ -252,7 +266,7 @@ def ablation_table(rows):
     lines = []
     for nfe in nfes:
         names = ["full", *(method for method, at in found if at == nfe)]
-        mixed = any(group[0]["current"] for (_, at), group in found.items() if at == nfe)
+        mixed = any(with_groups(group) for (_, at), group in found.items() if at == nfe)
         lines += [
             "",
             f"{nfe} evaluations:" if mixed else f"{nfe} evaluations {EARLIER}:",
@@ -268,7 +282,7 @@ def ablation_table(rows):
                     spread([row[score] for row in group], digits)
                     for score, digits in (("fid", 2), ("fid2", 2), ("precision", 3), ("recall", 3), ("distance", 4))
                 ]
-                mark = f" {EARLIER}" if mixed and not group[0]["current"] else ""
+                mark = f" {EARLIER}" if mixed and not with_groups(group) else ""
                 lines.append(f"| {name}{mark} | " + " | ".join(cells) + " |")
     return lines
 
@@ -318,7 +332,7 @@ def explained():
         "± in a table of scores: standard deviation of the training seeds. ± in a table of differences: 95 % interval of the",
         "paired difference, over 20 groups of the sampled seeds (jackknife) and over the training seeds, where both have",
         "several; with one training seed it speaks of that trained student only. Bold: better by more than the interval, in a",
-        f"table of scores than every other learned method. {EARLIER}: measured earlier, on {EARLIER_IMAGES:,} images and without",
+        f"table of scores than every other learned method, where all have one. {EARLIER}: measured earlier, on {EARLIER_IMAGES:,} images and without",
         "groups of seeds: no interval. Fréchet distances of different numbers of images cannot be compared.",
     ]
 
@@ -358,12 +372,14 @@ def draw_scores(networks, dest):
         for axes, score in zip(line, ("fid", "fid2"), strict=True):
             for method, (label, colour) in shown.items():
                 nfes = sorted(nfe for name, nfe in found if name == method)
+                if not nfes:
+                    continue
                 values = [[row[score] for row in found[method, nfe]] for nfe in nfes]
                 errors = [statistics.stdev(group) if len(group) > 1 else 0 for group in values]
                 style = {"color": colour, "linewidth": 2.2 if method.startswith("full") else 1.2, "markersize": 4}
                 axes.errorbar(nfes, list(map(statistics.mean, values)), errors, fmt="o-", label=label, **style)
                 earlier = [
-                    (nfe, mean(found[method, nfe], score)) for nfe in nfes if not found[method, nfe][0]["current"]
+                    (nfe, mean(found[method, nfe], score)) for nfe in nfes if not with_groups(found[method, nfe])
                 ]
                 axes.plot(*zip(*earlier, strict=True), "o", color="white", markersize=2, zorder=3) if earlier else None
             if ("teacher", 30) in found:
@@ -391,7 +407,7 @@ def draw_tables(rows, dest, nfe):
     if not names:
         return
     figure = new_figure("the figures", figsize=(11, 1 + 0.62 * len(names)))
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
     from matplotlib import colormaps
 
     for height, name in enumerate(reversed(names)):
@@ -410,15 +426,14 @@ def draw_tables(rows, dest, nfe):
             sign = 1 if value >= 0 else -1
             right.barh(height, value, left=bottom[sign], color=colormaps["viridis"](min(k / 5, 1)), height=0.6)
             bottom[sign] += value
-    for axes in (left, right):
-        axes.set_yticks(range(len(names)), list(reversed(names)), fontsize=9)
+    left.set_yticks(range(len(names)), list(reversed(names)), fontsize=9)
     left.set_xscale("log")
     left.invert_xaxis()
     left.set_xlabel(
         "sigma of the calls (bars: what the network is told; open: free first step; x: the end)", fontsize=8
     )
     right.axvline(1, color="black", linewidth=0.6)
-    right.set_xlabel("coefficients of the last step, newest slope first (dark to light), sum 1", fontsize=8)
+    right.set_xlabel("coefficients of the last step, newest slope first (dark to light)", fontsize=8)
     figure.suptitle(f"{nfe} evaluations", fontsize=10)
     figure.tight_layout()
     figure.savefig(dest, dpi=100)

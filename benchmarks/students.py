@@ -89,10 +89,20 @@ BUDGET = {
 }
 # A quarter less for the preset that tries starts, as its three trials take a tenth of the run each: 0.72 * 1.3 = 0.94.
 TRIED = {"total_kimg": 0.72}
+_PLACES = {"amed-table": ("inner", "inner_time", "scale"), "epd": ("inner", "inner_time", "scale", "corrections")}
+
+
+def _rates(groups, rate):
+    return {"lrs": ",".join(f"{group}={rate}" for group in groups)}, {}
+
+
 PINNED = {"learn": ["labels", "time", "corrections"]}  # of dyweight: its last row sums to one, as all others
 STUDENTS = {  # method -> preset, flags, changes of the student's configuration
     **{preset: (preset, {}, {}) for preset in ("ld3", "s4s", "dyweight", "gs", "amed-table", "epd", "full")},
     **{f"full + {heads}": ("full", {"heads": heads}, {}) for heads in ("spatial,time", "spatial")},
+    **{
+        f"{preset}, rate 0.2": (preset, *_rates(groups, 0.2)) for preset, groups in _PLACES.items()
+    },  # the published rate
     "dyweight, last sum one": ("dyweight", {}, PINNED),
     # A restriction with our heads: how much of the gain is theirs.
     "dyweight + spatial,time": ("dyweight", {"heads": "spatial,time"}, {}),
@@ -146,13 +156,6 @@ STRUCTURE = {  # ablations of the student's structure, which the command line do
 }
 # What was chosen on validation: of each preset the variants as (flags, changes of the student's configuration).
 # Nothing changed is the preset as it is.
-_PLACES = {"amed-table": ("inner", "inner_time", "scale"), "epd": ("inner", "inner_time", "scale", "corrections")}
-
-
-def _rates(groups, rate):
-    return {"lrs": ",".join(f"{group}={rate}" for group in groups)}, {}
-
-
 CHOICES = {
     **{
         preset: {f"rate {rate}": _rates(groups, rate) for rate in (0.02, 0.05, 0.1, 0.2, 0.4)}

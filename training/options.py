@@ -228,13 +228,11 @@ RATES = {
     "heads": 3e-3,
     "shifts": 1e-2,
 }
-
-
-# Rates of a preset that differ from ``RATES``, chosen on validation (docs/span_solver.md, "Learning rates").
-# amed-table and epd: 0.2 as published. scale of dyweight: within its bound it moves as fast as a correction.
+# Rates of a preset that differ from ``RATES``: the best in validation on two networks (docs/span_solver.md, "Choices
+# for the restrictions"). scale of dyweight: within its bound it moves as fast as a correction.
 PRESET_RATES = {
-    "amed-table": {"inner": 0.2, "inner_time": 0.2, "scale": 0.2},
-    "epd": {"inner": 0.2, "inner_time": 0.2, "scale": 0.2, "corrections": 0.2},
+    "amed-table": {"inner": 0.1, "inner_time": 0.1, "scale": 0.1},
+    "epd": {"inner": 0.1, "inner_time": 0.1, "scale": 0.1, "corrections": 0.1},
     "dyweight": {"scale": 6e-2},
 }
 
