@@ -27,7 +27,7 @@ from torch_utils.file_kind import explain
 from torch_utils.files import atomic_path, sha256_of
 from torch_utils.tensor_file import json_entry
 
-PRETRAINED = Path(__file__).resolve().parent / "pretrained"
+PRETRAINED = Path(__file__).resolve().parents[1] / "models" / "pretrained"
 CLASSIFIER_FORMAT = "amed-classifier-1"
 
 # Classifiers in this repository, each named after the network whose images it judges.
