@@ -38,7 +38,7 @@ from tools.report import plot, plots_html
 from torch_utils.errors import MissingExtra, UserError
 from torch_utils.images import to_uint8
 from torch_utils.seeds import SeededGenerators
-from training.checkpoint import save_predictor
+from training.checkpoint import load_predictor, save_predictor
 from training.predictor import AMEDPredictor
 
 NUM, GROUPS, NEAR = 22, 2, 6
@@ -273,7 +273,7 @@ def test_steps_for_a_number_of_evaluations(monkeypatch, solver, afs, guided, nfe
     monkeypatch.setitem(SOLVERS, "two", TwoIntervals)
     net = Net()
     net.evals_per_call = guided
-    settings, cost = choose_steps(Settings("custom", solver, afs=afs), net, nfe)
+    settings, cost = choose_steps(Settings(dataset_name="custom", solver=solver, afs=afs), net, nfe)
     assert (settings.num_steps - 1, cost) == (intervals, spent)
 
 
@@ -623,7 +623,7 @@ def test_pictures_are_those_of_the_seeds(files, baseline):
     with Image.open(io.BytesIO(data)) as image:
         array = np.asarray(image).astype(int)
     net = load_edm_network(files / "net.safetensors").eval()
-    predictor = comparison.load_predictor(files / "b" / "predictor-000001.safetensors")
+    predictor = load_predictor(files / "b" / "predictor-000001.safetensors")
     options = {"solver": "ipndm", "num_steps": 3, "max_order": 2, "predictor": predictor}
     x = sample(net, SeededGenerators(range(16)).randn([1, 8, 8]), **options)
     expected = to_uint8(x)[..., 0].astype(int)
