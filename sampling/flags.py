@@ -98,9 +98,11 @@ def _decorator(entry: Field, changes: dict) -> Callable:
         return flags_of(entry.type, **metadata.get("changes", {}))
     if "flag" not in metadata:
         return lambda command: command
-    required = entry.default is REQUIRED
-    value = {"required": True} if required else {"default": entry.default, "show_default": entry.default is not None}
+    value = {"default": entry.default, "show_default": entry.default is not None}
     arguments = value | metadata["flag"] | {"type": flag_kind(entry)} | changes
+    if entry.default is REQUIRED or arguments.get("required"):
+        arguments |= {"required": True, "show_default": False}
+        del arguments["default"]
     return click.option(*(metadata["names"] or [f"--{entry.name}"]), entry.name, **arguments)
 
 

@@ -39,7 +39,7 @@ class Paint:
 
 @dataclass(frozen=True, kw_only=True)
 class House:
-    paint: Paint = part(layers=None, colour={"help": "Of all walls"})
+    paint: Paint = part(layers=None, colour={"help": "Of all walls"}, matt={"required": True})
     rooms: int = flag("Their number", REQUIRED)
     doors: int = like(Paint, "layers", default=3, names=("--doors",), help="Their number")
     written: frozenset[str] = names_of_written()
@@ -59,9 +59,9 @@ def call(cls, *arguments):
 
 
 def test_fields_make_flags():
-    house = call(House, "--rooms=3", "--colour=red", "--doors=3")
+    house = call(House, "--rooms=3", "--colour=red", "--doors=3", "--matt=no")
     paint = Paint(colour="red", layers=None, matt=False)
-    assert house == House(paint=paint, rooms=3, doors=3, written=frozenset({"rooms", "colour", "doors"}))
+    assert house == House(paint=paint, rooms=3, doors=3, written=frozenset({"rooms", "colour", "doors", "matt"}))
     assert call(Paint, "--coats=2", "--matt=yes") == Paint(layers=2, matt=True)
     text = call(House, "--help")
     assert "Of all walls" in text and "--coats" not in text and "[required]" in text and "[default: 3; x>=1]" in text
@@ -69,7 +69,12 @@ def test_fields_make_flags():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [([], "Missing option '--rooms'"), (["--rooms=2", "--doors=0"], "range"), (["--rooms=2", "--colour=x"], "white")],
+    [
+        (["--matt=no"], "Missing option '--rooms'"),
+        (["--rooms=2"], "Missing option '--matt'"),
+        (["--rooms=2", "--doors=0"], "range"),
+        (["--rooms=2", "--colour=x"], "white"),
+    ],
 )
 def test_fields_check_flags(arguments, message):
     assert message in call(House, *arguments)
