@@ -1,17 +1,164 @@
-"""Flags that several command lines share."""
+"""Flags of command lines, and dataclasses of options whose fields make them.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        text: TextOptions
+        batch: int = flag("Images per network call", 64, click.IntRange(min=1))
+
+    @click.command(cls=Command)
+    @flags_of(Options)
+    @click.pass_context
+    def main(ctx, **flags):
+        options = read_flags(Options, flags, given_flags(ctx))
+
+A field says everything about its flag once: name, type, default and range, help, and whether the value
+belongs to the record of a run.
+"""
+
+from collections.abc import Callable
+from dataclasses import MISSING, Field, field, fields, is_dataclass
+from types import NoneType
+from typing import get_args
 
 import click
+from click.core import ParameterSource
 
-from models import zoo
-from models.compile import COMPILE_MODES
 from solvers import SOLVERS
 from solvers.schedule_file import Schedule, load_schedule
-from solvers.schedules import SCHEDULE_NAMES, SCHEDULES
+from solvers.schedules import SCHEDULE_NAMES
 from torch_utils.cli import PATH, Number
 from torch_utils.errors import UserError
 
 SECOND_NAMES = {"r": "--solver_r"}  # torchrun takes --r for one of its own options
 POSITIVE = Number(0, min_open=True)
+REQUIRED = MISSING
+ALWAYS, CHANGED = "always", "changed"
+
+
+def flag(help, default=None, kind=None, *, names=(), record=None, record_as=None, **arguments):
+    """A field of a dataclass of options that is a flag of a command line as well.
+
+    help: one line for --help and the documentation.
+    default: REQUIRED where the user has to give a value.
+    kind: click's type (default: the type of the field).
+    names: of the flag, the first one also in records (default: -- and the name of the field).
+    record: whether the value is in the record of a run, ALWAYS or where it is not the default (CHANGED).
+    record_as: function from the value to what the record has.
+    arguments: further ones of ``click.option``.
+    """
+    arguments = {"help": help, "type": kind, **arguments}
+    return field(default=default, metadata={"flag": arguments, "names": names, "record": (record, record_as)})
+
+
+def like(cls, name: str, **changes):
+    """A field with the flag of another dataclass's field; changes: to the arguments of ``flag``."""
+    (known,) = (entry for entry in fields(cls) if entry.name == name)
+    metadata = known.metadata
+    arguments = metadata["flag"] | {"default": known.default, "names": metadata["names"]} | changes
+    record, record_as = metadata["record"]
+    return flag(**{"kind": arguments.pop("type"), "record": record, "record_as": record_as, **arguments})
+
+
+def part(**changes):
+    """A field that is a dataclass of options itself.
+
+    changes: by the name of its field the other arguments of a flag, or None where the command line lacks it.
+    """
+    return field(metadata={"changes": changes})
+
+
+def derived(read: Callable | None = None, *, flags: Callable | None = None, record=None, **default):
+    """A field that is no single flag.
+
+    read(values, given): its value, from the flags by name and the names of those that the user wrote
+        (None: who calls ``read_flags`` knows it).
+    flags: decorator with the flags that it is read from.
+    record: as of ``flag``.
+    default: ``default`` or ``default_factory``, if it has one.
+    """
+    return field(**default, metadata={"read": read, "flags": flags, "names": (), "record": (record, None)})
+
+
+def names_of_written():
+    """A field with the names of the flags that the user wrote."""
+    return derived(lambda values, given: frozenset(given), default=frozenset())
+
+
+def flag_kind(entry: Field) -> click.ParamType:
+    """The click type of a field with a flag."""
+    of_field = next((kind for kind in get_args(entry.type) if kind is not NoneType), entry.type)
+    return click.types.convert_type(entry.metadata["flag"]["type"] or of_field)
+
+
+def _decorator(entry: Field, changes: dict) -> Callable:
+    metadata = entry.metadata
+    if metadata.get("flags") is not None:
+        return metadata["flags"]
+    if is_dataclass(entry.type):
+        return flags_of(entry.type, **metadata.get("changes", {}))
+    if "flag" not in metadata:
+        return lambda command: command
+    value = {"default": entry.default, "show_default": entry.default is not None}
+    arguments = value | metadata["flag"] | {"type": flag_kind(entry)} | changes
+    if entry.default is REQUIRED or arguments.get("required"):
+        arguments |= {"required": True, "show_default": False}
+        del arguments["default"]
+    return click.option(*(metadata["names"] or [f"--{entry.name}"]), entry.name, **arguments)
+
+
+def flags_of(cls, **changes) -> Callable:
+    """Decorator: the flags of all fields of a dataclass, in their order. changes: as of ``part``."""
+
+    def decorate(command):
+        for entry in reversed(fields(cls)):
+            if changes.get(entry.name, {}) is not None:
+                command = _decorator(entry, changes.get(entry.name, {}))(command)
+        return command
+
+    return decorate
+
+
+def given_flags(ctx: click.Context) -> set[str]:
+    """Names of the flags that the user wrote."""
+    return {name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+
+
+def read_flags(cls, values: dict, given: set[str], **more):
+    """The dataclass with the values of its flags. more: fields that are known already."""
+    for entry in fields(cls):
+        if entry.name in more:
+            continue
+        if entry.metadata.get("read") is not None:
+            more[entry.name] = entry.metadata["read"](values, given)
+        elif is_dataclass(entry.type):
+            left_out = [name for name, change in entry.metadata.get("changes", {}).items() if change is None]
+            defaults = {other.name: other.default for other in fields(entry.type) if other.name in left_out}
+            more[entry.name] = read_flags(entry.type, values, given, **defaults)
+        elif "flag" in entry.metadata:
+            more[entry.name] = values[entry.name]
+    return cls(**more)
+
+
+def changed(options, but=()) -> dict:
+    """The fields of a dataclass that differ from their defaults, by name; but: names to leave out."""
+    return {
+        entry.name: getattr(options, entry.name)
+        for entry in fields(options)
+        if entry.name not in but and getattr(options, entry.name) != entry.default
+    }
+
+
+def recorded(*parts) -> dict:
+    """What dataclasses of options add to the record of a run, by the names of the flags."""
+    found = {}
+    for options in parts:
+        for entry in fields(options):
+            when, record_as = entry.metadata.get("record", (None, None))
+            value = getattr(options, entry.name)
+            if when == ALWAYS or (when == CHANGED and value != entry.default):
+                name = entry.metadata["names"][0].strip("-") if entry.metadata["names"] else entry.name
+                found[name] = value if record_as is None else record_as(value)
+    return found
 
 
 def flag_type(kind):
@@ -53,83 +200,14 @@ def parse_sigmas(ctx, param, value):
 
 
 def parse_afs(ctx, param, value):
-    """Callback of --afs: False, True or "data"."""
+    """Callback of --afs: False, True or "data"; None stays None."""
+    if value is None:
+        return None
     choices = {"data": "data", **dict.fromkeys(("false", "0", "no", "off"), False)}
     choices.update(dict.fromkeys(("true", "1", "yes", "on"), True))
     if str(value).strip().lower() not in choices:
         raise UserError(f"--afs={value}: choose True, False or data")
     return choices[str(value).strip().lower()]
-
-
-def schedule_flags(command):
-    """Decorator: the flags of the time schedule and of AFS."""
-    options = (
-        click.option("--num_steps", type=click.IntRange(min=2), default=6, show_default=True, help="Intervals + 1"),
-        click.option(
-            "--schedule_type",
-            type=click.Choice(list(SCHEDULES)),
-            default="polynomial",
-            show_default=True,
-            help="Time schedule",
-        ),
-        click.option("--schedule_rho", type=POSITIVE, default=7, show_default=True, help="Its exponent"),
-        click.option("--sigma_min", type=POSITIVE, help="Last noise level (default: the network's)"),
-        click.option("--sigma_max", type=POSITIVE, help="First noise level (default: the network's)"),
-        click.option(
-            "--sigmas", metavar="S,S,...", callback=parse_sigmas, help="Explicit noise levels instead of a schedule"
-        ),
-        click.option(
-            "--afs",
-            default="False",
-            show_default=True,
-            metavar="True|False|data",
-            callback=parse_afs,
-            help="Free first step",
-        ),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def text_flags(which_caption: str):
-    """Decorator: the flags of text-to-image networks. which_caption: what decides between the captions of a file."""
-    options = (
-        click.option(
-            "--prompt",
-            type=PATH,
-            metavar="TEXT|FILE",
-            help="Text-to-image networks: a text for all images, or a .txt (one a line) or .csv file of captions,"
-            f" {which_caption}; {zoo.COCO_30K}: the 30,000 captions of MS-COCO, downloaded",
-        ),
-        click.option(
-            "--negative_prompt", metavar="TEXT", help="What the guidance leads away from (default: an empty text)"
-        ),
-        click.option(
-            "--tokenizer_path", type=PATH, metavar="DIR", help="Tokenizer of Stable Diffusion (default: from the hub)"
-        ),
-    )
-
-    def add(command):
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-def compile_flag(command):
-    """Decorator: the flag --compile of commands that only run the network forwards."""
-    return click.option(
-        "--compile",
-        type=click.Choice(COMPILE_MODES),
-        default="none",
-        show_default=True,
-        is_flag=False,
-        flag_value="default",
-        help="torch.compile of the network (--compile is --compile=default); minutes to start. reduce-overhead records CUDA"
-        " graphs, for small batches",
-    )(command)
 
 
 def schedule_file_flag(command):
@@ -147,19 +225,20 @@ def schedule_file_flag(command):
     )(command)
 
 
-def use_schedule(options: dict, given: set[str]) -> Schedule | None:
+def use_schedule(flags: dict, given: set[str]) -> Schedule | None:
     """Takes --schedule out of the flags and puts its noise levels in the place of --sigmas (and sigmas_net).
 
-    options: all flags of a command line by name, changed here; given: those that the user wrote. UserError where
-    another flag of the schedule was given as well.
+    flags: of a command line by name, changed here.
+    given: names of those that the user wrote, changed here.
+    UserError where another flag of the schedule was given as well.
     """
-    schedule = options.pop("schedule")
+    schedule = flags.pop("schedule")
     given.discard("schedule")
     if schedule is None:
         return None
     extra = [name for name in (*SCHEDULE_NAMES, "sigmas") if name in given]
     if extra:
         raise UserError(f"--schedule is the whole schedule: leave out --{extra[0]}")
-    options["sigmas"], options["sigmas_net"] = list(schedule.sigmas), schedule.sigmas_net
+    flags["sigmas"], flags["sigmas_net"] = list(schedule.sigmas), schedule.sigmas_net
     given.add("sigmas")
     return schedule

@@ -6,20 +6,19 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from evaluation.fid import StreamedFID
-from evaluation.verifiers import FORMS, Verifier, judge, load_verifier
-from models import zoo
+from evaluation.verifiers import Verifier, judge, load_verifier
 from sampling.folder import Folder, begin_folder, format_seeds, write_grid
 from sampling.generate import Batch, generate_fitting, generate_images, prompts_of, until_stopped
+from sampling.options import SampleOptions
 from sampling.search import ScoreFile, keep_best
-from sampling.settings import Settings, check_text, open_network, open_predictor, read_text, recorded_settings
-from solvers.schedule_file import Schedule
+from sampling.settings import Settings, check_network, open_network, open_predictor, recorded_settings
 from torch_utils import distributed
 from torch_utils.errors import UserError
 from torch_utils.files import atomic_path
@@ -29,16 +28,6 @@ from torch_utils.progress import progress_bar
 from torch_utils.seeds import parse_seeds
 from torch_utils.session import deferred_signals
 from torch_utils.version import code_version
-
-
-def check_search(candidates: int | None, verifier: str | None) -> None:
-    """UserError where --candidates and --verifier do not go together."""
-    if candidates is not None and candidates < 1:
-        raise UserError(f"--candidates={candidates}: of every seed there must be at least 1 image")
-    if verifier is None and candidates not in (None, 1):
-        raise UserError(f"--candidates={candidates}: say how to choose among them, --verifier={FORMS}")
-    if verifier is not None and candidates is None:
-        raise UserError(f"--verifier={verifier[:100]} has no effect without --candidates=N: give both or none")
 
 
 def open_verifier(text: str | None, net, device: torch.device) -> Verifier | None:
@@ -63,23 +52,23 @@ def search(
 
 
 def describe_run(
-    settings: Settings, options: dict, net, predictor, predictor_file: Path | None, verifier: Verifier | None, device
+    settings: Settings, options: SampleOptions, net, predictor, predictor_file, verifier: Verifier | None, device
 ) -> dict:
     """The record of a run. What changes the images is under "settings"; a folder holds images of one such setting."""
-    recorded = recorded_settings(settings, options, net, predictor_file) | {"subdirs": options["subdirs"]}
+    recorded = recorded_settings(settings, net, predictor_file, *options.recorded_parts())
     nfe = settings.evaluations(net, predictor)
     spent = {"nfe": nfe}
     if verifier is not None:
-        candidates = options["candidates"]
+        candidates = options.search.candidates
         recorded |= {"candidates": candidates, "verifier": verifier.name, "verifier_sha256": verifier.digest}
         spent = {"nfe": candidates * nfe, "nfe_per_candidate": nfe, "scores": ScoreFile.NAME}
     return {
         "settings": recorded,
         **spent,
         "network_file": net.source_path,
-        "tokenizer_path": options["tokenizer_path"],
+        "tokenizer_path": options.text.tokenizer_path,
         "predictor_file": str(predictor_file) if predictor_file is not None else None,
-        "batch": options["batch"],
+        "batch": options.batch,
         "processes": distributed.world_size(),
         "device": device.type,
         "versions": {"code": code_version(), "python": platform.python_version(), "torch": torch.__version__},
@@ -118,63 +107,51 @@ def write_images(
             progress.update(len(result.seeds))
 
 
-def open_stream(options: dict, given: set[str], count: int, device: torch.device) -> StreamedFID | None:
-    """What --fid_ref asks for; sets ``options["save_images"]``. UserError for flags that would have no effect."""
-    if options["fid_ref"] is None:
-        for name in ("fid_detector", "fid_json", "save_images"):
-            if name in given and options[name] is not True:
-                raise UserError(f"--{name} goes with --fid_ref; leave it out, or give the reference as well")
-        options["save_images"] = True
-        return None
-    options["save_images"] = bool(options["save_images"])
-    if not options["save_images"]:
-        for name in ("outdir", "grid", "return_inters", "overwrite", "subdirs", "candidates"):
-            if name in given:
-                raise UserError(f"--{name}: with --fid_ref nothing is written; add --save_images=True or leave it out")
-    return StreamedFID(options["fid_ref"], count, options["fid_detector"], device)
+def report_fid(stream: StreamedFID, path: str | None, record: dict, source: str) -> None:
+    """Every process calls it; rank 0 prints the FID, and writes it beside the record of the run to a file.
 
-
-def report_fid(stream: StreamedFID, options: dict, record: dict, source: str) -> None:
-    """Every process calls it; rank 0 prints the FID, and writes it beside the record of the run with --fid_json."""
+    path: of the file; None: there is none.
+    """
     result = stream.result(source)
     if result is None:
         return
-    if options["fid_json"] is not None:
-        content = asdict(result) | {"sampling": record | {"seeds": format_seeds(parse_seeds(options["seeds"]))}}
-        with atomic_path(options["fid_json"]) as temporary:
+    if path is not None:
+        content = asdict(result) | {"sampling": record}
+        with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(result.line(), flush=True)
 
 
-def run(options: dict, given: set[str], device: torch.device, schedule: Schedule | None = None) -> None:
+def run(options: SampleOptions, device: torch.device) -> None:
     """Everything between the flags and the last file; every process of a torchrun calls it."""
-    seeds = parse_seeds(options["seeds"])
-    check_search(options["candidates"], options["verifier"])
-    settings, predictor, predictor_file = open_predictor(options, given)
-    options["prompt"] = zoo.resolve_prompts(options["prompt"])
-    prompts = read_text(options["prompt"], settings.dataset_name, seeds)
-    net = open_network(settings, options, predictor, device)
+    output, seeds = options.output, parse_seeds(options.seeds)
+    options.check()
+    settings, predictor, predictor_file = open_predictor(options.predictor_path, options.settings, options.written)
+    options = replace(options, text=options.text.resolve())
+    prompts = options.text.read(settings.dataset_name, seeds)
+    net = open_network(settings, options.compute, device, options.class_idx)
+    check_network(net, settings, predictor, device)
     warnings = settings.warnings()
-    if schedule is not None:
-        warnings += schedule.warnings(net, settings.solver, settings.afs)
+    if options.schedule is not None:
+        warnings += options.schedule.warnings(net, settings.solver, settings.afs)
     for line in warnings:
         distributed.print0(f"Warning: {line}", file=sys.stderr)
-    check_text(net, settings.dataset_name, options, prompts)
-    verifier, candidates = open_verifier(options["verifier"], net, device), options["candidates"] or 1
+    options.text.prepare(net, settings.dataset_name, prompts)
+    verifier, candidates = open_verifier(options.search.verifier, net, device), options.search.candidates or 1
     record = describe_run(settings, options, net, predictor, predictor_file, verifier, device)
-    stream = open_stream(options, given, len(seeds), device)
+    stream = None
+    if output.fid_ref is not None:
+        stream = StreamedFID(output.fid_ref, len(seeds), output.fid_detector, device)
     nfe = settings.evaluations(net, predictor)
     best_of = "" if verifier is None else f"_best{candidates}"
     default = Path("samples") / settings.dataset_name / f"{settings.solver}_nfe{nfe}{best_of}"
-    folder = Folder(Path(options["outdir"] or default), options["subdirs"], options["return_inters"])
+    folder = Folder(Path(output.outdir or default), output.subdirs, output.return_inters)
     distributed.barrier()  # nothing is written before every process has got so far
     with ExitStack() as locks:
         place, todo, error = None, None, None
-        if distributed.rank() == 0 and options["save_images"]:
+        if distributed.rank() == 0 and output.writes_images:
             try:
-                place, todo = begin_folder(
-                    folder, options["outdir"] is None, locks, record, seeds, options["overwrite"]
-                )
+                place, todo = begin_folder(folder, output.outdir is None, locks, record, seeds, output.overwrite)
                 folder = place.folder
             except Exception as exc:  # raised by agree(), on every rank
                 error = exc
@@ -185,16 +162,16 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
 
         share = todo[distributed.rank() :: distributed.world_size()]
         started = time.perf_counter()
-        generate = generate_fitting if options["batch"] == AUTO else partial(generate_images, batch=options["batch"])
-        advice = f"lower --batch (now {options['batch']}), or --batch=auto"
+        generate = generate_fitting if options.batch == AUTO else partial(generate_images, batch=options.batch)
+        advice = f"lower --batch (now {options.batch}), or --batch=auto"
         try:
             batches = generate(
                 net,
                 share,
                 predictor=None if predictor is None else predictor.to(device),
-                labels=options["class_idx"],
+                labels=options.class_idx,
                 prompts=prompts,
-                negative_prompt=options["negative_prompt"],
+                negative_prompt=options.text.negative_prompt,
                 candidates=candidates,
                 keep_intermediates=folder.inters,
                 device=device,
@@ -207,7 +184,7 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
                 progress_bar(len(share), unit="img", desc=folder.path.name) as bar,
                 explained_oom(device, advice),
             ):
-                target = folder if options["save_images"] else None
+                target = folder if output.writes_images else None
                 write_images(until_stopped(batches, received), target, nfe, bar, stream)
         except Exception as exc:  # raised by agree(), on every rank
             error = exc
@@ -216,17 +193,16 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
         if distributed.rank() == 0:
             if place is not None:
                 place.end()
-            if options["grid"]:
+            if output.grid:
                 write_grid(folder, seeds)
             each = "" if verifier is None else f" ({candidates} candidates of {nfe})"
             print(
                 f"sampled {len(todo)} images ({len(seeds) - len(todo)} skipped) NFE={record['nfe']}{each} in {seconds:.1f} s"
                 f" ({len(todo) / max(seconds, 1e-9):.1f} img/s)"
-                + (f" -> {folder.path}" if options["save_images"] else ""),
+                + (f" -> {folder.path}" if output.writes_images else ""),
                 flush=True,
             )
         if stream is not None:
-            report_fid(
-                stream, options, record, str(folder.path) if options["save_images"] else "sample.py, not written"
-            )
+            source = str(folder.path) if output.writes_images else "sample.py, not written"
+            report_fid(stream, output.fid_json, record | {"seeds": format_seeds(seeds)}, source)
         distributed.barrier()

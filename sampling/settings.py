@@ -1,51 +1,104 @@
-"""What is sampled and how: settings from flags or a predictor, the network and texts that go with them, their record."""
+"""What is sampled and how: settings from flags or a predictor, the network that goes with them, their record."""
 
 import math
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import click
 import torch
 
-from models import create_model, use_tokenizer, zoo
-from models.compile import prepare_network
-from sampling.flags import solver_option_names
-from sampling.folder import format_seeds
-from sampling.generate import _text_of
+from models import create_model
+from models.compile import AUTOCAST, COMPILE_MODES, prepare_network
+from sampling.flags import (
+    ALWAYS,
+    CHANGED,
+    POSITIVE,
+    derived,
+    flag,
+    like,
+    parse_afs,
+    parse_sigmas,
+    recorded,
+    solver_flags,
+    solver_option_names,
+)
 from solvers import SOLVERS, make_solver, resolve_sigmas
 from solvers.sampler import afs_direction, check_predictor
-from solvers.schedules import SCHEDULE_NAMES
+from solvers.schedules import SCHEDULE_NAMES, SCHEDULES
 from solvers.span_table import SpanSolver
 from torch_utils import distributed
+from torch_utils.cli import PATH, Number
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
-from torch_utils.prompts import FILES, read_prompts
 from torch_utils.seeds import SeededGenerators
 from training.checkpoint import find_predictor, load_predictor
 
-_GUIDANCE_OPTIONS = ("guidance_type", "guidance_rate")
-TEXT_OPTIONS = ("prompt", "negative_prompt", "tokenizer_path")
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSettings:
+    """Which network is sampled; None stands for its own value."""
+
+    dataset_name: str | None = flag("Network: digits, cifar10, ...", metavar="NAME", record=ALWAYS)
+    guidance_type: str | None = flag("Guidance, where the network takes one", metavar="NAME", record=ALWAYS)
+    guidance_rate: float | None = flag("Its strength (default: 7.5 for cfg, 1 for cg)", kind=Number(), record=ALWAYS)
 
 
-@dataclass(frozen=True)
-class Settings:
+@dataclass(frozen=True, kw_only=True)
+class ComputeOptions:
+    """The file of the network, and how and where it computes."""
+
+    model_path: str | None = flag(
+        "The network's file (default: embedded or downloaded); diffusers: a folder or hub id", kind=PATH, metavar="FILE"
+    )
+    amp: str = flag("Mixed precision", "none", click.Choice(list(AUTOCAST)), record=ALWAYS)
+    compile: str = flag(
+        "torch.compile of the network (--compile is --compile=default); minutes to start. reduce-overhead records CUDA"
+        " graphs, for small batches",
+        "none",
+        click.Choice(COMPILE_MODES),
+        is_flag=False,
+        flag_value="default",
+        record=CHANGED,
+    )
+    channels_last: bool | None = flag("Memory layout (default: True on the CPU in float32)")
+    device: str | None = flag("cpu, cuda or mps (default: the best there is)")
+
+
+def _written_solver_options(values: dict, given: set[str]) -> dict:
+    return {name: values[name] for name in solver_option_names() if name in given and name != "original_code"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(NetworkSettings):
     """What is sampled and how; None stands for the network's own value, an option not named for the solver's."""
 
-    dataset_name: str
-    solver: str
-    num_steps: int | None = 6
-    schedule_type: str = "polynomial"
-    schedule_rho: float = 7
-    sigma_min: float | None = None
-    sigma_max: float | None = None
-    sigmas: list[float] | None = None  # replaces the five settings above
-    sigmas_net: list[float] | None = None  # what the network is told in their place
-    afs: bool | str = False
-    options: dict = field(default_factory=dict)  # of the solver
-    original_code: bool = False  # of solver and schedule
-    denoise_to_zero: bool = False
-    guidance_type: str | None = None
-    guidance_rate: float | None = None
+    dataset_name: str | None = like(
+        NetworkSettings, "dataset_name", help="Network, where there is no predictor: digits, cifar10, ..."
+    )
+    solver: str | None = flag(
+        "Plain solver: " + ", ".join(name for name, solver in SOLVERS.items() if not solver.needs_predictor),
+        metavar="NAME",
+        record=ALWAYS,
+    )
+    num_steps: int | None = flag("Intervals + 1", 6, click.IntRange(min=2), record=ALWAYS)
+    schedule_type: str = flag("Time schedule", "polynomial", click.Choice(list(SCHEDULES)), record=ALWAYS)
+    schedule_rho: float = flag("Its exponent", 7, POSITIVE, record=ALWAYS)
+    sigma_min: float | None = flag("Last noise level (default: the network's)", kind=POSITIVE, record=ALWAYS)
+    sigma_max: float | None = flag("First noise level (default: the network's)", kind=POSITIVE, record=ALWAYS)
+    sigmas: list[float] | None = flag(  # replaces the five settings above
+        "Explicit noise levels instead of a schedule", kind=str, metavar="S,S,...", callback=parse_sigmas, record=ALWAYS
+    )
+    # What the network is told in their place; only a schedule file or a span solver has them.
+    sigmas_net: list[float] | None = derived(
+        lambda values, given: values.get("sigmas_net"), default=None, record=ALWAYS
+    )
+    afs: bool | str = flag("Free first step", False, str, metavar="True|False|data", callback=parse_afs, record=ALWAYS)
+    options: dict = derived(_written_solver_options, flags=solver_flags, default_factory=dict)  # of the solver
+    denoise_to_zero: bool = flag("One more evaluation at the end", False, record=ALWAYS)
+    original_code: bool = derived(  # of solver and schedule
+        lambda values, given: bool(values["original_code"]), default=False, record=ALWAYS
+    )
 
     def make_solver(self):
         """The solver with its options; UserError where they do not go together."""
@@ -53,8 +106,8 @@ class Settings:
 
     def arguments(self) -> dict:
         """Keyword arguments of ``solvers.sample``."""
-        names = ("solver", *SCHEDULE_NAMES, "sigmas", "sigmas_net", "afs", "denoise_to_zero", "original_code")
-        return {name: getattr(self, name) for name in names} | self.options
+        others = {"options", *(entry.name for entry in fields(NetworkSettings))}
+        return {name: value for name, value in vars(self).items() if name not in others} | self.options
 
     def warnings(self) -> list[str]:
         """One line for every setting that changes nothing."""
@@ -80,157 +133,103 @@ class Settings:
         return (calls + bool(self.denoise_to_zero)) * getattr(net, "evals_per_call", 1)
 
 
-def settings_from_flags(options: dict, given: set[str]) -> Settings:
-    """Settings of a plain solver. options: all flags by name; given: those that the user wrote."""
-    solver = options["solver"]
-    if options["dataset_name"] is None or solver is None:
+def plain_settings(asked: Settings, written: frozenset[str]) -> Settings:
+    """Settings without a predictor. asked: what the flags say; written: names of the flags that the user wrote."""
+    if asked.dataset_name is None or asked.solver is None:
         raise UserError("say what to sample: --predictor_path, or --dataset_name together with --solver")
-    explicit = {name: options[name] for name in solver_option_names() if name in given and name != "original_code"}
-    if make_solver(solver, explicit).needs_predictor:
-        raise UserError(f"--solver={solver} needs a trained predictor: give --predictor_path (train.py makes one)")
-    if options["sigmas"] is not None:
-        extra = [name for name in SCHEDULE_NAMES if name in given]
-        if extra:
-            raise UserError(f"--sigmas is the whole schedule: leave out --{extra[0]}")
-    names = ("dataset_name", "solver", *SCHEDULE_NAMES, "sigmas", "afs", "denoise_to_zero", *_GUIDANCE_OPTIONS)
-    values = {name: options[name] for name in names}
-    if options["sigmas"] is not None:
-        values["num_steps"] = len(options["sigmas"])
-    values["sigmas_net"] = options.get("sigmas_net")  # only a schedule file has them
-    return Settings(**values, options=explicit, original_code=bool(options["original_code"]))
+    if make_solver(asked.solver, asked.options).needs_predictor:
+        raise UserError(
+            f"--solver={asked.solver} needs a trained predictor: give --predictor_path (train.py makes one)"
+        )
+    if asked.sigmas is None:
+        return asked
+    extra = [name for name in SCHEDULE_NAMES if name in written]
+    if extra:
+        raise UserError(f"--sigmas is the whole schedule: leave out --{extra[0]}")
+    return replace(asked, num_steps=len(asked.sigmas))
 
 
-def settings_from_predictor(config: dict, options: dict, given: set[str]) -> Settings:
-    """Settings that a predictor was trained for, with the flags that the user wrote in their place.
+def _predictor_settings(config: dict, asked: Settings, written: frozenset[str]) -> Settings:
+    """Of a predictor of steps: what it was trained for, with the flags that the user wrote in their place.
 
     Flags that contradict the training are refused by ``check_network``, as ``solvers.sample`` does;
     those about the network here.
     """
-    network = ("dataset_name", *_GUIDANCE_OPTIONS)
+    network = [entry.name for entry in fields(NetworkSettings)]
     for name in network:
-        if name in given and config[name] not in (None, options[name]):
+        if name in written and config[name] not in (None, getattr(asked, name)):
             raise UserError(
-                f"--{name}={options[name]}: the predictor was trained with {name}={config[name]}; leave the flag out"
+                f"--{name}={getattr(asked, name)}: the predictor was trained with {name}={config[name]};"
+                " leave the flag out"
             )
     values = {"solver": config["sampler_stu"], **{name: config[name] for name in (*SCHEDULE_NAMES, "sigmas", "afs")}}
-    if given & set(SCHEDULE_NAMES):
+    if written & set(SCHEDULE_NAMES):
         values["sigmas"] = None  # the other way to say where the noise levels are
-    values |= {name: options[name] for name in values if name in given}
+    values |= {name: getattr(asked, name) for name in values if name in written}
     if values["sigmas"] is not None:
         values["num_steps"] = len(values["sigmas"])
     # What an old or hand-made predictor may leave open.
-    values |= {name: options[name] if config[name] is None else config[name] for name in network}
+    values |= {name: getattr(asked, name) if config[name] is None else config[name] for name in network}
     if values["dataset_name"] is None:
         raise UserError("this predictor does not say which network it belongs to: give --dataset_name")
-    if options["r"] is not None:
+    if asked.options.get("r") is not None:
         raise UserError("--r is what the predictor learned; leave it out")
     if values["solver"] not in SOLVERS:
         raise UserError(f"the predictor was trained for an unknown solver '{values['solver']}'")
     taken = SOLVERS[values["solver"]].options
-    rule_options = {name: config[name] for name in taken if config.get(name) is not None}
-    for name in solver_option_names():
-        if name in given and name in taken:
-            rule_options[name] = options[name]
-        elif name in given and options[name] not in (None, False, config.get(name)):
+    options = {name: config[name] for name in taken if config.get(name) is not None}
+    for name, value in (asked.options | {"original_code": asked.original_code}).items():
+        if name in taken:
+            options[name] = value
+        elif value not in (None, False, config.get(name)):
             raise UserError(f"--{name} has no effect with the predictor's solver; leave it out")
-    rule_options.pop("original_code", None)
-    more = {"original_code": bool(options.get("original_code")), "denoise_to_zero": options["denoise_to_zero"]}
-    return Settings(**values, options=rule_options, **more)
+    options.pop("original_code", None)
+    return replace(asked, **values, options=options, sigmas_net=None)
 
 
-def settings_from_student(student: SpanSolver, options: dict, given: set[str]) -> Settings:
-    """Settings of a span student; UserError where a flag that the user wrote contradicts them."""
-    config = student.config
-    own = {name: config[name] for name in ("dataset_name", *_GUIDANCE_OPTIONS)}
-    own = {name: options[name] if value is None else value for name, value in own.items()}
-    if own["dataset_name"] is None:
+def _span_settings(student: SpanSolver, asked: Settings, written: frozenset[str]) -> Settings:
+    """Of a span solver; UserError where a flag that the user wrote contradicts them."""
+    network = {entry.name: student.config[entry.name] for entry in fields(NetworkSettings)}
+    network = {name: getattr(asked, name) if value is None else value for name, value in network.items()}
+    if network["dataset_name"] is None:
         raise UserError("this student does not say which network it belongs to: give --dataset_name")
-    brought = {**own, "solver": student.solver, "afs": student.afs}
-    brought |= {name: config[name] for name in ("num_steps", "sigma_min", "sigma_max")}
+    brought = {**network, "solver": student.solver, "afs": student.afs}
+    brought |= {name: student.config[name] for name in ("num_steps", "sigma_min", "sigma_max")}
+    wishes = vars(asked) | asked.options
     for name in ("schedule_type", "schedule_rho", "sigmas", *solver_option_names(), *brought):
-        if name in given and options[name] != brought.get(name):
+        if name in written and wishes[name] != brought.get(name):
             raise UserError(f"--{name}: the span student brings its own solver, schedule and first step; leave it out")
-    lists = {name: getattr(student, name)().tolist() for name in ("sigmas", "sigmas_net")}
-    return Settings(**brought, **lists, denoise_to_zero=options["denoise_to_zero"])
+    brought |= {name: getattr(student, name)().tolist() for name in ("sigmas", "sigmas_net")}
+    return replace(asked, **brought)
 
 
-def settings_of(predictor, options: dict, given: set[str]) -> Settings:
-    """Settings that a predictor of any kind was trained for."""
+def settings_of(predictor, asked: Settings, written: frozenset[str] = frozenset()) -> Settings:
+    """Settings that a predictor of any kind was trained for.
+
+    asked: what the flags say; it holds where the predictor leaves something open.
+    written: names of the flags that the user wrote; they hold in place of the training's, or are refused.
+    """
     if isinstance(predictor, SpanSolver):
-        return settings_from_student(predictor, options, given)
-    return settings_from_predictor(predictor.config, options, given)
+        return _span_settings(predictor, asked, written)
+    return _predictor_settings(predictor.config, asked, written)
 
 
-def open_predictor(options: dict, given: set[str]):
+def open_predictor(predictor_path: str | None, asked: Settings, written: frozenset[str]):
     """(settings, predictor or None, the predictor's file or None)."""
-    if options["predictor_path"] is None:
-        return settings_from_flags(options, given), None, None
-    path = find_predictor(options["predictor_path"])
+    if predictor_path is None:
+        return plain_settings(asked, written), None, None
+    path = find_predictor(predictor_path)
     predictor = load_predictor(path)
-    return settings_of(predictor, options, given), predictor, path
+    return settings_of(predictor, asked, written), predictor, path
 
 
-def read_text(prompt: str | None, dataset_name: str, seeds: list[int]) -> str | dict[int, str] | None:
-    """What --prompt says: a text for all images, or the captions of a .txt or .csv file by their seeds."""
-    card = zoo.find_card(dataset_name)
-    if prompt is None and card is not None and card.takes_prompts:  # said before gigabytes are read
-        raise _text_is_missing(dataset_name)
-    if prompt is None or not _is_file_of_prompts(prompt):
-        return prompt
-    captions = read_prompts(prompt)
-    without = [seed for seed in seeds if seed not in captions]
-    if without:
-        raise UserError(
-            f"{prompt} has no caption for seeds {format_seeds(without)[:60]}; it has them for --seeds="
-            f"{format_seeds(captions)[:60]}"
-        )
-    return captions
-
-
-def _text_is_missing(dataset_name: str) -> UserError:
-    return UserError(f"{dataset_name} needs a text: give --prompt=TEXT, or --prompt=FILE with captions (.txt or .csv)")
-
-
-def _is_file_of_prompts(prompt: str) -> bool:
-    return Path(prompt).suffix.lower() in FILES
-
-
-def check_text(net, dataset_name: str, options: dict, prompts) -> None:
-    """UserError where prompts are missing, are of no use, or cannot be encoded."""
-    if not getattr(net, "takes_prompts", False):
-        for given in TEXT_OPTIONS:
-            if options[given] is not None:
-                raise UserError(f"--{given}: {dataset_name} is no text-to-image network; leave it out")
-        return
-    if prompts is None:
-        raise _text_is_missing(dataset_name)
-    if options["negative_prompt"] is not None and net.evals_per_call == 1:
-        raise UserError("--negative_prompt has no effect without classifier-free guidance; leave it out")
-    if options["tokenizer_path"] is not None:
-        use_tokenizer(net, options["tokenizer_path"])
-    seed = next(iter(prompts)) if isinstance(prompts, dict) else 0
-    net.make_cond(SeededGenerators([seed]), **_text_of([seed], prompts, options["negative_prompt"]))
-
-
-def recorded_text(options: dict) -> dict:
-    """The texts that were given, of a file its name and checksum."""
-    texts = {name: options[name] for name in ("prompt", "negative_prompt") if options.get(name) is not None}
-    if "prompt" in texts and _is_file_of_prompts(texts["prompt"]):
-        path = Path(texts["prompt"])
-        texts["prompt"] = {"file": path.name, "sha256": sha256_of(path)}
-    return texts
-
-
-def open_network(settings: Settings, options: dict, predictor, device: torch.device):
-    """The network, with precision and memory layout as asked; warns where the predictor was trained on another one."""
-    net = create_model(
-        settings.dataset_name, options["model_path"], settings.guidance_type, settings.guidance_rate, device
-    )
-    prepare_network(net, options["amp"], options["channels_last"], options["compile"])
+def open_network(network: NetworkSettings, compute: ComputeOptions, device: torch.device, class_idx: int | None = None):
+    """The network, with precision and memory layout as asked; UserError where it does not know the class."""
+    net = create_model(network.dataset_name, compute.model_path, network.guidance_type, network.guidance_rate, device)
+    prepare_network(net, compute.amp, compute.channels_last, compute.compile)
     # What the network cannot do is said before anything is written.
-    if options["class_idx"] is not None:
-        net.make_cond(SeededGenerators([0]), options["class_idx"])
-    check_network(net, settings, predictor, device)
+    if class_idx is not None:
+        net.make_cond(SeededGenerators([0]), class_idx)
     return net
 
 
@@ -257,21 +256,21 @@ def check_network(net, settings: Settings, predictor, device: torch.device) -> N
             print(f"Warning: the predictor was trained on other weights than {net.source_path}", file=sys.stderr)
 
 
-def recorded_settings(settings: Settings, options: dict, net, predictor_file: Path | None) -> dict:
-    """What the images depend on, with the defaults of the solver and the noise levels spelled out."""
+def recorded_settings(settings: Settings, net, predictor_file: Path | None, *parts) -> dict:
+    """What the images depend on, with the defaults of the solver and the noise levels spelled out.
+
+    parts: dataclasses of options that the images depend on as well.
+    """
     solver, sigmas = settings.make_solver(), settings.resolve(net)
-    recorded = asdict(settings) | {"fingerprint": solver.bind(net, sigmas).fingerprint}
-    for name in recorded.pop("options") | solver.options:
+    found = recorded(settings) | {"fingerprint": solver.bind(net, sigmas).fingerprint}
+    for name in settings.options | solver.options:
         value = getattr(solver, name)
-        recorded[name] = str(value) if value in (math.inf, -math.inf) else value  # JSON has no infinity
-    recorded["original_code"] = getattr(solver, "original_code", None) or None
-    recorded["guidance_rate"] = getattr(net, "guidance_rate", None)  # None: the network takes no guidance
-    return recorded | {
-        **recorded_text(options),
+        found[name] = str(value) if value in (math.inf, -math.inf) else value  # JSON has no infinity
+    found["original_code"] = getattr(solver, "original_code", None) or None
+    found["guidance_rate"] = getattr(net, "guidance_rate", None)  # None: the network takes no guidance
+    return found | {
+        **recorded(*parts),
         "sigmas": sigmas.tolist(),
-        "class": options["class_idx"],
-        "amp": options["amp"],
-        **({"compile": options["compile"]} if options["compile"] != "none" else {}),
         "network_sha256": net.weights_hash,
         "predictor_sha256": sha256_of(predictor_file) if predictor_file is not None else None,
     }

@@ -59,8 +59,7 @@ def load_network(path):
 def load_learned(path):
     import torch
 
-    from sampling.settings import settings_of
-    from solvers.solver import SOLVERS
+    from sampling.settings import Settings, settings_of
     from solvers.span_table import SpanSolver
     from training.checkpoint import load_predictor
 
@@ -68,9 +67,7 @@ def load_learned(path):
         sigma_min, sigma_max = 0.002, 80.0
 
     predictor = load_predictor(path)
-    neutral = dict.fromkeys(("dataset_name", "guidance_type", "guidance_rate", "r"), None)
-    options = {name: None for rule in SOLVERS.values() for name in rule.options}
-    settings = settings_of(predictor, {**options, **neutral, "denoise_to_zero": False}, set())
+    settings = settings_of(predictor, Settings())
     settings.evaluations(Net(), predictor)
     if isinstance(predictor, SpanSolver):
         predictor.table()

@@ -273,7 +273,7 @@ def test_steps_for_a_number_of_evaluations(monkeypatch, solver, afs, guided, nfe
     monkeypatch.setitem(SOLVERS, "two", TwoIntervals)
     net = Net()
     net.evals_per_call = guided
-    settings, cost = choose_steps(Settings("custom", solver, afs=afs), net, nfe)
+    settings, cost = choose_steps(Settings(dataset_name="custom", solver=solver, afs=afs), net, nfe)
     assert (settings.num_steps - 1, cost) == (intervals, spent)
 
 

@@ -18,6 +18,7 @@ import optimize_schedule as cli
 from evaluation.fid import choose_detector, find_reference
 from evaluation.frechet import FeatureStatistics, frechet_distance
 from models import create_model
+from sampling.schedule_search import fid_judge
 from solvers import get_schedule, sample
 from solvers.schedule_file import load_schedule
 from solvers.search import evolution
@@ -381,7 +382,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
 def test_fid_of_the_command_line_is_that_of_fid_py():
     """The judge of images in memory: their features, the reference of the network."""
     images = create_model("digits").data_mean[None] + 0.3 * torch.randn(90, 1, 32, 32)
-    value = cli.fid_judge("digits", torch.device("cpu"))("auto", "auto", 90)(iter(images.split(32)))
+    value = fid_judge("digits", torch.device("cpu"))("auto", "auto", 90)(iter(images.split(32)))
     reference = find_reference("digits")
     detector = choose_detector("digits", reference, torch.device("cpu"))
     statistics = FeatureStatistics(64)
@@ -423,4 +424,4 @@ def test_no_judge_in_the_library():
 
 def test_own_networks_need_a_reference():
     with pytest.raises(UserError, match="has no reference statistics: give --ref"):
-        cli.fid_judge("custom", torch.device("cpu"))("auto", "auto", 10)
+        fid_judge("custom", torch.device("cpu"))("auto", "auto", 10)

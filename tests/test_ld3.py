@@ -16,7 +16,7 @@ import optimize_schedule
 import sample as sample_cli
 from models import build_denoiser, create_model
 from solvers import SOLVERS, get_schedule, integrate, sample
-from solvers.schedule_file import load_schedule
+from solvers.schedule_file import load_schedule, save_schedule
 from solvers.search.problem import Problem
 from solvers.solver import Euler, register
 from torch_utils.errors import UserError
@@ -422,7 +422,7 @@ def test_mistakes(tmp_path, arguments, message):
 def test_start_from_a_file(tmp_path):
     first = optimize(problem(), "ld3", SMALL)
     path = tmp_path / "first.json"
-    optimize_schedule.save_schedule(path, first)
+    save_schedule(path, first)
     again = trained(problem(), init=str(path))
     assert again.best["sigmas"].tolist() == first.sigmas and again.first < trained(problem()).first
     with pytest.raises(UserError, match="has 6 noise levels instead of num_steps=5"):

@@ -30,7 +30,9 @@ from sampling.run import search, write_images
 from sampling.search import Choice, ScoreFile, keep_best
 from solvers import sample
 from torch_utils.errors import UserError
+from torch_utils.files import sha256_of
 from torch_utils.images import to_uint8
+from torch_utils.progress import progress_bar
 from torch_utils.seeds import candidate_seed
 
 model, images, cosines = test_clip_score.model, test_clip_score.images, test_clip_score.cosines  # fixtures
@@ -150,7 +152,7 @@ def test_a_killed_run_keeps_what_it_chose(searched, tmp_path, monkeypatch):
 
     monkeypatch.setattr(verifiers.ClassifierVerifier, "__call__", dying)
     run(*SEARCH, "--batch=3", "--outdir", tmp_path, code=130)
-    part = tmp_path / "candidates.csv.0"
+    (part,) = tmp_path.glob("candidates.csv.0-*")
     part.write_text(part.read_text() + "4,2,77")  # the line that was being written
     monkeypatch.setattr(verifiers.ClassifierVerifier, "__call__", real)
     assert "sampled 2 images (4 skipped)" in run(*SEARCH, "--outdir", tmp_path)
@@ -276,7 +278,7 @@ def test_a_function_of_ones_own(tmp_path, monkeypatch):
         row = choices(tmp_path / "o")[seed]
         assert row["score"] == pytest.approx(picture.mean()) and row["score"] >= row["first_score"]
     digest = json.loads((tmp_path / "o" / "sampling.json").read_text())["settings"]["verifier_sha256"]
-    assert digest == cli.sha256_of(tmp_path / "my_taste.py")
+    assert digest == sha256_of(tmp_path / "my_taste.py")
 
 
 def test_classes_and_prompts_reach_a_verifier():
@@ -405,11 +407,11 @@ def test_a_seed_without_any_finite_image_is_named(tmp_path):
     verifier = load_verifier("math:fsum", None)
     verifier._function = lambda images, **_: torch.ones(len(images))
     folder = Folder(tmp_path, subdirs=False, inters=False)
-    with cli.progress_bar(disable=True) as bar:  # one of two candidates is broken: the other one is kept
+    with progress_bar(disable=True) as bar:  # one of two candidates is broken: the other one is kept
         write_images(search(batches, verifier, 2, None, scores), folder, 2, bar)
     assert {seed: choice.candidate for seed, choice in scores.read().items()} == {10: 0, 11: 0}
     batches = generate_images(BrokenNet(), [10, 11], candidates=1, device="cpu", solver="euler", num_steps=3)
-    with pytest.raises(UserError, match="for seeds 11: not written"), cli.progress_bar(disable=True) as bar:
+    with pytest.raises(UserError, match="for seeds 11: not written"), progress_bar(disable=True) as bar:
         write_images(search(batches, verifier, 1, None, scores), folder, 2, bar)
 
 

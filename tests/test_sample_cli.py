@@ -23,10 +23,12 @@ from sampling.folder import Folder, format_seeds
 from sampling.generate import generate_images
 from sampling.run import write_images
 from sampling.settings import Settings
-from solvers import sample
+from solvers import SOLVERS, sample
 from torch_utils.errors import UserError
-from torch_utils.seeds import SeededGenerators
-from training.checkpoint import save_predictor
+from torch_utils.images import to_uint8
+from torch_utils.progress import progress_bar
+from torch_utils.seeds import SeededGenerators, parse_seeds
+from training.checkpoint import load_predictor, save_predictor
 from training.predictor import AMEDPredictor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,12 +107,12 @@ def test_images_are_those_of_the_library(baseline, net):
         with torch.no_grad():
             denoised.append(net(x, sigma))
         x = x + (target - sigma) * (x - denoised[-1]) / sigma
-    assert_same_pictures(found, dict(enumerate(cli.to_uint8(x)[..., 0].astype(int))))
+    assert_same_pictures(found, dict(enumerate(to_uint8(x)[..., 0].astype(int))))
     assert np.stack(list(found.values())).std() > 20  # pictures, not a constant
 
     strip = read(folder / "inters" / "000004.png")
     assert strip.shape == (32, 3 * 32 + 2 * 2)  # two denoised images and the result
-    assert np.abs(strip[:, :32] - cli.to_uint8(denoised[0])[4, :, :, 0]).max() <= 1
+    assert np.abs(strip[:, :32] - to_uint8(denoised[0])[4, :, :, 0]).max() <= 1
     assert np.array_equal(strip[:, -32:], found[4])
 
     grid = read(folder / "grid.png")
@@ -163,7 +165,7 @@ def test_every_plain_solver_and_its_nfe(tmp_path):
         done = call_here(*flags, "--afs=True", "--denoise_to_zero=True", "--outdir", tmp_path / solver)
         assert f"NFE={nfe} " in done.output
         assert (tmp_path / solver / "000000.png").exists()
-    assert set(expected) <= set(cli.SOLVERS)
+    assert set(expected) <= set(SOLVERS)
 
 
 def test_solver_options_and_precision_reach_the_sampler(tmp_path, net):
@@ -180,7 +182,7 @@ def test_solver_options_and_precision_reach_the_sampler(tmp_path, net):
         lower_order_final=False,
         afs=True,
     )
-    assert_same_pictures(numbered(tmp_path / "a"), dict(enumerate(cli.to_uint8(expected)[..., 0].astype(int))))
+    assert_same_pictures(numbered(tmp_path / "a"), dict(enumerate(to_uint8(expected)[..., 0].astype(int))))
     call_here(*flags, *options, "--outdir", tmp_path / "b", "--amp=bf16")
     exact, mixed = numbered(tmp_path / "a"), numbered(tmp_path / "b")
     difference = np.abs(np.stack([exact[seed] - mixed[seed] for seed in exact]))
@@ -253,7 +255,7 @@ def test_predictor_brings_its_settings(predictor_file, tmp_path, net):
     done = call("--predictor_path=7", "--seeds=0-3", cwd=tmp_path)
     assert "NFE=3 " in done.stdout and "Warning" not in done.stderr
     found = numbered(tmp_path / "samples" / "digits" / "amed_nfe3")
-    predictor = cli.load_predictor(predictor_file)
+    predictor = load_predictor(predictor_file)
     expected = sample(
         net,
         SeededGenerators(range(4)).randn([1, 32, 32]),
@@ -264,7 +266,7 @@ def test_predictor_brings_its_settings(predictor_file, tmp_path, net):
         afs=True,
         predictor=predictor,
     )
-    assert_same_pictures(found, dict(enumerate(cli.to_uint8(expected)[..., 0].astype(int))))
+    assert_same_pictures(found, dict(enumerate(to_uint8(expected)[..., 0].astype(int))))
     record = json.loads((tmp_path / "samples" / "digits" / "amed_nfe3" / "sampling.json").read_text())
     assert record["settings"]["afs"] is True and record["settings"]["predictor_sha256"]
 
@@ -278,7 +280,7 @@ def test_flags_that_repeat_the_predictor_are_fine_and_others_are_not(predictor_f
 
 
 def test_warns_about_another_network(predictor_file, tmp_path):
-    predictor = cli.load_predictor(predictor_file)
+    predictor = load_predictor(predictor_file)
     save_predictor(predictor, tmp_path / "p.safetensors", {"network_hash": "0" * 64})
     done = CliRunner().invoke(
         cli.main, ["--predictor_path", str(tmp_path / "p.safetensors"), "--seeds=0", "--outdir", str(tmp_path / "o")]
@@ -341,7 +343,7 @@ def test_original_code_without_effect_is_said(tmp_path, flags, idle):
 
 
 def test_original_code_has_an_effect_on_the_discrete_schedule():
-    idle = Settings("x", "euler", schedule_type="discrete", schedule_rho=1, original_code=True)
+    idle = Settings(dataset_name="x", solver="euler", schedule_type="discrete", schedule_rho=1, original_code=True)
     assert idle.warnings() and not dataclasses.replace(idle, schedule_rho=2).warnings()
 
 
@@ -383,7 +385,7 @@ class BrokenNet(torch.nn.Module):
 def test_images_that_are_not_finite_are_named_and_not_written(tmp_path):
     folder = Folder(tmp_path, subdirs=False, inters=False)
     batches = generate_images(BrokenNet(), [10, 11, 12], device="cpu", solver="euler", num_steps=3)
-    with pytest.raises(UserError, match="for seeds 11: not written"), cli.progress_bar(disable=True) as bar:
+    with pytest.raises(UserError, match="for seeds 11: not written"), progress_bar(disable=True) as bar:
         write_images(batches, folder, 2, bar)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000010.png", "000012.png"]
 
@@ -496,4 +498,4 @@ def test_classes_come_from_the_seed_or_from_the_caller():
 
 def test_format_seeds_is_the_inverse_of_parse_seeds():
     assert format_seeds([7, 0, 2, 1, 11, 10, 2]) == "0-2,7,10-11"
-    assert cli.parse_seeds(format_seeds(range(50_000))) == list(range(50_000))
+    assert parse_seeds(format_seeds(range(50_000))) == list(range(50_000))

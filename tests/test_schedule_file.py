@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import click
 import pytest
-from click.core import ParameterSource
 from click.testing import CliRunner
 
-from sampling.flags import schedule_file_flag, schedule_flags, use_schedule
+from sampling.flags import flags_of, given_flags, schedule_file_flag, use_schedule
+from sampling.settings import Settings
 from solvers.schedule_file import FORMAT, Schedule, load_schedule, save_schedule
+from torch_utils.cli import Command
 from torch_utils.errors import UserError
 from training.checkpoint import load_predictor
 
@@ -134,16 +135,16 @@ def test_warnings():
         assert word in line
 
 
-def flags_of(*arguments):
+def run_flags(*arguments):
     """What a command line with the flag makes of these arguments."""
     seen = {}
 
-    @click.command()
-    @schedule_flags
+    @click.command(cls=Command)
+    @flags_of(Settings)
     @schedule_file_flag
     @click.pass_context
     def command(ctx, **options):
-        given = {name for name in options if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+        given = given_flags(ctx)
         seen.update(schedule=use_schedule(options, given), options=options, given=given)
 
     done = CliRunner().invoke(command, list(arguments))
@@ -152,11 +153,11 @@ def flags_of(*arguments):
 
 def test_flag(tmp_path):
     save_schedule(tmp_path / "s.json", make())
-    done, seen = flags_of(f"--schedule={tmp_path / 's.json'}", "--afs=True")
+    done, seen = run_flags(f"--schedule={tmp_path / 's.json'}", "--afs=True")
     assert done.exit_code == 0 and seen["schedule"] == make()
     assert seen["options"]["sigmas"] == SIGMAS and "schedule" not in seen["options"]
     assert seen["given"] == {"sigmas", "afs"}
-    done, seen = flags_of("--sigmas=3,2,1")
+    done, seen = run_flags("--sigmas=3,2,1")
     assert seen["schedule"] is None and seen["options"]["sigmas"] == [3, 2, 1] and seen["given"] == {"sigmas"}
 
 
@@ -167,7 +168,7 @@ def test_flag_mistakes(tmp_path):
         ((f"--schedule={tmp_path / 's.json'}", "--sigmas=3,2,1"), "leave out --sigmas"),
         ((f"--schedule={tmp_path / 'none.json'}",), "cannot read the schedule"),
     ):
-        done, _ = flags_of(*arguments)
+        done, _ = run_flags(*arguments)
         assert done.exit_code == 2 and message in done.output and len(done.output.splitlines()) == 1
 
 

@@ -14,12 +14,13 @@ import compare
 import sample as cli
 from models import create_model
 from sampling.generate import generate_images
-from sampling.settings import settings_of
+from sampling.settings import Settings, settings_of
 from solvers import Sampler, get_schedule, integrate, make_solver, sample
 from solvers.span_heads import SpatialHead, slope_features
 from solvers.span_table import GROUPS, PRESETS, SpanSolver
 from tools import report as comparison_report
 from torch_utils.errors import UserError
+from torch_utils.seeds import SeededGenerators
 from torch_utils.tensor_file import read_safetensors
 from training.checkpoint import load_predictor, save_predictor
 from training.predictor import AMEDPredictor
@@ -825,7 +826,7 @@ def test_sample_py(digits, tmp_path):
     ] == 2
     assert settings["sigmas"] == student.sigmas().tolist() and settings["sigmas_net"] == student.sigmas_net().tolist()
     seeds = [batch.images for batch in generate_images(net, [0, 1, 2], predictor=student, solver="span", device="cpu")]
-    again = student.run(net, cli.SeededGenerators([0, 1, 2]).randn((1, 32, 32)))
+    again = student.run(net, SeededGenerators([0, 1, 2]).randn((1, 32, 32)))
     torch.testing.assert_close(seeds[0], again.detach(), rtol=0, atol=1e-5)
     for flag, message in (
         ("--num_steps=9", "brings its own"),
@@ -835,9 +836,8 @@ def test_sample_py(digits, tmp_path):
         assert invoke(cli.main, *flags, "--overwrite=True", flag).exit_code == 2
         with pytest.raises(UserError, match=message):
             name, value = flag[2:].split("=")
-            options = {"dataset_name": None, "denoise_to_zero": False, "guidance_type": None, "guidance_rate": None}
-            settings_of(student, {**options, name: value}, {name})
-    assert settings_of(student, {**options, "num_steps": 4}, {"num_steps"}).solver == "span"
+            settings_of(student, Settings(**{name: value}), frozenset({name}))
+    assert settings_of(student, Settings(num_steps=4), frozenset({"num_steps"})).solver == "span"
 
 
 def test_compare_py(digits, tmp_path, monkeypatch):

@@ -9,15 +9,16 @@ compare.py is the command line, tools/report.py writes the table and the page.
 """
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import click
 import torch
 
-from sampling.flags import flag_type, parse_afs
-from sampling.settings import Settings, settings_of
-from solvers import SCHEDULES, SOLVERS, check_sigmas
+from sampling.flags import flag_kind, flag_type, parse_afs
+from sampling.settings import NetworkSettings, Settings, settings_of
+from solvers import SOLVERS, check_sigmas
+from tools.compare_options import CompareOptions
 from torch_utils import distributed
 from torch_utils.cli import PATH
 from torch_utils.errors import UserError
@@ -48,17 +49,20 @@ PRESETS = {
 }
 
 
-SCHEDULE_SETTINGS = {  # what a method may say besides the options of its rule, and how that is read
-    "schedule_type": click.Choice(list(SCHEDULES)),
+# What all methods share, or the number of evaluations decides.
+SHARED = {entry.name for entry in fields(NetworkSettings)} | {"solver", "num_steps", "sigma_min", "sigma_max", "sigmas"}
+SCHEDULE_SETTINGS = {  # what a method may say besides the options of its solver, and how that is read
+    **{
+        entry.name: flag_kind(entry)
+        for entry in fields(Settings)
+        if "flag" in entry.metadata and entry.name not in SHARED
+    },
     "schedule_rho": click.FLOAT,
-    "afs": None,
-    "denoise_to_zero": click.BOOL,
-    "original_code": click.BOOL,  # of the rule and of the schedule
+    "original_code": click.BOOL,  # of the solver and of the schedule
 }
 
 
 SCHEDULE_FILE, NFE_MARK = "schedule", "{nfe}"  # a further setting of a method: a file, or a pattern of files
-GUIDANCE = ("guidance_type", "guidance_rate")
 
 
 @dataclass(frozen=True)
@@ -132,22 +136,21 @@ def parse_method(text: str, common: dict, everywhere: dict) -> Method:
     return method
 
 
-def _guidance(kind: str | None, rate: float | None) -> tuple[str, float]:
+def _guidance(network: NetworkSettings) -> tuple[str, float]:
     """In one form: without guidance its strength has no meaning, and "uncond" is the network as it is."""
+    kind, rate = network.guidance_type, network.guidance_rate
     return ("none", 0.0) if kind in (None, "none", "uncond") else (kind, float(rate or 0))
 
 
-def predictor_method(path: str, dataset_name: str, options: dict) -> Method:
+def predictor_method(path: str, network: NetworkSettings) -> Method:
     """The method of a trained predictor, with the settings that it brings along."""
     file = find_predictor(path)
     predictor = load_predictor(file)
-    neutral = {"dataset_name": dataset_name, "r": None, "denoise_to_zero": False}
-    neutral |= {name: options[name] for name in GUIDANCE}
-    settings = settings_of(predictor, neutral, set())
-    if settings.dataset_name != dataset_name:
-        raise UserError(f"{file}: trained for dataset_name '{settings.dataset_name}', not '{dataset_name}'")
-    brought = _guidance(settings.guidance_type, settings.guidance_rate)
-    if brought != _guidance(options["guidance_type"], options["guidance_rate"]):
+    settings = settings_of(predictor, Settings(**vars(network)))
+    if settings.dataset_name != network.dataset_name:
+        raise UserError(f"{file}: trained for dataset_name '{settings.dataset_name}', not '{network.dataset_name}'")
+    brought = _guidance(settings)
+    if brought != _guidance(network):
         raise UserError(
             f"{file}: trained under guidance_type {brought[0]}, rate {brought[1]:g}; all methods share one network:"
             f" give --guidance_type={brought[0]} --guidance_rate={brought[1]:g}, or leave the predictor out"
@@ -200,20 +203,24 @@ def parse_nfe(text: str) -> list[int]:
     return values
 
 
-def make_methods(options: dict, given: set[str]) -> list[Method]:
+def make_methods(options: CompareOptions) -> list[Method]:
     """All methods that the flags name. Raises UserError where they make no sense; asks no network."""
-    if options["dataset_name"] is None:
+    if options.network.dataset_name is None:
         raise UserError("say which network: --dataset_name=digits, cifar10, ... (or custom with --model_path)")
-    sigmas = options["sigmas"]
+    sigmas = options.sigmas
     if sigmas is not None:
-        extra = [name for name in ("nfe", "schedule_type", "schedule_rho", "sigma_min", "sigma_max") if name in given]
+        extra = [
+            name
+            for name in ("nfe", "schedule_type", "schedule_rho", "sigma_min", "sigma_max")
+            if name in options.written
+        ]
         if extra:
             raise UserError(f"--sigmas is the whole schedule and its length the NFE: leave out --{extra[0]}")
         sigmas = check_sigmas(sigmas).tolist()
-    common = {name: options[name] for name in ("dataset_name", "sigma_min", "sigma_max", *GUIDANCE)}
-    common |= {"sigmas": sigmas, "num_steps": None if sigmas is None else len(sigmas)}
-    everywhere = {name: options[name] for name in ("schedule_type", "schedule_rho", "afs") if options[name] is not None}
-    names = split_list(options["solvers"])
+    common = options.common() | {"sigmas": sigmas, "num_steps": None if sigmas is None else len(sigmas)}
+    everywhere = {name: getattr(options, name) for name in ("schedule_type", "schedule_rho", "afs")}
+    everywhere = {name: value for name, value in everywhere.items() if value is not None}
+    names = split_list(options.solvers)
     everything = names == ["all"]
     if everything:
         names = [name for name, solver in SOLVERS.items() if not solver.needs_predictor]
@@ -224,8 +231,8 @@ def make_methods(options: dict, given: set[str]) -> list[Method]:
     for method in methods:
         for line in method.settings.warnings():
             distributed.print0(f"Warning: {method.label}: {line}", file=sys.stderr)
-    for path in dict.fromkeys(split_list(options["predictor_path"])):
-        methods.append(predictor_method(path, options["dataset_name"], options))
+    for path in dict.fromkeys(split_list(options.predictor_path)):
+        methods.append(predictor_method(path, options.network))
     if not methods:
         raise UserError("nothing to compare: name --solvers or --predictor_path")
     return methods

@@ -17,20 +17,14 @@ from evaluation.fid import choose_detector, find_reference
 from evaluation.frechet import FeatureStatistics, Reference, frechet_distance
 from evaluation.jackknife import Estimate, jackknife
 from models import zoo
+from sampling.flags import changed
 from sampling.folder import format_seeds
 from sampling.generate import Batch, generate_images
-from sampling.settings import (
-    TEXT_OPTIONS,
-    Settings,
-    check_network,
-    check_text,
-    open_network,
-    read_text,
-    recorded_settings,
-)
+from sampling.settings import Settings, check_network, open_network, recorded_settings
 from solvers.schedule_file import load_schedule
 from solvers.schedules import SCHEDULE_NAMES
-from tools.compare_methods import GUIDANCE, NFE_MARK, POLYNOMIAL, Method, choose_steps, make_methods, parse_nfe
+from tools.compare_methods import NFE_MARK, POLYNOMIAL, SHARED, Method, choose_steps, make_methods, parse_nfe
+from tools.compare_options import CompareOptions
 from torch_utils import distributed
 from torch_utils.arrays import read_npz
 from torch_utils.errors import UserError
@@ -188,21 +182,22 @@ class Comparison:
     """
 
     def __init__(
-        self, net, detector, target: Reference, protocol: Protocol, options: dict, device: torch.device, prompts=None
+        self,
+        net,
+        detector,
+        target: Reference,
+        protocol: Protocol,
+        options: CompareOptions,
+        device: torch.device,
+        prompts=None,
     ):
         self.prompts = prompts
         self.net, self.detector, self.target, self.protocol = net, detector, target, protocol
-        self.options, self.device, self.batch = options, device, options["batch"]
-        self.folder = Path(options["outdir"])
+        self.options, self.device, self.batch, self.folder = options, device, options.batch, options.folder
         self.cache = self.folder / "cache"
-        self.reference = Settings(
-            dataset_name=options["dataset_name"],
-            num_steps=options["reference_steps"] + 1,
-            **{name: options[name] for name in ("sigma_min", "sigma_max", *GUIDANCE)},
-            **REFERENCE_SOLVER,
-        )
-        if options["sigmas"] is not None:
-            ends = {"sigma_max": options["sigmas"][0], "sigma_min": options["sigmas"][-1]}
+        self.reference = Settings(num_steps=options.reference_steps + 1, **options.common(), **REFERENCE_SOLVER)
+        if options.sigmas is not None:
+            ends = {"sigma_max": options.sigmas[0], "sigma_min": options.sigmas[-1]}
             self.reference = replace(self.reference, **ends)
         self.range = self._ends(self.reference)
         self.reference_nfe = self.reference.evaluations(net)
@@ -220,7 +215,8 @@ class Comparison:
 
     def _recorded(self, settings: Settings, predictor_file) -> dict:
         """What the images of these settings depend on; of the schedule its noise levels only."""
-        recorded = recorded_settings(settings, self.options, self.net, predictor_file)
+        recorded = recorded_settings(settings, self.net, predictor_file, self.options.text, self.options.compute)
+        recorded["class"] = None  # drawn for every seed, as sample.py does without --class
         return {name: value for name, value in recorded.items() if name not in SCHEDULE_NAMES}
 
     def _ends(self, settings: Settings) -> tuple[float, float]:
@@ -262,7 +258,7 @@ class Comparison:
             batch=self.batch,
             predictor=None if predictor is None else predictor.to(self.device),
             prompts=self.prompts,
-            negative_prompt=self.options["negative_prompt"],
+            negative_prompt=self.options.text.negative_prompt,
             device=self.device,
             **settings.arguments(),
         )
@@ -422,7 +418,7 @@ class Comparison:
 
     def sample_command(self, job: Job) -> str:
         """The call of sample.py that makes these images."""
-        settings, options = job.settings, self.options
+        settings = job.settings
         flags = {"dataset_name": settings.dataset_name}
         if job.method.predictor_file is not None:
             flags["predictor_path"] = job.method.predictor_file
@@ -435,11 +431,8 @@ class Comparison:
             else:
                 flags |= {name: getattr(settings, name) for name in SCHEDULE_NAMES}
             flags |= {"afs": settings.afs or None, **settings.options}
-            flags |= {name: getattr(settings, name) for name in GUIDANCE}
-            flags |= {name: getattr(settings, name) or None for name in ("denoise_to_zero", "original_code")}
-        flags |= {name: options[name] for name in TEXT_OPTIONS}
-        flags |= {"model_path": options["model_path"], "amp": None if options["amp"] == "none" else options["amp"]}
-        flags["compile"] = None if options["compile"] == "none" else options["compile"]
+            flags |= changed(settings, but=(*flags, *SCHEDULE_NAMES, "sigmas", "sigmas_net", "options"))
+        flags |= changed(self.options.text) | changed(self.options.compute, but=("channels_last", "device"))
         flags["seeds"] = f"{self.protocol.first}-{self.protocol.first + self.protocol.num - 1}"
         given = (f"--{name}={shlex.quote(_short(value))}" for name, value in flags.items() if value is not None)
         return " ".join(["python sample.py", *given])
@@ -460,7 +453,8 @@ def describe_settings(settings: Settings) -> str:
         words = [f"{settings.schedule_type}{rho}, {settings.num_steps - 1} intervals"]
     words += [f"{name}={_short(value)}" for name, value in settings.options.items()]
     words += [f"afs={settings.afs}"] if settings.afs else []
-    words += [name for name in ("denoise_to_zero", "original_code") if getattr(settings, name)]
+    others = changed(settings, but=(*SHARED, *SCHEDULE_NAMES, "sigmas_net", "options", "afs"))
+    words += [name if value is True else f"{name}={_short(value)}" for name, value in others.items()]
     return ", ".join(words)
 
 
@@ -565,35 +559,35 @@ def together(work: Callable[[], None]) -> None:
     distributed.agree(error)
 
 
-def prepare(options: dict, given: set[str], device: torch.device) -> tuple[Comparison, list[Job]]:
+def prepare(options: CompareOptions, device: torch.device) -> tuple[Comparison, list[Job]]:
     """Everything that can be wrong is found here, before anything is written."""
-    if options["num_reference"] is None:
-        options = options | {"num_reference": min(256, options["num"])}
-    protocol = Protocol(options["seed"], options["num"], options["groups"], options["num_reference"])
+    if options.num_reference is None:
+        options = replace(options, num_reference=min(256, options.num))
+    protocol = Protocol(options.seed, options.num, options.groups, options.num_reference)
     protocol.check()
-    nfes = parse_nfe(options["nfe"])
-    methods = make_methods(options, given)
-    if options["ref"] is None and options["dataset_name"] == zoo.CUSTOM:
+    nfes = parse_nfe(options.nfe)
+    methods = make_methods(options)
+    if options.ref is None and options.network.dataset_name == zoo.CUSTOM:
         raise UserError("--dataset_name=custom has no reference statistics: give --ref (fid.py ref makes them)")
-    folder = Path(options["outdir"] or f"runs/compare-{options['dataset_name']}")
+    folder = options.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--outdir={folder} is a file; choose a folder")
     check_destination(folder / "results.csv", "--outdir")
-    options = options | {"outdir": str(folder), "class_idx": None}
     seeds = list(range(protocol.first, protocol.first + protocol.num))
-    options["prompt"] = zoo.resolve_prompts(options["prompt"])
-    prompts = read_text(options["prompt"], options["dataset_name"], seeds)
-    net = open_network(methods[0].settings, options, None, device)
-    check_text(net, options["dataset_name"], options, prompts)
-    target = find_reference(options["ref"] or options["dataset_name"])
-    detector = choose_detector(options["detector"], target, device, options["trust"])
+    options = replace(options, text=options.text.resolve())
+    prompts = options.text.read(options.network.dataset_name, seeds)
+    net = open_network(methods[0].settings, options.compute, device)
+    check_network(net, methods[0].settings, None, device)
+    options.text.prepare(net, options.network.dataset_name, prompts)
+    target = find_reference(options.reference_name)
+    detector = choose_detector(options.detector, target, device, options.trust)
     # As many columns as fit beside each other; fewer of large images, which the page carries along.
     protocol = replace(protocol, shown=min(protocol.num, 16, max(4, 2**16 // net.img_resolution**2)))
     comparison = Comparison(net, detector, target, protocol, options, device, prompts)
     jobs = make_jobs(comparison, methods, nfes)
     labels = list(dict.fromkeys(job.method.label for job in jobs))
-    if options["baseline"] not in (None, *labels):
-        raise UserError(f"--baseline={options['baseline']}: choose from the compared methods, {', '.join(labels)}")
+    if options.baseline not in (None, *labels):
+        raise UserError(f"--baseline={options.baseline}: choose from the compared methods, {', '.join(labels)}")
     return comparison, jobs
 
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from evaluation.jackknife import CONFIDENCE
-from sampling.settings import recorded_text
+from sampling.flags import recorded
 from tools.compare_run import SCORES, Comparison, Job, add_differences, describe_settings, difference
 from torch_utils.errors import MissingExtra
 from torch_utils.files import atomic_path
@@ -52,6 +52,7 @@ return up === '1' ? order : -order; }).forEach(row => body.append(row)); }));"""
 def make_facts(comparison: Comparison, command: str) -> dict:
     """What is needed to repeat the comparison."""
     net, detector, protocol, options = comparison.net, comparison.detector, comparison.protocol, comparison.options
+    compute = options.compute
     last = protocol.first + protocol.num - 1
     solution = (
         f"{comparison.reference.solver}, {describe_settings(comparison.reference)}, {comparison.reference_nfe} evaluations,"
@@ -59,22 +60,22 @@ def make_facts(comparison: Comparison, command: str) -> dict:
     )
     texts = {
         name: text if isinstance(text, str) else f"{text['file']}, SHA-256 {text['sha256']}"
-        for name, text in recorded_text(options).items()
+        for name, text in recorded(options.text).items()
     }
     return {
         "command": command,
-        "dataset_name": options["dataset_name"],
-        **({"baseline": options["baseline"]} if options["baseline"] else {}),
+        "dataset_name": options.network.dataset_name,
+        **({"baseline": options.baseline} if options.baseline else {}),
         **texts,
         "network": f"{Path(net.source_path).name}, SHA-256 {net.weights_hash}",
         "detector": f"{detector.name} ({detector.file}, SHA-256 {detector.digest})",
-        "FID reference": f"{options['ref'] or options['dataset_name']}, {comparison.target.num or 'unknown number of'} images",
+        "FID reference": f"{options.reference_name}, {comparison.target.num or 'unknown number of'} images",
         "seeds": f"{protocol.first}-{last}, {protocol.groups} groups (seed {protocol.first} + i is in group i mod"
         f" {protocol.groups})",
         "reference solution": solution if protocol.num_reference else "none",
         "sigma": f"{comparison.range[0]:g} to {comparison.range[1]:g}",
-        "amp": options["amp"],
-        "compile": options["compile"],
+        "amp": compute.amp,
+        "compile": compute.compile,
         "code": comparison.code,
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -85,7 +86,7 @@ def make_facts(comparison: Comparison, command: str) -> dict:
 def make_notes(comparison: Comparison, rows: list[dict]) -> list[str]:
     """What the numbers mean, and what they do not."""
     protocol, detector = comparison.protocol, comparison.detector
-    share, baseline = round(100 * CONFIDENCE), comparison.options["baseline"]
+    share, baseline = round(100 * CONFIDENCE), comparison.options.baseline
     notes = [
         "NFE: network evaluations per image really spent. Where a method cannot spend what was asked for, it has the row"
         " of the nearest number below (or of its least).",
@@ -333,8 +334,8 @@ def page(rows: list[dict], facts: dict, notes: list[str], plots: str, pictures: 
 def write_report(comparison: Comparison, jobs: list[Job], command: str) -> str:
     """Writes the four files into the comparison's folder; returns the text of results.md."""
     rows = [comparison.row(job) for job in jobs]
-    if comparison.options["baseline"] is not None:
-        rows = add_differences(rows, comparison.options["baseline"])
+    if comparison.options.baseline is not None:
+        rows = add_differences(rows, comparison.options.baseline)
     facts, notes = make_facts(comparison, command), make_notes(comparison, rows)
     markdown = markdown_text(rows, facts, notes)
 

@@ -1,0 +1,85 @@
+"""The texts of text-to-image networks: the flags that say them, captions by seeds, their record."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from models import use_tokenizer, zoo
+from sampling.flags import CHANGED, flag
+from sampling.folder import format_seeds
+from sampling.generate import _text_of
+from torch_utils.cli import PATH
+from torch_utils.errors import UserError
+from torch_utils.files import sha256_of
+from torch_utils.prompts import FILES, read_prompts
+from torch_utils.seeds import SeededGenerators
+
+PROMPT_HELP = (
+    "Text-to-image networks: a text for all images, or a .txt (one a line) or .csv file of captions,"
+    f" {{}}; {zoo.COCO_30K}: the 30,000 captions of MS-COCO, downloaded"
+)
+
+
+def _is_file_of_prompts(prompt: str) -> bool:
+    return Path(prompt).suffix.lower() in FILES
+
+
+def _recorded(prompt: str) -> str | dict:
+    """The text, of a file its name and checksum."""
+    return {"file": Path(prompt).name, "sha256": sha256_of(prompt)} if _is_file_of_prompts(prompt) else prompt
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """What is said to a text-to-image network."""
+
+    prompt: str | None = flag(
+        PROMPT_HELP.format("the number of a caption being its seed"),
+        kind=PATH,
+        metavar="TEXT|FILE",
+        record=CHANGED,
+        record_as=_recorded,
+    )
+    negative_prompt: str | None = flag(
+        "What the guidance leads away from (default: an empty text)", metavar="TEXT", record=CHANGED
+    )
+    tokenizer_path: str | None = flag("Tokenizer of Stable Diffusion (default: from the hub)", kind=PATH, metavar="DIR")
+
+    def resolve(self) -> "TextOptions":
+        """The same with the file of a named set of captions, which may be downloaded, in place of its name."""
+        return replace(self, prompt=zoo.resolve_prompts(self.prompt))
+
+    def read(self, dataset_name: str, seeds: list[int]) -> str | dict[int, str] | None:
+        """What --prompt says: a text for all images, or the captions of a .txt or .csv file by their seeds."""
+        card = zoo.find_card(dataset_name)
+        if self.prompt is None and card is not None and card.takes_prompts:  # said before gigabytes are read
+            raise _text_is_missing(dataset_name)
+        if self.prompt is None or not _is_file_of_prompts(self.prompt):
+            return self.prompt
+        captions = read_prompts(self.prompt)
+        without = [seed for seed in seeds if seed not in captions]
+        if without:
+            raise UserError(
+                f"{self.prompt} has no caption for seeds {format_seeds(without)[:60]}; it has them for --seeds="
+                f"{format_seeds(captions)[:60]}"
+            )
+        return captions
+
+    def prepare(self, net, dataset_name: str, prompts) -> None:
+        """Gives the network its tokenizer; UserError where prompts are missing, of no use, or cannot be encoded."""
+        if not getattr(net, "takes_prompts", False):
+            for name, value in vars(self).items():
+                if value is not None:
+                    raise UserError(f"--{name}: {dataset_name} is no text-to-image network; leave it out")
+            return
+        if prompts is None:
+            raise _text_is_missing(dataset_name)
+        if self.negative_prompt is not None and net.evals_per_call == 1:
+            raise UserError("--negative_prompt has no effect without classifier-free guidance; leave it out")
+        if self.tokenizer_path is not None:
+            use_tokenizer(net, self.tokenizer_path)
+        seed = next(iter(prompts)) if isinstance(prompts, dict) else 0
+        net.make_cond(SeededGenerators([seed]), **_text_of([seed], prompts, self.negative_prompt))
+
+
+def _text_is_missing(dataset_name: str) -> UserError:
+    return UserError(f"{dataset_name} needs a text: give --prompt=TEXT, or --prompt=FILE with captions (.txt or .csv)")
