@@ -169,16 +169,13 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
     folder = Folder(Path(options["outdir"] or default), options["subdirs"], options["return_inters"])
     distributed.barrier()  # nothing is written before every process has got so far
     with ExitStack() as locks:
-        place, todo, error = None, None, None
-        if distributed.rank() == 0 and options["save_images"]:
-            try:
+        place, todo = None, None
+        with distributed.together():
+            if distributed.rank() == 0 and options["save_images"]:
                 place, todo = begin_folder(
                     folder, options["outdir"] is None, locks, record, seeds, options["overwrite"]
                 )
                 folder = place.folder
-            except Exception as exc:  # raised by agree(), on every rank
-                error = exc
-        distributed.agree(error)
         if stream is not None:  # features come from images as they are made: those of an earlier run are made again
             todo = seeds
         todo, folder = distributed.broadcast_object((todo, folder))
@@ -187,7 +184,7 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
         started = time.perf_counter()
         generate = generate_fitting if options["batch"] == AUTO else partial(generate_images, batch=options["batch"])
         advice = f"lower --batch (now {options['batch']}), or --batch=auto"
-        try:
+        with distributed.together():
             batches = generate(
                 net,
                 share,
@@ -209,9 +206,6 @@ def run(options: dict, given: set[str], device: torch.device, schedule: Schedule
             ):
                 target = folder if options["save_images"] else None
                 write_images(until_stopped(batches, received), target, nfe, bar, stream)
-        except Exception as exc:  # raised by agree(), on every rank
-            error = exc
-        distributed.agree(error)
         seconds = time.perf_counter() - started
         if distributed.rank() == 0:
             if place is not None:

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -555,16 +555,6 @@ def share_out(costs: list[float], processes: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def together(work: Callable[[], None]) -> None:
-    """Runs this process's part of the work; an error anywhere ends all processes, with its message."""
-    error = None
-    try:
-        work()
-    except Exception as exc:  # raised by agree(), on every rank
-        error = exc
-    distributed.agree(error)
-
-
 def prepare(options: dict, given: set[str], device: torch.device) -> tuple[Comparison, list[Job]]:
     """Everything that can be wrong is found here, before anything is written."""
     if options["num_reference"] is None:
@@ -638,5 +628,6 @@ def compute(comparison: Comparison, jobs: list[Job]) -> int:
                 comparison.finish(job)
 
     for stage in (try_out, solve, measure, finish):
-        together(stage)
+        with distributed.together():
+            stage()
     return len(pending)

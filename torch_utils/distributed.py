@@ -364,6 +364,16 @@ def together():
     agree(error)
 
 
+def on_main(function, *arguments):
+    """Calls the function on rank 0, once all ranks have got here; all get its result, or its error."""
+    wait_for_all()
+    result = None
+    with together():
+        if rank() == 0:
+            result = function(*arguments)
+    return broadcast_object(result)
+
+
 @contextmanager
 def local_main_first():
     """The first process of each machine runs the block before the others do (downloads, caches).

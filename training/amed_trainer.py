@@ -14,6 +14,7 @@ import torch
 from solvers.sampler import afs_direction
 from solvers.schedule_file import Schedule
 from torch_utils import distributed
+from torch_utils.distributed import on_main
 from torch_utils.errors import UserError
 from torch_utils.memory import AUTO
 from torch_utils.seeds import stream_seeds
@@ -30,7 +31,6 @@ from training.run import (
     resume_run,
     working_folder,
 )
-from training.run_folder import on_main
 from training.teacher import draw_inputs
 
 STATISTICS = ("loss", "r", "scale_dir", "scale_time")  # per interval, means over the batch

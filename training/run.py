@@ -17,6 +17,7 @@ from tqdm import tqdm
 from models import create_model, use_tokenizer, zoo
 from models.compile import prepare_network
 from torch_utils import distributed
+from torch_utils.distributed import on_main
 from torch_utils.errors import UserError
 from torch_utils.files import remove_leftovers, sha256_of
 from torch_utils.locks import only_command
@@ -31,7 +32,6 @@ from training.run_folder import (
     RunLog,
     create_run_folder,
     newest_state,
-    on_main,
     save_state,
     use_folder,
     write_json,

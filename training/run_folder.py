@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from torch_utils import distributed
+from torch_utils.distributed import on_main as on_main  # for importers of this module
 from torch_utils.errors import UserError, parse_json
 from torch_utils.files import atomic_path, read_json
 from torch_utils.progress import say
@@ -153,19 +154,6 @@ def load_newest_state(folder) -> dict:
 def write_json(path, value) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def on_main(function, *arguments):
-    """Calls the function on the first process, once all have got here; its result or UserError reaches all of them."""
-    distributed.wait_for_all()
-    result = error = None
-    if distributed.rank() == 0:
-        try:
-            result = function(*arguments)
-        except UserError as exc:  # raised on every process by agree()
-            error = exc
-    distributed.agree(error)
-    return distributed.broadcast_object(result)
 
 
 def _value(line: bytes, key: str) -> float:

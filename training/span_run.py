@@ -12,6 +12,7 @@ import torch
 from models.denoiser import embedding_layer
 from solvers.span_table import SpanSolver
 from torch_utils import distributed
+from torch_utils.distributed import on_main
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
 from torch_utils.memory import AUTO, explained_oom
@@ -19,7 +20,7 @@ from torch_utils.progress import progress_bar
 from training.checkpoint import save_predictor
 from training.options import SpanOptions, grid_sigmas
 from training.run import Run, check_state, fitting_batch_gpu, numbers, prepare, provenance_of, restore, working_folder
-from training.run_folder import newest_state, on_main
+from training.run_folder import newest_state
 from training.sample_loss import PairLoss
 from training.span_trainer import PATIENCE, STATISTICS, NotFinite, SpanTrainer, measure
 from training.teacher import TeacherSet, draw_condition, draw_inputs, file_of, identity_of, teacher_set

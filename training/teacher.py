@@ -11,12 +11,12 @@ import torch
 from solvers.sampler import sample
 from solvers.solver import SOLVERS
 from torch_utils import distributed
+from torch_utils.distributed import on_main, together
 from torch_utils.errors import UserError
 from torch_utils.memory import explained_oom
 from torch_utils.progress import progress_bar
 from torch_utils.seeds import SeededGenerators, stream_seeds
 from torch_utils.tensor_file import json_entry, read_safetensors, write_safetensors
-from training.run_folder import on_main
 
 
 def draw_inputs(net, seeds: Sequence[int], prompts: Sequence[str] | None = None, dtype=torch.float32, device="cpu"):
@@ -165,43 +165,40 @@ def _compute(net, settings: TeacherSettings, prompts, batch: int, device) -> dic
     """Images, states and levels of all samples, on the CPU of every process."""
     rank, world = distributed.rank(), distributed.world_size()
     starts = range(0, settings.count, batch)
-    mine, error = {}, None
+    mine: dict[int, tuple] = {}
     rows = torch.linspace(0, settings.num_steps - 1, min(LEVELS, settings.num_steps)).round().long()
     levels, options = None, {}
     if "thresholding" in SOLVERS[settings.solver].options:
         options["thresholding"] = False  # it leaves the solution of the ODE
-    try:
-        with (
-            explained_oom(device, f"lower --batch-gpu (now {batch})"),
-            progress_bar(len(starts[rank::world]), unit="batch", desc="teacher", leave=False) as bar,
-        ):
-            for start in starts[rank::world]:
-                indices = range(start, min(start + batch, settings.count))
-                latents, cond = draw_inputs(net, _seeds(settings, indices), prompts, device=device)
-                states, info = sample(
-                    net,
-                    latents,
-                    solver=settings.solver,
-                    num_steps=settings.num_steps,
-                    schedule_type=settings.schedule_type,
-                    schedule_rho=settings.schedule_rho,
-                    sigma_min=settings.sigma_min,
-                    sigma_max=settings.sigma_max,
-                    cond=cond,
-                    return_trajectory=True,
-                    return_info=True,
-                    **options,
-                )
-                if not states[-1].isfinite().all():
-                    raise UserError(f"the teacher {settings.solver} makes images that are not finite: choose another")
-                if settings.states and len(states) != settings.num_steps:
-                    raise UserError(f"the teacher {settings.solver} skips time stamps: choose another, or --w_anchor=0")
-                levels = info.sigmas.cpu()
-                mine[start] = (states[-1].float().cpu(), states[rows].float().cpu() if settings.states else None)
-                bar.update()
-    except UserError as exc:  # raised on every process by agree()
-        error = exc
-    distributed.agree(error)
+    with (
+        together(),
+        explained_oom(device, f"lower --batch-gpu (now {batch})"),
+        progress_bar(len(starts[rank::world]), unit="batch", desc="teacher", leave=False) as bar,
+    ):
+        for start in starts[rank::world]:
+            indices = range(start, min(start + batch, settings.count))
+            latents, cond = draw_inputs(net, _seeds(settings, indices), prompts, device=device)
+            states, info = sample(
+                net,
+                latents,
+                solver=settings.solver,
+                num_steps=settings.num_steps,
+                schedule_type=settings.schedule_type,
+                schedule_rho=settings.schedule_rho,
+                sigma_min=settings.sigma_min,
+                sigma_max=settings.sigma_max,
+                cond=cond,
+                return_trajectory=True,
+                return_info=True,
+                **options,
+            )
+            if not states[-1].isfinite().all():
+                raise UserError(f"the teacher {settings.solver} makes images that are not finite: choose another")
+            if settings.states and len(states) != settings.num_steps:
+                raise UserError(f"the teacher {settings.solver} skips time stamps: choose another, or --w_anchor=0")
+            levels = info.sigmas.cpu()
+            mine[start] = (states[-1].float().cpu(), states[rows].float().cpu() if settings.states else None)
+            bar.update()
     parts: dict[int, tuple] = {}
     for part in distributed.gather_objects(mine):
         parts |= part
