@@ -24,8 +24,7 @@ from models.noise import VPTime
 from solvers.sampler import integrate, resolve_sigmas, sample
 from solvers.schedule_file import load_schedule
 from solvers.schedules import SCHEDULES, check_sigmas
-from solvers.search.gits import check_teacher
-from solvers.solver import Option
+from solvers.solver import Option, check_teacher
 from torch_utils import distributed
 from torch_utils.errors import UserError
 from training.sample_loss import PairLoss, parse_loss

@@ -8,6 +8,7 @@ import torch
 
 from models.denoiser import read_bottleneck
 from solvers import SOLVERS, Sampler, Solver, State, get_schedule, make_solver, refine, resolve_sigmas
+from solvers.solver import teachers
 from torch_utils.errors import UserError
 from training.predictor import DEFAULTS
 
@@ -23,7 +24,7 @@ def make_solvers(config: dict) -> tuple[Solver, Solver]:
     teacher = make_solver(config["sampler_tea"], common=common)
     if not student.can_learn:
         raise UserError(f"sampler_stu={config['sampler_stu']} cannot take a predictor")
-    if not teacher.can_teach:
+    if teacher.name not in teachers(per_step=True):
         raise UserError(f"sampler_tea={config['sampler_tea']} cannot be a teacher")
     return student, teacher
 
@@ -117,8 +118,8 @@ class DistillationLoss:
         """Whether the student asks the network at the start of interval k, at a point of the teacher's trajectory."""
         if k == 0 and self.config["afs"]:
             return False
-        own, teachers = self.sigmas[k].item(), self.teacher_sigmas[k * (self.extra + 1)].item()
-        return (k == 0 or self.student_solver.one_step) and math.isclose(own, teachers, rel_tol=1e-12)
+        own, sigma_tea = self.sigmas[k].item(), self.teacher_sigmas[k * (self.extra + 1)].item()
+        return (k == 0 or self.student_solver.one_step) and math.isclose(own, sigma_tea, rel_tol=1e-12)
 
     def student_step(self, predictor, x, step_idx, target, cond=None, start=None):
         """One interval of the student from x [B,C,H,W] at sigmas[step_idx], with gradients.

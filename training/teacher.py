@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from solvers.sampler import sample
-from solvers.solver import SOLVERS
+from solvers.solver import SOLVERS, teachers
 from torch_utils import distributed
 from torch_utils.distributed import on_main, together
 from torch_utils.errors import UserError
@@ -62,7 +62,8 @@ class TeacherSettings:
     states: bool = False
 
     def __post_init__(self):
-        check_teacher(self.solver)
+        if self.solver not in teachers():
+            raise UserError(f"sampler_tea={self.solver} cannot make teacher pairs: choose from {', '.join(teachers())}")
         if self.num_steps < 3:
             raise UserError(f"num_steps_tea={self.num_steps}: a teacher needs at least 3 time stamps")
         for name in ("pairs", "validation"):
@@ -72,16 +73,6 @@ class TeacherSettings:
     @property
     def count(self) -> int:
         return self.pairs + self.validation
-
-
-def teachers() -> list[str]:
-    """Solvers that can make pairs: those that need no predictor and draw no noise."""
-    return [name for name, solver in SOLVERS.items() if not solver.needs_predictor and not solver.stochastic]
-
-
-def check_teacher(solver: str) -> None:
-    if solver not in teachers():
-        raise UserError(f"sampler_tea={solver} cannot make teacher pairs: choose from {', '.join(teachers())}")
 
 
 class TeacherSet:
