@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.edm import EDMDenoiser, load_edm_network, save_edm_safetensors
 from models.edm_unet import count_parameters
+from models.inputs import draw_inputs
 from solvers import sample
 from solvers.schedule_file import Schedule, load_schedule
 from torch_utils import distributed
@@ -141,12 +142,10 @@ def load_data(path, cond, gaps=False):
 def save_grid(net, path, device, columns=10):
     """A grid of columns^2 images of fixed seeds, Heun with 18 stamps."""
     from torch_utils.images import image_grid, save_image, to_uint8
-    from torch_utils.seeds import SeededGenerators
 
-    generators = SeededGenerators(range(columns * columns))
-    latents = generators.randn([net.img_channels, net.img_resolution, net.img_resolution]).to(device)
+    latents, cond = draw_inputs(net, range(columns * columns), device=device)
     with torch.no_grad():
-        images = sample(net, latents, solver="heun", num_steps=18, cond=net.make_cond(generators))
+        images = sample(net, latents, solver="heun", num_steps=18, cond=cond)
     save_image(image_grid(to_uint8(images), columns), path)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from models.inputs import draw_inputs
 from solvers.sampler import afs_direction
 from solvers.schedule_file import Schedule
 from torch_utils import distributed
@@ -31,7 +32,6 @@ from training.run import (
     resume_run,
     working_folder,
 )
-from training.teacher import draw_inputs
 
 STATISTICS = ("loss", "r", "scale_dir", "scale_time")  # per interval, means over the batch
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from models.denoiser import embedding_layer
+from models.inputs import draw_condition, draw_inputs
 from solvers.span_table import SpanSolver
 from torch_utils import distributed
 from torch_utils.distributed import on_main
@@ -23,7 +24,7 @@ from training.run import Run, check_state, fitting_batch_gpu, numbers, prepare, 
 from training.run_folder import newest_state
 from training.sample_loss import PairLoss
 from training.span_trainer import PATIENCE, STATISTICS, NotFinite, SpanTrainer, measure
-from training.teacher import TeacherSet, draw_condition, draw_inputs, file_of, identity_of, teacher_set
+from training.teacher import TeacherSet, file_of, identity_of, teacher_set
 
 FINALISTS = 3  # starts that are trained for a moment before one is chosen
 

@@ -1,4 +1,4 @@
-"""What a trajectory starts from: noise and a condition that depend on the sample's seed alone."""
+"""The teacher of a trajectory objective: pairs of noise and image, computed once and kept in a file."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from models.inputs import draw_inputs
 from solvers.sampler import sample
 from solvers.solver import SOLVERS, teachers
 from torch_utils import distributed
@@ -15,27 +16,8 @@ from torch_utils.distributed import on_main, together
 from torch_utils.errors import UserError
 from torch_utils.memory import explained_oom
 from torch_utils.progress import progress_bar
-from torch_utils.seeds import SeededGenerators, stream_seeds
+from torch_utils.seeds import stream_seeds
 from torch_utils.tensor_file import json_entry, read_safetensors, write_safetensors
-
-
-def draw_inputs(net, seeds: Sequence[int], prompts: Sequence[str] | None = None, dtype=torch.float32, device="cpu"):
-    """(unit-variance noise [B,C,H,W], keyword arguments of net) of these seeds.
-
-    prompts: for text-to-image networks, of which every sample draws one.
-    """
-    generators = SeededGenerators(seeds)
-    latents = generators.randn([net.img_channels, net.img_resolution, net.img_resolution], dtype).to(device)
-    return latents, draw_condition(net, generators, prompts)
-
-
-def draw_condition(net, generators: SeededGenerators, prompts: Sequence[str] | None = None) -> dict:
-    """Keyword arguments of net: a class, or one of the prompts, for every generator."""
-    if prompts is not None:
-        numbers = generators.randint(len(prompts)).tolist()
-        return net.make_cond(generators, prompts=[prompts[number] for number in numbers])
-    return net.make_cond(generators) if net.label_dim else {}
-
 
 FORMAT = "teacher-set"
 LEVELS = 12  # noise levels at which states are kept
