@@ -1,6 +1,5 @@
 """One run of sample.py: everything between the flags and the last file."""
 
-import json
 import platform
 import sys
 import time
@@ -22,7 +21,7 @@ from sampling.settings import Settings, check_text, open_network, open_predictor
 from solvers.schedule_file import Schedule
 from torch_utils import distributed
 from torch_utils.errors import UserError
-from torch_utils.files import atomic_path
+from torch_utils.files import write_json
 from torch_utils.images import ImageWriter, image_grid, to_pixels, to_uint8
 from torch_utils.memory import AUTO, explained_oom
 from torch_utils.progress import progress_bar
@@ -141,8 +140,7 @@ def report_fid(stream: StreamedFID, options: dict, record: dict, source: str) ->
         return
     if options["fid_json"] is not None:
         content = asdict(result) | {"sampling": record | {"seeds": format_seeds(parse_seeds(options["seeds"]))}}
-        with atomic_path(options["fid_json"]) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(options["fid_json"], content)
     print(result.line(), flush=True)
 
 

@@ -32,9 +32,9 @@ from solvers.schedule_file import load_schedule
 from solvers.schedules import SCHEDULE_NAMES
 from tools.compare_methods import GUIDANCE, NFE_MARK, POLYNOMIAL, Method, choose_steps, make_methods, parse_nfe
 from torch_utils import distributed
-from torch_utils.arrays import read_npz
+from torch_utils.arrays import read_npz, write_npz
 from torch_utils.errors import UserError
-from torch_utils.files import atomic_path, check_destination
+from torch_utils.files import check_destination
 from torch_utils.images import to_uint8
 from torch_utils.memory import explained_oom
 from torch_utils.progress import progress_bar
@@ -174,11 +174,6 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: a damaged file of the cache ({exc}); delete it and run again") from None
 
 
-def write_arrays(path: Path, **arrays) -> None:
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-
-
 class Comparison:
     """The network, the detector, the protocol and the cache of one comparison.
 
@@ -312,7 +307,9 @@ class Comparison:
         for result, quantised, _ in self.generate("the reference", self.reference, self.reference_nfe, None, seeds):
             images.append(_visible(result.images).numpy())
             features.append(self.detector(quantised).cpu().numpy())
-        write_arrays(self.solution_file(group), images=np.concatenate(images), features=np.concatenate(features))
+        write_npz(
+            self.solution_file(group), compressed=True, images=np.concatenate(images), features=np.concatenate(features)
+        )
 
     def measure(self, job: Job, group: int) -> None:
         """One unit of work: everything that is known of one group of a job, in one file."""
@@ -337,8 +334,9 @@ class Comparison:
             seconds += took
             done += len(quantised)
         mu, sigma = statistics.moments()
-        write_arrays(
+        write_npz(
             self.part_file(job, group),
+            compressed=True,
             mu=mu,
             sigma=sigma,
             count=done,
@@ -364,8 +362,9 @@ class Comparison:
         def fid(chosen: list) -> float:
             return frechet_distance(*pool_moments(chosen), self.target.mu, self.target.sigma)
 
-        write_arrays(
+        write_npz(
             self.result_file(job),
+            compressed=True,
             fid=fid(moments),
             fid_left_out=np.array([fid(others) for others in without_each_group(moments)]),
             **{name: np.array([part[name] for part in parts]) for name in ("count", "seconds", "how", "code")},

@@ -39,7 +39,7 @@ from torch_utils import distributed
 from torch_utils.cli import PATH, SEED, Command, Number
 from torch_utils.distributed import on_main
 from torch_utils.errors import UserError
-from torch_utils.files import sha256_of
+from torch_utils.files import sha256_of, write_json
 from torch_utils.images import ImageSource, count_classes, load_array
 from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom
@@ -48,7 +48,7 @@ from torch_utils.safe_pickle import safe_load
 from torch_utils.seeds import stream_seeds
 from torch_utils.session import Interrupted, any_signal, deferred_signals, session
 from torch_utils.tensor_file import write_state
-from training.run_folder import OPTIONS_FILE, RunLog, write_json
+from training.run_folder import OPTIONS_FILE, RunLog
 
 STATE_FILE = "training-state.pt"
 LR, LR_OF_INIT = 2e-3, 1e-4

@@ -19,7 +19,7 @@ from models.compile import prepare_network
 from torch_utils import distributed
 from torch_utils.distributed import on_main
 from torch_utils.errors import UserError
-from torch_utils.files import remove_leftovers, sha256_of
+from torch_utils.files import remove_leftovers, sha256_of, write_json
 from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom, is_out_of_memory, release_memory
 from torch_utils.progress import progress_bar
@@ -34,7 +34,6 @@ from training.run_folder import (
     newest_state,
     save_state,
     use_folder,
-    write_json,
 )
 
 

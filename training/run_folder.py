@@ -151,11 +151,6 @@ def load_newest_state(folder) -> dict:
     return state
 
 
-def write_json(path, value) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
 def _value(line: bytes, key: str) -> float:
     try:
         return float(parse_json(line)[key])
