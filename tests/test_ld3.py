@@ -357,7 +357,7 @@ def test_processes_go_on_from_a_round_that_all_have(rounds, monkeypatch):
     trainer = trained(problem())
     snapshots = []
     for trainer.round in range(4):
-        snapshots.append(trainer.snapshot())
+        snapshots.append(trainer.state())
     state = {
         "targets": [pairs.targets for pairs in trainer.calls],
         "snapshots": snapshots[rounds[0] - 1 : rounds[0] + 1],

@@ -311,8 +311,10 @@ def barrier() -> None:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, in place; returns the tensor."""
+    """Sum over ranks, in place; returns the tensor. It may lie on the CPU under NCCL, too."""
     if dist.is_initialized():
+        if dist.get_backend() == "nccl" and not tensor.is_cuda:
+            return tensor.copy_(all_reduce_sum(tensor.cuda()))
         dist.all_reduce(tensor)
     return tensor
 
