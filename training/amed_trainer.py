@@ -177,7 +177,7 @@ class AMEDRun(Run):
     def failure_text(self, error: NotFinite) -> str:
         cur, nxt = self.trainer.sigmas[error.interval : error.interval + 2].tolist()
         return (
-            f"the loss is not finite in iteration {self.trainer.iteration + 1} ({self.nimg / 1000:g} kimg), interval "
+            f"the loss is not finite in iteration {self.trainer.iteration + 1} ({self.kimg:g} kimg), interval "
             f"{error.interval} (sigma {cur:.4g} -> {nxt:.4g}), rank {', '.join(map(str, error.ranks))}; the state "
             f"before it is kept in {self.folder}: check the network, or start again with a smaller --lr or --amp=none"
         )

@@ -93,6 +93,11 @@ class BaseRun:
     def nimg(self) -> int:
         return self.trainer.iteration * self.options.batch
 
+    @property
+    def kimg(self) -> float:
+        """Thousands of samples trained on."""
+        return self.nimg / 1000
+
     def loop(self) -> None:
         """Trains to the end. Raises Interrupted after SIGINT or SIGTERM, with everything saved, and UserError, on every
         process, for a loss that is not finite."""
@@ -159,7 +164,7 @@ class Run(BaseRun):
         for line in self.describe(net):
             self.log.say(line)
         if resume:
-            self.log.say(f"from iteration {self.trainer.iteration} ({self.nimg / 1000:g} kimg)")
+            self.log.say(f"from iteration {self.trainer.iteration} ({self.kimg:g} kimg)")
         for line in notes:
             self.log.say(line)
         with explained_oom(self.trainer.device, f"lower --batch-gpu (now {self.trainer.chunk})"):
@@ -174,7 +179,7 @@ class Run(BaseRun):
         world = distributed.world_size()
         start = "python" if world == 1 else f"torchrun --standalone --nproc_per_node={world}"
         command = f"{start} train.py --resume={shlex.quote(str(self.folder))}"
-        self.log.say(f"Interrupted after {self.nimg / 1000:g} kimg; continue with: {command}")
+        self.log.say(f"Interrupted after {self.kimg:g} kimg; continue with: {command}")
         return ""
 
     def on_failure(self, error: NotFinite) -> None:
@@ -194,7 +199,7 @@ class Run(BaseRun):
 
         self._tick()
         if done or crosses(self.options.snap):
-            progress = {"kimg": self.nimg / 1000, "iteration": self.trainer.iteration, "date": date()}
+            progress = {"kimg": self.kimg, "iteration": self.trainer.iteration, "date": date()}
             self.save_result(progress)
         if done or crosses(self.options.dump):
             self.save_state()
@@ -205,10 +210,10 @@ class Run(BaseRun):
         means = torch.stack(self._collected).double().mean(dim=0)
         per_row = {name: means[:, column].tolist() for column, name in enumerate(self.columns)}
         pace = (now - self._tick_start) / kimg
-        record = {"kimg": self.nimg / 1000, "iteration": self.trainer.iteration, **per_row}
+        record = {"kimg": self.kimg, "iteration": self.trainer.iteration, **per_row}
         self.log.stats({**record, "sec": round(self.elapsed, 3), "sec_per_kimg": round(pace, 4)})
         shown = "  ".join(f"{name} {numbers(means[:, column])}" for column, name in enumerate(self.columns))
-        self.log.note(f"kimg {self.nimg / 1000:<8g} {shown}  sec {self.elapsed:.1f}  s/kimg {pace:.2f}")
+        self.log.note(f"kimg {self.kimg:<8g} {shown}  sec {self.elapsed:.1f}  s/kimg {pace:.2f}")
         self._collected, self._tick_start = [], now
 
     def save_state(self) -> None:
@@ -240,7 +245,7 @@ class Run(BaseRun):
         pace = torch.full_like(statistics[:, :1], seconds / self.options.batch * 1000)
         latest = torch.cat([statistics, pace], dim=1)
         self._smoothed = latest if self._smoothed is None else torch.lerp(self._smoothed, latest, 0.1)
-        kimg = f"{self.nimg / 1000:.2f}/{self.total * self.options.batch / 1000:.2f} kimg"
+        kimg = f"{self.kimg:.2f}/{self.total * self.options.batch / 1000:.2f} kimg"
         text = self.progress_text(self._smoothed[:, :-1])
         bar.set_postfix_str(f"{kimg} {text} {float(self._smoothed[0, -1]):.3g} s/kimg", refresh=False)
         bar.update()

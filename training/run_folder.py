@@ -139,15 +139,23 @@ def load_newest_state(folder) -> dict:
         )
     path = states[-1][1]
     try:
-        state = safe_load(path)
-        if not isinstance(state, dict) or not {"predictor", "optimizer", "iteration", "options"} <= state.keys():
-            raise ValueError("it is not a training state")
+        state = read_state(path, {"predictor", "optimizer", "iteration", "options"})
         if not isinstance(state["options"], dict) or not all(isinstance(name, str) for name in state["options"]):
-            raise ValueError("its options are damaged")
-    except Exception as error:  # whatever a damaged file provokes in torch
+            raise UserError(f"cannot read {path} (its options are damaged)")
+    except UserError as error:
         older = f"; delete it to continue from {states[-2][1].name}" if len(states) > 1 else ""
-        reason = str(error).strip().removeprefix(f"{path} ")[:160]
-        raise UserError(f"cannot read {path} ({reason}){older}") from None
+        raise UserError(f"{error}{older}") from None
+    return state
+
+
+def read_state(path: Path, entries: set[str]) -> dict:
+    """The training state in a file, on the CPU. Raises UserError if it is damaged or has not all of these entries."""
+    try:
+        state = safe_load(path)
+        if not isinstance(state, dict) or not entries <= state.keys():
+            raise ValueError("it is not a training state")
+    except Exception as error:  # whatever a damaged file provokes in torch
+        raise UserError(f"cannot read {path} ({str(error).strip().removeprefix(f'{path} ')[:160]})") from None
     return state
 
 

@@ -149,7 +149,7 @@ class SpanRun(Run):
     def failure_text(self, error: NotFinite) -> str:
         return (
             f"no finite gradient in {PATIENCE} iterations in a row, up to iteration {self.trainer.iteration + 1} "
-            f"({self.nimg / 1000:g} kimg); the last good state is kept in {self.folder}: check the network, or start "
+            f"({self.kimg:g} kimg); the last good state is kept in {self.folder}: check the network, or start "
             "again with smaller --lrs or --amp=none"
         )
 
