@@ -36,13 +36,13 @@ SETTINGS = {
 class Straightforward(Distiller):
     """The loop without anything shared."""
 
-    def step(self, micro_batches, lessons=None):
-        lessons = []
+    def step(self, micro_batches, teacher_targets=None):
+        teacher_targets = []
         for loss, (latents, cond) in zip(self.losses, micro_batches, strict=True):
-            lesson = loss.teach(latents * loss.sigma_max, cond)
-            lesson.starts.clear()
-            lessons.append(lesson)
-        return super().step(micro_batches, lessons)
+            targets = loss.run_teacher(latents * loss.sigma_max, cond)
+            targets.cached_evals.clear()
+            teacher_targets.append(targets)
+        return super().step(micro_batches, teacher_targets)
 
 
 @torch.no_grad()

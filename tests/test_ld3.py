@@ -53,7 +53,7 @@ def trained(problem, **changes):
     """A trainer in front of its first update."""
     trainer = Trainer(problem, options(**changes))
     trainer.deal()
-    trainer.teach()
+    trainer.run_teacher()
     trainer.round = 0
     trainer.start()
     return trainer

@@ -66,7 +66,7 @@ class Distiller(BaseTrainer):
         if teacher_cache is not None and (teacher_cache < batch or teacher_cache % batch):
             raise UserError(f"teacher_cache={teacher_cache} must be a multiple of the batch, {batch}")
         self.net, self.seed, self.prompts = net, seed, prompts
-        self.teacher_cache, self._taught = teacher_cache, {}
+        self.teacher_cache, self._cached = teacher_cache, {}
         self.device, self.dtype = torch.device(device), dtype
         self.split_batch(batch, batch_gpu)
         # A multistep student carries a history from interval to interval: one loss for each micro-batch.
@@ -110,32 +110,35 @@ class Distiller(BaseTrainer):
         """The next iteration; see ``step``."""
         if self.teacher_cache is None:
             return self.step(self.draw())
-        taught = []
+        cached = []
         for loss, first in zip(self.losses, self._firsts(), strict=True):
-            if first not in self._taught:
+            if first not in self._cached:
                 latents, cond = self._draw(first)
-                self._taught[first] = (latents, cond, loss.teach(latents * loss.sigma_max, cond))
-            taught.append(self._taught[first])
-        return self.step([(latents, cond) for latents, cond, _ in taught], [lesson for *_, lesson in taught])
+                self._cached[first] = (latents, cond, loss.run_teacher(latents * loss.sigma_max, cond))
+            cached.append(self._cached[first])
+        return self.step([(latents, cond) for latents, cond, _ in cached], [targets for *_, targets in cached])
 
     def step(
-        self, micro_batches: list[tuple[torch.Tensor, dict]], lessons: list[TeacherTargets] | None = None
+        self, micro_batches: list[tuple[torch.Tensor, dict]], teacher_targets: list[TeacherTargets] | None = None
     ) -> torch.Tensor:
         """One iteration; returns the statistics [intervals, 4] (see STATISTICS), means over all processes.
 
-        lessons: of the teacher on these micro-batches, if known. Raises NotFinite, on every process, where a loss is NaN
-        or infinite; predictor and optimizer are then as before.
+        micro_batches: (unit-variance noise [B,C,H,W], condition) of each.
+        teacher_targets: the teacher's of each micro-batch. Default: they are computed.
+
+        Raises NotFinite, on every process, if a loss is NaN or infinite; predictor and optimizer are
+        then as before.
         """
         before = self.state()
         xs = [latents * self.losses[0].sigma_max for latents, _ in micro_batches]
         conds = [cond for _, cond in micro_batches]
-        if lessons is None:
-            lessons = [loss.teach(*start) for loss, *start in zip(self.losses, xs, conds, strict=True)]
+        if teacher_targets is None:
+            teacher_targets = [loss.run_teacher(*start) for loss, *start in zip(self.losses, xs, conds, strict=True)]
         rows, own = [], []
         for k in range(self.intervals):
             self._buffer.zero_()
             for slot, loss in enumerate(self.losses):
-                target, start = lessons[slot].targets[k], lessons[slot].starts.get(k)
+                target, start = teacher_targets[slot].targets[k], teacher_targets[slot].cached_evals.get(k)
                 error, x_next = loss.student_step(self.predictor, xs[slot], k, target, conds[slot], start)
                 total = error.sum()
                 total.backward()

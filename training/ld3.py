@@ -225,7 +225,7 @@ class Trainer(BaseTrainer):
     def calls(self) -> list[Pairs]:
         return [pairs for batch in (*self.train, self.valid) for pairs in batch]
 
-    def teach(self) -> None:
+    def run_teacher(self) -> None:
         """Makes the teacher's images."""
         options, problem = self.options, self.problem
         settings = {
@@ -364,7 +364,7 @@ class Trainer(BaseTrainer):
         self.updates += 1
 
     @torch.no_grad()
-    def judge(self) -> float:
+    def validate_grid(self) -> float:
         """Validates the current grid: keeps it if it is the best, else sometimes lowers the learning rates."""
         sigmas, sigma_cond = self.levels()
         loss = self.validate(sigmas, sigma_cond)
@@ -395,7 +395,7 @@ class Trainer(BaseTrainer):
         for index in order.tolist():
             self.update(index)
             if self.updates % self.options["valid_every"] == 0 or self.updates == last:
-                loss = self.judge()
+                loss = self.validate_grid()
                 bar.set_postfix(valid=f"{loss:.4g}", best=f"{self.best['loss']:.4g}")
             bar.update()
 
@@ -407,7 +407,7 @@ class Trainer(BaseTrainer):
             state = problem.load_state()
         if not self.restore(state):
             with distributed.together():
-                self.teach()
+                self.run_teacher()
             self.start()
             self.before = self.state()
             self.save()
@@ -418,14 +418,14 @@ class Trainer(BaseTrainer):
                     self.round += 1
                     self.save()
             except NotFinite:
-                self.broken()
+                self.on_failure()
         distributed.print0(
             f"ld3: validation loss {self.best['loss']:.4g} after {self.best['updates']} of {self.updates} updates"
             f" (at the start {self.first:.4g}); {self.recomputed} evaluations by this process were repetitions for gradients"
         )
         return self.best["sigmas"], self.best["told"]
 
-    def broken(self) -> None:
+    def on_failure(self) -> None:
         """A loss or gradient was not finite: UserError if nothing better than the start is known yet."""
         if not self.best["updates"]:
             self.problem.drop_state()

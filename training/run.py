@@ -99,8 +99,11 @@ class BaseRun:
         return self.nimg / 1000
 
     def loop(self) -> None:
-        """Trains to the end. Raises Interrupted after SIGINT or SIGTERM, with everything saved, and UserError, on every
-        process, for a loss that is not finite."""
+        """Trains to the end.
+
+        Raises Interrupted after SIGINT or SIGTERM, with everything saved, and UserError, on every
+        process, for a loss that is not finite.
+        """
         with deferred_signals() as received, self.progress_bar() as bar:
             while not self.finished():
                 begin = time.monotonic()
@@ -117,8 +120,10 @@ class BaseRun:
 
 
 class Run(BaseRun):
-    """A distillation in its folder. Subclasses name the ``columns`` of the statistics, which are [rows, columns], and
-    say what is saved and what is shown.
+    """A distillation in its folder.
+
+    Subclasses name the ``columns`` of the trainer's statistics [rows, columns], and say what is
+    saved and what is shown.
 
     trainer: its ``evaluations`` is the NFE of the student.
     provenance: where the result comes from, for its file and the recorded options.
@@ -150,9 +155,11 @@ class Run(BaseRun):
         return self.folder / f"predictor-{self.nimg // 1000:06d}.safetensors"
 
     def train(self, net, resume: bool, notes: Sequence[str] = ()) -> Path:
-        """Records the options, says what is going to happen, and trains to the end; returns the file of the result.
+        """Records the options, describes the run and trains to the end; returns the result's file.
 
-        notes: further lines for the log. Raises what ``loop`` does, and UserError if the device's memory does not suffice.
+        resume: whether a run is continued. notes: further lines for the log. Default: none.
+
+        Raises what ``loop`` does, and UserError if the device's memory does not suffice.
         """
         if resume:  # files that a kill left, lines beyond the newest state
             on_main(remove_leftovers, self.folder)
@@ -228,7 +235,7 @@ class Run(BaseRun):
             "network_hash": self.provenance["network_hash"],
             "prompts_sha256": self.provenance.get("prompts_sha256"),
         }
-        on_main(save_state, self.folder, self.nimg // 1000, {**self.trainer.state(copied=False), **more})
+        on_main(save_state, self.folder, self.nimg // 1000, {**self.trainer.state(), **more})
         self._saved_at = self.trainer.iteration
 
     def progress_bar(self) -> tqdm:
@@ -366,7 +373,7 @@ def prepare(options: RunOptions, device: torch.device) -> tuple:
 def fitting_batch_gpu(probe_memory: Callable[[int], None], share: int, device) -> int:
     """The largest divisor of the share for which the memory of every process suffices.
 
-    rehearse(batch_gpu): does what needs the most. Raises UserError where not even one sample fits.
+    probe_memory(batch_gpu): does what needs the most memory. Raises UserError where not even one sample fits.
     """
     for batch_gpu in sorted((n for n in range(1, share + 1) if share % n == 0), reverse=True):
         fits = True

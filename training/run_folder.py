@@ -149,7 +149,10 @@ def load_newest_state(folder) -> dict:
 
 
 def read_state(path: Path, entries: set[str]) -> dict:
-    """The training state in a file, on the CPU. Raises UserError if it is damaged or has not all of these entries."""
+    """The training state in a file, on the CPU.
+
+    Raises UserError if it is damaged or lacks one of these entries.
+    """
     try:
         state = safe_load(path)
         if not isinstance(state, dict) or not entries <= state.keys():

@@ -3,6 +3,8 @@
 import copy
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from torch_utils import distributed
 
 
@@ -21,8 +23,9 @@ class NotFinite(Exception):
     def found(cls, own_finite: bool, interval: int | None = None) -> "NotFinite":
         """The exception to raise; every process calls this.
 
-        own_finite: whether the loss of this process is finite. All ranks are named if it is on each of them: then
-        the sum over processes is not.
+        own_finite: whether the loss of this process is finite. If it is on all of them, only their
+            sum is not, and all are named.
+        interval: see the class.
         """
         finite = distributed.gather_objects(own_finite)
         return cls([rank for rank, ok in enumerate(finite) if not ok] or range(len(finite)), interval)
@@ -31,16 +34,17 @@ class NotFinite(Exception):
 class BaseTrainer:
     """Base class: a training with a state that can be saved and restored.
 
-    Subclasses set ``device``, ``iteration`` (iterations done) and, with ``split_batch``, ``batch``, ``share`` and ``chunk``;
-    their ``iterate()`` does one iteration.
+    Subclasses set ``device`` and ``iteration``, the number of iterations done, and call
+    ``split_batch``; their ``iterate()`` does one iteration.
     """
 
     kept: Mapping[str, str] = {}  # entry of the state -> attribute: a module, an optimizer or a plain value
     iteration = 0
 
     def split_batch(self, batch: int, batch_gpu: int | None = None) -> None:
-        """Sets ``batch`` (samples per iteration), ``share`` (those of this process), ``chunk`` (per network call).
+        """Sets ``batch``, ``share`` (samples of this process) and ``chunk`` (per network call).
 
+        batch: samples per iteration over all processes.
         batch_gpu: samples per network call at most. Default: the whole share.
         """
         self.batch, self.share = batch, batch // distributed.world_size()
@@ -51,9 +55,16 @@ class BaseTrainer:
 
         copied: False for a state that is only written to a file: no memory for copies. Default: True.
         """
-        values = {entry: getattr(self, name) for entry, name in self.kept.items()}
-        parts = {k: dict(value.state_dict()) if hasattr(value, "state_dict") else value for k, value in values.items()}
-        return copy.deepcopy(parts) if copied else parts
+        state = {}
+        for entry, name in self.kept.items():
+            part = getattr(self, name)
+            value = dict(part.state_dict()) if hasattr(part, "state_dict") else part
+            if copied and isinstance(part, torch.nn.Module):  # dense copies, also of views
+                value = {key: tensor.clone() for key, tensor in value.items()}
+            elif copied:
+                value = copy.deepcopy(value)
+            state[entry] = value
+        return state
 
     def load_state(self, state: Mapping) -> None:
         """Restores a ``state``. Raises RuntimeError, ValueError or KeyError if it does not fit."""
