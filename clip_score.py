@@ -17,7 +17,6 @@ that `hf download <id> --local-dir <folder>` makes, and pass it. Under torchrun 
 itself takes --num for one of its own options.
 """
 
-import json
 from dataclasses import asdict
 
 import click
@@ -26,7 +25,7 @@ from evaluation.clip import DEFAULT_CLIP
 from evaluation.clip_score import calculate_clip_score
 from torch_utils import distributed
 from torch_utils.cli import PATH, SEED, Group, offline_flag
-from torch_utils.files import atomic_path, check_destination
+from torch_utils.files import check_destination, write_json
 from torch_utils.session import session
 
 
@@ -67,8 +66,7 @@ def calc(json_path, device, **options):
         result = calculate_clip_score(device=device, **options)
         if distributed.rank() == 0:
             if json_path is not None:
-                with atomic_path(json_path) as temporary:
-                    temporary.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+                write_json(json_path, asdict(result))
             print(result.line(), flush=True)
         distributed.barrier()
 

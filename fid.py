@@ -13,7 +13,6 @@ With --detector=digits (and --ref=digits) features come from the embedded digit 
 comparable with the usual, Inception FID.
 """
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from evaluation.frechet import Reference
 from torch_utils import distributed
 from torch_utils.cli import PATH, SEED, Group, offline_flag
 from torch_utils.errors import UserError
-from torch_utils.files import atomic_path, check_destination
+from torch_utils.files import check_destination, write_json
 from torch_utils.images import ImageSource
 from torch_utils.session import session
 
@@ -79,8 +78,7 @@ def calc(images, ref, num, seed, batch, detector, workers, feature_cache, json_p
         )
         if result is not None:
             if json_path is not None:
-                with atomic_path(json_path) as temporary:
-                    temporary.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+                write_json(json_path, asdict(result))
             print(result.line(), flush=True)
         distributed.barrier()
 

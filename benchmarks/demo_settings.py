@@ -23,6 +23,7 @@ import torch
 from evaluation.detectors import EMBEDDED, cache_dir, load_detector
 from evaluation.frechet import FeatureStatistics, Reference, frechet_distance
 from models import create_model, zoo
+from models.inputs import draw_noise
 from solvers import sample
 from tools.demo import HALVES
 from torch_utils.cli import Command
@@ -122,9 +123,8 @@ class Bench:
         self.dataset_name, self.num_reference = dataset_name, num_reference or num
         self.net = create_model(dataset_name).to(memory_format=torch.channels_last)
         self.batch, self.num = batch, num
-        shape = (self.net.img_channels, self.net.img_resolution, self.net.img_resolution)
         self.first = first
-        self.latents = SeededGenerators(range(first, first + num)).randn(shape)
+        self.latents = draw_noise(self.net, SeededGenerators(range(first, first + num)))
         self.detector = load_detector(dataset_name)
         self.target = Reference.load(zoo.resolve_fid_ref(dataset_name))
         self.reference = None

@@ -19,8 +19,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import create_model
+from models.inputs import draw_inputs
 from torch_utils.cli import Command
-from torch_utils.seeds import SeededGenerators, stream_seeds
+from torch_utils.seeds import stream_seeds
 from training.amed_trainer import Distiller
 from training.loss import DistillationLoss
 
@@ -35,25 +36,24 @@ SETTINGS = {
 class Straightforward(Distiller):
     """The loop without anything shared."""
 
-    def step(self, micro_batches, lessons=None):
-        lessons = []
+    def step(self, micro_batches, teacher_targets=None):
+        teacher_targets = []
         for loss, (latents, cond) in zip(self.losses, micro_batches, strict=True):
-            lesson = loss.teach(latents * loss.sigma_max, cond)
-            lesson.starts.clear()
-            lessons.append(lesson)
-        return super().step(micro_batches, lessons)
+            targets = loss.run_teacher(latents * loss.sigma_max, cond)
+            targets.cached_evals.clear()
+            teacher_targets.append(targets)
+        return super().step(micro_batches, teacher_targets)
 
 
 @torch.no_grad()
 def validation_loss(distiller: Distiller, samples: int, batch: int) -> float:
     """Mean over samples of the sum over intervals of the student's squared error; the seeds are of another stream."""
     loss = DistillationLoss(distiller.net, distiller.predictor.config)
-    shape = [distiller.net.img_channels, distiller.net.img_resolution, distiller.net.img_resolution]
     total = 0.0
     for first in range(0, samples, batch):
-        generators = SeededGenerators(stream_seeds(987654321, first, min(batch, samples - first)))
-        x = generators.randn(shape, distiller.dtype).to(distiller.device) * loss.sigma_max
-        cond = distiller.net.make_cond(generators) if distiller.net.label_dim else {}
+        seeds = stream_seeds(987654321, first, min(batch, samples - first))
+        latents, cond = draw_inputs(distiller.net, seeds, dtype=distiller.dtype, device=distiller.device)
+        x = latents * loss.sigma_max
         targets = loss.teacher_trajectory(x, cond)
         for k, target in enumerate(targets):
             error, x = loss.student_step(distiller.predictor, x, k, target, cond)

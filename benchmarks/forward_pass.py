@@ -22,10 +22,10 @@ from benchmarks.measuring import describe_machine, interleaved, spread, table
 from models import create_model, openai_unet
 from models import edm_unet as networks
 from models.compile import prepare_network
+from models.inputs import draw_inputs
 from solvers import sample
 from torch_utils.cli import Command
 from torch_utils.distributed import pick_device
-from torch_utils.seeds import SeededGenerators
 
 
 def explicit_attention(query, key, value):
@@ -103,9 +103,8 @@ def psnr(found: torch.Tensor, expected: torch.Tensor) -> float:
 def main(dataset_name, model_path, batch, repeats, compiled, device):
     device = pick_device(device)
     net = create_model(dataset_name, model_path, device=device)
-    generators = SeededGenerators(range(batch))
-    noise = generators.randn([net.img_channels, net.img_resolution, net.img_resolution]).to(device)
-    cond, sigma = net.make_cond(generators), torch.tensor(1.0, device=device)
+    noise, cond = draw_inputs(net, range(batch), device=device)
+    sigma = torch.tensor(1.0, device=device)
     calls, images = {}, {}
     for label, (network, original) in variants_of(net, device, compiled).items():
 

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from models import create_model
 from models.adm import PRESETS, ADMDenoiser
 from models.building import build_empty
+from models.inputs import draw_noise
 from models.sd import STABLE_DIFFUSION_1_5, StableDiffusionDenoiser
 from solvers import sample
 from torch_utils.cli import Command
@@ -113,7 +114,7 @@ def main(family, folder, keep, device, num_steps, loaded):
     )
     generators = SeededGenerators([0])
     cond = condition(net, generators)
-    latents = generators.randn((net.img_channels, net.img_resolution, net.img_resolution)).to(device)
+    latents = draw_noise(net, generators).to(device)
     config = {
         "num_steps": num_steps,
         "sampler_stu": "dpmpp",

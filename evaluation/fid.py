@@ -15,10 +15,9 @@ from evaluation.frechet import FeatureStatistics, Reference, frechet_distance
 from evaluation.reading import compute_statistics
 from models import zoo
 from torch_utils import distributed
-from torch_utils.arrays import read_npz
+from torch_utils.arrays import read_npz, write_npz
 from torch_utils.download import download_file
 from torch_utils.errors import UserError
-from torch_utils.files import atomic_path
 from torch_utils.images import ImageSource
 from torch_utils.memory import explained_oom
 from torch_utils.progress import progress_bar
@@ -187,8 +186,7 @@ def _to_cache(
     for rank, part in enumerate(parts):
         features[rank :: len(parts)] = part
     keys = np.array([source.fingerprint(int(index)) for index in indices])
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, keys=keys, features=features, detector_sha256=np.asarray(detector.digest))
+    write_npz(path, keys=keys, features=features, detector_sha256=np.asarray(detector.digest))
 
 
 def calculate_fid(

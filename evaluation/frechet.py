@@ -12,9 +12,8 @@ import scipy.linalg
 import torch
 
 from torch_utils import distributed
-from torch_utils.arrays import read_npz
+from torch_utils.arrays import read_npz, write_npz
 from torch_utils.errors import UserError
-from torch_utils.files import atomic_path
 
 _ROUNDING = 10 * np.finfo(np.float64).eps  # eigenvalues below this share of the largest are noise of the zero ones
 _LONGEST_TEXT = 4096  # bytes of the name of a detector in a file
@@ -83,8 +82,7 @@ class Reference:
         """An npz with EDM's names ``mu`` and ``sigma`` (float64), and the other fields that are known."""
         extra = {"detector": self.detector, "detector_sha256": self.detector_sha256, "num": self.num}
         extra = {key: np.asarray(value) for key, value in extra.items() if value is not None}
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, mu=self.mu, sigma=self.sigma, **extra)
+        write_npz(path, mu=self.mu, sigma=self.sigma, **extra)
 
     @classmethod
     def load(cls, path: str | Path) -> "Reference":

@@ -17,7 +17,7 @@ from sampling.search import ScoreFile
 from solvers.schedules import SCHEDULE_NAMES
 from torch_utils import distributed
 from torch_utils.errors import UserError
-from torch_utils.files import atomic_path, read_json, remove_leftovers
+from torch_utils.files import read_json, remove_leftovers, write_json
 from torch_utils.images import decode_image, image_grid, is_whole_png, save_image
 from torch_utils.locks import held, is_held, locked
 from torch_utils.seeds import among, parse_ranges, parse_seeds
@@ -119,8 +119,7 @@ def prepare_folder(
             " choose another --outdir, or --overwrite=True to replace them"
         )
     record = record | {"seeds": format_seeds([*made, *seeds])}
-    with atomic_path(folder.path / RECORD) as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    write_json(folder.path / RECORD, record)
     todo = seeds if overwrite else [seed for seed in seeds if not folder.done(seed)]
     for parent in {folder.path, folder.path / "inters", *(folder.image(seed).parent for seed in todo)}:
         remove_leftovers(parent)

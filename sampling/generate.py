@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from models.inputs import draw_noise
 from solvers import SampleInfo, sample
 from torch_utils import distributed
 from torch_utils.errors import UserError
@@ -52,18 +53,17 @@ def generate_images(
     """
     if device is None:
         device = next(net.parameters()).device
-    shape = (net.img_channels, net.img_resolution, net.img_resolution)
     rows = [(index, number) for index in range(len(seeds)) for number in range(candidates)][first:]
 
     def draw(start: int) -> tuple:
         part = rows[start : start + batch]
         chosen = [int(seeds[index]) for index, _ in part]
         noises = SeededGenerators([candidate_seed(seeds[index], number) for index, number in part])
-        latents = _to_device(noises.randn(shape), device)
+        latents = _to_device(draw_noise(net, noises), device)
         generators = noises
         if candidates > 1:  # the class is drawn after the noise of the seed itself
             generators = SeededGenerators(chosen)
-            generators.randn(shape)
+            draw_noise(net, generators)
         of_batch = labels if labels is None or isinstance(labels, int) else [labels[index] for index, _ in part]
         cond = net.make_cond(generators, of_batch, **_text_of(chosen, prompts, negative_prompt))
         noises.join(generators)
@@ -84,7 +84,7 @@ def generate_images(
             cond=cond,
             return_info=True,
             callback=keep if keep_intermediates else None,
-            noise=lambda noises=noises: noises.randn(shape),
+            noise=lambda noises=noises: draw_noise(net, noises),
             **arguments,
         )
         images = net.decode(x)

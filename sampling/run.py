@@ -1,6 +1,5 @@
 """One run of sample.py: everything between the flags and the last file."""
 
-import json
 import platform
 import sys
 import time
@@ -21,7 +20,7 @@ from sampling.search import ScoreFile, keep_best
 from sampling.settings import Settings, check_network, open_network, open_predictor, recorded_settings
 from torch_utils import distributed
 from torch_utils.errors import UserError
-from torch_utils.files import atomic_path
+from torch_utils.files import write_json
 from torch_utils.images import ImageWriter, image_grid, to_pixels, to_uint8
 from torch_utils.memory import AUTO, explained_oom
 from torch_utils.progress import progress_bar
@@ -116,9 +115,7 @@ def report_fid(stream: StreamedFID, path: str | None, record: dict, source: str)
     if result is None:
         return
     if path is not None:
-        content = asdict(result) | {"sampling": record}
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(path, asdict(result) | {"sampling": record})
     print(result.line(), flush=True)
 
 
@@ -148,14 +145,11 @@ def run(options: SampleOptions, device: torch.device) -> None:
     folder = Folder(Path(output.outdir or default), output.subdirs, output.return_inters)
     distributed.barrier()  # nothing is written before every process has got so far
     with ExitStack() as locks:
-        place, todo, error = None, None, None
-        if distributed.rank() == 0 and output.writes_images:
-            try:
+        place, todo = None, None
+        with distributed.together():
+            if distributed.rank() == 0 and output.writes_images:
                 place, todo = begin_folder(folder, output.outdir is None, locks, record, seeds, output.overwrite)
                 folder = place.folder
-            except Exception as exc:  # raised by agree(), on every rank
-                error = exc
-        distributed.agree(error)
         if stream is not None:  # features come from images as they are made: those of an earlier run are made again
             todo = seeds
         todo, folder = distributed.broadcast_object((todo, folder))
@@ -164,7 +158,7 @@ def run(options: SampleOptions, device: torch.device) -> None:
         started = time.perf_counter()
         generate = generate_fitting if options.batch == AUTO else partial(generate_images, batch=options.batch)
         advice = f"lower --batch (now {options.batch}), or --batch=auto"
-        try:
+        with distributed.together():
             batches = generate(
                 net,
                 share,
@@ -186,9 +180,6 @@ def run(options: SampleOptions, device: torch.device) -> None:
             ):
                 target = folder if output.writes_images else None
                 write_images(until_stopped(batches, received), target, nfe, bar, stream)
-        except Exception as exc:  # raised by agree(), on every rank
-            error = exc
-        distributed.agree(error)
         seconds = time.perf_counter() - started
         if distributed.rank() == 0:
             if place is not None:

@@ -16,7 +16,6 @@ A JSON object with these fields, all present:
 A person may write such a file by hand; whatever reads it checks it with ``load_schedule``.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -25,7 +24,7 @@ from solvers.sampler import AFS_KINDS, RANGE_SLACK
 from solvers.schedules import check_sigmas
 from torch_utils.errors import UserError
 from torch_utils.file_kind import explain
-from torch_utils.files import atomic_path, read_json
+from torch_utils.files import read_json, write_json
 
 FORMAT = "amed-schedule-1"
 
@@ -113,9 +112,7 @@ def _numbers(name: str, values) -> list[float]:
 
 def save_schedule(path: str | Path, schedule: Schedule) -> None:
     """Writes the file whole or not at all."""
-    with atomic_path(path) as temporary:
-        text = json.dumps({"format": FORMAT, **asdict(schedule)}, indent=2, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+    write_json(path, {"format": FORMAT, **asdict(schedule)}, allow_nan=False)
 
 
 def load_schedule(path: str | Path) -> Schedule:

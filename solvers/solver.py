@@ -357,3 +357,23 @@ def make_solver(solver: str, explicit: dict | None = None, common: dict | None =
     cls = SOLVERS[solver]
     chosen = {k: v for k, v in (common or {}).items() if k in cls.options}
     return cls(**{**chosen, **(explicit or {})})
+
+
+def teachers(per_step: bool = False) -> list[str]:
+    """Names of the solvers that can teach: they need no predictor and draw no noise.
+
+    per_step: only those whose direction at every time step is that of the ODE (``can_teach``).
+    """
+    return [
+        name
+        for name, solver in SOLVERS.items()
+        if not solver.needs_predictor and not solver.stochastic and (solver.can_teach or not per_step)
+    ]
+
+
+def check_teacher(solver: str) -> None:
+    """Raises UserError if this solver cannot be a per-step teacher."""
+    if solver not in teachers(per_step=True):
+        raise UserError(
+            f"the solver '{solver}' cannot be the teacher; choose from {', '.join(teachers(per_step=True))}"
+        )

@@ -28,12 +28,14 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
 from models.denoiser import embedding_layer
+from models.inputs import draw_condition, draw_noise
 from solvers.deis import gauss_legendre, lagrange_basis
 from solvers.sampler import integrate
 from solvers.schedules import check_sigmas, get_schedule
@@ -527,12 +529,11 @@ class SpanSolver(nn.Module):
         """
         sigma = torch.tensor(float(self.config["sigma_max"]), dtype=torch.float64)
         device = next(net.parameters(), torch.empty(0)).device
-        shape = (net.img_channels, net.img_resolution, net.img_resolution)
-        make_cond = getattr(net, "make_cond", lambda generators: {}) if make_cond is None else make_cond
+        make_cond = partial(draw_condition, net) if make_cond is None else make_cond
         total, images = {"x": 0.0, "d": 0.0, "xd": 0.0, "xx": 0.0}, 0
         for start in range(0, calls, batch):
             generators = SeededGenerators(range(seed + start, seed + min(start + batch, calls)))
-            x = generators.randn(shape).to(device) * float(sigma)
+            x = draw_noise(net, generators).to(device) * float(sigma)
             denoised = net(x, sigma.to(x), **make_cond(generators))
             x, denoised = (value.to("cpu", torch.float64) for value in (x, denoised))
             for name, value in (("x", x), ("d", denoised), ("xd", x * denoised), ("xx", x * x)):

@@ -53,7 +53,7 @@ def trained(problem, **changes):
     """A trainer in front of its first update."""
     trainer = Trainer(problem, options(**changes))
     trainer.deal()
-    trainer.teach()
+    trainer.run_teacher()
     trainer.round = 0
     trainer.start()
     return trainer
@@ -357,7 +357,7 @@ def test_processes_go_on_from_a_round_that_all_have(rounds, monkeypatch):
     trainer = trained(problem())
     snapshots = []
     for trainer.round in range(4):
-        snapshots.append(trainer.snapshot())
+        snapshots.append(trainer.state())
     state = {
         "targets": [pairs.targets for pairs in trainer.calls],
         "snapshots": snapshots[rounds[0] - 1 : rounds[0] + 1],

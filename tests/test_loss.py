@@ -205,18 +205,18 @@ def test_mistakes_are_explained(config, text):
 @pytest.mark.parametrize("teacher", ["heun", "ipndm", "dpmpp", "unipc"])
 @pytest.mark.parametrize("student", ["amed", "euler", "ipndm"])
 def test_what_the_teacher_evaluated_is_not_asked_again(student, teacher, afs):
-    """The same errors and gradients, with fewer calls of the network: one less wherever a lesson has the start."""
+    """The same errors and gradients, with fewer calls of the network: one less wherever the teacher has evaluated the start."""
     net, predictor, loss, x, _ = setup(sampler_stu=student, sampler_tea=teacher, afs=afs)
-    lesson = loss.teach(x)
-    torch.testing.assert_close(lesson.targets, loss.teacher_trajectory(x), rtol=0, atol=0)
+    taught = loss.run_teacher(x)
+    torch.testing.assert_close(taught.targets, loss.teacher_trajectory(x), rtol=0, atol=0)
     intervals = range(3) if student in ONE_STEP else range(1)
     if teacher == "unipc":  # it evaluates before it corrects: only the starting point is a state of its trajectory
         intervals = range(1)
-    assert set(lesson.starts) == {k for k in intervals if k or not afs}
+    assert set(taught.cached_evals) == {k for k in intervals if k or not afs}
     start, found = x, []
-    for k, target in enumerate(lesson.targets):
+    for k, target in enumerate(taught.targets):
         runs = []
-        for known in (None, lesson.starts.get(k)):
+        for known in (None, taught.cached_evals.get(k)):
             state = loss._state
             predictor.zero_grad()
             before = len(net.calls)
@@ -230,7 +230,7 @@ def test_what_the_teacher_evaluated_is_not_asked_again(student, teacher, afs):
             torch.testing.assert_close(shared, plain, rtol=1e-7, atol=1e-9)
         found.append(runs[0][3] - runs[1][3])
         start = after
-    assert found == [int(k in lesson.starts) for k in range(3)]
+    assert found == [int(k in taught.cached_evals) for k in range(3)]
 
 
 def test_checkpointing_leaves_the_gradients_alone_and_keeps_less():

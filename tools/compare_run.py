@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,9 +26,9 @@ from solvers.schedules import SCHEDULE_NAMES
 from tools.compare_methods import NFE_MARK, POLYNOMIAL, SHARED, Method, choose_steps, make_methods, parse_nfe
 from tools.compare_options import CompareOptions
 from torch_utils import distributed
-from torch_utils.arrays import read_npz
+from torch_utils.arrays import read_npz, write_npz
 from torch_utils.errors import UserError
-from torch_utils.files import atomic_path, check_destination
+from torch_utils.files import check_destination
 from torch_utils.images import to_uint8
 from torch_utils.memory import explained_oom
 from torch_utils.progress import progress_bar
@@ -168,11 +168,6 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: a damaged file of the cache ({exc}); delete it and run again") from None
 
 
-def write_arrays(path: Path, **arrays) -> None:
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-
-
 class Comparison:
     """The network, the detector, the protocol and the cache of one comparison.
 
@@ -308,7 +303,9 @@ class Comparison:
         for result, quantised, _ in self.generate("the reference", self.reference, self.reference_nfe, None, seeds):
             images.append(_visible(result.images).numpy())
             features.append(self.detector(quantised).cpu().numpy())
-        write_arrays(self.solution_file(group), images=np.concatenate(images), features=np.concatenate(features))
+        write_npz(
+            self.solution_file(group), compressed=True, images=np.concatenate(images), features=np.concatenate(features)
+        )
 
     def measure(self, job: Job, group: int) -> None:
         """One unit of work: everything that is known of one group of a job, in one file."""
@@ -333,8 +330,9 @@ class Comparison:
             seconds += took
             done += len(quantised)
         mu, sigma = statistics.moments()
-        write_arrays(
+        write_npz(
             self.part_file(job, group),
+            compressed=True,
             mu=mu,
             sigma=sigma,
             count=done,
@@ -360,8 +358,9 @@ class Comparison:
         def fid(chosen: list) -> float:
             return frechet_distance(*pool_moments(chosen), self.target.mu, self.target.sigma)
 
-        write_arrays(
+        write_npz(
             self.result_file(job),
+            compressed=True,
             fid=fid(moments),
             fid_left_out=np.array([fid(others) for others in without_each_group(moments)]),
             **{name: np.array([part[name] for part in parts]) for name in ("count", "seconds", "how", "code")},
@@ -549,16 +548,6 @@ def share_out(costs: list[float], processes: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def together(work: Callable[[], None]) -> None:
-    """Runs this process's part of the work; an error anywhere ends all processes, with its message."""
-    error = None
-    try:
-        work()
-    except Exception as exc:  # raised by agree(), on every rank
-        error = exc
-    distributed.agree(error)
-
-
 def prepare(options: CompareOptions, device: torch.device) -> tuple[Comparison, list[Job]]:
     """Everything that can be wrong is found here, before anything is written."""
     if options.num_reference is None:
@@ -632,5 +621,6 @@ def compute(comparison: Comparison, jobs: list[Job]) -> int:
                 comparison.finish(job)
 
     for stage in (try_out, solve, measure, finish):
-        together(stage)
+        with distributed.together():
+            stage()
     return len(pending)

@@ -178,13 +178,12 @@ def quadrants(images: torch.Tensor) -> torch.Tensor:
 def probe(name: str, device: str) -> torch.Tensor:
     """Images [4,C,H,W] of seeds 0-3 by an embedded network."""
     from models import create_model
+    from models.inputs import draw_inputs
     from solvers import sample
-    from torch_utils.seeds import SeededGenerators
 
     with no_network():
         net = create_model(name, device=device)
-    noise = SeededGenerators(range(4)).randn((net.img_channels, net.img_resolution, net.img_resolution))
-    return sample(net, noise.to(device), **PROBE)
+    return sample(net, draw_inputs(net, range(4), device=device)[0], **PROBE)
 
 
 def check_network(name: str, device: str) -> Iterator[Finding]:

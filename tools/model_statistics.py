@@ -20,6 +20,7 @@ if not __package__:  # run as a file: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import create_model
+from models.inputs import draw_condition, draw_noise
 from solvers import get_schedule, sample
 from solvers.dpm_solver_v3 import Statistics, guidance_rate, node_slopes, save_statistics, statistics_path
 from torch_utils import distributed
@@ -132,16 +133,15 @@ def estimate_statistics(
     Raises UserError where ``derivatives`` is forward and the network does not support it.
     """
     sigmas = get_schedule(nodes, net.sigma_min, net.sigma_max, "logsnr")
-    shape = (net.img_channels, net.img_resolution, net.img_resolution)
     derivative = Derivative(net, derivatives, torch.device(device).type)
     moments, traces = [Moments() for _ in sigmas], [Moments() for _ in sigmas]
     seeds = stream_seeds(seed, 0, samples)
     bar = progress_bar(nodes * samples, unit="state", disable=not progress)
     for start in range(0, samples, batch):
         generators = SeededGenerators(seeds[start : start + batch])
-        latents = generators.randn(shape, dtype=dtype).to(device)
-        probe = (2 * generators.randint(2, shape) - 1).to(device, dtype)
-        cond = net.make_cond(generators) if hasattr(net, "make_cond") else {}
+        latents = draw_noise(net, generators, dtype).to(device)
+        probe = (2 * generators.randint(2, latents.shape[1:]) - 1).to(device, dtype)
+        cond = draw_condition(net, generators)
 
         def collect(i, sigma, x, denoised, probe=probe, cond=cond):
             sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)

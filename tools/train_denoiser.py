@@ -32,21 +32,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 from models.edm import EDMDenoiser, load_edm_network, save_edm_safetensors
 from models.edm_unet import count_parameters
+from models.inputs import draw_inputs
 from solvers import sample
 from solvers.schedule_file import Schedule, load_schedule
 from torch_utils import distributed
 from torch_utils.cli import PATH, SEED, Command, Number
+from torch_utils.distributed import on_main
 from torch_utils.errors import UserError
-from torch_utils.files import sha256_of
+from torch_utils.files import sha256_of, write_json
 from torch_utils.images import ImageSource, count_classes, load_array
 from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom
 from torch_utils.progress import progress_bar
-from torch_utils.safe_pickle import safe_load
 from torch_utils.seeds import stream_seeds
-from torch_utils.session import Interrupted, any_signal, deferred_signals, session
+from torch_utils.session import session
 from torch_utils.tensor_file import write_state
-from training.run_folder import OPTIONS_FILE, RunLog, on_main, write_json
+from training import run_folder
+from training.run import BaseRun
+from training.run_folder import OPTIONS_FILE
+from training.trainer import BaseTrainer, NotFinite
 
 STATE_FILE = "training-state.pt"
 LR, LR_OF_INIT = 2e-3, 1e-4
@@ -140,12 +144,10 @@ def load_data(path, cond, gaps=False):
 def save_grid(net, path, device, columns=10):
     """A grid of columns^2 images of fixed seeds, Heun with 18 stamps."""
     from torch_utils.images import image_grid, save_image, to_uint8
-    from torch_utils.seeds import SeededGenerators
 
-    generators = SeededGenerators(range(columns * columns))
-    latents = generators.randn([net.img_channels, net.img_resolution, net.img_resolution]).to(device)
+    latents, cond = draw_inputs(net, range(columns * columns), device=device)
     with torch.no_grad():
-        images = sample(net, latents, solver="heun", num_steps=18, cond=net.make_cond(generators))
+        images = sample(net, latents, solver="heun", num_steps=18, cond=cond)
     save_image(image_grid(to_uint8(images), columns), path)
 
 
@@ -229,15 +231,7 @@ def evaluated_levels(net, schedule: Schedule) -> tuple[float, ...]:
     return tuple(sorted(set(asked), reverse=True))
 
 
-class NotFinite(Exception):
-    """The loss of an iteration is NaN or infinite on the processes ``ranks``, or its gradient is (then on all)."""
-
-    def __init__(self, ranks):
-        super().__init__(f"loss not finite on rank {', '.join(map(str, ranks))}")
-        self.ranks = ranks
-
-
-class Learner:
+class DenoiserTrainer(BaseTrainer):
     """The network, its moving average, the optimizer, and one iteration on this process's share of a batch.
 
     net_config: the arguments of EDMDenoiser but for those that the images decide; images, labels, data_mean, data_std:
@@ -245,6 +239,8 @@ class Learner:
     Attributes: ``net``, ``ema``, ``optimizer``, ``iteration`` (how many are done), ``levels`` (trained noise levels, None
     for all), ``origin`` (what the written networks tell of init and schedule).
     """
+
+    kept = {"net": "net", "ema": "ema", "optimizer": "optimizer", "it": "iteration"}
 
     def __init__(self, net_config, images, labels, data_mean, data_std, options, device):
         label_dim = 0 if labels is None else labels.shape[1]
@@ -261,7 +257,7 @@ class Learner:
             raise UserError(
                 f"--batch={options.batch} must be divisible by the number of processes ({distributed.world_size()})"
             )
-        self.options, self.device, self.iteration = options, device, 0
+        self.options, self.device = options, device
         self.batches = Batches(images, labels, options.batch, options.seed, options.xflip)
         torch.manual_seed(options.seed)
         self.net = build_network({**shape, **net_config})
@@ -297,10 +293,6 @@ class Learner:
         self.origin["schedule"] = {"file": Path(path).name, **{name: getattr(schedule, name) for name in names}}
         return levels
 
-    @property
-    def kimg(self):
-        return self.iteration * self.options.batch / 1000
-
     def step(self, lr):
         """One iteration; returns its loss, the mean over all processes.
 
@@ -329,8 +321,7 @@ class Learner:
         """The mean of the processes' losses. All of them learn of one that is not finite, or the others would wait."""
         mean = float(distributed.all_reduce_sum(loss / distributed.world_size()))
         if not (math.isfinite(mean) and math.isfinite(norm)):
-            fine = distributed.gather_objects(math.isfinite(loss))
-            raise NotFinite([rank for rank, ok in enumerate(fine) if not ok] or list(range(len(fine))))
+            raise NotFinite.found(math.isfinite(loss))
         return mean
 
     def _average(self):
@@ -340,33 +331,16 @@ class Learner:
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - beta)
 
-    def state(self):
-        """Everything that the next iteration depends on."""
-        parts = {"net": self.net, "ema": self.ema, "optimizer": self.optimizer}
-        return {**{name: part.state_dict() for name, part in parts.items()}, "it": self.iteration}
 
-    def load_state(self, state):
-        """Raises RuntimeError where the state is of another architecture."""
-        self.net.load_state_dict(state["net"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.iteration = state["it"]
+class DenoiserRun(BaseRun):
+    """The training of a denoiser in its folder, to a number of images or of minutes."""
 
-
-class Run:
-    """A learner with its folder: decides how far the run is and when to log and to save, and does it."""
-
-    def __init__(self, learner, options, outdir, data):
-        self.learner, self.options, self.folder, self.data = learner, options, Path(outdir), data
-        self.log = RunLog(outdir)
+    def __init__(self, trainer, options, outdir, data):
+        super().__init__(trainer, options, outdir)
+        self.data = data
         self.loss = float("nan")  # running mean
-        self._elapsed_before, self._start = 0.0, time.monotonic()
-        self._snap_kimg, self._saved_at = 0.0, -1  # where the snapshots count from; iteration of the newest one
-
-    @property
-    def elapsed(self):
-        """Seconds of training, those of earlier parts of the run included."""
-        return self._elapsed_before + time.monotonic() - self._start
+        self._lr, self._fraction = options.lr, 0.0  # of the current iteration; of the run, when that began
+        self._snap_kimg = 0.0  # where the snapshots count from
 
     @property
     def state_path(self):
@@ -380,90 +354,88 @@ class Run:
             if (now := settings.get(name)) != before:
                 raise UserError(f"--resume: the run in {self.folder} has {name}={before}, not {now}; repeat its flags")
         try:
-            self.learner.load_state(state)
+            self.trainer.load_state(state)
         except RuntimeError:
             raise UserError(f"--resume: the run in {self.folder} has another architecture; repeat its flags") from None
         self._elapsed_before, self._start = state["elapsed"], time.monotonic()
-        self._snap_kimg, self._saved_at = self.learner.kimg, self.learner.iteration
-        on_main(self.log.rewind, "kimg", self.learner.kimg)
-        if self._progress() >= 1:
+        self._snap_kimg, self._saved_at = self.kimg, self.trainer.iteration
+        on_main(self.log.rewind, "kimg", self.kimg)
+        if self.finished():
             raise UserError(f"--resume: {self.folder} is finished; pass a larger --total_kimg or --minutes to train on")
 
+    def finished(self):
+        kimg, minutes = self.options.total_kimg, self.options.minutes
+        self._fraction = self.kimg / kimg
+        if minutes:  # the first process's clock decides for all, or they could disagree about the last iteration
+            self._fraction = distributed.broadcast_object(max(self._fraction, self.elapsed / 60 / minutes))
+        return self._fraction >= 1
+
+    def iterate(self):
+        self._lr = self._learning_rate(self._fraction)
+        return self.trainer.step(self._lr)
+
+    def show(self, bar, statistics, seconds):
+        self.loss = statistics if math.isnan(self.loss) else 0.99 * self.loss + 0.01 * statistics
+        bar.update(min(self.kimg, bar.total) - bar.n)
+        if self.trainer.iteration % 50 == 0:
+            bar.set_postfix_str(f"loss {self.loss:.4f} {100 * self._fraction:.0f}% done")
+            self.log.stats({"kimg": self.kimg, "loss": self.loss, "seconds": self.elapsed, "lr": self._lr})
+
+    def after_iteration(self, stopping):
+        if stopping or (self.options.snap and self.kimg - self._snap_kimg >= self.options.snap):
+            self.snapshot()
+
+    def on_interruption(self):
+        return f" at {self.kimg:g} kimg; repeat the command with --resume=True"
+
     def loop(self):
-        """Trains to the end. Raises UserError, on every process, for a loss that is not finite; Interrupted, with
-        everything saved, after SIGINT or SIGTERM."""
-        with deferred_signals() as received, self._progress_bar() as bar:
-            while (progress := self._progress()) < 1:
-                lr = self._learning_rate(progress)
-                try:
-                    loss = self.learner.step(lr)
-                except NotFinite as error:
-                    self._on_failure(error)
-                self.loss = loss if math.isnan(self.loss) else 0.99 * self.loss + 0.01 * loss
-                bar.update(min(self.learner.kimg, bar.total) - bar.n)
-                if self.learner.iteration % 50 == 0:
-                    bar.set_postfix_str(f"loss {self.loss:.4f} {100 * progress:.0f}% done")
-                    kimg = self.learner.kimg
-                    self.log.stats({"kimg": kimg, "loss": self.loss, "seconds": self.elapsed, "lr": lr})
-                stop = any_signal(received, self.learner.device)
-                if stop is not None and self._progress() < 1:
-                    self.snapshot()
-                    raise Interrupted(stop, f" at {self.learner.kimg:g} kimg; repeat the command with --resume=True")
-                if self.options.snap and self.learner.kimg - self._snap_kimg >= self.options.snap:
-                    self.snapshot()
-        if self._saved_at != self.learner.iteration:
+        super().loop()
+        if self._saved_at != self.trainer.iteration:
             self.snapshot()
 
     def _settings(self):
         """What a continued run must have in common with its beginning: the noise, the order of the images and the count."""
         settings = {name: getattr(self.options, name) for name in ("batch", "seed", "cond", "xflip")}
-        return {**settings, "levels": self.learner.levels}
+        return {**settings, "levels": self.trainer.levels}
 
     def snapshot(self):
         on_main(self._write_snapshot)
-        self._snap_kimg, self._saved_at = self.learner.kimg, self.learner.iteration
+        self._snap_kimg, self._saved_at = self.kimg, self.trainer.iteration
 
     def _write_snapshot(self):
-        kimg, options = self.learner.kimg, self.options
+        kimg, options = self.kimg, self.options
         meta = {"trained_kimg": kimg, "minutes": self.elapsed / 60, "data": Path(self.data).name, "loss": self.loss}
         for name in ("seed", "batch", "lr", "p_mean", "p_std", "amp", "ema_kimg", "xflip"):
             meta[name] = getattr(options, name)
-        meta |= self.learner.origin
+        meta |= self.trainer.origin
         network = self.folder / f"network-snapshot-{int(kimg):06d}.safetensors"
-        save_edm_safetensors(self.learner.ema, network, {"training": meta})
-        write_state(self.state_path, {**self.learner.state(), "elapsed": self.elapsed, "settings": self._settings()})
+        save_edm_safetensors(self.trainer.ema, network, {"training": meta})
+        more = {"elapsed": self.elapsed, "settings": self._settings()}
+        write_state(self.state_path, self.trainer.state(copied=False) | more)
         if options.grid:
-            save_grid(self.learner.ema, self.folder / f"grid-{int(kimg):06d}.png", self.learner.device)
-
-    def _progress(self):
-        """0 .. 1, the same on every process."""
-        kimg, minutes = self.options.total_kimg, self.options.minutes
-        if not minutes:
-            return self.learner.kimg / kimg
-        # The first process's clock decides for all, or they could disagree about the last iteration.
-        return distributed.broadcast_object(max(self.learner.kimg / kimg, self.elapsed / 60 / minutes))
+            save_grid(self.trainer.ema, self.folder / f"grid-{int(kimg):06d}.png", self.trainer.device)
 
     def _learning_rate(self, progress):
         """Linear warm-up, and a linear decay over the second half."""
         lr, warmup = self.options.lr, max(self.options.warmup_kimg, 1e-8)
-        return max(lr * min(1.0, self.learner.kimg / warmup) * min(1.0, (1 - progress) / 0.5), lr * 1e-3)
+        return max(lr * min(1.0, self.kimg / warmup) * min(1.0, (1 - progress) / 0.5), lr * 1e-3)
 
-    def _on_failure(self, error):
+    def failure_text(self, error):
         ranks = ", ".join(map(str, error.ranks))
         if self._saved_at < 0:
             remedy = f"nothing is saved yet: start again with a smaller --lr (now {self.options.lr:g})"
         else:
             kept = f"the state at {self._snap_kimg:g} kimg is in {self.state_path}"
             remedy = f"{kept}: continue with --resume=True and a smaller --lr (now {self.options.lr:g})"
-        raise UserError(
-            f"the loss is not finite at {self.learner.kimg:g} kimg (iteration {self.learner.iteration + 1}, rank {ranks});"
+        return (
+            f"the loss is not finite at {self.kimg:g} kimg (iteration {self.trainer.iteration + 1}, rank {ranks});"
             f" {remedy}"
-        ) from None
+        )
 
-    def _progress_bar(self):
+    def progress_bar(self):
         return progress_bar(
             self.options.total_kimg,
-            initial=min(self.learner.kimg, self.options.total_kimg),
+            initial=min(self.kimg, self.options.total_kimg),
             unit="kimg",
             mininterval=5,
             bar_format="{l_bar}{bar}{r_bar}",
@@ -485,13 +457,9 @@ def check_folder(outdir, resume):
 def read_state(path):
     """The training state of a run, on the CPU. Raises UserError where the file is damaged."""
     try:
-        state = safe_load(path)
-        if not isinstance(state, dict) or not {"net", "ema", "optimizer", "it", "elapsed"} <= state.keys():
-            raise ValueError("it is not a training state")
-    except Exception as error:  # whatever a damaged file provokes in torch
-        reason = str(error).strip().removeprefix(f"{path} ")[:160]
-        raise UserError(f"--resume: cannot read {path} ({reason})") from None
-    return state
+        return run_folder.read_state(path, {"net", "ema", "optimizer", "it", "elapsed"})
+    except UserError as error:
+        raise UserError(f"--resume: {error}") from None
 
 
 def train(*, data, outdir, net_config, device, resume=False, **options):
@@ -504,16 +472,16 @@ def train(*, data, outdir, net_config, device, resume=False, **options):
     settings = Options(**options)
     on_main(check_folder, outdir, resume)
     images, labels, *statistics = load_data(data, settings.cond, gaps=settings.init is not None)
-    learner = Learner(net_config, images, labels, *statistics, settings, device)
+    trainer = DenoiserTrainer(net_config, images, labels, *statistics, settings, device)
     refusal = f"another command trains in {outdir}: wait for its end, or choose another --outdir"
     with only_command(Path(outdir) / ".lock", refusal):
         on_main(check_folder, outdir, resume)  # once more: another command may have been there until now
-        run = Run(learner, settings, outdir, data)
+        run = DenoiserRun(trainer, settings, outdir, data)
         if resume:
             run.restore()
         else:
             on_main(write_json, Path(outdir) / OPTIONS_FILE, {**net_config, "data": str(data), **asdict(settings)})
-        size = f"{count_parameters(learner.net):,} parameters, {len(images):,} images"
+        size = f"{count_parameters(trainer.net):,} parameters, {len(images):,} images"
         distributed.print0(f"{size}, batch {settings.batch}, {outdir}")
         with explained_oom(device, f"lower --batch (now {settings.batch})"):
             run.loop()

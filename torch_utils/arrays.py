@@ -11,6 +11,7 @@ import numpy as np
 
 from torch_utils.errors import UserError
 from torch_utils.file_kind import explain
+from torch_utils.files import atomic_path
 from torch_utils.zip_file import open_zip, read_member
 
 LEAST_ROOM, MOST_GROWTH = 1 << 26, 20  # bytes that any file may unpack to, and so many times its own size
@@ -73,3 +74,9 @@ def _read(content: bytearray, name: str) -> np.ndarray:
         if codes.size and codes.max() > sys.maxunicode:
             raise ValueError(f"{name} holds text that is none")
     return values.reshape(shape[::-1]).T if fortran else values.reshape(shape)
+
+
+def write_npz(path: str | Path, compressed: bool = False, **arrays) -> None:
+    """Writes an npz file whole or not at all."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        (np.savez_compressed if compressed else np.savez)(file, **arrays)

@@ -311,8 +311,10 @@ def barrier() -> None:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, in place; returns the tensor."""
+    """Sum over ranks, in place; returns the tensor. It may lie on the CPU under NCCL, too."""
     if dist.is_initialized():
+        if dist.get_backend() == "nccl" and not tensor.is_cuda:
+            return tensor.copy_(all_reduce_sum(tensor.cuda()))
         dist.all_reduce(tensor)
     return tensor
 
@@ -362,6 +364,16 @@ def together():
     except Exception as exc:  # raised by agree(), on every rank
         error = exc
     agree(error)
+
+
+def on_main(function, *arguments):
+    """Calls the function on rank 0, once all ranks have got here; all get its result, or its error."""
+    wait_for_all()
+    result = None
+    with together():
+        if rank() == 0:
+            result = function(*arguments)
+    return broadcast_object(result)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -111,3 +112,9 @@ def read_json(path: str | Path, most_bytes: int = MOST_BYTES):
     if len(data) > most_bytes:
         raise ValueError(f"it is larger than {most_bytes >> 20} MiB")
     return parse_json(data.decode("utf-8"))
+
+
+def write_json(path: str | Path, value, allow_nan: bool = True) -> None:
+    """Writes a JSON file whole or not at all. allow_nan=False: ValueError for numbers that are not finite."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=allow_nan) + "\n", encoding="utf-8")

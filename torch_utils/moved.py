@@ -42,7 +42,7 @@ MOVED = {
     "training.distribution_loss": "training.sample_loss",
     "training.final_config": "training.options",
     "training.final_loop": "training.span_run",
-    "training.inputs": "training.teacher",
+    "training.inputs": "models.inputs",
     "training.teacher_set": "training.teacher",
     "training.training_loop": "training.amed_trainer",
 }

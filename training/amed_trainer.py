@@ -4,16 +4,17 @@ Every sample of the training stream has a seed of its own (``stream_seeds``), an
 divided by the total batch, so the number of processes and of micro-batches changes results by rounding only.
 """
 
-import copy
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from models.inputs import draw_inputs
 from solvers.sampler import afs_direction
 from solvers.schedule_file import Schedule
 from torch_utils import distributed
+from torch_utils.distributed import on_main
 from torch_utils.errors import UserError
 from torch_utils.memory import AUTO
 from torch_utils.seeds import stream_seeds
@@ -30,21 +31,12 @@ from training.run import (
     resume_run,
     working_folder,
 )
-from training.run_folder import on_main
-from training.teacher import draw_inputs
+from training.trainer import BaseTrainer, NotFinite
 
 STATISTICS = ("loss", "r", "scale_dir", "scale_time")  # per interval, means over the batch
 
 
-class NotFinite(Exception):
-    """The loss of an iteration is not a number; ``interval`` is the first one where, on any process."""
-
-    def __init__(self, interval: int, ranks: list[int]):
-        super().__init__(f"loss not finite in interval {interval}")
-        self.interval, self.ranks = interval, ranks
-
-
-class Distiller:
+class Distiller(BaseTrainer):
     """A predictor, its optimizer, and one iteration: an Adam step per interval of the student.
 
     net: a Denoiser; config: the predictor's configuration; batch: samples per iteration over all processes, of which
@@ -53,6 +45,8 @@ class Distiller:
     (None: every iteration has new ones). checkpointing: see ``solvers.Sampler``. Attributes:
     ``predictor``, ``optimizer``, ``iteration`` (how many are done), ``sigmas``.
     """
+
+    kept = {"predictor": "predictor", "optimizer": "optimizer", "iteration": "iteration"}
 
     def __init__(
         self,
@@ -71,11 +65,10 @@ class Distiller:
     ):
         if teacher_cache is not None and (teacher_cache < batch or teacher_cache % batch):
             raise UserError(f"teacher_cache={teacher_cache} must be a multiple of the batch, {batch}")
-        self.net, self.batch, self.seed, self.prompts = net, batch, seed, prompts
-        self.teacher_cache, self._taught = teacher_cache, {}
+        self.net, self.seed, self.prompts = net, seed, prompts
+        self.teacher_cache, self._cached = teacher_cache, {}
         self.device, self.dtype = torch.device(device), dtype
-        self.share = batch // distributed.world_size()
-        self.chunk = min(batch_gpu or self.share, self.share)
+        self.split_batch(batch, batch_gpu)
         # A multistep student carries a history from interval to interval: one loss for each micro-batch.
         self.losses = [DistillationLoss(net, config, checkpointing) for _ in range(self.share // self.chunk)]
         self.sigmas = self.losses[0].sigmas
@@ -84,7 +77,6 @@ class Distiller:
             self.predictor = AMEDPredictor(**config)
         self.predictor.to(self.device, dtype).train()
         self.optimizer = torch.optim.Adam(self.predictor.parameters(), lr=lr, betas=(0.9, 0.999))
-        self.iteration = 0
         # Gradients and statistics side by side in one buffer, so that one reduction per interval serves both.
         sizes = [p.numel() for p in self.predictor.parameters()]
         self._buffer = torch.zeros(sum(sizes) + len(STATISTICS), device=self.device, dtype=dtype)
@@ -118,32 +110,35 @@ class Distiller:
         """The next iteration; see ``step``."""
         if self.teacher_cache is None:
             return self.step(self.draw())
-        taught = []
+        cached = []
         for loss, first in zip(self.losses, self._firsts(), strict=True):
-            if first not in self._taught:
+            if first not in self._cached:
                 latents, cond = self._draw(first)
-                self._taught[first] = (latents, cond, loss.teach(latents * loss.sigma_max, cond))
-            taught.append(self._taught[first])
-        return self.step([(latents, cond) for latents, cond, _ in taught], [lesson for *_, lesson in taught])
+                self._cached[first] = (latents, cond, loss.run_teacher(latents * loss.sigma_max, cond))
+            cached.append(self._cached[first])
+        return self.step([(latents, cond) for latents, cond, _ in cached], [targets for *_, targets in cached])
 
     def step(
-        self, micro_batches: list[tuple[torch.Tensor, dict]], lessons: list[TeacherTargets] | None = None
+        self, micro_batches: list[tuple[torch.Tensor, dict]], teacher_targets: list[TeacherTargets] | None = None
     ) -> torch.Tensor:
         """One iteration; returns the statistics [intervals, 4] (see STATISTICS), means over all processes.
 
-        lessons: of the teacher on these micro-batches, if known. Raises NotFinite, on every process, where a loss is NaN
-        or infinite; predictor and optimizer are then as before.
+        micro_batches: (unit-variance noise [B,C,H,W], condition) of each.
+        teacher_targets: the teacher's of each micro-batch. Default: they are computed.
+
+        Raises NotFinite, on every process, if a loss is NaN or infinite; predictor and optimizer are
+        then as before.
         """
         before = self.state()
         xs = [latents * self.losses[0].sigma_max for latents, _ in micro_batches]
         conds = [cond for _, cond in micro_batches]
-        if lessons is None:
-            lessons = [loss.teach(*start) for loss, *start in zip(self.losses, xs, conds, strict=True)]
+        if teacher_targets is None:
+            teacher_targets = [loss.run_teacher(*start) for loss, *start in zip(self.losses, xs, conds, strict=True)]
         rows, own = [], []
         for k in range(self.intervals):
             self._buffer.zero_()
             for slot, loss in enumerate(self.losses):
-                target, start = lessons[slot].targets[k], lessons[slot].starts.get(k)
+                target, start = teacher_targets[slot].targets[k], teacher_targets[slot].cached_evals.get(k)
                 error, x_next = loss.student_step(self.predictor, xs[slot], k, target, conds[slot], start)
                 total = error.sum()
                 total.backward()
@@ -161,8 +156,7 @@ class Distiller:
         if len(bad):
             self.load_state(before)
             interval = int(bad[0])
-            fine = distributed.gather_objects(bool(own[interval].isfinite()))
-            raise NotFinite(interval, [rank for rank, ok in enumerate(fine) if not ok] or list(range(len(fine))))
+            raise NotFinite.found(bool(own[interval].isfinite()), interval)
         self.iteration += 1
         return statistics
 
@@ -174,57 +168,36 @@ class Distiller:
             error, x = loss.student_step(self.predictor, x, k, target, cond)
             error.sum().backward()
 
-    def state(self) -> dict:
-        """A copy of everything that the next iteration depends on."""
-        predictor = {name: value.detach().clone() for name, value in self.predictor.state_dict().items()}
-        optimizer = copy.deepcopy(self.optimizer.state_dict())
-        return {"predictor": predictor, "optimizer": optimizer, "iteration": self.iteration}
-
-    def load_state(self, state: dict) -> None:
-        self.predictor.load_state_dict(state["predictor"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.iteration = state["iteration"]
-
 
 class AMEDRun(Run):
     """The distillation of a predictor, with a loss for each interval."""
 
     columns = STATISTICS
-    failures = (NotFinite,)
 
     def save_result(self, progress: dict) -> None:
         on_main(save_predictor, self.trainer.predictor, self.result_path, {**self.provenance, **progress})
 
-    def on_failure(self, error: NotFinite) -> None:
-        """Saves the state before the iteration that failed, and says what happened."""
-        self.save_state()
+    def failure_text(self, error: NotFinite) -> str:
         cur, nxt = self.trainer.sigmas[error.interval : error.interval + 2].tolist()
-        message = (
-            f"the loss is not finite in iteration {self.trainer.iteration + 1} ({self.nimg / 1000:g} kimg), interval "
+        return (
+            f"the loss is not finite in iteration {self.trainer.iteration + 1} ({self.kimg:g} kimg), interval "
             f"{error.interval} (sigma {cur:.4g} -> {nxt:.4g}), rank {', '.join(map(str, error.ranks))}; the state "
             f"before it is kept in {self.folder}: check the network, or start again with a smaller --lr or --amp=none"
         )
-        self.log.note(f"Error: {message}")
-        raise UserError(message) from None
 
-    def shown(self, latest: torch.Tensor) -> str:
+    def progress_text(self, latest: torch.Tensor) -> str:
         return f"loss {numbers(latest[:, 0])} r {numbers(latest[:, 1])}"
 
-    def announce(self, net, device: torch.device, resume: bool) -> None:
-        """Records the options, and says in a few lines what is going to happen."""
-        self.record_options(device)
+    def describe(self, net) -> list[str]:
         options, distiller, world = self.options, self.trainer, distributed.world_size()
         config = distiller.predictor.config
-        self.log.say(f"{'Continuing' if resume else 'Training'} in {self.folder}")
-        self.log.say(
-            f"{config['sampler_stu']} taught by {config['sampler_tea']} (M={config['M']}) on {options.dataset_name} "
-            f"({Path(net.source_path).name}), {config['num_steps']} time stamps, NFE {distiller.evaluations}"
-        )
-        self.log.say(f"noise levels {numbers(distiller.sigmas)}; seed {options.seed}")
         steps = f"{len(distiller.losses)} x {distiller.chunk}" if len(distiller.losses) > 1 else f"{distiller.chunk}"
-        self.log.say(f"batch {options.batch} ({steps} on each of {world} processes), {self.total} iterations, {device}")
-        if resume:
-            self.log.say(f"from iteration {distiller.iteration} ({self.nimg / 1000:g} kimg)")
+        return [
+            f"{config['sampler_stu']} taught by {config['sampler_tea']} (M={config['M']}) on {options.dataset_name} "
+            f"({Path(net.source_path).name}), {config['num_steps']} time stamps, NFE {distiller.evaluations}",
+            f"noise levels {numbers(distiller.sigmas)}; seed {options.seed}",
+            f"batch {options.batch} ({steps} on each of {world} processes), {self.total} iterations, {distiller.device}",
+        ]
 
 
 def train_predictor(
@@ -265,10 +238,6 @@ def train_predictor(
     provenance = provenance_of(net, options, ("seed", "batch", "lr", "amp", "compile", "teacher_cache"))
     with working_folder(options, net, run_dir, resume) as folder:
         elapsed = resume_run(distiller, options, net, folder) if resume else 0.0
+        warnings = [] if schedule is None else schedule.warnings(net, options.sampler_stu, options.afs)
         run = AMEDRun(distiller, options, folder, provenance, elapsed)
-        if resume:
-            run.clean_up()
-        run.announce(net, device, resume)
-        for line in [] if schedule is None else schedule.warnings(net, options.sampler_stu, options.afs):
-            run.log.say(f"Warning: {line}")
-        return run.run_to_end()
+        return run.train(net, resume, [f"Warning: {line}" for line in warnings])

@@ -24,11 +24,11 @@ from models.noise import VPTime
 from solvers.sampler import integrate, resolve_sigmas, sample
 from solvers.schedule_file import load_schedule
 from solvers.schedules import SCHEDULES, check_sigmas
-from solvers.search.gits import check_teacher
-from solvers.solver import Option
+from solvers.solver import Option, check_teacher
 from torch_utils import distributed
 from torch_utils.errors import UserError
 from training.sample_loss import PairLoss, parse_loss
+from training.trainer import BaseTrainer, NotFinite
 
 INITIAL = {"polynomial": 7, "time_uniform": 1, "logsnr": 1, "discrete": 1}  # schedule_type: its usual schedule_rho
 SUMMARY = "LD3: gradient descent through the sampler; needs a differentiable solver"
@@ -183,16 +183,14 @@ def check_gradients(problem, sigmas: torch.Tensor) -> None:
 # The optimisation
 
 
-class NotFinite(Exception):
-    """A loss or a gradient is not a number, on every rank."""
-
-
-class Trainer:
+class Trainer(BaseTrainer):
     """One run of LD3 on a ``Problem`` (training/schedule_search.py). Every process has its own pairs and the same parameters.
 
     options: those of ``OPTIONS``. Attributes: ``grid``; ``best``, the levels with the least validation loss and that
     loss; ``first``, the validation loss of the start.
     """
+
+    kept = {name: name for name in ("round", "updates", "stale", "recomputed", "first", "best")}
 
     def __init__(self, problem, options: dict):
         self.problem, self.options = problem, options
@@ -202,7 +200,8 @@ class Trainer:
         self.intervals = problem.num_steps - 1
         numbers = problem.net.img_channels * problem.net.img_resolution**2
         self.radius = options["radius"] * numbers / self.intervals**2
-        self.updates = self.stale = self.recomputed = 0
+        self.round = self.updates = self.stale = self.recomputed = 0
+        self.first = math.inf
         self.best: dict = {}
 
     # Pairs.
@@ -226,7 +225,7 @@ class Trainer:
     def calls(self) -> list[Pairs]:
         return [pairs for batch in (*self.train, self.valid) for pairs in batch]
 
-    def teach(self) -> None:
+    def run_teacher(self) -> None:
         """Makes the teacher's images."""
         options, problem = self.options, self.problem
         settings = {
@@ -304,8 +303,7 @@ class Trainer:
 
     def _summed(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over all processes; NotFinite on all of them where it is no number."""
-        device = torch.device(self.problem.device)
-        values = distributed.all_reduce_sum(values.to(device) if device.type == "cuda" else values).cpu()
+        values = distributed.all_reduce_sum(values)
         if not values.isfinite().all():
             raise NotFinite
         return values
@@ -366,7 +364,7 @@ class Trainer:
         self.updates += 1
 
     @torch.no_grad()
-    def judge(self) -> float:
+    def validate_grid(self) -> float:
         """Validates the current grid: keeps it if it is the best, else sometimes lowers the learning rates."""
         sigmas, sigma_cond = self.levels()
         loss = self.validate(sigmas, sigma_cond)
@@ -397,7 +395,7 @@ class Trainer:
         for index in order.tolist():
             self.update(index)
             if self.updates % self.options["valid_every"] == 0 or self.updates == last:
-                loss = self.judge()
+                loss = self.validate_grid()
                 bar.set_postfix(valid=f"{loss:.4g}", best=f"{self.best['loss']:.4g}")
             bar.update()
 
@@ -409,10 +407,9 @@ class Trainer:
             state = problem.load_state()
         if not self.restore(state):
             with distributed.together():
-                self.teach()
-            self.round = 0
+                self.run_teacher()
             self.start()
-            self.before = self.snapshot()
+            self.before = self.state()
             self.save()
         with problem.progress(options["rounds"] * len(self.train), "update", self.updates) as bar:
             try:
@@ -421,14 +418,14 @@ class Trainer:
                     self.round += 1
                     self.save()
             except NotFinite:
-                self.broken()
+                self.on_failure()
         distributed.print0(
             f"ld3: validation loss {self.best['loss']:.4g} after {self.best['updates']} of {self.updates} updates"
             f" (at the start {self.first:.4g}); {self.recomputed} evaluations by this process were repetitions for gradients"
         )
         return self.best["sigmas"], self.best["told"]
 
-    def broken(self) -> None:
+    def on_failure(self) -> None:
         """A loss or gradient was not finite: UserError if nothing better than the start is known yet."""
         if not self.best["updates"]:
             self.problem.drop_state()
@@ -445,18 +442,26 @@ class Trainer:
 
     # Resuming. Processes save after the same round, but some may be killed before they do: each keeps two rounds.
 
-    def snapshot(self) -> dict:
-        names = ("round", "updates", "stale", "recomputed", "first")
-        return {
-            **{name: getattr(self, name) for name in names},
-            "best": dict(self.best),
+    def state(self, copied: bool = True) -> dict:
+        return super().state(copied) | {
             "grid": [self.grid.u.detach().clone(), self.grid.v.detach().clone()],
             "optimizers": [copy.deepcopy(optimizer.state_dict()) for optimizer in self.optimizers],
             "relaxed": [pairs.relaxed for pairs in self.calls],
         }
 
+    def load_state(self, state) -> None:
+        super().load_state(state)
+        self.grid = Grid(self.best["sigmas"], self.options["mode"], self.options["win_rate"])
+        for parameter, value in zip((self.grid.u, self.grid.v), state["grid"], strict=True):
+            parameter.data = value.clone()
+        self.optimizers = self._optimizers()
+        for optimizer, value in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(copy.deepcopy(value))
+        for pairs, relaxed in zip(self.calls, state["relaxed"], strict=True):
+            pairs.relaxed = relaxed.to(pairs.latents)
+
     def save(self) -> None:
-        now = self.snapshot()
+        now = self.state()
         snapshots = [self.before, now] if distributed.world_size() > 1 else [now]
         with distributed.together():
             self.problem.save_state({"targets": [pairs.targets for pairs in self.calls], "snapshots": snapshots})
@@ -471,17 +476,9 @@ class Trainer:
         error = None if common else UserError("the states of the processes do not belong together: delete them")
         distributed.agree(error)
         self.before = common[0]
-        for name in ("round", "updates", "stale", "recomputed", "first"):
-            setattr(self, name, self.before[name])
-        self.best = dict(self.before["best"])
-        self.grid = Grid(self.best["sigmas"], self.options["mode"], self.options["win_rate"])
-        for parameter, value in zip((self.grid.u, self.grid.v), self.before["grid"], strict=True):
-            parameter.data = value.clone()
-        self.optimizers = self._optimizers()
-        for optimizer, value in zip(self.optimizers, self.before["optimizers"], strict=True):
-            optimizer.load_state_dict(copy.deepcopy(value))
-        for pairs, targets, relaxed in zip(self.calls, state["targets"], self.before["relaxed"], strict=True):
-            pairs.targets, pairs.relaxed = targets.to(pairs.latents), relaxed.to(pairs.latents)
+        self.load_state(self.before)
+        for pairs, targets in zip(self.calls, state["targets"], strict=True):
+            pairs.targets = targets.to(pairs.latents)
         return True
 
 

@@ -8,6 +8,7 @@ import torch
 
 from models.denoiser import read_bottleneck
 from solvers import SOLVERS, Sampler, Solver, State, get_schedule, make_solver, refine, resolve_sigmas
+from solvers.solver import teachers
 from torch_utils.errors import UserError
 from training.predictor import DEFAULTS
 
@@ -23,21 +24,22 @@ def make_solvers(config: dict) -> tuple[Solver, Solver]:
     teacher = make_solver(config["sampler_tea"], common=common)
     if not student.can_learn:
         raise UserError(f"sampler_stu={config['sampler_stu']} cannot take a predictor")
-    if not teacher.can_teach:
+    if teacher.name not in teachers(per_step=True):
         raise UserError(f"sampler_tea={config['sampler_tea']} cannot be a teacher")
     return student, teacher
 
 
 @dataclass
 class TeacherTargets:
-    """What a teacher did from one batch of starting points.
+    """What a teacher gives for one batch of starting points.
 
-    targets: its states at the student's noise levels 1 .. num_steps - 1, [num_steps-1,B,C,H,W]. starts: {k: (direction,
-    bottleneck)} of the student's intervals k that begin where the teacher asked the network; nobody has to ask again.
+    targets: its states at the student's noise levels 1 .. num_steps - 1, [num_steps-1,B,C,H,W].
+    cached_evals: {k: (direction, bottleneck)} for intervals k of the student that start at a state where the teacher
+        has evaluated the network; they are used instead of a call.
     """
 
     targets: torch.Tensor
-    starts: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    cached_evals: dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
 class DistillationLoss:
@@ -90,18 +92,18 @@ class DistillationLoss:
 
         latents: starting points, already scaled by sigma_max. The teacher never uses AFS or a predictor.
         """
-        return self.teach(latents, cond).targets
+        return self.run_teacher(latents, cond).targets
 
     @torch.no_grad()
-    def teach(self, latents: torch.Tensor, cond=None) -> TeacherTargets:
+    def run_teacher(self, latents: torch.Tensor, cond=None) -> TeacherTargets:
         """``teacher_trajectory`` with the evaluations in it that the student's intervals would repeat."""
         wanted = {k * (self.extra + 1): k for k in range(len(self.sigmas) - 1) if self._begins_as_teacher(k)}
-        starts = {}
+        cached_evals = {}
         with read_bottleneck(self.net) as reader:
 
             def keep(i, sigma, x, denoised):
                 if i in wanted and x is state.x:  # a corrector's evaluation is not at the state it leads to
-                    starts[wanted[i]] = ((x - denoised) / sigma, reader.read(len(x)).to(x.dtype))
+                    cached_evals[wanted[i]] = ((x - denoised) / sigma, reader.read(len(x)).to(x.dtype))
 
             run = Sampler(
                 self.net, self.teacher_solver, self._on(latents, self.teacher_sigmas), cond=cond, observer=keep
@@ -111,14 +113,14 @@ class DistillationLoss:
                 state = run.advance(state, i)
                 if (i + 1) % (self.extra + 1) == 0:
                     targets.append(state.x)
-        return TeacherTargets(torch.stack(targets), starts)
+        return TeacherTargets(torch.stack(targets), cached_evals)
 
     def _begins_as_teacher(self, k: int) -> bool:
         """Whether the student asks the network at the start of interval k, at a point of the teacher's trajectory."""
         if k == 0 and self.config["afs"]:
             return False
-        own, teachers = self.sigmas[k].item(), self.teacher_sigmas[k * (self.extra + 1)].item()
-        return (k == 0 or self.student_solver.one_step) and math.isclose(own, teachers, rel_tol=1e-12)
+        own, sigma_tea = self.sigmas[k].item(), self.teacher_sigmas[k * (self.extra + 1)].item()
+        return (k == 0 or self.student_solver.one_step) and math.isclose(own, sigma_tea, rel_tol=1e-12)
 
     def student_step(self, predictor, x, step_idx, target, cond=None, start=None):
         """One interval of the student from x [B,C,H,W] at sigmas[step_idx], with gradients.

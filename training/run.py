@@ -6,7 +6,7 @@ import math
 import secrets
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,9 @@ from tqdm import tqdm
 from models import create_model, use_tokenizer, zoo
 from models.compile import prepare_network
 from torch_utils import distributed
+from torch_utils.distributed import on_main
 from torch_utils.errors import UserError
-from torch_utils.files import remove_leftovers, sha256_of
+from torch_utils.files import remove_leftovers, sha256_of, write_json
 from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom, is_out_of_memory, release_memory
 from torch_utils.progress import progress_bar
@@ -31,49 +32,57 @@ from training.run_folder import (
     RunLog,
     create_run_folder,
     newest_state,
-    on_main,
     save_state,
     use_folder,
-    write_json,
 )
+from training.trainer import BaseTrainer, NotFinite
 
 
-class Run:
-    """A trainer with its folder: decides when to log and to save, and does it.
+class BaseRun:
+    """A trainer with its folder: iterations up to the end or a signal, and what is written on the way.
 
-    trainer: what is trained. Its ``iterate()`` does one iteration and returns statistics [rows, columns], the same on
-    every process; ``iteration`` is how many are done, ``state()`` a copy of everything that the next one depends on,
-    ``chunk`` the samples of a network call, ``evaluations`` the NFE of the student.
-
-    Subclasses name the ``columns`` of the statistics and say what is saved and what is shown.
+    trainer: a ``BaseTrainer``.
+    options: of the run; ``batch`` is the number of samples per iteration over all processes.
+    folder: where the run writes its log, its states and its results.
+    elapsed: seconds trained in earlier parts of the run. Default: 0.
     """
 
-    columns: tuple[str, ...]
-
-    def __init__(self, trainer, options: RunOptions, folder: Path, provenance: dict, elapsed=0.0):
+    def __init__(self, trainer: BaseTrainer, options, folder: str | Path, elapsed: float = 0.0):
         self.trainer, self.options, self.folder = trainer, options, Path(folder)
-        self.provenance = provenance
         self.log = RunLog(folder)
-        self.total = max(1, math.ceil(options.total_kimg * 1000 / options.batch - 1e-9))  # iterations
         self._elapsed_before, self._start = elapsed, time.monotonic()
-        self._tick_start = self._start
-        self._collected: list[torch.Tensor] = []
-        self._shown: torch.Tensor | None = None
         self._saved_at = -1  # iteration of the newest state on disk
 
-    def save_result(self, progress: dict) -> None:
-        """Writes what has been trained so far to ``result_path``; progress: kimg, iteration and date."""
+    def finished(self) -> bool:
+        """Whether the run is at its end; the same on every process."""
         raise NotImplementedError
 
-    def on_failure(self, error: Exception) -> None:
-        """Raises UserError for an exception that ``failures`` names; the trainer is as before the iteration."""
+    def iterate(self):
+        """One iteration; returns its statistics. Raises NotFinite."""
+        return self.trainer.iterate()
+
+    def show(self, bar: tqdm, statistics, seconds: float) -> None:
+        """Moves the progress bar by one iteration, which took so many seconds."""
         raise NotImplementedError
 
-    def shown(self, latest: torch.Tensor) -> str:
-        """The text of the progress bar for smoothed statistics."""
+    def after_iteration(self, stopping: bool) -> None:
+        """Logs and saves what is due. stopping: a signal ends the run, so everything is saved."""
         raise NotImplementedError
 
-    failures: tuple[type[Exception], ...] = ()
+    def on_interruption(self) -> str:
+        """Called when a signal ends the run before its end; returns the note of ``Interrupted``."""
+        return ""
+
+    def failure_text(self, error: NotFinite) -> str:
+        """What went wrong and what to do; the trainer is as before the iteration."""
+        raise NotImplementedError
+
+    def on_failure(self, error: NotFinite) -> None:
+        """Ends the run with a UserError."""
+        raise UserError(self.failure_text(error)) from None
+
+    def progress_bar(self) -> tqdm:
+        raise NotImplementedError
 
     @property
     def elapsed(self) -> float:
@@ -85,39 +94,108 @@ class Run:
         return self.trainer.iteration * self.options.batch
 
     @property
+    def kimg(self) -> float:
+        """Thousands of samples trained on."""
+        return self.nimg / 1000
+
+    def loop(self) -> None:
+        """Trains to the end.
+
+        Raises Interrupted after SIGINT or SIGTERM, with everything saved, and UserError, on every
+        process, for a loss that is not finite.
+        """
+        with deferred_signals() as received, self.progress_bar() as bar:
+            while not self.finished():
+                begin = time.monotonic()
+                try:
+                    statistics = self.iterate()
+                except NotFinite as error:
+                    self.on_failure(error)
+                self.show(bar, statistics, time.monotonic() - begin)
+                stop = any_signal(received, self.trainer.device)
+                self.after_iteration(stop is not None)
+                if stop is not None and not self.finished():
+                    bar.close()
+                    raise Interrupted(stop, self.on_interruption())
+
+
+class Run(BaseRun):
+    """A distillation in its folder.
+
+    Subclasses name the ``columns`` of the trainer's statistics [rows, columns], and say what is
+    saved and what is shown.
+
+    trainer: its ``evaluations`` is the NFE of the student.
+    provenance: where the result comes from, for its file and the recorded options.
+    """
+
+    columns: tuple[str, ...]
+
+    def __init__(self, trainer: BaseTrainer, options: RunOptions, folder: Path, provenance: dict, elapsed: float = 0.0):
+        super().__init__(trainer, options, folder, elapsed)
+        self.provenance, self.total = provenance, iterations_of(options)
+        self._tick_start = self._start
+        self._collected: list[torch.Tensor] = []
+        self._smoothed: torch.Tensor | None = None
+
+    def save_result(self, progress: dict) -> None:
+        """Writes what has been trained so far to ``result_path``; progress: kimg, iteration and date."""
+        raise NotImplementedError
+
+    def progress_text(self, latest: torch.Tensor) -> str:
+        """The text of the progress bar for smoothed statistics."""
+        raise NotImplementedError
+
+    def describe(self, net) -> list[str]:
+        """What is going to be trained, in a few lines."""
+        raise NotImplementedError
+
+    @property
     def result_path(self) -> Path:
         return self.folder / f"predictor-{self.nimg // 1000:06d}.safetensors"
 
-    def loop(self) -> None:
-        """Trains to the end. Raises Interrupted after a signal and UserError for a loss that is not finite."""
-        with deferred_signals() as received, self._progress_bar() as bar:
-            while self.trainer.iteration < self.total:
-                begin = time.monotonic()
-                try:
-                    statistics = self.trainer.iterate()
-                except self.failures as error:
-                    self.on_failure(error)
-                self._collected.append(statistics)
-                self._show(bar, statistics, time.monotonic() - begin)
-                stop = any_signal(received, self.trainer.device)
-                self._after_iteration(stop is not None)
-                if stop is not None and self.trainer.iteration < self.total:
-                    bar.close()
-                    world = distributed.world_size()
-                    start = "python" if world == 1 else f"torchrun --standalone --nproc_per_node={world}"
-                    command = f"{start} train.py --resume={shlex.quote(str(self.folder))}"
-                    self.log.say(f"Interrupted after {self.nimg / 1000:g} kimg; continue with: {command}")
-                    raise Interrupted(stop)
+    def train(self, net, resume: bool, notes: Sequence[str] = ()) -> Path:
+        """Records the options, describes the run and trains to the end; returns the result's file.
 
-    def run_to_end(self) -> Path:
-        """``loop`` to the end; returns the file of the product. UserError where the device's memory does not do."""
+        resume: whether a run is continued. notes: further lines for the log. Default: none.
+
+        Raises what ``loop`` does, and UserError if the device's memory does not suffice.
+        """
+        if resume:  # files that a kill left, lines beyond the newest state
+            on_main(remove_leftovers, self.folder)
+            on_main(self.log.rewind, "iteration", self.trainer.iteration)
+        where = {"device": str(self.trainer.device), "processes": distributed.world_size(), "date": date()}
+        record = {**self.options.to_dict(), "provenance": {**self.provenance, **where}}
+        on_main(write_json, self.folder / OPTIONS_FILE, record)
+        self.log.say(f"{'Continuing' if resume else 'Training'} in {self.folder}")
+        for line in self.describe(net):
+            self.log.say(line)
+        if resume:
+            self.log.say(f"from iteration {self.trainer.iteration} ({self.kimg:g} kimg)")
+        for line in notes:
+            self.log.say(line)
         with explained_oom(self.trainer.device, f"lower --batch-gpu (now {self.trainer.chunk})"):
             self.loop()
         self.log.say(f"trained {self.result_path} NFE={self.trainer.evaluations} in {self.elapsed:.1f} s")
         return self.result_path
 
-    def _after_iteration(self, stopping: bool) -> None:
-        done = stopping or self.trainer.iteration == self.total
+    def finished(self) -> bool:
+        return self.trainer.iteration >= self.total
+
+    def on_interruption(self) -> str:
+        world = distributed.world_size()
+        start = "python" if world == 1 else f"torchrun --standalone --nproc_per_node={world}"
+        command = f"{start} train.py --resume={shlex.quote(str(self.folder))}"
+        self.log.say(f"Interrupted after {self.kimg:g} kimg; continue with: {command}")
+        return ""
+
+    def on_failure(self, error: NotFinite) -> None:
+        self.save_state()
+        self.log.note(f"Error: {self.failure_text(error)}")
+        super().on_failure(error)
+
+    def after_iteration(self, stopping: bool) -> None:
+        done = stopping or self.finished()
         # Ticks are places in the stream of samples, so a continued run has them where an unbroken one would.
         before, now = ((self.nimg - back) // (self.options.tick * 1000) for back in (self.options.batch, 0))
         if not done and now == before:
@@ -128,7 +206,7 @@ class Run:
 
         self._tick()
         if done or crosses(self.options.snap):
-            progress = {"kimg": self.nimg / 1000, "iteration": self.trainer.iteration, "date": date()}
+            progress = {"kimg": self.kimg, "iteration": self.trainer.iteration, "date": date()}
             self.save_result(progress)
         if done or crosses(self.options.dump):
             self.save_state()
@@ -139,10 +217,10 @@ class Run:
         means = torch.stack(self._collected).double().mean(dim=0)
         per_row = {name: means[:, column].tolist() for column, name in enumerate(self.columns)}
         pace = (now - self._tick_start) / kimg
-        record = {"kimg": self.nimg / 1000, "iteration": self.trainer.iteration, **per_row}
+        record = {"kimg": self.kimg, "iteration": self.trainer.iteration, **per_row}
         self.log.stats({**record, "sec": round(self.elapsed, 3), "sec_per_kimg": round(pace, 4)})
         shown = "  ".join(f"{name} {numbers(means[:, column])}" for column, name in enumerate(self.columns))
-        self.log.note(f"kimg {self.nimg / 1000:<8g} {shown}  sec {self.elapsed:.1f}  s/kimg {pace:.2f}")
+        self.log.note(f"kimg {self.kimg:<8g} {shown}  sec {self.elapsed:.1f}  s/kimg {pace:.2f}")
         self._collected, self._tick_start = [], now
 
     def save_state(self) -> None:
@@ -160,7 +238,7 @@ class Run:
         on_main(save_state, self.folder, self.nimg // 1000, {**self.trainer.state(), **more})
         self._saved_at = self.trainer.iteration
 
-    def _progress_bar(self) -> tqdm:
+    def progress_bar(self) -> tqdm:
         return progress_bar(
             self.total,
             initial=self.trainer.iteration,
@@ -169,25 +247,20 @@ class Run:
             bar_format="{percentage:3.0f}%|{bar:12}| [{elapsed}<{remaining}{postfix}]",
         )
 
-    def _show(self, bar: tqdm, statistics: torch.Tensor, seconds: float) -> None:
+    def show(self, bar: tqdm, statistics: torch.Tensor, seconds: float) -> None:
+        self._collected.append(statistics)
         pace = torch.full_like(statistics[:, :1], seconds / self.options.batch * 1000)
         latest = torch.cat([statistics, pace], dim=1)
-        self._shown = latest if self._shown is None else torch.lerp(self._shown, latest, 0.1)
-        kimg = f"{self.nimg / 1000:.2f}/{self.total * self.options.batch / 1000:.2f} kimg"
-        text = self.shown(self._shown[:, :-1])
-        bar.set_postfix_str(f"{kimg} {text} {float(self._shown[0, -1]):.3g} s/kimg", refresh=False)
+        self._smoothed = latest if self._smoothed is None else torch.lerp(self._smoothed, latest, 0.1)
+        kimg = f"{self.kimg:.2f}/{self.total * self.options.batch / 1000:.2f} kimg"
+        text = self.progress_text(self._smoothed[:, :-1])
+        bar.set_postfix_str(f"{kimg} {text} {float(self._smoothed[0, -1]):.3g} s/kimg", refresh=False)
         bar.update()
 
-    def clean_up(self) -> None:
-        """What a run that is continued has to put in order: files that a kill left, lines beyond the newest state."""
-        on_main(remove_leftovers, self.folder)
-        on_main(self.log.rewind, "iteration", self.trainer.iteration)
 
-    def record_options(self, device: torch.device) -> None:
-        """Writes the options, and where the run takes place, into its folder."""
-        where = {"device": str(device), "processes": distributed.world_size(), "date": date()}
-        record = {**self.options.to_dict(), "provenance": {**self.provenance, **where}}
-        on_main(write_json, self.folder / OPTIONS_FILE, record)
+def iterations_of(options: RunOptions) -> int:
+    """Iterations of a whole run."""
+    return max(1, math.ceil(options.total_kimg * 1000 / options.batch - 1e-9))
 
 
 def numbers(values) -> str:
@@ -300,7 +373,7 @@ def prepare(options: RunOptions, device: torch.device) -> tuple:
 def fitting_batch_gpu(probe_memory: Callable[[int], None], share: int, device) -> int:
     """The largest divisor of the share for which the memory of every process suffices.
 
-    rehearse(batch_gpu): does what needs the most. Raises UserError where not even one sample fits.
+    probe_memory(batch_gpu): does what needs the most memory. Raises UserError where not even one sample fits.
     """
     for batch_gpu in sorted((n for n in range(1, share + 1) if share % n == 0), reverse=True):
         fits = True

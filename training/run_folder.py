@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from torch_utils import distributed
+from torch_utils.distributed import on_main as on_main  # for importers of this module
 from torch_utils.errors import UserError, parse_json
 from torch_utils.files import atomic_path, read_json
 from torch_utils.progress import say
@@ -138,34 +139,27 @@ def load_newest_state(folder) -> dict:
         )
     path = states[-1][1]
     try:
-        state = safe_load(path)
-        if not isinstance(state, dict) or not {"predictor", "optimizer", "iteration", "options"} <= state.keys():
-            raise ValueError("it is not a training state")
+        state = read_state(path, {"predictor", "optimizer", "iteration", "options"})
         if not isinstance(state["options"], dict) or not all(isinstance(name, str) for name in state["options"]):
-            raise ValueError("its options are damaged")
-    except Exception as error:  # whatever a damaged file provokes in torch
+            raise UserError(f"cannot read {path} (its options are damaged)")
+    except UserError as error:
         older = f"; delete it to continue from {states[-2][1].name}" if len(states) > 1 else ""
-        reason = str(error).strip().removeprefix(f"{path} ")[:160]
-        raise UserError(f"cannot read {path} ({reason}){older}") from None
+        raise UserError(f"{error}{older}") from None
     return state
 
 
-def write_json(path, value) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def read_state(path: Path, entries: set[str]) -> dict:
+    """The training state in a file, on the CPU.
 
-
-def on_main(function, *arguments):
-    """Calls the function on the first process, once all have got here; its result or UserError reaches all of them."""
-    distributed.wait_for_all()
-    result = error = None
-    if distributed.rank() == 0:
-        try:
-            result = function(*arguments)
-        except UserError as exc:  # raised on every process by agree()
-            error = exc
-    distributed.agree(error)
-    return distributed.broadcast_object(result)
+    Raises UserError if it is damaged or lacks one of these entries.
+    """
+    try:
+        state = safe_load(path)
+        if not isinstance(state, dict) or not entries <= state.keys():
+            raise ValueError("it is not a training state")
+    except Exception as error:  # whatever a damaged file provokes in torch
+        raise UserError(f"cannot read {path} ({str(error).strip().removeprefix(f'{path} ')[:160]})") from None
+    return state
 
 
 def _value(line: bytes, key: str) -> float:

@@ -15,10 +15,10 @@ from solvers.schedule_file import Schedule
 from solvers.schedules import SCHEDULES
 from solvers.search.dmn import HIGHEST_ORDER, KINDS, dmn_sigmas
 from solvers.search.evolution import EVOLUTION_OPTIONS, evolution_sigmas
-from solvers.search.gits import METRICS, check_teacher, gits_cost, gits_indices, insert_afs_point, teacher_trajectory
+from solvers.search.gits import METRICS, gits_cost, gits_indices, insert_afs_point, teacher_trajectory
 from solvers.search.ofs import OFS_OPTIONS, ofs_sigmas
 from solvers.search.problem import Found, Problem
-from solvers.solver import Option
+from solvers.solver import Option, check_teacher
 from torch_utils import distributed
 from torch_utils.distributed import together
 from torch_utils.errors import UserError

@@ -10,19 +10,32 @@ from pathlib import Path
 import torch
 
 from models.denoiser import embedding_layer
+from models.inputs import draw_condition, draw_inputs
 from solvers.span_table import SpanSolver
 from torch_utils import distributed
+from torch_utils.distributed import on_main
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
 from torch_utils.memory import AUTO, explained_oom
 from torch_utils.progress import progress_bar
 from training.checkpoint import save_predictor
 from training.options import SpanOptions, grid_sigmas
-from training.run import Run, check_state, fitting_batch_gpu, numbers, prepare, provenance_of, restore, working_folder
-from training.run_folder import newest_state, on_main
+from training.run import (
+    Run,
+    check_state,
+    fitting_batch_gpu,
+    iterations_of,
+    numbers,
+    prepare,
+    provenance_of,
+    restore,
+    working_folder,
+)
+from training.run_folder import newest_state
 from training.sample_loss import PairLoss
-from training.span_trainer import PATIENCE, STATISTICS, NotFinite, SpanTrainer, measure
-from training.teacher import TeacherSet, draw_condition, draw_inputs, file_of, identity_of, teacher_set
+from training.span_trainer import PATIENCE, STATISTICS, SpanTrainer, measure
+from training.teacher import TeacherSet, file_of, identity_of, teacher_set
+from training.trainer import NotFinite
 
 FINALISTS = 3  # starts that are trained for a moment before one is chosen
 
@@ -126,7 +139,6 @@ class SpanRun(Run):
     """The training of a span student in a folder."""
 
     columns = STATISTICS
-    failures = (NotFinite,)
 
     def save_result(self, progress: dict) -> None:
         trainer = self.trainer
@@ -134,39 +146,28 @@ class SpanRun(Run):
         provenance = {**self.provenance, **progress, "validation": values}
         on_main(save_predictor, trainer.best_student(), self.result_path, provenance)
 
-    def on_failure(self, error: NotFinite) -> None:
-        """Saves the last good state and the best student, and says what happened."""
-        self.save_state()
-        message = (
+    def failure_text(self, error: NotFinite) -> str:
+        return (
             f"no finite gradient in {PATIENCE} iterations in a row, up to iteration {self.trainer.iteration + 1} "
-            f"({self.nimg / 1000:g} kimg); the last good state is kept in {self.folder}: check the network, or start "
+            f"({self.kimg:g} kimg); the last good state is kept in {self.folder}: check the network, or start "
             "again with smaller --lrs or --amp=none"
         )
-        self.log.note(f"Error: {message}")
-        raise UserError(message) from None
 
-    def shown(self, latest: torch.Tensor) -> str:
+    def progress_text(self, latest: torch.Tensor) -> str:
         loss, (val, rms) = float(latest[0, 0]), self.trainer.validation  # validation is rare: not smoothed
         return f"loss {loss:.4g} val {val:.4g} (first {self.trainer.first[0]:.4g}) rms {rms:.4g}"
 
-    def announce(self, net, device: torch.device, resume: bool) -> None:
-        """Records the options, and says in a few lines what is going to happen."""
-        self.record_options(device)
+    def describe(self, net) -> list[str]:
         options, trainer, world = self.options, self.trainer, distributed.world_size()
         config = trainer.student.config
-        self.log.say(f"{'Continuing' if resume else 'Training'} in {self.folder}")
-        self.log.say(
+        return [
             f"span student ({options.preset}, base {config['base']}) taught by {options.sampler_tea} on "
             f"{options.dataset_name} ({Path(net.source_path).name}), {config['num_steps']} time stamps, "
-            f"NFE {trainer.evaluations}, {_size(trainer.student)}"
-        )
-        self.log.say(f"noise levels {numbers(trainer.student.sigmas().detach())}; seed {options.seed}")
-        self.log.say(
+            f"NFE {trainer.evaluations}, {_size(trainer.student)}",
+            f"noise levels {numbers(trainer.student.sigmas().detach())}; seed {options.seed}",
             f"loss {options.loss}, {options.pairs} pairs, batch {options.batch} ({trainer.chunk} per call, {world} "
-            f"processes), {self.total} iterations, {device}"
-        )
-        if resume:
-            self.log.say(f"from iteration {trainer.iteration} ({self.nimg / 1000:g} kimg)")
+            f"processes), {self.total} iterations, {trainer.device}",
+        ]
 
 
 def train_span(options: SpanOptions | dict, device="cpu", run_dir=None, resume: bool = False) -> Path:
@@ -202,14 +203,14 @@ def _train_span(options: SpanOptions | dict, device, run_dir, resume: bool, lock
         options.batch_gpu = fitting_batch_gpu(partial(probe_memory, net, options, ends, prompts, device), share, device)
     pairs = _pairs(net, options, ends, prompts, device, run_dir if resume else None)
     chunk = min(options.batch_gpu or options.batch, options.batch // distributed.world_size())
-    total = math.ceil(options.total_kimg * 1000 / options.batch - 1e-9)
+    total = iterations_of(options)
     lines: list[str] = []
     if state is None:
         with explained_oom(device, f"lower --batch-gpu (now {chunk})"):
-            student = choose_start(net, options, pairs, ends, chunk, max(1, total), lines.append)
+            student = choose_start(net, options, pairs, ends, chunk, total, lines.append)
     else:
         student = _student_of(state, run_dir)
-    trainer = SpanTrainer(net, student, pairs, options, max(1, total), device)
+    trainer = SpanTrainer(net, student, pairs, options, total, device)
     names = ("seed", "batch", "amp", "objective", "loss", "sampler_tea", "num_steps_tea", "pairs")
     provenance = provenance_of(net, options, names)
     elapsed = 0.0
@@ -219,12 +220,7 @@ def _train_span(options: SpanOptions | dict, device, run_dir, resume: bool, lock
         folder = locks.enter_context(working_folder(options, net, run_dir))
     run = SpanRun(trainer, options, folder, provenance, elapsed)
     trainer.report = run.log.say
-    if resume:
-        run.clean_up()
-    run.announce(net, device, resume)
-    for line in lines:
-        run.log.say(line)
-    path = run.run_to_end()
+    path = run.train(net, resume, lines)
     first, best = trainer.first[0], trainer.best
     run.log.say(f"validation {first:.4g} before, {best['value']:.4g} in the best state (iteration {best['iteration']})")
     return path

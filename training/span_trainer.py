@@ -16,17 +16,14 @@ from torch_utils.seeds import stream_seeds
 from training.options import SpanOptions, learned
 from training.sample_loss import DistributionTerm, PairLoss, energy_distance
 from training.teacher import TeacherSet
+from training.trainer import BaseTrainer, NotFinite
 
 STATISTICS = ("loss", "val", "rms", "gradient", "skipped")
 PATIENCE = 5  # iterations in a row without a finite gradient, after which the run ends
 QUEUE = 1024  # student samples whose features the energy distance remembers
 
 
-class NotFinite(Exception):
-    """Several iterations in a row had gradients that are not finite."""
-
-
-class SpanTrainer:
+class SpanTrainer(BaseTrainer):
     """A span student, its optimiser, and one iteration: an Adam step for the loss of a batch of final samples.
 
     net: a Denoiser; student: a SpanSolver, trained in place: its table on the CPU, its heads on the device; pairs: a TeacherSet;
@@ -36,11 +33,13 @@ class SpanTrainer:
     its value; ``validation`` the latest (objective, root mean square distance to the teacher).
     """
 
+    kept = {name: name for name in ("optimizer", "iteration", "averaged", "best", "validation", "first", "failures")}
+    kept |= {"predictor": "student", "latest": "_latest"}
+
     def __init__(self, net, student: SpanSolver, pairs: TeacherSet, options: SpanOptions, total: int, device="cpu"):
         self.net, self.student, self.pairs, self.options = net, student, pairs, options
         self.total, self.device = total, torch.device(device)
-        self.share = options.batch // distributed.world_size()
-        self.chunk = min(options.batch_gpu or self.share, self.share)
+        self.split_batch(options.batch, options.batch_gpu)
         self.pair_loss = PairLoss(options.loss, net, options.feature_sigma)
         self.distribution = DistributionTerm(net, options.feature_sigma, QUEUE) if options.w_dist else None
         self.rates, self.phases = options.rates(student), options.phase_list(student)
@@ -49,7 +48,7 @@ class SpanTrainer:
         groups = [{"params": parameters, "lr": self.rates[name]} for name, parameters in self.groups.items()]
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999))
         self.averaged = copy.deepcopy(student)
-        self.iteration, self.failures = 0, 0
+        self.failures = 0  # iterations in a row without a finite gradient
         self.validation = (math.nan, math.nan)
         self.best: dict = {"value": math.inf, "iteration": 0, "state": _copy(student.state_dict())}
         self.first: tuple[float, float] | None = None  # the validation of the untrained student
@@ -142,7 +141,7 @@ class SpanTrainer:
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         parts = [g.flatten().cpu().double() for g in gradients]
         sums = torch.cat([*parts, torch.tensor([total], dtype=torch.float64)])
-        sums = distributed.all_reduce_sum(_for_exchange(sums, self.device)).cpu() / self.options.batch
+        sums = distributed.all_reduce_sum(sums) / self.options.batch
         self.optimizer.zero_grad(set_to_none=True)  # Adam leaves alone what has no gradient
         sizes = [p.numel() for p in parameters]
         for parameter, gradient in zip(parameters, sums[:-1].split(sizes), strict=True):
@@ -222,31 +221,13 @@ class SpanTrainer:
 
     # Continuing
 
-    def state(self) -> dict:
-        """A copy of everything that the next iteration depends on."""
-        return {
-            "predictor": _copy(self.student.state_dict()),
-            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
-            "iteration": self.iteration,
-            "student_config": copy.deepcopy(self.student.config),
-            "averaged": _copy(self.averaged.state_dict()),
-            "best": {**self.best, "state": _copy(self.best["state"])},
-            "validation": self.validation,
-            "first": self.first,
-            "failures": self.failures,
-            "latest": self._latest.clone(),
-            "queue": None
-            if self.distribution is None or self.distribution.queue is None
-            else self.distribution.queue.cpu(),
-        }
+    def state(self, copied: bool = True) -> dict:
+        queue = None if self.distribution is None else self.distribution.queue
+        more = {"student_config": copy.deepcopy(self.student.config), "queue": None if queue is None else queue.cpu()}
+        return super().state(copied) | more
 
     def load_state(self, state: dict) -> None:
-        self.student.load_state_dict(state["predictor"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.averaged.load_state_dict(state["averaged"])
-        self.iteration, self.failures = state["iteration"], state["failures"]
-        self.best, self.validation, self.first = state["best"], state["validation"], state["first"]
-        self._latest = state["latest"].clone()
+        super().load_state(state)
         if self.distribution is not None:
             self.distribution.queue = None if state["queue"] is None else state["queue"].to(self.device)
 
@@ -257,11 +238,6 @@ def _copy(state: dict) -> dict:
 
 def _chunks(indices, size: int):
     return [list(indices[start : start + size]) for start in range(0, len(indices), size)]
-
-
-def _for_exchange(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """On the device that the processes exchange data with."""
-    return tensor.to(device) if device.type == "cuda" else tensor
 
 
 @torch.no_grad()
@@ -281,7 +257,7 @@ def measure(net, student, pairs: TeacherSet, indices, pair_loss, chunk: int, dis
         sums += values.sum(dim=1).cpu().double()
         if distribution is not None:
             vectors.append(distribution.vectors(x, cond).cpu())
-    sums = distributed.all_reduce_sum(_for_exchange(sums, pairs.device)).cpu() / len(indices)
+    sums = distributed.all_reduce_sum(sums) / len(indices)
     found = None
     if distribution is not None:
         own = torch.cat(vectors) if vectors else torch.zeros(0, distribution.bank.shape[1])

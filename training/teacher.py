@@ -1,4 +1,4 @@
-"""What a trajectory starts from: noise and a condition that depend on the sample's seed alone."""
+"""The teacher of a trajectory objective: pairs of noise and image, computed once and kept in a file."""
 
 import hashlib
 import json
@@ -8,34 +8,16 @@ from pathlib import Path
 
 import torch
 
+from models.inputs import draw_inputs
 from solvers.sampler import sample
-from solvers.solver import SOLVERS
+from solvers.solver import SOLVERS, teachers
 from torch_utils import distributed
+from torch_utils.distributed import on_main, together
 from torch_utils.errors import UserError
 from torch_utils.memory import explained_oom
 from torch_utils.progress import progress_bar
-from torch_utils.seeds import SeededGenerators, stream_seeds
+from torch_utils.seeds import stream_seeds
 from torch_utils.tensor_file import json_entry, read_safetensors, write_safetensors
-from training.run_folder import on_main
-
-
-def draw_inputs(net, seeds: Sequence[int], prompts: Sequence[str] | None = None, dtype=torch.float32, device="cpu"):
-    """(unit-variance noise [B,C,H,W], keyword arguments of net) of these seeds.
-
-    prompts: for text-to-image networks, of which every sample draws one.
-    """
-    generators = SeededGenerators(seeds)
-    latents = generators.randn([net.img_channels, net.img_resolution, net.img_resolution], dtype).to(device)
-    return latents, draw_condition(net, generators, prompts)
-
-
-def draw_condition(net, generators: SeededGenerators, prompts: Sequence[str] | None = None) -> dict:
-    """Keyword arguments of net: a class, or one of the prompts, for every generator."""
-    if prompts is not None:
-        numbers = generators.randint(len(prompts)).tolist()
-        return net.make_cond(generators, prompts=[prompts[number] for number in numbers])
-    return net.make_cond(generators) if net.label_dim else {}
-
 
 FORMAT = "teacher-set"
 LEVELS = 12  # noise levels at which states are kept
@@ -62,7 +44,8 @@ class TeacherSettings:
     states: bool = False
 
     def __post_init__(self):
-        check_teacher(self.solver)
+        if self.solver not in teachers():
+            raise UserError(f"sampler_tea={self.solver} cannot make teacher pairs: choose from {', '.join(teachers())}")
         if self.num_steps < 3:
             raise UserError(f"num_steps_tea={self.num_steps}: a teacher needs at least 3 time stamps")
         for name in ("pairs", "validation"):
@@ -72,16 +55,6 @@ class TeacherSettings:
     @property
     def count(self) -> int:
         return self.pairs + self.validation
-
-
-def teachers() -> list[str]:
-    """Solvers that can make pairs: those that need no predictor and draw no noise."""
-    return [name for name, solver in SOLVERS.items() if not solver.needs_predictor and not solver.stochastic]
-
-
-def check_teacher(solver: str) -> None:
-    if solver not in teachers():
-        raise UserError(f"sampler_tea={solver} cannot make teacher pairs: choose from {', '.join(teachers())}")
 
 
 class TeacherSet:
@@ -165,43 +138,40 @@ def _compute(net, settings: TeacherSettings, prompts, batch: int, device) -> dic
     """Images, states and levels of all samples, on the CPU of every process."""
     rank, world = distributed.rank(), distributed.world_size()
     starts = range(0, settings.count, batch)
-    mine, error = {}, None
+    mine: dict[int, tuple] = {}
     rows = torch.linspace(0, settings.num_steps - 1, min(LEVELS, settings.num_steps)).round().long()
     levels, options = None, {}
     if "thresholding" in SOLVERS[settings.solver].options:
         options["thresholding"] = False  # it leaves the solution of the ODE
-    try:
-        with (
-            explained_oom(device, f"lower --batch-gpu (now {batch})"),
-            progress_bar(len(starts[rank::world]), unit="batch", desc="teacher", leave=False) as bar,
-        ):
-            for start in starts[rank::world]:
-                indices = range(start, min(start + batch, settings.count))
-                latents, cond = draw_inputs(net, _seeds(settings, indices), prompts, device=device)
-                states, info = sample(
-                    net,
-                    latents,
-                    solver=settings.solver,
-                    num_steps=settings.num_steps,
-                    schedule_type=settings.schedule_type,
-                    schedule_rho=settings.schedule_rho,
-                    sigma_min=settings.sigma_min,
-                    sigma_max=settings.sigma_max,
-                    cond=cond,
-                    return_trajectory=True,
-                    return_info=True,
-                    **options,
-                )
-                if not states[-1].isfinite().all():
-                    raise UserError(f"the teacher {settings.solver} makes images that are not finite: choose another")
-                if settings.states and len(states) != settings.num_steps:
-                    raise UserError(f"the teacher {settings.solver} skips time stamps: choose another, or --w_anchor=0")
-                levels = info.sigmas.cpu()
-                mine[start] = (states[-1].float().cpu(), states[rows].float().cpu() if settings.states else None)
-                bar.update()
-    except UserError as exc:  # raised on every process by agree()
-        error = exc
-    distributed.agree(error)
+    with (
+        together(),
+        explained_oom(device, f"lower --batch-gpu (now {batch})"),
+        progress_bar(len(starts[rank::world]), unit="batch", desc="teacher", leave=False) as bar,
+    ):
+        for start in starts[rank::world]:
+            indices = range(start, min(start + batch, settings.count))
+            latents, cond = draw_inputs(net, _seeds(settings, indices), prompts, device=device)
+            states, info = sample(
+                net,
+                latents,
+                solver=settings.solver,
+                num_steps=settings.num_steps,
+                schedule_type=settings.schedule_type,
+                schedule_rho=settings.schedule_rho,
+                sigma_min=settings.sigma_min,
+                sigma_max=settings.sigma_max,
+                cond=cond,
+                return_trajectory=True,
+                return_info=True,
+                **options,
+            )
+            if not states[-1].isfinite().all():
+                raise UserError(f"the teacher {settings.solver} makes images that are not finite: choose another")
+            if settings.states and len(states) != settings.num_steps:
+                raise UserError(f"the teacher {settings.solver} skips time stamps: choose another, or --w_anchor=0")
+            levels = info.sigmas.cpu()
+            mine[start] = (states[-1].float().cpu(), states[rows].float().cpu() if settings.states else None)
+            bar.update()
     parts: dict[int, tuple] = {}
     for part in distributed.gather_objects(mine):
         parts |= part

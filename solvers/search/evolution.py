@@ -18,8 +18,7 @@ import torch
 
 from solvers.sampler import resolve_sigmas, sample
 from solvers.schedules import SCHEDULES, get_schedule
-from solvers.search.gits import check_teacher
-from solvers.solver import Option
+from solvers.solver import Option, check_teacher
 from torch_utils import distributed
 from torch_utils.distributed import together
 from torch_utils.errors import UserError

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from solvers.sampler import sample
-from solvers.solver import SOLVERS
+from solvers.solver import check_teacher
 from torch_utils.errors import UserError
 
 METRICS = ("dev", "l1", "l2")
@@ -69,13 +69,6 @@ def teacher_trajectory(net, latents, solver: str, **settings):
     if not len(states) == len(info.sigmas) == len(offsets) + 1:
         raise UserError(f"the solver '{solver}' skips points of its schedule: it cannot be the teacher")
     return states, torch.stack(offsets), info.sigmas
-
-
-def check_teacher(solver: str) -> None:
-    """UserError where this solver cannot be the teacher."""
-    possible = [name for name, method in SOLVERS.items() if method.can_teach and not method.stochastic]
-    if solver not in possible:
-        raise UserError(f"the solver '{solver}' cannot be the teacher; choose from {', '.join(possible)}")
 
 
 def gits_cost(

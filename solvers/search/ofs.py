@@ -27,8 +27,8 @@ import torch
 
 from solvers.sampler import afs_direction, resolve_sigmas, sample
 from solvers.schedules import SCHEDULES
-from solvers.search.gits import check_teacher, gits_indices, teacher_trajectory
-from solvers.solver import Option
+from solvers.search.gits import gits_indices, teacher_trajectory
+from solvers.solver import Option, check_teacher
 from torch_utils import distributed
 from torch_utils.errors import UserError
 

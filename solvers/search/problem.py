@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from models.inputs import draw_inputs, draw_noise
 from solvers.sampler import afs_direction, resolve_sigmas
 from solvers.solver import SOLVERS, Solver, make_solver
 from torch_utils import distributed
@@ -105,16 +106,10 @@ class Problem:
 
     def noise(self, seeds: list[int]) -> tuple[torch.Tensor, dict]:
         """Unit-variance noise [B,C,H,W] and the condition that belong to these seeds. Float64 where the device has it."""
-        generators = SeededGenerators(seeds)
-        latents = generators.randn((self.net.img_channels, self.net.img_resolution, self.net.img_resolution))
         dtype = torch.float32 if torch.device(self.device).type == "mps" else torch.float64
-        make_cond = getattr(self.net, "make_cond", lambda *_: {})
-        text = {}
-        if self.prompts is not None:
-            numbers = generators.randint(len(self.prompts)).tolist()
-            text = {"prompts": [self.prompts[number] for number in numbers]}
-            text |= {} if self.negative_prompt is None else {"negative_prompt": self.negative_prompt}
-        return latents.to(self.device, dtype), make_cond(generators, self.labels, **text)
+        more = {"labels": self.labels, "negative_prompt": self.negative_prompt}
+        latents, cond = draw_inputs(self.net, seeds, self.prompts, **more)
+        return latents.to(self.device, dtype), cond
 
     def texts(self) -> dict:
         """What the file and the state say about the prompts: a text, or the number of captions and their SHA-256."""
@@ -127,8 +122,7 @@ class Problem:
     def fresh_noise(self, seeds: list[int]) -> Callable[[], torch.Tensor]:
         """A source of noise [B,C,H,W] beside that of ``noise``; every source made for these seeds gives the same."""
         generators = SeededGenerators([stream_seeds(seed, 0, 1)[0] for seed in seeds])
-        shape = (self.net.img_channels, self.net.img_resolution, self.net.img_resolution)
-        return lambda: generators.randn(shape)
+        return lambda: draw_noise(self.net, generators)
 
     def teacher(self, solver_tea, num_steps_tea, schedule_type, schedule_rho, **more) -> dict:
         """Keywords of ``sample`` for a teacher over the range of the schedule; it takes the student's SHARED_OPTIONS."""
