@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.building import Family, build_empty, check_guidance, load_weights
-from models.noise import CosineNoise, LinearNoise
+from models.noise import CosineNoise, LinearNoise, TimeOfProcess
 from models.openai_unet import (
     ADM,
     ADM_CLASSIFIER,
@@ -73,7 +73,7 @@ PRESETS = {
 _NOISE = {"linear": LinearNoise, "cosine": CosineNoise}
 
 
-class ADMDenoiser(PixelUNetDenoiser):
+class ADMDenoiser(TimeOfProcess, PixelUNetDenoiser):
     """D(x; sigma) = x - sigma F(x / sqrt(1 + sigma^2); step), clamped to [-1, 1]; F predicts the noise.
 
     model, classifier: what ``unet_arguments`` and ``classifier_arguments`` take; the second output half of a network with
@@ -109,17 +109,9 @@ class ADMDenoiser(PixelUNetDenoiser):
             if self.label_dim != (self.model.num_classes or self.label_dim):
                 raise UserError(f"the classifier knows {self.label_dim} classes, the network {self.model.num_classes}")
         self.clip_denoised = True
-        self.noise = _NOISE[noise_schedule]()
-        with torch.device("cpu"):
-            self.sigma_min, self.sigma_max = self.noise.sigma_range()
-
-    def sigma(self, t: torch.Tensor) -> torch.Tensor:
-        """Noise level of a time in 0 .. 1."""
-        return self.noise.sigma(torch.as_tensor(t))
-
-    def sigma_inv(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Time in 0 .. 1 of a noise level."""
-        return self.noise.sigma_inv(torch.as_tensor(sigma))
+        with torch.device("cpu"):  # also when the network is built on the meta device
+            self.process = _NOISE[noise_schedule]()
+            self.sigma_min, self.sigma_max = self.process.sigma_min, self.process.sigma_max
 
     def convert_torso(self, dtype: torch.dtype) -> None:
         super().convert_torso(dtype)
@@ -144,23 +136,24 @@ class ADMDenoiser(PixelUNetDenoiser):
     def classify(self, images: torch.Tensor) -> torch.Tensor:
         """Logits [B, label_dim] of clean images [B,C,H,W] in [-1, 1], taken as ones of the lowest noise level."""
         sigma = torch.full([1, 1, 1, 1], self.sigma_min, device=images.device)
-        step = self.noise.step(self.noise.sigma_inv(sigma)).flatten().expand(len(images))
+        step = self.process.timestep(sigma).flatten().expand(len(images))
         return self.classifier(images / (1 + sigma**2).sqrt(), step).float()
 
-    def forward(self, x, sigma, class_labels=None):
-        x = x.to(torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
-        c_in = 1 / (1 + sigma**2).sqrt()
-        step = self.noise.step(self.noise.sigma_inv(sigma)).flatten()
+    def scalings(self, sigma):
+        return 1, -sigma, 1 / (1 + sigma**2).sqrt(), self.process.timestep(sigma)
+
+    def predict(self, x, c_noise, sigma, class_labels=None):
         if self.classifier is not None and class_labels is None:
             raise UserError("classifier guidance needs class_labels")
-        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            y = class_labels if self.model.num_classes or self.classifier is None else None
-            output = self.model(c_in * x, step, y=y)[:, : self.img_channels].to(torch.float32)
-            if self.classifier is not None:
-                gradient = self.classifier_gradient(c_in * x, step, class_labels)
-                output = output - self.guidance_rate * sigma * c_in * gradient
-        denoised = x - sigma * output
+        y = class_labels if self.model.num_classes or self.classifier is None else None
+        noise = self.model(x, c_noise, y=y)[:, : self.img_channels].to(torch.float32)
+        if self.classifier is None:
+            return noise
+        gradient = self.classifier_gradient(x, c_noise, class_labels)
+        return noise - self.guidance_rate * sigma * (1 / (1 + sigma**2).sqrt()) * gradient
+
+    def combine(self, c_skip, x, c_out, output):
+        denoised = c_skip * x + c_out * output
         return denoised.clamp(-1, 1) if self.clip_denoised else denoised
 
 

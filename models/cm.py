@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from models.building import Family, build_empty, check_guidance, load_weights
+from models.denoiser import edm_scalings
 from models.openai_unet import (
     CONSISTENCY,
     PixelUNetDenoiser,
@@ -47,17 +48,11 @@ class CMDenoiser(PixelUNetDenoiser):
     def __init__(self, **config):
         super().__init__(UNetModel(**{**unet_arguments(config), "use_new_attention_order": True, "qkv_dims": 2}))
 
-    def forward(self, x, sigma, class_labels=None):
-        x = x.to(torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
-        variance = sigma**2 + self.sigma_data**2
-        c_skip = self.sigma_data**2 / variance
-        c_out = sigma * self.sigma_data / variance.sqrt()
-        c_in = 1 / variance.sqrt()
-        c_noise = (1000 * 0.25 * sigma.log()).flatten()
-        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            output = self.model(c_in * x, c_noise, y=class_labels)
-        return torch.addcmul(c_skip * x, c_out, output.to(torch.float32))
+    def scalings(self, sigma):
+        return *edm_scalings(sigma, self.sigma_data), 1000 * 0.25 * sigma.log()
+
+    def predict(self, x, c_noise, sigma, class_labels=None):
+        return self.model(x, c_noise, y=class_labels)
 
 
 def build_cm(config: Mapping, state_dict, guidance_type, guidance_rate, device) -> CMDenoiser:

@@ -30,10 +30,8 @@ def prepare_network(
     """
     if amp not in AUTOCAST:
         raise UserError(f"amp={amp}: choose from {', '.join(AUTOCAST)}")
-    if AUTOCAST[amp] is not None and not hasattr(net, "autocast"):
-        raise UserError(
-            f"--amp={amp} is not available for {getattr(net, 'dataset_name', 'this network')}; use --amp=none"
-        )
+    if AUTOCAST[amp] is not None and not net.can_autocast:
+        raise UserError(f"--amp={amp} is not available for {net.dataset_name or 'this network'}; use --amp=none")
     net.autocast = AUTOCAST[amp]
     if channels_last is None:
         channels_last = amp == "none" and next(net.parameters(), torch.empty(0)).device.type == "cpu"

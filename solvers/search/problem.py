@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from models.denoiser import member
 from solvers.sampler import afs_direction, resolve_sigmas
 from solvers.solver import SOLVERS, Solver, make_solver
 from torch_utils import distributed
@@ -108,7 +109,7 @@ class Problem:
         generators = SeededGenerators(seeds)
         latents = generators.randn((self.net.img_channels, self.net.img_resolution, self.net.img_resolution))
         dtype = torch.float32 if torch.device(self.device).type == "mps" else torch.float64
-        make_cond = getattr(self.net, "make_cond", lambda *_: {})
+        make_cond = member(self.net, "make_cond")
         text = {}
         if self.prompts is not None:
             numbers = generators.randint(len(self.prompts)).tolist()
