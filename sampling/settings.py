@@ -77,7 +77,7 @@ class Settings:
             calls = predictor.evaluations()
         else:
             calls = self.make_solver().evaluations(len(self.resolve(net)) - 1, self.afs)
-        return (calls + bool(self.denoise_to_zero)) * net.evals_per_call
+        return (calls + bool(self.denoise_to_zero)) * getattr(net, "evals_per_call", 1)
 
 
 def settings_from_flags(options: dict, given: set[str]) -> Settings:
@@ -197,7 +197,7 @@ def _is_file_of_prompts(prompt: str) -> bool:
 
 def check_text(net, dataset_name: str, options: dict, prompts) -> None:
     """UserError where prompts are missing, are of no use, or cannot be encoded."""
-    if not net.takes_prompts:
+    if not getattr(net, "takes_prompts", False):
         for given in TEXT_OPTIONS:
             if options[given] is not None:
                 raise UserError(f"--{given}: {dataset_name} is no text-to-image network; leave it out")
@@ -265,7 +265,7 @@ def recorded_settings(settings: Settings, options: dict, net, predictor_file: Pa
         value = getattr(solver, name)
         recorded[name] = str(value) if value in (math.inf, -math.inf) else value  # JSON has no infinity
     recorded["original_code"] = getattr(solver, "original_code", None) or None
-    recorded["guidance_rate"] = net.guidance_rate  # None: the network takes no guidance
+    recorded["guidance_rate"] = getattr(net, "guidance_rate", None)  # None: the network takes no guidance
     return recorded | {
         **recorded_text(options),
         "sigmas": sigmas.tolist(),

@@ -123,7 +123,7 @@ class Sampler:
     def denoise(self, x, sigma, copies=1, shift=None):
         """D(x; sigma); copies: how many states of the batch x holds, one after the other (sigma then [copies B,1,1,1]);
         shift [copies, E]: what is added to the network's embedding of the noise level."""
-        self.nfe += copies * member(self.net, "evals_per_call")
+        self.nfe += copies * getattr(self.net, "evals_per_call", 1)
         cond = self.cond if copies == 1 else {name: _repeat(v, copies, len(x)) for name, v in self.cond.items()}
         net = self.net
         if shift is not None:

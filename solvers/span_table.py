@@ -33,7 +33,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from models.denoiser import embedding_layer, member
+from models.denoiser import embedding_layer
 from solvers.deis import gauss_legendre, lagrange_basis
 from solvers.sampler import integrate
 from solvers.schedules import check_sigmas, get_schedule
@@ -528,7 +528,7 @@ class SpanSolver(nn.Module):
         sigma = torch.tensor(float(self.config["sigma_max"]), dtype=torch.float64)
         device = next(net.parameters(), torch.empty(0)).device
         shape = (net.img_channels, net.img_resolution, net.img_resolution)
-        make_cond = member(net, "make_cond") if make_cond is None else make_cond
+        make_cond = getattr(net, "make_cond", lambda generators: {}) if make_cond is None else make_cond
         total, images = {"x": 0.0, "d": 0.0, "xd": 0.0, "xx": 0.0}, 0
         for start in range(0, calls, batch):
             generators = SeededGenerators(range(seed + start, seed + min(start + batch, calls)))

@@ -20,7 +20,6 @@ if not __package__:  # run as a file: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import create_model
-from models.denoiser import member
 from solvers import get_schedule, sample
 from solvers.dpm_solver_v3 import Statistics, guidance_rate, node_slopes, save_statistics, statistics_path
 from torch_utils import distributed
@@ -142,7 +141,7 @@ def estimate_statistics(
         generators = SeededGenerators(seeds[start : start + batch])
         latents = generators.randn(shape, dtype=dtype).to(device)
         probe = (2 * generators.randint(2, shape) - 1).to(device, dtype)
-        cond = member(net, "make_cond")(generators)
+        cond = net.make_cond(generators) if hasattr(net, "make_cond") else {}
 
         def collect(i, sigma, x, denoised, probe=probe, cond=cond):
             sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
@@ -167,8 +166,8 @@ def estimate_statistics(
         for i, of in enumerate(moments)
     ]
     metadata = {
-        "network_hash": member(net, "weights_hash"),
-        "dataset_name": member(net, "dataset_name"),
+        "network_hash": getattr(net, "weights_hash", None),
+        "dataset_name": getattr(net, "dataset_name", None),
         "guidance_rate": guidance_rate(net),
         "nodes": nodes,
         "samples": samples,

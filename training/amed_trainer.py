@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 
-from models.denoiser import member
 from solvers.sampler import afs_direction
 from solvers.schedule_file import Schedule
 from torch_utils import distributed
@@ -100,7 +99,7 @@ class Distiller:
     @property
     def evaluations(self) -> int:
         """NFE of the student, by the cost of the network's calls."""
-        return self.predictor.evaluations() * member(self.net, "evals_per_call")
+        return self.predictor.evaluations() * getattr(self.net, "evals_per_call", 1)
 
     def draw(self) -> list[tuple[torch.Tensor, dict]]:
         """(unit-variance noise, condition) of each micro-batch of the current iteration."""

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from models.denoiser import member
 from solvers.sampler import sample
 from solvers.solver import SOLVERS
 from torch_utils import distributed
@@ -130,7 +129,7 @@ def _seeds(settings: TeacherSettings, indices: Sequence[int]) -> list[int]:
 
 def identity_of(net, settings: TeacherSettings, more: dict | None = None) -> dict:
     """What a file has to agree with: the settings, the network, and ``more`` (guidance, precision, prompts)."""
-    return {**asdict(settings), "network_hash": member(net, "weights_hash"), **(more or {})}
+    return {**asdict(settings), "network_hash": getattr(net, "weights_hash", None), **(more or {})}
 
 
 def file_of(folder: str | Path, identity: dict) -> Path:

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from models.denoiser import member
 from solvers.sampler import afs_direction, resolve_sigmas
 from solvers.solver import SOLVERS, Solver, make_solver
 from torch_utils import distributed
@@ -109,7 +108,7 @@ class Problem:
         generators = SeededGenerators(seeds)
         latents = generators.randn((self.net.img_channels, self.net.img_resolution, self.net.img_resolution))
         dtype = torch.float32 if torch.device(self.device).type == "mps" else torch.float64
-        make_cond = member(self.net, "make_cond")
+        make_cond = getattr(self.net, "make_cond", lambda *_: {})
         text = {}
         if self.prompts is not None:
             numbers = generators.randint(len(self.prompts)).tolist()
