@@ -76,14 +76,17 @@ _NOISE = {"linear": LinearNoise, "cosine": CosineNoise}
 class ADMDenoiser(TimeOfProcess, PixelUNetDenoiser):
     """D(x; sigma) = x - sigma F(x / sqrt(1 + sigma^2); step), clamped to [-1, 1]; F predicts the noise.
 
-    model, classifier: what ``unet_arguments`` and ``classifier_arguments`` take; the second output half of a network with
-    learned sigma is dropped. noise_schedule: "linear" or "cosine". ``class_labels``: [B] int64.
+    model: arguments of ``unet_arguments``. Of a network with learned sigma, the second half of the
+        output is dropped.
+    classifier: arguments of ``classifier_arguments``; needed with guidance only.
+    noise_schedule: "linear" (default) or "cosine".
+    guidance_rate: s, with F replaced by
+        F - s sigma / sqrt(1 + sigma^2) grad ln p(class_labels | x_in; step), the gradient of the
+        classifier with respect to its input x_in (Algorithm 2 of the paper). None or 0 (default): no
+        guidance. Gradients flow through this term. A call counts as one evaluation, because the
+        classifier costs a tenth of the network.
 
-    guidance_rate s: F is replaced by F - s sigma / sqrt(1 + sigma^2) grad ln p(class_labels | x_in; step), with the gradient
-    of the classifier by its input x_in (Algorithm 2 of the paper). None: no classifier. A call is counted as one
-    evaluation, as the classifier is a tenth of the network. Gradients flow through the guidance term as well.
-
-    ``clip_denoised``: False leaves out the clamp.
+    ``class_labels`` of ``forward``: [B] int64. ``clip_denoised``: False leaves out the clamp.
     """
 
     def __init__(
@@ -119,8 +122,12 @@ class ADMDenoiser(TimeOfProcess, PixelUNetDenoiser):
             self.classifier.convert_torso(dtype)
 
     def classifier_gradient(self, x_in: torch.Tensor, step: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
-        """Gradient of the classifier's log-probability of the labels by its input [B,C,H,W], itself differentiable where
-        the input is."""
+        """Gradient of the log-probability of the labels with respect to the classifier's input.
+
+        x_in: [B,C,H,W]. The result has its shape, and is differentiable where x_in is.
+        step: timesteps [B] or [1].
+        class_labels: int64 [B] or [1].
+        """
         further = torch.is_grad_enabled() and x_in.requires_grad
         # The fused kernels of attention have no second derivative. Activation checkpoints around the whole call would be
         # recomputed here already; what the classifier saves is not given to them.
@@ -134,7 +141,7 @@ class ADMDenoiser(TimeOfProcess, PixelUNetDenoiser):
 
     @torch.no_grad()
     def classify(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits [B, label_dim] of clean images [B,C,H,W] in [-1, 1], taken as ones of the lowest noise level."""
+        """Logits [B, label_dim] of clean images [B,C,H,W] in [-1, 1], at the lowest noise level."""
         sigma = torch.full([1, 1, 1, 1], self.sigma_min, device=images.device)
         step = self.process.timestep(sigma).flatten().expand(len(images))
         return self.classifier(images / (1 + sigma**2).sqrt(), step).float()

@@ -34,13 +34,13 @@ PRESETS = {"lsun_bedroom": _LSUN256, "lsun_cat": _LSUN256}
 
 
 class CMDenoiser(PixelUNetDenoiser):
-    """D(x; sigma) = c_skip x + c_out F(c_in x; 250 ln sigma), with EDM's c_skip, c_out, c_in and sigma_data = 0.5.
+    """D(x; sigma) = c_skip x + c_out F(c_in x; 250 ln sigma), with the scalings of EDM.
 
-    The constructor takes what ``unet_arguments`` takes. ``class_labels``: [B] int64.
+    The constructor takes the arguments of ``unet_arguments``. ``class_labels``: [B] int64.
 
-    Attention there is flash attention, which reads the channels of ``qkv`` as q, k, v and then heads whatever
-    ``use_new_attention_order`` says. Implementations that fall back to the legacy order load the published weights without
-    complaint and give wrong images.
+    The published networks use flash attention, which orders the channels of ``qkv`` as q, k, v, then
+    heads, whatever ``use_new_attention_order`` says. The legacy order loads the same weights without
+    an error and gives wrong images.
     """
 
     sigma_data = 0.5

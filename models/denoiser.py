@@ -152,9 +152,11 @@ def edm_scalings(sigma: torch.Tensor, sigma_data: float) -> tuple[torch.Tensor, 
 
 
 def bottleneck_map(feature, batch: int) -> torch.Tensor:
-    """What the predictor reads of a bottleneck module's output [B',C,H,W] (or a tuple that begins with it): [batch,8,8].
+    """Input of the predictor, [batch,8,8]: the channel mean of the bottleneck, without gradient.
 
-    That is the channel mean, without a gradient. Under guidance the conditional rows, which come last, are taken.
+    feature: output [B',C,H,W] of the bottleneck module, or a tuple that begins with it. Under
+        guidance B' is a multiple of the batch; the conditional rows, which come last, are used.
+    batch: number of images.
     """
     feature = (feature[0] if isinstance(feature, tuple) else feature).detach()
     if feature.shape[0] != batch:
@@ -188,7 +190,8 @@ class BottleneckReader:
 def read_bottleneck(net: torch.nn.Module):
     """Yields a BottleneckReader attached to ``net`` and detaches it afterwards.
 
-    It is attached by a hook on ``net.bottleneck``; a compiled graph, which would not see it, returns the map itself.
+    A hook on ``net.bottleneck`` reads the feature. A compiled graph ignores hooks, so it returns the
+    map itself.
     """
     reader = BottleneckReader()
     compiled = member(net, "compiled")
@@ -204,14 +207,14 @@ def read_bottleneck(net: torch.nn.Module):
 
 
 def add_shift(embedding: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """The noise embedding [B' or 1, E] plus shift [1, E] or [B, E]; guidance may have the batch several times, B' = k B."""
+    """The noise embedding [B' or 1, E] plus shift [1, E] or [B, E]; under guidance B' = k B."""
     if len(shift) > 1:
         shift = shift.repeat(len(embedding) // len(shift), 1)
     return embedding + shift.to(embedding.dtype)
 
 
 def embedding_layer(net: torch.nn.Module) -> torch.nn.Module:
-    """``net.noise_embedding``; UserError where a network does not have it."""
+    """``net.noise_embedding``; raises UserError where the network has none."""
     layer = member(net, "noise_embedding")
     if layer is None:
         raise UserError(f"{type(net).__name__} does not say where its noise embedding is: leave the head 'time' out")
@@ -219,9 +222,11 @@ def embedding_layer(net: torch.nn.Module) -> torch.nn.Module:
 
 
 def call_shifted(net: torch.nn.Module, shift: torch.Tensor, x, sigma, **cond) -> torch.Tensor:
-    """D(x; sigma) with shift, [1, E] or [B, E], added to the embedding of the noise level; gradients flow to it.
+    """D(x; sigma) with ``shift`` added to the embedding of the noise level.
 
-    Raises UserError where the network does not say which of its layers puts that out.
+    shift: [1, E] or [B, E]; gradients flow to it.
+
+    Raises UserError where the network has no ``noise_embedding``.
     """
     layer, compiled = embedding_layer(net), member(net, "compiled")
     if compiled is not None:

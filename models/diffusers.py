@@ -46,10 +46,13 @@ def import_diffusers(purpose: str):
 def noise_process(
     config: Mapping, tokens: int | None = None, mu: float | None = None
 ) -> VariancePreserving | RectifiedFlow:
-    """The process behind the configuration of a diffusers scheduler, whichever class it is of.
+    """The noise process of a diffusers scheduler, from its configuration.
 
-    For flow schedulers whose shift depends on the size of the image, tokens: how many the transformer sees of it, or mu:
-    what a pipeline has made of that. Raises UserError where the configuration is of another kind.
+    config: of a scheduler of any class.
+    tokens: number of tokens of an image, for flow schedulers whose shift depends on it.
+    mu: the shift parameter that the pipeline made of ``tokens``, instead of them.
+
+    Raises UserError for schedulers of another kind.
     """
     flow = "base_image_seq_len" in config or config.get("prediction_type") == "flow_prediction"
     if flow:
@@ -344,8 +347,8 @@ class StableDiffusion3(TextPipeline):
 class Flux(TextPipeline):
     """The flow transformer of Flux.1, which sees 2x2 patches of the latents as tokens.
 
-    Networks that were distilled with guidance (guidance_embeds, as "dev") are told the rate instead of being called
-    twice; the others (as "schnell") are not guided unless a rate is given.
+    Networks that were distilled with guidance (guidance_embeds, such as "dev") take the rate as an
+    input and are called once. The others (such as "schnell") are not guided unless you give a rate.
     """
 
     network_name = "transformer"

@@ -14,7 +14,10 @@ from torch_utils.tensor_file import is_safetensors, json_entry, read_safetensors
 
 
 def class_indices(labels, count: int | None, label_dim: int) -> torch.Tensor:
-    """Labels, one for all or one per image, as int64 [count]; UserError where they are no classes 0..label_dim - 1."""
+    """Class labels, one for all images or one per image, as int64 [count].
+
+    Raises UserError where a label is not in 0..label_dim - 1.
+    """
     given = torch.as_tensor(labels)
     indices = given.to(torch.int64)
     wrong = indices[(indices < 0) | (indices >= label_dim) | (indices != given)]
@@ -31,9 +34,10 @@ def class_indices(labels, count: int | None, label_dim: int) -> torch.Tensor:
 class EDMDenoiser(PreconditionedDenoiser):
     """D(x; sigma) = c_skip x + c_out F(c_in x; ln(sigma) / 4).
 
-    The constructor takes the arguments of the official ``EDMPrecond`` (``init_kwargs`` of a checkpoint): everything after
-    ``model_type`` goes to the U-Net. Parameters are named ``model.*`` as in the official files. The sampling range is
-    0.002 .. 80, as in the paper's samplers, whatever range the file states.
+    The constructor takes the arguments of the official ``EDMPrecond`` (``init_kwargs`` of a
+    checkpoint); everything after ``model_type`` goes to the U-Net. Parameters are named ``model.*``,
+    as in the official files. The sampling range is limited to 0.002 .. 80, as in the paper's
+    samplers, even where the file states a wider one.
     """
 
     def __init__(
@@ -182,7 +186,7 @@ def _from_safetensors(data: bytes, name: str) -> EDMDenoiser:
 def _build(config: dict, state: dict[str, torch.Tensor], name: str) -> EDMDenoiser:
     """The network with these arguments and weights.
 
-    It is laid out without memory first, so that arguments which do not belong to the weights cost nothing.
+    It is built without memory first, so that arguments that do not fit the weights cost nothing.
     """
     try:
         net = build_empty(EDMDenoiser, config, "an EDM network", len(state))

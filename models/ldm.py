@@ -128,7 +128,7 @@ class LatentDenoiser(TimeOfProcess, PreconditionedDenoiser):
             raise UserError(f"scale_factor {scale_factor} has to be a positive number")
         self.scale_by_std = bool(scale_by_std)
         self.use_ema = bool(use_ema)
-        with torch.device("cpu"):  # wherever the network is laid out
+        with torch.device("cpu"):  # also when the network is built on the meta device
             self.process = DiscreteTime.of_scaled_linear_betas(linear_start, linear_end, timesteps)
             self.sigma_min, self.sigma_max = self.process.sigma_min, self.process.sigma_max
         self.model = torch.nn.ModuleDict({"diffusion_model": UNetModel(**unet_config["params"])})
@@ -175,11 +175,12 @@ class LatentDenoiser(TimeOfProcess, PreconditionedDenoiser):
         return self.scale_factor * torch.cat([self.first_stage_model.encode(part) for part in parts])
 
     def select_weights(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The network's own tensors among all those of a checkpoint, under the names of this module.
+        """The tensors of a checkpoint that belong to this network, under the names of this module.
 
-        Left out are the tables of the noise process, which are the only tensors without a dot in their names, and what
-        concerns training; a tensor ``scale_factor`` replaces the configured number. With ``use_ema`` the moving averages stand in for ``model.*``: ``model_ema.*`` holds each
-        parameter under its name below "model." without dots. Raises UserError if the checkpoint has none.
+        Tables of the noise process (the only tensors without a dot in their names) and tensors of
+        the training are left out. A tensor ``scale_factor`` replaces the configured number. With
+        ``use_ema`` the moving averages replace ``model.*``: ``model_ema.*`` holds each parameter
+        under its name after "model.", without dots. Raises UserError where they are missing.
         """
         measured = state_dict.get("scale_factor")
         if measured is not None:
