@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from models import create_model, use_tokenizer, zoo
 from models.compile import prepare_network
+from models.denoiser import member
 from torch_utils import distributed
 from torch_utils.errors import UserError
 from torch_utils.files import remove_leftovers, sha256_of
@@ -215,7 +216,7 @@ def provenance_of(net, options: RunOptions, names: tuple[str, ...]) -> dict:
 def working_folder(options: RunOptions, net, run_dir, resume: bool = False) -> Iterator[Path]:
     """The folder of a run, new unless ``resume``; nobody else can train in it during the block."""
     if run_dir is None and not options.nosubdir:
-        name = partial(options.folder_name, evals_per_call=net.evals_per_call)
+        name = partial(options.folder_name, evals_per_call=member(net, "evals_per_call"))
         folder, fresh = on_main(create_run_folder, options.outdir, name), False
     else:
         folder, fresh = Path(options.outdir if run_dir is None else run_dir), not resume
@@ -264,7 +265,7 @@ def load_network(options: RunOptions, device: torch.device):
         options.dataset_name, options.model_path, options.guidance_type, options.guidance_rate, device=device
     )
     prepare_network(net, options.amp, options.channels_last, options.compile)
-    needs_prompts = net.takes_prompts
+    needs_prompts = member(net, "takes_prompts")
     options.check_prompts(needs_prompts)
     if options.tokenizer_path is not None:
         use_tokenizer(net, options.tokenizer_path)
@@ -274,7 +275,7 @@ def load_network(options: RunOptions, device: torch.device):
     elif options.guidance_type == "none":
         options.guidance_type = None
     if options.guidance_rate is None:
-        options.guidance_rate = net.guidance_rate or 0.0
+        options.guidance_rate = member(net, "guidance_rate") or 0.0
     for name in ("model_path", "prompt_path", "tokenizer_path"):
         value = getattr(options, name)
         if value is not None and Path(value).exists():  # otherwise the id of a repository
