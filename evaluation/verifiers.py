@@ -27,6 +27,7 @@ import torch
 
 from evaluation.clip import DEFAULT_CLIP, ClipNetwork
 from evaluation.detectors import EMBEDDED, PRETRAINED, load_classifier
+from models.denoiser import member
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
 
@@ -99,7 +100,7 @@ def _classifier(text: str, file: str, net, device) -> ClassifierVerifier:
     own = getattr(net, "classifier", None)
     if not file and own is not None:
         return ClassifierVerifier(text, net.weights_hash, lambda images: net.classify(_to_range(images, device)))
-    embedded = EMBEDDED.get(getattr(net, "dataset_name", None))
+    embedded = EMBEDDED.get(member(net, "dataset_name"))
     if not file and embedded is None:
         raise UserError(
             f"--verifier={text}: there is no classifier for this network; give --verifier=classifier:FILE"
@@ -128,7 +129,7 @@ def _to_range(images: torch.Tensor, device) -> torch.Tensor:
 
 
 def _clip(text: str, model: str, net, device) -> ClipVerifier:
-    if not getattr(net, "takes_prompts", False):
+    if not member(net, "takes_prompts"):
         raise UserError(
             f"--verifier={text}: this network has no prompts to compare images with; choose another verifier"
         )

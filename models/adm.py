@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.building import Family, build_empty, check_guidance, load_weights
-from models.noise import CosineNoise, LinearNoise
+from models.noise import CosineNoise, LinearNoise, TimeOfProcess
 from models.openai_unet import (
     ADM,
     ADM_CLASSIFIER,
@@ -73,17 +73,20 @@ PRESETS = {
 _NOISE = {"linear": LinearNoise, "cosine": CosineNoise}
 
 
-class ADMDenoiser(PixelUNetDenoiser):
+class ADMDenoiser(TimeOfProcess, PixelUNetDenoiser):
     """D(x; sigma) = x - sigma F(x / sqrt(1 + sigma^2); step), clamped to [-1, 1]; F predicts the noise.
 
-    model, classifier: what ``unet_arguments`` and ``classifier_arguments`` take; the second output half of a network with
-    learned sigma is dropped. noise_schedule: "linear" or "cosine". ``class_labels``: [B] int64.
+    model: arguments of ``unet_arguments``. Of a network with learned sigma, the second half of the
+        output is dropped.
+    classifier: arguments of ``classifier_arguments``; needed with guidance only.
+    noise_schedule: "linear" (default) or "cosine".
+    guidance_rate: s, with F replaced by
+        F - s sigma / sqrt(1 + sigma^2) grad ln p(class_labels | x_in; step), the gradient of the
+        classifier with respect to its input x_in (Algorithm 2 of the paper). None or 0 (default): no
+        guidance. Gradients flow through this term. A call counts as one evaluation, because the
+        classifier costs a tenth of the network.
 
-    guidance_rate s: F is replaced by F - s sigma / sqrt(1 + sigma^2) grad ln p(class_labels | x_in; step), with the gradient
-    of the classifier by its input x_in (Algorithm 2 of the paper). None: no classifier. A call is counted as one
-    evaluation, as the classifier is a tenth of the network. Gradients flow through the guidance term as well.
-
-    ``clip_denoised``: False leaves out the clamp.
+    ``class_labels`` of ``forward``: [B] int64. ``clip_denoised``: False leaves out the clamp.
     """
 
     def __init__(
@@ -109,17 +112,9 @@ class ADMDenoiser(PixelUNetDenoiser):
             if self.label_dim != (self.model.num_classes or self.label_dim):
                 raise UserError(f"the classifier knows {self.label_dim} classes, the network {self.model.num_classes}")
         self.clip_denoised = True
-        self.noise = _NOISE[noise_schedule]()
-        with torch.device("cpu"):
-            self.sigma_min, self.sigma_max = self.noise.sigma_range()
-
-    def sigma(self, t: torch.Tensor) -> torch.Tensor:
-        """Noise level of a time in 0 .. 1."""
-        return self.noise.sigma(torch.as_tensor(t))
-
-    def sigma_inv(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Time in 0 .. 1 of a noise level."""
-        return self.noise.sigma_inv(torch.as_tensor(sigma))
+        with torch.device("cpu"):  # also when the network is built on the meta device
+            self.process = _NOISE[noise_schedule]()
+            self.sigma_min, self.sigma_max = self.process.sigma_min, self.process.sigma_max
 
     def convert_torso(self, dtype: torch.dtype) -> None:
         super().convert_torso(dtype)
@@ -127,8 +122,12 @@ class ADMDenoiser(PixelUNetDenoiser):
             self.classifier.convert_torso(dtype)
 
     def classifier_gradient(self, x_in: torch.Tensor, step: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
-        """Gradient of the classifier's log-probability of the labels by its input [B,C,H,W], itself differentiable where
-        the input is."""
+        """Gradient of the log-probability of the labels with respect to the classifier's input.
+
+        x_in: [B,C,H,W]. The result has its shape, and is differentiable where x_in is.
+        step: timesteps [B] or [1].
+        class_labels: int64 [B] or [1].
+        """
         further = torch.is_grad_enabled() and x_in.requires_grad
         # The fused kernels of attention have no second derivative. Activation checkpoints around the whole call would be
         # recomputed here already; what the classifier saves is not given to them.
@@ -142,25 +141,26 @@ class ADMDenoiser(PixelUNetDenoiser):
 
     @torch.no_grad()
     def classify(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits [B, label_dim] of clean images [B,C,H,W] in [-1, 1], taken as ones of the lowest noise level."""
+        """Logits [B, label_dim] of clean images [B,C,H,W] in [-1, 1], at the lowest noise level."""
         sigma = torch.full([1, 1, 1, 1], self.sigma_min, device=images.device)
-        step = self.noise.step(self.noise.sigma_inv(sigma)).flatten().expand(len(images))
+        step = self.process.timestep(sigma).flatten().expand(len(images))
         return self.classifier(images / (1 + sigma**2).sqrt(), step).float()
 
-    def forward(self, x, sigma, class_labels=None):
-        x = x.to(torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
-        c_in = 1 / (1 + sigma**2).sqrt()
-        step = self.noise.step(self.noise.sigma_inv(sigma)).flatten()
+    def scalings(self, sigma):
+        return 1, -sigma, 1 / (1 + sigma**2).sqrt(), self.process.timestep(sigma)
+
+    def predict(self, x, c_noise, sigma, class_labels=None):
         if self.classifier is not None and class_labels is None:
             raise UserError("classifier guidance needs class_labels")
-        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            y = class_labels if self.model.num_classes or self.classifier is None else None
-            output = self.model(c_in * x, step, y=y)[:, : self.img_channels].to(torch.float32)
-            if self.classifier is not None:
-                gradient = self.classifier_gradient(c_in * x, step, class_labels)
-                output = output - self.guidance_rate * sigma * c_in * gradient
-        denoised = x - sigma * output
+        y = class_labels if self.model.num_classes or self.classifier is None else None
+        noise = self.model(x, c_noise, y=y)[:, : self.img_channels].to(torch.float32)
+        if self.classifier is None:
+            return noise
+        gradient = self.classifier_gradient(x, c_noise, class_labels)
+        return noise - self.guidance_rate * sigma * (1 / (1 + sigma**2).sqrt()) * gradient
+
+    def combine(self, c_skip, x, c_out, output):
+        denoised = c_skip * x + c_out * output
         return denoised.clamp(-1, 1) if self.clip_denoised else denoised
 
 

@@ -1,4 +1,4 @@
-"""Building networks from descriptions and weights of others."""
+"""Building a network from constructor arguments and weights that come from a file."""
 
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -15,13 +15,15 @@ from torch_utils.errors import UserError, brief
 
 @dataclass(frozen=True)
 class Family:
-    """A family of networks: how one is made of weights in memory, and how its checkpoints are read.
+    """A family of networks: how to build one from weights in memory, and how to read its checkpoints.
 
-    name: what descriptions of networks and ``build_denoiser`` call it.
-    build: function of (config, state_dict, guidance_type, guidance_rate, device) that returns the denoiser with copies of
-        the weights on the device; ``build_empty``, ``load_weights`` and ``check_guidance`` are its tools.
-    load: function of a path and the keywords guidance_type, guidance_rate, device, and any of config (constructor
-        arguments instead of the published ones), dataset_name and path_classifier.
+    name: its name in ``build_denoiser`` and in ``<checkpoint>.json``.
+    build: function (config, state_dict, guidance_type, guidance_rate, device) that returns the
+        denoiser with copies of the weights on the device; it uses ``build_empty``,
+        ``load_weights`` and ``check_guidance``.
+    load: function of a path and the keywords guidance_type, guidance_rate and device. It may also
+        take config (constructor arguments instead of the published ones), dataset_name and
+        path_classifier.
     """
 
     name: str
@@ -39,7 +41,7 @@ _PARTS_PER_TENSOR, _LEAST_PARTS = 4, 1000  # modules and parameters; networks ha
 
 
 def _check_arguments(config, what: str) -> None:
-    """UserError where a number is far beyond any network's, or a list far longer."""
+    """Raises UserError for numbers and lists that are far too large for any network."""
     for name, value in config.items() if isinstance(config, Mapping) else ():
         if name == "scheduler_config":  # of the learning rate; published files have 10^13 there
             continue
@@ -54,7 +56,10 @@ def _check_arguments(config, what: str) -> None:
 
 @contextmanager
 def _as_many_parts_as(tensors: int, what: str):
-    """Ends what makes far more modules and parameters than there are weights: products of small numbers can be huge."""
+    """Stops a constructor that makes far more modules and parameters than there are weights.
+
+    Products of small arguments can be huge.
+    """
     left = parts = _PARTS_PER_TENSOR * tensors + _LEAST_PARTS
 
     def count(*_) -> None:
@@ -73,9 +78,12 @@ def _as_many_parts_as(tensors: int, what: str):
 
 
 def build_empty(constructor: Callable, config: Mapping, what: str, tensors: int = 10_000) -> torch.nn.Module:
-    """``constructor(**config)`` on the meta device, without memory for the weights; a UserError naming ``what`` if refused.
+    """Return ``constructor(**config)`` on the meta device, without memory for the weights.
 
-    tensors: how many weights there are for it, or far more than anybody has.
+    what: name of the network for the message.
+    tensors: number of weights in the checkpoint; limits the size of what is built.
+
+    Raises UserError where the constructor refuses the arguments.
     """
     _check_arguments(config, what)
     try:
@@ -88,10 +96,10 @@ def build_empty(constructor: Callable, config: Mapping, what: str, tensors: int 
 
 
 def load_weights(net: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], device: str | torch.device) -> None:
-    """Gives a laid-out network copies of these tensors, on ``device`` and in the dtype of the network's own ones.
+    """Copy the tensors of ``state_dict`` into ``net``, on ``device`` and in the dtype of net's tensors.
 
-    One tensor is copied at a time, so a memory-mapped ``state_dict`` is never in memory as a whole. Raises UserError
-    where names or shapes differ.
+    net: a network from ``build_empty``. One tensor is copied at a time, so a memory-mapped
+    ``state_dict`` is never in memory as a whole. Raises UserError where names or shapes differ.
     """
     expected = net.state_dict()
     check_weights(expected, state_dict)
@@ -100,7 +108,7 @@ def load_weights(net: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], d
 
 
 def check_guidance(allowed: tuple[str, ...], kind: str | None, rate: float | None, owner: str) -> None:
-    """Raises UserError for a guidance type that ``owner`` does not take, or a rate that would be without effect."""
+    """Raises UserError for a guidance type that ``owner`` does not take, or a rate without effect."""
     kind = kind or "none"
     if kind not in allowed:
         raise UserError(f"{owner} does not take guidance_type '{kind}'; use {' or '.join(allowed)}")
@@ -109,7 +117,7 @@ def check_guidance(allowed: tuple[str, ...], kind: str | None, rate: float | Non
 
 
 def check_weights(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
-    """Raises UserError, naming a few of them, where names or shapes differ."""
+    """Raises UserError where names or shapes differ; the message names a few of them."""
     shapes = [
         f"{name[:200]} {list(given[name].shape)} instead of {list(expected[name].shape)}"
         for name in expected

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from models.building import Family, build_empty, check_guidance, load_weights
+from models.denoiser import edm_scalings
 from models.openai_unet import (
     CONSISTENCY,
     PixelUNetDenoiser,
@@ -33,13 +34,13 @@ PRESETS = {"lsun_bedroom": _LSUN256, "lsun_cat": _LSUN256}
 
 
 class CMDenoiser(PixelUNetDenoiser):
-    """D(x; sigma) = c_skip x + c_out F(c_in x; 250 ln sigma), with EDM's c_skip, c_out, c_in and sigma_data = 0.5.
+    """D(x; sigma) = c_skip x + c_out F(c_in x; 250 ln sigma), with the scalings of EDM.
 
-    The constructor takes what ``unet_arguments`` takes. ``class_labels``: [B] int64.
+    The constructor takes the arguments of ``unet_arguments``. ``class_labels``: [B] int64.
 
-    Attention there is flash attention, which reads the channels of ``qkv`` as q, k, v and then heads whatever
-    ``use_new_attention_order`` says. Implementations that fall back to the legacy order load the published weights without
-    complaint and give wrong images.
+    The published networks use flash attention, which orders the channels of ``qkv`` as q, k, v, then
+    heads, whatever ``use_new_attention_order`` says. The legacy order loads the same weights without
+    an error and gives wrong images.
     """
 
     sigma_data = 0.5
@@ -47,17 +48,11 @@ class CMDenoiser(PixelUNetDenoiser):
     def __init__(self, **config):
         super().__init__(UNetModel(**{**unet_arguments(config), "use_new_attention_order": True, "qkv_dims": 2}))
 
-    def forward(self, x, sigma, class_labels=None):
-        x = x.to(torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
-        variance = sigma**2 + self.sigma_data**2
-        c_skip = self.sigma_data**2 / variance
-        c_out = sigma * self.sigma_data / variance.sqrt()
-        c_in = 1 / variance.sqrt()
-        c_noise = (1000 * 0.25 * sigma.log()).flatten()
-        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            output = self.model(c_in * x, c_noise, y=class_labels)
-        return torch.addcmul(c_skip * x, c_out, output.to(torch.float32))
+    def scalings(self, sigma):
+        return *edm_scalings(sigma, self.sigma_data), 1000 * 0.25 * sigma.log()
+
+    def predict(self, x, c_noise, sigma, class_labels=None):
+        return self.model(x, c_noise, y=class_labels)
 
 
 def build_cm(config: Mapping, state_dict, guidance_type, guidance_rate, device) -> CMDenoiser:

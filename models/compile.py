@@ -1,7 +1,7 @@
-"""How fast a network runs and in which precision: autocast, memory format, torch.compile.
+"""Speed and precision of a network: autocast, memory format, torch.compile.
 
-``prepare_network`` is what the command lines call. A compiled denoiser is one graph without breaks, in which the noise level is a
-number per sample and from which the bottleneck comes as a second output.
+The command lines call ``prepare_network``. A compiled denoiser is one graph without breaks. It takes
+one noise level per sample and returns the bottleneck as a second output.
 """
 
 from collections.abc import Mapping
@@ -22,18 +22,20 @@ _CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 def prepare_network(
     net: Denoiser, amp: str = "none", channels_last: bool | None = None, compile_mode: str = "none"
 ) -> Denoiser:
-    """Sets precision, memory format and compilation of a loaded network, in place; returns it.
+    """Set precision, memory format and compilation of a loaded network, in place; return it.
 
-    amp: a key of AUTOCAST; around the network only, the solvers' arithmetic stays as it is. channels_last: None is True on
-    the CPU in float32, where the network is a fifth faster for it, and False elsewhere: under bf16 the CPU is a fifth faster
-    without (benchmarks/forward_pass.py), and on CUDA group normalisation knows only the other format. compile_mode: one of COMPILE_MODES.
+    amp: a key of AUTOCAST. It applies to the network only, not to the arithmetic of the solvers.
+    channels_last: memory format. None is True on the CPU in float32, where it makes the network a
+        fifth faster, and False elsewhere: under bf16 it makes the CPU a fifth slower
+        (benchmarks/forward_pass.py), and group normalisation on CUDA does not support it.
+    compile_mode: one of COMPILE_MODES.
+
+    Raises UserError for other values, and for ``amp`` where the network cannot (``can_autocast``).
     """
     if amp not in AUTOCAST:
         raise UserError(f"amp={amp}: choose from {', '.join(AUTOCAST)}")
-    if AUTOCAST[amp] is not None and not hasattr(net, "autocast"):
-        raise UserError(
-            f"--amp={amp} is not available for {getattr(net, 'dataset_name', 'this network')}; use --amp=none"
-        )
+    if AUTOCAST[amp] is not None and not net.can_autocast:
+        raise UserError(f"--amp={amp} is not available for {net.dataset_name or 'this network'}; use --amp=none")
     net.autocast = AUTOCAST[amp]
     if channels_last is None:
         channels_last = amp == "none" and next(net.parameters(), torch.empty(0)).device.type == "cpu"
@@ -47,8 +49,8 @@ def prepare_network(
 class CompiledForward:
     """The compiled ``forward`` of a denoiser; called by the denoiser as (x, sigma, cond).
 
-    A batch smaller than the largest one so far is filled up with copies of its last sample: that costs less than another
-    graph, and the last batch of a run is mostly smaller than the others.
+    A batch smaller than the largest one so far is padded with copies of its last sample. That costs
+    less than another graph, and the last batch of a run is usually smaller than the others.
     """
 
     def __init__(self, net: Denoiser, mode: str = "default", backend: str = "inductor"):
@@ -88,7 +90,7 @@ class CompiledForward:
             self._reader = None
 
     def arguments(self, x: torch.Tensor, sigma, cond: Mapping, shift: torch.Tensor | None) -> tuple:
-        """What the graph gets: always of the same kind and size, as every new kind is minutes of compilation."""
+        """Inputs of the graph, always of one type and size: another one costs minutes of compilation."""
         count = x.shape[0]
         missing = max(self.batch - count, 0)
         self.batch = count + missing

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from models.building import check_guidance
-from models.denoiser import BOTTLENECK_SIZE, Denoiser
+from models.denoiser import BOTTLENECK_SIZE, Denoiser, standard_inputs
 from models.edm import EDMDenoiser
 from models.ldm import DECODE_BATCH
-from models.noise import RectifiedFlow, VariancePreserving
+from models.noise import RectifiedFlow, TimeOfProcess, VariancePreserving
 from torch_utils import distributed
 from torch_utils.download import offline
 from torch_utils.errors import MissingExtra, UserError
@@ -46,10 +46,13 @@ def import_diffusers(purpose: str):
 def noise_process(
     config: Mapping, tokens: int | None = None, mu: float | None = None
 ) -> VariancePreserving | RectifiedFlow:
-    """The process behind the configuration of a diffusers scheduler, whichever class it is of.
+    """The noise process of a diffusers scheduler, from its configuration.
 
-    For flow schedulers whose shift depends on the size of the image, tokens: how many the transformer sees of it, or mu:
-    what a pipeline has made of that. Raises UserError where the configuration is of another kind.
+    config: of a scheduler of any class.
+    tokens: number of tokens of an image, for flow schedulers whose shift depends on it.
+    mu: the shift parameter that the pipeline made of ``tokens``, instead of them.
+
+    Raises UserError for schedulers of another kind.
     """
     flow = "base_image_seq_len" in config or config.get("prediction_type") == "flow_prediction"
     if flow:
@@ -94,14 +97,14 @@ class NoFeature(torch.nn.Module):
         return x.new_zeros(len(x), 1, BOTTLENECK_SIZE, BOTTLENECK_SIZE)
 
 
-class DiffusersDenoiser(Denoiser):
+class DiffusersDenoiser(TimeOfProcess, Denoiser):
     """D(x; sigma) from the network of a loaded pipeline. ``pipeline`` remains usable; its modules are those of this one.
 
-    Subclasses say which entry of the pipeline is the network and implement ``predict``.
-
-    ``autocast``: None, torch.bfloat16 or torch.float16; the dtype in which the network's matrix work runs.
+    Subclasses name the entry of the pipeline that is the network, and implement ``predict``. Input
+    and output are scaled by ``process``, which the diffusers scheduler uses as well.
     """
 
+    can_autocast = True
     network_name = "unet"
 
     def __init__(self, pipeline, guidance_type: str | None = None, guidance_rate: float | None = None):
@@ -115,7 +118,6 @@ class DiffusersDenoiser(Denoiser):
         self.img_channels, self.img_resolution = self.space()
         self.process = noise_process(pipeline.scheduler.config, self.tokens())
         self.sigma_min, self.sigma_max = self.process.sigma_min, self.process.sigma_max
-        self.autocast: torch.dtype | None = None
         self.no_feature = NoFeature()
         self.guidance_rate = self.choose_guidance(guidance_type, guidance_rate)
 
@@ -162,24 +164,15 @@ class DiffusersDenoiser(Denoiser):
         check_guidance(("none",) if self.label_dim else ("none", "uncond"), kind, rate, "an unconditional pipeline")
         return 1.0
 
-    def sigma(self, t) -> torch.Tensor:
-        """Noise level at times t in (0, 1], uniform in the pipeline's own time steps."""
-        return self.process.sigma(torch.as_tensor(t))
-
-    def sigma_inv(self, sigma) -> torch.Tensor:
-        """The inverse of ``sigma``."""
-        return self.process.sigma_inv(torch.as_tensor(sigma))
-
     def predict(self, x: torch.Tensor, times: torch.Tensor, **cond) -> torch.Tensor:
         """The network's output for its own input x [B,C,H,W] and times [B]."""
         raise NotImplementedError
 
     def forward(self, x, sigma, **cond):
-        x = x.to(torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
-        times = self.process.time(sigma.flatten()).expand(len(x))
+        x, sigma = standard_inputs(x, sigma)
+        times = self.process.timestep(sigma.flatten()).expand(len(x))
         inputs = (x * self.process.scale(sigma)).to(self.network.dtype)
-        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+        with self.mixed_precision(x.device):
             output = self.predict(inputs, times, **cond)
         if self.bottleneck is self.no_feature:
             self.no_feature(x)
@@ -354,8 +347,8 @@ class StableDiffusion3(TextPipeline):
 class Flux(TextPipeline):
     """The flow transformer of Flux.1, which sees 2x2 patches of the latents as tokens.
 
-    Networks that were distilled with guidance (guidance_embeds, as "dev") are told the rate instead of being called
-    twice; the others (as "schnell") are not guided unless a rate is given.
+    Networks that were distilled with guidance (guidance_embeds, such as "dev") take the rate as an
+    input and are called once. The others (such as "schnell") are not guided unless you give a rate.
     """
 
     network_name = "transformer"

@@ -6,7 +6,7 @@ import torch
 
 from models import zoo
 from models.building import Family, build_empty, check_guidance, check_weights, load_weights
-from models.denoiser import Denoiser
+from models.denoiser import Denoiser, PreconditionedDenoiser, edm_scalings
 from models.edm_unet import NETWORKS
 from torch_utils.errors import UserError, brief
 from torch_utils.safe_pickle import PersistentObject, open_binary, safe_load
@@ -14,7 +14,10 @@ from torch_utils.tensor_file import is_safetensors, json_entry, read_safetensors
 
 
 def class_indices(labels, count: int | None, label_dim: int) -> torch.Tensor:
-    """Labels, one for all or one per image, as int64 [count]; UserError where they are no classes 0..label_dim - 1."""
+    """Class labels, one for all images or one per image, as int64 [count].
+
+    Raises UserError where a label is not in 0..label_dim - 1.
+    """
     given = torch.as_tensor(labels)
     indices = given.to(torch.int64)
     wrong = indices[(indices < 0) | (indices >= label_dim) | (indices != given)]
@@ -28,14 +31,13 @@ def class_indices(labels, count: int | None, label_dim: int) -> torch.Tensor:
     return indices
 
 
-class EDMDenoiser(Denoiser):
+class EDMDenoiser(PreconditionedDenoiser):
     """D(x; sigma) = c_skip x + c_out F(c_in x; ln(sigma) / 4).
 
-    The constructor takes the arguments of the official ``EDMPrecond`` (``init_kwargs`` of a checkpoint): everything after
-    ``model_type`` goes to the U-Net. Parameters are named ``model.*`` as in the official files. The sampling range is
-    0.002 .. 80, as in the paper's samplers, whatever range the file states.
-
-    ``autocast``: None, torch.bfloat16 or torch.float16; the dtype in which the U-Net's matrix work runs.
+    The constructor takes the arguments of the official ``EDMPrecond`` (``init_kwargs`` of a
+    checkpoint); everything after ``model_type`` goes to the U-Net. Parameters are named ``model.*``,
+    as in the official files. The sampling range is limited to 0.002 .. 80, as in the paper's
+    samplers, even where the file states a wider one.
     """
 
     def __init__(
@@ -59,7 +61,6 @@ class EDMDenoiser(Denoiser):
         self.sigma_min = max(float(sigma_min), 0.002)
         self.sigma_max = min(float(sigma_max), 80.0)
         self.sigma_data = float(sigma_data)
-        self.autocast: torch.dtype | None = None
         self.config = {
             "img_resolution": self.img_resolution,
             "img_channels": self.img_channels,
@@ -98,23 +99,17 @@ class EDMDenoiser(Denoiser):
         device = next(self.parameters()).device
         return {"class_labels": torch.nn.functional.one_hot(indices, self.label_dim).float().to(device)}
 
-    def forward(self, x, sigma, class_labels=None, augment_labels=None):
-        x = x.to(torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+    def scalings(self, sigma):
+        return *edm_scalings(sigma, self.sigma_data), sigma.log() / 4
+
+    def predict(self, x, c_noise, sigma, class_labels=None, augment_labels=None):
         if self.label_dim == 0:
             class_labels = None
         elif class_labels is None:
             class_labels = torch.zeros([1, self.label_dim], device=x.device)
         else:
             class_labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
-        variance = sigma**2 + self.sigma_data**2
-        c_skip = self.sigma_data**2 / variance
-        c_out = sigma * self.sigma_data / variance.sqrt()
-        c_in = 1 / variance.sqrt()
-        c_noise = (sigma.log() / 4).flatten()
-        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            output = self.model(c_in * x, c_noise, class_labels=class_labels, augment_labels=augment_labels)
-        return torch.addcmul(c_skip * x, c_out, output.to(torch.float32))
+        return self.model(x, c_noise, class_labels=class_labels, augment_labels=augment_labels)
 
 
 _LARGEST = 1 << 14  # pixels
@@ -166,8 +161,8 @@ def save_edm_safetensors(net: EDMDenoiser, path, extra_metadata: dict | None = N
     config = {**net.config, "sigma_min": net.sigma_min, "sigma_max": net.sigma_max}
     tensors = {key: value for key, value in net.state_dict().items() if key.startswith("model.")}
     for key in _STATISTICS:
-        if getattr(net, key, None) is not None:
-            tensors[key] = torch.as_tensor(getattr(net, key), dtype=torch.float32)
+        if (value := getattr(net, key)) is not None:
+            tensors[key] = torch.as_tensor(value, dtype=torch.float32)
     write_safetensors(path, tensors, {"family": "edm", "config": json.dumps(config), **extra})
 
 
@@ -191,7 +186,7 @@ def _from_safetensors(data: bytes, name: str) -> EDMDenoiser:
 def _build(config: dict, state: dict[str, torch.Tensor], name: str) -> EDMDenoiser:
     """The network with these arguments and weights.
 
-    It is laid out without memory first, so that arguments which do not belong to the weights cost nothing.
+    It is built without memory first, so that arguments that do not fit the weights cost nothing.
     """
     try:
         net = build_empty(EDMDenoiser, config, "an EDM network", len(state))

@@ -12,8 +12,8 @@ import torch
 
 from models.autoencoder import build_first_stage
 from models.building import Family, build_empty, check_guidance, load_weights
-from models.denoiser import Denoiser
-from models.noise import DiscreteTime
+from models.denoiser import PreconditionedDenoiser
+from models.noise import DiscreteTime, TimeOfProcess
 from models.openai_unet import LATENT_DIFFUSION, UNetModel, check_family, choose_settings
 from torch_utils.errors import UserError
 from torch_utils.tensor_file import read_weights
@@ -77,16 +77,16 @@ _TRAINING_ONLY = (
 DECODE_BATCH = 8  # images decoded at a time: their feature maps, not the latents, fill the memory
 
 
-class LatentDenoiser(Denoiser):
+class LatentDenoiser(TimeOfProcess, PreconditionedDenoiser):
     """What the families of latent diffusion share: time, U-Net, first stage.
 
     The constructor takes the arguments of the published ``LatentDiffusion`` configurations; ``target`` entries only
     choose among the classes of this code. Parameters are named ``model.diffusion_model.*`` and ``first_stage_model.*``
     as in the official files. ``forward`` and all sigmas are about latents; ``decode`` and ``encode`` lead to images.
-    use_ema: which of the two sets of weights ``select_weights`` takes from a checkpoint. scale_by_std: the factor between
-    latents and what the first stage decodes was measured in training and is a tensor of the checkpoint.
 
-    ``autocast``: None, torch.bfloat16 or torch.float16; the dtype in which the U-Net's matrix work runs.
+    use_ema: which of the two sets of weights ``select_weights`` takes from a checkpoint.
+    scale_by_std: the scale factor of the latents was measured in training; it is a tensor of the
+        checkpoint.
     """
 
     latent = True
@@ -128,11 +128,9 @@ class LatentDenoiser(Denoiser):
             raise UserError(f"scale_factor {scale_factor} has to be a positive number")
         self.scale_by_std = bool(scale_by_std)
         self.use_ema = bool(use_ema)
-        self.autocast: torch.dtype | None = None
-        with torch.device("cpu"):  # wherever the network is laid out
-            self.time = DiscreteTime.of_scaled_linear_betas(linear_start, linear_end, timesteps)
-            ends = torch.tensor([1 / timesteps, 1], dtype=torch.float64)
-            self.sigma_min, self.sigma_max = self.time.sigma(ends).tolist()
+        with torch.device("cpu"):  # also when the network is built on the meta device
+            self.process = DiscreteTime.of_scaled_linear_betas(linear_start, linear_end, timesteps)
+            self.sigma_min, self.sigma_max = self.process.sigma_min, self.process.sigma_max
         self.model = torch.nn.ModuleDict({"diffusion_model": UNetModel(**unet_config["params"])})
         self.first_stage_model = build_first_stage(first_stage_config)
         if self.first_stage_model.latent_channels != self.img_channels:
@@ -152,29 +150,19 @@ class LatentDenoiser(Denoiser):
     def noise_embedding(self) -> torch.nn.Module:
         return self.unet.time_embed[-1]
 
-    def sigma(self, t: torch.Tensor) -> torch.Tensor:
-        """Noise level at times t in (0, 1] of any shape; 1/N is sigma_min, 1 is sigma_max."""
-        return self.time.sigma(t)
-
-    def sigma_inv(self, sigma: torch.Tensor) -> torch.Tensor:
-        """The inverse of ``sigma``; noise levels beyond the table continue it linearly in log alpha."""
-        return self.time.t(sigma)
-
     def convert_torso(self, dtype: torch.dtype) -> None:
         """float16, bfloat16 or float32 weights between the first and the last layers of the U-Net."""
         self.unet.convert_torso(dtype)
 
-    def predict_noise(self, x: torch.Tensor, times: torch.Tensor, **cond) -> torch.Tensor:
-        """The network's output for x [B,C,H,W] at unit variance and times [B] as it counts them."""
+    def predict_noise(self, x: torch.Tensor, timesteps: torch.Tensor, **cond) -> torch.Tensor:
+        """The network's output for x [B,C,H,W] of unit variance and timesteps [B]."""
         raise NotImplementedError
 
-    def forward(self, x, sigma, **cond):
-        x = x.to(torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
-        times = self.time.index(sigma.flatten()).expand(len(x))
-        with torch.autocast(x.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            noise = self.predict_noise(x / (1 + sigma**2).sqrt(), times, **cond)
-        return torch.addcmul(x, sigma, noise.to(torch.float32), value=-1)
+    def scalings(self, sigma):
+        return 1, -sigma, 1, self.process.timestep(sigma)  # c_in is a division, in ``predict``
+
+    def predict(self, x, c_noise, sigma, **cond):
+        return self.predict_noise(x / (1 + sigma**2).sqrt(), c_noise.expand(len(x)), **cond)
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """Latents [B,C,h,w] to images [B,3,H,W], about [-1, 1]."""
@@ -187,11 +175,12 @@ class LatentDenoiser(Denoiser):
         return self.scale_factor * torch.cat([self.first_stage_model.encode(part) for part in parts])
 
     def select_weights(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The network's own tensors among all those of a checkpoint, under the names of this module.
+        """The tensors of a checkpoint that belong to this network, under the names of this module.
 
-        Left out are the tables of the noise process, which are the only tensors without a dot in their names, and what
-        concerns training; a tensor ``scale_factor`` replaces the configured number. With ``use_ema`` the moving averages stand in for ``model.*``: ``model_ema.*`` holds each
-        parameter under its name below "model." without dots. Raises UserError if the checkpoint has none.
+        Tables of the noise process (the only tensors without a dot in their names) and tensors of
+        the training are left out. A tensor ``scale_factor`` replaces the configured number. With
+        ``use_ema`` the moving averages replace ``model.*``: ``model_ema.*`` holds each parameter
+        under its name after "model.", without dots. Raises UserError where they are missing.
         """
         measured = state_dict.get("scale_factor")
         if measured is not None:
@@ -224,8 +213,8 @@ class LDMDenoiser(LatentDenoiser):
             raise UserError("this family is for unconditional models: cond_stage_config must be __is_unconditional__")
         super().__init__(**config)
 
-    def predict_noise(self, x, times):
-        return self.unet(x, times)
+    def predict_noise(self, x, timesteps):
+        return self.unet(x, timesteps)
 
 
 def build_ldm(config, state_dict, guidance_type=None, guidance_rate=None, device="cpu") -> LDMDenoiser:

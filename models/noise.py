@@ -1,4 +1,7 @@
-"""The noise of each family: its time t, the noise level sigma, and the way between them."""
+"""Noise processes: the map between the time t that a network was trained with and the noise level sigma.
+
+Every process has the interface of ``NoiseProcess``. The arithmetic keeps the dtype of its input.
+"""
 
 import math
 
@@ -7,27 +10,68 @@ import torch
 from torch_utils.errors import UserError
 
 VP_EPS = 1e-3  # the time of sigma_min; sigma_max is at time 1
+_STEPS = 1000  # time steps of the training of pixel networks
 
 
-class VPTime:
-    """Time of the variance-preserving SDE with linear beta(t) that reaches sigma_min at time VP_EPS and sigma_max at 1:
-    sigma(t)^2 + 1 = exp(beta_d t^2 / 2 + beta_min t) (Song et al. 2021, Appendix C), the curve of ``time_uniform``."""
+class NoiseProcess:
+    """Base class: the monotone map between time t and noise level sigma. All methods are elementwise.
+
+    sigma_min, sigma_max: floats, the range of noise levels to sample in.
+    """
+
+    sigma_min: float
+    sigma_max: float
+
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        """Noise level at time t."""
+        raise NotImplementedError
+
+    def sigma_inv(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Time t of a noise level, the inverse of ``sigma``."""
+        raise NotImplementedError
+
+    def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Time input of the network for a noise level: t in the units that the network was trained with."""
+        raise NotImplementedError
+
+
+class TimeOfProcess:
+    """Mix-in for denoisers: time t <-> sigma of the ``process`` that the network was trained on."""
+
+    process: NoiseProcess
+
+    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+        """Noise level at time t in (0, 1], of any shape."""
+        return self.process.sigma(torch.as_tensor(t))
+
+    def sigma_inv(self, sigma: torch.Tensor) -> torch.Tensor:
+        """Time t of a noise level, the inverse of ``sigma``."""
+        return self.process.sigma_inv(torch.as_tensor(sigma))
+
+
+class VPTime(NoiseProcess):
+    """Variance-preserving SDE with linear beta(t), the curve of the schedule ``time_uniform``.
+
+    sigma(t)^2 + 1 = exp(beta_d t^2 / 2 + beta_min t) (Song et al. 2021, Appendix C), with the betas
+    chosen such that sigma is sigma_min at t = VP_EPS and sigma_max at t = 1.
+    """
 
     def __init__(self, sigma_min: float, sigma_max: float):
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
         log_lo, log_hi = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
         self.beta_d = 2 * (log_lo / VP_EPS - log_hi) / (VP_EPS - 1)
         self.beta_min = log_hi - self.beta_d / 2
 
-    def time(self, sigma):
+    def sigma(self, t):
+        return torch.expm1(0.5 * self.beta_d * t**2 + self.beta_min * t).sqrt()
+
+    def sigma_inv(self, sigma):
         return ((self.beta_min**2 + 2 * self.beta_d * torch.log1p(sigma**2)).sqrt() - self.beta_min) / self.beta_d
 
-    def sigma(self, time):
-        return torch.expm1(0.5 * self.beta_d * time**2 + self.beta_min * time).sqrt()
-
-    def slope(self, time):
-        """d sigma / d time."""
-        sigma = self.sigma(time)
-        return (self.beta_d * time + self.beta_min) * (sigma**2 + 1) / (2 * sigma)
+    def dsigma_dt(self, t):
+        """Derivative of ``sigma`` at time t."""
+        sigma = self.sigma(t)
+        return (self.beta_d * t + self.beta_min) * (sigma**2 + 1) / (2 * sigma)
 
 
 def _interpolate(x: torch.Tensor, xs: torch.Tensor, ys: torch.Tensor) -> torch.Tensor:
@@ -36,13 +80,17 @@ def _interpolate(x: torch.Tensor, xs: torch.Tensor, ys: torch.Tensor) -> torch.T
     return ys[left] + (x - xs[left]) * (ys[left + 1] - ys[left]) / (xs[left + 1] - xs[left])
 
 
-class DiscreteTime:
-    """t in (0, 1] <-> sigma for a process known at the times 1/N, 2/N, ..., 1.
+class DiscreteTime(NoiseProcess):
+    """x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise with a table of a at t = 1/N, 2/N, ..., 1.
 
-    log sqrt(a) is interpolated linearly between these times and extended linearly beyond them (Lu et al. 2022,
-    appendix D.4), so that any sigma > 0 has a time. alphas_cumprod: [N], a at these times. The tables are rounded to
-    float32, as a is in the checkpoints: far beyond the last time, the published continuation is that of rounded slopes.
-    Raises UserError for a table that is not of noise that grows.
+    x = x_t / sqrt(a_t) has noise level sigma = sqrt((1 - a) / a). log sqrt(a) is interpolated
+    linearly between the times of the table and extrapolated linearly beyond them (Lu et al. 2022,
+    appendix D.4), so that any sigma > 0 has a time. The timestep is N t - 1, with fractions.
+
+    alphas_cumprod: [N], the table. It is rounded to float32, as in the checkpoints: the published
+        extrapolation depends on this rounding.
+
+    Raises UserError unless a falls from step to step and stays positive.
     """
 
     def __init__(self, alphas_cumprod: torch.Tensor):
@@ -55,10 +103,11 @@ class DiscreteTime:
             )
         self._tables = torch.stack([times, log_alphas])
         self._copies: dict = {}
+        self.sigma_min, self.sigma_max = self.sigma(torch.tensor([1 / steps, 1], dtype=torch.float64)).tolist()
 
     @classmethod
     def of_scaled_linear_betas(cls, start: float, end: float, steps: int) -> "DiscreteTime":
-        """sqrt(beta) in equal steps, the schedule of latent diffusion."""
+        """The "scaled linear" schedule of latent diffusion: sqrt(beta) in equal steps."""
         betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square()
         return cls((1 - betas).cumprod(0))
 
@@ -66,7 +115,7 @@ class DiscreteTime:
         return self._tables.shape[1]
 
     def _with_tables(self, value) -> tuple[torch.Tensor, torch.Tensor]:
-        """value as a tensor of floats, and the tables like it."""
+        """``value`` as a floating-point tensor, and the tables with its device and dtype."""
         value = torch.as_tensor(value)
         if not value.is_floating_point():  # a table of integers would be zeros
             value = value.to(torch.get_default_dtype())
@@ -75,30 +124,30 @@ class DiscreteTime:
             self._copies[key] = self._tables.to(*key)
         return value, self._copies[key]
 
-    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+    def sigma(self, t):
         t, (times, log_alphas) = self._with_tables(t)
         return (-2 * _interpolate(t, times, log_alphas)).expm1().sqrt()
 
-    def t(self, sigma: torch.Tensor) -> torch.Tensor:
+    def sigma_inv(self, sigma):
         sigma, (times, log_alphas) = self._with_tables(sigma)
         return _interpolate(sigma.square().log1p() / 2, -log_alphas, times)
 
-    def index(self, sigma: torch.Tensor) -> torch.Tensor:
-        """What the network is told of the time: the number of the step, counted from 0 and with fractions."""
-        return len(self) * self.t(sigma) - 1
+    def timestep(self, sigma):
+        return len(self) * self.sigma_inv(sigma) - 1
 
 
-_STEPS = 1000  # of the networks' training
+class LinearNoise(NoiseProcess):
+    """Variance-preserving SDE with linear beta(t), t in 0.001 .. 1: the continuous limit of 1000 steps.
 
-
-class LinearNoise:
-    """The variance-preserving process with linear beta(t), t in 0.001 .. 1, as continuous limit of the 1000 steps.
-
-    sigma(t)^2 = exp(beta_d t^2 / 2 + beta_min t) - 1 (Song et al. 2021, Appendix C). The arithmetic keeps the dtype and
-    the order of operations of the reference implementation: in float32 the smallest t depend on them by 0.1 %.
+    sigma(t)^2 = exp(beta_d t^2 / 2 + beta_min t) - 1 (Song et al. 2021, Appendix C). The timestep is
+    999 t. The order of operations is that of the reference implementation: in float32 the smallest
+    t depend on it by 0.1 %, so this is not ``VPTime``.
     """
 
     beta_d, beta_min = 19.9, 0.1
+
+    def __init__(self):
+        self.sigma_min, self.sigma_max = (self.sigma(torch.tensor(t)).item() for t in (1e-3, 1.0))
 
     def sigma(self, t):
         return ((0.5 * self.beta_d * t**2 + self.beta_min * t).exp() - 1).sqrt()
@@ -106,21 +155,21 @@ class LinearNoise:
     def sigma_inv(self, sigma):
         return ((self.beta_min**2 + 2 * self.beta_d * (1 + sigma**2).log()).sqrt() - self.beta_min) / self.beta_d
 
-    def step(self, t):
-        """The time the network was trained with, 0 .. 999."""
-        return (_STEPS - 1) * t
-
-    def sigma_range(self) -> tuple[float, float]:
-        return self.sigma(torch.tensor(1e-3)).item(), self.sigma(torch.tensor(1.0)).item()
+    def timestep(self, sigma):
+        return (_STEPS - 1) * self.sigma_inv(sigma)
 
 
-class CosineNoise:
-    """alpha_bar(t) proportional to cos^2((t + 0.008) / 1.008 pi / 2) (Nichol & Dhariwal 2021, eq. 17); step 1000 t - 1.
+class CosineNoise(NoiseProcess):
+    """a(t) proportional to cos^2((t + 0.008) / 1.008 pi / 2) (Nichol & Dhariwal 2021, eq. 17).
 
-    Sampling stops at sigma 80, as in Karras et al. 2022 for the same network: the last of the 1000 steps lie far above.
+    The timestep is 1000 t - 1. sigma_max is 80, as in Karras et al. 2022 for the same network: the
+    last of the 1000 steps have far higher noise levels.
     """
 
     shift = 0.008
+
+    def __init__(self):
+        self.sigma_min, self.sigma_max = self.sigma(torch.tensor(1 / _STEPS, dtype=torch.float64)).item(), 80.0
 
     def _angle(self, t):
         return (t + self.shift) / (1 + self.shift) * math.pi / 2
@@ -132,18 +181,16 @@ class CosineNoise:
         angle = torch.acos(math.cos(self._angle(0)) / (1 + sigma**2).sqrt())
         return angle * (2 / math.pi) * (1 + self.shift) - self.shift
 
-    def step(self, t):
-        return _STEPS * t - 1
-
-    def sigma_range(self) -> tuple[float, float]:
-        return self.sigma(torch.tensor(1 / _STEPS, dtype=torch.float64)).item(), 80.0
+    def timestep(self, sigma):
+        return _STEPS * self.sigma_inv(sigma) - 1
 
 
-class VariancePreserving:
-    """Networks for x_t = sqrt(a_t) x0 + sqrt(1 - a_t) noise, with a_t known at the times 1/N, ..., 1.
+class VariancePreserving(DiscreteTime):
+    """``DiscreteTime`` with the network's input and output for it, as in diffusers.
 
-    x = x_t / sqrt(a_t) has sigma = sqrt((1 - a) / a). alphas_cumprod: [N]. prediction: what the network's output is,
-    "epsilon" (noise), "v_prediction" (sqrt(a) noise - sqrt(1 - a) x0; Salimans & Ho 2022, Appendix D) or "sample" (x0).
+    alphas_cumprod: [N], as for ``DiscreteTime``.
+    prediction: the network's output: "epsilon" (the noise), "v_prediction"
+        (sqrt(a) noise - sqrt(1 - a) x0; Salimans & Ho 2022, Appendix D) or "sample" (x0).
     """
 
     PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -151,30 +198,19 @@ class VariancePreserving:
     def __init__(self, alphas_cumprod: torch.Tensor, prediction: str = "epsilon"):
         if prediction not in self.PREDICTIONS:
             raise UserError(f"prediction_type '{prediction}' is not supported; known: {', '.join(self.PREDICTIONS)}")
+        super().__init__(alphas_cumprod)
         self.prediction = prediction
-        self._time = DiscreteTime(alphas_cumprod)
-        steps = len(alphas_cumprod)
-        self.sigma_min, self.sigma_max = self.sigma(torch.tensor([1 / steps, 1], dtype=torch.float64)).tolist()
 
-    def sigma(self, t: torch.Tensor) -> torch.Tensor:
-        return self._time.sigma(t)
-
-    def sigma_inv(self, sigma: torch.Tensor) -> torch.Tensor:
-        return self._time.t(sigma)
-
-    def sigma_of_time(self, time: torch.Tensor) -> torch.Tensor:
-        """The noise level at a time as ``time`` counts it."""
-        return self._time.sigma((time + 1) / len(self._time))
-
-    def time(self, sigma: torch.Tensor) -> torch.Tensor:
-        """What the network is told of the noise level: the number of the step from 0, with fractions."""
-        return self._time.index(sigma)
+    def sigma_of_timestep(self, timestep: torch.Tensor) -> torch.Tensor:
+        """The inverse of ``timestep``."""
+        return self.sigma((timestep + 1) / len(self))
 
     def scale(self, sigma):
-        """What x is multiplied with on its way into the network."""
+        """c_in: the network's input is ``scale`` times x."""
         return (1 + sigma**2) ** -0.5
 
     def denoised(self, x, sigma, output):
+        """D(x; sigma) from the network's output."""
         if self.prediction == "epsilon":
             return x - sigma * output
         if self.prediction == "sample":
@@ -182,13 +218,16 @@ class VariancePreserving:
         return x / (1 + sigma**2) - sigma * (1 + sigma**2) ** -0.5 * output
 
 
-class RectifiedFlow:
-    """Networks for y_t = (1 - t) x0 + t noise that predict noise - x0 (Liu et al. 2022; Esser et al. 2024).
+class RectifiedFlow(NoiseProcess):
+    """Rectified flow, y_t = (1 - t) x0 + t noise, of networks that predict noise - x0.
 
-    x = y_t / (1 - t) has sigma = t / (1 - t), so y = x / (1 + sigma) and t = sigma / (1 + sigma). The noise is infinite
-    at t = 1, so the range ends one of the N steps before. shift: t = shift u / (1 + (shift - 1) u) for u uniform in
-    time (Esser et al. 2024, Section 5.3.2), that is sigma = shift u / (1 - u); ``sigma`` and ``sigma_inv`` are about u from 0 to 1, where
-    sigma is infinite: schedules stay within sigma_min .. sigma_max, the levels of u = 1 / N and 1 - 1 / N.
+    Liu et al. 2022; Esser et al. 2024. x = y_t / (1 - t) has noise level sigma = t / (1 - t), so
+    y = x / (1 + sigma) and the timestep is N sigma / (1 + sigma). ``sigma`` and ``sigma_inv`` are
+    functions of u in (0, 1), the time before the shift: t = shift u / (1 + (shift - 1) u), hence
+    sigma = shift u / (1 - u). At u = 1 sigma is infinite, so the range is u = 1/N .. 1 - 1/N.
+
+    steps: N, default 1000.
+    shift: of Esser et al. 2024, Section 5.3.2; 1 (default) is none.
     """
 
     def __init__(self, steps: int = 1000, shift: float = 1.0):
@@ -198,16 +237,16 @@ class RectifiedFlow:
         ends = torch.tensor([1 / self.steps, 1 - 1 / self.steps], dtype=torch.float64)
         self.sigma_min, self.sigma_max = self.sigma(ends).tolist()
 
-    def sigma(self, t: torch.Tensor) -> torch.Tensor:
+    def sigma(self, t):
         return self.shift * t / (1 - t)
 
-    def sigma_inv(self, sigma: torch.Tensor) -> torch.Tensor:
+    def sigma_inv(self, sigma):
         return sigma / (self.shift + sigma)
 
-    def sigma_of_time(self, time: torch.Tensor) -> torch.Tensor:
-        return (time / (self.steps - time)).clamp(max=self.sigma_max)
+    def sigma_of_timestep(self, timestep):
+        return (timestep / (self.steps - timestep)).clamp(max=self.sigma_max)
 
-    def time(self, sigma: torch.Tensor) -> torch.Tensor:
+    def timestep(self, sigma):
         return self.steps * sigma / (1 + sigma)
 
     def scale(self, sigma):

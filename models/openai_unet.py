@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.denoiser import Denoiser
+from models.denoiser import PreconditionedDenoiser
 from models.edm import EDMDenoiser
 from torch_utils.errors import UserError
 
@@ -472,11 +472,10 @@ class EncoderUNetModel(_Encoder):
         return self.out(h.to(x.dtype))
 
 
-class PixelUNetDenoiser(Denoiser):
-    """What the denoisers around a ``UNetModel`` on pixels share.
+class PixelUNetDenoiser(PreconditionedDenoiser):
+    """Base class of the denoisers around a ``UNetModel`` on pixels.
 
-    ``autocast``: None, torch.bfloat16 or torch.float16; the dtype in which the matrix work runs, on top of what
-    ``convert_torso`` does to the weights.
+    ``autocast`` comes on top of ``convert_torso``, which changes the dtype of the weights.
     """
 
     def __init__(self, model: UNetModel):
@@ -485,7 +484,6 @@ class PixelUNetDenoiser(Denoiser):
         self.img_resolution = model.image_size
         self.img_channels = model.in_channels
         self.label_dim = model.num_classes or 0
-        self.autocast: torch.dtype | None = None
 
     @property
     def bottleneck(self) -> torch.nn.Module:

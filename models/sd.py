@@ -236,17 +236,17 @@ class StableDiffusionDenoiser(LatentDenoiser):
             raise UserError(f"'{name}' has shape {list(value.shape)}, not [{batch}, tokens, {self.context_dim}]")
         return value.expand(batch, -1, -1)
 
-    def predict_noise(self, x, times, condition=None, unconditional_condition=None):
+    def predict_noise(self, x, timesteps, condition=None, unconditional_condition=None):
         condition = self._context("condition", condition, len(x))
         if not self.guided:
-            return self.unet(x, times, context=condition)
+            return self.unet(x, timesteps, context=condition)
         other = self._context("unconditional_condition", unconditional_condition, len(x))
         if other.shape != condition.shape:
             raise UserError(
                 f"'condition' has {condition.shape[1]} tokens and 'unconditional_condition' {other.shape[1]}; "
                 "they have to be as many"
             )
-        noise = self.unet(torch.cat([x, x]), torch.cat([times, times]), context=torch.cat([other, condition]))
+        noise = self.unet(torch.cat([x, x]), torch.cat([timesteps, timesteps]), context=torch.cat([other, condition]))
         unconditional, conditional = noise.to(torch.float32).chunk(2)
         return torch.lerp(unconditional, conditional, self.guidance_rate)
 

@@ -264,7 +264,7 @@ class _AMEDScheduler:
         shape = config.get("image_shape") or (config.get("img_channels") or 1, 1, 1)  # what a span student is made for
         times, question = [], run.start(run.sigmas.new_ones(1, *shape))
         while question is not None:
-            times.append(self.process.time(question.sigma.to(torch.float32)).flatten()[0])
+            times.append(self.process.timestep(question.sigma.to(torch.float32)).flatten()[0])
             question = run.answer(torch.zeros_like(question.x))
         self.timesteps = torch.stack(times)
         self.num_inference_steps = len(times)
@@ -351,7 +351,7 @@ class _AMEDScheduler:
             self._run = None
         else:
             result = question.x * self.process.scale(question.sigma)
-            self._times = self.process.time(question.sigma.to(torch.float32)).flatten()
+            self._times = self.process.timestep(question.sigma.to(torch.float32)).flatten()
             if self._reader is not None:
                 # The times that a pipeline iterates over are views of this tensor: it sees the new value.
                 self.timesteps[self._index] = self._times.mean()
@@ -363,7 +363,7 @@ class _AMEDScheduler:
     def add_noise(self, original_samples, noise, timesteps) -> torch.Tensor:
         """Clean latents [B,...] with noise at these times [B]."""
         times = timesteps.to(original_samples.device, torch.float32)
-        sigma = self.process.sigma_of_time(times).reshape(-1, *[1] * (original_samples.ndim - 1))
+        sigma = self.process.sigma_of_timestep(times).reshape(-1, *[1] * (original_samples.ndim - 1))
         return (self.process.scale(sigma) * (original_samples + sigma * noise)).to(original_samples.dtype)
 
     def _require_run(self) -> None:

@@ -84,15 +84,15 @@ class DEIS(Solver):
         start = sigmas[0]
         if len(sigmas) == 1:
             return [target - start]
-        nodes = sigmas if self.deis_mode == "rhoab" else [CURVE.time(sigma) for sigma in sigmas]
+        nodes = sigmas if self.deis_mode == "rhoab" else [CURVE.sigma_inv(sigma) for sigma in sigmas]
         if self.deis_mode == "rhoab":
             points, weights = gauss_legendre(start, target, 2)  # exact for cubics
         elif self.original_code:
-            span = (CURVE.time(target) - nodes[0]).unsqueeze(-1)
+            span = (CURVE.sigma_inv(target) - nodes[0]).unsqueeze(-1)
             u = torch.linspace(0, 1, PUBLISHED_POINTS, dtype=dtype, device=start.device)
             points = nodes[0].unsqueeze(-1) + span * u
-            weights = CURVE.slope(points) * span / PUBLISHED_POINTS
+            weights = CURVE.dsigma_dt(points) * span / PUBLISHED_POINTS
         else:
             logs, weights = gauss_legendre(start.log(), target.log(), POINTS)
-            points, weights = CURVE.time(logs.exp()), weights * logs.exp()
+            points, weights = CURVE.sigma_inv(logs.exp()), weights * logs.exp()
         return [(weights * basis).sum(-1) for basis in lagrange_basis(points, nodes)]

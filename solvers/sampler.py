@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from models.denoiser import BOTTLENECK_SIZE, call_shifted, read_bottleneck
+from models.denoiser import BOTTLENECK_SIZE, call_shifted, member, read_bottleneck
 from solvers.schedules import check_sigmas, get_schedule, levels_tensor
 from solvers.solver import Solver, State, make_solver
 from torch_utils.errors import UserError
@@ -43,7 +43,7 @@ def afs_direction(net, x: torch.Tensor, sigma, kind) -> torch.Tensor:
         return kind(x, sigma)
     if kind is True:
         return x / (1 + sigma**2).sqrt()
-    mean, std = getattr(net, "data_mean", None), getattr(net, "data_std", None)
+    mean, std = member(net, "data_mean"), member(net, "data_std")
     if mean is None or std is None:
         raise UserError("afs='data' needs a network that knows the mean and spread of its data; use afs=True")
     mean = mean.to(x.device, x.dtype)

@@ -20,6 +20,7 @@ import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from models.denoiser import member
 from solvers.sampler import AFS_KINDS, RANGE_SLACK
 from solvers.schedules import check_sigmas
 from torch_utils.errors import UserError
@@ -83,7 +84,7 @@ class Schedule:
         """One line for everything in which a network, a solver or the use of AFS (None: not compared) is another one
         than the schedule was found for."""
         lines = []
-        found = getattr(net, "weights_hash", None)
+        found = member(net, "weights_hash")
         if None not in (found, self.network_hash) and found != self.network_hash:
             lines.append(f"the schedule was found for another network ('{self.network}', another SHA-256)")
         if solver is not None and solver != self.solver:

@@ -101,10 +101,10 @@ def test_integrals_are_exact(steps, kind, mode):
     for i in range(1, steps - 1):
         count = min(4, i + 1)
         nodes = [sigmas[i - k] for k in range(count)]
-        variable = [float(CURVE.time(s)) if mode == "tab" else float(s) for s in nodes]
+        variable = [float(CURVE.sigma_inv(s)) if mode == "tab" else float(s) for s in nodes]
 
         def basis(sigma, j, nodes=variable):
-            u = float(CURVE.time(torch.tensor(sigma, dtype=torch.float64))) if mode == "tab" else sigma
+            u = float(CURVE.sigma_inv(torch.tensor(sigma, dtype=torch.float64))) if mode == "tab" else sigma
             return math.prod((u - v) / (nodes[j] - v) for v in nodes[:j] + nodes[j + 1 :])
 
         a, b = float(sigmas[i]), float(sigmas[i + 1])
@@ -118,10 +118,10 @@ def test_curve():
     torch.testing.assert_close(
         CURVE.sigma(time).flip(0), get_schedule(6, 0.002, 80, "time_uniform", 1), rtol=1e-9, atol=0
     )
-    torch.testing.assert_close(CURVE.time(CURVE.sigma(time)), time, rtol=1e-9, atol=0)
+    torch.testing.assert_close(CURVE.sigma_inv(CURVE.sigma(time)), time, rtol=1e-9, atol=0)
     between = torch.linspace(0.01, 0.99, 9, dtype=torch.float64)
     numeric = (CURVE.sigma(between + 1e-5) - CURVE.sigma(between - 1e-5)) / 2e-5
-    torch.testing.assert_close(CURVE.slope(between), numeric, rtol=1e-5, atol=0)
+    torch.testing.assert_close(CURVE.dsigma_dt(between), numeric, rtol=1e-5, atol=0)
 
 
 class PolynomialDirection(torch.nn.Module):

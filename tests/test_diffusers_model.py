@@ -297,11 +297,11 @@ def test_discrete_table(config):
     sigmas = (1 / alphas.double() - 1).sqrt()
     assert torch.allclose(process.sigma(times.double()), sigmas, rtol=1e-3)  # of float32 tables
     steps = torch.arange(len(alphas), dtype=torch.float32)
-    assert torch.allclose(process.time(process.sigma(times)), steps, atol=0.02)
-    assert torch.allclose(process.sigma_of_time(steps), process.sigma(times), rtol=1e-3)
+    assert torch.allclose(process.timestep(process.sigma(times)), steps, atol=0.02)
+    assert torch.allclose(process.sigma_of_timestep(steps), process.sigma(times), rtol=1e-3)
     assert process.sigma_max == pytest.approx(sigmas[-1].item(), rel=1e-3)
     found = get_schedule(3, process.sigma_min, process.sigma_max, "discrete", 1, net=process)
-    assert process.time(found[1]).item() == pytest.approx((len(alphas) - 1) / 2, abs=0.02)
+    assert process.timestep(found[1]).item() == pytest.approx((len(alphas) - 1) / 2, abs=0.02)
 
 
 @pytest.mark.parametrize("kind", ["exponential", "linear"])
@@ -319,8 +319,8 @@ def test_flow_shift(kind):
     fixed.set_timesteps(sigmas=times)
     process = noise_process(fixed.config)
     sigma = process.sigma(torch.tensor(times))
-    assert torch.allclose(process.time(sigma), fixed.timesteps)
-    assert torch.allclose(process.sigma_of_time(fixed.timesteps), sigma)
+    assert torch.allclose(process.timestep(sigma), fixed.timesteps)
+    assert torch.allclose(process.sigma_of_timestep(fixed.timesteps), sigma)
     assert torch.allclose(process.sigma_inv(sigma), torch.tensor(times))
     with pytest.raises(UserError, match="size of the image"):
         noise_process(scheduler.config)

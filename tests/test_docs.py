@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from PIL import Image
+from test_layout import FLOORS
 
 from benchmarks import report_students
 from solvers import SCHEDULES, SOLVERS
-from tools import make_docs
+from tools import draw_architecture, make_docs
 from torch_utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,6 +84,23 @@ def test_missing_document_is_explained(tmp_path):
     assert found.exit_code == 2
     assert isinstance(found.exception, SystemExit)  # no traceback
     assert "none.md" in found.output and found.output.count("\n") == 1
+
+
+def test_the_architecture_is_that_of_the_code(tmp_path):
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    paths = re.findall(r"`([\w/]+(?:\.py|/))`", text)
+    assert len(paths) > 30 and [path for path in paths if not (ROOT / path).exists()] == []
+    rooms = [tuple(floor) for floor in draw_architecture.ROOMS]
+    assert rooms[0] == ("command lines", *FLOORS[-1])
+    assert [set(floor) for floor in rooms[:0:-1]] == [set(floor) for floor in FLOORS[:-1]]
+    for steps in draw_architecture.JOURNEYS.values():
+        for room, file, _ in steps:
+            for name in re.findall(r"(?<![\w/])\w+\.py", file):
+                assert (ROOT / ("" if room == "command lines" else room) / name).is_file(), (room, name)
+    pytest.importorskip("matplotlib")
+    draw_architecture.draw(tmp_path / "figure.png")
+    with Image.open(tmp_path / "figure.png") as new, Image.open(ROOT / "docs" / "architecture.png") as old:
+        assert new.size == old.size
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/digits.md", "docs/solvers.md", "docs/flags.md"])

@@ -6,7 +6,7 @@ from latent_nets import relative_error, tiny_case
 
 from models import build_denoiser, create_model
 from models.compile import CompiledForward, prepare_network
-from models.denoiser import call_shifted, read_bottleneck
+from models.denoiser import Denoiser, call_shifted, member, read_bottleneck
 from solvers import sample
 from torch_utils.errors import UserError
 from torch_utils.seeds import SeededGenerators
@@ -189,6 +189,70 @@ def test_amp_surrounds_the_network_only(case):
         mixed = prepare_network(net, amp="bf16")(io["x__2"], 1.0, **cond)
         assert mixed.dtype == torch.float32 and 1e-4 < relative_error(mixed, exact) < 0.1
         assert torch.equal(prepare_network(net)(io["x__2"], 1.0, **cond), exact)
+
+
+class OwnNetwork(Denoiser):
+    """A network of one's own that says nothing about mixed precision: the posterior mean of N(0, 1)."""
+
+    img_channels, img_resolution = 1, 4
+
+    def forward(self, x, sigma):
+        return x / (1 + torch.as_tensor(sigma, dtype=x.dtype) ** 2)
+
+
+def test_amp_is_refused_for_a_network_that_cannot_do_it():
+    net = prepare_network(OwnNetwork())  # create_model does this before the command lines do
+    with pytest.raises(UserError, match="--amp=bf16 is not available for this network; use --amp=none"):
+        prepare_network(net, amp="bf16")
+    net.dataset_name = "mine"
+    with pytest.raises(UserError, match="--amp=fp16 is not available for mine"):
+        prepare_network(net, amp="fp16")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_network_has_the_members_of_the_interface(case):
+    net, _, _ = tiny_network(case)
+    assert all(hasattr(net, name) for name in Denoiser.__annotations__)
+    assert net.can_autocast and net.autocast is None and net.dataset_name is None
+    assert net.takes_prompts == (case == "sd_cfg_kl")
+
+
+def test_any_callable_is_a_network():
+    """A plain function has none of the members: it gets the defaults of the interface, and samples."""
+
+    def net(x, sigma):
+        return x / (1 + sigma**2)
+
+    assert member(net, "evals_per_call") == 1 and member(net, "weights_hash") is None
+    assert member(net, "make_cond")(None) == {} and member(net, "takes_prompts") is False
+    assert member(net, "noise_embedding") is None and member(net, "decode")(3) == 3
+    latents = torch.ones(1, 1, 4, 4, dtype=torch.float64)
+    sigmas = torch.logspace(1, -2, 400, dtype=torch.float64)
+    x, info = sample(net, latents, solver="heun", sigmas=sigmas, return_info=True)
+    exact = 10 * ((1 + 0.01**2) / (1 + 10**2)) ** 0.5  # the flow of N(0, 1) scales x by sqrt(1 + sigma^2)
+    assert info.nfe == 2 * 399 and torch.allclose(x, torch.full_like(x, exact), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("case", "std"), [("edm_song_uncond", 0.5), ("cm_classcond", 0.5), ("adm_guided", None)])
+def test_scalings_give_the_network_inputs_and_targets_of_unit_variance(case, std):
+    """Karras et al. 2022, Appendix B.6, eq. 113 and 119, for data of standard deviation ``std``; None: the target is noise."""
+    net, _, _ = tiny_network(case)
+    sigma = torch.logspace(-2, 1.5, 20).reshape(-1, 1, 1, 1)
+    c_skip, c_out, c_in, _ = net.scalings(sigma)
+    variance = 1 if std is None else std**2
+    torch.testing.assert_close(c_in**2 * (variance + sigma**2), torch.ones_like(sigma))
+    if std is None:  # D = x - sigma noise is the image, for x = image + sigma noise
+        assert c_skip == 1 and torch.equal(c_out, -sigma)
+    else:
+        target = ((1 - c_skip) ** 2 * variance + c_skip**2 * sigma**2) / c_out**2
+        torch.testing.assert_close(target, torch.ones_like(sigma))
+
+
+def test_classes_may_be_given_by_position():
+    for case in ("edm_song_cond", "cm_classcond", "adm_guided"):
+        net, cond, io = tiny_network(case)
+        with torch.no_grad():
+            assert torch.equal(net(io["x__2"], 1.0, cond["class_labels"]), net(io["x__2"], 1.0, **cond))
 
 
 @pytest.mark.parametrize(

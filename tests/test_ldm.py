@@ -68,12 +68,13 @@ def test_time_maps_are_inverse_and_hit_the_table():
     alphas = (1 - betas).cumprod(0)
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     torch.testing.assert_close(time.sigma(t), ((1 - alphas) / alphas).sqrt(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(time.index(time.sigma(t)), torch.arange(1000.0).double(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(time.timestep(time.sigma(t)), torch.arange(1000.0).double(), rtol=0, atol=1e-4)
     t = torch.linspace(0.0004, 1.3, 777, dtype=torch.float64).reshape(7, 111)  # any shape, beyond the table as well
-    torch.testing.assert_close(time.t(time.sigma(t)), t, rtol=1e-9, atol=0)
+    torch.testing.assert_close(time.sigma_inv(time.sigma(t)), t, rtol=1e-9, atol=0)
     assert (time.sigma(t).flatten().diff() > 0).all()
     for whole in (1, torch.tensor(1)):  # no tables of integers
-        assert time.sigma(whole) == time.sigma(torch.tensor(1.0)) and time.t(whole) == time.t(torch.tensor(1.0))
+        assert time.sigma(whole) == time.sigma(torch.tensor(1.0))
+        assert time.sigma_inv(whole) == time.sigma_inv(torch.tensor(1.0))
     assert time.sigma(1).item() == pytest.approx(83.8225, rel=1e-5)
 
 

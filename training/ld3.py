@@ -111,7 +111,7 @@ class Grid:
 
     def _coordinate(self, sigmas):
         """Grows from noise to image."""
-        return -(sigmas.log() if self._curve is None else self._curve.time(sigmas))
+        return -(sigmas.log() if self._curve is None else self._curve.sigma_inv(sigmas))
 
 
 @dataclass

@@ -7,6 +7,7 @@ import torch
 
 from models import zoo
 from models.compile import AUTOCAST, COMPILE_MODES
+from models.denoiser import member
 from solvers import SOLVERS
 from solvers.sampler import AFS_KINDS
 from solvers.schedules import SCHEDULES, check_sigmas, get_schedule
@@ -384,7 +385,7 @@ class SpanOptions(RunOptions):
         """The options with the heads and the loss that this network can have, where none were given."""
         heads, loss = self.heads, self.loss
         if heads is None:
-            names = [name for name in self.head_names() if name != "time" or getattr(net, "noise_embedding", None)]
+            names = [name for name in self.head_names() if name != "time" or member(net, "noise_embedding")]
             heads = ",".join(names) or "none"
         if loss is None:
             loss = DEFAULT_LOSS if has_features(net, self.feature_sigma, prompts, device) else "huber"

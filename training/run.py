@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from models import create_model, use_tokenizer, zoo
 from models.compile import prepare_network
+from models.denoiser import member
 from torch_utils import distributed
 from torch_utils.distributed import on_main
 from torch_utils.errors import UserError
@@ -288,7 +289,7 @@ def provenance_of(net, options: RunOptions, names: tuple[str, ...]) -> dict:
 def working_folder(options: RunOptions, net, run_dir, resume: bool = False) -> Iterator[Path]:
     """The folder of a run, new unless ``resume``; nobody else can train in it during the block."""
     if run_dir is None and not options.nosubdir:
-        name = partial(options.folder_name, evals_per_call=getattr(net, "evals_per_call", 1))
+        name = partial(options.folder_name, evals_per_call=member(net, "evals_per_call"))
         folder, fresh = on_main(create_run_folder, options.outdir, name), False
     else:
         folder, fresh = Path(options.outdir if run_dir is None else run_dir), not resume
@@ -337,7 +338,7 @@ def load_network(options: RunOptions, device: torch.device):
         options.dataset_name, options.model_path, options.guidance_type, options.guidance_rate, device=device
     )
     prepare_network(net, options.amp, options.channels_last, options.compile)
-    needs_prompts = getattr(net, "takes_prompts", False)
+    needs_prompts = member(net, "takes_prompts")
     options.check_prompts(needs_prompts)
     if options.tokenizer_path is not None:
         use_tokenizer(net, options.tokenizer_path)
@@ -347,7 +348,7 @@ def load_network(options: RunOptions, device: torch.device):
     elif options.guidance_type == "none":
         options.guidance_type = None
     if options.guidance_rate is None:
-        options.guidance_rate = getattr(net, "guidance_rate", 0.0)
+        options.guidance_rate = member(net, "guidance_rate") or 0.0
     for name in ("model_path", "prompt_path", "tokenizer_path"):
         value = getattr(options, name)
         if value is not None and Path(value).exists():  # otherwise the id of a repository

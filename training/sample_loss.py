@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from models.denoiser import member
 from torch_utils.errors import MissingExtra, UserError
 
 DEFAULT_SIGMA = 0.1  # of images in [-1, 1]: little noise, and the encoder still has to look at the whole image
@@ -148,7 +149,7 @@ class OwnTerm:
             raise UserError(f"--loss={place}: it returned {type(self.extract).__name__}, not a function of images")
 
     def _features(self, x) -> list[torch.Tensor]:
-        found = self.extract(self.net.decode(x) if hasattr(self.net, "decode") else x)
+        found = self.extract(member(self.net, "decode")(x))
         found = list(found) if isinstance(found, (list, tuple)) else [found]
         if not all(isinstance(f, torch.Tensor) and f.ndim in (2, 4) and len(f) == len(x) for f in found):
             raise UserError(f"--loss={self.place}: its features must be tensors [B,C] or [B,C,H,W]")
@@ -175,7 +176,7 @@ class LPIPSTerm:
         self.net = net
 
     def _images(self, x):
-        images = self.net.decode(x) if hasattr(self.net, "decode") else x
+        images = member(self.net, "decode")(x)
         images = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
         if images.shape[-1] < LPIPS_LEAST:
             images = F.interpolate(images, size=LPIPS_LEAST, mode="bilinear", align_corners=False)

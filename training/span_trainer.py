@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from models.denoiser import member
 from solvers.span_table import SpanSolver
 from torch_utils import distributed
 from torch_utils.seeds import stream_seeds
@@ -62,7 +63,7 @@ class SpanTrainer(BaseTrainer):
     @property
     def evaluations(self) -> int:
         """NFE of the student, by the cost of the network's calls."""
-        return self.student.evaluations() * getattr(self.net, "evals_per_call", 1)
+        return self.student.evaluations() * member(self.net, "evals_per_call")
 
     # One iteration
 
