@@ -260,7 +260,7 @@ def check_network(net, settings: Settings, predictor, device: torch.device) -> N
 def recorded_settings(settings: Settings, options: dict, net, predictor_file: Path | None) -> dict:
     """What the images depend on, with the defaults of the solver and the noise levels spelled out."""
     solver, sigmas = settings.make_solver(), settings.resolve(net)
-    recorded = asdict(settings) | {"fingerprint": solver.bind(net, sigmas).fingerprint}
+    recorded = asdict(settings) | {"fingerprint": None if predictor_file else solver.setup(net, sigmas).fingerprint}
     for name in recorded.pop("options") | solver.options:
         value = getattr(solver, name)
         recorded[name] = str(value) if value in (math.inf, -math.inf) else value  # JSON has no infinity

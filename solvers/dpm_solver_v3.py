@@ -308,19 +308,18 @@ class DPMSolverV3(Solver):
     can_learn = False
     can_teach = False
     differentiable = False  # the coefficients of the steps are numbers, made from the file
-    fingerprint: str | None = None  # SHA-256 of the file in use, once bound: the images depend on it
 
-    def bind(self, net, sigmas):
-        bound = copy.copy(self)
-        bound.grid = tuple(sigmas.tolist())
-        corrector, pseudo = published_variant(net, len(bound.grid) - 1)
-        bound.variant = corrector if self.corrector == "auto" else self.corrector
-        bound.pseudo_predictor = pseudo if self.pseudo == "auto" else self.pseudo == "True"
+    def setup(self, net, sigmas, predictor=None):
+        solver = copy.copy(super().setup(net, sigmas, predictor))
+        solver.grid = tuple(sigmas.tolist())
+        corrector, pseudo = published_variant(net, len(solver.grid) - 1)
+        solver.variant = corrector if self.corrector == "auto" else self.corrector
+        solver.pseudo_predictor = pseudo if self.pseudo == "auto" else self.pseudo == "True"
         if self.statistics in CONSTANT:
             l, s = (torch.full((2, 1, 1, 1), value) for value in CONSTANT[self.statistics])  # noqa: E741
-            ends = torch.tensor([bound.grid[0], bound.grid[-1]], dtype=torch.float64)
-            bound.steps = _steps(Statistics(ends, l, s, torch.zeros_like(l)), bound.grid)
-            return bound
+            ends = torch.tensor([solver.grid[0], solver.grid[-1]], dtype=torch.float64)
+            solver.steps = _steps(Statistics(ends, l, s, torch.zeros_like(l)), solver.grid)
+            return solver
         auto = self.statistics == "auto"
         path = statistics_path(net) if auto else Path(self.statistics)
         if not path.is_file():
@@ -328,21 +327,21 @@ class DPMSolverV3(Solver):
                 f"dpm_v3: there are no statistics {path}: make them with  {_command(net, None if auto else path)}"
             )
         key = (str(path.resolve()), path.stat().st_mtime_ns)
-        _check(_read(*key), net, bound.grid, str(path))
-        bound.steps = _steps_of_file(*key, bound.grid)
-        bound.fingerprint = _digest(*key)
-        return bound
+        _check(_read(*key), net, solver.grid, str(path))
+        solver.steps = _steps_of_file(*key, solver.grid)
+        solver.fingerprint = _digest(*key)
+        return solver
 
     def order(self, i: int, intervals: int) -> int:
-        """Of the step from point i."""
+        """Order of the step from point i."""
         return min(self.max_order, i + 1, intervals - i if self.lower_order_final else intervals)
 
-    def advance(self, run, state: State, i: int) -> State:
+    def step(self, run, state, i):
         x, history = state.x, state.history  # of (g seen from point i, sigma)
         step, corrects = self.steps[i].to(x), self.variant != "off"
         if not history or not corrects:
             sigma = run.sigma(i, x)
-            history = (*history, (sigma * run.direction_at(x, i) - step.l_start * x, sigma))
+            history = (*history, (sigma * (yield run.at(x, i)) - step.l_start * x, sigma))
         order = self.order(i, run.intervals)
         h = math.log(self.grid[i] / self.grid[i + 1])
         places = [math.log(self.grid[i] / self.grid[i - k]) / h for k in range(order)]
@@ -358,7 +357,7 @@ class DPMSolverV3(Solver):
         moved = tuple((step.growth * (g + step.bias), sigma) for g, sigma in history)
         if corrects and i + 1 < run.intervals:
             sigma = run.sigma(i + 1, x)
-            f = sigma * run.direction_at(following, i + 1) - step.l_end * following
+            f = sigma * (yield run.at(following, i + 1)) - step.l_end * following
             moved = (*moved, (f, sigma))
             places.insert(1, 1.0)
             values.insert(1, f / step.growth - step.bias)

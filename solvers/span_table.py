@@ -28,7 +28,6 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -421,18 +420,19 @@ class SpanSolver(nn.Module):
         return rows
 
     def _symbolic(self, sigmas) -> list[torch.Tensor]:
-        """The rows of a registered linear rule, which steps here not with images but with their coordinates in the span.
+        """The rows of a registered linear solver.
 
-        A rule that works with denoised images x - sigma g thereby becomes one on slopes.
+        It steps here with coordinates in the span of the directions, instead of images. A solver that
+        works with denoised images x - sigma g becomes one that works with directions in this way.
         """
         names = ("max_order", "lower_order_final")
         common = {name: self.config[name] for name in names} | {"thresholding": False}
-        solver = make_solver(self.config["base"], common=common).bind(None, sigmas)
-        run, slopes = SimpleNamespace(updates=self.intervals), torch.eye(self.intervals, dtype=torch.float64)
+        solver = make_solver(self.config["base"], common=common).setup(None, sigmas)
+        directions = torch.eye(self.intervals, dtype=torch.float64)
         state, rows = State(sigmas.new_zeros(self.intervals)), []
         for i in range(self.intervals):
             before = state.x
-            state = solver.step(run, state, slopes[i], sigmas[i], sigmas[i + 1])
+            state = solver.make_update(state, directions[i], sigmas[i], sigmas[i + 1], self.intervals)
             rows.append(((state.x - before) / (sigmas[i + 1] - sigmas[i]))[: i + 1])
         return rows
 

@@ -80,7 +80,7 @@ class Problem:
             self.net, 2, "logsnr", 1, self.sigma_min, self.sigma_max
         )  # says what is wrong with them
         if self.options:  # a file that an option names is looked at now
-            solver.bind(self.net, sigmas)
+            solver.setup(self.net, sigmas)
         self._started = time.perf_counter()
 
     def make_solver(self) -> Solver:
