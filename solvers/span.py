@@ -43,15 +43,14 @@ class Span(Solver):
         x, sigma, substeps = state.x, run.sigma(i, state.x), self.plan.inner[i]
         directions = [d for d, _ in state.history]
         known, levels = len(directions), [sigma]
-        start = run.at(x, i, self._shift(known))
         if self.student.nested or not substeps:
-            directions.append((yield start))
+            directions.append((yield run.at(x, i, self._shift(known))))
             points = self._points(x, sigma, directions, substeps, known)
             if points:
                 directions += yield points
         else:
             points = self._points(x, sigma, directions, substeps, known)
-            directions += yield [start, *points]
+            directions += yield [Point(x, sigma, run.sigma_cond(i), i, self._shift(known)), *points]
         levels += [point.sigma for point in points]
         c, scale, contrast = self.plan.steps[i]
         length = (scale * (self.plan.sigmas[i + 1] - self.plan.sigmas[i])).to(x.dtype)
