@@ -32,7 +32,7 @@ RANGE_SLACK = 1e-3  # noise levels may exceed the nodes by this share
 CORRECTORS = ("auto", "same", "pseudo", "off")
 CONSTANT = {"data": (1.0, 0.0), "noise": (0.0, -1.0)}  # (l, s) of plain data and noise prediction, b = 0
 PIECE = 0.2  # longest piece in lambda of the quadrature
-POINTS = 6  # of the Gauss-Legendre rule of a piece
+POINTS = 6  # of the Gauss-Legendre quadrature of a piece
 # Of pixel models without guidance, for the value auto of the options:
 CORRECTED_INTERVALS = 6  # corrector is "same" up to here, then "off"
 PSEUDO_INTERVALS = 5  # pseudo is True up to here
@@ -54,7 +54,7 @@ class Statistics:
 
 
 def statistics_path(net) -> Path:
-    """Where the statistics of a network lie unless one says otherwise; UserError for a network without a name."""
+    """The default file of a network's statistics. Raises UserError for a network without a name."""
     name, digest = getattr(net, "dataset_name", None), getattr(net, "weights_hash", None)
     if not name or not digest:
         raise UserError("dpm_v3: this network has no name to find its statistics by; give statistics=FILE")
@@ -64,7 +64,7 @@ def statistics_path(net) -> Path:
 
 
 def guidance_rate(net) -> float | None:
-    """The strength of the guidance that is part of the denoiser; None without any."""
+    """The guidance rate of the denoiser. None without guidance."""
     rate = getattr(net, "guidance_rate", None)
     without = rate is None or (rate in (0, 1) and not getattr(net, "guided", False))
     return None if without else float(rate)
@@ -78,13 +78,13 @@ def published_variant(net, intervals: int) -> tuple[str, bool]:
 
 
 def save_statistics(statistics: Statistics, path) -> None:
-    """Writes a .safetensors file, whole or not at all."""
+    """Writes a .safetensors file. After an error there is no partial file."""
     tensors = {name: getattr(statistics, name) for name in ("sigmas", "l", "s", "b")}
     write_safetensors(path, tensors, {ENTRY: json.dumps(statistics.metadata)})
 
 
 def load_statistics(path) -> Statistics:
-    """Reads what ``save_statistics`` wrote. Raises UserError where the file is missing, damaged or something else."""
+    """Reads a file of ``save_statistics``. Raises UserError if it is missing, damaged or of another kind."""
     path = Path(path)
     try:
         data = path.read_bytes()
@@ -138,7 +138,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step needs of the statistics, each [C,H,W] or broadcastable; integrals over the step in lambda.
+    """Integrals of the statistics over a step in lambda, each [C,H,W] or broadcastable.
 
     l_start, l_end   l at both ends
     decay            exp(-L)
@@ -157,12 +157,12 @@ class Step:
     drift: torch.Tensor
 
     def to(self, x: torch.Tensor) -> "Step":
-        """The same in the dtype and on the device of x."""
+        """This step in the dtype and on the device of x."""
         return Step(*(getattr(self, entry.name).to(x.dtype).to(x.device) for entry in fields(self)))
 
 
 @functools.cache
-def _rule():
+def _quadrature():
     """Points, weights [Q] on 0..1 and the matrix [Q,Q] that integrates a polynomial from 0 to each point."""
     points, weights = np.polynomial.legendre.leggauss(POINTS)
     points, weights = 0.5 * (points + 1), 0.5 * weights
@@ -174,7 +174,7 @@ def _rule():
 
 def make_step(curves: Curves, start: float, end: float) -> Step:
     """The integrals from lambda = start to end > start, by Gauss-Legendre on pieces that end at the nodes."""
-    points, weights, matrix = _rule()
+    points, weights, matrix = _quadrature()
     inside = [node for node in curves.nodes.tolist() if start < node < end]
     edges = [start]
     for a, b in itertools.pairwise([start, *inside, end]):
@@ -208,11 +208,12 @@ def make_step(curves: Curves, start: float, end: float) -> Step:
 
 
 def step_weights(moments: torch.Tensor, places: list[float], pseudo: bool = False) -> list[torch.Tensor]:
-    """What multiplies g at the places u (0: start of the step, 1: its end), so that the polynomial through them is
-    integrated exactly.
+    """Weights of g that integrate the polynomial through the places exactly.
 
-    pseudo: the power u^j gets the divided difference of the first j + 1 places, instead of what the whole polynomial has
-    there.
+    moments: see ``Step``.
+    places: u of each g; 0 is the start of the step, 1 its end.
+    pseudo: the coefficient of u^j is the divided difference of the first j + 1 places, instead of that
+        of the whole polynomial. Default False.
     """
     count = len(places)
     if pseudo:
@@ -246,7 +247,7 @@ def _steps(statistics: Statistics, sigmas: tuple[float, ...]) -> list[Step]:
 
 
 def _check(statistics: Statistics, net, sigmas: tuple[float, ...], path: str) -> None:
-    """Raises UserError where the statistics are not those of the network, or do not reach over the schedule."""
+    """Raises UserError unless the statistics are those of the network and cover the schedule."""
     made = statistics.metadata
     known, own = made.get("network_hash"), getattr(net, "weights_hash", None)
     if known and own and known != own:

@@ -26,11 +26,13 @@ def chord_distance(points, start, end):
 
 
 def jump_costs(states, offsets, sigmas, metric: str = "dev") -> torch.Tensor:
-    """What an Euler jump from point i to point j > i costs, averaged over the batch; float64 [T,T] on the CPU, else 0.
+    """The mean cost of an Euler jump from point i to point j > i, float64 [T,T] on the CPU; 0 for j <= i.
 
-    states [T,B,...]: the teacher's trajectory; offsets [T-1,B,...]: x - D at its points, the direction times sigma;
-    sigmas [T]. metric: l1 or l2, the norm of the difference to the teacher's x_j; dev, how much farther than x_j the
-    jump ends from the chord between the ends of the trajectory (it may be negative).
+    states: the teacher's trajectory [T,B,...].
+    offsets: x - D at its points [T-1,B,...], the direction times sigma.
+    sigmas: noise levels [T].
+    metric: l1 or l2, the norm of the difference to the teacher's x_j; dev, the distance of the jump's
+        end from the chord of the trajectory, less that of x_j (it may be negative). Default dev.
     """
     if metric not in METRICS:
         raise UserError(f"unknown metric '{metric}'; choose from {', '.join(METRICS)}")

@@ -49,10 +49,14 @@ OFS_OPTIONS = {
 
 
 def bound_costs(denoised, sigmas, spread: float = 10.0, first=None) -> torch.Tensor:
-    """c_ij of the module, averaged over the batch and per pixel (root mean square); float64 [T,T] on the CPU, 0 for j <= i.
+    """c_ij of the module, root mean square over batch and pixels, float64 [T,T] on the CPU; 0 for j <= i.
 
-    denoised [T,B,...]: D at all points of a trajectory; sigmas [T] descending; spread: v; first [B,...]: what the step
-    from the first point takes the denoised image for, if not denoised[0] (AFS). The integrals are trapezoidal in u.
+    denoised: D at all points of a trajectory [T,B,...].
+    sigmas: noise levels [T], decreasing.
+    spread: v. Default 10.
+    first: the denoised image [B,...] that AFS uses at the first point. Default: denoised[0].
+
+    The integrals are trapezoidal in u.
     """
     denoised = denoised.flatten(2)
     sigmas = sigmas.detach().cpu().double()
