@@ -4,8 +4,9 @@
     pipe.scheduler = AMEDScheduler.from_predictor("exps/00007-...", pipe.scheduler.config, pipe.unet)
     image = pipe(prompt, num_inference_steps=len(pipe.scheduler), guidance_scale=7.5).images[0]
 
-The solver is the one that ``sample`` runs. Its step yields the points where it needs the network; here
-the pipeline calls the network there, and the step receives the answer. Any solver that can learn works.
+The solver is the one that ``sample`` runs. Its step yields the points where it needs the network;
+here the pipeline calls the network there, and the step receives the answer. Any solver that can
+learn works.
 
 diffusers is optional: it is imported when ``AMEDScheduler`` is first used (``__getattr__`` below).
 """
@@ -36,8 +37,8 @@ class _Walk:
     run: the ``Sampler``.
     x: noise [B,...] at its first noise level.
 
-    ``point`` is the ``Point`` where the network is needed next. It is None at the end of the schedule,
-    where ``state`` is the result.
+    ``point`` is the ``Point`` where the network is needed next. It is None at the end of the
+    schedule, where ``state`` is the result.
     """
 
     def __init__(self, run: Sampler, x):
@@ -113,15 +114,15 @@ def _solver_of(predictor):
 class _AMEDScheduler:
     """Drop-in scheduler for diffusers pipelines that samples with a trained AMED predictor or span solver.
 
-    predictor: an AMEDPredictor, whose configuration gives the solver (AMED-Plugin on dpmpp, euler or
-        ipndm, or amed), the noise levels and AFS; or a SpanSolver with parallel=1.
+    predictor: an AMEDPredictor, whose configuration gives the solver (AMED-Plugin on dpmpp, euler
+        or ipndm, or amed), the noise levels and AFS; or a SpanSolver with parallel=1.
     config: configuration of the pipeline's own scheduler, which describes the network.
     network: the pipeline's U-Net or transformer, for the per-sample mode (see ``attach``). Default:
         None, the time-only mode, in which the predictor sees zeros instead of the bottleneck.
 
-    Between the steps the latents are x / sqrt(1 + sigma^2) (variance-preserving process) or
-    x / (1 + sigma) (flow), at the noise level that the network is conditioned on next. After the last
-    step they are x itself. The arithmetic is in float64 (float32 on MPS) for any precision of the
+    Between the steps the latents are x / sqrt(1 + sigma^2) (variance-preserving process) or x / (1
+    + sigma) (flow), at the noise level that the network is conditioned on next. After the last step
+    they are x itself. The arithmetic is in float64 (float32 on MPS) for any precision of the
     pipeline. Raises UserError if the arguments do not go together.
     """
 
@@ -163,11 +164,11 @@ class _AMEDScheduler:
     def attach(self, network) -> None:
         """Per-sample mode: the predictor reads the U-Net's bottleneck, and every sample gets its own times.
 
-        A pipeline passes one time for the whole batch. A hook on the network replaces it by the times of
-        the samples; ``timesteps`` then shows their mean. The hook also makes AFS possible in pipelines
-        that do not call scale_model_input. This is its only effect on networks without bottleneck
-        (transformers), which stay in the time-only mode. The head "time" of a span solver adds to the
-        embedding of the noise level. ``detach`` removes the hooks.
+        A pipeline passes one time for the whole batch. A hook on the network replaces it by the
+        times of the samples; ``timesteps`` then shows their mean. The hook also makes AFS possible
+        in pipelines that do not call scale_model_input. This is its only effect on networks without
+        bottleneck (transformers), which stay in the time-only mode. The head "time" of a span
+        solver adds to the embedding of the noise level. ``detach`` removes the hooks.
 
         network: the pipeline's U-Net or transformer.
         """
@@ -313,7 +314,8 @@ class _AMEDScheduler:
     def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
         """The network's input [B,...] for the current latents.
 
-        It equals the latents, except in the first call with AFS, which comes after the analytical step.
+        It equals the latents, except in the first call with AFS, which comes after the analytical
+        step.
         """
         self._require_run()
         if self._index > 0:
@@ -329,7 +331,8 @@ class _AMEDScheduler:
         timestep: not used.
         sample: the current latents [B,...].
         generator: not used, because nothing is random.
-        return_dict: whether to return a SchedulerOutput; else the tuple (prev_sample,). Default True.
+        return_dict: whether to return a SchedulerOutput; else the tuple (prev_sample,). Default
+            True.
 
         Raises UserError if the latents were changed from outside in the middle of an interval.
         """

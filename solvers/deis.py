@@ -43,11 +43,12 @@ def gauss_legendre(start: torch.Tensor, end: torch.Tensor, count: int) -> tuple[
 class DEIS(Solver):
     """DEIS multistep (Zhang & Chen 2023).
 
-    The direction is extrapolated by the polynomial through the newest max_order points and integrated
-    exactly. The first step is an Euler step, then the order rises by one per step.
+    The direction is extrapolated by the polynomial through the newest max_order points and
+    integrated exactly. The first step is an Euler step, then the order rises by one per step.
 
     deis_mode: the variable of the polynomial; all have the same order of accuracy. tab: the time of
-        the variance-preserving SDE with linear beta(t) and noise from 0.002 to 80, for any schedule.
+        the variance-preserving SDE with linear beta(t) and noise from 0.002 to 80, for any
+        schedule.
         rhoab: sigma.
     original_code: tab replaces the integral by the published sum of 10000 samples; rhoab with
         max_order=4 uses the coefficients of the fourth step again in all later ones.

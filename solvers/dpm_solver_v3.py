@@ -1,14 +1,16 @@
 """DPM-Solver-v3 (Zheng et al. 2023, "DPM-Solver-v3: Improved Diffusion ODE Solver with Empirical Model Statistics").
 
-With lambda = -ln sigma and N = x - D(x; sigma) the ODE is dx/dlambda = -N. Three statistics per noise level and pixel, l, s
-and b, describe the network: N = l x + f, where f changes with x as little as possible, and df/dlambda = s f + b as well as a
-line can. What is linear in this is solved exactly; only the rest is extrapolated. With L, S and B the integrals of l, s
-and exp(-S) b from the start of a step,
+With lambda = -ln sigma and N = x - D(x; sigma) the ODE is dx/dlambda = -N. Three statistics per
+noise level and pixel, l, s and b, describe the network: N = l x + f, where f changes with x as
+little as possible, and df/dlambda = s f + b as well as a line can. What is linear in this is solved
+exactly; only the rest is extrapolated. With L, S and B the integrals of l, s and exp(-S) b from the
+start of a step,
 
     x_t = exp(-L_t) (x_s - int exp(L + S) (g + B) dlambda),    g = exp(-S) f - B,
 
-and g is constant where the statistics tell all (Section 3.2; Appendix C has the formulas in absolute integrals).
-``tools/model_statistics.py`` estimates the statistics; this module keeps them in files and steps with them.
+and g is constant where the statistics tell all (Section 3.2; Appendix C has the formulas in
+absolute integrals). ``tools/model_statistics.py`` estimates the statistics; this module keeps them
+in files and steps with them.
 """
 
 import copy
@@ -212,8 +214,8 @@ def step_weights(moments: torch.Tensor, places: list[float], pseudo: bool = Fals
 
     moments: see ``Step``.
     places: u of each g; 0 is the start of the step, 1 its end.
-    pseudo: the coefficient of u^j is the divided difference of the first j + 1 places, instead of that
-        of the whole polynomial. Default False.
+    pseudo: the coefficient of u^j is the divided difference of the first j + 1 places, instead of
+        that of the whole polynomial. Default False.
     """
     count = len(places)
     if pseudo:
@@ -280,9 +282,10 @@ class DPMSolverV3(Solver):
     newest max_order points. Follows the published code, except that its integrals are exact
     (docs/solvers.md).
 
-    statistics: a file of tools/model_statistics.py; auto: src/<dataset_name>/dpm_v3-<hash of the weights>.safetensors;
-    data, noise: no file, but (l, s, b) = (1, 0, 0) or (0, -1, 0), the exponential integrator in data or noise
-    prediction.
+    statistics: a file of tools/model_statistics.py; auto: src/<dataset_name>/dpm_v3-<hash of the
+        weights>.safetensors;
+    data, noise: no file, but (l, s, b) = (1, 0, 0) or (0, -1, 0), the exponential integrator in
+    data or noise prediction.
     corrector: repeat every step but the last with the evaluation at the predicted point. That
     evaluation also serves the next interval, so it is free. The points of a step of order p are its
     start, its end and older ones, in this order. same: the first p of them, no correction at p = 1.

@@ -12,10 +12,10 @@ class EDM(Heun):
     """EDM's stochastic sampler (Karras et al. 2022, Algorithm 2): fresh noise before every Heun step.
 
     Where S_min <= sigma <= S_max, noise of standard deviation S_noise sqrt(sigma_hat^2 - sigma^2)
-    raises the noise level from sigma to sigma_hat = (1 + gamma) sigma, with gamma = min(S_churn / N,
-    sqrt(2) - 1) for a schedule of N noise levels. The Heun step starts from there. S_churn = 0 is
-    heun. ``denoise_to_zero`` is the algorithm's last step, to sigma = 0: 2 N - 1 evaluations in all.
-    No noise is added before it. AFS applies to the state that is evaluated, at sigma_hat. The
+    raises the noise level from sigma to sigma_hat = (1 + gamma) sigma, with gamma = min(S_churn /
+    N, sqrt(2) - 1) for a schedule of N noise levels. The Heun step starts from there. S_churn = 0
+    is heun. ``denoise_to_zero`` is the algorithm's last step, to sigma = 0: 2 N - 1 evaluations in
+    all. No noise is added before it. AFS applies to the state that is evaluated, at sigma_hat. The
     callback gets the state before the noise and the denoised image after it. sigma_hat may exceed
     the network's sigma_max by a factor of up to sqrt(2), as published; a lower S_max avoids this.
     """

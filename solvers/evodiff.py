@@ -22,7 +22,8 @@ def bounded(a, b):
 class EVODiff(Solver):
     """EVODiff (arXiv 2509.26096), multistep, in data prediction.
 
-    The differences of denoised images are weighted per sample and channel by inner products over the pixels.
+    The differences of denoised images are weighted per sample and channel by inner products over
+    the pixels.
 
     The first step is Euler's. Every further step goes to a probe point first. The evaluation there
     shapes the step and serves the next interval, so an interval costs one evaluation. The callback

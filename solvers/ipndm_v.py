@@ -11,8 +11,8 @@ def adams_bashforth_weights(sigmas, sigma_next, published=False) -> list:
 
     sigmas: 1 to 4 noise levels of the directions, newest first, each a scalar or [B,1,1,1].
     sigma_next: a scalar or [B,1,1,1].
-    published: keep the three errors of the published code, which lower the accuracy of orders 3 and 4
-        on unequal steps. Default False.
+    published: keep the three errors of the published code, which lower the accuracy of orders 3 and
+        4 on unequal steps. Default False.
     """
     h = sigma_next - sigmas[0]
     steps = [newer - older for newer, older in zip(sigmas[:-1], sigmas[1:], strict=True)]
@@ -47,11 +47,12 @@ def adams_bashforth_weights(sigmas, sigma_next, published=False) -> list:
 class IPNDMV(Solver):
     """Adams-Bashforth with the weights of the actual steps.
 
-    It is exact on any grid if d is a polynomial in sigma of degree below the order. With equal steps
-    it is ipndm. The first step is an Euler step, then the order rises by one per step.
+    It is exact on any grid if d is a polynomial in sigma of degree below the order. With equal
+    steps it is ipndm. The first step is an Euler step, then the order rises by one per step.
 
     original_code: the published weights of orders 3 and 4, which are not exact on unequal steps. If
-        step lengths change smoothly, the method of order 3 keeps its order, that of order 4 has order 2.
+        step lengths change smoothly, the method of order 3 keeps its order, that of order 4 has
+        order 2.
     """
 
     summary = "iPNDM with the weights of unequal steps, order 1-4"

@@ -10,7 +10,8 @@ MOST_SKIPPED = 3
 class PFDiff(Solver):
     """PFDiff-k_h on first-order steps (Wang et al. 2024): one evaluation pays for k + 1 intervals.
 
-    The first interval is an Euler step. Later, at point i and with the direction d of the evaluation before:
+    The first interval is an Euler step. Later, at point i and with the direction d of the
+    evaluation before:
 
         future point     x_f = x_i + (sigma_{i+h} - sigma_i) d        without an evaluation
         its direction    d = (x_f - D(x_f; sigma_{i+h})) / sigma_{i+h}

@@ -1,8 +1,8 @@
 """The sampling loop. It owns the schedule, AFS, the NFE count, trajectories and the predictor.
 
 ``sample`` runs all steps from noise to images, and ``integrate`` does the same with gradients.
-``Sampler.advance`` runs one step of the solver, and ``Sampler.evaluate`` calls the network where the
-step needs it. Distillation trains through ``advance``.
+``Sampler.advance`` runs one step of the solver, and ``Sampler.evaluate`` calls the network where
+the step needs it. Distillation trains through ``advance``.
 """
 
 from collections.abc import Callable, Mapping
@@ -75,8 +75,8 @@ class Sampler:
         decoupled times of LD3); the arithmetic uses sigmas. Default: sigmas.
     checkpointing: recompute the network's activations in the backward pass, so that memory does not
         grow with the number of evaluations. Default False.
-    cached_evals: {i: (direction [B,C,H,W], bottleneck [B,8,8])}, evaluations at schedule point i that
-        were already made at exactly this state; reused instead of calling the network.
+    cached_evals: {i: (direction [B,C,H,W], bottleneck [B,8,8])}, evaluations at schedule point i
+        that were already made at exactly this state; reused instead of calling the network.
 
     ``nfe`` counts the network evaluations that were made.
     """
@@ -208,7 +208,8 @@ class Sampler:
         x: state [B,C,H,W].
         sigma: its noise level sigma_{i+1}^r sigma_i^(1-r), a scalar or [B,1,1,1].
         r: place of the point, a number in (0, 1] or [B,1,1,1].
-        scale_time: multiplies the noise level that the network is conditioned on, [B,1,1,1]. Default: 1.
+        scale_time: multiplies the noise level that the network is conditioned on, [B,1,1,1].
+            Default: 1.
         """
         point = Point(x, sigma, self.sigma_cond(i, r))
         if scale_time is not None:
@@ -361,27 +362,30 @@ def integrate(
     """Solves the probability-flow ODE from noise to images.
 
     net: the denoiser, called as net(x, sigma, **cond).
-    latents: unit-variance noise [B,C,H,W], scaled here by the first sigma. All arithmetic has its dtype.
+    latents: unit-variance noise [B,C,H,W], scaled here by the first sigma. All arithmetic has its
+        dtype.
     solver: name in ``SOLVERS``.
     num_steps: number of time steps, one more than intervals.
     schedule_type, schedule_rho: kind of the schedule, see ``get_schedule``. Default: polynomial, 7.
     afs: analytical first step, see ``afs_direction``. Default False.
-    predictor: an AMEDPredictor, which inserts one learned evaluation per interval and works only with
-        the settings of its training; for the solver "span" a SpanSolver, which brings the schedule and
-        the first step. Default None.
+    predictor: an AMEDPredictor, which inserts one learned evaluation per interval and works only
+        with the settings of its training; for the solver "span" a SpanSolver, which brings the
+        schedule and the first step. Default None.
     cond: keyword arguments of net. Default: none.
     sigma_min, sigma_max: range of the schedule. Default: that of the network.
     sigmas: explicit noise levels [N], decreasing, which replace the schedule. Default None.
-    sigmas_net: noise levels [N] to condition the network on. Default: the noise levels of the states.
+    sigmas_net: noise levels [N] to condition the network on. Default: the noise levels of the
+        states.
     max_order: order of the solver. Default: that of the predictor's training, or of the solver.
     predict_x0, lower_order_final: options that several solvers have. Default True.
     denoise_to_zero: one more evaluation, at the last sigma. Default False.
     return_trajectory, return_info: see below. Default False.
     callback: called with (i, sigma, x, denoised) in every interval, with the state and the denoised
         image at its start.
-    noise: returns standard normal noise like latents, for stochastic solvers. Default: torch's generator.
-    original_code: reproduce the published code where it deviates from its paper (docs/solvers.md lists
-        the places). Default False.
+    noise: returns standard normal noise like latents, for stochastic solvers. Default: torch's
+        generator.
+    original_code: reproduce the published code where it deviates from its paper (docs/solvers.md
+        lists the places). Default False.
     checkpointing: see ``Sampler``. Default False.
     solver_options: other options of the solver.
 

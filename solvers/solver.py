@@ -1,9 +1,10 @@
 """The base class of solvers, their registry, and the classic ones.
 
-A solver turns directions d = (x - D) / sigma, the dx/dsigma of the probability-flow ODE, into steps.
-``Solver.step`` is a generator: it yields each ``Point`` where it needs the network, receives the
-direction there, and returns the next state. The loop in solvers/sampler.py answers from the network.
-It also owns the schedule, AFS, the count of evaluations and the predictor. A solver is one of
+A solver turns directions d = (x - D) / sigma, the dx/dsigma of the probability-flow ODE, into
+steps. ``Solver.step`` is a generator: it yields each ``Point`` where it needs the network, receives
+the direction there, and returns the next state. The loop in solvers/sampler.py answers from the
+network. It also owns the schedule, AFS, the count of evaluations and the predictor. A solver is one
+of
 
 * a one-stage solver: implements ``update``, called once per interval, or twice with a predictor;
 * a two-stage solver: evaluates once inside the interval and implements ``combine``;
@@ -196,11 +197,11 @@ class Solver:
     def step(self, run, state: State, i: int) -> Generator:
         """One step from point i of the schedule to the next. Returns the next ``State``.
 
-        ``d = yield point`` gives the direction d [B,C,H,W] at a ``Point``; ``yield [point, ...]`` gives
-        the directions at several points, from one call of the network.
+        ``d = yield point`` gives the direction d [B,C,H,W] at a ``Point``; ``yield [point, ...]``
+        gives the directions at several points, from one call of the network.
 
-        run: the ``Sampler``, for noise levels (``sigma``), points (``at``, ``inside``), the predictor's
-            outputs (``predict``) and random numbers (``noise``).
+        run: the ``Sampler``, for noise levels (``sigma``), points (``at``, ``inside``), the
+            predictor's outputs (``predict``) and random numbers (``noise``).
         state: the ``State`` at point i.
         i: index of the point, from 0.
         """

@@ -1,7 +1,8 @@
 """Optional heads of a span solver: small float32 networks beside the table.
 
-They depend on the sample or leave the span of the directions, which a table cannot do. All outputs are
-zero at first, so that new heads do not change the images. Train the table first, then its heads.
+They depend on the sample or leave the span of the directions, which a table cannot do. All outputs
+are zero at first, so that new heads do not change the images. Train the table first, then its
+heads.
 """
 
 import math
@@ -23,8 +24,8 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 def slope_features(x, sigma, slope, before) -> torch.Tensor:
     """Inputs of the sample head, float32 [B,5].
 
-    They are the log of the root mean square of the direction, its cosines with the direction before (0
-    without one) and with x, and mean and standard deviation of D = x - sigma slope.
+    They are the log of the root mean square of the direction, its cosines with the direction before
+    (0 without one) and with x, and mean and standard deviation of D = x - sigma slope.
 
     x: state [B,C,H,W].
     sigma: noise level of x.
@@ -51,8 +52,8 @@ def _initialise(module: nn.Module, seed: int) -> None:
 class SampleHead(nn.Module):
     """Coefficient net: offsets of the coefficients for every sample, V phi(features).
 
-    phi is a network 5 -> 16 -> 4 that all steps share, and V is zero at first. The coefficients depend
-    on the sample as in AMED and DLMS, but without the network's bottleneck.
+    phi is a network 5 -> 16 -> 4 that all steps share, and V is zero at first. The coefficients
+    depend on the sample as in AMED and DLMS, but without the network's bottleneck.
 
     free: per step, the number of learned offsets of its row.
     first: per step, the number of entries before them.
@@ -80,7 +81,8 @@ class SampleHead(nn.Module):
 class SpatialHead(nn.Module):
     """Residual net: a direction outside the span for each of the last two steps.
 
-    Two 3x3 convolutions of the state, the denoised image and all directions; the second is zero at first.
+    Two 3x3 convolutions of the state, the denoised image and all directions; the second is zero at
+    first.
 
     channels: number of image channels.
     slopes: number of directions of each step that has this head.
@@ -113,8 +115,8 @@ class SpatialHead(nn.Module):
 class TimeHead(nn.Module):
     """Embedding offset: a vector per call, added to the network's embedding of the noise level.
 
-    The time scale a_i moves this embedding along a curve; the vector moves it in any direction. It is
-    zero at first. MTEO (arXiv 2603.22375) learns such vectors for every layer.
+    The time scale a_i moves this embedding along a curve; the vector moves it in any direction. It
+    is zero at first. MTEO (arXiv 2603.22375) learns such vectors for every layer.
 
     calls: number of network calls of a trajectory.
     width: width of the embedding.

@@ -8,20 +8,20 @@
     save_predictor(student, path); load_predictor(path)             # training/checkpoint.py
 
 Any explicit linear sampler is defined by a small table: its noise levels, the noise level passed to
-the network at each, and the coefficients of the directions (``PRESETS`` names some). Between the noise
-levels s_0 > ... > s_N (num_steps = N + 1 time steps) a trajectory is
+the network at each, and the coefficients of the directions (``PRESETS`` names some). Between the
+noise levels s_0 > ... > s_N (num_steps = N + 1 time steps) a trajectory is
 
     g_i     = (x_i - D(x_i, a_i s_i)) / s_i              direction; g_0 is analytical with a first step
     x_{i+1} = (1 + delta_i) x_i + scale_i (s_{i+1} - s_i) sum_j c_ij g_j
 
-with a sum over all directions so far and sum_j c_ij = 1. If an interval has more than one call, there
-are also directions at the intermediate points m_ik = s_{i+1}^r s_i^(1-r), 0 < r = r_ik < 1:
+with a sum over all directions so far and sum_j c_ij = 1. If an interval has more than one call,
+there are also directions at the intermediate points m_ik = s_{i+1}^r s_i^(1-r), 0 < r = r_ik < 1:
 
     e_ik    = x_i + (m_ik - s_i) sum_j c_ikj g_j         g_ik = (e_ik - D(e_ik, a_ik m_ik)) / m_ik
 
-Because each row sums to one, x_i has noise level exactly s_i for any learned coefficients, as long as
-delta_i = 0 and scale_i = 1. The learned scalars are offsets: c = c_theory(sigmas) + Delta. c_theory is
-a classical solver on the current noise levels, with gradient.
+Because each row sums to one, x_i has noise level exactly s_i for any learned coefficients, as long
+as delta_i = 0 and scale_i = 1. The learned scalars are offsets: c = c_theory(sigmas) + Delta.
+c_theory is a classical solver on the current noise levels, with gradient.
 
 There are two layouts of an interval. "ab" and the other multistep bases call the network at x_i and
 the e_ik in one batch; the e_ik depend on the directions of earlier intervals. "midpoint" calls the
@@ -201,8 +201,8 @@ class Plan:
 class SpanSolver(nn.Module):
     """The learned table (see the module).
 
-    Keyword arguments are the keys of ``DEFAULTS``; ``config`` holds all of them. The parameters stay
-    float64 when the module is moved. Those of the groups in ``learn`` require gradients:
+    Keyword arguments are the keys of ``DEFAULTS``; ``config`` holds all of them. The parameters
+    stay float64 when the module is moved. Those of the groups in ``learn`` require gradients:
 
         labels [N]        logits of each interval's share of ln(sigma_max / sigma_min); the ends are fixed
         inner [I]         logits of r, of all intermediate points
@@ -439,8 +439,9 @@ class SpanSolver(nn.Module):
     def _symbolic(self, sigmas) -> list[torch.Tensor]:
         """The rows of a registered linear solver.
 
-        It steps here with coordinates in the span of the directions, instead of images. A solver that
-        works with denoised images x - sigma g becomes one that works with directions in this way.
+        It steps here with coordinates in the span of the directions, instead of images. A solver
+        that works with denoised images x - sigma g becomes one that works with directions in this
+        way.
         """
         names = ("max_order", "lower_order_final")
         common = {name: self.config[name] for name in names} | {"thresholding": False}
@@ -495,8 +496,8 @@ class SpanSolver(nn.Module):
         """All numbers as a dict for JSON.
 
         "intervals" has one dict per interval: "sigma", "told" (the noise level that the network is
-        conditioned on; None if the direction is analytical), "contrast", "scale", "coefficients" of the
-        step, and "inner", a list of dicts with "sigma", "told" and "coefficients".
+        conditioned on; None if the direction is analytical), "contrast", "scale", "coefficients" of
+        the step, and "inner", a list of dicts with "sigma", "told" and "coefficients".
         """
         plan = self.plan()
         intervals = []
@@ -544,11 +545,11 @@ class SpanSolver(nn.Module):
         calls: number of noise images at sigma_max to denoise; default 256.
         seed: of the first image; default 0.
         batch: images per call of the network; default 64.
-        make_cond: called with the generators of a batch, returns its cond; text-to-image networks need
-            prompts. Default: that of the network.
+        make_cond: called with the generators of a batch, returns its cond; text-to-image networks
+            need prompts. Default: that of the network.
 
-        For Gaussian data D = mu + v / (v + sigma^2) (x - mu). mu is the mean of D. v follows from the
-        slope of D against x, by least squares over all pixels; a negative slope counts as 0. At
+        For Gaussian data D = mu + v / (v + sigma^2) (x - mu). mu is the mean of D. v follows from
+        the slope of D against x, by least squares over all pixels; a negative slope counts as 0. At
         sigma = 80 the slope is below 1e-4, so that v hardly matters.
         """
         sigma = torch.tensor(float(self.config["sigma_max"]), dtype=torch.float64)
@@ -599,7 +600,8 @@ class SpanSolver(nn.Module):
         """``solvers.integrate`` with this span solver.
 
         net, latents, cond, checkpointing: see ``integrate``.
-        return_trajectory: return the states at all noise levels [N + 1,B,C,H,W]; default: images [B,C,H,W].
+        return_trajectory: return the states at all noise levels [N + 1,B,C,H,W]; default: images
+            [B,C,H,W].
         """
         options = {"checkpointing": checkpointing, "return_trajectory": return_trajectory}
         return integrate(net, latents, solver="span", predictor=self, cond=cond, **options)

@@ -30,13 +30,13 @@ class UniPC(DPMSolverPP):
     """UniPC multistep (Zhao et al. 2023), in data (predict_x0) or noise prediction.
 
     Every interval but the last predicts the next point, evaluates there and corrects the point with
-    this evaluation. The next interval uses the evaluation again, so the corrector is free. It raises
-    the order of accuracy to max_order + 1; the first interval and, under lower_order_final, the last
-    ones have a lower order. lower_order_final and thresholding are those of dpmpp. The callback gets
-    the predicted points, a trajectory has the corrected ones.
+    this evaluation. The next interval uses the evaluation again, so the corrector is free. It
+    raises the order of accuracy to max_order + 1; the first interval and, under lower_order_final,
+    the last ones have a lower order. lower_order_final and thresholding are those of dpmpp. The
+    callback gets the predicted points, a trajectory has the corrected ones.
 
-    variant: B(h) = h (bh1) or e^h - 1 (bh2). It matters only where the published code fixes a weight
-        instead of solving for it: in the corrector of order 1 and the predictor of order 2.
+    variant: B(h) = h (bh1) or e^h - 1 (bh2). It matters only where the published code fixes a
+        weight instead of solving for it: in the corrector of order 1 and the predictor of order 2.
     original_code: on schedules of fewer than max_order intervals the last one has a corrector too,
         which costs one evaluation more.
     """

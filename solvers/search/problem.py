@@ -113,8 +113,8 @@ class Problem:
     def batches(self, samples: int) -> list[list[int]]:
         """The seeds of ``samples`` samples, batch by batch.
 
-        They differ from those of ``sample.py``, so that the schedule is not fitted to the images that
-        evaluate it.
+        They differ from those of ``sample.py``, so that the schedule is not fitted to the images
+        that evaluate it.
         """
         seeds = stream_seeds(self.seed, 0, samples)
         return [seeds[start : start + self.batch] for start in range(0, samples, self.batch)]
@@ -166,7 +166,8 @@ class Problem:
         size: rows and columns of the cost.
         cost_of: seeds -> the mean cost of a batch.
 
-        The processes of torchrun share the batches. An interrupted run resumes after its last batch.
+        The processes of torchrun share the batches. An interrupted run resumes after its last
+        batch.
         """
         mine = self.batches(samples)[distributed.rank() :: distributed.world_size()]
         with together():
