@@ -4,11 +4,11 @@
     pipe.scheduler = AMEDScheduler.from_predictor("exps/00007-...", pipe.scheduler.config, pipe.unet)
     image = pipe(prompt, num_inference_steps=len(pipe.scheduler), guidance_scale=7.5).images[0]
 
-The arithmetic is that of the sampling loop itself. The loop asks the network; here the pipeline does. So each interval is
-computed by ``Solver.advance`` up to the evaluation that is not known yet; when the pipeline brings it, the interval is
-computed again, one evaluation further. The rules cost nothing next to the network, and any rule that can learn works.
+The solver is the one that ``sample`` runs. Its step yields the points where it needs the network;
+here the pipeline calls the network there, and the step receives the answer. Any solver that can
+learn works.
 
-diffusers is optional: it is imported when ``AMEDScheduler`` is first asked for (Python calls ``__getattr__`` below).
+diffusers is optional: it is imported when ``AMEDScheduler`` is first used (``__getattr__`` below).
 """
 
 import functools
@@ -24,76 +24,68 @@ from solvers.solver import SOLVERS, State, make_solver
 from torch_utils.errors import UserError
 
 
-class _Question(Exception):
-    """The loop needs an evaluation that is not known yet: D(x; sigma)."""
+class _NoBottleneck:
+    """The reader of the time-only mode: zeros, for all samples together."""
 
-    def __init__(self, x, sigma):
-        super().__init__()
-        self.x, self.sigma = x, sigma
+    def read(self, batch):
+        return torch.zeros(1, BOTTLENECK_SIZE, BOTTLENECK_SIZE)
 
 
-class _Replay(Sampler):
-    """A ``Sampler`` that is told the network's answers one at a time.
+class _Walk:
+    """A run of a solver in which the caller evaluates the network.
 
-    reader: of the bottleneck, or None for the time-only mode, in which the predictor sees zeros and its outputs are the
-    same for every sample.
+    run: the ``Sampler``.
+    x: noise [B,...] at its first noise level.
+
+    ``point`` is the ``Point`` where the network is needed next. It is None at the end of the
+    schedule, where ``state`` is the result.
     """
 
-    def __init__(self, *arguments, reader=None, **options):
-        super().__init__(*arguments, **options)
-        self.reader = reader
-        self.state: State | None = None
-        self.interval = 0
-        self._answers: list[torch.Tensor] = []  # of the current interval
-        self._used = 0
-        self._prediction: tuple | None = None  # of the current interval
+    def __init__(self, run: Sampler, x):
+        self.run = run
+        self._begin(State(x), 0)
+        self._proceed()
 
-    def denoise(self, x, sigma, copies=1, shift=None):  # one point per call; a hook on the network does the shift
-        if self._used == len(self._answers):
-            raise _Question(x, sigma)
-        self._used += 1
-        return self._answers[self._used - 1]
+    def _begin(self, state: State, i: int) -> None:
+        """To the step from schedule point i."""
+        self.state, self.interval = state, i
+        self._step = self.run.solver.step(self.run, state, i)
 
-    def predict(self, x, i):
-        if self._prediction is None:
-            if self.reader is None or (i == 0 and self.afs):
-                feature = x.new_zeros(1, BOTTLENECK_SIZE, BOTTLENECK_SIZE)
-            else:
-                feature = self.reader.read(len(x))
-            outputs = self.predictor(feature, self.sigma(i, x), self.sigma(i + 1, x))
-            # Some pipelines have packed latents, with less dimensions than images.
-            self._prediction = tuple(value.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) for value in outputs)
-        return self._prediction
-
-    def proceed(self) -> _Question | None:
-        """To the next evaluation that is needed; None at the end of the schedule, where ``state`` is the result."""
-        while self.interval < self.intervals:
-            self._used = 0
+    def _proceed(self, d=None) -> None:
+        """To the next point, with the direction d at the current one."""
+        self.point = None
+        while self.interval < self.run.intervals:
             try:
-                self.state = self.advance(self.state, self.interval)
-            except _Question as question:
-                return question
-            self.interval += self.solver.stride(self.interval, self.intervals)
-            self._answers, self._prediction = [], None
-        return None
-
-    def start(self, x) -> _Question | None:
-        """From the beginning, at the noise x; again where a pipeline asks twice for the input of its first call."""
-        self.state, self.interval, self._answers, self._prediction = State(x), 0, [], None
-        return self.proceed()
+                request = self._step.send(d)
+            except StopIteration as finished:
+                self._begin(finished.value, self.interval + self.run.solver.stride(self.interval, self.run.intervals))
+                d = None
+                continue
+            self._listed = isinstance(request, list)
+            point = request[0] if self._listed else request  # one only: solvers of parallel points are refused
+            d = self.run.known_direction(point)
+            if d is None:
+                self.point = point
+                return
 
     @property
     def inside(self) -> bool:
-        """Whether the evaluation that is asked for lies inside an interval, not at its start."""
-        return bool(self._answers) or self._prediction is not None
+        """Whether ``point`` lies inside an interval, not at its start."""
+        return self.point.index is None
 
-    def answer(self, denoised: torch.Tensor) -> _Question | None:
-        self._answers.append(denoised)
-        return self.proceed()
+    def answer(self, denoised: torch.Tensor) -> None:
+        """To the next point, with the denoised image [B,...] at the current one."""
+        d = (self.point.x - denoised) / self.point.sigma
+        self._proceed([d] if self._listed else d)
+
+    def change(self, x) -> None:
+        """Starts the current step again from another state [B,...]."""
+        self._begin(State(x, self.state.history, self.state.updates), self.interval)
+        self._proceed()
 
 
 class _Network(SimpleNamespace):
-    """What the loop wants to know of a network: the noise levels it supports and those of its time steps."""
+    """What a ``Sampler`` needs of a network: its range of noise levels, and those of its time steps."""
 
     def __init__(self, process):
         super().__init__(
@@ -105,9 +97,9 @@ class _Network(SimpleNamespace):
 
 
 def _solver_of(predictor):
-    """The rule that a predictor is for; UserError where a pipeline cannot run it."""
+    """The solver of a predictor. Raises UserError if a pipeline cannot run it."""
     settings, solver = predictor.config, getattr(predictor, "solver", None)
-    if solver is not None:  # a student with a rule of its own
+    if solver is not None:  # a SpanSolver
         if settings["parallel"] > 1:
             raise UserError("a pipeline asks the network for one point at a time: students with parallel=1 only")
         return make_solver(solver)
@@ -120,17 +112,18 @@ def _solver_of(predictor):
 
 
 class _AMEDScheduler:
-    """Drop-in scheduler for diffusers pipelines that samples with a trained AMED predictor or span student.
+    """Drop-in scheduler for diffusers pipelines that samples with a trained AMED predictor or span solver.
 
-    predictor: an AMEDPredictor; its configuration says which rule (AMED-Plugin on dpmpp, euler, ipndm, or amed), which
-    noise levels and whether AFS. Or a SpanSolver with one call per stage; it needs no network, but for its head "time".
-    config: that of the pipeline's own scheduler, which describes the network. network: the pipeline's U-Net for the
-    per-sample mode, in which the predictor sees the bottleneck (see ``attach``); without it the predictor sees zeros
-    (time-only mode). Raises UserError where these do not go together.
+    predictor: an AMEDPredictor, whose configuration gives the solver (AMED-Plugin on dpmpp, euler
+        or ipndm, or amed), the noise levels and AFS; or a SpanSolver with parallel=1.
+    config: configuration of the pipeline's own scheduler, which describes the network.
+    network: the pipeline's U-Net or transformer, for the per-sample mode (see ``attach``). Default:
+        None, the time-only mode, in which the predictor sees zeros instead of the bottleneck.
 
-    The latents between the steps are those of the variance-preserving process, x / sqrt(1 + sigma^2), or of the flow,
-    x / (1 + sigma), at the noise level that the network will be told; after the last step they are x itself. The
-    arithmetic is in float64 (float32 on MPS), whatever the precision of the pipeline.
+    Between the steps the latents are x / sqrt(1 + sigma^2) (variance-preserving process) or x / (1
+    + sigma) (flow), at the noise level that the network is conditioned on next. After the last step
+    they are x itself. The arithmetic is in float64 (float32 on MPS) for any precision of the
+    pipeline. Raises UserError if the arguments do not go together.
     """
 
     order = 1  # one call of the network per step
@@ -145,19 +138,23 @@ class _AMEDScheduler:
         self._hooks: ExitStack | None = None
         self._reader = None
         self._own_call = False  # whether the network's latest call was for this scheduler
-        self._run: _Replay | None = None
+        self._run: Sampler | None = None
         self._sigmas: torch.Tensor | None = None
-        self._question: _Question | None = None
+        self._walk: _Walk | None = None
         self.timesteps = None
         self.num_inference_steps = None
-        if not config.get("use_dynamic_shifting"):  # else it takes the size of the image, which set_timesteps is told
+        if not config.get("use_dynamic_shifting"):  # else the noise levels depend on the size of the image
             self._plan(None, "cpu")
         if network is not None:
             self.attach(network)
 
     @classmethod
     def from_predictor(cls, path, config, network=None):
-        """The scheduler of a predictor file, folder or experiment number; the other arguments as for the constructor."""
+        """The scheduler of a predictor.
+
+        path: file, folder or experiment number.
+        config, network: see ``AMEDScheduler``.
+        """
         from training.checkpoint import find_predictor, load_predictor  # training is built on solvers
 
         return cls(load_predictor(find_predictor(path)), config, network)
@@ -165,12 +162,15 @@ class _AMEDScheduler:
     # Hooks on the network
 
     def attach(self, network) -> None:
-        """Per-sample mode: the predictor reads the U-Net's bottleneck, and the U-Net gets the times of every sample.
+        """Per-sample mode: the predictor reads the U-Net's bottleneck, and every sample gets its own times.
 
-        A pipeline passes one time for the whole batch. A hook puts the times of the samples in its place, so that batches
-        are sampled exactly; ``timesteps`` then shows their mean. The hook also makes AFS possible in pipelines that do not
-        call scale_model_input, which is its only effect on networks without bottleneck (transformers): they stay in the
-        time-only mode. A student's head "time" shifts the embedding of the noise level. ``detach`` takes the hooks away.
+        A pipeline passes one time for the whole batch. A hook on the network replaces it by the
+        times of the samples; ``timesteps`` then shows their mean. The hook also makes AFS possible
+        in pipelines that do not call scale_model_input. This is its only effect on networks without
+        bottleneck (transformers), which stay in the time-only mode. The head "time" of a span
+        solver adds to the embedding of the noise level. ``detach`` removes the hooks.
+
+        network: the pipeline's U-Net or transformer.
         """
         if not isinstance(network, torch.nn.Module):
             raise UserError("AMEDScheduler: network has to be the pipeline's unet or transformer")
@@ -187,14 +187,14 @@ class _AMEDScheduler:
             self._hooks.callback(handle.remove)
 
     def detach(self) -> None:
-        """Back to the time-only mode; takes effect with the next set_timesteps."""
+        """Back to the time-only mode, from the next set_timesteps on."""
         if self._hooks is not None:
             self._hooks.close()
         self._hooks = self._reader = self._run = None
 
     @torch.no_grad()
     def _before_call(self, module, arguments, named):
-        """The hook: replaces the input of the first call under AFS, and the times of later calls in the per-sample mode."""
+        """The hook: replaces the input of the first call with AFS, and the times of later calls."""
         self._own_call = False
         if self._run is None:
             return None
@@ -230,27 +230,27 @@ class _AMEDScheduler:
     # The protocol of diffusers
 
     def __len__(self) -> int:
-        """Evaluations of the network: the only number of inference steps that the predictor was trained for."""
+        """Number of network evaluations, the only possible number of inference steps."""
         return self.predictor.evaluations()
 
     @property
     def init_noise_sigma(self) -> float:
-        """What pipelines multiply unit-variance noise with."""
+        """Factor of the unit-variance noise that a pipeline starts from."""
         if self._sigmas is None:
             self.set_timesteps()
         return float(self._sigmas[0] * self.process.scale(self._sigmas[0]))
 
-    def _start(self, device) -> _Replay:
+    def _make_run(self, device, reader) -> Sampler:
         settings, network = self.predictor.config, _Network(self.process)
         if self.solver.own_schedule:
             own = self.predictor.brings()
-            return _Replay(
-                network, self.solver, check_sigmas(own.pop("sigmas").detach(), device), predictor=self.predictor, **own
-            )
+            sigmas = check_sigmas(own.pop("sigmas").detach(), device)
+            return Sampler(network, self.solver, sigmas, predictor=self.predictor, **own)
         names = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_max", "sigmas")
         sigmas = resolve_sigmas(network, **{name: settings[name] for name in names}, device=device)
-        predictor = self.predictor.to(device)
-        return _Replay(network, self.solver, sigmas, afs=settings["afs"], predictor=predictor, reader=self._reader)
+        run = Sampler(network, self.solver, sigmas, afs=settings["afs"], predictor=self.predictor.to(device))
+        run.reader = reader or _NoBottleneck()
+        return run
 
     @torch.no_grad()
     def _plan(self, mu, device) -> None:
@@ -258,28 +258,30 @@ class _AMEDScheduler:
         from models.diffusers import noise_process
 
         self.process = noise_process(self.config, mu=mu)
-        run = self._start(device)
-        run.reader = None
-        config = self.predictor.config
-        shape = config.get("image_shape") or (config.get("img_channels") or 1, 1, 1)  # what a span student is made for
-        times, question = [], run.start(run.sigmas.new_ones(1, *shape))
-        while question is not None:
-            times.append(self.process.timestep(question.sigma.to(torch.float32)).flatten()[0])
-            question = run.answer(torch.zeros_like(question.x))
+        run, config = self._make_run(device, None), self.predictor.config
+        shape = config.get("image_shape") or (config.get("img_channels") or 1, 1, 1)  # of a span solver's images
+        times, walk = [], _Walk(run, run.sigmas.new_ones(1, *shape))
+        while walk.point is not None:
+            times.append(self.process.timestep(walk.point.sigma_cond.to(torch.float32)).flatten()[0])
+            walk.answer(torch.zeros_like(walk.point.x))
         self.timesteps = torch.stack(times)
         self.num_inference_steps = len(times)
         self._planned = self.timesteps.tolist()
-        self._run = self._start(device)
+        self._run = self._make_run(device, self._reader)
         self._sigmas = self._run.sigmas
-        self._question = None
+        self._walk = None
         self._times = self.timesteps[:1]
         self._index = 0
-        self._prepared: str | None = None  # who has put AFS's first step before the network
+        self._prepared: str | None = None  # who applied the first step of AFS to the network's input
         self._returned = None
 
     def set_timesteps(self, num_inference_steps: int | None = None, device=None, mu: float | None = None) -> None:
-        """Starts a new batch. num_inference_steps has to be ``len(scheduler)`` (or None); mu: the shift of flow models whose
-        pipeline computes one. Raises UserError for other numbers of steps."""
+        """Starts a new batch.
+
+        num_inference_steps: ``len(scheduler)`` or None; UserError for other numbers. Default None.
+        device: where the pipeline samples. Default: the CPU.
+        mu: shift of flow models whose pipeline computes one. Default None.
+        """
         if num_inference_steps not in (None, len(self)):
             raise UserError(
                 f"the predictor was trained for {len(self)} evaluations: pass num_inference_steps={len(self)}, "
@@ -291,22 +293,30 @@ class _AMEDScheduler:
         if begin_index:
             raise UserError("AMEDScheduler runs its whole schedule: pipelines that start inside it cannot use it")
 
-    def _begin(self, sample: torch.Tensor) -> _Question:
-        """The first evaluation for these latents."""
+    def _begin(self, sample: torch.Tensor) -> None:
+        """To the first point for these latents; again if a pipeline prepares its first input twice."""
         dtype = torch.float32 if sample.device.type == "mps" else torch.float64  # MPS has no float64
         # Some pipelines do not say their device in set_timesteps.
         self._run.sigmas = self._run.sigmas.to(sample.device, dtype)
         self.predictor.to(sample.device)
-        return self._run.start(sample.to(dtype) / self.process.scale(self._run.sigmas[0]))
+        self._walk = _Walk(self._run, sample.to(dtype) / self.process.scale(self._run.sigmas[0]))
+
+    def _input(self) -> torch.Tensor:
+        """The network's input [B,...] at the current point."""
+        point = self._walk.point
+        return point.x * self.process.scale(point.sigma_cond)
 
     def _first_input(self, sample: torch.Tensor) -> torch.Tensor:
-        question = self._begin(sample)
-        return (question.x * self.process.scale(question.sigma)).to(sample.dtype)
+        self._begin(sample)
+        return self._input().to(sample.dtype)
 
     @torch.no_grad()
     def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
-        """The network's input [B,...] for the current latents: themselves, but at the first step under AFS, which has
-        taken a step without the network by then."""
+        """The network's input [B,...] for the current latents.
+
+        It equals the latents, except in the first call with AFS, which comes after the analytical
+        step.
+        """
         self._require_run()
         if self._index > 0:
             return sample
@@ -315,45 +325,48 @@ class _AMEDScheduler:
 
     @torch.no_grad()
     def step(self, model_output, timestep, sample, generator=None, return_dict: bool = True):
-        """The latents [B,...] of the next call of the network from its output and the current ones.
+        """The latents for the next call of the network.
 
-        Returns a SchedulerOutput, or the tuple (prev_sample,). generator is not used: nothing here is random. Raises
-        UserError if the latents were changed from outside in the middle of an interval.
+        model_output: the network's output [B,...] for sample.
+        timestep: not used.
+        sample: the current latents [B,...].
+        generator: not used, because nothing is random.
+        return_dict: whether to return a SchedulerOutput; else the tuple (prev_sample,). Default
+            True.
+
+        Raises UserError if the latents were changed from outside in the middle of an interval.
         """
         self._require_run()
-        run = self._run
         if self._index == 0:
             if self._shifts and self._hooks is None:
                 raise UserError(
                     "the student's head 'time' acts inside the network: give it to the scheduler as well (network=pipe.unet)"
                 )
-            if run.afs and self._prepared is None:
+            if self._run.afs and self._prepared is None:
                 raise UserError(
                     "the predictor was trained with AFS, and this pipeline does not call scale_model_input: give the "
                     "scheduler the pipeline's network as well (network=pipe.unet or pipe.transformer)"
                 )
-            self._question = self._begin(sample)
+            self._begin(sample)
         elif sample is not self._returned and not torch.equal(sample, self._returned):
-            if run.inside:
+            if self._walk.inside:
                 raise UserError(
                     "the latents were changed between two steps of an interval: AMEDScheduler cannot do that"
                 )
-            state = run.state
-            x = sample.to(state.x.dtype) / self.process.scale(self._question.sigma)
-            run.state = State(x, state.history, state.updates)
-            self._question = run.proceed()
-        question = self._question
-        denoised = self.process.denoised(question.x, question.sigma, model_output.to(question.x.dtype))
-        self._question = question = run.answer(denoised)
+            point = self._walk.point
+            self._walk.change(sample.to(point.x.dtype) / self.process.scale(point.sigma_cond))
+        walk = self._walk
+        point = walk.point
+        walk.answer(self.process.denoised(point.x, point.sigma_cond, model_output.to(point.x.dtype)))
         self._index += 1
-        if question is None:
-            result = run.state.x
+        if walk.point is None:
+            result = walk.state.x
             self._run = None
         else:
-            result = question.x * self.process.scale(question.sigma)
-            self._times = self.process.timestep(question.sigma.to(torch.float32)).flatten()
+            result = self._input()
+            self._times = self.process.timestep(walk.point.sigma_cond.to(torch.float32)).flatten()
             if self._reader is not None:
-                # The times that a pipeline iterates over are views of this tensor: it sees the new value.
+                # A pipeline iterates over views of this tensor, so it sees the new value.
                 self.timesteps[self._index] = self._times.mean()
         self._returned = result = result.to(sample.dtype)
         if not return_dict:
@@ -361,7 +374,7 @@ class _AMEDScheduler:
         return self.output_class(prev_sample=result)
 
     def add_noise(self, original_samples, noise, timesteps) -> torch.Tensor:
-        """Clean latents [B,...] with noise at these times [B]."""
+        """Clean latents [B,...] with noise [B,...] at the times timesteps [B]."""
         times = timesteps.to(original_samples.device, torch.float32)
         sigma = self.process.sigma_of_timestep(times).reshape(-1, *[1] * (original_samples.ndim - 1))
         return (self.process.scale(sigma) * (original_samples + sigma * noise)).to(original_samples.dtype)
@@ -372,7 +385,7 @@ class _AMEDScheduler:
 
 
 def _replaced(arguments: tuple, named: dict, place, change) -> tuple[tuple, dict]:
-    """The arguments of a call with one of them, given by its number or name, changed."""
+    """The arguments of a call, with ``change`` applied to the one at ``place``, a number or a name."""
     if isinstance(place, int):
         return (*arguments[:place], change(arguments[place]), *arguments[place + 1 :]), named
     return arguments, {**named, place: change(named[place])}
@@ -380,7 +393,7 @@ def _replaced(arguments: tuple, named: dict, place, change) -> tuple[tuple, dict
 
 @functools.cache
 def _with_diffusers() -> type:
-    """The class that pipelines accept: the one above with the base classes of diffusers."""
+    """The class that pipelines accept: _AMEDScheduler with the base classes of diffusers."""
     from models.diffusers import import_diffusers
 
     diffusers = import_diffusers("AMEDScheduler")

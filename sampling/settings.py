@@ -262,7 +262,7 @@ def recorded_settings(settings: Settings, net, predictor_file: Path | None, *par
     parts: dataclasses of options that the images depend on as well.
     """
     solver, sigmas = settings.make_solver(), settings.resolve(net)
-    found = recorded(settings) | {"fingerprint": solver.bind(net, sigmas).fingerprint}
+    found = recorded(settings) | {"fingerprint": None if predictor_file else solver.setup(net, sigmas).fingerprint}
     for name in settings.options | solver.options:
         value = getattr(solver, name)
         found[name] = str(value) if value in (math.inf, -math.inf) else value  # JSON has no infinity

@@ -1,16 +1,22 @@
-"""Schedules, step rules and the sampling loop. Every module of this package is imported, so that a rule registers itself."""
+"""Solvers, schedules and the sampling loop. Add one import per file of solvers; it registers them."""
 
-import importlib
-import pkgutil
-
+import solvers.deis
+import solvers.dpm_solver_v3
+import solvers.edm
+import solvers.evodiff
+import solvers.ipndm_v
+import solvers.pfdiff
+import solvers.span
+import solvers.unipc
 from solvers.sampler import SampleInfo, Sampler, State, integrate, resolve_sigmas, sample
 from solvers.schedules import SCHEDULES, check_sigmas, get_schedule, refine
-from solvers.solver import SOLVERS, Option, Solver, make_solver
+from solvers.solver import SOLVERS, Option, Point, Solver, make_solver
 
 __all__ = [
     "SCHEDULES",
     "SOLVERS",
     "Option",
+    "Point",
     "Solver",
     "SampleInfo",
     "Sampler",
@@ -23,6 +29,3 @@ __all__ = [
     "resolve_sigmas",
     "sample",
 ]
-
-for _module in sorted(module.name for module in pkgutil.iter_modules(__path__)):
-    importlib.import_module(f"{__name__}.{_module}")

@@ -9,8 +9,8 @@ import torch
 from models.noise import VPTime
 from solvers.solver import Option, Solver, order_option, register
 
-# Gauss-Legendre in ln sigma: the integrand's singularities are pi/2 away from the real axis, so this many points reach
-# rounding error on any interval, be it from 80 to 0.002.
+# Gauss-Legendre in ln sigma: the integrand's singularities are pi/2 away from the real axis, so this
+# number of points reaches rounding error on any interval, even from 80 to 0.002.
 POINTS = 64
 PUBLISHED_POINTS = 10000
 
@@ -33,7 +33,7 @@ LEGENDRE = functools.cache(np.polynomial.legendre.leggauss)
 
 
 def gauss_legendre(start: torch.Tensor, end: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points and weights [...,count] of the quadrature of ``count`` points from start to end [...]."""
+    """Points and weights [...,count] of the Gauss-Legendre quadrature with ``count`` points from start to end [...]."""
     points, weights = (torch.as_tensor(v).to(start) for v in LEGENDRE(count))
     half = (0.5 * (end - start)).unsqueeze(-1)
     return start.unsqueeze(-1) + half * (1 + points), half * weights
@@ -41,15 +41,17 @@ def gauss_legendre(start: torch.Tensor, end: torch.Tensor, count: int) -> tuple[
 
 @register("deis")
 class DEIS(Solver):
-    """DEIS multistep (Zhang & Chen 2023): the direction is extrapolated by the polynomial through the newest
-    max_order points and integrated exactly. In which variable it is a polynomial, deis_mode says:
+    """DEIS multistep (Zhang & Chen 2023).
 
-    tab: the time of the variance-preserving SDE with linear beta(t) and noise from 0.002 to 80, whatever the schedule;
-    rhoab: sigma itself. The first step is Euler's, then the order rises by one per step. A polynomial in any smooth
-    variable has the same order of accuracy.
+    The direction is extrapolated by the polynomial through the newest max_order points and
+    integrated exactly. The first step is an Euler step, then the order rises by one per step.
 
-    original_code: tab takes the published sum of 10000 samples for the integral, rhoab with max_order=4 goes on with the
-    coefficients of the fourth step from the fifth on.
+    deis_mode: the variable of the polynomial; all have the same order of accuracy. tab: the time of
+        the variance-preserving SDE with linear beta(t) and noise from 0.002 to 80, for any
+        schedule.
+        rhoab: sigma.
+    original_code: tab replaces the integral by the published sum of 10000 samples; rhoab with
+        max_order=4 uses the coefficients of the fourth step again in all later ones.
     """
 
     summary = "DEIS: multistep by exact integration of a polynomial, order 1-4"
@@ -61,10 +63,10 @@ class DEIS(Solver):
     highest_order = 4
     one_step = False
 
-    def bind(self, net, sigmas):
-        bound = copy.copy(self)
-        bound.grid = sigmas
-        return bound
+    def setup(self, net, sigmas, predictor=None):
+        solver = copy.copy(super().setup(net, sigmas, predictor))
+        solver.grid = sigmas
+        return solver
 
     def update(self, x, history, sigma_next, index, total, scale=1.0):
         count = min(self.max_order, len(history))
@@ -77,8 +79,11 @@ class DEIS(Solver):
         return x + scale * sum(w.to(x.dtype) * output for w, output in zip(weights, outputs, strict=True))
 
     def coefficients(self, sigmas: list, sigma_next) -> list[torch.Tensor]:
-        """What multiplies the directions at ``sigmas`` (newest first) in the step to sigma_next, float64, each a scalar or
-        [B,1,1,1] like the noise levels."""
+        """Coefficients of the directions in the step to sigma_next, float64, shaped like the noise levels.
+
+        sigmas: noise levels of the directions, newest first, each a scalar or [B,1,1,1].
+        sigma_next: a scalar or [B,1,1,1].
+        """
         dtype = torch.float32 if sigma_next.device.type == "mps" else torch.float64
         *sigmas, target = (sigma.to(dtype) for sigma in (*sigmas, sigma_next))
         start = sigmas[0]

@@ -1,14 +1,16 @@
 """DPM-Solver-v3 (Zheng et al. 2023, "DPM-Solver-v3: Improved Diffusion ODE Solver with Empirical Model Statistics").
 
-With lambda = -ln sigma and N = x - D(x; sigma) the ODE is dx/dlambda = -N. Three statistics per noise level and pixel, l, s
-and b, describe the network: N = l x + f, where f changes with x as little as possible, and df/dlambda = s f + b as well as a
-line can. What is linear in this is solved exactly; only the rest is extrapolated. With L, S and B the integrals of l, s
-and exp(-S) b from the start of a step,
+With lambda = -ln sigma and N = x - D(x; sigma) the ODE is dx/dlambda = -N. Three statistics per
+noise level and pixel, l, s and b, describe the network: N = l x + f, where f changes with x as
+little as possible, and df/dlambda = s f + b as well as a line can. What is linear in this is solved
+exactly; only the rest is extrapolated. With L, S and B the integrals of l, s and exp(-S) b from the
+start of a step,
 
     x_t = exp(-L_t) (x_s - int exp(L + S) (g + B) dlambda),    g = exp(-S) f - B,
 
-and g is constant where the statistics tell all (Section 3.2; Appendix C has the formulas in absolute integrals).
-``tools/model_statistics.py`` estimates the statistics; this module keeps them in files and steps with them.
+and g is constant where the statistics tell all (Section 3.2; Appendix C has the formulas in
+absolute integrals). ``tools/model_statistics.py`` estimates the statistics; this module keeps them
+in files and steps with them.
 """
 
 import copy
@@ -32,7 +34,7 @@ RANGE_SLACK = 1e-3  # noise levels may exceed the nodes by this share
 CORRECTORS = ("auto", "same", "pseudo", "off")
 CONSTANT = {"data": (1.0, 0.0), "noise": (0.0, -1.0)}  # (l, s) of plain data and noise prediction, b = 0
 PIECE = 0.2  # longest piece in lambda of the quadrature
-POINTS = 6  # of the Gauss-Legendre rule of a piece
+POINTS = 6  # of the Gauss-Legendre quadrature of a piece
 # Of pixel models without guidance, for the value auto of the options:
 CORRECTED_INTERVALS = 6  # corrector is "same" up to here, then "off"
 PSEUDO_INTERVALS = 5  # pseudo is True up to here
@@ -54,7 +56,7 @@ class Statistics:
 
 
 def statistics_path(net) -> Path:
-    """Where the statistics of a network lie unless one says otherwise; UserError for a network without a name."""
+    """The default file of a network's statistics. Raises UserError for a network without a name."""
     name, digest = getattr(net, "dataset_name", None), getattr(net, "weights_hash", None)
     if not name or not digest:
         raise UserError("dpm_v3: this network has no name to find its statistics by; give statistics=FILE")
@@ -64,7 +66,7 @@ def statistics_path(net) -> Path:
 
 
 def guidance_rate(net) -> float | None:
-    """The strength of the guidance that is part of the denoiser; None without any."""
+    """The guidance rate of the denoiser. None without guidance."""
     rate = getattr(net, "guidance_rate", None)
     without = rate is None or (rate in (0, 1) and not getattr(net, "guided", False))
     return None if without else float(rate)
@@ -78,13 +80,13 @@ def published_variant(net, intervals: int) -> tuple[str, bool]:
 
 
 def save_statistics(statistics: Statistics, path) -> None:
-    """Writes a .safetensors file, whole or not at all."""
+    """Writes a .safetensors file. After an error there is no partial file."""
     tensors = {name: getattr(statistics, name) for name in ("sigmas", "l", "s", "b")}
     write_safetensors(path, tensors, {ENTRY: json.dumps(statistics.metadata)})
 
 
 def load_statistics(path) -> Statistics:
-    """Reads what ``save_statistics`` wrote. Raises UserError where the file is missing, damaged or something else."""
+    """Reads a file of ``save_statistics``. Raises UserError if it is missing, damaged or of another kind."""
     path = Path(path)
     try:
         data = path.read_bytes()
@@ -138,7 +140,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step needs of the statistics, each [C,H,W] or broadcastable; integrals over the step in lambda.
+    """Integrals of the statistics over a step in lambda, each [C,H,W] or broadcastable.
 
     l_start, l_end   l at both ends
     decay            exp(-L)
@@ -157,12 +159,12 @@ class Step:
     drift: torch.Tensor
 
     def to(self, x: torch.Tensor) -> "Step":
-        """The same in the dtype and on the device of x."""
+        """This step in the dtype and on the device of x."""
         return Step(*(getattr(self, entry.name).to(x.dtype).to(x.device) for entry in fields(self)))
 
 
 @functools.cache
-def _rule():
+def _quadrature():
     """Points, weights [Q] on 0..1 and the matrix [Q,Q] that integrates a polynomial from 0 to each point."""
     points, weights = np.polynomial.legendre.leggauss(POINTS)
     points, weights = 0.5 * (points + 1), 0.5 * weights
@@ -174,7 +176,7 @@ def _rule():
 
 def make_step(curves: Curves, start: float, end: float) -> Step:
     """The integrals from lambda = start to end > start, by Gauss-Legendre on pieces that end at the nodes."""
-    points, weights, matrix = _rule()
+    points, weights, matrix = _quadrature()
     inside = [node for node in curves.nodes.tolist() if start < node < end]
     edges = [start]
     for a, b in itertools.pairwise([start, *inside, end]):
@@ -208,11 +210,12 @@ def make_step(curves: Curves, start: float, end: float) -> Step:
 
 
 def step_weights(moments: torch.Tensor, places: list[float], pseudo: bool = False) -> list[torch.Tensor]:
-    """What multiplies g at the places u (0: start of the step, 1: its end), so that the polynomial through them is
-    integrated exactly.
+    """Weights of g that integrate the polynomial through the places exactly.
 
-    pseudo: the power u^j gets the divided difference of the first j + 1 places, instead of what the whole polynomial has
-    there.
+    moments: see ``Step``.
+    places: u of each g; 0 is the start of the step, 1 its end.
+    pseudo: the coefficient of u^j is the divided difference of the first j + 1 places, instead of
+        that of the whole polynomial. Default False.
     """
     count = len(places)
     if pseudo:
@@ -246,7 +249,7 @@ def _steps(statistics: Statistics, sigmas: tuple[float, ...]) -> list[Step]:
 
 
 def _check(statistics: Statistics, net, sigmas: tuple[float, ...], path: str) -> None:
-    """Raises UserError where the statistics are not those of the network, or do not reach over the schedule."""
+    """Raises UserError unless the statistics are those of the network and cover the schedule."""
     made = statistics.metadata
     known, own = made.get("network_hash"), getattr(net, "weights_hash", None)
     if known and own and known != own:
@@ -279,9 +282,10 @@ class DPMSolverV3(Solver):
     newest max_order points. Follows the published code, except that its integrals are exact
     (docs/solvers.md).
 
-    statistics: a file of tools/model_statistics.py; auto: src/<dataset_name>/dpm_v3-<hash of the weights>.safetensors;
-    data, noise: no file, but (l, s, b) = (1, 0, 0) or (0, -1, 0), the exponential integrator in data or noise
-    prediction.
+    statistics: a file of tools/model_statistics.py; auto: src/<dataset_name>/dpm_v3-<hash of the
+        weights>.safetensors;
+    data, noise: no file, but (l, s, b) = (1, 0, 0) or (0, -1, 0), the exponential integrator in
+    data or noise prediction.
     corrector: repeat every step but the last with the evaluation at the predicted point. That
     evaluation also serves the next interval, so it is free. The points of a step of order p are its
     start, its end and older ones, in this order. same: the first p of them, no correction at p = 1.
@@ -308,19 +312,18 @@ class DPMSolverV3(Solver):
     can_learn = False
     can_teach = False
     differentiable = False  # the coefficients of the steps are numbers, made from the file
-    fingerprint: str | None = None  # SHA-256 of the file in use, once bound: the images depend on it
 
-    def bind(self, net, sigmas):
-        bound = copy.copy(self)
-        bound.grid = tuple(sigmas.tolist())
-        corrector, pseudo = published_variant(net, len(bound.grid) - 1)
-        bound.variant = corrector if self.corrector == "auto" else self.corrector
-        bound.pseudo_predictor = pseudo if self.pseudo == "auto" else self.pseudo == "True"
+    def setup(self, net, sigmas, predictor=None):
+        solver = copy.copy(super().setup(net, sigmas, predictor))
+        solver.grid = tuple(sigmas.tolist())
+        corrector, pseudo = published_variant(net, len(solver.grid) - 1)
+        solver.variant = corrector if self.corrector == "auto" else self.corrector
+        solver.pseudo_predictor = pseudo if self.pseudo == "auto" else self.pseudo == "True"
         if self.statistics in CONSTANT:
             l, s = (torch.full((2, 1, 1, 1), value) for value in CONSTANT[self.statistics])  # noqa: E741
-            ends = torch.tensor([bound.grid[0], bound.grid[-1]], dtype=torch.float64)
-            bound.steps = _steps(Statistics(ends, l, s, torch.zeros_like(l)), bound.grid)
-            return bound
+            ends = torch.tensor([solver.grid[0], solver.grid[-1]], dtype=torch.float64)
+            solver.steps = _steps(Statistics(ends, l, s, torch.zeros_like(l)), solver.grid)
+            return solver
         auto = self.statistics == "auto"
         path = statistics_path(net) if auto else Path(self.statistics)
         if not path.is_file():
@@ -328,21 +331,21 @@ class DPMSolverV3(Solver):
                 f"dpm_v3: there are no statistics {path}: make them with  {_command(net, None if auto else path)}"
             )
         key = (str(path.resolve()), path.stat().st_mtime_ns)
-        _check(_read(*key), net, bound.grid, str(path))
-        bound.steps = _steps_of_file(*key, bound.grid)
-        bound.fingerprint = _digest(*key)
-        return bound
+        _check(_read(*key), net, solver.grid, str(path))
+        solver.steps = _steps_of_file(*key, solver.grid)
+        solver.fingerprint = _digest(*key)
+        return solver
 
     def order(self, i: int, intervals: int) -> int:
-        """Of the step from point i."""
+        """Order of the step from point i."""
         return min(self.max_order, i + 1, intervals - i if self.lower_order_final else intervals)
 
-    def advance(self, run, state: State, i: int) -> State:
+    def step(self, run, state, i):
         x, history = state.x, state.history  # of (g seen from point i, sigma)
         step, corrects = self.steps[i].to(x), self.variant != "off"
         if not history or not corrects:
             sigma = run.sigma(i, x)
-            history = (*history, (sigma * run.direction_at(x, i) - step.l_start * x, sigma))
+            history = (*history, (sigma * (yield run.at(x, i)) - step.l_start * x, sigma))
         order = self.order(i, run.intervals)
         h = math.log(self.grid[i] / self.grid[i + 1])
         places = [math.log(self.grid[i] / self.grid[i - k]) / h for k in range(order)]
@@ -358,7 +361,7 @@ class DPMSolverV3(Solver):
         moved = tuple((step.growth * (g + step.bias), sigma) for g, sigma in history)
         if corrects and i + 1 < run.intervals:
             sigma = run.sigma(i + 1, x)
-            f = sigma * run.direction_at(following, i + 1) - step.l_end * following
+            f = sigma * (yield run.at(following, i + 1)) - step.l_end * following
             moved = (*moved, (f, sigma))
             places.insert(1, 1.0)
             values.insert(1, f / step.growth - step.bias)

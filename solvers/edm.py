@@ -3,7 +3,7 @@
 import math
 
 from solvers.sampler import afs_direction
-from solvers.solver import Heun, Option, State, register
+from solvers.solver import Heun, Option, Point, State, register
 from torch_utils.errors import UserError
 
 
@@ -11,12 +11,13 @@ from torch_utils.errors import UserError
 class EDM(Heun):
     """EDM's stochastic sampler (Karras et al. 2022, Algorithm 2): fresh noise before every Heun step.
 
-    Where S_min <= sigma <= S_max, noise of standard deviation S_noise sqrt(sigma_hat^2 - sigma^2) lifts the state from
-    sigma to sigma_hat = (1 + gamma) sigma, gamma = min(S_churn / N, sqrt(2) - 1) with N noise levels in the schedule, and
-    the Heun step goes on from there. S_churn = 0 is heun. ``denoise_to_zero`` is the algorithm's last step, to sigma = 0:
-    2 N - 1 evaluations; no noise is added before it. AFS applies to the state that is evaluated, at sigma_hat. The callback
-    gets the state before the noise, and the image that the network saw behind it after the noise. sigma_hat may lie above
-    the network's sigma_max by up to sqrt(2), as published; a lower S_max avoids that.
+    Where S_min <= sigma <= S_max, noise of standard deviation S_noise sqrt(sigma_hat^2 - sigma^2)
+    raises the noise level from sigma to sigma_hat = (1 + gamma) sigma, with gamma = min(S_churn /
+    N, sqrt(2) - 1) for a schedule of N noise levels. The Heun step starts from there. S_churn = 0
+    is heun. ``denoise_to_zero`` is the algorithm's last step, to sigma = 0: 2 N - 1 evaluations in
+    all. No noise is added before it. AFS applies to the state that is evaluated, at sigma_hat. The
+    callback gets the state before the noise and the denoised image after it. sigma_hat may exceed
+    the network's sigma_max by a factor of up to sqrt(2), as published; a lower S_max avoids this.
     """
 
     summary = "EDM's stochastic sampler: Heun after fresh noise, order 2 without noise; 2 evaluations per step"
@@ -39,20 +40,20 @@ class EDM(Heun):
             raise UserError(f"S_max={self.S_max} must be a number >= S_min={self.S_min}")
 
     def gamma(self, sigma: float, levels: int) -> float:
-        """By which share of itself the noise level is raised."""
+        """The relative increase of the noise level sigma in a schedule of ``levels`` noise levels."""
         if not self.S_min <= sigma <= self.S_max:
             return 0.0
         return min(self.S_churn / levels, math.sqrt(2) - 1)
 
-    def advance(self, run, state: State, i: int) -> State:
+    def step(self, run, state, i):
         gamma = self.gamma(run.sigmas[i].item(), len(run.sigmas))
         if gamma == 0:
-            return super().advance(run, state, i)
+            return (yield from super().step(run, state, i))
         cur, nxt = run.sigma(i, state.x), run.sigma(i + 1, state.x)
         hat = (1 + gamma) * cur
         x = state.x + self.S_noise * (hat**2 - cur**2).sqrt() * run.noise(state.x)
-        d = afs_direction(run.net, x, hat, run.afs) if i == 0 and run.afs else run.direction(x, hat)
+        d = afs_direction(run.net, x, hat, run.afs) if i == 0 and run.afs else (yield Point(x, hat))
         if run.observer is not None:
             run.observer(i, cur, state.x, x - hat * d)
-        d_next = run.direction(x + (nxt - hat) * d, nxt, sigma_cond=run.sigma_cond(i + 1))
+        d_next = yield Point(x + (nxt - hat) * d, nxt, run.sigma_cond(i + 1))
         return State(x + (nxt - hat) * self.combine(d, d_next, self.r), (), state.updates + 1)

@@ -20,8 +20,10 @@ def bounded(a, b):
 
 @register("evodiff")
 class EVODiff(Solver):
-    """EVODiff (arXiv 2509.26096), multistep, in data prediction: what the difference of two denoised images says about the
-    next one is weighted per sample and channel by inner products over the pixels.
+    """EVODiff (arXiv 2509.26096), multistep, in data prediction.
+
+    The differences of denoised images are weighted per sample and channel by inner products over
+    the pixels.
 
     The first step is Euler's. Every further step goes to a probe point first. The evaluation there
     shapes the step and serves the next interval, so an interval costs one evaluation. The callback
@@ -42,9 +44,9 @@ class EVODiff(Solver):
     def evaluations(self, intervals, afs=False, learned=False):
         return intervals + (intervals > 1 and not self.lower_order_final) - bool(afs)
 
-    def advance(self, run, state: State, i: int) -> State:
+    def step(self, run, state, i):
         x, cur, nxt, last = state.x, run.sigma(i, state.x), run.sigma(i + 1, state.x), i + 1 == run.intervals
-        history = state.history or ((x - cur * run.direction_at(x, i), cur),)
+        history = state.history or ((x - cur * (yield run.at(x, i)), cur),)
         m0 = history[-1][0]
         ratio = nxt / cur
         euler = ratio * x + (1 - ratio) * m0
@@ -53,13 +55,17 @@ class EVODiff(Solver):
             return State(following, history, state.updates + 1)
         if i == 0:
             following = euler
-            m2 = euler - nxt * run.direction_at(euler, i + 1)
+            m2 = euler - nxt * (yield run.at(euler, i + 1))
         else:
-            following, m2 = self.usual_step(run, i, euler, history)
+            following, m2 = yield from self.usual_step(run, i, euler, history)
         return State(following, (*history, (m2, nxt))[-self.keep :], state.updates + 1)
 
     def usual_step(self, run, i, euler, history):
-        """(the state at point i + 1, the denoised image at the probe there). euler: x after Euler."""
+        """The part of ``step`` with a probe point. Returns (state at point i + 1, denoised image at the probe).
+
+        euler: the state [B,C,H,W] after an Euler step.
+        history: (denoised image, sigma) of the last two evaluations.
+        """
         (m1, before), (m0, cur) = history[-2:]
         first, nxt, final = run.sigma(0, euler), run.sigma(i + 1, euler), run.sigma(-1, euler)
         ratio = nxt / cur
@@ -69,16 +75,16 @@ class EVODiff(Solver):
         usual = (ratio / (cur / before)).sqrt()
 
         def excess(new, old):
-            """(new - beta old, beta): what of ``new`` the older image does not explain."""
+            """(new - beta old, beta): the part of ``new`` that the older image does not predict."""
             beta = (1 - share) * usual + share * bounded(new, old)
             return new - beta * old, beta
 
         d1, beta = excess(m0, m1)
         place = ((0.25 * beta.abs()).sigmoid() * steps).clamp(0.25 * steps, 1.5 * steps)
         probe = euler + 0.5 * length * d1 / place
-        m2 = probe - nxt * run.direction_at(probe, i + 1)
+        m2 = probe - nxt * (yield run.at(probe, i + 1))
         d2, _ = excess(m2, m0)
-        # The slopes over the previous and over this interval; a common factor 1 / h drops out.
+        # Differences over the previous and over this interval; a common factor 1 / h drops out.
         p, q = d1 / steps, steps * d2
         eta = 0.5 * (0.5 * bounded(q + p, q - p)).abs().sigmoid()
         bend = (1 - eta) * q - eta * p

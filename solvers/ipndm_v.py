@@ -4,11 +4,15 @@ from solvers.solver import Option, Solver, order_option, register
 
 
 def adams_bashforth_weights(sigmas, sigma_next, published=False) -> list:
-    """Weights (newest first) of the directions at ``sigmas`` (newest first, 1 to 4 of them) in the step to sigma_next.
+    """Weights of the directions in the step to sigma_next, newest first, shaped like the noise levels.
 
-    The interpolating polynomial through the points is averaged over the step: with h, u, v, w the current and the previous
-    step lengths, Newton's form has the terms below. Scalars or [B,1,1,1], like the noise levels. published: with the three
-    slips of the published code, which spoil orders 3 and 4 on unequal steps.
+    The interpolating polynomial through the points is averaged over the step. With h, u, v, w the
+    current and the previous step lengths, Newton's form has the terms below.
+
+    sigmas: 1 to 4 noise levels of the directions, newest first, each a scalar or [B,1,1,1].
+    sigma_next: a scalar or [B,1,1,1].
+    published: keep the three errors of the published code, which lower the accuracy of orders 3 and
+        4 on unequal steps. Default False.
     """
     h = sigma_next - sigmas[0]
     steps = [newer - older for newer, older in zip(sigmas[:-1], sigmas[1:], strict=True)]
@@ -41,11 +45,14 @@ def adams_bashforth_weights(sigmas, sigma_next, published=False) -> list:
 
 @register("ipndm_v")
 class IPNDMV(Solver):
-    """Adams-Bashforth with the weights of the actual steps: exact where d is a polynomial in sigma of degree below the
-    order, on any grid. With equal steps it is ipndm. The first step is Euler's, then the order rises by one per step.
+    """Adams-Bashforth with the weights of the actual steps.
 
-    original_code: the published weights of orders 3 and 4, which are not exact on unequal steps. Where step lengths change
-    smoothly, order 3 stays one, and order 4 becomes 2.
+    It is exact on any grid if d is a polynomial in sigma of degree below the order. With equal
+    steps it is ipndm. The first step is an Euler step, then the order rises by one per step.
+
+    original_code: the published weights of orders 3 and 4, which are not exact on unequal steps. If
+        step lengths change smoothly, the method of order 3 keeps its order, that of order 4 has
+        order 2.
     """
 
     summary = "iPNDM with the weights of unequal steps, order 1-4"

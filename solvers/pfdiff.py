@@ -10,11 +10,12 @@ MOST_SKIPPED = 3
 class PFDiff(Solver):
     """PFDiff-k_h on first-order steps (Wang et al. 2024): one evaluation pays for k + 1 intervals.
 
-    The first interval is Euler's. From then on, at point i of the schedule and with the slope g of the evaluation before:
+    The first interval is an Euler step. Later, at point i and with the direction d of the
+    evaluation before:
 
-        future point    x_f = x_i + (sigma_{i+h} - sigma_i) g        without an evaluation
-        its slope       g = (x_f - D(x_f; sigma_{i+h})) / sigma_{i+h}
-        jump            x_{i+k+1} = x_i + (sigma_{i+k+1} - sigma_i) g
+        future point     x_f = x_i + (sigma_{i+h} - sigma_i) d        without an evaluation
+        its direction    d = (x_f - D(x_f; sigma_{i+h})) / sigma_{i+h}
+        jump             x_{i+k+1} = x_i + (sigma_{i+k+1} - sigma_i) d
 
     This is the published variant on DDIM without noise (eta = 0). Where fewer than k + 1 intervals
     are left, the jump is shortened to the end and the future point is the next one, as in the
@@ -48,14 +49,14 @@ class PFDiff(Solver):
         jumps = -(-(intervals - 1) // (self.pfdiff_k + 1))
         return 1 + jumps - bool(afs)
 
-    def advance(self, run, state: State, i: int) -> State:
+    def step(self, run, state, i):
         x, cur = state.x, run.sigma(i, state.x)
         stride = self.stride(i, run.intervals)
         future, point = i, x
         if state.history:
             future = i + (self.pfdiff_h if stride > self.pfdiff_k else min(1, stride - 1))
-            slope = state.history[-1][0]
-            point = x + (run.sigma(future, x) - cur) * slope
-        slope = run.direction_at(point, future)
-        x = x + (run.sigma(i + stride, x) - cur) * slope
-        return State(x, ((slope, run.sigma(future, x)),), state.updates + 1)
+            d = state.history[-1][0]
+            point = x + (run.sigma(future, x) - cur) * d
+        d = yield run.at(point, future)
+        x = x + (run.sigma(i + stride, x) - cur) * d
+        return State(x, ((d, run.sigma(future, x)),), state.updates + 1)

@@ -1,7 +1,8 @@
-"""The one sampling loop. It owns the schedule, AFS, the NFE count, trajectories and the predictor of learned points.
+"""The sampling loop. It owns the schedule, AFS, the NFE count, trajectories and the predictor.
 
-``Sampler.advance`` does one interval and is what distillation trains through; ``sample`` runs all of them, and
-``integrate`` does so with gradients, to the starting noise, the noise levels and whatever the rule or predictor learns.
+``sample`` runs all steps from noise to images, and ``integrate`` does the same with gradients.
+``Sampler.advance`` runs one step of the solver, and ``Sampler.evaluate`` calls the network where
+the step needs it. Distillation trains through ``advance``.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.denoiser import BOTTLENECK_SIZE, call_shifted, member, read_bottleneck
 from solvers.schedules import check_sigmas, get_schedule, levels_tensor
-from solvers.solver import Solver, State, make_solver
+from solvers.solver import Point, Solver, State, make_solver
 from torch_utils.errors import UserError
 
 RANGE_SLACK = 1e-3  # schedules in float32 and rounded ends of a range may exceed it by this share
@@ -23,7 +24,12 @@ AFS_KINDS = (False, True, "data")
 
 @dataclass
 class SampleInfo:
-    """What a call of ``sample`` did. The predictor's outputs are lists of [B] tensors, one entry per interval."""
+    """What a call of ``sample`` did.
+
+    sigmas: noise levels [N].
+    nfe: number of network evaluations.
+    r, scale_dir, scale_time: the predictor's outputs, one tensor [B] per interval.
+    """
 
     sigmas: torch.Tensor
     nfe: int = 0
@@ -33,11 +39,15 @@ class SampleInfo:
 
 
 def afs_direction(net, x: torch.Tensor, sigma, kind) -> torch.Tensor:
-    """The analytical first step: the direction at the highest noise, without asking the network.
+    """The analytical first step: the direction [B,C,H,W] at the highest noise, without the network.
 
-    True: x / sqrt(1 + sigma^2), the published form for data centred at zero (Dockhorn et al. 2022, Appendix B).
-    "data": exact for a Gaussian with the training data's mean image and variance, read from ``net.data_mean`` and
-    ``net.data_std``; it matters where the mean is far from zero, as for white strokes on black. A function: of (x, sigma).
+    net: the denoiser; only "data" reads it.
+    x: state [B,C,H,W] at the highest noise.
+    sigma: noise level of x.
+    kind: True: x / sqrt(1 + sigma^2), the published form for data centred at zero (Dockhorn et al.
+        2022, Appendix B). "data": exact for a Gaussian with the mean image and variance of the
+        training data, ``net.data_mean`` and ``net.data_std``; it matters if the mean is far from
+        zero, as for white strokes on black. A function: called with (x, sigma).
     """
     if callable(kind):
         return kind(x, sigma)
@@ -51,14 +61,24 @@ def afs_direction(net, x: torch.Tensor, sigma, kind) -> torch.Tensor:
 
 
 class Sampler:
-    """A rule on a schedule with a network, and optionally a predictor that inserts one learned point per interval.
+    """One run of a solver: a network, a schedule and optionally a predictor that inserts learned points.
 
-    sigmas: [N] descending. afs: False, True, "data" or a function (see ``afs_direction``). ``nfe`` counts the network evaluations really made.
-    noise: called without arguments, a standard normal tensor like x; what a stochastic rule draws.
-    sigmas_net: [N] what the network is told at the points of the schedule in the place of their noise levels (LD3's
-    decoupled times); the arithmetic keeps to sigmas. checkpointing: under gradients, activations of the network are not
-    kept but computed again, so that memory does not grow with the number of evaluations. known: {i: (direction [B,C,H,W],
-    bottleneck [B,8,8])} of points of the schedule where the network need not be asked, since it was at that very state.
+    net: the denoiser.
+    solver: the solver; the run uses ``solver.setup(net, sigmas, predictor)``.
+    sigmas: noise levels [N], decreasing.
+    afs: False, True, "data" or a function, see ``afs_direction``. Default False.
+    predictor: gives (r, scale_dir, scale_time) of an interval. Default: None, no learned points.
+    cond: keyword arguments of net, for example class labels [B,L]. Default: none.
+    observer: called with (i, sigma, x, denoised) after the evaluation at schedule point i.
+    noise: returns standard normal noise like x, for stochastic solvers. Default: torch's generator.
+    sigmas_net: noise levels [N] to condition the network on at the points of the schedule (the
+        decoupled times of LD3); the arithmetic uses sigmas. Default: sigmas.
+    checkpointing: recompute the network's activations in the backward pass, so that memory does not
+        grow with the number of evaluations. Default False.
+    cached_evals: {i: (direction [B,C,H,W], bottleneck [B,8,8])}, evaluations at schedule point i
+        that were already made at exactly this state; reused instead of calling the network.
+
+    ``nfe`` counts the network evaluations that were made.
     """
 
     def __init__(
@@ -74,11 +94,11 @@ class Sampler:
         noise=None,
         sigmas_net=None,
         checkpointing=False,
-        known=None,
+        cached_evals=None,
     ):
         if not (isinstance(afs, bool) or afs == "data" or callable(afs)):
             raise UserError(f"afs={afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
-        self.net, self.solver, self.sigmas = net, solver.adopt(predictor).bind(net, sigmas), sigmas
+        self.net, self.solver, self.sigmas = net, solver.setup(net, sigmas, predictor), sigmas
         self.sigmas_net = None
         if sigmas_net is not None:
             self.sigmas_net = levels_tensor("sigmas_net", sigmas_net, sigmas.dtype).to(sigmas.device)
@@ -86,10 +106,10 @@ class Sampler:
                 raise UserError(f"sigmas_net must be {len(sigmas)} positive numbers, one per noise level")
         self.afs, self.predictor, self.cond = afs, predictor, dict(cond or {})
         self.observer, self._noise, self.checkpointing = observer, noise, checkpointing
-        self.known = dict(known or {})
+        self.cached_evals = dict(cached_evals or {})
         self.nfe = 0
         self.predicted: tuple | None = None  # (r, scale_dir, scale_time) of the latest interval
-        self._reader = None
+        self.reader = None  # of the bottleneck, for the predictor
 
     @property
     def intervals(self) -> int:
@@ -97,32 +117,75 @@ class Sampler:
 
     @property
     def updates(self) -> int:
-        """Updates of the rule over the whole trajectory; one-stage rules make two per interval under a predictor."""
+        """Number of updates of the whole trajectory; a predictor doubles those of one-stage solvers."""
         return self.intervals * (2 if self.predictor is not None and self.solver.stages == 1 else 1)
 
     def sigma(self, i: int, x: torch.Tensor) -> torch.Tensor:
-        """The noise level at point i of the schedule, in the dtype of x."""
+        """The noise level at schedule point i, in the dtype of x."""
         return self.sigmas[i].to(x.dtype)
 
     @contextmanager
     def reading(self):
-        """Context in which the network's bottleneck is read; needed around ``advance`` when there is a predictor."""
+        """Context that reads the network's bottleneck; needed around ``advance`` with a predictor."""
         if self.predictor is None or self.solver.own_schedule:
             yield
             return
-        with read_bottleneck(self.net) as self._reader:
+        with read_bottleneck(self.net) as self.reader:
             yield
-        self._reader = None
+        self.reader = None
 
     def advance(self, state: State, i: int) -> State:
-        """From point i of the schedule to the next (``rule.stride`` intervals further)."""
-        return self.solver.advance(self, state, i)
+        """One step of the solver, from schedule point i to the next (``solver.stride`` intervals further)."""
+        step, answer = self.solver.step(self, state, i), None
+        while True:
+            try:
+                request = step.send(answer)
+            except StopIteration as finished:
+                return finished.value
+            answer = self.evaluate(request)
 
-    # What a rule may ask for.
+    def evaluate(self, request: Point | list[Point]):
+        """The direction d = (x - D) / sigma [B,C,H,W] at a point, or the directions at a list of points.
+
+        A list costs one call of the network. The observer is called for points of the schedule.
+        """
+        points = request if isinstance(request, list) else [request]
+        learned = any(v is not None and v.requires_grad for p in points for v in (p.x, p.sigma, p.sigma_cond, p.shift))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learned):
+            known = None if points is request else self.known_direction(request)
+            directions = self._call_network(points) if known is None else [known]
+        for point, d in zip(points, directions, strict=True):
+            if self.observer is not None and point.index is not None:
+                self.observer(point.index, point.sigma, point.x, point.x - point.sigma * d)
+        return directions if points is request else directions[0]
+
+    def known_direction(self, point: Point):
+        """The direction at a point that needs no call of the network: cached, or the analytical first step. Else None."""
+        if point.index in self.cached_evals:
+            return self.cached_evals[point.index][0]
+        if point.index == 0 and self.afs:
+            return afs_direction(self.net, point.x, point.sigma, self.afs)
+        return None
+
+    def _call_network(self, points: list[Point]) -> list:
+        """The directions at the points from one call of the network."""
+        x, sigma, shift = points[0].x, points[0].sigma_cond, points[0].shift
+        batch = len(x)
+        if len(points) > 1:
+            x = torch.cat([point.x for point in points])
+            sigma = torch.cat([point.sigma_cond.expand(batch, 1, 1, 1) for point in points])
+            shift = None if shift is None else torch.cat([point.shift for point in points])
+        denoised = self.denoise(x, sigma, len(points), shift).split(batch)
+        return [(point.x - d) / point.sigma for point, d in zip(points, denoised, strict=True)]
 
     def denoise(self, x, sigma, copies=1, shift=None):
-        """D(x; sigma); copies: how many states of the batch x holds, one after the other (sigma then [copies B,1,1,1]);
-        shift [copies, E]: what is added to the network's embedding of the noise level."""
+        """The denoised images D(x; sigma), in the dtype of x.
+
+        x: states [copies B,C,H,W].
+        sigma: noise level to condition the network on, a scalar or [copies B,1,1,1].
+        copies: number of points of the batch that x holds, one after the other. Default 1.
+        shift: [copies,E], added to the network's embedding of the noise level. Default None.
+        """
         self.nfe += copies * getattr(self.net, "evals_per_call", 1)
         cond = self.cond if copies == 1 else {name: _repeat(v, copies, len(x)) for name, v in self.cond.items()}
         net = self.net
@@ -133,64 +196,47 @@ class Sampler:
             return checkpoint(net, x, sigma, use_reentrant=False, **cond).to(x.dtype)
         return net(x, sigma, **cond).to(x.dtype)
 
+    # What a step uses
+
+    def at(self, x, i, shift=None) -> Point:
+        """The ``Point`` at schedule point i with state x [B,C,H,W]; shift as in ``Point``."""
+        return Point(x, self.sigma(i, x), self.sigma_cond(i), i, shift)
+
+    def inside(self, x, sigma, i, r, scale_time=None) -> Point:
+        """The ``Point`` inside the interval from schedule point i.
+
+        x: state [B,C,H,W].
+        sigma: its noise level sigma_{i+1}^r sigma_i^(1-r), a scalar or [B,1,1,1].
+        r: place of the point, a number in (0, 1] or [B,1,1,1].
+        scale_time: multiplies the noise level that the network is conditioned on, [B,1,1,1].
+            Default: 1.
+        """
+        point = Point(x, sigma, self.sigma_cond(i, r))
+        if scale_time is not None:
+            point.sigma_cond = scale_time * point.sigma_cond
+        return point
+
     def sigma_cond(self, i, r=None):
-        """What the network is told at point i, or, for a given r, at sigmas[i + 1]^r sigmas[i]^(1 - r); None where that is
-        the noise level itself."""
+        """Noise level to condition the network on at schedule point i. None: the noise level of x itself.
+
+        r: for the intermediate point sigma_{i+1}^r sigma_i^(1-r), if given.
+        """
         levels = self.sigmas_net
         if levels is None:
             return None
         return levels[i] if r is None else levels[i + 1] ** r * levels[i] ** (1 - r)
 
-    def direction(self, x, sigma, scale_time=None, sigma_cond=None, shift=None):
-        """d = (x - D) / sigma; told (see there) and scale_time change only the noise level that the network is told, shift
-        [1, E] its embedding."""
-        sigma_cond = sigma if sigma_cond is None else sigma_cond.to(x.dtype)
-        return (x - self.denoise(x, sigma_cond if scale_time is None else scale_time * sigma_cond, shift=shift)) / sigma
-
-    def directions(self, points: list, sigmas: list, sigma_cond: list, shift=None) -> list:
-        """The directions at several points [B,C,H,W] in one call of the network, which is told the noise levels ``sigma_cond``,
-        their embeddings shifted by shift [number of points, E]."""
-        if len(points) == 1:
-            return [self.direction(points[0], sigmas[0], sigma_cond=sigma_cond[0].to(points[0]), shift=shift)]
-        batch = len(points[0])
-        levels = (
-            torch.stack([level.to(points[0]) for level in sigma_cond]).repeat_interleave(batch).reshape(-1, 1, 1, 1)
-        )
-        denoised = self.denoise(torch.cat(points), levels, len(points), shift).split(batch)
-        return [(x - d) / sigma for x, d, sigma in zip(points, denoised, sigmas, strict=True)]
-
-    def observe(self, i, sigma, x, d):
-        """Shows the observer the direction d at point i of the schedule."""
-        if self.observer is not None:
-            self.observer(i, sigma, x, x - sigma * d)
-
-    def direction_at(self, x, i, shift=None):
-        """The direction at point i of the schedule, shown to the observer; at point 0 the analytical one under AFS.
-
-        It is differentiable only if x or the noise level is: nothing learned enters it otherwise.
-        """
-        if i in self.known:
-            return self.known[i][0]
-        sigma, sigma_cond = self.sigma(i, x), self.sigma_cond(i)
-        learned = any(value is not None and value.requires_grad for value in (x, sigma, sigma_cond, shift))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and learned):
-            if i == 0 and self.afs:
-                d = afs_direction(self.net, x, sigma, self.afs)
-            else:
-                d = self.direction(x, sigma, sigma_cond=sigma_cond, shift=shift)
-        self.observe(i, sigma, x, d)
-        return d
-
     def predict(self, x, i):
         """The predictor's (r, scale_dir, scale_time) for the interval from point i, each [B,1,1,1]."""
-        if i == 0 and self.afs:  # the network was not run: the predictor sees zeros, as in the reference implementation
+        if i == 0 and self.afs:  # no bottleneck without a call: zeros, as in the reference implementation
             feature = x.new_zeros(x.shape[0], BOTTLENECK_SIZE, BOTTLENECK_SIZE)
-        elif i in self.known:
-            feature = self.known[i][1]
+        elif i in self.cached_evals:
+            feature = self.cached_evals[i][1]
         else:
-            feature = self._reader.read(x.shape[0]).to(x.dtype)
+            feature = self.reader.read(x.shape[0]).to(x)
         outputs = self.predictor(feature, self.sigma(i, x), self.sigma(i + 1, x))
-        self.predicted = tuple(value.to(x.dtype) for value in outputs)
+        # Latents of some diffusers pipelines are packed: they have fewer dimensions than images.
+        self.predicted = tuple(value.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) for value in outputs)
         return self.predicted
 
     def noise(self, x):
@@ -199,7 +245,7 @@ class Sampler:
 
 
 def _repeat(value, copies, rows):
-    """A part of ``cond`` for a batch that holds itself several times; what belongs to no sample as it is."""
+    """An entry of ``cond`` for several copies of the batch; entries without one row per sample are unchanged."""
     if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows // copies:
         return value.repeat(copies, *[1] * (value.ndim - 1))
     return value
@@ -217,9 +263,10 @@ def resolve_sigmas(
     original_code=False,
     dtype=torch.float32,
 ):
-    """The schedule of a run: ``sigmas`` unchanged if given, else ``get_schedule`` over the network's (or the given) range.
+    """The schedule [N] of a run: ``sigmas`` if given, else that of ``get_schedule``.
 
-    dtype: precision of the sampling, in which the noise levels must differ.
+    sigma_min, sigma_max: the range; default: that of the network.
+    dtype: precision of the sampling, in which the noise levels must differ; default float32.
     """
     if sigmas is not None:
         return _within_range(net, check_sigmas(sigmas, device, dtype))
@@ -230,7 +277,7 @@ def resolve_sigmas(
 
 
 def _within_range(net, sigmas):
-    """The schedule if the network supports its noise levels (up to the rounding of a published table)."""
+    """The schedule. UserError unless the network supports it, up to the rounding of a published table."""
     least, most = getattr(net, "sigma_min", 0.0), getattr(net, "sigma_max", float("inf"))
     low, high = sigmas[-1].item(), sigmas[0].item()
     if low < least * (1 - RANGE_SLACK) or high > most * (1 + RANGE_SLACK):
@@ -245,10 +292,11 @@ _SCHEDULE = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_m
 
 
 def check_predictor(predictor, net, solver: Solver, sigmas: torch.Tensor, settings: Mapping) -> None:
-    """Raises UserError where a predictor would be used in another way than it was trained for.
+    """Raises UserError if the settings of a run differ from those that the predictor was trained with.
 
-    sigmas: [N] noise levels of the run. settings: "afs", and by name what the noise levels were
-    computed from. What counts is the effect: an explicit list of the same noise levels is accepted.
+    sigmas: noise levels [N] of the run. An explicit list of the trained noise levels is accepted.
+    settings: "afs", and the settings of the schedule by name.
+
     Only settings that the predictor states are compared (``AMEDPredictor.stated``).
     """
     trained = {name: predictor.config[name] for name in getattr(predictor, "stated", ())}
@@ -313,23 +361,40 @@ def integrate(
 ):
     """Solves the probability-flow ODE from noise to images.
 
-    latents: unit-variance noise [B,C,H,W], scaled here by the first sigma; the dtype of latents is the dtype of all
-    arithmetic. num_steps: time stamps (intervals + 1). sigmas: an explicit schedule that replaces num_steps and
-    schedule_type; sigmas_net: what the network is told in their place, if not the same. predictor: an AMEDPredictor; it
-    inserts one learned evaluation per interval and works only with the settings of its training (UserError for others);
-    max_order None is then that of the training. For the solver "span" a SpanSolver, which brings schedule and first step
-    along. cond: passed on to net.
-    denoise_to_zero: one more evaluation at the last sigma. callback(i, sigma, x, denoised): called in every interval with
-    the state and the denoised image at its start. noise(): standard normal noise like latents for stochastic solvers
-    (default: torch's global generator). original_code: reproduce the published code where it deviates from its
-    paper (docs/solvers.md lists the places). checkpointing: see ``Sampler``.
+    net: the denoiser, called as net(x, sigma, **cond).
+    latents: unit-variance noise [B,C,H,W], scaled here by the first sigma. All arithmetic has its
+        dtype.
+    solver: name in ``SOLVERS``.
+    num_steps: number of time steps, one more than intervals.
+    schedule_type, schedule_rho: kind of the schedule, see ``get_schedule``. Default: polynomial, 7.
+    afs: analytical first step, see ``afs_direction``. Default False.
+    predictor: an AMEDPredictor, which inserts one learned evaluation per interval and works only
+        with the settings of its training; for the solver "span" a SpanSolver, which brings the
+        schedule and the first step. Default None.
+    cond: keyword arguments of net. Default: none.
+    sigma_min, sigma_max: range of the schedule. Default: that of the network.
+    sigmas: explicit noise levels [N], decreasing, which replace the schedule. Default None.
+    sigmas_net: noise levels [N] to condition the network on. Default: the noise levels of the
+        states.
+    max_order: order of the solver. Default: that of the predictor's training, or of the solver.
+    predict_x0, lower_order_final: options that several solvers have. Default True.
+    denoise_to_zero: one more evaluation, at the last sigma. Default False.
+    return_trajectory, return_info: see below. Default False.
+    callback: called with (i, sigma, x, denoised) in every interval, with the state and the denoised
+        image at its start.
+    noise: returns standard normal noise like latents, for stochastic solvers. Default: torch's
+        generator.
+    original_code: reproduce the published code where it deviates from its paper (docs/solvers.md
+        lists the places). Default False.
+    checkpointing: see ``Sampler``. Default False.
+    solver_options: other options of the solver.
 
-    Gradients flow to whatever requires them: latents, sigmas, sigmas_net, the parameters of a predictor. ``sample`` is the
-    same without gradients.
+    Gradients flow to latents, sigmas, sigmas_net and the parameters of a predictor, if they require
+    gradients. ``sample`` is the same without gradients.
 
-    Returns x [B,C,H,W]; with return_trajectory the states at all sigmas that the solver visits [N,B,C,H,W] (plus the
-    denoised one); with return_info the pair (result, SampleInfo). Raises ValueError on unknown solvers and impossible
-    settings.
+    Returns x [B,C,H,W]; with return_trajectory the states at all sigmas that the solver visits
+    [N,B,C,H,W] (and the denoised one); with return_info the pair (result, SampleInfo). Raises
+    UserError for unknown solvers and impossible settings.
     """
     if not torch.is_tensor(latents) or not latents.is_floating_point():
         found = f"{latents.dtype}" if torch.is_tensor(latents) else type(latents).__name__
@@ -340,7 +405,7 @@ def integrate(
     common["original_code"] = original_code
     method = make_solver(solver, solver_options, common)
     if method.own_schedule:
-        method.adopt(predictor)  # refuses what is no student of it
+        method.check_predictor(predictor)
         predictor.check_network(net)
         own = predictor.brings(num_steps, sigmas, sigmas_net, afs)
         sigmas, sigmas_net, afs = own["sigmas"], own["sigmas_net"], own["afs"]

@@ -1,19 +1,23 @@
-"""The schedule file: noise levels that were optimised, with what they were optimised for.
+"""The schedule file: optimised noise levels, and the solver and network that they are for.
 
-A JSON object with these fields, all present:
+A JSON object with these fields, all required:
 
     format          "amed-schedule-1"
-    sigmas          noise levels, decreasing and positive; the first and the last are the ends of the sampled range
-    sigmas_net      null, or what the network is told instead at each of them (methods that learn it apart)
-    solver          the solver the levels were found for; solver_options: its options that were set
-    afs             false, true or "data": the kind of free first step they were found for
-    method          how they were found; settings: the options of that method
-    network         name of the network; network_hash: SHA-256 of its file, or null
-    sigma_min, sigma_max   the range of noise levels the network supports
-    evaluations     network evaluations the optimisation took, counted per sample; seconds: its time
+    sigmas          noise levels, decreasing and positive, from sigma_max to sigma_min of the samples
+    sigmas_net      noise levels to condition the network on at these points; null: sigmas
+    solver          name of the solver
+    solver_options  its options that were set
+    afs             false, true or "data": kind of the analytical first step
+    method          name of the optimisation method
+    settings        options of the method
+    network         name of the network
+    network_hash    SHA-256 of its file, or null
+    sigma_min, sigma_max   range of noise levels that the network supports
+    evaluations     network evaluations of the optimisation, per sample
+    seconds         its time
     versions        of the code and of the libraries
 
-A person may write such a file by hand; whatever reads it checks it with ``load_schedule``.
+You may write such a file by hand: ``load_schedule`` checks it.
 """
 
 import math
@@ -30,12 +34,12 @@ from torch_utils.files import read_json, write_json
 FORMAT = "amed-schedule-1"
 
 
-MOST_LEVELS = 1000  # of a schedule that was optimised; solvers take time and memory that grow with its square
+MOST_LEVELS = 1000  # of a schedule file; time and memory of some solvers grow with its square
 
 
 @dataclass
 class Schedule:
-    """The contents of a schedule file (fields: see the module); UserError on creation where they are impossible."""
+    """The contents of a schedule file (fields: see the module). Raises UserError for impossible values."""
 
     sigmas: list[float]
     solver: str
@@ -81,8 +85,12 @@ class Schedule:
             raise UserError("sigma_min must be below sigma_max, evaluations and seconds not negative")
 
     def warnings(self, net, solver: str | None = None, afs: bool | str | None = None) -> list[str]:
-        """One line for everything in which a network, a solver or the use of AFS (None: not compared) is another one
-        than the schedule was found for."""
+        """One line for every difference from what the schedule was optimised for.
+
+        net: the denoiser.
+        solver: name of the solver; default None, not compared.
+        afs: kind of the analytical first step; default None, not compared.
+        """
         lines = []
         found = member(net, "weights_hash")
         if None not in (found, self.network_hash) and found != self.network_hash:
@@ -103,7 +111,7 @@ class Schedule:
 
 
 def _numbers(name: str, values) -> list[float]:
-    """The values as floats; UserError unless they are a list of finite numbers."""
+    """The values as floats. Raises UserError unless they are a list of finite numbers."""
     if not isinstance(values, list | tuple) or any(
         isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v) for v in values
     ):
@@ -112,12 +120,12 @@ def _numbers(name: str, values) -> list[float]:
 
 
 def save_schedule(path: str | Path, schedule: Schedule) -> None:
-    """Writes the file whole or not at all."""
+    """Writes a schedule file. After an error there is no partial file."""
     write_json(path, {"format": FORMAT, **asdict(schedule)}, allow_nan=False)
 
 
 def load_schedule(path: str | Path) -> Schedule:
-    """The schedule in a file. Raises UserError, naming the file, where there is none or it is not a valid one."""
+    """Reads a schedule file. Raises UserError with its name if it is missing or invalid."""
     try:
         content = read_json(path)
     except OSError as error:

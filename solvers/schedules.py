@@ -1,4 +1,4 @@
-"""Time schedules: where between sigma_max and sigma_min the solvers evaluate the network."""
+"""Time schedules: the noise levels from sigma_max to sigma_min where solvers evaluate the network."""
 
 import math
 
@@ -14,7 +14,7 @@ def _polynomial(u, lo, hi, rho, net, original_code):
 
 
 def _logsnr(u, lo, hi, rho, net, original_code):
-    """Uniform in ln sigma, hence in the half log signal-to-noise ratio; rho has no meaning here."""
+    """Uniform in ln sigma, half the log signal-to-noise ratio; rho is not used."""
     return (math.log(hi) + u * (math.log(lo) - math.log(hi))).exp()
 
 
@@ -27,7 +27,7 @@ SMALLEST_GAPS = {torch.float32: 1e-5, torch.float64: 1e-14}
 
 
 def _time_uniform(u, lo, hi, rho, net, original_code):
-    """Uniform (rho = 1) in the time of the variance-preserving SDE with linear beta(t) (Song et al. 2021, Appendix C)."""
+    """Uniform (rho = 1) in the time of the VP SDE with linear beta(t) (Song et al. 2021, Appendix C)."""
     return VPTime(lo, hi).sigma((1 + u * (VP_EPS ** (1 / rho) - 1)) ** rho)
 
 
@@ -62,9 +62,15 @@ def get_schedule(
 ) -> torch.Tensor:
     """Noise levels from sigma_max down to sigma_min, float64 [num_steps].
 
-    num_steps counts the time stamps, so there are num_steps - 1 intervals. net: only for ``discrete``, a denoiser with
-    ``sigma(t)`` and ``sigma_inv(sigma)``. original_code: the published code's ``discrete`` for rho != 1. Raises ValueError
-    on an unknown type and on impossible values.
+    num_steps: number of time steps, one more than intervals.
+    sigma_min, sigma_max: the range.
+    schedule_type: name in ``SCHEDULES``; default polynomial.
+    schedule_rho: its exponent; default 7.
+    net: only for ``discrete``, a denoiser with ``sigma(t)`` and ``sigma_inv(sigma)``; default None.
+    device: of the result; default: the CPU.
+    original_code: the published code's ``discrete`` for rho != 1; default False.
+
+    Raises UserError for an unknown type and impossible values.
     """
     if schedule_type not in SCHEDULES:
         raise UserError(f"unknown schedule_type '{schedule_type}'; choose from {', '.join(SCHEDULES)}")
@@ -86,11 +92,14 @@ def get_schedule(
 
 
 def check_sigmas(sigmas, device=None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """An explicit schedule as a float64 tensor [N], passed through unchanged, gradients too.
+    """An explicit schedule as a float64 tensor [N], with its gradients.
 
-    dtype: precision of the arithmetic that will use the schedule. Raises ValueError unless the
-    noise levels are finite, positive and strictly decreasing in this precision, and not closer
-    than ``SMALLEST_GAPS``.
+    sigmas: noise levels [N], a list or a tensor.
+    device: of the result; default: that of sigmas.
+    dtype: precision of the arithmetic that will use the schedule; default float32.
+
+    Raises UserError unless the noise levels are finite, positive and strictly decreasing in this
+    precision, and no closer than ``SMALLEST_GAPS``.
     """
     sigmas = levels_tensor("sigmas", sigmas)
     values = sigmas.detach().cpu()
@@ -111,13 +120,13 @@ def check_sigmas(sigmas, device=None, dtype: torch.dtype = torch.float32) -> tor
 
 
 def _some(values: torch.Tensor) -> str:
-    """The values as text, in the middle shortened."""
+    """The values as text; a long text is shortened in the middle."""
     text = str(values.tolist())
     return text if len(text) <= 200 else f"{text[:150]} ... {text[-40:]}"
 
 
 def levels_tensor(name: str, values, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """The values as a tensor, gradients and all; UserError where they are no numbers."""
+    """The values as a tensor with their gradients. Raises UserError if they are not numbers."""
     try:
         return torch.as_tensor(values, dtype=dtype)
     except (TypeError, ValueError, RuntimeError):
@@ -125,7 +134,7 @@ def levels_tensor(name: str, values, dtype: torch.dtype = torch.float64) -> torc
 
 
 def _number(name: str, value) -> float:
-    """A number of Python, numpy or torch as a float; UserError for anything else."""
+    """A number of Python, numpy or torch as a float. Raises UserError for anything else."""
     try:
         return float(None if isinstance(value, str) else value)
     except (TypeError, ValueError, RuntimeError):
@@ -133,7 +142,13 @@ def _number(name: str, value) -> float:
 
 
 def refine(sigmas: torch.Tensor, extra: int) -> torch.Tensor:
-    """Inserts ``extra`` noise levels into every interval, evenly in ln sigma; [N] -> [(extra + 1)(N - 1) + 1]."""
+    """The schedule with more noise levels in every interval, evenly in ln sigma.
+
+    sigmas: noise levels [N].
+    extra: number of noise levels to insert into every interval.
+
+    Returns [(extra + 1) (N - 1) + 1] noise levels.
+    """
     parts = [
         torch.logspace(math.log(a), math.log(b), extra + 2, base=math.e, dtype=torch.float64)[:-1]
         for a, b in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True)

@@ -1,18 +1,20 @@
-"""Step rules: how a solver turns directions into a step.
+"""The base class of solvers, their registry, and the classic ones.
 
-A rule is a small object that does not change while it samples. It sees the state x, the history of what it asked to
-remember (newest last, the current point included) and the noise levels; the loop in ``solvers/sampler.py`` owns everything
-else: evaluations and their count, schedules, AFS, guidance, trajectories, the predictor. A rule is one of
+A solver turns directions d = (x - D) / sigma, the dx/dsigma of the probability-flow ODE, into
+steps. ``Solver.step`` is a generator: it yields each ``Point`` where it needs the network, receives
+the direction there, and returns the next state. The loop in solvers/sampler.py answers from the
+network. It also owns the schedule, AFS, the count of evaluations and the predictor. A solver is one
+of
 
-* a one-stage rule: implements ``update``, called once per interval, twice when a predictor inserts a point;
-* a two-stage rule: evaluates once inside the interval and implements ``combine`` for the two directions;
-* anything else: implements ``advance``, a whole interval, with the evaluations that the loop offers.
+* a one-stage solver: implements ``update``, called once per interval, or twice with a predictor;
+* a two-stage solver: evaluates once inside the interval and implements ``combine``;
+* any other: implements ``step`` itself.
 
-Each module of this package that registers a rule is found by itself (``solvers/__init__.py``).
-d = (x - D) / sigma is the direction dx/dsigma of the probability-flow ODE throughout.
+A solver does not change while it samples.
 """
 
 import math
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +25,7 @@ SOLVERS: dict[str, type["Solver"]] = {}
 
 
 def register(name: str):
-    """Class decorator: makes a rule known under ``name`` to the command lines, to ``sample`` and to the documentation."""
+    """Class decorator: registers a solver under ``name``, for ``sample``, the flags and the documentation."""
 
     def add(cls):
         cls.name = name
@@ -35,7 +37,12 @@ def register(name: str):
 
 @dataclass(frozen=True)
 class State:
-    """A point of a trajectory: x [B,C,H,W], what the rule remembers, and how many updates were made."""
+    """A point of a trajectory.
+
+    x: state [B,C,H,W].
+    history: (output, sigma) of the evaluations that the solver remembers, the newest last.
+    updates: number of updates made so far.
+    """
 
     x: torch.Tensor
     history: tuple = ()
@@ -46,17 +53,43 @@ class State:
         return State(self.x.detach(), history, self.updates)
 
 
+@dataclass(eq=False)
+class Point:
+    """A state where a step needs the network. The step yields it and receives the direction there.
+
+    x: state [B,C,H,W].
+    sigma: noise level of x, a scalar or [B,1,1,1].
+    sigma_cond: noise level to condition the network on. Default: sigma.
+    index: i at point i of the schedule, where AFS, cached evaluations and the callback apply.
+        Default: None, a point of the step's own.
+    shift: [1,E], added to the network's embedding of the noise level. Default: None.
+    """
+
+    x: torch.Tensor
+    sigma: torch.Tensor
+    sigma_cond: torch.Tensor | None = None
+    index: int | None = None
+    shift: torch.Tensor | None = None
+
+    def __post_init__(self):
+        self.sigma_cond = self.sigma if self.sigma_cond is None else self.sigma_cond.to(self.x)
+
+
 @dataclass(frozen=True)
 class Option:
-    """A setting of a rule: a keyword of ``sample`` and a flag of the command lines. kind: bool, int, float, str, or the
-    tuple of the words that may be chosen from (a boolean then counts as the word True or False)."""
+    """A setting of a solver: a keyword of ``sample`` and a flag of the command lines.
+
+    kind: bool, int, float, str, or a tuple of words to choose from (True and False count as words).
+    default: the value if it is not given.
+    help: one line for the flag.
+    """
 
     kind: type | tuple[str, ...]
     default: object
     help: str
 
     def check(self, name, value):
-        """``value`` in the option's type; UserError where it does not fit."""
+        """``value`` in the option's type. Raises UserError if it does not fit."""
         if value is None:
             return self.default
         if isinstance(self.kind, tuple):
@@ -84,10 +117,10 @@ class Solver:
     can_teach: bool = True
     can_learn: bool = True  # may a predictor be inserted?
     needs_predictor: bool = False
-    own_schedule: bool = False  # its predictor is a student that brings schedule and first step (``SpanSolver``)
+    own_schedule: bool = False  # its predictor brings the schedule and the first step (``SpanSolver``)
     stochastic: bool = False  # draws noise while sampling
     differentiable: bool = True  # do gradients flow to the noise levels?
-    fingerprint: str | None = None  # of a file that the bound rule steps with: the images depend on it
+    fingerprint: str | None = None  # SHA-256 of a file that the images depend on, after ``setup``; not with a predictor
     max_order: int = 1
     highest_order: int = 1  # the option max_order may be 1..highest_order
 
@@ -103,70 +136,89 @@ class Solver:
 
     @property
     def keep(self) -> int:
-        """How many points of the history the rule looks at, the current one included."""
+        """Number of evaluations that an update uses, the current one included."""
         return self.max_order
 
     @property
     def one_step(self) -> bool:
-        """True when a step depends on the current point only, so that a trajectory may be restarted anywhere."""
+        """True if a step depends on the current state only, so that a trajectory can start anywhere."""
         return self.keep == 1
 
-    def adopt(self, predictor) -> "Solver":
-        """The rule to use with this predictor (None: without): itself, or a copy that knows it.
-
-        Raises UserError where they do not go together.
-        """
+    def check_predictor(self, predictor) -> None:
+        """Raises UserError unless the solver works with ``predictor`` (None: without one)."""
         if predictor is None and self.needs_predictor:
             raise UserError(f"the solver '{self.name}' needs a trained predictor")
         if predictor is not None and not self.can_learn:
             raise UserError(f"no predictor can be inserted into the solver '{self.name}'")
         if getattr(predictor, "solver", self.name) != self.name:
             raise UserError(f"this predictor is a student of the solver '{predictor.solver}', not of '{self.name}'")
-        return self
 
-    def bind(self, net, sigmas) -> "Solver":
-        """The rule to use for this network and schedule [N]: itself, or a copy with what it needs to know of them.
+    def setup(self, net, sigmas, predictor=None) -> "Solver":
+        """Return this solver configured for a run (a copy if it stores anything).
 
-        Raises UserError where it cannot work on them.
+        net: the denoiser.
+        sigmas: noise levels [N] of the run, decreasing.
+        predictor: inserts learned points; default None.
+
+        Raises UserError if these do not go together.
         """
+        self.check_predictor(predictor)
         return self
 
     def evaluations(self, intervals: int, afs=False, learned: bool = False) -> int:
-        """Calls of the network over a schedule of so many intervals; learned: with a predictor."""
+        """Calls of the network over a schedule.
+
+        intervals: number of intervals of the schedule.
+        afs: whether the first step is analytical; default False.
+        learned: whether a predictor inserts points; default False.
+        """
         return (2 if learned else self.stages) * intervals - bool(afs)
 
     def stride(self, i: int, intervals: int) -> int:
-        """How many intervals of the schedule the step from point i covers."""
+        """Number of intervals that the step from schedule point i covers."""
         return 1
 
     def output(self, x, d, sigma):
-        """What the rule remembers of an evaluation: by default the direction."""
+        """What the solver remembers of an evaluation: by default the direction."""
         return d
 
     def update(self, x, history, sigma_next, index, total, scale=1.0):
-        """One step to sigma_next.
+        """The state [B,C,H,W] at sigma_next.
 
-        x [B,C,H,W]; history: list of (output, sigma), the current point last; index, total: which update of the
-        trajectory this is (from 0) and how many there are; scale: the predictor's scale_dir, [B,1,1,1] or 1.
+        x: state [B,C,H,W] at the current noise level.
+        history: (output, sigma) of the last ``keep`` evaluations, the current one last.
+        sigma_next: a scalar, or [B,1,1,1] if a predictor places the points.
+        index: number of this update, from 0.
+        total: number of updates of the trajectory.
+        scale: the predictor's scale_dir [B,1,1,1]; multiplies the displacement. Default 1.
         """
         raise NotImplementedError
 
-    def advance(self, run, state: State, i: int) -> State:
-        """From point i of the schedule to the next. run: the ``Sampler``, which evaluates and asks the predictor."""
+    def step(self, run, state: State, i: int) -> Generator:
+        """One step from point i of the schedule to the next. Returns the next ``State``.
+
+        ``d = yield point`` gives the direction d [B,C,H,W] at a ``Point``; ``yield [point, ...]``
+        gives the directions at several points, from one call of the network.
+
+        run: the ``Sampler``, for noise levels (``sigma``), points (``at``, ``inside``), the
+            predictor's outputs (``predict``) and random numbers (``noise``).
+        state: the ``State`` at point i.
+        i: index of the point, from 0.
+        """
         cur, nxt = run.sigma(i, state.x), run.sigma(i + 1, state.x)
-        d = run.direction_at(state.x, i)
+        d = yield run.at(state.x, i)
         if run.predictor is None:
-            return self.step(run, state, d, cur, nxt)
+            return self.make_update(state, d, cur, nxt, run.updates)
         r, scale_dir, scale_time = run.predict(state.x, i)
         mid = nxt**r * cur ** (1 - r)
-        state = self.step(run, state, d, cur, mid)
-        d_mid = run.direction(state.x, mid, scale_time, run.sigma_cond(i, r))
-        return self.step(run, state, d_mid, mid, nxt, scale_dir)
+        state = self.make_update(state, d, cur, mid, run.updates)
+        d_mid = yield run.inside(state.x, mid, i, r, scale_time)
+        return self.make_update(state, d_mid, mid, nxt, run.updates, scale_dir)
 
-    def step(self, run, state, d, sigma, target, scale=1.0) -> State:
-        """Remembers the evaluation d at sigma and makes one update from there to ``target``."""
+    def make_update(self, state, d, sigma, sigma_next, total, scale=1.0) -> State:
+        """Remembers the direction d at sigma and makes one ``update`` to sigma_next."""
         history = (*state.history, (self.output(state.x, d, sigma), sigma))[-self.keep :]
-        x = self.update(state.x, history, target, state.updates, run.updates, scale)
+        x = self.update(state.x, history, sigma_next, state.updates, total, scale)
         return State(x, history, state.updates + 1)
 
 
@@ -187,7 +239,7 @@ class Euler(Solver):
 
 @register("ipndm")
 class IPNDM(Solver):
-    """Adams-Bashforth with the weights of equal steps, whatever the grid (Zhang & Chen 2023; Liu et al. 2022)."""
+    """Adams-Bashforth with the weights of equal steps on any grid (Zhang & Chen 2023; Liu et al. 2022)."""
 
     summary = "improved PNDM: linear multistep, order 1-4"
     options = {"max_order": order_option(4)}
@@ -214,26 +266,35 @@ EXPONENTIAL_OPTIONS = {
 
 
 def dynamic_threshold(denoised: torch.Tensor, quantile: float = 0.995) -> torch.Tensor:
-    """Clips each sample to its own quantile of |x0| (at least 1) and rescales it to [-1, 1] (Saharia et al. 2022, 2.3)."""
+    """Clips each sample [B,...] to its own quantile of |x0| (at least 1) and rescales it to [-1, 1].
+
+    Saharia et al. 2022, Section 2.3.
+    """
     limit = upper_quantile(denoised.flatten(1).abs(), quantile)
     limit = limit.clamp(min=1).reshape(-1, *[1] * (denoised.ndim - 1))
     return torch.minimum(torch.maximum(denoised, -limit), limit) / limit
 
 
 def upper_quantile(values: torch.Tensor, quantile: float) -> torch.Tensor:
-    """torch.quantile(values, quantile, dim=1) for values [B,N] and a quantile near 1, to the bit; it sorts the largest ones
-    only, which is some twenty times faster, and knows no limit of N."""
-    rank = values.new_tensor(quantile, device="cpu") * (values.shape[1] - 1)  # in this dtype, as torch.quantile has it
+    """Equals torch.quantile(values, quantile, dim=1) to the bit, for values [B,N] and a quantile near 1.
+
+    It sorts only the largest values, which is about twenty times faster, and N has no limit.
+    """
+    rank = values.new_tensor(quantile, device="cpu") * (values.shape[1] - 1)  # in this dtype, as in torch.quantile
     below = int(rank)
     top = values.topk(values.shape[1] - below, dim=1).values
     return torch.lerp(top[:, -1], top[:, max(-2, -top.shape[1])], float(rank - below))
 
 
 def exponential_multistep(x, history, sigma_next, order, predict_x0, scale=1.0):
-    """Multistep DPM-Solver++ update of Lu et al. 2022 (Algorithms 2 and 3) for x = x0 + sigma * noise, lambda = -ln sigma.
+    """Multistep DPM-Solver++ update (Lu et al. 2022, Algorithms 2 and 3) for x = x0 + sigma * noise.
 
-    history: (model output, sigma), newest last; the outputs are denoised images if predict_x0, else directions. scale
-    multiplies the model-output terms only.
+    x: state [B,C,H,W] at the noise level of the newest entry of history.
+    history: (model output, sigma), the newest last.
+    sigma_next: noise level of the result.
+    order: 1 to 3.
+    predict_x0: whether the model outputs are denoised images; else they are directions.
+    scale: multiplies the terms of the model outputs only; default 1.
     """
     outputs, sigmas = [h[0] for h in history], [h[1] for h in history]
     h = (sigmas[-1] / sigma_next).log()
@@ -268,8 +329,9 @@ def exponential_multistep(x, history, sigma_next, order, predict_x0, scale=1.0):
 class DPMSolverPP(Solver):
     """DPM-Solver++ multistep (Lu et al. 2022), in data (predict_x0) or noise prediction.
 
-    lower_order_final: the last updates fall back to orders that need no step beyond the end. thresholding: dynamic
-    thresholding of every denoised image, the published default of pixel models under predict_x0.
+    lower_order_final: the last updates have lower orders, down to 1.
+    thresholding: dynamic thresholding of every denoised image under predict_x0, the published
+        default of pixel models.
     """
 
     summary = "DPM-Solver++ multistep, order 1-3"
@@ -304,16 +366,20 @@ class TwoStageSolver(Solver):
         if not 0 < self.r <= 1:
             raise UserError(f"r={self.r}: the intermediate point of {self.name} needs 0 < r <= 1")
 
-    def advance(self, run, state: State, i: int) -> State:
+    def step(self, run, state, i):
         x, cur, nxt = state.x, run.sigma(i, state.x), run.sigma(i + 1, state.x)
-        d = run.direction_at(x, i)
+        d = yield run.at(x, i)
         r, scale_dir, scale_time = (self.r, 1.0, None) if run.predictor is None else run.predict(x, i)
         mid = nxt**r * cur ** (1 - r)
-        d_mid = run.direction(x + (mid - cur) * d, mid, scale_time, run.sigma_cond(i, r))
+        d_mid = yield run.inside(x + (mid - cur) * d, mid, i, r, scale_time)
         return State(x + scale_dir * (nxt - cur) * self.combine(d, d_mid, r), (), state.updates + 1)
 
     def combine(self, d, d_mid, r):
-        """The direction of the whole step from the one at the start and the one inside."""
+        """The direction of the whole step.
+
+        d, d_mid: directions [B,C,H,W] at the start of the interval and at the intermediate point.
+        r: place of the intermediate point, a number or [B,1,1,1].
+        """
         raise NotImplementedError
 
 
@@ -330,7 +396,7 @@ class DPMSolver2(TwoStageSolver):
 
 @register("heun")
 class Heun(DPMSolver2):
-    """Heun's method (Karras et al. 2022, Algorithm 1): the two-stage rule whose second point is the end of the step."""
+    """Heun's method (Karras et al. 2022, Algorithm 1): the second point is the end of the step."""
 
     summary = "Heun, order 2; 2 evaluations per step, also on the last one"
     options = {}
@@ -340,7 +406,7 @@ class Heun(DPMSolver2):
 
 @register("amed")
 class AMED(TwoStageSolver):
-    """AMED-Solver (Zhou et al. 2024, eq. 8): the whole step along the direction at a learned intermediate point."""
+    """AMED-Solver (Zhou et al. 2024, eq. 8): the step follows the direction at a learned point."""
 
     summary = "AMED-Solver: learned intermediate point; needs a predictor"
     can_teach = False
@@ -351,7 +417,12 @@ class AMED(TwoStageSolver):
 
 
 def make_solver(solver: str, explicit: dict | None = None, common: dict | None = None) -> Solver:
-    """The rule named ``solver``. ``explicit`` options must be understood by it, ``common`` ones are used where they are."""
+    """The solver registered under a name.
+
+    solver: the name.
+    explicit: options that the solver must have; UserError if it does not.
+    common: options that are left out if the solver does not have them.
+    """
     if solver not in SOLVERS:
         raise UserError(f"unknown solver '{solver}'; choose from {', '.join(SOLVERS)}")
     cls = SOLVERS[solver]

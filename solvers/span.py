@@ -1,10 +1,10 @@
-"""The solver "span": steps along a learned table (solvers/span_table.py)."""
+"""The solver "span": steps with a learned table (solvers/span_table.py)."""
 
 import copy
 
 import torch
 
-from solvers.solver import Solver, State, register
+from solvers.solver import Point, Solver, State, register
 from solvers.span_heads import slope_features
 from solvers.span_table import PRESETS, SpanSolver
 from torch_utils.errors import UserError
@@ -16,10 +16,11 @@ SpanStudent = SpanSolver  # the former name
 
 @register("span")
 class Span(Solver):
-    """The span solver: a learned table with a schedule and a first step of its own, ``SpanSolver`` in solvers/span_table.py.
+    """The span solver: a learned table with its own schedule and first step (solvers/span_table.py).
 
-    x_{i+1} = (1 + delta_i) x_i + scale_i (s_{i+1} - s_i) sum_j c_ij g_j over all slopes g_j = (x_j - D(x_j, a_j s_j)) / s_j
-    that there are, with sum_j c_ij = 1. Contains LD3, S4S, DyWeight, GS, EPD and AMED's table as restrictions.
+    x_{i+1} = (1 + delta_i) x_i + scale_i (s_{i+1} - s_i) sum_j c_ij g_j over all directions so far,
+    g_j = (x_j - D(x_j, a_j s_j)) / s_j, with sum_j c_ij = 1. LD3, S4S, DyWeight, GS, EPD and AMED's
+    table are special cases.
     """
 
     summary = "span solver: learned schedule, times and coefficients; needs its table"
@@ -29,63 +30,80 @@ class Span(Solver):
     own_schedule = True
     one_step = False
 
-    def adopt(self, predictor):
+    def check_predictor(self, predictor):
         if not isinstance(predictor, SpanSolver):
             raise UserError("the solver 'span' needs its own trained student as predictor (SpanSolver)")
-        adopted = copy.copy(self)
-        adopted.student, adopted.plan = predictor, predictor.plan()
-        return adopted
 
-    def advance(self, run, state, i):
-        x, sigma, inner = state.x, run.sigma(i, state.x), self.plan.inner[i]
-        slopes = [slope for slope, _ in state.history]
-        known = len(slopes)
-        if self.student.nested or not inner:
-            slopes.append(run.direction_at(x, i, self._shift(known, 1)))
-            labels = [sigma]
-            if inner:
-                points, labels_inner, sigma_cond = self._points(x, sigma, slopes, inner)
-                slopes += run.directions(points, labels_inner, sigma_cond, self._shift(known + 1, len(points)))
-                labels += labels_inner
+    def setup(self, net, sigmas, predictor=None):
+        solver = copy.copy(super().setup(net, sigmas, predictor))
+        solver.student, solver.plan = predictor, predictor.plan()
+        return solver
+
+    def step(self, run, state, i):
+        x, sigma, substeps = state.x, run.sigma(i, state.x), self.plan.inner[i]
+        directions = [d for d, _ in state.history]
+        known, levels = len(directions), [sigma]
+        if self.student.nested or not substeps:
+            directions.append((yield run.at(x, i, self._shift(known))))
+            points = self._points(x, sigma, directions, substeps, known)
+            if points:
+                directions += yield points
         else:
-            points, labels, sigma_cond = self._points(x, sigma, slopes, inner)
-            points, labels, sigma_cond = [x, *points], [sigma, *labels], [run.sigma_cond(i).to(x.dtype), *sigma_cond]
-            slopes += run.directions(points, labels, sigma_cond, self._shift(known, len(points)))
-            run.observe(i, sigma, x, slopes[-len(points)])
+            points = self._points(x, sigma, directions, substeps, known)
+            directions += yield [Point(x, sigma, run.sigma_cond(i), i, self._shift(known)), *points]
+        levels += [point.sigma for point in points]
         c, scale, contrast = self.plan.steps[i]
         length = (scale * (self.plan.sigmas[i + 1] - self.plan.sigmas[i])).to(x.dtype)
-        x = (1 + contrast).to(x.dtype) * x + length * self._average(i, x, sigma, slopes, known, c)
-        history = (*state.history, *zip(slopes[-len(labels) :], labels, strict=True))
+        x = (1 + contrast).to(x.dtype) * x + length * self._average(i, x, sigma, directions, known, c)
+        history = (*state.history, *zip(directions[known:], levels, strict=True))
         return State(x, history, state.updates + 1)
 
-    def _shift(self, slope, count):
-        """What the time head adds to the noise embedding of the calls for ``count`` slopes from this one on, or None."""
-        call, heads = slope - self.student.analytic, self.student.heads
-        return heads["time"](call, count) if "time" in heads and call >= 0 else None
+    def _points(self, x, sigma, directions, substeps, known) -> list[Point]:
+        """The intermediate points of an interval.
 
-    def _average(self, i, x, sigma, slopes, known, c):
-        """What step i follows, table and heads together; known: how many slopes there were before it."""
+        x: state [B,C,H,W] at its start.
+        sigma: noise level of x.
+        directions: all directions so far, which the points are reached along.
+        substeps: (noise level, sigma_cond, coefficients) of each point.
+        known: number of directions before this interval.
+        """
+        levels = [level.to(x.dtype) for level, _, _ in substeps]
+        return [
+            Point(x + (level - sigma) * combine(c, directions), level, sigma_cond, shift=self._shift(known + 1 + k))
+            for k, (level, (_, sigma_cond, c)) in enumerate(zip(levels, substeps, strict=True))
+        ]
+
+    def _shift(self, number):
+        """What the head "time" adds to the noise embedding for direction number ``number``, [1,E] or None."""
+        call, heads = number - self.student.analytic, self.student.heads
+        return heads["time"](call, 1) if "time" in heads and call >= 0 else None
+
+    def _average(self, i, x, sigma, directions, known, c):
+        """The direction [B,C,H,W] of step i, from the table and the heads.
+
+        x: state [B,C,H,W] at noise level sigma.
+        directions: all directions so far.
+        known: number of directions before this interval.
+        c: coefficients of the table, [number of directions].
+        """
         heads = self.student.heads
         if "sample" in heads:
-            features = slope_features(x, sigma, slopes[known], slopes[known - 1] if known else None)
+            features = slope_features(x, sigma, directions[known], directions[known - 1] if known else None)
             change = heads["sample"](i, features)
             c = c.to(change) + change
-        direction = combine(c, slopes)
-        lift = heads["spatial"](i, x, sigma, slopes, slopes[known]) if "spatial" in heads else None
+        direction = combine(c, directions)
+        lift = heads["spatial"](i, x, sigma, directions, directions[known]) if "spatial" in heads else None
         return direction if lift is None else direction + lift
 
-    @staticmethod
-    def _points(x, sigma, slopes, inner):
-        """(states, labels, what the network is told) of the inner points that the slopes lead to from x at sigma."""
-        labels = [label.to(x.dtype) for label, _, _ in inner]
-        points = [x + (label - sigma) * combine(c, slopes) for label, (_, _, c) in zip(labels, inner, strict=True)]
-        return points, labels, [sigma_cond.to(x.dtype) for _, sigma_cond, _ in inner]
 
+def combine(coefficients: torch.Tensor, directions: list[torch.Tensor]) -> torch.Tensor:
+    """The linear combination sum_j c_j g_j.
 
-def combine(coefficients: torch.Tensor, slopes: list[torch.Tensor]) -> torch.Tensor:
-    """sum_j c_j g_j for slopes [B,...] and c [number of slopes], or [B, number of slopes]."""
+    coefficients: c, [number of directions] or [B, number of directions].
+    directions: g, each [B,...].
+    """
     total = 0
-    for c, slope in zip(coefficients.unbind(-1), slopes, strict=True):
-        c = c.to(slope.dtype)
-        total = total + (c.reshape(-1, *[1] * (slope.ndim - 1)) if c.ndim else c) * slope
+    for c, d in zip(coefficients.unbind(-1), directions, strict=True):
+        c = c.to(d.dtype)
+        total = total + (c.reshape(-1, *[1] * (d.ndim - 1)) if c.ndim else c) * d
     return total

@@ -1,7 +1,8 @@
-"""Optional heads of a span student: what a table cannot do, because it depends on the sample or leaves the span.
+"""Optional heads of a span solver: small float32 networks beside the table.
 
-All start at zero, so that a student with new heads makes exactly the images that it made without. Their networks are in
-float32 and small; the order of use is: learn the table first, then its heads.
+They depend on the sample or leave the span of the directions, which a table cannot do. All outputs
+are zero at first, so that new heads do not change the images. Train the table first, then its
+heads.
 """
 
 import math
@@ -13,7 +14,7 @@ from torch import nn
 HEADS = ("sample", "spatial", "time")
 FEATURES, HIDDEN, RANK = 5, 16, 4
 LIFT_CHANNELS = 16
-LIFTED = 2  # the last so many steps
+LIFTED = 2  # number of last steps with a spatial head
 
 
 def _flat(x: torch.Tensor) -> torch.Tensor:
@@ -21,8 +22,16 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
 
 
 def slope_features(x, sigma, slope, before) -> torch.Tensor:
-    """What the sample head knows of a sample, float32 [B,5]: log of the root mean square of the slope at x, its cosines
-    with the slope before it (0 where there is none) and with x, mean and standard deviation of D = x - sigma slope."""
+    """Inputs of the sample head, float32 [B,5].
+
+    They are the log of the root mean square of the direction, its cosines with the direction before
+    (0 without one) and with x, and mean and standard deviation of D = x - sigma slope.
+
+    x: state [B,C,H,W].
+    sigma: noise level of x.
+    slope: direction at x.
+    before: the direction before, or None.
+    """
     state, g, denoised = _flat(x), _flat(slope), _flat(x - sigma * slope)
     turn = g.new_zeros(len(g)) if before is None else F.cosine_similarity(g, _flat(before))
     size = (g.norm(dim=1) / math.sqrt(g.shape[1])).clamp(min=1e-8).log()
@@ -30,7 +39,7 @@ def slope_features(x, sigma, slope, before) -> torch.Tensor:
 
 
 def _initialise(module: nn.Module, seed: int) -> None:
-    """Weights U(+-1 / sqrt(fan_in)) that do not depend on torch's generator, biases zero."""
+    """Weights U(+-1 / sqrt(fan_in)) independent of torch's global generator; biases zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in module.modules():
@@ -41,10 +50,13 @@ def _initialise(module: nn.Module, seed: int) -> None:
 
 
 class SampleHead(nn.Module):
-    """Corrections of the coefficients for every sample: V phi(features), phi a network 5 -> 16 -> 4 that all steps share
-    and V zero at first. AMED's and DLMS's dependence on the sample without a look into the network.
+    """Coefficient net: offsets of the coefficients for every sample, V phi(features).
 
-    free: for each step how many entries of its row are free; first: how many before them are not.
+    phi is a network 5 -> 16 -> 4 that all steps share, and V is zero at first. The coefficients
+    depend on the sample as in AMED and DLMS, but without the network's bottleneck.
+
+    free: per step, the number of learned offsets of its row.
+    first: per step, the number of entries before them.
     """
 
     def __init__(self, free: list[int], first: list[int]):
@@ -56,8 +68,10 @@ class SampleHead(nn.Module):
         _initialise(self, 0)
 
     def forward(self, i: int, features: torch.Tensor) -> torch.Tensor:
-        """What to add to the row of step i: float64 [B, entries of the row] of sum zero, on the head's device
-        (float32 on MPS)."""
+        """Offsets of the coefficients of step i: float64 (float32 on MPS) [B, number of directions], of sum zero.
+
+        features: [B,5], see ``slope_features``.
+        """
         own = self.code(F.silu(self.hidden(features))) @ self.mix[i].T
         if own.device.type != "mps":
             own = own.to(torch.float64)
@@ -65,8 +79,14 @@ class SampleHead(nn.Module):
 
 
 class SpatialHead(nn.Module):
-    """A direction outside the span for each of the last two steps: two convolutions of 3x3 over the state, the denoised
-    image and all slopes, the second zero at first."""
+    """Residual net: a direction outside the span for each of the last two steps.
+
+    Two 3x3 convolutions of the state, the denoised image and all directions; the second is zero at
+    first.
+
+    channels: number of image channels.
+    slopes: number of directions of each step that has this head.
+    """
 
     def __init__(self, channels: int, slopes: dict[int, int]):
         super().__init__()
@@ -80,8 +100,12 @@ class SpatialHead(nn.Module):
             nn.init.zeros_(layer.weight)
 
     def forward(self, i: int, x, sigma, slopes: list, slope) -> torch.Tensor | None:
-        """The direction [B,C,H,W] for step i from x at sigma, in the dtype of x; None where there is no lift. slope: the one
-        at x."""
+        """The direction [B,C,H,W] for step i in the dtype of x; None for steps without this head.
+
+        x: state [B,C,H,W] at noise level sigma.
+        slopes: all directions so far.
+        slope: the direction at x.
+        """
         if str(i) not in self.read:
             return None
         images = torch.cat([x / (1 + sigma**2).sqrt(), x - sigma * slope, *slopes], 1).to(torch.float32)
@@ -89,15 +113,19 @@ class SpatialHead(nn.Module):
 
 
 class TimeHead(nn.Module):
-    """A vector for each call, added to the network's embedding of the noise level: the time scale a_i moves that embedding
-    along one curve, this in every direction. Zero at first.
+    """Embedding offset: a vector per call, added to the network's embedding of the noise level.
 
-    MTEO (arXiv 2603.22375) learns such vectors for every layer."""
+    The time scale a_i moves this embedding along a curve; the vector moves it in any direction. It
+    is zero at first. MTEO (arXiv 2603.22375) learns such vectors for every layer.
+
+    calls: number of network calls of a trajectory.
+    width: width of the embedding.
+    """
 
     def __init__(self, calls: int, width: int):
         super().__init__()
         self.vectors = nn.Parameter(torch.zeros(calls, width))
 
     def forward(self, first: int, count: int) -> torch.Tensor:
-        """[count, width]: those of the calls ``first`` .. ``first + count - 1``."""
+        """The vectors [count, width] of ``count`` calls from number ``first`` on."""
         return self.vectors[first : first + count]

@@ -1,27 +1,31 @@
 """The span solver: explicit linear samplers as one learned table, with its own schedule and first step.
 
-    student = SpanSolver.preset("full", num_steps=5, sigma_min=0.002, sigma_max=80.0)   # 4 network calls with a first step
+    student = SpanSolver.preset("full", num_steps=5, sigma_min=0.002, sigma_max=80.0)   # 4 calls with a first step
     student.measure_gaussian(net)                       # only for first_step="gaussian"
     x = student.run(net, latents)                       # [B,C,H,W], differentiable; latents: unit-variance noise
     x = sample(net, latents, solver="span", predictor=student)      # the same without gradients; all options of the loop
     for name, parameter in student.groups().items(): ...            # what is learned, by kind, for learning rates
     save_predictor(student, path); load_predictor(path)             # training/checkpoint.py
 
-Between the noise levels s_0 > ... > s_N (num_steps = N + 1 time stamps) a trajectory is
+Any explicit linear sampler is defined by a small table: its noise levels, the noise level passed to
+the network at each, and the coefficients of the directions (``PRESETS`` names some). Between the
+noise levels s_0 > ... > s_N (num_steps = N + 1 time steps) a trajectory is
 
-    g_i     = (x_i - D(x_i, a_i s_i)) / s_i                             slope at a point; g_0 is analytic with a first step
-    x_{i+1} = (1 + delta_i) x_i + scale_i (s_{i+1} - s_i) sum_j c_ij g_j           over all slopes there are, sum_j c_ij = 1
+    g_i     = (x_i - D(x_i, a_i s_i)) / s_i              direction; g_0 is analytical with a first step
+    x_{i+1} = (1 + delta_i) x_i + scale_i (s_{i+1} - s_i) sum_j c_ij g_j
 
-and, where more than one call is made per interval, further slopes at m_ik = s_{i+1}^r s_i^(1-r), 0 < r = r_ik < 1:
+with a sum over all directions so far and sum_j c_ij = 1. If an interval has more than one call,
+there are also directions at the intermediate points m_ik = s_{i+1}^r s_i^(1-r), 0 < r = r_ik < 1:
 
-    e_ik    = x_i + (m_ik - s_i) sum_j c_ikj g_j          g_ik = (e_ik - D(e_ik, a_ik m_ik)) / m_ik.
+    e_ik    = x_i + (m_ik - s_i) sum_j c_ikj g_j         g_ik = (e_ik - D(e_ik, a_ik m_ik)) / m_ik
 
-Any explicit linear sampler evaluates in the span of x_0 and its slopes, so it is such a table (docs of ``PRESETS``). As rows
-sum to one, s_i is the noise level that x_i really has, whatever is learned, up to delta and scale. The learned scalars are
-corrections: c = c_theory(labels) + Delta, where c_theory is a classical solver on the *current* labels, with gradient.
+Because each row sums to one, x_i has noise level exactly s_i for any learned coefficients, as long
+as delta_i = 0 and scale_i = 1. The learned scalars are offsets: c = c_theory(sigmas) + Delta.
+c_theory is a classical solver on the current noise levels, with gradient.
 
-Two layouts of an interval: "ab" and the other multistep bases call x_i and the e_ik in one batch (they see the slopes of
-earlier intervals); "midpoint" calls x_i first and then its K points e_ik in one batch, and steps along those.
+There are two layouts of an interval. "ab" and the other multistep bases call the network at x_i and
+the e_ik in one batch; the e_ik depend on the directions of earlier intervals. "midpoint" calls the
+network at x_i first and then at its K points e_ik in one batch, and steps along those.
 """
 
 import copy
@@ -29,7 +33,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -48,7 +51,7 @@ from torch_utils.seeds import SeededGenerators
 GROUPS = ("labels", "inner", "time", "inner_time", "corrections", "scale", "contrast")
 
 
-# What the values may be: files bring them.
+# Types of the values, to check those from files.
 KINDS = {
     **dict.fromkeys(("dataset_name", "guidance_type", "preset"), str | None),
     **dict.fromkeys(("first_step", "base", "schedule_type"), str),
@@ -65,68 +68,71 @@ KINDS = {
 
 BASES = ("ab", "midpoint", "euler", "ipndm", "deis", "dpmpp")
 FIRST_STEPS = ("none", "zero", "gaussian")
-LEAST_SHARE = 1e-6  # of ln(sigma_max / sigma_min) in every interval, so that no two labels fall together
+LEAST_SHARE = 1e-6  # of ln(sigma_max / sigma_min) in every interval, so that no two noise levels coincide
 
 
 DEFAULTS = {
-    # what it belongs to
+    # network and preset
     "dataset_name": None,
     "img_resolution": None,
     "guidance_type": None,
     "guidance_rate": 0.0,
-    "preset": None,  # the name it was made under
+    "preset": None,  # its name in PRESETS
     # structure
-    "num_steps": 5,  # time stamps; there are num_steps - 1 intervals
+    "num_steps": 5,  # time steps; there are num_steps - 1 intervals
     "parallel": 1,  # K, the calls of the network in one batch
     "first_step": "zero",  # none; zero: x / sqrt(1 + sigma^2); gaussian: that of the data's mean and variance
     "image_shape": None,  # [C,H,W] of the mean that measure_gaussian found
-    "base": "ab",  # the theory that the coefficients start from, one of BASES
+    "base": "ab",  # the classical solver that gives the initial coefficients, one of BASES
     "max_order": 3,  # its order
-    "lower_order_final": True,  # of dpmpp
-    "relative": True,  # the theory on the current labels; False: on the initial ones, for ever
-    "window": None,  # stages whose slopes the corrections of a row see, newest first; None: all
-    # initial labels
+    "lower_order_final": True,  # its option, for dpmpp
+    "relative": True,  # c_theory on the current noise levels; False: always on the initial ones
+    "window": None,  # number of newest stages whose coefficients in a row are learned; None: all
+    # initial noise levels
     "sigma_min": 0.002,
     "sigma_max": 80.0,
     "schedule_type": "polynomial",
     "schedule_rho": 7,
     "sigmas": None,  # explicit ones, which replace num_steps, the range and the schedule
-    # what is learned and how far it may go
+    # learned groups, and their bounds
     "learn": ["labels", "time", "corrections", "contrast"],
     "time_bound": 0.3,  # |ln a|; None: unbounded
     "scale_bound": 0.05,  # |scale - 1|
     "scaled": None,  # number of last intervals whose scale is learned; None: all
     "contrast_bound": 0.05,  # |delta|
-    # optional networks beside the table (solvers/span_heads.py), which start at zero
+    # optional networks beside the table (solvers/span_heads.py); their outputs are zero at first
     "heads": [],  # "sample", "spatial", "time"
     "img_channels": None,  # for spatial
-    "embedding_width": None,  # for time: entries of the network's noise embedding
+    "embedding_width": None,  # for time: width of the network's noise embedding
 }
 
 
 PRESETS = {
-    # Schedule and decoupled times under a fixed solver: Tong et al. 2024, "Learning to Discretize Denoising Diffusion ODEs"
-    # (LD3). Delta = 0; D is asked at a_i s_i.
+    # LD3 (Tong et al. 2024, "Learning to Discretize Denoising Diffusion ODEs"): schedule and decoupled
+    # times of a fixed solver. Delta = 0; D is conditioned on a_i s_i.
     "ld3": {
         **{"first_step": "none", "base": "dpmpp", "schedule_type": "logsnr", "learn": ["labels", "time"]},
         **{"time_bound": None},
     },
-    # S4S (Frankel et al. 2025): x_{i+1} = (t/s) x_i + (1 - t/s) sum of three b_j D_j with free b that start as DPM++'s, and
-    # LD3's times. The b do not follow the labels, hence S4S-Alt trains both in turn. Here the three newest slopes are
-    # corrected, not the three newest images, and rows sum to one.
+    # S4S (Frankel et al. 2025): x_{i+1} = (t/s) x_i + (1 - t/s) sum of three b_j D_j. The b are free and
+    # start from those of DPM++; the times are those of LD3. The b do not depend on the noise levels, so
+    # S4S-Alt trains the two in turn. Here the coefficients of the three newest directions are learned,
+    # not those of the three newest images, and rows sum to one.
     "s4s": {
         **{"first_step": "none", "base": "dpmpp", "schedule_type": "logsnr", "relative": False, "window": 3},
         **{"learn": ["labels", "time", "corrections"], "time_bound": None},
     },
-    # DyWeight (Zhao et al. 2025): x += (tau_{n+1} - t_n) sum of three W_nj g_j and t_{n+1} = t_n + (sum_j W_nj)
-    # (tau_{n+1} - t_n) on a fixed grid tau. With c = W / sum W these are learned labels t_n and rows that sum to one.
-    # The last label is fixed, so the free sum of the last row is the scale of the last interval.
+    # DyWeight (Zhao et al. 2025): x += (tau_{n+1} - t_n) sum of three W_nj g_j and
+    # t_{n+1} = t_n + (sum_j W_nj) (tau_{n+1} - t_n) on a fixed grid tau. With c = W / sum W these are
+    # learned noise levels t_n and rows that sum to one. The last noise level is fixed, so the free sum
+    # of the last row is the scale of the last interval.
     "dyweight": {
         **{"first_step": "zero", "base": "ipndm", "relative": False, "window": 3, "time_bound": None},
         **{"learn": ["labels", "time", "corrections", "scale"], "scaled": 1, "scale_bound": 0.5},
     },
-    # Generalized solvers, GS (2025): x_{i+1} = sum_j A_ij x_j + sum_j C_ij D_j, DPM++(3M) on the learned grid plus corrections
-    # without limit of order. The x_j and D_j lie in the span of x_0 and g_j; what is left is the gain 1 + delta.
+    # Generalized solvers, GS (2025): x_{i+1} = sum_j A_ij x_j + sum_j C_ij D_j, DPM++(3M) on the learned
+    # grid plus offsets for all earlier points. The x_j and D_j lie in the span of x_0 and the g_j, up to
+    # the gain 1 + delta.
     "gs": {
         **{
             "first_step": "none",
@@ -137,19 +143,19 @@ PRESETS = {
         },
         **{"learn": ["labels", "time", "corrections", "contrast"]},
     },
-    # AMED-Solver (Zhou et al. 2024, eq. 8) without its network: e = x + (m - s) g, x += c (t - s) g_m, m = t^r s^(1-r), with
-    # one r, c, a per interval; AdaSDE at gamma = 0.
+    # AMED-Solver (Zhou et al. 2024, eq. 8) without its network: e = x + (m - s) g, x += c (t - s) g_m,
+    # m = t^r s^(1-r), with one r, c and a per interval. Also AdaSDE with gamma = 0.
     "amed-table": {
         **{"first_step": "zero", "base": "midpoint", "schedule_type": "time_uniform", "schedule_rho": 1},
         **{"learn": ["inner", "inner_time", "scale"], "scale_bound": 0.05},
     },
-    # EPD-Solver (Zhu et al. 2025): e_k = x + (m_k - s) g, x += (t - s) sum_k w_k c_k g_k, its K calls in one batch. Here
-    # scale = sum_k w_k c_k and c = w_k c_k / scale, which need not be positive.
+    # EPD-Solver (Zhu et al. 2025): e_k = x + (m_k - s) g, x += (t - s) sum_k w_k c_k g_k, with its K calls
+    # in one batch. Here scale = sum_k w_k c_k and c = w_k c_k / scale, which may be negative.
     "epd": {
         **{"first_step": "zero", "base": "midpoint", "parallel": 2, "schedule_type": "time_uniform", "schedule_rho": 1},
         **{"learn": ["inner", "inner_time", "scale", "corrections"], "window": 1, "time_bound": 0.05},
     },
-    # Everything, relative to Adams-Bashforth of order 3 on the current labels; training tries other bases as well.
+    # Everything, relative to Adams-Bashforth of order 3 on the current noise levels.
     "full": {
         **{"first_step": "gaussian", "learn": ["labels", "inner", "time", "inner_time", "corrections", "contrast"]},
         **{"time_bound": 1.0},
@@ -159,8 +165,13 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Row:
-    """Where a row of coefficients belongs. The row of interval i to its point ``inner`` (None: to s_{i+1}) has ``count``
-    entries, for the slopes in the order in which they are found; those before ``first`` keep to theory."""
+    """The place of a row of coefficients.
+
+    interval: i.
+    inner: number of the intermediate point that the row leads to; None: to s_{i+1}.
+    count: number of coefficients, one per direction so far, the oldest first.
+    first: index of the first coefficient that is learned.
+    """
 
     interval: int
     inner: int | None
@@ -169,7 +180,7 @@ class Row:
 
     @property
     def free(self) -> int:
-        """Corrections of the row: the newest entry is what the others leave."""
+        """Number of learned offsets; the newest coefficient makes the sum one."""
         return max(self.count - 1 - self.first, 0)
 
 
@@ -177,8 +188,10 @@ class Row:
 class Plan:
     """The numbers of one trajectory, float64 on the CPU, with gradients.
 
-    sigmas, sigmas_net: [N + 1]; steps: per interval (coefficients, scale, contrast); inner: per interval, one
-    (label, told to the network, coefficients) per inner point.
+    sigmas: noise levels [N + 1].
+    sigmas_net: noise levels [N + 1] to condition the network on.
+    steps: per interval (coefficients, scale, contrast).
+    inner: per interval, one (noise level, sigma_cond, coefficients) per intermediate point.
     """
 
     sigmas: torch.Tensor
@@ -188,22 +201,25 @@ class Plan:
 
 
 class SpanSolver(nn.Module):
-    """The learned table (see the module). Keyword arguments are the keys of ``DEFAULTS``; ``config`` holds all of them.
+    """The learned table (see the module).
 
-    Parameters, all float64 whatever the module is moved to, those of the groups in ``learn`` with gradient:
+    Keyword arguments are the keys of ``DEFAULTS``; ``config`` holds all of them. The parameters
+    stay float64 when the module is moved. Those of the groups in ``learn`` require gradients:
 
-        labels [N]          logits of the shares of ln(sigma_max / sigma_min) that the intervals have; the ends are pinned
-        inner [I]           logits of r, of all inner points
-        time                ln a = time_bound tanh(time), of the calls at the points of the schedule; inner_time [I] likewise
-        corrections         Delta, of all rows one after the other without their newest entry
-        scale [N]           scale = 1 + scale_bound tanh(scale), of the last ``scaled`` intervals
-        contrast            delta = contrast_bound tanh(contrast / contrast_bound), of the intervals that begin with a call
+        labels [N]        logits of each interval's share of ln(sigma_max / sigma_min); the ends are fixed
+        inner [I]         logits of r, of all intermediate points
+        time              ln a = time_bound tanh(time), of the calls at the points of the schedule
+        inner_time [I]    the same of the calls at intermediate points
+        corrections       Delta of all rows, one after the other, without their newest entry
+        scale [N]         scale = 1 + scale_bound tanh(scale), of the last ``scaled`` intervals
+        contrast          delta = contrast_bound tanh(contrast / contrast_bound), of the intervals that
+                          begin with a call
 
     Raises UserError for impossible settings.
     """
 
     kind = "span"  # in the file
-    solver = "span"  # the rule that it is for
+    solver = "span"  # its name in SOLVERS
 
     def __init__(self, **config):
         super().__init__()
@@ -243,7 +259,7 @@ class SpanSolver(nn.Module):
 
     @classmethod
     def preset(cls, name: str, **changes) -> "SpanSolver":
-        """The student named in ``PRESETS``, with other settings where given."""
+        """The span solver ``name`` of ``PRESETS``, with the given settings changed."""
         if name not in PRESETS:
             raise UserError(f"unknown span student '{name}'; choose from {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], "preset": name, **changes})
@@ -251,7 +267,7 @@ class SpanSolver(nn.Module):
     # Structure
 
     def _check(self) -> torch.Tensor:
-        """The initial labels [N + 1]; UserError for impossible settings."""
+        """The initial noise levels [N + 1]. Raises UserError for impossible settings."""
         c = self.config
         if torch.is_tensor(c["sigmas"]):
             c["sigmas"] = c["sigmas"].tolist()
@@ -298,22 +314,22 @@ class SpanSolver(nn.Module):
 
     @property
     def analytic(self) -> bool:
-        """Whether the first slope is known without the network."""
+        """Whether the first direction is analytical."""
         return self.config["first_step"] != "none"
 
     @property
     def nested(self) -> bool:
-        """Whether the inner points of an interval see the slope at its start."""
+        """Whether the intermediate points depend on the direction at the start of their interval."""
         return self.config["base"] == "midpoint"
 
     def inner_points(self, i: int) -> int:
-        """How many inner points interval i has."""
+        """Number of intermediate points of interval i."""
         if self.nested:
             return self.config["parallel"]
-        return self.config["parallel"] - 1 if i else 0  # before the first call there is one place only: x_0
+        return self.config["parallel"] - 1 if i else 0  # without any direction there is only x_0
 
     def _make_rows(self) -> list[Row]:
-        """All rows in the order of ``corrections``: of each interval those of its inner points, then its step."""
+        """All rows in the order of ``corrections``: per interval its intermediate points, then its step."""
         rows, stages, window = [], [], self.config["window"]
 
         def add(interval, inner):
@@ -342,25 +358,25 @@ class SpanSolver(nn.Module):
         return heads
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """The weights of the optional heads, float32; not among ``groups``."""
+        """The weights of the optional heads, float32; ``groups`` does not contain them."""
         return list(self.heads.parameters())
 
     def groups(self) -> dict[str, nn.Parameter]:
-        """What is learned, by kind; kinds without any entry are left out."""
+        """The learned parameters by group, without empty groups."""
         learned = {name: getattr(self, name) for name in GROUPS if name in self.config["learn"]}
         return {name: value for name, value in learned.items() if value.numel()}
 
     def scalars(self) -> int:
-        """Degrees of freedom that are learned."""
+        """Number of learned degrees of freedom."""
         groups = self.groups()  # a common summand of the logits changes nothing
         return sum(value.numel() for value in groups.values()) - ("labels" in groups)
 
     def evaluations(self) -> int:
-        """Network evaluations of one trajectory (calls; guidance may double their cost)."""
+        """Network calls of one trajectory (guidance may double their cost)."""
         return self.intervals - self.analytic + sum(self.inner_points(i) for i in range(self.intervals))
 
     def check_network(self, net) -> None:
-        """UserError where the heads are made for images of other channels, or for another noise embedding, than net's."""
+        """Raises UserError unless the heads fit the image channels and the noise embedding of net."""
         own, channels = self.config["img_channels"], getattr(net, "img_channels", None)
         if "spatial" in self.heads and channels not in (None, own):
             raise UserError(f"the student's head 'spatial' needs a network of {own} channels, this has {channels}")
@@ -372,17 +388,17 @@ class SpanSolver(nn.Module):
     # Numbers
 
     def sigmas(self) -> torch.Tensor:
-        """The labels s_0 .. s_N, float64 [N + 1] on the CPU: strictly decreasing, the ends pinned, with gradient."""
+        """The noise levels s_0 > ... > s_N, float64 [N + 1] on the CPU, with gradient; the ends are fixed."""
         high, low = float(self.config["sigma_max"]), float(self.config["sigma_min"])
         shares = torch.softmax(self.labels.cpu(), 0) * (1 - self.intervals * LEAST_SHARE) + LEAST_SHARE
         inner = high * (-math.log(high / low) * shares.cumsum(0)[:-1]).exp()
         return torch.cat([inner.new_tensor([high]), inner, inner.new_tensor([low])])
 
     def sigmas_net(self) -> torch.Tensor:
-        """What the network is told at the labels, float64 [N + 1]: a_i s_i."""
-        return self._told(self.sigmas())
+        """The noise levels a_i s_i to condition the network on, float64 [N + 1] on the CPU, with gradient."""
+        return self._sigmas_net(self.sigmas())
 
-    def _told(self, sigmas):
+    def _sigmas_net(self, sigmas):
         ones = sigmas.new_ones(1)
         return sigmas * torch.cat([*([ones] if self.analytic else []), self._time_scale(self.time), ones])
 
@@ -391,7 +407,7 @@ class SpanSolver(nn.Module):
         return (raw.cpu() if bound is None else bound * torch.tanh(raw.cpu())).exp()
 
     def _labels(self):
-        """(labels [N + 1], per interval the labels of its inner points)."""
+        """(noise levels [N + 1], per interval those of its intermediate points)."""
         sigmas, r = self.sigmas(), torch.sigmoid(self.inner.cpu())
         inner, used = [], 0
         for i in range(self.intervals):
@@ -401,7 +417,7 @@ class SpanSolver(nn.Module):
         return sigmas, inner
 
     def _base(self, sigmas, inner) -> list[torch.Tensor]:
-        """The theoretical coefficients on these labels, one tensor [count] per row, each of sum one."""
+        """The coefficients c_theory on these noise levels, one tensor [count] of sum one per row."""
         c = self.config
         if c["base"] == "midpoint":
             parts = (1 if row.inner is not None else c["parallel"] for row in self.rows)
@@ -423,23 +439,25 @@ class SpanSolver(nn.Module):
         return rows
 
     def _symbolic(self, sigmas) -> list[torch.Tensor]:
-        """The rows of a registered linear rule, which steps here not with images but with their coordinates in the span.
+        """The rows of a registered linear solver.
 
-        A rule that works with denoised images x - sigma g thereby becomes one on slopes.
+        It steps here with coordinates in the span of the directions, instead of images. A solver
+        that works with denoised images x - sigma g becomes one that works with directions in this
+        way.
         """
         names = ("max_order", "lower_order_final")
         common = {name: self.config[name] for name in names} | {"thresholding": False}
-        solver = make_solver(self.config["base"], common=common).bind(None, sigmas)
-        run, slopes = SimpleNamespace(updates=self.intervals), torch.eye(self.intervals, dtype=torch.float64)
+        solver = make_solver(self.config["base"], common=common).setup(None, sigmas)
+        directions = torch.eye(self.intervals, dtype=torch.float64)
         state, rows = State(sigmas.new_zeros(self.intervals)), []
         for i in range(self.intervals):
             before = state.x
-            state = solver.step(run, state, slopes[i], sigmas[i], sigmas[i + 1])
+            state = solver.make_update(state, directions[i], sigmas[i], sigmas[i + 1], self.intervals)
             rows.append(((state.x - before) / (sigmas[i + 1] - sigmas[i]))[: i + 1])
         return rows
 
     def _coefficients(self, sigmas, inner) -> list[torch.Tensor]:
-        """Theory and corrections of all rows."""
+        """The coefficients c_theory + Delta of all rows."""
         theory = self._base(sigmas, inner) if self._theory is None else self._theory
         result, used, corrections = [], 0, self.corrections.cpu()
         for row, base in zip(self.rows, theory, strict=True):
@@ -453,7 +471,7 @@ class SpanSolver(nn.Module):
     def plan(self) -> Plan:
         """All numbers of a trajectory, with gradient."""
         sigmas, inner = self._labels()
-        plan = Plan(sigmas, self._told(sigmas), inner=[[] for _ in range(self.intervals)])
+        plan = Plan(sigmas, self._sigmas_net(sigmas), inner=[[] for _ in range(self.intervals)])
         scales = 1 + self.config["scale_bound"] * torch.tanh(self.scale.cpu())
         scales = torch.cat([scales.new_ones(self.intervals - len(scales)), scales])
         bound, own = self.config["contrast_bound"], self.contrast.cpu()
@@ -468,16 +486,20 @@ class SpanSolver(nn.Module):
         return plan
 
     def coefficients(self, i: int, inner: int | None = None) -> torch.Tensor:
-        """The row of the step from s_i, or of an inner point of interval i: float64 [number of slopes], sum one."""
+        """The coefficients of the step from s_i, float64 [number of directions], of sum one.
+
+        inner: number of an intermediate point of interval i, for its coefficients instead.
+        """
         plan = self.plan()
         return plan.steps[i][0] if inner is None else plan.inner[i][inner][2]
 
     @torch.no_grad()
     def table(self) -> dict:
-        """All numbers, for printing, drawing and other programs: a plain dict that JSON can hold.
+        """All numbers as a dict for JSON.
 
-        intervals: one dict each with "sigma", "told" (None where the slope is analytic), "contrast", "scale",
-        "coefficients" of the step, and "inner", a list of dicts with "sigma", "told", "coefficients".
+        "intervals" has one dict per interval: "sigma", "told" (the noise level that the network is
+        conditioned on; None if the direction is analytical), "contrast", "scale", "coefficients" of
+        the step, and "inner", a list of dicts with "sigma", "told" and "coefficients".
         """
         plan = self.plan()
         intervals = []
@@ -496,14 +518,14 @@ class SpanSolver(nn.Module):
             intervals.append({**own, "coefficients": c.tolist(), "inner": points})
         names = ("preset", "first_step", "base", "parallel")
         result = {name: self.config[name] for name in names}
-        result["heads"] = list(self.heads)  # with any of them the numbers are not the whole solver
+        result["heads"] = list(self.heads)  # with heads the table is not the whole solver
         result |= {"evaluations": self.evaluations(), "sigmas": plan.sigmas.tolist(), "intervals": intervals}
         return result
 
     # The first step
 
     def first_direction(self, x, sigma):
-        """The slope at the highest noise without the network; what ``solvers.sampler.afs_direction`` asks for."""
+        """The analytical direction at the highest noise, for ``afs_direction``: x, result [B,C,H,W]."""
         if self.config["first_step"] == "zero":
             return x / (1 + sigma**2).sqrt()
         if self.mean is None:
@@ -519,13 +541,18 @@ class SpanSolver(nn.Module):
 
     @torch.no_grad()
     def measure_gaussian(self, net, calls: int = 256, seed: int = 0, batch: int = 64, make_cond=None) -> None:
-        """Finds mean image mu and variance v of the data, as the network has them, for first_step="gaussian".
+        """Estimates mean image mu and variance v of the data from the network, for first_step="gaussian".
 
-        D is asked for ``calls`` samples x of pure noise at sigma_max, its class (if any) drawn as in sampling; make_cond:
-        called with the generators of a batch for its cond (default: the network's; text-to-image networks need prompts).
-        For Gaussian data D = mu + v / (v + sigma^2) (x - mu); mu is the mean of D, and v follows from the slope of D on x
-        by least squares over all pixels, 0 where a network has it negative: at sigma = 80 it is below 1e-4, and v matters
-        as little. Depends on the seed only.
+        net: the denoiser.
+        calls: number of noise images at sigma_max to denoise; default 256.
+        seed: of the first image; default 0.
+        batch: images per call of the network; default 64.
+        make_cond: called with the generators of a batch, returns its cond; text-to-image networks
+            need prompts. Default: that of the network.
+
+        For Gaussian data D = mu + v / (v + sigma^2) (x - mu). mu is the mean of D. v follows from
+        the slope of D against x, by least squares over all pixels; a negative slope counts as 0. At
+        sigma = 80 the slope is below 1e-4, so that v hardly matters.
         """
         sigma = torch.tensor(float(self.config["sigma_max"]), dtype=torch.float64)
         device = next(net.parameters(), torch.empty(0)).device
@@ -547,7 +574,7 @@ class SpanSolver(nn.Module):
     # Sampling
 
     def brings(self, num_steps=None, sigmas=None, sigmas_net=None, afs=False) -> dict:
-        """The arguments of the loop that the student replaces; UserError where other ones were given."""
+        """The arguments sigmas, sigmas_net and afs of the sampler. Raises UserError if other values were given."""
         own = {"sigmas": self.sigmas(), "sigmas_net": self.sigmas_net()}
         for name, given in (("sigmas", sigmas), ("sigmas_net", sigmas_net)):
             if given is None:
@@ -571,12 +598,17 @@ class SpanSolver(nn.Module):
         return {"none": False, "zero": True, "gaussian": "gaussian"}[self.config["first_step"]]
 
     def run(self, net, latents, cond: Mapping | None = None, checkpointing=False, return_trajectory=False):
-        """``solvers.integrate`` with this student: images [B,C,H,W], or the states at all labels [N + 1,B,C,H,W]."""
+        """``solvers.integrate`` with this span solver.
+
+        net, latents, cond, checkpointing: see ``integrate``.
+        return_trajectory: return the states at all noise levels [N + 1,B,C,H,W]; default: images
+            [B,C,H,W].
+        """
         options = {"checkpointing": checkpointing, "return_trajectory": return_trajectory}
         return integrate(net, latents, solver="span", predictor=self, cond=cond, **options)
 
     def _apply(self, fn, recurse=True):
-        """Moves, but keeps float64; MPS, which has none, leaves the scalars on the CPU."""
+        """Moves the module but keeps float64. MPS has no float64, so the scalars stay on the CPU there."""
         for child in self.children():
             child._apply(fn)
         device = fn(torch.empty(0)).device

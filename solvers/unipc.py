@@ -5,12 +5,16 @@ import math
 
 import torch
 
-from solvers.solver import EXPONENTIAL_OPTIONS, DPMSolverPP, Option, State, order_option, register
+from solvers.solver import EXPONENTIAL_OPTIONS, DPMSolverPP, Option, Point, State, order_option, register
 
 
 def phi_functions(z, count: int) -> list[torch.Tensor]:
-    """phi_1 .. phi_count at the number z != 0, where phi_1 = (e^z - 1) / z and phi_k+1 = (phi_k - 1 / k!) / z; float64
-    scalars with gradients to z."""
+    """phi_1 .. phi_count at z, with phi_1 = (e^z - 1) / z and phi_k+1 = (phi_k - 1 / k!) / z.
+
+    z: a number other than 0, or a scalar tensor.
+
+    Returns float64 scalars, with gradients to z.
+    """
     z = torch.as_tensor(z, dtype=torch.float64)
     if abs(z) < 1:  # the recursion cancels here: phi_k(z) = sum over j >= 0 of z^j / (j + k)!
         series = [[1 / math.factorial(j + k) for j in range(18)] for k in range(1, count + 1)]
@@ -25,15 +29,16 @@ def phi_functions(z, count: int) -> list[torch.Tensor]:
 class UniPC(DPMSolverPP):
     """UniPC multistep (Zhao et al. 2023), in data (predict_x0) or noise prediction.
 
-    Every interval but the last predicts the next point, evaluates there, and corrects the point with what it learned; the
-    evaluation at the predicted point serves the next interval, so the corrector is free. It raises the order of accuracy
-    to max_order + 1; the first interval and, under lower_order_final, the last ones have less. lower_order_final and
-    thresholding are those of dpmpp. The callback gets the predicted points, a trajectory has the corrected ones.
+    Every interval but the last predicts the next point, evaluates there and corrects the point with
+    this evaluation. The next interval uses the evaluation again, so the corrector is free. It
+    raises the order of accuracy to max_order + 1; the first interval and, under lower_order_final,
+    the last ones have a lower order. lower_order_final and thresholding are those of dpmpp. The
+    callback gets the predicted points, a trajectory has the corrected ones.
 
-    variant: B(h) = h (bh1) or e^h - 1 (bh2). It enters only where the published code fixes a weight instead of solving
-    for it: in the corrector of order 1 and the predictor of order 2.
-
-    original_code: on schedules of fewer than max_order intervals the last one has a corrector too, one evaluation more.
+    variant: B(h) = h (bh1) or e^h - 1 (bh2). It matters only where the published code fixes a
+        weight instead of solving for it: in the corrector of order 1 and the predictor of order 2.
+    original_code: on schedules of fewer than max_order intervals the last one has a corrector too,
+        which costs one evaluation more.
     """
 
     summary = "UniPC multistep predictor-corrector, order 1-3"
@@ -45,11 +50,11 @@ class UniPC(DPMSolverPP):
     }
     can_learn = False
 
-    def bind(self, net, sigmas):
-        bound = copy.copy(self)
-        # Scalars on the CPU: in float64 whatever the device of x has, and nothing waits for that device.
-        bound.grid = sigmas.to("cpu").to(torch.float64).unbind()
-        return bound
+    def setup(self, net, sigmas, predictor=None):
+        solver = copy.copy(super().setup(net, sigmas, predictor))
+        # Scalars on the CPU: float64 even if the device of x has none, and no wait for that device.
+        solver.grid = sigmas.to("cpu").to(torch.float64).unbind()
+        return solver
 
     def corrects_last(self, intervals: int) -> bool:
         return self.original_code and intervals < self.max_order
@@ -57,48 +62,51 @@ class UniPC(DPMSolverPP):
     def evaluations(self, intervals, afs=False, learned=False):
         return super().evaluations(intervals, afs, learned) + self.corrects_last(intervals)
 
-    def advance(self, run, state: State, i: int) -> State:
+    def step(self, run, state, i):
         cur, nxt = self.grid[i], self.grid[i + 1]
         last = i + 1 == run.intervals
         history = state.history
         if not history:
             sigma = run.sigma(i, state.x)
-            history = ((self.output(state.x, run.direction_at(state.x, i), sigma), sigma),)
+            history = ((self.output(state.x, (yield run.at(state.x, i)), sigma), sigma),)
         order = self.order(i, run.intervals)
         h = (cur / nxt).log()
         z = -h if self.predict_x0 else h
         newest = history[-1][0]
-        # Differences to the newest output and their places in the interval: 0 is its start, 1 its end.
+        # Differences to the newest output, and their places: 0 is the start of the interval, 1 its end.
         places = [(cur / self.grid[i - k]).log() / h for k in range(1, order)]
         differences = [history[-1 - k][0] - newest for k in range(1, order)]
-        # The exact solution if the model output stayed what it is at the start.
+        # The exact solution for a constant model output.
         factor, weight = (nxt / cur, 1.0) if self.predict_x0 else (1.0, nxt)
         base = factor * state.x - weight * torch.expm1(z) * newest
 
-        def step(differences, places, fixed):
+        def extrapolate(differences, places, fixed):
             weights = self.weights(z, places, fixed) if places else []
             terms = (w * difference for w, difference in zip(weights, differences, strict=True))
             return base - weight * sum(terms, start=0.0)
 
-        x = step(differences, places, fixed=order == 2)
+        x = extrapolate(differences, places, fixed=order == 2)
         if last and not self.corrects_last(run.intervals):
             return State(x, history, state.updates + 1)
         sigma = run.sigma(i + 1, x)
-        d = run.direction(x, sigma, sigma_cond=run.sigma_cond(i + 1)) if last else run.direction_at(x, i + 1)
+        # The callback is called at the start of intervals only: the last point has no index.
+        d = yield Point(x, sigma, run.sigma_cond(i + 1), None if last else i + 1)
         output = self.output(x, d, sigma)
-        corrected = step([*differences, output - newest], [*places, 1.0], fixed=order == 1)
+        corrected = extrapolate([*differences, output - newest], [*places, 1.0], fixed=order == 1)
         return State(corrected, (*history, (output, sigma))[-self.keep :], state.updates + 1)
 
     def weights(self, z, places: list, fixed: bool) -> list[torch.Tensor]:
-        """Weights of the differences, such that polynomials of degree len(places) through them are integrated exactly.
+        """Weights of the differences that integrate polynomials of degree len(places) exactly.
 
-        fixed: the one weight is B / (2 place), correct to leading order, instead.
+        z: length of the step in lambda, signed.
+        places: places of the differences in the interval, 0 at its start and 1 at its end.
+        fixed: the only weight is B / (2 place) instead, which is correct to leading order.
         """
         z, *places = (torch.as_tensor(value, dtype=torch.float64) for value in (z, *places))
         if fixed:
             return [0.5 * (z if self.variant == "bh1" else torch.expm1(z)) / places[0]]
         count, places = len(places), torch.stack(places)
-        # int_0^1 z e^(z (1 - s)) s^k ds = k! z phi_{k+1}(z): what the weights have to give for the output s^k.
+        # int_0^1 z e^(z (1 - s)) s^k ds = k! z phi_{k+1}(z) is the exact result for the output s^k.
         moments = [math.factorial(k) * z * phi for k, phi in enumerate(phi_functions(z, count + 1))][1:]
         powers = torch.stack([places**k for k in range(1, count + 1)])
         return list(torch.linalg.solve(powers, torch.stack(moments)))

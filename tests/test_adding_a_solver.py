@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from toy import ToyNet, common
+
+from solvers import Point, Sampler, Solver, State, get_schedule, sample
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "adding_a_solver.md").read_text(encoding="utf-8")
@@ -15,7 +19,7 @@ PAGE = (ROOT / "docs" / "adding_a_solver.md").read_text(encoding="utf-8")
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    """The code with the page's file added."""
+    """The code with the page's file and its import added."""
     root = tmp_path_factory.mktemp("copy")
     for name in ("evaluation", "models", "sampling", "solvers", "training", "torch_utils", "tools", "docs"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -23,6 +27,9 @@ def copy(tmp_path_factory):
         shutil.copy(script, root)
     path, code = re.search(r"`(solvers/\w+\.py)`:\n\n```python\n(.*?)```", PAGE, re.DOTALL).groups()
     (root / path).write_text(code, encoding="utf-8")
+    path, line = re.search(r"`(solvers/__init__\.py)`.*?:\n\n```python\n(.*?)```", PAGE, re.DOTALL).groups()
+    docstring, rest = (root / path).read_text(encoding="utf-8").split("\n\n", 1)
+    (root / path).write_text(f"{docstring}\n\n{line}{rest}", encoding="utf-8")
     return root
 
 
@@ -39,6 +46,21 @@ def test_the_page(copy):
     assert re.search(r"^\| `ab2` \| Adams-Bashforth on any grid.*`weight=1.0`", documentation(copy, "solvers"), re.M)
     assert re.search(r"^\| `--weight` .*0 is Euler", documentation(copy, "flags"), re.M)
     assert "`ab2`" not in (ROOT / "docs" / "solvers.md").read_text(encoding="utf-8")
+
+
+def test_the_step_of_the_page():
+    """The generator on the page is Heun's method."""
+    code = re.search(r"```text\n(def step.*?)```", PAGE, re.DOTALL)[1]
+    names = {"Point": Point, "State": State}
+    exec(code, names)
+    solver = type("Page", (Solver,), {"name": "page", "step": names["step"]})()
+    net, x = ToyNet(), common("latents2")
+    run = Sampler(net, solver, get_schedule(4, 0.002, 80))
+    state = State(x * run.sigmas[0])
+    for i in range(run.intervals):
+        state = run.advance(state, i)
+    torch.testing.assert_close(state.x, sample(net, x, solver="heun", num_steps=4), rtol=0, atol=1e-12)
+    assert run.nfe == 6
 
 
 def documentation(copy, name):

@@ -201,9 +201,9 @@ def test_a_new_stochastic_solver_is_compared_without_a_distance(files, tmp_path,
         def update(self, x, history, sigma_next, index, total, scale=1.0):
             return super().update(x, history, sigma_next, index, total, scale)
 
-        def advance(self, state_run, state, i):
-            state = super().advance(state_run, state, i)
-            return comparison.replace(state, x=state.x + 0.1 * state_run.noise(state.x))
+        def step(self, sampler, state, i):
+            state = yield from super().step(sampler, state, i)
+            return comparison.replace(state, x=state.x + 0.1 * sampler.noise(state.x))
 
     monkeypatch.setitem(SOLVERS, "noisy", Noisy)
     rows, output = run(files, tmp_path, "--solvers=noisy,euler", "--nfe=2")
@@ -214,11 +214,11 @@ def test_a_new_stochastic_solver_is_compared_without_a_distance(files, tmp_path,
 
 
 def test_all_solvers_but_those_that_are_not_prepared(files, tmp_path, monkeypatch):
-    def refuse(self, net, sigmas):
+    def refuse(self, net, sigmas, predictor=None):
         raise UserError("a file is missing")
 
     class Unprepared(SOLVERS["euler"]):
-        name, bind = "unprepared", refuse
+        name, setup = "unprepared", refuse
 
     for name in [name for name in SOLVERS if name not in ("euler", "heun", "amed")]:
         monkeypatch.delitem(SOLVERS, name)
@@ -233,7 +233,7 @@ def test_all_solvers_but_those_that_are_not_prepared(files, tmp_path, monkeypatc
         done = CliRunner().invoke(compare.main, [*flags(files, tmp_path / "no"), f"--solvers={solvers}"])
         assert done.exit_code == 2 and done.output == "Error: a file is missing\n"
     for name in ("euler", "heun"):
-        monkeypatch.setattr(SOLVERS[name], "bind", refuse)
+        monkeypatch.setattr(SOLVERS[name], "setup", refuse)
     done = CliRunner().invoke(compare.main, flags(files, tmp_path / "no"))
     assert done.exit_code == 2 and done.output.endswith("Error: a file is missing\n")
     assert not (tmp_path / "no").exists()

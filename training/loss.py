@@ -137,7 +137,7 @@ class DistillationLoss:
             predictor=predictor,
             cond=cond,
             checkpointing=self.checkpointing,
-            known=None if start is None else {step_idx: start},
+            cached_evals=None if start is None else {step_idx: start},
         )
         history, updates = (
             ((), 0) if step_idx == 0 or self._state is None else (self._state.history, self._state.updates)

@@ -72,7 +72,7 @@ def run_gits(
     gits_indices(torch.zeros(num_steps_tea, num_steps_tea), count, coeff, second)  # says at once what is impossible
     if afs:  # the student is tried in the end; what it is not prepared for is said before that
         ends = (problem.sigma_min, problem.sigma_max)
-        problem.make_solver().bind(problem.net, resolve_sigmas(problem.net, problem.num_steps, "logsnr", 1, *ends))
+        problem.make_solver().setup(problem.net, resolve_sigmas(problem.net, problem.num_steps, "logsnr", 1, *ends))
     teacher = problem.teacher(solver_tea, num_steps_tea, schedule_type, schedule_rho, original_code=original_code)
 
     def cost_of(seeds):

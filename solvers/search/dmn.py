@@ -1,8 +1,9 @@
 """DM-NonUniform: time steps that minimise a bound on the error of a multistep exponential integrator.
 
-Xue et al. 2024, "Accelerating Diffusion Sampling with Optimized Time Steps". Nothing is asked of the network: its error
-at noise level sigma is assumed known up to a factor. Everything is in lambda = -ln sigma, in which the data-prediction
-solvers (DPM-Solver++, UniPC) integrate e^lambda D exactly for a polynomial D.
+Xue et al. 2024, "Accelerating Diffusion Sampling with Optimized Time Steps". Nothing is asked of
+the network: its error at noise level sigma is assumed known up to a factor. Everything is in lambda
+= -ln sigma, in which the data-prediction solvers (DPM-Solver++, UniPC) integrate e^lambda D exactly
+for a polynomial D.
 """
 
 import warnings
@@ -24,7 +25,8 @@ FEW_INTERVALS = (
 def step_weights(lambdas: np.ndarray, s: int, order: int) -> np.ndarray:
     """Weights of the network's outputs in step s: int e^lambda l_j(lambda) over [lambda_s, lambda_s+1], [order].
 
-    l_j: the Lagrange basis on the last ``order`` (1 to 3) points, of which lambda_s comes first here.
+    l_j: the Lagrange basis on the last ``order`` (1 to 3) points, of which lambda_s comes first
+        here.
     """
     h = lambdas[s + 1] - lambdas[s]
     # Moments int_0^h e^u u^m du, u = lambda - lambda_s.
@@ -55,9 +57,10 @@ def error_prior(lambdas: np.ndarray, kind: str) -> np.ndarray:
 def error_bound(lambdas: np.ndarray, kind: str = "pixel", max_order: int = 3, lower_order_final: bool = True) -> float:
     """The objective: a bound on the final error, up to a factor, for increasing lambdas [N+1].
 
-    Steps of order 1 and all steps from the fourth on (from the second on for more than FEW_INTERVALS intervals) add up
-    worst-case: what one evaluation contributes to several steps is summed with its sign before the absolute value is
-    taken. The steps before contribute the root of the sum of their squares.
+    Steps of order 1 and all steps from the fourth on (from the second on for more than
+    FEW_INTERVALS intervals) add up worst-case: what one evaluation contributes to several steps is
+    summed with its sign before the absolute value is taken. The steps before contribute the root of
+    the sum of their squares.
     """
     intervals = len(lambdas) - 1
     prior = error_prior(lambdas, kind)
@@ -88,10 +91,12 @@ def dmn_sigmas(
 ) -> torch.Tensor:
     """The noise levels with the least error bound, from sigma_max down to sigma_min, float64 [num_steps].
 
-    kind: "pixel" or "latent", the assumed error of the network (``error_prior``). max_order (1 to 3; a higher one counts
-    as 3), lower_order_final: of the solver that the schedule is for. initial: where to start, a schedule [num_steps];
-    default: uniform in ln sigma for pixels, in the network's time for latents (its noise table if net has one). The
-    problem is not convex, so the result depends on it; it is never worse than the start.
+    kind: "pixel" or "latent", the assumed error of the network (``error_prior``). max_order (1 to
+    3; a higher one counts as 3), lower_order_final: of the solver that the schedule is for.
+    initial: where to start, a schedule [num_steps];
+    default: uniform in ln sigma for pixels, in the network's time for latents (its noise table if
+    net has one). The problem is not convex, so the result depends on it; it is never worse than the
+    start.
 
     Raises UserError on impossible values.
     """

@@ -1,13 +1,15 @@
 """Evolutionary search of a schedule, after AutoDiffusion (Li et al. 2023, arXiv 2309.10438; its search of time steps).
 
-A genome is a set of points of a fine grid of noise levels, even in ln sigma; the ends of the range are in all of them. The
-first generation holds customary schedules, mutants of them and random sets; every later one mutants and crossings of the
-best genomes seen so far, and random sets. Nothing is asked of the solver: it may be stochastic or not differentiable.
+A genome is a set of points of a fine grid of noise levels, even in ln sigma; the ends of the range
+are in all of them. The first generation holds customary schedules, mutants of them and random sets;
+every later one mutants and crossings of the best genomes seen so far, and random sets. Nothing is
+asked of the solver: it may be stochastic or not differentiable.
 
-Where this is not the published search: a crossing keeps what both parents share and fills up with points of one of them
-(there a point inherited twice silently became one evaluation less); and besides FID, which takes thousands of images for
-each candidate, is biased upwards and noisy for few, and is the measure by which the result will be judged, there is the
-distance to a teacher's solutions of the same noise, a far steadier judge of some hundred samples.
+Where this is not the published search: a crossing keeps what both parents share and fills up with
+points of one of them (there a point inherited twice silently became one evaluation less); and
+besides FID, which takes thousands of images for each candidate, is biased upwards and noisy for
+few, and is the measure by which the result will be judged, there is the distance to a teacher's
+solutions of the same noise, a far steadier judge of some hundred samples.
 """
 
 from collections.abc import Callable, Iterator
@@ -99,9 +101,10 @@ def snap(sigmas: torch.Tensor, grid: torch.Tensor) -> Genome:
 class Evolution:
     """The search, as far as it has come; the randomness of a generation depends on (seed, its number) only.
 
-    length, size: points of a genome and of the grid; customary: genomes to start from; the rest: EVOLUTION_OPTIONS.
-    seen: the value of every genome that was tried (not finite: discarded), in the order of trial; pending: those of
-    generation number ``generation`` that were not tried yet.
+    length, size: points of a genome and of the grid; customary: genomes to start from; the rest:
+        EVOLUTION_OPTIONS.
+    seen: the value of every genome that was tried (not finite: discarded), in the order of trial;
+    pending: those of generation number ``generation`` that were not tried yet.
     """
 
     length: int
@@ -213,7 +216,8 @@ def unpack(tensors: dict[str, torch.Tensor]) -> dict[Genome, float]:
 class Judges:
     """Both objectives of the schedules of one ``solvers.search.problem.Problem``.
 
-    teacher: keywords of ``sample``. Every process works on its share of the batches; all of them get the same values.
+    teacher: keywords of ``sample``. Every process works on its share of the batches; all of them
+        get the same values.
     """
 
     def __init__(self, problem, grid: torch.Tensor, teacher: dict, num_samples: int, fid_samples: int):
@@ -297,8 +301,9 @@ def evolution_sigmas(
 ) -> torch.Tensor:
     """The best noise levels that the search finds, float64 [num_steps]; rank 0 prints what they are worth.
 
-    problem: a ``solvers.search.problem.Problem``; the rest: EVOLUTION_OPTIONS. A run that was interrupted goes on after the last
-    candidate. Raises UserError on impossible settings, and where no candidate gives finite images.
+    problem: a ``solvers.search.problem.Problem``; the rest: EVOLUTION_OPTIONS. A run that was
+    interrupted goes on after the last candidate. Raises UserError on impossible settings, and where
+    no candidate gives finite images.
     """
     uses_fid = objective == "fid" or finalists > 0
     check_teacher(solver_tea)
@@ -318,7 +323,7 @@ def evolution_sigmas(
         seed=problem.seed,
         **settings,
     )
-    problem.make_solver().bind(
+    problem.make_solver().setup(
         problem.net, grid[[*range(problem.num_steps - 1), -1]]
     )  # what it is not prepared for is said now
     teacher = problem.teacher(solver_tea, num_steps_tea, schedule_type, schedule_rho)

@@ -1,8 +1,9 @@
 """GITS: the time schedule by dynamic programming over the points of a teacher's trajectory.
 
-Chen et al. 2024, "On the Trajectory Regularity of ODE-based Diffusion Sampling". What one Euler jump from point i of a
-fine grid to point j would cost is measured along trajectories of a teacher; the cheapest chain of a given number of
-jumps is then found exactly. The result is an ordinary schedule for any solver.
+Chen et al. 2024, "On the Trajectory Regularity of ODE-based Diffusion Sampling". What one Euler
+jump from point i of a fine grid to point j would cost is measured along trajectories of a teacher;
+the cheapest chain of a given number of jumps is then found exactly. The result is an ordinary
+schedule for any solver.
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,11 +27,14 @@ def chord_distance(points, start, end):
 
 
 def jump_costs(states, offsets, sigmas, metric: str = "dev") -> torch.Tensor:
-    """What an Euler jump from point i to point j > i costs, averaged over the batch; float64 [T,T] on the CPU, else 0.
+    """The mean cost of an Euler jump from point i to point j > i, float64 [T,T] on the CPU; 0 for j <= i.
 
-    states [T,B,...]: the teacher's trajectory; offsets [T-1,B,...]: x - D at its points, the direction times sigma;
-    sigmas [T]. metric: l1 or l2, the norm of the difference to the teacher's x_j; dev, how much farther than x_j the
-    jump ends from the chord between the ends of the trajectory (it may be negative).
+    states: the teacher's trajectory [T,B,...].
+    offsets: x - D at its points [T-1,B,...], the direction times sigma.
+    sigmas: noise levels [T].
+    metric: l1 or l2, the norm of the difference to the teacher's x_j; dev, the distance of the
+        jump's end from the chord of the trajectory, less that of x_j (it may be negative). Default
+        dev.
     """
     if metric not in METRICS:
         raise UserError(f"unknown metric '{metric}'; choose from {', '.join(METRICS)}")
@@ -53,8 +57,8 @@ def jump_costs(states, offsets, sigmas, metric: str = "dev") -> torch.Tensor:
 def teacher_trajectory(net, latents, solver: str, **settings):
     """(states [T,B,C,H,W], x - D [T-1,B,C,H,W] at all but the last of them, sigmas [T]) of a plain solver.
 
-    latents: unit-variance noise [B,C,H,W]; settings: keywords of ``sample``. Raises UserError for a solver whose
-    directions at the points of its grid are not those of a deterministic trajectory.
+    latents: unit-variance noise [B,C,H,W]; settings: keywords of ``sample``. Raises UserError for a
+    solver whose directions at the points of its grid are not those of a deterministic trajectory.
     """
     offsets = []
     states, info = sample(
@@ -85,11 +89,12 @@ def gits_cost(
 ) -> torch.Tensor:
     """The cost matrix of GITS over the teacher's grid of T points, averaged over all samples; float64 [T,T].
 
-    latents: unit-variance noise [rounds,batch,C,H,W], or any iterable of batches; one batch is in memory at a time.
-    solver, num_steps (T) and settings (schedule_type, sigma_min, max_order, ...): the teacher, as in ``sample``. metric:
-    dev, l1 or l2 (``jump_costs``). cond: passed on to net in every round. afs: whether the schedule is meant for AFS; the
-    teacher never uses it, except under original_code, where the published code applies it to both. Raises UserError on
-    unknown names and solvers that cannot teach.
+    latents: unit-variance noise [rounds,batch,C,H,W], or any iterable of batches; one batch is in
+    memory at a time. solver, num_steps (T) and settings (schedule_type, sigma_min, max_order, ...):
+    the teacher, as in ``sample``. metric: dev, l1 or l2 (``jump_costs``). cond: passed on to net in
+    every round. afs: whether the schedule is meant for AFS; the teacher never uses it, except under
+    original_code, where the published code applies it to both. Raises UserError on unknown names
+    and solvers that cannot teach.
     """
     check_teacher(solver)
     settings = {**settings, "afs": afs if original_code else False, "original_code": original_code}
@@ -108,10 +113,10 @@ def gits_cost(
 def gits_indices(cost, num_steps: int, coeff: float = 1.15, second: int = 1, method: str = "GITS") -> list[int]:
     """The cheapest chain of num_steps points from the first to the last of the teacher's grid, as indices into it.
 
-    cost: [T,T], from i to j > i. coeff > 0: the m-th jump (from 0) weighs coeff^m, so values above 1 make errors late
-    in the sampling dearer. second: the second point is at least this one (unless it is the last). Among equal chains the
-    one with the smallest indices is taken. Raises UserError, in the name of ``method``, where there is no such chain or
-    cost is not finite.
+    cost: [T,T], from i to j > i. coeff > 0: the m-th jump (from 0) weighs coeff^m, so values above
+    1 make errors late in the sampling dearer. second: the second point is at least this one (unless
+    it is the last). Among equal chains the one with the smallest indices is taken. Raises
+    UserError, in the name of ``method``, where there is no such chain or cost is not finite.
     """
     cost = torch.as_tensor(cost).detach().to("cpu", torch.float64).numpy()
     if cost.ndim != 2 or cost.shape[0] != cost.shape[1] or len(cost) < 2:
@@ -149,9 +154,10 @@ def insert_afs_point(
 ) -> list[int]:
     """``indices`` with one more point between the first two, which costs nothing under AFS.
 
-    All points of the teacher's grid between them are tried with the student (solver and settings as in ``sample``), and
-    the one whose samples end nearest to the teacher's (mean L2 distance to targets [B,C,H,W]) is taken. Without a point
-    between them the list is returned as it is. noise: gives, for every trial anew, the ``noise`` of a stochastic student.
+    All points of the teacher's grid between them are tried with the student (solver and settings as
+    in ``sample``), and the one whose samples end nearest to the teacher's (mean L2 distance to
+    targets [B,C,H,W]) is taken. Without a point between them the list is returned as it is. noise:
+    gives, for every trial anew, the ``noise`` of a stochastic student.
     """
     best, least = list(indices), float("inf")
     for k in range(indices[0] + 1, indices[1]):

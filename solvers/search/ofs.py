@@ -1,19 +1,21 @@
 """OFS: the schedule with the least upper bound of Euler's error, by the dynamic programme of GITS.
 
-After Huang 2024, "Optimizing Few-Step Sampler" (arXiv 2412.10786), of which only the abstract could be read: Euler's
-sampler unrolled is a convex combination of the denoised images at the chosen noise levels; an upper bound of its
-discretisation error, estimated by Monte Carlo, is minimised over the schedule (here), in turns with fine-tuning the network
-at these noise levels (tools/train_denoiser.py --schedule). How the bound is made and minimised below is a
+After Huang 2024, "Optimizing Few-Step Sampler" (arXiv 2412.10786), of which only the abstract could
+be read: Euler's sampler unrolled is a convex combination of the denoised images at the chosen noise
+levels; an upper bound of its discretisation error, estimated by Monte Carlo, is minimised over the
+schedule (here), in turns with fine-tuning the network at these noise levels
+(tools/train_denoiser.py --schedule). How the bound is made and minimised below is a
 reconstruction: do not expect the paper's figures of it.
 
-With u = 1/s the probability-flow ODE is d(x/s)/du = D(x, s). An Euler step from s_i to s_j holds D, so that from a point
-x_i of the exact trajectory it misses the exact x_j by at most
+With u = 1/s the probability-flow ODE is d(x/s)/du = D(x, s). An Euler step from s_i to s_j holds D,
+so that from a point x_i of the exact trajectory it misses the exact x_j by at most
 
     e_ij = s_j int_{u_i}^{u_j} || D(x_s, s) - D(x_i, s_i) || du.
 
-What becomes of such an error afterwards decides how the e_ij add up. For Gaussian data of standard deviation v an Euler step
-multiplies it by (v^2 + s s') / (v^2 + s^2), which is at most the factor of the exact flow, the root of (v^2 + s'^2) / (v^2 +
-s^2); both grow with v. Hence ||error|| <= sum of c_ij over the intervals, with
+What becomes of such an error afterwards decides how the e_ij add up. For Gaussian data of standard
+deviation v an Euler step multiplies it by (v^2 + s s') / (v^2 + s^2), which is at most the factor
+of the exact flow, the root of (v^2 + s'^2) / (v^2 + s^2); both grow with v. Hence ||error|| <= sum
+of c_ij over the intervals, with
 
     c_ij = e_ij sqrt((v^2 + s_end^2) / (v^2 + s_j^2)),
 
@@ -49,10 +51,14 @@ OFS_OPTIONS = {
 
 
 def bound_costs(denoised, sigmas, spread: float = 10.0, first=None) -> torch.Tensor:
-    """c_ij of the module, averaged over the batch and per pixel (root mean square); float64 [T,T] on the CPU, 0 for j <= i.
+    """c_ij of the module, root mean square over batch and pixels, float64 [T,T] on the CPU; 0 for j <= i.
 
-    denoised [T,B,...]: D at all points of a trajectory; sigmas [T] descending; spread: v; first [B,...]: what the step
-    from the first point takes the denoised image for, if not denoised[0] (AFS). The integrals are trapezoidal in u.
+    denoised: D at all points of a trajectory [T,B,...].
+    sigmas: noise levels [T], decreasing.
+    spread: v. Default 10.
+    first: the denoised image [B,...] that AFS uses at the first point. Default: denoised[0].
+
+    The integrals are trapezoidal in u.
     """
     denoised = denoised.flatten(2)
     sigmas = sigmas.detach().cpu().double()
@@ -94,8 +100,9 @@ def ofs_sigmas(
 ) -> torch.Tensor:
     """The noise levels with the least bound, float64 [num_steps]; rank 0 prints the bound.
 
-    problem: a ``solvers.search.problem.Problem``; the rest: OFS_OPTIONS. Under AFS the first interval is charged with what the
-    analytical step takes the denoised image for. Raises UserError on impossible settings.
+    problem: a ``solvers.search.problem.Problem``; the rest: OFS_OPTIONS. Under AFS the first
+    interval is charged with what the analytical step takes the denoised image for. Raises UserError
+    on impossible settings.
     """
     check_teacher(solver_tea)
     if num_warmup < 1 or num_steps_tea < 2:

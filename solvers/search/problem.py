@@ -1,4 +1,4 @@
-"""What a search for noise levels is given to work with."""
+"""The input of a search for noise levels: network, solver, seeds and the state of the run."""
 
 import hashlib
 import json
@@ -26,7 +26,11 @@ SHARED_OPTIONS = ("max_order", "predict_x0", "lower_order_final", "thresholding"
 
 @dataclass
 class Found:
-    """What a method returns: sigmas [N] descending; sigmas_net [N] where it learns what the network is told."""
+    """Result of a method.
+
+    sigmas: noise levels [N], decreasing.
+    sigmas_net: noise levels [N] to condition the network on. Default: sigmas.
+    """
 
     sigmas: torch.Tensor
     sigmas_net: torch.Tensor | None = None
@@ -34,14 +38,23 @@ class Found:
 
 @dataclass
 class Problem:
-    """A schedule is wanted for this network and solver.
+    """The network and solver that a schedule is wanted for.
 
-    num_steps: time stamps of the schedule; options: those of the solver that were set; sigma_min, sigma_max: its ends
-    (None: the network's); afs: the free first step the schedule is meant for; seed: of all randomness; batch: samples per
-    network call; labels: class of all samples (None: drawn); prompts: of text-to-image networks, texts of which each
-    sample draws one; negative_prompt: for the unconditional side (None: the network's default); state_path: where a method
-    may keep its state; make_judge: (ref, detector) -> judge(batches), the FID of this process's batches of decoded images
-    [B,C,H,W] and those of the others, the same on all of them; None where it cannot be had.
+    net: the denoiser.
+    solver: name of the solver.
+    num_steps: number of time steps of the schedule.
+    options: options of the solver that were set. Default: none.
+    sigma_min, sigma_max: ends of the schedule. Default: those of the network.
+    afs: kind of the analytical first step. Default False.
+    seed: of all random numbers. Default 0.
+    batch: samples per network call. Default 64.
+    labels: class of all samples. Default: None, drawn at random.
+    prompts: of text-to-image networks; each sample draws one. Default None.
+    negative_prompt: for the unconditional side. Default: that of the network.
+    device: of the computation. Default: the CPU.
+    state_path: file for the state of an interrupted method. Default: None, no file.
+    make_judge: (ref, detector) -> judge(batches), the FID of the decoded images [B,C,H,W] of all
+        processes together. Default: None, not available.
     """
 
     net: torch.nn.Module
@@ -81,11 +94,11 @@ class Problem:
             self.net, 2, "logsnr", 1, self.sigma_min, self.sigma_max
         )  # says what is wrong with them
         if self.options:  # a file that an option names is looked at now
-            solver.bind(self.net, sigmas)
+            solver.setup(self.net, sigmas)
         self._started = time.perf_counter()
 
     def make_solver(self) -> Solver:
-        """The solver with its options; UserError where they do not go together."""
+        """The solver with its options. Raises UserError if they do not go together."""
         return make_solver(self.solver, self.options)
 
     def shared_options(self, solver_tea: str) -> dict:
@@ -99,20 +112,23 @@ class Problem:
         return shared
 
     def batches(self, samples: int) -> list[list[int]]:
-        """The seeds of so many samples, batch by batch. They are not those of ``sample.py``, so that what is found is not
-        fitted to the images that evaluate it."""
+        """The seeds of ``samples`` samples, batch by batch.
+
+        They differ from those of ``sample.py``, so that the schedule is not fitted to the images
+        that evaluate it.
+        """
         seeds = stream_seeds(self.seed, 0, samples)
         return [seeds[start : start + self.batch] for start in range(0, samples, self.batch)]
 
     def noise(self, seeds: list[int]) -> tuple[torch.Tensor, dict]:
-        """Unit-variance noise [B,C,H,W] and the condition that belong to these seeds. Float64 where the device has it."""
+        """Unit-variance noise [B,C,H,W] and cond of these seeds, float64 if the device has it."""
         dtype = torch.float32 if torch.device(self.device).type == "mps" else torch.float64
         more = {"labels": self.labels, "negative_prompt": self.negative_prompt}
         latents, cond = draw_inputs(self.net, seeds, self.prompts, **more)
         return latents.to(self.device, dtype), cond
 
     def texts(self) -> dict:
-        """What the file and the state say about the prompts: a text, or the number of captions and their SHA-256."""
+        """The record of the prompts: a text, or the number of captions and their SHA-256."""
         if self.prompts is None:
             return {}
         digest = hashlib.sha256(json.dumps(list(self.prompts)).encode()).hexdigest()
@@ -120,12 +136,12 @@ class Problem:
         return {"prompt": self.prompts[0] if len(self.prompts) == 1 else many, "negative_prompt": self.negative_prompt}
 
     def fresh_noise(self, seeds: list[int]) -> Callable[[], torch.Tensor]:
-        """A source of noise [B,C,H,W] beside that of ``noise``; every source made for these seeds gives the same."""
+        """A source of noise [B,C,H,W] that differs from ``noise`` and depends on the seeds only."""
         generators = SeededGenerators([stream_seeds(seed, 0, 1)[0] for seed in seeds])
         return lambda: draw_noise(self.net, generators)
 
     def teacher(self, solver_tea, num_steps_tea, schedule_type, schedule_rho, **more) -> dict:
-        """Keywords of ``sample`` for a teacher over the range of the schedule; it takes the student's SHARED_OPTIONS."""
+        """Keywords of ``sample`` for a teacher over the range of the schedule, with the SHARED_OPTIONS."""
         return {
             "solver": solver_tea,
             "num_steps": num_steps_tea,
@@ -138,9 +154,14 @@ class Problem:
         }
 
     def mean_cost(self, samples: int, size: int, cost_of: Callable) -> torch.Tensor:
-        """The mean over so many samples of cost_of(seeds), the mean of a batch, float64 [size,size].
+        """The mean of a cost over samples, float64 [size,size].
 
-        The batches are shared by the processes of a torchrun, and a run that was interrupted goes on after the last one.
+        samples: number of samples.
+        size: rows and columns of the cost.
+        cost_of: seeds -> the mean cost of a batch.
+
+        The processes of torchrun share the batches. An interrupted run resumes after its last
+        batch.
         """
         mine = self.batches(samples)[distributed.rank() :: distributed.world_size()]
         with together():
@@ -156,10 +177,10 @@ class Problem:
     def progress(self, total: int, unit: str, done: int = 0) -> tqdm:
         return progress_bar(total, initial=done, unit=unit)
 
-    # A method that takes long keeps a state and goes on from it. Every process of a torchrun has one of its own.
+    # A long method saves its state and resumes from it. Every process of torchrun has its own state.
 
     def load_state(self) -> dict | None:
-        """What ``save_state`` wrote last in a run that did not end; None where there is nothing."""
+        """The last state that ``save_state`` wrote in an interrupted run. None if there is none."""
         path = self._state_file()
         if path is None or not path.exists():
             return None
@@ -180,7 +201,7 @@ class Problem:
         return state
 
     def save_state(self, state: dict) -> None:
-        """Keeps a dict of tensors, numbers and texts for a later ``load_state``."""
+        """Saves a dict of tensors, numbers and texts for ``load_state``."""
         path = self._state_file()
         if path is None:
             return
