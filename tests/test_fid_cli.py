@@ -16,7 +16,6 @@ import scipy.linalg
 import torch
 from PIL import Image
 
-import fid
 from evaluation import detectors
 from evaluation import fid as fid_module
 from evaluation import reading as reading_module
@@ -177,7 +176,7 @@ def test_references_of_one_name_from_two_addresses_are_two(tmp_path, monkeypatch
         Reference(np.full(2, float(len(asked))), np.eye(2)).save(path)
 
     monkeypatch.setenv("AMED_CACHE", str(tmp_path))
-    monkeypatch.setattr(fid, "download_file", download)
+    monkeypatch.setattr(fid_module, "download_file", download)
     addresses = ["https://one.example/fid/ref.npz", "https://two.example/fid/ref.npz"]
     found = [find_reference(address).mu[0] for address in addresses + addresses]
     assert found == [1, 2, 1, 2] and asked == addresses
