@@ -21,7 +21,7 @@ from evaluation.fid import choose_detector, find_reference, warn_about_count
 from evaluation.frechet import FeatureStatistics, frechet_distance
 from models import create_model, zoo
 from models.compile import AUTOCAST, prepare_network
-from sampling.flags import POSITIVE, flag_type, parse_afs, solver_flags, solver_option_names, text_flags
+from sampling.flags import parse_afs, solver_flags, solver_option_names, text_flags
 from sampling.settings import check_text, read_text
 from solvers import make_solver
 from solvers.schedule_file import Schedule, save_schedule
@@ -34,6 +34,7 @@ from torch_utils.files import check_destination
 from torch_utils.images import to_uint8
 from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom
+from torch_utils.options import POSITIVE, click_type
 from torch_utils.seeds import SeededGenerators
 from torch_utils.session import session
 from torch_utils.version import code_version
@@ -49,7 +50,7 @@ def method_flags(command):
         if any(option.kind != kind for option in users.values()):
             raise TypeError(f"the methods {', '.join(users)} disagree about the type of their option '{name}'")
         text = "; ".join(f"{key}: {option.help} (default: {option.default})" for key, option in users.items())
-        command = click.option(f"--{name}", type=flag_type(kind), help=text)(command)
+        command = click.option(f"--{name}", type=click_type(kind), help=text)(command)
     return command
 
 

@@ -248,7 +248,12 @@ class _AMEDScheduler:
                 network, self.solver, check_sigmas(own.pop("sigmas").detach(), device), predictor=self.predictor, **own
             )
         names = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_max", "sigmas")
-        sigmas = resolve_sigmas(network, **{name: settings[name] for name in names}, device=device)
+        sigmas = resolve_sigmas(
+            network,
+            **{name: settings[name] for name in names},
+            device=device,
+            original_code=bool(settings.get("original_code")),
+        )
         predictor = self.predictor.to(device)
         return _Replay(network, self.solver, sigmas, afs=settings["afs"], predictor=predictor, reader=self._reader)
 

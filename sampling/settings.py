@@ -134,7 +134,8 @@ def settings_from_predictor(config: dict, options: dict, given: set[str]) -> Set
         elif name in given and options[name] not in (None, False, config.get(name)):
             raise UserError(f"--{name} has no effect with the predictor's solver; leave it out")
     rule_options.pop("original_code", None)
-    more = {"original_code": bool(options.get("original_code")), "denoise_to_zero": options["denoise_to_zero"]}
+    as_published = (options if "original_code" in given else config).get("original_code")
+    more = {"original_code": bool(as_published), "denoise_to_zero": options["denoise_to_zero"]}
     return Settings(**values, options=rule_options, **more)
 
 

@@ -264,6 +264,7 @@ def check_predictor(predictor, net, solver: Solver, sigmas: torch.Tensor, settin
         if trained.keys().isdisjoint((*_SCHEDULE, "sigmas")):
             return
         own = {name: trained.get(name, settings[name]) for name in _SCHEDULE} | {"sigmas": trained.get("sigmas")}
+        own["original_code"] = bool(trained.get("original_code"))
         levels = resolve_sigmas(net, **own, device=sigmas.device, dtype=sigmas.dtype)
         if len(levels) == len(sigmas) and torch.allclose(levels, sigmas.detach(), rtol=1e-6, atol=0):
             return
@@ -300,8 +301,8 @@ def integrate(
     sigmas=None,
     sigmas_net=None,
     max_order: int | None = None,
-    predict_x0: bool = True,
-    lower_order_final: bool = True,
+    predict_x0: bool | None = None,
+    lower_order_final: bool | None = None,
     denoise_to_zero: bool = False,
     return_trajectory: bool = False,
     return_info: bool = False,
@@ -317,7 +318,7 @@ def integrate(
     arithmetic. num_steps: time stamps (intervals + 1). sigmas: an explicit schedule that replaces num_steps and
     schedule_type; sigmas_net: what the network is told in their place, if not the same. predictor: an AMEDPredictor; it
     inserts one learned evaluation per interval and works only with the settings of its training (UserError for others);
-    max_order None is then that of the training. For the solver "span" a SpanSolver, which brings schedule and first step
+    options of the solver that are not given are then those of the training. For the solver "span" a SpanSolver, which brings schedule and first step
     along. cond: passed on to net.
     denoise_to_zero: one more evaluation at the last sigma. callback(i, sigma, x, denoised): called in every interval with
     the state and the denoised image at its start. noise(): standard normal noise like latents for stochastic solvers
@@ -334,9 +335,10 @@ def integrate(
     if not torch.is_tensor(latents) or not latents.is_floating_point():
         found = f"{latents.dtype}" if torch.is_tensor(latents) else type(latents).__name__
         raise UserError(f"sample: latents must be a floating-point tensor [B,C,H,W], got {found}")
-    if max_order is None:  # not chosen: that of the predictor's training
-        max_order = getattr(predictor, "config", {}).get("max_order")
+    trained = getattr(predictor, "config", {})
+    original_code = bool(original_code or trained.get("original_code"))
     common = {"max_order": max_order, "predict_x0": predict_x0, "lower_order_final": lower_order_final}
+    common = {**trained, **{name: value for name, value in common.items() if value is not None}}
     common["original_code"] = original_code
     method = make_solver(solver, solver_options, common)
     if method.own_schedule:

@@ -40,25 +40,10 @@ from solvers.schedules import check_sigmas, get_schedule
 from solvers.solver import State, make_solver
 from solvers.span_heads import HEADS, LIFTED, SampleHead, SpatialHead, TimeHead
 from torch_utils.errors import UserError
-from torch_utils.kinds import MOST_STEPS, check_kinds, check_steps
+from torch_utils.kinds import MOST_STEPS, check_kinds, check_steps, defaults_of, kinds_of
 from torch_utils.seeds import SeededGenerators
 
 GROUPS = ("labels", "inner", "time", "inner_time", "corrections", "scale", "contrast")
-
-
-# What the values may be: files bring them.
-KINDS = {
-    **dict.fromkeys(("dataset_name", "guidance_type", "preset"), str | None),
-    **dict.fromkeys(("first_step", "base", "schedule_type"), str),
-    **dict.fromkeys(("num_steps", "parallel", "max_order"), int),
-    **dict.fromkeys(("img_resolution", "window", "img_channels", "embedding_width"), int | None),
-    **dict.fromkeys(("guidance_rate", "time_bound"), float | None),
-    **dict.fromkeys(("sigma_min", "sigma_max", "schedule_rho", "scale_bound", "contrast_bound"), float),
-    **dict.fromkeys(("lower_order_final", "relative"), bool),
-    **dict.fromkeys(("learn", "heads"), list[str]),
-    "image_shape": list[int] | None,
-    "sigmas": list[float] | None,
-}
 
 
 BASES = ("ab", "midpoint", "euler", "ipndm", "deis", "dpmpp")
@@ -66,40 +51,45 @@ FIRST_STEPS = ("none", "zero", "gaussian")
 LEAST_SHARE = 1e-6  # of ln(sigma_max / sigma_min) in every interval, so that no two labels fall together
 
 
-DEFAULTS = {
+@dataclass
+class SpanConfig:
+    """The configuration that a span solver carries."""
+
     # what it belongs to
-    "dataset_name": None,
-    "img_resolution": None,
-    "guidance_type": None,
-    "guidance_rate": 0.0,
-    "preset": None,  # the name it was made under
+    dataset_name: str | None = None
+    img_resolution: int | None = None
+    guidance_type: str | None = None
+    guidance_rate: float | None = 0.0
+    preset: str | None = None  # the name it was made under
     # structure
-    "num_steps": 5,  # time stamps; there are num_steps - 1 intervals
-    "parallel": 1,  # K, the calls of the network in one batch
-    "first_step": "zero",  # none; zero: x / sqrt(1 + sigma^2); gaussian: that of the data's mean and variance
-    "image_shape": None,  # [C,H,W] of the mean that measure_gaussian found
-    "base": "ab",  # the theory that the coefficients start from, one of BASES
-    "max_order": 3,  # its order
-    "lower_order_final": True,  # of dpmpp
-    "relative": True,  # the theory on the current labels; False: on the initial ones, for ever
-    "window": None,  # stages whose slopes the corrections of a row see, newest first; None: all
+    num_steps: int = 5  # time steps; there are num_steps - 1 intervals
+    parallel: int = 1  # K, the calls of the network in one batch
+    first_step: str = "zero"  # none; zero: x / sqrt(1 + sigma^2); gaussian: that of the data's mean and variance
+    image_shape: list[int] | None = None  # [C,H,W] of the mean that measure_gaussian found
+    base: str = "ab"  # the theory that the coefficients start from, one of BASES
+    max_order: int = 3  # its order
+    lower_order_final: bool = True  # of dpmpp
+    relative: bool = True  # the theory on the current labels; False: on the initial ones, for ever
+    window: int | None = None  # stages whose slopes the corrections of a row see, newest first; None: all
     # initial labels
-    "sigma_min": 0.002,
-    "sigma_max": 80.0,
-    "schedule_type": "polynomial",
-    "schedule_rho": 7,
-    "sigmas": None,  # explicit ones, which replace num_steps, the range and the schedule
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    schedule_type: str = "polynomial"
+    schedule_rho: float = 7
+    sigmas: list[float] | None = None  # explicit ones, which replace num_steps, the range and the schedule
     # what is learned and how far it may go
-    "learn": ["labels", "time", "corrections", "contrast"],
-    "time_bound": 0.3,  # |ln a|; None: unbounded
-    "scale_bound": 0.05,  # |scale - 1|
-    "scaled": None,  # number of last intervals whose scale is learned; None: all
-    "contrast_bound": 0.05,  # |delta|
+    learn: list[str] = field(default_factory=lambda: ["labels", "time", "corrections", "contrast"])
+    time_bound: float | None = 0.3  # |ln a|; None: unbounded
+    scale_bound: float = 0.05  # |scale - 1|
+    scaled: int | None = None  # number of last intervals whose scale is learned; None: all
+    contrast_bound: float = 0.05  # |delta|
     # optional networks beside the table (solvers/span_heads.py), which start at zero
-    "heads": [],  # "sample", "spatial", "time"
-    "img_channels": None,  # for spatial
-    "embedding_width": None,  # for time: entries of the network's noise embedding
-}
+    heads: list[str] = field(default_factory=list)  # "sample", "spatial", "time"
+    img_channels: int | None = None  # for spatial
+    embedding_width: int | None = None  # for time: entries of the network's noise embedding
+
+
+KINDS = kinds_of(SpanConfig)
 
 
 PRESETS = {
@@ -186,7 +176,7 @@ class Plan:
 
 
 class SpanSolver(nn.Module):
-    """The learned table (see the module). Keyword arguments are the keys of ``DEFAULTS``; ``config`` holds all of them.
+    """The learned table (see the module). Keyword arguments are the fields of ``SpanConfig``; ``config`` holds all of them.
 
     Parameters, all float64 whatever the module is moved to, those of the groups in ``learn`` with gradient:
 
@@ -205,10 +195,10 @@ class SpanSolver(nn.Module):
 
     def __init__(self, **config):
         super().__init__()
-        unknown = sorted(set(config) - set(DEFAULTS))
+        unknown = sorted(set(config) - set(KINDS))
         if unknown:
-            raise UserError(f"unknown setting of a span student '{unknown[0]}'; known: {', '.join(DEFAULTS)}")
-        self.config = copy.deepcopy({**DEFAULTS, **config})
+            raise UserError(f"unknown setting of a span student '{unknown[0]}'; known: {', '.join(KINDS)}")
+        self.config = copy.deepcopy({**defaults_of(SpanConfig), **config})
         self.provenance: dict = {}
         initial = self._check()
         self.rows = self._make_rows()

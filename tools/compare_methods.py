@@ -15,12 +15,13 @@ from pathlib import Path
 import click
 import torch
 
-from sampling.flags import flag_type, parse_afs
+from sampling.flags import parse_afs
 from sampling.settings import Settings, settings_of
 from solvers import SCHEDULES, SOLVERS, check_sigmas
 from torch_utils import distributed
 from torch_utils.cli import PATH
 from torch_utils.errors import UserError
+from torch_utils.options import click_type
 from training.checkpoint import find_predictor, load_predictor
 
 # The customary schedule and options of each solver, from its paper or the code published with it; a solver that is not
@@ -106,7 +107,7 @@ def parse_method(text: str, common: dict, everywhere: dict) -> Method:
         elif name in SCHEDULE_SETTINGS:
             own[name] = _parse_value(text, name, value, SCHEDULE_SETTINGS[name])
         elif name in method.options:
-            own[name] = _parse_value(text, name, value, click.types.convert_type(flag_type(method.options[name].kind)))
+            own[name] = _parse_value(text, name, value, click.types.convert_type(click_type(method.options[name].kind)))
         else:
             known = ", ".join(dict.fromkeys([*method.options, *SCHEDULE_SETTINGS, SCHEDULE_FILE]))
             raise UserError(f"--solvers={text}: {solver} has no option '{name}'; choose from {known}")
