@@ -318,8 +318,8 @@ def integrate(
     arithmetic. num_steps: time stamps (intervals + 1). sigmas: an explicit schedule that replaces num_steps and
     schedule_type; sigmas_net: what the network is told in their place, if not the same. predictor: an AMEDPredictor; it
     inserts one learned evaluation per interval and works only with the settings of its training (UserError for others);
-    options of the solver that are not given are then those of the training. For the solver "span" a SpanSolver, which brings schedule and first step
-    along. cond: passed on to net.
+    options of the solver that are not given are then those of the training. For the solver "span" a
+    SpanSolver, which brings schedule and first step along. cond: passed on to net.
     denoise_to_zero: one more evaluation at the last sigma. callback(i, sigma, x, denoised): called in every interval with
     the state and the denoised image at its start. noise(): standard normal noise like latents for stochastic solvers
     (default: torch's global generator). original_code: reproduce the published code where it deviates from its

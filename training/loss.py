@@ -41,9 +41,9 @@ class TeacherTargets:
 class DistillationLoss:
     """Per-interval squared error between a student with a predictor and its teacher.
 
-    net: a Denoiser; config: the predictor's configuration (``training.predictor.PredictorConfig`` and options of solvers;
-    missing keys take the defaults). ``sigmas``: the student's schedule, float64 [num_steps]; ``teacher_sigmas``: the teacher's, with M points
-    more in every interval. One-step students restart every interval from the teacher's state, multistep ones continue
+    net: a Denoiser; config: the predictor's configuration (``PredictorConfig`` and options of solvers;
+    missing keys take the defaults). ``sigmas``: the student's schedule, float64 [num_steps];
+    ``teacher_sigmas``: the teacher's, with M points more in every interval. One-step students restart every interval from the teacher's state, multistep ones continue
     from their own, whose history this object carries from step_idx to step_idx + 1. checkpointing: see ``Sampler``.
     """
 

@@ -11,7 +11,7 @@ from models.compile import AUTOCAST, COMPILE_MODES
 from solvers import SOLVERS
 from solvers.schedules import SCHEDULES, check_sigmas, get_schedule
 from solvers.search.problem import Problem
-from solvers.solver import Option, solver_options
+from solvers.solver import Option
 from solvers.span_table import BASES, GROUPS, PRESETS, SpanSolver
 from torch_utils.cli import PATH, SEED, Number
 from torch_utils.errors import UserError
@@ -19,7 +19,7 @@ from torch_utils.kinds import check_kinds, kinds_of
 from torch_utils.memory import AUTO, BatchSize
 from torch_utils.options import COUNT, POSITIVE, FloatList, check_options, click_type, option
 from training.loss import make_solvers
-from training.predictor import DEFAULTS, AMEDPredictor, solver_settings
+from training.predictor import DEFAULTS, AMEDPredictor, solver_settings, trainable_options
 from training.sample_loss import DenoiserFeatures, parse_loss
 from training.schedule_search import run_dmn
 from training.teacher import TeacherSettings, check_teacher, draw_inputs, teachers
@@ -188,7 +188,7 @@ def _solver_option(users: dict[str, Option]):
     return first.type | None, field
 
 
-TRAINABLE = solver_options(SOLVERS[name] for name in dict.fromkeys([*STUDENTS, *TEACHERS]))
+TRAINABLE = trainable_options()
 # One field for each option of a solver that can be student or teacher.
 SolverOptions = make_dataclass(
     "SolverOptions",

@@ -12,7 +12,7 @@ from torch import nn
 
 from models.denoiser import BOTTLENECK_SIZE
 from models.edm_unet import Linear, PositionalEmbedding
-from solvers.solver import SOLVERS, Solver, solver_options
+from solvers.solver import SOLVERS, Option, Solver, solver_options
 from torch_utils.errors import UserError
 from torch_utils.kinds import check_kinds, check_steps, defaults_of, kinds_of
 
@@ -50,6 +50,11 @@ DEFAULTS = defaults_of(PredictorConfig)
 _WIDEST = 1 << 16  # of any layer
 
 
+def trainable_options() -> dict[str, dict[str, Option]]:
+    """The options of all solvers that can be student or teacher, {name: {solver: Option}}."""
+    return solver_options(solver for solver in SOLVERS.values() if solver.can_learn or solver.can_teach)
+
+
 def solver_settings(config: Mapping) -> dict:
     """The options that a student and its teacher have under this configuration, defaults included."""
     student, teacher = (SOLVERS.get(config[role], Solver) for role in ("sampler_stu", "sampler_tea"))
@@ -69,7 +74,7 @@ class AMEDPredictor(nn.Module):
 
     def __init__(self, **config):
         super().__init__()
-        options = {name: next(iter(users.values())) for name, users in solver_options().items()}
+        options = {name: next(iter(users.values())) for name, users in trainable_options().items()}
         kinds = {name: option.type | None for name, option in options.items()} | kinds_of(PredictorConfig)
         unknown = sorted(set(config) - set(kinds))
         if unknown:
