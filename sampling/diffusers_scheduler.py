@@ -247,7 +247,8 @@ class _AMEDScheduler:
             sigmas = check_sigmas(own.pop("sigmas").detach(), device)
             return Sampler(network, self.solver, sigmas, predictor=self.predictor, **own)
         names = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_max", "sigmas")
-        sigmas = resolve_sigmas(network, **{name: settings[name] for name in names}, device=device)
+        own = {name: settings[name] for name in names} | {"original_code": bool(settings.get("original_code"))}
+        sigmas = resolve_sigmas(network, **own, device=device)
         run = Sampler(network, self.solver, sigmas, afs=settings["afs"], predictor=self.predictor.to(device))
         run.reader = reader or _NoBottleneck()
         return run

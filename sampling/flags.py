@@ -23,14 +23,13 @@ from typing import get_args
 import click
 from click.core import ParameterSource
 
-from solvers import SOLVERS
 from solvers.schedule_file import Schedule, load_schedule
 from solvers.schedules import SCHEDULE_NAMES
-from torch_utils.cli import PATH, Number
+from solvers.solver import solver_options
+from torch_utils.cli import PATH
 from torch_utils.errors import UserError
+from torch_utils.options import click_type
 
-SECOND_NAMES = {"r": "--solver_r"}  # torchrun takes --r for one of its own options
-POSITIVE = Number(0, min_open=True)
 REQUIRED = MISSING
 ALWAYS, CHANGED = "always", "changed"
 
@@ -161,31 +160,21 @@ def recorded(*parts) -> dict:
     return found
 
 
-def flag_type(kind):
-    """The click type of an ``Option.kind``."""
-    if isinstance(kind, tuple):
-        return click.Choice(kind, case_sensitive=False)
-    return {float: Number(infinite=True), str: PATH}.get(kind, kind)
-
-
 def solver_option_names() -> tuple[str, ...]:
     """The options of all solvers, each once."""
-    return tuple(dict.fromkeys(name for solver in SOLVERS.values() for name in solver.options))
+    return tuple(solver_options())
 
 
 def solver_flags(command):
     """Decorator: one click option per option of the registered solvers; None where the user does not give it."""
-    for name in reversed(solver_option_names()):
-        users = {solver: method.options[name] for solver, method in SOLVERS.items() if name in method.options}
-        kind = next(iter(users.values())).kind
-        if any(option.kind != kind for option in users.values()):
-            raise TypeError(f"the solvers {', '.join(users)} disagree about the type of their option '{name}'")
+    for name, users in reversed(solver_options().items()):
+        first = next(iter(users.values()))
         texts: dict[str, list[str]] = {}
         for solver, option in users.items():
             texts.setdefault(option.help, []).append(f"{solver} {option.default}")
         text = "; ".join(f"{help} (default: {', '.join(defaults)})" for help, defaults in texts.items())
-        names = [f"--{name}", *([SECOND_NAMES[name]] if name in SECOND_NAMES else []), name]
-        command = click.option(*names, type=flag_type(kind), help=text)(command)
+        names = [f"--{name}", *first.aliases, name]
+        command = click.option(*names, type=click_type(first.kind), help=text)(command)
     return command
 
 

@@ -13,7 +13,6 @@ from sampling.flags import (
     REQUIRED,
     derived,
     flag,
-    flag_type,
     like,
     part,
     solver_flags,
@@ -32,6 +31,7 @@ from torch_utils.files import check_destination
 from torch_utils.images import to_uint8
 from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom
+from torch_utils.options import click_type
 from torch_utils.version import code_version
 from training.schedule_search import METHODS, optimize
 
@@ -50,7 +50,7 @@ def search_flags(command):
         if any(option.kind != kind for option in users.values()):
             raise TypeError(f"the methods {', '.join(users)} disagree about the type of their option '{name}'")
         text = "; ".join(f"{key}: {option.help} (default: {option.default})" for key, option in users.items())
-        command = click.option(f"--{name}", type=flag_type(kind), help=text)(command)
+        command = click.option(f"--{name}", type=click_type(kind), help=text)(command)
     return command
 
 

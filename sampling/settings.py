@@ -13,7 +13,6 @@ from models.compile import AUTOCAST, COMPILE_MODES, prepare_network
 from sampling.flags import (
     ALWAYS,
     CHANGED,
-    POSITIVE,
     derived,
     flag,
     like,
@@ -31,6 +30,7 @@ from torch_utils import distributed
 from torch_utils.cli import PATH, Number
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
+from torch_utils.options import POSITIVE
 from torch_utils.seeds import SeededGenerators
 from training.checkpoint import find_predictor, load_predictor
 
@@ -184,7 +184,8 @@ def _predictor_settings(config: dict, asked: Settings, written: frozenset[str]) 
         elif value not in (None, False, config.get(name)):
             raise UserError(f"--{name} has no effect with the predictor's solver; leave it out")
     options.pop("original_code", None)
-    return replace(asked, **values, options=options, sigmas_net=None)
+    original = asked.original_code if "original_code" in written else bool(config.get("original_code"))
+    return replace(asked, **values, options=options, sigmas_net=None, original_code=original)
 
 
 def _span_settings(student: SpanSolver, asked: Settings, written: frozenset[str]) -> Settings:

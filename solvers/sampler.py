@@ -312,6 +312,7 @@ def check_predictor(predictor, net, solver: Solver, sigmas: torch.Tensor, settin
         if trained.keys().isdisjoint((*_SCHEDULE, "sigmas")):
             return
         own = {name: trained.get(name, settings[name]) for name in _SCHEDULE} | {"sigmas": trained.get("sigmas")}
+        own["original_code"] = bool(trained.get("original_code"))
         levels = resolve_sigmas(net, **own, device=sigmas.device, dtype=sigmas.dtype)
         if len(levels) == len(sigmas) and torch.allclose(levels, sigmas.detach(), rtol=1e-6, atol=0):
             return
@@ -348,8 +349,8 @@ def integrate(
     sigmas=None,
     sigmas_net=None,
     max_order: int | None = None,
-    predict_x0: bool = True,
-    lower_order_final: bool = True,
+    predict_x0: bool | None = None,
+    lower_order_final: bool | None = None,
     denoise_to_zero: bool = False,
     return_trajectory: bool = False,
     return_info: bool = False,
@@ -376,8 +377,8 @@ def integrate(
     sigmas: explicit noise levels [N], decreasing, which replace the schedule. Default None.
     sigmas_net: noise levels [N] to condition the network on. Default: the noise levels of the
         states.
-    max_order: order of the solver. Default: that of the predictor's training, or of the solver.
-    predict_x0, lower_order_final: options that several solvers have. Default True.
+    max_order, predict_x0, lower_order_final: options that several solvers have. Default: those of
+        the predictor's training, or of the solver.
     denoise_to_zero: one more evaluation, at the last sigma. Default False.
     return_trajectory, return_info: see below. Default False.
     callback: called with (i, sigma, x, denoised) in every interval, with the state and the denoised
@@ -385,9 +386,10 @@ def integrate(
     noise: returns standard normal noise like latents, for stochastic solvers. Default: torch's
         generator.
     original_code: reproduce the published code where it deviates from its paper (docs/solvers.md
-        lists the places). Default False.
+        lists the places). Default: as in the predictor's training, or False.
     checkpointing: see ``Sampler``. Default False.
-    solver_options: other options of the solver.
+    solver_options: other options of the solver. Default: those of the predictor's training, or of
+        the solver.
 
     Gradients flow to latents, sigmas, sigmas_net and the parameters of a predictor, if they require
     gradients. ``sample`` is the same without gradients.
@@ -399,9 +401,10 @@ def integrate(
     if not torch.is_tensor(latents) or not latents.is_floating_point():
         found = f"{latents.dtype}" if torch.is_tensor(latents) else type(latents).__name__
         raise UserError(f"sample: latents must be a floating-point tensor [B,C,H,W], got {found}")
-    if max_order is None:  # not chosen: that of the predictor's training
-        max_order = getattr(predictor, "config", {}).get("max_order")
+    trained = getattr(predictor, "config", {})
+    original_code = bool(original_code or trained.get("original_code"))
     common = {"max_order": max_order, "predict_x0": predict_x0, "lower_order_final": lower_order_final}
+    common = {**trained, **{name: value for name, value in common.items() if value is not None}}
     common["original_code"] = original_code
     method = make_solver(solver, solver_options, common)
     if method.own_schedule:

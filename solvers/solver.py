@@ -82,11 +82,18 @@ class Option:
     kind: bool, int, float, str, or a tuple of words to choose from (True and False count as words).
     default: the value if it is not given.
     help: one line for the flag.
+    aliases: further names of the flag, such as --solver_r.
     """
 
     kind: type | tuple[str, ...]
     default: object
     help: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def type(self) -> type:
+        """Python type of the values."""
+        return str if isinstance(self.kind, tuple) else self.kind
 
     def check(self, name, value):
         """``value`` in the option's type. Raises UserError if it does not fit."""
@@ -113,6 +120,7 @@ class Solver:
     name: str
     summary: str = ""  # one line for the documentation table
     options: dict[str, Option] = {}
+    learned_options: tuple[str, ...] = ()  # those that a predictor replaces
     stages: int = 1  # network evaluations per interval without a predictor
     can_teach: bool = True
     can_learn: bool = True  # may a predictor be inserted?
@@ -388,7 +396,9 @@ class DPMSolver2(TwoStageSolver):
     """DPM-Solver-2 (Lu et al. 2022, Algorithm 1) for any r in (0, 1]."""
 
     summary = "DPM-Solver-2 singlestep, order 2; 2 evaluations per step"
-    options = {"r": Option(float, 0.5, "place of the intermediate point, 0 < r <= 1")}
+    # torchrun takes --r for one of its own options
+    options = {"r": Option(float, 0.5, "place of the intermediate point, 0 < r <= 1", ("--solver_r",))}
+    learned_options = ("r",)
 
     def combine(self, d, d_mid, r):
         return d_mid / (2 * r) + (1 - 1 / (2 * r)) * d
@@ -400,6 +410,7 @@ class Heun(DPMSolver2):
 
     summary = "Heun, order 2; 2 evaluations per step, also on the last one"
     options = {}
+    learned_options = ()
     can_learn = False
     r = 1.0
 
@@ -428,6 +439,18 @@ def make_solver(solver: str, explicit: dict | None = None, common: dict | None =
     cls = SOLVERS[solver]
     chosen = {k: v for k, v in (common or {}).items() if k in cls.options}
     return cls(**{**chosen, **(explicit or {})})
+
+
+def solver_options(solvers=None) -> dict[str, dict[str, Option]]:
+    """Every option of these solver classes (default: of all), {name of the option: {solver: Option}}."""
+    found: dict[str, dict[str, Option]] = {}
+    for solver in SOLVERS.values() if solvers is None else solvers:
+        for name, option in solver.options.items():
+            found.setdefault(name, {})[solver.name] = option
+    for name, users in found.items():
+        if len({option.kind for option in users.values()}) > 1:
+            raise TypeError(f"the solvers {', '.join(users)} disagree about the type of their option '{name}'")
+    return found
 
 
 def teachers(per_step: bool = False) -> list[str]:

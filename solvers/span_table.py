@@ -45,25 +45,10 @@ from solvers.schedules import check_sigmas, get_schedule
 from solvers.solver import State, make_solver
 from solvers.span_heads import HEADS, LIFTED, SampleHead, SpatialHead, TimeHead
 from torch_utils.errors import UserError
-from torch_utils.kinds import MOST_STEPS, check_kinds, check_steps
+from torch_utils.kinds import MOST_STEPS, check_kinds, check_steps, defaults_of, kinds_of
 from torch_utils.seeds import SeededGenerators
 
 GROUPS = ("labels", "inner", "time", "inner_time", "corrections", "scale", "contrast")
-
-
-# Types of the values, to check those from files.
-KINDS = {
-    **dict.fromkeys(("dataset_name", "guidance_type", "preset"), str | None),
-    **dict.fromkeys(("first_step", "base", "schedule_type"), str),
-    **dict.fromkeys(("num_steps", "parallel", "max_order"), int),
-    **dict.fromkeys(("img_resolution", "window", "img_channels", "embedding_width"), int | None),
-    **dict.fromkeys(("guidance_rate", "time_bound"), float | None),
-    **dict.fromkeys(("sigma_min", "sigma_max", "schedule_rho", "scale_bound", "contrast_bound"), float),
-    **dict.fromkeys(("lower_order_final", "relative"), bool),
-    **dict.fromkeys(("learn", "heads"), list[str]),
-    "image_shape": list[int] | None,
-    "sigmas": list[float] | None,
-}
 
 
 BASES = ("ab", "midpoint", "euler", "ipndm", "deis", "dpmpp")
@@ -71,40 +56,45 @@ FIRST_STEPS = ("none", "zero", "gaussian")
 LEAST_SHARE = 1e-6  # of ln(sigma_max / sigma_min) in every interval, so that no two noise levels coincide
 
 
-DEFAULTS = {
+@dataclass
+class SpanConfig:
+    """The configuration that a span solver carries."""
+
     # network and preset
-    "dataset_name": None,
-    "img_resolution": None,
-    "guidance_type": None,
-    "guidance_rate": 0.0,
-    "preset": None,  # its name in PRESETS
+    dataset_name: str | None = None
+    img_resolution: int | None = None
+    guidance_type: str | None = None
+    guidance_rate: float | None = 0.0
+    preset: str | None = None  # its name in PRESETS
     # structure
-    "num_steps": 5,  # time steps; there are num_steps - 1 intervals
-    "parallel": 1,  # K, the calls of the network in one batch
-    "first_step": "zero",  # none; zero: x / sqrt(1 + sigma^2); gaussian: that of the data's mean and variance
-    "image_shape": None,  # [C,H,W] of the mean that measure_gaussian found
-    "base": "ab",  # the classical solver that gives the initial coefficients, one of BASES
-    "max_order": 3,  # its order
-    "lower_order_final": True,  # its option, for dpmpp
-    "relative": True,  # c_theory on the current noise levels; False: always on the initial ones
-    "window": None,  # number of newest stages whose coefficients in a row are learned; None: all
+    num_steps: int = 5  # time steps; there are num_steps - 1 intervals
+    parallel: int = 1  # K, the calls of the network in one batch
+    first_step: str = "zero"  # none; zero: x / sqrt(1 + sigma^2); gaussian: that of the data's mean and variance
+    image_shape: list[int] | None = None  # [C,H,W] of the mean that measure_gaussian found
+    base: str = "ab"  # the classical solver that gives the initial coefficients, one of BASES
+    max_order: int = 3  # its order
+    lower_order_final: bool = True  # its option, for dpmpp
+    relative: bool = True  # c_theory on the current noise levels; False: always on the initial ones
+    window: int | None = None  # number of newest stages whose coefficients in a row are learned; None: all
     # initial noise levels
-    "sigma_min": 0.002,
-    "sigma_max": 80.0,
-    "schedule_type": "polynomial",
-    "schedule_rho": 7,
-    "sigmas": None,  # explicit ones, which replace num_steps, the range and the schedule
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    schedule_type: str = "polynomial"
+    schedule_rho: float = 7
+    sigmas: list[float] | None = None  # explicit ones, which replace num_steps, the range and the schedule
     # learned groups, and their bounds
-    "learn": ["labels", "time", "corrections", "contrast"],
-    "time_bound": 0.3,  # |ln a|; None: unbounded
-    "scale_bound": 0.05,  # |scale - 1|
-    "scaled": None,  # number of last intervals whose scale is learned; None: all
-    "contrast_bound": 0.05,  # |delta|
+    learn: list[str] = field(default_factory=lambda: ["labels", "time", "corrections", "contrast"])
+    time_bound: float | None = 0.3  # |ln a|; None: unbounded
+    scale_bound: float = 0.05  # |scale - 1|
+    scaled: int | None = None  # number of last intervals whose scale is learned; None: all
+    contrast_bound: float = 0.05  # |delta|
     # optional networks beside the table (solvers/span_heads.py); their outputs are zero at first
-    "heads": [],  # "sample", "spatial", "time"
-    "img_channels": None,  # for spatial
-    "embedding_width": None,  # for time: width of the network's noise embedding
-}
+    heads: list[str] = field(default_factory=list)  # "sample", "spatial", "time"
+    img_channels: int | None = None  # for spatial
+    embedding_width: int | None = None  # for time: width of the network's noise embedding
+
+
+KINDS = kinds_of(SpanConfig)
 
 
 PRESETS = {
@@ -203,7 +193,7 @@ class Plan:
 class SpanSolver(nn.Module):
     """The learned table (see the module).
 
-    Keyword arguments are the keys of ``DEFAULTS``; ``config`` holds all of them. The parameters
+    Keyword arguments are the fields of ``SpanConfig``; ``config`` holds all of them. The parameters
     stay float64 when the module is moved. Those of the groups in ``learn`` require gradients:
 
         labels [N]        logits of each interval's share of ln(sigma_max / sigma_min); the ends are fixed
@@ -223,10 +213,10 @@ class SpanSolver(nn.Module):
 
     def __init__(self, **config):
         super().__init__()
-        unknown = sorted(set(config) - set(DEFAULTS))
+        unknown = sorted(set(config) - set(KINDS))
         if unknown:
-            raise UserError(f"unknown setting of a span student '{unknown[0]}'; known: {', '.join(DEFAULTS)}")
-        self.config = copy.deepcopy({**DEFAULTS, **config})
+            raise UserError(f"unknown setting of a span student '{unknown[0]}'; known: {', '.join(KINDS)}")
+        self.config = copy.deepcopy({**defaults_of(SpanConfig), **config})
         self.provenance: dict = {}
         initial = self._check()
         self.rows = self._make_rows()

@@ -1,5 +1,6 @@
 """docs/adding_a_solver.md, followed to the letter in a copy of the code."""
 
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import torch
 from toy import ToyNet, common
 
 from solvers import Point, Sampler, Solver, State, get_schedule, sample
+from torch_utils.tensor_file import read_safetensors
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "adding_a_solver.md").read_text(encoding="utf-8")
@@ -43,6 +45,9 @@ def test_the_page(copy):
     assert "4 images" in outputs["sample.py"]
     assert len(list((copy / "samples" / "digits" / "ab2_nfe5").rglob("*.png"))) == 4
     assert "ab2" in (copy / "comparison" / "results.csv").read_text()
+    (trained,) = (copy / "exps").rglob("predictor-*.safetensors")
+    _, metadata = read_safetensors(trained.read_bytes(), trained.name)
+    assert json.loads(metadata["config"])["weight"] == 0.9
     assert re.search(r"^\| `ab2` \| Adams-Bashforth on any grid.*`weight=1.0`", documentation(copy, "solvers"), re.M)
     assert re.search(r"^\| `--weight` .*0 is Euler", documentation(copy, "flags"), re.M)
     assert "`ab2`" not in (ROOT / "docs" / "solvers.md").read_text(encoding="utf-8")

@@ -117,6 +117,7 @@ OWN = {
         "M": NATURAL,
         "guidance_type": GUIDANCE,
         "afs": ["maybe", "2"],
+        "r": along("r", ["0", "1.5", "nan"], "--sampler_tea=dpm"),
         "scale_dir": ["1", "-0.1", "nan"],
         "scale_time": ["1", "-0.1", "nan"],
         "schedule_type": ["discrete"],

@@ -172,8 +172,10 @@ def test_other_options_of_the_solver_count_too():
     sample(ToyNet(torch.float32), noise(), solver="dpm", num_steps=3, predictor=predictor)
     trained = AMEDPredictor(sampler_stu="dpmpp", num_steps=3, thresholding=False)
     with pytest.raises(UserError, match="thresholding=True: .* thresholding=False"):
-        sample(ToyNet(torch.float32), noise(), solver="dpmpp", num_steps=3, predictor=trained)
-    sample(ToyNet(torch.float32), noise(), solver="dpmpp", num_steps=3, thresholding=False, predictor=trained)
+        sample(ToyNet(torch.float32), noise(), solver="dpmpp", num_steps=3, thresholding=True, predictor=trained)
+    own = sample(ToyNet(torch.float32), noise(), solver="dpmpp", num_steps=3, predictor=trained)  # left out
+    same = sample(ToyNet(torch.float32), noise(), solver="dpmpp", num_steps=3, thresholding=False, predictor=trained)
+    assert torch.equal(own, same)
     sample(ToyNet(torch.float32), noise(), solver="euler", num_steps=9, predictor=AMEDPredictor())  # states nothing
 
 

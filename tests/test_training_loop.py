@@ -399,7 +399,7 @@ def test_find_run(tmp_path):
         ({"scale_dir": 1.0}, "scale_dir=1.0"),
         ({"sigma_min": 90.0}, "sigma_min < sigma_max"),
         ({"sigmas": [1.0, 2.0]}, "strictly decreasing"),
-        ({"schedule_type": "cosine"}, "unknown schedule_type"),
+        ({"schedule_type": "cosine"}, "schedule_type=cosine: choose from"),
         ({"schedule_type": "discrete"}, "noise table"),
         ({"dataset_name": "nothing"}, "unknown"),
         ({"model_path": "/nowhere/net.pkl"}, "is not a file"),

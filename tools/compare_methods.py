@@ -15,13 +15,14 @@ from pathlib import Path
 import click
 import torch
 
-from sampling.flags import flag_kind, flag_type, parse_afs
+from sampling.flags import flag_kind, parse_afs
 from sampling.settings import NetworkSettings, Settings, settings_of
 from solvers import SOLVERS, check_sigmas
 from tools.compare_options import CompareOptions
 from torch_utils import distributed
 from torch_utils.cli import PATH
 from torch_utils.errors import UserError
+from torch_utils.options import click_type
 from training.checkpoint import find_predictor, load_predictor
 
 # The customary schedule and options of each solver, from its paper or the code published with it; a solver that is not
@@ -110,7 +111,7 @@ def parse_method(text: str, common: dict, everywhere: dict) -> Method:
         elif name in SCHEDULE_SETTINGS:
             own[name] = _parse_value(text, name, value, SCHEDULE_SETTINGS[name])
         elif name in method.options:
-            own[name] = _parse_value(text, name, value, click.types.convert_type(flag_type(method.options[name].kind)))
+            own[name] = _parse_value(text, name, value, click.types.convert_type(click_type(method.options[name].kind)))
         else:
             known = ", ".join(dict.fromkeys([*method.options, *SCHEDULE_SETTINGS, SCHEDULE_FILE]))
             raise UserError(f"--solvers={text}: {solver} has no option '{name}'; choose from {known}")

@@ -2,6 +2,7 @@
 
 import types
 import typing
+from dataclasses import MISSING, fields
 
 from torch_utils.errors import UserError, brief
 
@@ -27,6 +28,16 @@ def check_kinds(config: dict, kinds: dict) -> None:
         if not fits(value, kinds.get(name, object)):
             wanted = getattr(kinds[name], "__name__", str(kinds[name]))
             raise UserError(f"{name}={brief(value)} is of the wrong kind: it must be {wanted}")
+
+
+def kinds_of(cls) -> dict:
+    """The types of the fields of a dataclass by name, as ``check_kinds`` takes them."""
+    return {field.name: field.type for field in fields(cls)}
+
+
+def defaults_of(cls) -> dict:
+    """The defaults of the fields of a dataclass by name; lists are new ones."""
+    return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
 
 
 def check_steps(config: dict, *names: str) -> None:

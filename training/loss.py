@@ -16,12 +16,10 @@ from training.predictor import DEFAULTS
 def make_solvers(config: dict) -> tuple[Solver, Solver]:
     """The student's and the teacher's rule. Both have the options of the configuration, as in the original code; a
     teacher that has no such high order takes its highest."""
-    common = {key: config[key] for key in ("max_order", "predict_x0", "lower_order_final", "thresholding")}
-    student = make_solver(config["sampler_stu"], common=common)
+    student = make_solver(config["sampler_stu"], common=config)
     highest = getattr(SOLVERS.get(config["sampler_tea"]), "highest_order", 1)
-    if common["max_order"] is not None:
-        common["max_order"] = min(common["max_order"], highest)
-    teacher = make_solver(config["sampler_tea"], common=common)
+    order = None if config["max_order"] is None else min(config["max_order"], highest)
+    teacher = make_solver(config["sampler_tea"], common={**config, "max_order": order})
     if not student.can_learn:
         raise UserError(f"sampler_stu={config['sampler_stu']} cannot take a predictor")
     if teacher.name not in teachers(per_step=True):
@@ -45,9 +43,9 @@ class TeacherTargets:
 class DistillationLoss:
     """Per-interval squared error between a student with a predictor and its teacher.
 
-    net: a Denoiser; config: the predictor's configuration (``training.predictor.DEFAULTS``; missing keys take the
-    defaults). ``sigmas``: the student's schedule, float64 [num_steps]; ``teacher_sigmas``: the teacher's, with M points
-    more in every interval. One-step students restart every interval from the teacher's state, multistep ones continue
+    net: a Denoiser; config: the predictor's configuration (``PredictorConfig`` and options of solvers;
+    missing keys take the defaults). ``sigmas``: the student's schedule, float64 [num_steps];
+    ``teacher_sigmas``: the teacher's, with M points more in every interval. One-step students restart every interval from the teacher's state, multistep ones continue
     from their own, whose history this object carries from step_idx to step_idx + 1. checkpointing: see ``Sampler``.
     """
 
@@ -66,6 +64,7 @@ class DistillationLoss:
             config["sigma_min"],
             config["sigma_max"],
             config["sigmas"],
+            original_code=bool(config.get("original_code")),
         )
         self.teacher_sigmas = self._teacher_schedule()
         self.predicted: tuple | None = None  # (r, scale_dir, scale_time) of the latest student step, detached
@@ -81,6 +80,7 @@ class DistillationLoss:
             self.config["schedule_type"],
             self.config["schedule_rho"],
             net=self.net,
+            original_code=bool(self.config.get("original_code")),
         )
 
     @property

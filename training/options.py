@@ -1,94 +1,144 @@
 """The options of a training run, and the small languages that some are written in."""
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, make_dataclass, replace
 
+import click
 import torch
 
 from models import zoo
 from models.compile import AUTOCAST, COMPILE_MODES
 from models.denoiser import member
+from models.inputs import draw_inputs
 from solvers import SOLVERS
-from solvers.sampler import AFS_KINDS
 from solvers.schedules import SCHEDULES, check_sigmas, get_schedule
 from solvers.search.problem import Problem
+from solvers.solver import Option, teachers
 from solvers.span_table import BASES, GROUPS, PRESETS, SpanSolver
+from torch_utils.cli import PATH, SEED, Number
 from torch_utils.errors import UserError
-from torch_utils.kinds import check_kinds
-from torch_utils.memory import AUTO
+from torch_utils.kinds import check_kinds, kinds_of
+from torch_utils.memory import AUTO, BatchSize
+from torch_utils.options import COUNT, POSITIVE, FloatList, check_options, click_type, option
 from training.loss import make_solvers
-from training.predictor import DEFAULTS, AMEDPredictor
+from training.predictor import DEFAULTS, AMEDPredictor, solver_settings, trainable_options
 from training.sample_loss import DenoiserFeatures, parse_loss
 from training.schedule_search import run_dmn
-from training.teacher import TeacherSettings, draw_inputs
+from training.teacher import TeacherSettings, check_pair_teacher
 
 STUDENTS = tuple(name for name, solver in SOLVERS.items() if solver.can_learn)
 TEACHERS = tuple(name for name, solver in SOLVERS.items() if solver.can_teach)
 
 
-# What may differ between the parts of one run: where and how long it runs and what it writes, not what it computes.
-# (Files may move; the network and the prompts in them may not change.)
-CHANGEABLE = (
-    *("total_kimg", "batch_gpu", "tick", "snap", "dump", "bench", "checkpointing"),
-    *("model_path", "prompt_path", "tokenizer_path"),
-)
+class AFSType(click.ParamType):
+    """False, True or "data"."""
+
+    name = "False|True|data"
+
+    def convert(self, value, param, ctx):
+        words = {"data": "data", **dict.fromkeys(("true", "1", "yes", "on"), True)}
+        words |= dict.fromkeys(("false", "0", "no", "off"), False)
+        word = str(value).strip().lower()
+        if word not in words:
+            self.fail(f"'{value}' is not one of False, True, data", param, ctx)
+        return words[word]
 
 
 @dataclass
 class RunOptions:
-    """What every training run has: the network, the length, the machine, and what is written where.
+    """The options of every training run. Names and defaults are the original code's where it has them.
 
-    guidance_rate: None is the network's own under guidance, and 0 without. prompt_path: captions for text-to-image
-    networks, one drawn per sample; tokenizer_path: a local folder in place of the network's tokenizer from the hub.
-    batch: samples per iteration over all processes; batch_gpu: samples per network call of one process (None: all of its
-    share; "auto": what fits). tick: kimg between lines of statistics; snap, dump: ticks between snapshots of the student
-    and between training states (None: only at the end). compile: "default" compiles the network. channels_last: memory
-    format of the network (None: on the CPU only). checkpointing: activations of the network are not kept for the gradient
-    but computed again.
+    Those that are ``changeable`` may differ between the parts of one run: where and how long it runs
+    and what it writes, not what it computes. Files may move; the network and the prompts in them may
+    not change.
     """
 
-    dataset_name: str
-    model_path: str | None = None
-    outdir: str = "./exps"
-    desc: str | None = None
-    nosubdir: bool = False
-    total_kimg: float = 10
-    num_steps: int = 4
-    guidance_type: str | None = None
-    guidance_rate: float | None = None
-    prompt_path: str | None = None
-    tokenizer_path: str | None = None
-    sigma_min: float | None = None
-    sigma_max: float | None = None
-    afs: bool | str = True
-    batch: int = 512
-    batch_gpu: int | str | None = None
-    seed: int | None = None
-    amp: str = "none"
-    compile: str = "none"
-    channels_last: bool | None = None
-    checkpointing: bool = False
-    bench: bool = True
-    tick: float = 1
-    snap: int | None = None
-    dump: int = 1
-
-    afs_kinds = AFS_KINDS
+    dataset_name: str = option(MISSING, "Network: digits, cifar10, ffhq, ... ('python -m models.zoo list')")
+    model_path: str | None = option(
+        None,
+        "File of the network, instead of the downloaded or embedded one; diffusers: a folder or hub id",
+        PATH,
+        changeable=True,
+        metavar="FILE",
+    )
+    num_steps: int = option(
+        4, "Time stamps; the student evaluates 2 (N - 1) times, one less with AFS", click.IntRange(min=2)
+    )
+    sampler_stu: str = option("amed", "Student solver", tuple(dict.fromkeys([*STUDENTS, "span"])))
+    sampler_tea: str = option("heun", "Teacher solver", tuple(dict.fromkeys([*TEACHERS, *teachers()])))
+    guidance_type: str | None = option(None, "Guidance of the network", ("cg", "cfg", "uncond", "none"))
+    guidance_rate: float | None = option(
+        None, "Strength of the guidance (default: 7.5 for cfg, 1 for cg, else 0)", Number()
+    )
+    schedule_type: str = option("polynomial", "Time schedule", tuple(SCHEDULES))
+    schedule_rho: float = option(7, "Exponent of the schedule", POSITIVE)
+    sigma_min: float | None = option(None, "Lowest noise level (default: the network's)", POSITIVE)
+    sigma_max: float | None = option(None, "Highest noise level (default: the network's)", POSITIVE)
+    sigmas: list[float] | None = option(
+        None, "Explicit noise levels, descending; they replace num_steps and schedule_*", FloatList()
+    )
+    afs: bool | str = option(
+        True, "Analytical first step; 'data' uses the mean and spread of the training data", AFSType()
+    )
+    prompt_path: str | None = option(
+        None,
+        "Captions for text-to-image networks, a .csv or .txt file, or coco30k; one is drawn per sample",
+        PATH,
+        changeable=True,
+        metavar="FILE",
+    )
+    tokenizer_path: str | None = option(
+        None, "Tokenizer of Stable Diffusion (default: from the hub)", PATH, changeable=True, metavar="DIR"
+    )
+    total_kimg: float = option(10, "Length of the training, in thousands of samples", POSITIVE, changeable=True)
+    batch: int = option(512, "Samples per iteration, over all processes", COUNT)
+    batch_gpu: int | str | None = option(
+        None,
+        "Samples per network call (default: all of a process's share; auto: as many as fit into memory)",
+        BatchSize(),
+        "--batch-gpu",
+        changeable=True,
+    )
+    checkpointing: bool = option(
+        False, "Less memory: activations of the network are computed again for the gradient", changeable=True
+    )
+    seed: int | None = option(None, "Random seed (default: a random one, recorded)", SEED)
+    amp: str = option("none", "Autocast of the network", tuple(AUTOCAST))
+    compile: str = option(  # a CUDA graph would overwrite activations that gradients need
+        "none",
+        "torch.compile of the network (--compile is --compile=default); minutes to start",
+        COMPILE_MODES[:2],
+        is_flag=False,
+        flag_value="default",
+    )
+    channels_last: bool | None = option(None, "Memory format of the network (default: True on the CPU in float32)")
+    bench: bool = option(True, "cuDNN benchmarking", changeable=True)
+    outdir: str = option("./exps", "Folder of all runs", PATH, metavar="DIR")
+    desc: str | None = option(None, "Text to add to the name of the run's folder")
+    nosubdir: bool = option(False, "Write into outdir itself", is_flag=True)
+    tick: float = option(1, "kimg between lines of statistics", POSITIVE, changeable=True)
+    snap: int | None = option(
+        None, "Ticks between snapshots of the predictor (default: only at the end)", COUNT, changeable=True
+    )
+    dump: int = option(1, "Ticks between training states", COUNT, changeable=True)
 
     def __post_init__(self):
         card = zoo.CARDS.get(self.dataset_name)
         kind = self.guidance_type or (card.guidance[0] if card is not None else None)
         if self.guidance_rate is None and kind in ("none", "uncond"):
             self.guidance_rate = 0.0
+        if self.sigmas is not None:
+            self.sigmas = check_sigmas(self.sigmas).tolist()
+            self.num_steps = len(self.sigmas)
 
     @classmethod
     def from_dict(cls, values: dict):
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        unknown = sorted(set(values) - set(kinds_of(cls)))
         if unknown:
             raise UserError(f"unknown training option '{unknown[0]}'")
         if "dataset_name" not in values:
             raise UserError("the training options name no dataset_name")
-        check_kinds(values, {field.name: field.type for field in fields(cls)})
+        check_kinds(values, kinds_of(cls))
         return cls(**values)
 
     def to_dict(self) -> dict:
@@ -99,12 +149,7 @@ class RunOptions:
         card = zoo.find_card(self.dataset_name)
         if card is not None:
             self.check_prompts(card.takes_prompts)
-        positive("batch", self.batch, whole=True)
-        positive("total_kimg", self.total_kimg)
-        positive("tick", self.tick)
-        for name in ("batch_gpu", "snap", "dump"):
-            if getattr(self, name) not in (None, AUTO):
-                positive(name, getattr(self, name), whole=True)
+        check_options(self)
         if self.batch % world_size:
             raise UserError(f"batch={self.batch} must be divisible by the number of processes ({world_size})")
         share = self.batch // world_size
@@ -112,12 +157,6 @@ class RunOptions:
             raise UserError(
                 f"batch_gpu={self.batch_gpu} must divide each process's share of the batch, {share} samples"
             )
-        if self.amp not in AUTOCAST:
-            raise UserError(f"amp={self.amp}: choose from {', '.join(AUTOCAST)}")
-        if self.compile not in COMPILE_MODES[:2]:  # a CUDA graph would overwrite activations that gradients need
-            raise UserError(f"compile={self.compile}: choose from {', '.join(COMPILE_MODES[:2])}")
-        if self.afs not in self.afs_kinds:
-            raise UserError(f"afs={self.afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
         self._check_desc()
 
     def _check_desc(self) -> None:
@@ -140,47 +179,62 @@ class RunOptions:
         return 2 if kind == "cfg" and self.guidance_rate != 1 else 1
 
 
+def _solver_option(users: dict[str, Option]):
+    """The dataclass field of an option of solvers; where their defaults differ, None stands for each one's own."""
+    first = next(iter(users.values()))
+    defaults = [user.default for user in users.values()]
+    same = all(default == defaults[0] for default in defaults)
+    own = "" if same else f" (default: {', '.join(f'{name} {user.default}' for name, user in users.items())})"
+    text = f"{', '.join(users)}: {first.help}{own}"
+    field = option(first.default if same else None, text, click_type(first.kind), *first.aliases)
+    return first.type | None, field
+
+
+TRAINABLE = trainable_options()
+# One field for each option of a solver that can be student or teacher.
+SolverOptions = make_dataclass(
+    "SolverOptions",
+    [(name, *_solver_option(users)) for name, users in TRAINABLE.items()],
+    bases=(RunOptions,),
+    namespace={"__doc__": "The options of a run with those of its solvers."},
+)
+
+
 @dataclass
-class AMEDOptions(RunOptions):
-    """Every option of train.py that a predictor's run depends on; names and defaults are the original code's.
+class AMEDOptions(SolverOptions):
+    """Every option of train.py that the training of a predictor depends on."""
 
-    sigmas: an explicit schedule that replaces num_steps, schedule_type and schedule_rho. teacher_cache: how many
-    trajectories of the teacher are computed and then used again and again (None: as many as samples).
-    """
-
-    sampler_stu: str = "amed"
-    sampler_tea: str = "heun"
-    M: int = 1
-    schedule_type: str = "polynomial"
-    schedule_rho: float = 7
-    sigmas: list[float] | None = None
-    scale_dir: float = 0.01
-    scale_time: float = 0.0
-    max_order: int = 3
-    predict_x0: bool = True
-    lower_order_final: bool = True
-    thresholding: bool = True
-    lr: float = 5e-3
-    teacher_cache: int | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.sigmas is not None:
-            self.sigmas = check_sigmas(self.sigmas).tolist()
-            self.num_steps = len(self.sigmas)
+    max_order: int | None = option(
+        DEFAULTS["max_order"],
+        f"{', '.join(TRAINABLE['max_order'])}: order of the method",
+        click.IntRange(1, max(SOLVERS[name].highest_order for name in TRAINABLE["max_order"])),
+    )
+    M: int = option(1, "Points the teacher adds to every interval", click.IntRange(min=0))
+    scale_dir: float = option(0.01, "Directions are scaled by up to 1 +- this", Number(0, 1, max_open=True))
+    scale_time: float = option(
+        0.0, "Noise levels shown to the network, by up to 1 +- this", Number(0, 1, max_open=True)
+    )
+    lr: float = option(5e-3, "Learning rate of Adam", POSITIVE)
+    teacher_cache: int | None = option(
+        None,
+        "Trajectories of the teacher that are kept and used again, a multiple of the batch (default: always new ones)",
+        COUNT,
+    )
 
     def predictor_config(self, img_resolution: int | None = None) -> dict:
         """The configuration that the predictor carries, without what keeps its default."""
-        own = {key: getattr(self, key) for key in DEFAULTS if hasattr(self, key)}
+        names = (*DEFAULTS, *solver_settings(self.to_dict()))
+        own = {name: getattr(self, name) for name in names if hasattr(self, name)}
         return {**own, "img_resolution": img_resolution}
 
     def check(self, world_size: int) -> None:
         """Raises UserError for settings that no network could make work; DistillationLoss checks the rest."""
+        if self.sampler_tea in teachers() and self.sampler_tea not in TEACHERS:
+            raise UserError(f"--sampler_tea={self.sampler_tea} can only make the pairs of --objective=final")
+        make_solvers(self.to_dict())
         super().check(world_size)
-        positive("lr", self.lr)
         if self.teacher_cache is not None and (self.teacher_cache < self.batch or self.teacher_cache % self.batch):
             raise UserError(f"--teacher_cache={self.teacher_cache} must be a multiple of the batch, {self.batch}")
-        make_solvers(self.to_dict())
         AMEDPredictor(**self.predictor_config())
 
     @property
@@ -202,8 +256,8 @@ class AMEDOptions(RunOptions):
 
     def without_effect(self, names) -> list[str]:
         """Those of the options ``names`` that nothing looks at under the other settings."""
-        used = {*SOLVERS[self.sampler_stu].options, *SOLVERS[self.sampler_tea].options}
-        idle = [n for n in ("max_order", "predict_x0", "lower_order_final", "thresholding") if n not in used]
+        used = solver_settings(self.to_dict())
+        idle = [name for name in TRAINABLE if name not in used]
         if "predict_x0" in used and not self.predict_x0:
             idle.append("thresholding")
         if self.schedule_type == "logsnr":
@@ -211,11 +265,6 @@ class AMEDOptions(RunOptions):
         if self.nosubdir:
             idle.append("desc")
         return [name for name in idle if name in names]
-
-
-def positive(name: str, value, whole: bool = False) -> None:
-    if not math.isfinite(value) or value <= 0 or (whole and int(value) != value):
-        raise UserError(f"{name}={value} must be a {'whole ' if whole else ''}number above 0")
 
 
 RATES = {
@@ -242,34 +291,17 @@ KINDS = (*GROUPS, "heads", "shifts")
 DEFAULT_HEADS = ("spatial", "time")  # of the preset "full", if nothing else is said
 DEFAULT_LOSS = "features+0.2*huber"
 GRID_GROUPS = ("labels", "inner", "time", "inner_time")
-CHANGEABLE_FINAL = ("teacher_set",)  # besides those of every run
 INITIAL_BASES = ("ab", "dpmpp", "ipndm")
 INITIAL_GRIDS = ("polynomial:7", "polynomial:4", "logsnr", "time_uniform:1")
 
 
 @dataclass
 class SpanOptions(RunOptions):
-    """Every option of train.py under ``--objective=final``; see RunOptions for those of all runs.
+    """Every option of train.py under ``--objective=final``.
 
-    preset: of ``solvers.span_table.PRESETS``; heads: comma-separated ``solvers.span_heads.HEADS``, or "none" (None: spatial and
-    time for the preset "full", no other); parallel: calls per batch of the network; time_bound: how far the logarithm of a
-    time scale may go (None: as far as the preset says); afs: None is the preset's first step,
-    else False, True (data of mean zero) or "data" (measured mean and variance). schedule_type, schedule_rho, sigmas: the
-    labels that the student starts from (None: the preset's, or found by trial); init: which starts are tried (see
-    ``starts``), on init_pairs pairs; init_trial: share of the iterations for which the three best of them are trained first.
-
-    loss: see ``training.sample_loss`` (None: features and a little huber, or huber where the network has no encoder whose
-    features could be compared); feature_sigma: noise level at which the denoiser's features are compared. w_dist:
-    weight of the energy distance; w_anchor: of the distance to the teacher's states, which decays to 0 over the first
-    ``anchor`` share of the run; w_delta: of the squared corrections.
-
-    sampler_tea, num_steps_tea, schedule_tea, rho_tea: the teacher; pairs, val_pairs: how many it makes; teacher_set: file
-    they are kept in (None: one in outdir/teacher-sets, named after the settings).
-
-    lrs: learning rates per group, those left out keep ``PRESET_RATES`` of the preset, else ``RATES``; lr_final: share of the rates at the end of the cosine;
-    warmup: iterations; clip: largest norm of the gradient; ema: decay of the average that is validated every val_every
-    iterations and of which the best is kept; phases, phase_rounds: see ``parse_phases``. checkpointing: activations are
-    computed again in the backward pass.
+    None stands for what suits the preset or the network: ``heads`` and ``loss`` (``resolved``), ``afs``,
+    ``parallel``, ``time_bound`` and the initial noise levels (the preset's, or found by trial: ``starts``).
+    Rates that ``lrs`` leaves out are those of ``PRESET_RATES``, else of ``RATES``.
     """
 
     objective: str = "final"
@@ -278,65 +310,59 @@ class SpanOptions(RunOptions):
     total_kimg: float = 16
     batch: int = 32
     afs: bool | str | None = None
-    preset: str = "full"
-    heads: str | None = None
-    parallel: int | None = None
-    time_bound: float | None = None
     schedule_type: str | None = None
     schedule_rho: float | None = None
-    sigmas: list[float] | None = None
-    init: str | None = None
-    init_pairs: int = 16
-    init_trial: float = 0.1
-    loss: str | None = None
-    feature_sigma: float = 0.2
-    w_dist: float = 0.0
-    w_anchor: float = 0.0
-    anchor: float = 0.2
-    w_delta: float = 0.0
     sampler_tea: str = "deis"
-    num_steps_tea: int = 31
-    schedule_tea: str = "polynomial"
-    rho_tea: float = 7.0
-    pairs: int = 1024
-    val_pairs: int = 128
-    teacher_set: str | None = None
-    lrs: str = ""
-    lr_final: float = 0.02
-    warmup: int = 10
-    clip: float = 1.0
-    ema: float = 0.98
-    val_every: int = 25
-    phases: str | None = None
-    phase_rounds: int = 1
-
-    afs_kinds = (None, *AFS_KINDS)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.sigmas is not None:
-            self.sigmas = check_sigmas(self.sigmas).tolist()
-            self.num_steps = len(self.sigmas)
+    preset: str = option("full", "kind of span student, what it learns", tuple(PRESETS))
+    heads: str | None = option(
+        None,
+        "networks beside the table, of sample,spatial,time, or none (default: spatial,time for full)",
+        metavar="NAME,...",
+    )
+    parallel: int | None = option(
+        None, "calls of the network in one batch, per interval (default: the preset's)", COUNT
+    )
+    time_bound: float | None = option(None, "bound of |ln a| of the time scales (default: the preset's)", POSITIVE)
+    init: str | None = option(
+        None, "starts that are tried, base@grid,... or preset (default: several for full)", metavar="LIST"
+    )
+    init_pairs: int = option(16, "pairs that each start is tried on", COUNT)
+    init_trial: float = option(0.1, "share of the run that the three best of them are trained for first", Number(0, 1))
+    loss: str | None = option(
+        None,
+        "weighted sum of l2, huber, features, lpips, module:function (default: features+0.2*huber)",
+        metavar="W*TERM+...",
+    )
+    feature_sigma: float = option(0.2, "noise level at which the denoiser's features are compared", POSITIVE)
+    w_dist: float = option(0.0, "weight of the energy distance between the distributions of features", Number(0))
+    w_anchor: float = option(
+        0.0, "weight of the distance to the teacher's states at the beginning of the run", Number(0)
+    )
+    anchor: float = option(0.2, "share of the run over which that weight falls to 0", Number(0, 1))
+    w_delta: float = option(0.0, "weight of the squared corrections of the coefficients", Number(0))
+    num_steps_tea: int = option(31, "time stamps of the teacher", click.IntRange(min=3))
+    schedule_tea: str = option("polynomial", "schedule of the teacher", tuple(SCHEDULES))
+    rho_tea: float = option(7.0, "exponent of that schedule", POSITIVE)
+    pairs: int = option(1024, "teacher pairs to train on", COUNT)
+    val_pairs: int = option(128, "teacher pairs to validate with", COUNT)
+    teacher_set: str | None = option(
+        None, "file that keeps them (default: one in outdir/teacher-sets)", PATH, changeable=True, metavar="FILE"
+    )
+    lrs: str = option("", "learning rates of groups, labels=0.01,corrections=0.02,...", metavar="GROUP=RATE,...")
+    lr_final: float = option(0.02, "share of the rates that is left at the end", Number(0, 1))
+    warmup: int = option(10, "iterations over which the rates rise", click.IntRange(min=0))
+    clip: float = option(1.0, "largest norm of the gradient", POSITIVE)
+    ema: float = option(0.98, "decay of the average that is validated and saved", Number(0, 1, max_open=True))
+    val_every: int = option(25, "iterations between validations", COUNT)
+    phases: str | None = option(None, "what is trained when, labels+time:0.2,all:0.8", metavar="GROUPS:SHARE,...")
+    phase_rounds: int = option(1, "how often the phases take turns", COUNT)
 
     def check(self, world_size: int) -> None:
         """Raises UserError for settings that no network could make work."""
         if self.objective != "final" or self.sampler_stu != "span":
             raise UserError(f"objective={self.objective} with sampler_stu={self.sampler_stu}: it trains a span student")
+        check_pair_teacher(self.sampler_tea)
         super().check(world_size)
-        for name in ("init_pairs", "pairs", "val_pairs", "val_every", "phase_rounds"):
-            positive(name, getattr(self, name), whole=True)
-        for name in ("feature_sigma", "clip", "rho_tea"):
-            positive(name, getattr(self, name))
-        for name in ("w_dist", "w_anchor", "w_delta"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise UserError(f"{name}={getattr(self, name)} must be a number of at least 0")
-        for name, least, most in (("lr_final", 0, 1), ("ema", 0, 1), ("anchor", 0, 1), ("init_trial", 0, 1)):
-            if not least <= getattr(self, name) <= most:
-                raise UserError(f"{name}={getattr(self, name)} must lie in {least}..{most}")
-        if self.ema == 1:
-            raise UserError("ema=1: the average would never move; it must be below 1")
-        if self.warmup < 0:
-            raise UserError(f"warmup={self.warmup} must be at least 0")
         if self.w_dist and self.val_pairs < 2:
             raise UserError("w_dist needs val_pairs of at least 2")
         if self.pairs < self.batch:
@@ -356,8 +382,6 @@ class SpanOptions(RunOptions):
 
     def student_config(self, sigma_min: float, sigma_max: float, **more) -> dict:
         """The configuration of the untrained student; more: what a start changes."""
-        if self.preset not in PRESETS:
-            raise UserError(f"preset={self.preset}: choose from {', '.join(PRESETS)}")
         own = {name: getattr(self, name) for name in ("dataset_name", "guidance_type", "guidance_rate", "num_steps")}
         own |= {"sigma_min": sigma_min, "sigma_max": sigma_max, "preset": self.preset}
         for name in ("parallel", "time_bound", "schedule_type", "schedule_rho", "sigmas"):
@@ -491,8 +515,6 @@ class SpanOptions(RunOptions):
 
     def teacher(self, sigma_min: float, sigma_max: float) -> TeacherSettings:
         """The settings of the teacher's pairs, over the student's range."""
-        if self.schedule_tea not in SCHEDULES:
-            raise UserError(f"schedule_tea={self.schedule_tea}: choose from {', '.join(SCHEDULES)}")
         return TeacherSettings(
             solver=self.sampler_tea,
             num_steps=self.num_steps_tea,
@@ -560,8 +582,8 @@ def _check_grid(text: str, grid: str) -> None:
         raise UserError(f"--init={text}: unknown grid '{grid}'; choose from {', '.join(SCHEDULES)}, dmn")
     if rho:
         try:
-            positive("rho", float(rho))
-        except ValueError:
+            POSITIVE.convert(rho, None, None)
+        except click.BadParameter:
             raise UserError(f"--init={text}: '{rho}' is not an exponent above 0") from None
 
 

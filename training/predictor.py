@@ -3,57 +3,63 @@
 Zhou et al. 2024, "Fast ODE-based Sampling for Diffusion Models in Around 5 Steps" (arXiv 2312.00094), Section 3.3.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from models.denoiser import BOTTLENECK_SIZE
 from models.edm_unet import Linear, PositionalEmbedding
+from solvers.solver import SOLVERS, Option, Solver, solver_options
 from torch_utils.errors import UserError
-from torch_utils.kinds import check_kinds, check_steps
-
-# Every key of a predictor's configuration with its default: the settings of the run it was trained for (original names),
-# then the sizes of its layers.
-DEFAULTS = {
-    "dataset_name": None,
-    "img_resolution": None,
-    "num_steps": 4,  # time stamps; the student makes 2 (num_steps - 1) evaluations, one less with AFS
-    "sampler_stu": "amed",
-    "sampler_tea": "heun",
-    "M": 1,  # points the teacher adds to every interval
-    "guidance_type": None,
-    "guidance_rate": 0.0,
-    "schedule_type": "polynomial",
-    "schedule_rho": 7,
-    "afs": False,  # False, True or "data"
-    "scale_dir": 0.0,  # scale_dir lies in [1 - scale_dir, 1 + scale_dir]; 0 switches the head off
-    "scale_time": 0.0,
-    "max_order": 3,
-    "predict_x0": True,
-    "lower_order_final": True,
-    "thresholding": True,  # dynamic thresholding of dpmpp under predict_x0
-    "sigma_min": None,  # None: the network's range
-    "sigma_max": None,
-    "sigmas": None,  # an explicit schedule that replaces num_steps, schedule_type and schedule_rho
-    "hidden_dim": 128,
-    "bottleneck_output_dim": 4,
-    "noise_channels": 8,
-}
+from torch_utils.kinds import check_kinds, check_steps, defaults_of, kinds_of
 
 
-# What the values may be: files bring them. (Names that are not here may be of any kind that ``json`` knows.)
-KINDS = {
-    **dict.fromkeys(("dataset_name", "guidance_type"), str | None),
-    **dict.fromkeys(("sampler_stu", "sampler_tea", "schedule_type"), str),
-    **dict.fromkeys(("num_steps", "M", "hidden_dim", "bottleneck_output_dim", "noise_channels"), int),
-    **dict.fromkeys(("img_resolution", "max_order"), int | None),
-    **dict.fromkeys(("guidance_rate", "scale_dir", "scale_time", "sigma_min", "sigma_max"), float | None),
-    **dict.fromkeys(("predict_x0", "lower_order_final", "thresholding"), bool | None),
-    "schedule_rho": float,
-    "afs": bool | str,
-    "sigmas": list[float] | None,
-}
+@dataclass
+class PredictorConfig:
+    """The configuration that a predictor carries: settings of its training (original names), then sizes of its layers.
+
+    The options of its student and teacher follow under their own names (``solver_settings``).
+    """
+
+    dataset_name: str | None = None
+    img_resolution: int | None = None
+    num_steps: int = 4  # time steps; the student makes 2 (num_steps - 1) evaluations, one less with AFS
+    sampler_stu: str = "amed"
+    sampler_tea: str = "heun"
+    M: int = 1  # points the teacher adds to every interval
+    guidance_type: str | None = None
+    guidance_rate: float | None = 0.0
+    schedule_type: str = "polynomial"
+    schedule_rho: float = 7
+    afs: bool | str = False  # False, True or "data"
+    scale_dir: float | None = 0.0  # scale_dir lies in [1 - scale_dir, 1 + scale_dir]; 0 switches the head off
+    scale_time: float | None = 0.0
+    max_order: int | None = 3  # of students and teachers, as in the original code
+    sigma_min: float | None = None  # None: the network's range
+    sigma_max: float | None = None
+    sigmas: list[float] | None = None  # an explicit schedule that replaces num_steps, schedule_type and schedule_rho
+    hidden_dim: int = 128
+    bottleneck_output_dim: int = 4
+    noise_channels: int = 8
+
+
+DEFAULTS = defaults_of(PredictorConfig)
 _WIDEST = 1 << 16  # of any layer
+
+
+def trainable_options() -> dict[str, dict[str, Option]]:
+    """The options of all solvers that can be student or teacher, {name: {solver: Option}}."""
+    return solver_options(solver for solver in SOLVERS.values() if solver.can_learn or solver.can_teach)
+
+
+def solver_settings(config: Mapping) -> dict:
+    """The options that a student and its teacher have under this configuration, defaults included."""
+    student, teacher = (SOLVERS.get(config[role], Solver) for role in ("sampler_stu", "sampler_tea"))
+    own = {name: option for name, option in student.options.items() if name not in student.learned_options}
+    return {name: config.get(name, option.default) for name, option in {**teacher.options, **own}.items()}
 
 
 class AMEDPredictor(nn.Module):
@@ -61,19 +67,23 @@ class AMEDPredictor(nn.Module):
 
     bottleneck: [B,8,8], the channel mean of the U-Net's bottleneck (zeros under AFS); t_cur, t_next: the ends of the
     interval, scalars or [B]. r lies in (0, 1); the scales are ones where their setting is 0. Keyword arguments are the
-    keys of ``DEFAULTS``; ``config`` holds all of them, and ``stated`` names those that were given: with other values
-    sampling refuses the predictor. ``provenance`` is filled in by whoever trains or loads it.
+    fields of ``PredictorConfig`` and options of solvers; ``config`` holds all fields and the options of
+    its student and teacher, and ``stated`` names those that were given: with other values sampling
+    refuses the predictor. ``provenance`` is filled in by whoever trains or loads it.
     """
 
     def __init__(self, **config):
         super().__init__()
-        unknown = sorted(set(config) - set(DEFAULTS))
+        options = {name: next(iter(users.values())) for name, users in trainable_options().items()}
+        kinds = {name: option.type | None for name, option in options.items()} | kinds_of(PredictorConfig)
+        unknown = sorted(set(config) - set(kinds))
         if unknown:
-            raise UserError(f"unknown predictor setting '{unknown[0]}'; known: {', '.join(DEFAULTS)}")
+            raise UserError(f"unknown predictor setting '{unknown[0]}'; known: {', '.join(kinds)}")
         self.config, self.stated = {**DEFAULTS, **config}, frozenset(config)
         if torch.is_tensor(self.config["sigmas"]):
             self.config["sigmas"] = self.config["sigmas"].tolist()
-        check_kinds(self.config, KINDS)
+        check_kinds(self.config, kinds)
+        self.config = {**solver_settings(self.config), **self.config}
         check_steps(self.config, "num_steps", "M", "sigmas")
         for name in ("hidden_dim", "bottleneck_output_dim", "noise_channels"):
             if not 1 <= self.config[name] <= _WIDEST:

@@ -23,6 +23,12 @@ FORMAT = "teacher-set"
 LEVELS = 12  # noise levels at which states are kept
 
 
+def check_pair_teacher(solver: str) -> None:
+    """Raises UserError if this solver cannot make the pairs of a teacher set."""
+    if solver not in teachers():
+        raise UserError(f"sampler_tea={solver} cannot make teacher pairs: choose from {', '.join(teachers())}")
+
+
 @dataclass(frozen=True)
 class TeacherSettings:
     """What a set depends on, besides the network.
@@ -44,8 +50,7 @@ class TeacherSettings:
     states: bool = False
 
     def __post_init__(self):
-        if self.solver not in teachers():
-            raise UserError(f"sampler_tea={self.solver} cannot make teacher pairs: choose from {', '.join(teachers())}")
+        check_pair_teacher(self.solver)
         if self.num_steps < 3:
             raise UserError(f"num_steps_tea={self.num_steps}: a teacher needs at least 3 time stamps")
         for name in ("pairs", "validation"):
