@@ -178,27 +178,6 @@ def solver_flags(command):
     return command
 
 
-def parse_sigmas(ctx, param, value):
-    """Callback of --sigmas: "80,10,1" -> [80.0, 10.0, 1.0]; None stays None."""
-    if value is None:
-        return None
-    try:
-        return [float(part) for part in value.split(",")]
-    except ValueError:
-        raise UserError(f"--sigmas={value}: write decreasing noise levels like 80,10,1,0.002") from None
-
-
-def parse_afs(ctx, param, value):
-    """Callback of --afs: False, True or "data"; None stays None."""
-    if value is None:
-        return None
-    choices = {"data": "data", **dict.fromkeys(("false", "0", "no", "off"), False)}
-    choices.update(dict.fromkeys(("true", "1", "yes", "on"), True))
-    if str(value).strip().lower() not in choices:
-        raise UserError(f"--afs={value}: choose True, False or data")
-    return choices[str(value).strip().lower()]
-
-
 def schedule_file_flag(command):
     """Decorator: the flag --schedule of a command line; its value is a Schedule, or None."""
 

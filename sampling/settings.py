@@ -16,8 +16,6 @@ from sampling.flags import (
     derived,
     flag,
     like,
-    parse_afs,
-    parse_sigmas,
     recorded,
     solver_flags,
     solver_option_names,
@@ -30,7 +28,7 @@ from torch_utils import distributed
 from torch_utils.cli import PATH, Number
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
-from torch_utils.options import POSITIVE
+from torch_utils.options import POSITIVE, AFSType, SigmaList
 from torch_utils.seeds import SeededGenerators
 from training.checkpoint import find_predictor, load_predictor
 
@@ -87,13 +85,13 @@ class Settings(NetworkSettings):
     sigma_min: float | None = flag("Last noise level (default: the network's)", kind=POSITIVE, record=ALWAYS)
     sigma_max: float | None = flag("First noise level (default: the network's)", kind=POSITIVE, record=ALWAYS)
     sigmas: list[float] | None = flag(  # replaces the five settings above
-        "Explicit noise levels instead of a schedule", kind=str, metavar="S,S,...", callback=parse_sigmas, record=ALWAYS
+        "Explicit noise levels instead of a schedule", kind=SigmaList(), metavar="S,S,...", record=ALWAYS
     )
     # What the network is told in their place; only a schedule file or a span solver has them.
     sigmas_net: list[float] | None = derived(
         lambda values, given: values.get("sigmas_net"), default=None, record=ALWAYS
     )
-    afs: bool | str = flag("Free first step", False, str, metavar="True|False|data", callback=parse_afs, record=ALWAYS)
+    afs: bool | str = flag("Free first step", False, AFSType(), metavar="True|False|data", record=ALWAYS)
     options: dict = derived(_written_solver_options, flags=solver_flags, default_factory=dict)  # of the solver
     denoise_to_zero: bool = flag("One more evaluation at the end", False, record=ALWAYS)
     original_code: bool = derived(  # of solver and schedule

@@ -15,7 +15,6 @@ from PIL import Image
 
 from evaluation.fid import find_reference
 from evaluation.frechet import Reference
-from sampling.flags import parse_afs, parse_sigmas
 from sampling.folder import format_seeds
 from solvers import check_sigmas, get_schedule
 from solvers.schedule_file import FORMAT, load_schedule
@@ -28,6 +27,7 @@ from torch_utils.distributed import pick_device
 from torch_utils.download import download_file
 from torch_utils.errors import UserError
 from torch_utils.images import ImageSource, load_array
+from torch_utils.options import AFSType, SigmaList
 from torch_utils.prompts import read_prompts, seed_of
 from torch_utils.seeds import parse_seeds
 from training.checkpoint import load_predictor, save_predictor
@@ -59,6 +59,14 @@ def or_refused(function, *arguments):
         return None
 
 
+def converted(kind, text):
+    """The value of a flag of this click type, refused as a command line refuses it."""
+    try:
+        return kind.convert(text, None, None)
+    except click.BadParameter as error:
+        raise UserError(error.message) from None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Texts of the command lines
 
@@ -83,7 +91,7 @@ def test_seed_lists_of_any_text(text):
 @given(st.lists(numbers, max_size=6))
 def test_noise_levels(values):
     text = ",".join(map(repr, values))
-    parsed = or_refused(parse_sigmas, None, None, text)
+    parsed = or_refused(converted, SigmaList(), text)
     assert (parsed is None) == (not values)
     good = len(values) >= 2 and all(math.isfinite(v) and v > 0 for v in values)
     good = good and float(np.float32(values[-1])) > 0 and math.isfinite(np.float32(values[0]))
@@ -99,7 +107,7 @@ def test_noise_levels(values):
 @bounded
 @given(st.text(max_size=12))
 def test_noise_levels_of_any_text(text):
-    parsed = or_refused(parse_sigmas, None, None, text)
+    parsed = or_refused(converted, SigmaList(), text)
     assert parsed is None or all(isinstance(value, float) for value in parsed)
 
 
@@ -137,7 +145,7 @@ def test_lists_of_numbers(text):
     sizes = or_refused(parse_ints, text, "--attn")
     assert sizes is None or all(size >= 1 for size in sizes)
     assert all(part and part == part.strip() for part in split_list(text))
-    assert or_refused(parse_afs, None, None, text) in (None, False, True, "data")
+    assert or_refused(converted, AFSType(), text) in (None, False, True, "data")
 
 
 @bounded

@@ -202,7 +202,7 @@ def test_every_way_of_writing_and_every_flag_reaches_the_run(tiny, tmp_path):
         (["--dataset_name=digits", "--sampler_tea=amed"], "'--sampler_tea'"),
         (["--dataset_name=digits", "--M=-1"], "'--M'"),
         (["--dataset_name=digits", "--num_steps=1"], "'--num_steps'"),
-        (["--dataset_name=digits", "--afs=maybe"], "'maybe' is not one of False, True, data"),
+        (["--dataset_name=digits", "--afs=maybe"], "choose True, False or data, not 'maybe'"),
         (["--dataset_name=digits", "--sampler_stu=dpmpp", "--max_order=4"], "max_order=4: dpmpp supports 1..3"),
         (["--dataset_name=digits", "--max_order=5"], "'--max_order'"),
         (["--dataset_name=digits", "--batch=6", "--batch-gpu=4"], "batch_gpu=4 must divide"),

@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 import torch
 
-from sampling.flags import flag_kind, parse_afs
+from sampling.flags import flag_kind
 from sampling.settings import NetworkSettings, Settings, settings_of
 from solvers import SOLVERS, check_sigmas
 from tools.compare_options import CompareOptions
@@ -81,8 +81,6 @@ class Method:
 
 
 def _parse_value(method: str, name: str, text: str, kind):
-    if name == "afs":
-        return parse_afs(None, None, text)
     try:
         return kind.convert(text, None, None)
     except click.BadParameter as error:

@@ -29,10 +29,24 @@ POSITIVE = Number(0, min_open=True)
 COUNT = click.IntRange(min=1)
 
 
-class FloatList(click.ParamType):
-    """Comma-separated numbers."""
+class AFSType(click.ParamType):
+    """False, True or "data"."""
 
-    name = "X,X,..."
+    name = "False|True|data"
+
+    def convert(self, value, param, ctx):
+        words = {"data": "data", **dict.fromkeys(("true", "1", "yes", "on"), True)}
+        words |= dict.fromkeys(("false", "0", "no", "off"), False)
+        word = str(value).strip().lower()
+        if word not in words:
+            self.fail(f"choose True, False or data, not '{value}'", param, ctx)
+        return words[word]
+
+
+class SigmaList(click.ParamType):
+    """Comma-separated noise levels, as a list of numbers."""
+
+    name = "S,S,..."
 
     def convert(self, value, param, ctx):
         if isinstance(value, list):
@@ -40,7 +54,7 @@ class FloatList(click.ParamType):
         try:
             return [float(part) for part in value.split(",")]
         except ValueError:
-            self.fail(f"'{value}' is not a comma-separated list of numbers", param, ctx)
+            self.fail(f"write decreasing noise levels like 80,10,1,0.002, not '{value}'", param, ctx)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch_utils.cli import PATH, SEED, Number
 from torch_utils.errors import UserError
 from torch_utils.kinds import check_kinds, kinds_of
 from torch_utils.memory import AUTO, BatchSize
-from torch_utils.options import COUNT, POSITIVE, FloatList, check_options, click_type, option
+from torch_utils.options import COUNT, POSITIVE, AFSType, SigmaList, check_options, click_type, option
 from training.loss import make_solvers
 from training.predictor import DEFAULTS, AMEDPredictor, solver_settings, trainable_options
 from training.sample_loss import DenoiserFeatures, parse_loss
@@ -28,20 +28,6 @@ from training.teacher import TeacherSettings, check_pair_teacher
 
 STUDENTS = tuple(name for name, solver in SOLVERS.items() if solver.can_learn)
 TEACHERS = tuple(name for name, solver in SOLVERS.items() if solver.can_teach)
-
-
-class AFSType(click.ParamType):
-    """False, True or "data"."""
-
-    name = "False|True|data"
-
-    def convert(self, value, param, ctx):
-        words = {"data": "data", **dict.fromkeys(("true", "1", "yes", "on"), True)}
-        words |= dict.fromkeys(("false", "0", "no", "off"), False)
-        word = str(value).strip().lower()
-        if word not in words:
-            self.fail(f"'{value}' is not one of False, True, data", param, ctx)
-        return words[word]
 
 
 @dataclass
@@ -75,7 +61,7 @@ class RunOptions:
     sigma_min: float | None = option(None, "Lowest noise level (default: the network's)", POSITIVE)
     sigma_max: float | None = option(None, "Highest noise level (default: the network's)", POSITIVE)
     sigmas: list[float] | None = option(
-        None, "Explicit noise levels, descending; they replace num_steps and schedule_*", FloatList()
+        None, "Explicit noise levels, descending; they replace num_steps and schedule_*", SigmaList()
     )
     afs: bool | str = option(
         True, "Analytical first step; 'data' uses the mean and spread of the training data", AFSType()
