@@ -14,7 +14,7 @@ from latent_nets import relative_error
 from PIL import Image
 
 from models.diffusers import load_diffusers
-from solvers import SOLVERS, sample
+from solvers import SOLVERS, resolve_sigmas, sample
 from solvers.span_table import SpanSolver
 from torch_utils.errors import UserError
 from training.checkpoint import save_predictor
@@ -132,6 +132,18 @@ def test_without_guidance_and_with_other_predictions():
         scheduler = AMEDScheduler(predictor, net.pipeline.scheduler.config, net.pipeline.unet)
         expected, _ = own_sample(net, predictor, noise_like(net), net.make_cond(prompts=PROMPTS), False)
         assert relative_error(run_pipeline(net, scheduler, noise_like(net), guidance_scale=1), expected) < TOLERANCE
+
+
+def test_the_published_schedule():
+    """A predictor that was trained with original_code brings the noise levels of the published code."""
+    net = load_diffusers(pipeline_folder("sd"), guidance_rate=RATE)
+    schedule = {"num_steps": 4, "schedule_type": "discrete", "schedule_rho": 2, "sigma_max": 5.0}
+    predictor = make_predictor("ipndm_v", **schedule, original_code=True)
+    scheduler = AMEDScheduler(predictor, net.pipeline.scheduler.config, net.pipeline.unet)
+    own = {"solver": "ipndm_v", "predictor": predictor, "cond": net.make_cond(prompts=PROMPTS), "return_info": True}
+    expected, info = sample(net, noise_like(net).double(), **schedule, **own, original_code=True)
+    assert not torch.allclose(info.sigmas, resolve_sigmas(net, **schedule), rtol=1e-2)
+    assert relative_error(run_pipeline(net, scheduler, noise_like(net)), expected.float()) < TOLERANCE
 
 
 def test_stable_diffusion_xl():

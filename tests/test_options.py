@@ -13,6 +13,7 @@ from toy import ToyNet
 
 import sample as sample_cli
 from models import create_model
+from sampling.settings import Settings, settings_of
 from solvers import SOLVERS, Option, Solver, sample
 from torch_utils.cli import Command
 from torch_utils.errors import UserError
@@ -122,6 +123,9 @@ def test_published_weights_are_trained_and_sampled_with():
     config = {"sampler_stu": "ipndm_v", "num_steps": 5, "original_code": True, "max_order": 4}
     predictor = AMEDPredictor(**config)
     assert DistillationLoss(ToyNet(), predictor.config).student_solver.original_code
+    asked = Settings(dataset_name="digits")
+    assert settings_of(predictor, asked).original_code
+    assert not settings_of(predictor, asked, frozenset({"original_code"})).original_code  # refused later on
     latents = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     settings = {"solver": "ipndm_v", "num_steps": 5, "predictor": predictor.double()}
     own = sample(ToyNet(), latents, **settings)
