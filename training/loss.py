@@ -45,8 +45,9 @@ class DistillationLoss:
 
     net: a Denoiser; config: the predictor's configuration (``PredictorConfig`` and options of solvers;
     missing keys take the defaults). ``sigmas``: the student's schedule, float64 [num_steps];
-    ``teacher_sigmas``: the teacher's, with M points more in every interval. One-step students restart every interval from the teacher's state, multistep ones continue
-    from their own, whose history this object carries from step_idx to step_idx + 1. checkpointing: see ``Sampler``.
+    ``teacher_sigmas``: the teacher's, with M points more in every interval. One-step students restart
+    every interval from the teacher's state, multistep ones continue from their own, whose history
+    this object carries from step_idx to step_idx + 1. checkpointing: see ``Sampler``.
     """
 
     def __init__(self, net, config: dict, checkpointing: bool = False):
