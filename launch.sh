@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Recipes. ./launch.sh demo | test | install, or the name of a setting of the paper.
-# Environment: PYTHON (interpreter, 3.11 or newer), NPROC (processes of torchrun, default: one per GPU), VENV (.venv).
+# Environment: PYTHON (interpreter, 3.11 or newer), NPROC (processes of torchrun, default: one per GPU), VENV (.venv),
+# TEST_PROCESSES (of the test suite, 2).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -82,7 +83,8 @@ demo)
 test)
     shift
     install test
-    "$VENV/bin/python" -m pytest -q "$@"
+    # Two processes with one thread each: many tests wait for programs that they start.
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$VENV/bin/python" -m pytest -q -n "${TEST_PROCESSES:-2}" --dist loadfile "$@"
     ;;
 install) install "${2:-}" ;;
 # shellcheck disable=SC2086  # the flag strings are lists
