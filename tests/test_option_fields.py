@@ -27,6 +27,7 @@ from sampling.text import TextOptions
 from solvers.span_table import SpanSolver
 from tools.compare_options import CompareOptions
 from torch_utils.cli import Command
+from training.checkpoint import save_predictor
 from training.predictor import AMEDPredictor
 
 
@@ -101,18 +102,20 @@ class MoreCompute(ComputeOptions):
 @pytest.mark.parametrize(
     "predictor", [None, AMEDPredictor(num_steps=4), SpanSolver(num_steps=4)], ids=["plain", "amed", "span"]
 )
-def test_one_line_makes_an_option_of_sampling(predictor):
+def test_one_line_makes_an_option_of_sampling(predictor, tmp_path):
     """The flag, the record and the argument of the sampler follow from the field, whatever brings the other settings."""
     settings = call(MoreSettings, "--dataset_name=digits", "--solver=euler", "--shine=2")
     assert settings.shine == 2
     net = create_model("digits")
-    plain = MoreSettings(dataset_name="digits", solver="euler")
+    plain, file = MoreSettings(dataset_name="digits", solver="euler"), None
     if predictor is not None:
+        file = tmp_path / "predictor.safetensors"
+        save_predictor(predictor, file)
         settings = settings_of(predictor, MoreSettings(dataset_name="digits", shine=2), frozenset({"shine"}))
         plain = settings_of(predictor, MoreSettings(dataset_name="digits"))
     assert settings.arguments()["shine"] == 2
-    before = recorded_settings(plain, net, None, ComputeOptions())
-    assert recorded_settings(settings, net, None, MoreCompute(hurry=True)) == before | {"shine": 2, "hurry": True}
+    before = recorded_settings(plain, net, file, ComputeOptions())
+    assert recorded_settings(settings, net, file, MoreCompute(hurry=True)) == before | {"shine": 2, "hurry": True}
     assert set(before) >= {entry.name for entry in fields(Settings)} - {"options"}
 
 
