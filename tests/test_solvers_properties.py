@@ -86,6 +86,9 @@ class Constant:
     def __init__(self, r, scale_dir=1.0, scale_time=1.0):
         self.answer = (r, scale_dir, scale_time)
 
+    def __repr__(self):  # in names of tests, which have to be the same in every process
+        return f"Constant{self.answer}"
+
     def __call__(self, bottleneck, t_cur, t_next):
         return tuple(bottleneck.new_full((len(bottleneck), 1, 1, 1), value) for value in self.answer)
 
