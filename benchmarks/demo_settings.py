@@ -206,7 +206,8 @@ def main(dataset_name, part, num, kimg, batch, seed):
     """Measure candidate settings of the demo on validation seeds."""
     bench = Bench(dataset_name, num)
     results = ROOT / "benchmarks" / f"{dataset_name}_settings.jsonl"
-    known = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()] if results.exists() else []
+    text = results.read_text(encoding="utf-8") if results.exists() else ""
+    known = [json.loads(line) for line in text.splitlines()]
     learned = part in ("amed", "demo")
     training = {"kimg": kimg, "batch": batch, "seed": seed} if learned else {}
     jobs = {

@@ -5,10 +5,10 @@
 It also renews the tables between the markers in README.md and docs/span_solver.md. Needs matplotlib (extra "plot") for the
 figures.
 
-Intervals are of the paired difference of two methods at 95 %. All methods have the same seeds, so the difference of their
-scores without one group of seeds at a time gives its error by the jackknife (evaluation/jackknife.py): the Fréchet distance
-of a small group is biased upwards, and the mean over groups would keep that bias. To this error that of the training seeds is
-added, where a method has several.
+Intervals are 95 % intervals of the paired difference of two methods, which sample the same seeds.
+The error is that of the jackknife over groups of seeds (evaluation/jackknife.py): the mean of the
+Fréchet distances of small groups would be biased upwards. If a method has several training seeds,
+their variance is added.
 """
 
 import json
@@ -38,7 +38,8 @@ ORDER = [
 ]
 LEARNED = [method for method in ORDER if not method.startswith("plain")]
 BASELINES = ("full + spatial,time", "AMED-Plugin (iPNDM)")  # of the tables of differences
-EARLIER, EARLIER_IMAGES = "†", 1000  # marks rows that are not current; the images of those that do not say so
+EARLIER = "†"  # marks rows that were measured earlier
+EARLIER_IMAGES = 1000  # test images of rows that do not store their number
 WHOLE = [method for method in ORDER if method.startswith("full")]
 SCORES = {"fid": ("FID", 2), "fid2": ("FID of the second classifier", 2), "distance": ("distance", 4)}
 MORE = {"precision": ("precision", 3), "recall": ("recall", 3)}
@@ -74,7 +75,10 @@ def check_row(row):
 
 
 def is_current(row, images):
-    """Whether a row need not be measured again: on so many test images, with scores of groups; validation never again."""
+    """Whether a row counts as measured: it has scores of groups on at least ``images`` test images.
+
+    Rows of validation always count.
+    """
     return row["part"] in ("plain", "choice") or ("fid_left_out" in row and row["images"] >= images)
 
 

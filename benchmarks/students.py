@@ -154,8 +154,8 @@ STRUCTURE = {  # ablations of the student's structure, which the command line do
     "labels fixed": {"learn": ["time", "inner_time", "corrections", "contrast"]},
     "no contrast": {"learn": ["labels", "inner", "time", "inner_time", "corrections"]},
 }
-# What was chosen on validation: of each preset the variants as (flags, changes of the student's configuration).
-# Nothing changed is the preset as it is.
+# Variants of each preset that are compared on validation: (flags, changes of the configuration).
+# A variant without changes is the preset itself.
 CHOICES = {
     **{
         preset: {f"rate {rate}": _rates(groups, rate) for rate in (0.02, 0.05, 0.1, 0.2, 0.4)}
@@ -494,7 +494,7 @@ class Students:
                         if settings is not None and (not wanted or {preset, f"{preset}, {variant}"} & set(wanted)):
                             key = {"part": "choice", "method": preset, "variant": variant, "nfe": nfe, "seed": seed}
                             own = f" {variant}".replace(",", "") if changes or structure else ""
-                            name = f"{preset}{own}-{nfe}-{seed}"  # as it is: trained once for this and for the tables
+                            name = f"{preset}{own}-{nfe}-{seed}"  # the tables use the same trained predictor
                             self.once(
                                 key, lambda f=settings, s=seed, k=name, c=structure: self.chosen(bench, f, s, k, c)
                             )

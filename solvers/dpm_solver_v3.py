@@ -295,8 +295,8 @@ class DPMSolverV3(Solver):
     pseudo: take the j-th derivative of the predictor from the newest j + 1 points, instead of all
     derivatives from all points. auto: True for pixel models without guidance on up to 5 intervals.
     lower_order_final: p is at most the number of intervals left, at every step.
-    There is no thresholding. The callback gets the predicted points, a trajectory has the corrected
-    ones.
+    Thresholding is not supported. The callback gets the predicted points, a trajectory the
+    corrected ones.
     """
 
     summary = "DPM-Solver-v3: multistep with statistics of the network, order 1-3"

@@ -425,7 +425,7 @@ def test_a_hundred_thousand_files_are_listed_in_seconds(tmp_path, monkeypatch):
 
 
 def test_files_of_zips(tmp_path, capsys):
-    """Of two members of one name the later counts; a folder around everything is no class; back-slashes are slashes."""
+    """Of two members of one name the later counts; a folder that contains all others is not a class; back-slashes are slashes."""
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("a.png", encode(GREY))
         archive.writestr("a.png", encode(255 - GREY))

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 from torch_utils import distributed
-from torch_utils.distributed import on_main as on_main  # for importers of this module
 from torch_utils.errors import UserError, parse_json
 from torch_utils.files import atomic_path, read_json
 from torch_utils.progress import say
