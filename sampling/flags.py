@@ -1,4 +1,4 @@
-"""Flags of command lines, and dataclasses of options whose fields make them.
+"""Flags of command lines, made from the fields of option dataclasses.
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
@@ -11,8 +11,8 @@
     def main(ctx, **flags):
         options = read_flags(Options, flags, given_flags(ctx))
 
-A field says everything about its flag once: name, type, default and range, help, and whether the value
-belongs to the record of a run.
+A field declares its flag once: name, type, default, range, help, and whether the value belongs to
+the record of a run.
 """
 
 from collections.abc import Callable
@@ -35,22 +35,27 @@ ALWAYS, CHANGED = "always", "changed"
 
 
 def flag(help, default=None, kind=None, *, names=(), record=None, record_as=None, **arguments):
-    """A field of a dataclass of options that is a flag of a command line as well.
+    """A field of an option dataclass that is also a flag of a command line.
 
     help: one line for --help and the documentation.
-    default: REQUIRED where the user has to give a value.
+    default: default value, or REQUIRED if the user has to give one.
     kind: click's type (default: the type of the field).
-    names: of the flag, the first one also in records (default: -- and the name of the field).
-    record: whether the value is in the record of a run, ALWAYS or where it is not the default (CHANGED).
-    record_as: function from the value to what the record has.
-    arguments: further ones of ``click.option``.
+    names: names of the flag; the first one is also used in records (default: --<field name>).
+    record: ALWAYS: the value is in the record of a run. CHANGED: only if it is not the default.
+        None: never.
+    record_as: function from the value to what is recorded (default: the value itself).
+    arguments: further arguments of ``click.option``.
     """
     arguments = {"help": help, "type": kind, **arguments}
     return field(default=default, metadata={"flag": arguments, "names": names, "record": (record, record_as)})
 
 
 def like(cls, name: str, **changes):
-    """A field with the flag of another dataclass's field; changes: to the arguments of ``flag``."""
+    """A field with the flag of another dataclass's field.
+
+    cls, name: the dataclass and its field.
+    changes: arguments of ``flag`` to replace.
+    """
     (known,) = (entry for entry in fields(cls) if entry.name == name)
     metadata = known.metadata
     arguments = metadata["flag"] | {"default": known.default, "names": metadata["names"]} | changes
@@ -59,21 +64,21 @@ def like(cls, name: str, **changes):
 
 
 def part(**changes):
-    """A field that is a dataclass of options itself.
+    """A field that is itself an option dataclass.
 
-    changes: by the name of its field the other arguments of a flag, or None where the command line lacks it.
+    changes: {field name: arguments of ``flag`` to replace}. None removes the flag.
     """
     return field(metadata={"changes": changes})
 
 
 def derived(read: Callable | None = None, *, flags: Callable | None = None, record=None, **default):
-    """A field that is no single flag.
+    """A field that is not a single flag.
 
-    read(values, given): its value, from the flags by name and the names of those that the user wrote
-        (None: who calls ``read_flags`` knows it).
-    flags: decorator with the flags that it is read from.
-    record: as of ``flag``.
-    default: ``default`` or ``default_factory``, if it has one.
+    read: function (values, given) -> value of the field. values: the flags by name; given: names of
+        the flags that the user wrote. None: the caller of ``read_flags`` passes the value.
+    flags: decorator that adds the flags which ``read`` needs.
+    record: as in ``flag``.
+    default: ``default`` or ``default_factory`` of the field, if any.
     """
     return field(**default, metadata={"read": read, "flags": flags, "names": (), "record": (record, None)})
 
@@ -106,7 +111,7 @@ def _decorator(entry: Field, changes: dict) -> Callable:
 
 
 def flags_of(cls, **changes) -> Callable:
-    """Decorator: the flags of all fields of a dataclass, in their order. changes: as of ``part``."""
+    """Decorator: the flags of all fields of a dataclass, in order. changes: as in ``part``."""
 
     def decorate(command):
         for entry in reversed(fields(cls)):
@@ -123,7 +128,13 @@ def given_flags(ctx: click.Context) -> set[str]:
 
 
 def read_flags(cls, values: dict, given: set[str], **more):
-    """The dataclass with the values of its flags. more: fields that are known already."""
+    """The dataclass with the values of its flags.
+
+    cls: the dataclass.
+    values: values of the flags by name.
+    given: names of the flags that the user wrote.
+    more: fields whose values are already known.
+    """
     for entry in fields(cls):
         if entry.name in more:
             continue
@@ -139,7 +150,7 @@ def read_flags(cls, values: dict, given: set[str], **more):
 
 
 def changed(options, but=()) -> dict:
-    """The fields of a dataclass that differ from their defaults, by name; but: names to leave out."""
+    """The fields of a dataclass that differ from their defaults. but: names to leave out."""
     return {
         entry.name: getattr(options, entry.name)
         for entry in fields(options)
@@ -148,7 +159,7 @@ def changed(options, but=()) -> dict:
 
 
 def recorded(*parts) -> dict:
-    """What dataclasses of options add to the record of a run, by the names of the flags."""
+    """What option dataclasses add to the record of a run, by flag name."""
     found = {}
     for options in parts:
         for entry in fields(options):
@@ -161,12 +172,12 @@ def recorded(*parts) -> dict:
 
 
 def solver_option_names() -> tuple[str, ...]:
-    """The options of all solvers, each once."""
+    """Names of the options of all solvers."""
     return tuple(solver_options())
 
 
 def solver_flags(command):
-    """Decorator: one click option per option of the registered solvers; None where the user does not give it."""
+    """Decorator: one click option per solver option. None: not given by the user."""
     for name, users in reversed(solver_options().items()):
         first = next(iter(users.values()))
         texts: dict[str, list[str]] = {}
@@ -179,7 +190,7 @@ def solver_flags(command):
 
 
 def schedule_file_flag(command):
-    """Decorator: the flag --schedule of a command line; its value is a Schedule, or None."""
+    """Decorator: the flag --schedule. Its value is a Schedule or None."""
 
     def load(ctx, param, value):
         return None if value is None else load_schedule(value)
@@ -194,11 +205,13 @@ def schedule_file_flag(command):
 
 
 def use_schedule(flags: dict, given: set[str]) -> Schedule | None:
-    """Takes --schedule out of the flags and puts its noise levels in the place of --sigmas (and sigmas_net).
+    """Replaces --schedule by --sigmas (and sigmas_net) with the noise levels of its file.
 
-    flags: of a command line by name, changed here.
-    given: names of those that the user wrote, changed here.
-    UserError where another flag of the schedule was given as well.
+    flags: flags of a command line by name; changed in place.
+    given: names of the flags that the user wrote; changed in place.
+
+    Returns the Schedule or None. Raises UserError if another flag of the schedule was given as
+    well.
     """
     schedule = flags.pop("schedule")
     given.discard("schedule")
@@ -206,7 +219,7 @@ def use_schedule(flags: dict, given: set[str]) -> Schedule | None:
         return None
     extra = [name for name in (*SCHEDULE_NAMES, "sigmas") if name in given]
     if extra:
-        raise UserError(f"--schedule is the whole schedule: leave out --{extra[0]}")
+        raise UserError(f"--schedule sets the whole schedule: leave out --{extra[0]}")
     flags["sigmas"], flags["sigmas_net"] = list(schedule.sigmas), schedule.sigmas_net
     given.add("sigmas")
     return schedule

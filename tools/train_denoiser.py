@@ -2,11 +2,13 @@
 
     python -m tools.train_denoiser --data=datasets/mnist-train.zip --outdir=runs --minutes=90
 
-Plain python or torchrun; stops at --total_kimg or --minutes, whichever comes first, and continues a run with --resume.
+Plain python or torchrun; stops at --total_kimg or --minutes, whichever comes first, and continues a
+run with --resume.
 
---init starts from a network, --schedule trains only at the noise levels at which the solver of a schedule file asks it.
-In turns with optimize_schedule.py this fits a few-step schedule and its network to each other ("Optimizing Few-Step Sampler",
-Huang 2024; its rounds as far as its abstract tells). The network forgets the other noise levels.
+--init starts from a network, --schedule trains only at the noise levels at which the solver of a
+schedule file asks it. In turns with optimize_schedule.py this fits a few-step schedule and its
+network to each other ("Optimizing Few-Step Sampler", Huang 2024; its rounds as far as its abstract
+tells). The network forgets the other noise levels.
 
     net=models/pretrained/digits-edm.safetensors
     for round in 1 2 3; do
@@ -78,7 +80,8 @@ ARCHITECTURES = {
 def edm_loss(net, images, labels, generator, p_mean, p_std, sigma_data, levels=None):
     """EDM's weighted denoising loss (eq. 8 and Table 1), per element [B,C,H,W]; ln sigma ~ N(p_mean, p_std^2).
 
-    levels: noise levels of which one is drawn for each image instead, all with the same probability.
+    levels: noise levels of which one is drawn for each image instead, all with the same
+        probability.
     """
     shape = [images.shape[0], 1, 1, 1]
     if levels is None:
@@ -92,7 +95,9 @@ def edm_loss(net, images, labels, generator, p_mean, p_std, sigma_data, levels=N
 
 
 class Batches:
-    """Endless shuffled batches; batch number ``it`` is a function of (seed, it, rank) only, so a resumed run continues it."""
+    """Endless shuffled batches; batch number ``it`` is a function of (seed, it, rank) only, so a
+    resumed run continues it.
+    """
 
     def __init__(self, images, labels, batch, seed, xflip):
         self.images, self.labels = images, labels
@@ -176,7 +181,9 @@ class Options:
 
 
 def build_network(net_config):
-    """The network; UserError where its widths cannot be split into the groups or attention heads they need."""
+    """The network; UserError where its widths cannot be split into the groups or attention heads
+    they need.
+    """
     try:
         return EDMDenoiser(**net_config)
     except UserError:
@@ -193,8 +200,8 @@ def build_network(net_config):
 def load_initial(path, shape):
     """The network that --init names, and the SHA-256 of its file.
 
-    shape: img_resolution, img_channels and label_dim that it must have. Raises UserError where it is no EDM network, or
-    not one of such images.
+    shape: img_resolution, img_channels and label_dim that it must have. Raises UserError where it
+    is no EDM network, or not one of such images.
     """
     try:
         net, digest = load_edm_network(path), sha256_of(path)
@@ -212,7 +219,8 @@ def load_initial(path, shape):
 def evaluated_levels(net, schedule: Schedule) -> tuple[float, ...]:
     """The noise levels at which the solver of a schedule asks the network, each once, descending; found by trying.
 
-    All points but the last, for most solvers; without the first under AFS; inner points of two-stage solvers as well.
+    All points but the last, for most solvers; without the first under AFS; inner points of
+    two-stage solvers as well.
     net: on the CPU.
     Raises UserError where the schedule cannot be used with this network, or not be trained on.
     """
@@ -234,10 +242,12 @@ def evaluated_levels(net, schedule: Schedule) -> tuple[float, ...]:
 class DenoiserTrainer(BaseTrainer):
     """The network, its moving average, the optimizer, and one iteration on this process's share of a batch.
 
-    net_config: the arguments of EDMDenoiser but for those that the images decide; images, labels, data_mean, data_std:
-    see load_data. With options.init these are the arguments of the network to start from, but for what net_config names.
-    Attributes: ``net``, ``ema``, ``optimizer``, ``iteration`` (how many are done), ``levels`` (trained noise levels, None
-    for all), ``origin`` (what the written networks tell of init and schedule).
+    net_config: the arguments of EDMDenoiser but for those that the images decide; images, labels,
+    data_mean, data_std: see load_data. With options.init these are the arguments of the network to
+    start from, but for what net_config names.
+    Attributes: ``net``, ``ema``, ``optimizer``, ``iteration`` (how many are done), ``levels``
+    (trained noise levels, None for all), ``origin`` (what the written networks tell of init and
+    schedule).
     """
 
     kept = {"net": "net", "ema": "ema", "optimizer": "optimizer", "it": "iteration"}
@@ -281,7 +291,9 @@ class DenoiserTrainer(BaseTrainer):
         self._ddp = DistributedDataParallel(self.net, broadcast_buffers=False) if several else self.net
 
     def _use_schedule(self, path, net):
-        """The noise levels to train at; notes where they come from. net: the network as it is before training."""
+        """The noise levels to train at; notes where they come from. net: the network as it is
+        before training.
+        """
         schedule = load_schedule(path)
         for line in schedule.warnings(net):
             distributed.print0(f"Warning: {line}", file=sys.stderr)
@@ -296,14 +308,16 @@ class DenoiserTrainer(BaseTrainer):
     def step(self, lr):
         """One iteration; returns its loss, the mean over all processes.
 
-        Raises NotFinite, on every process, where the loss or the gradient is not; network and optimizer are then as before.
+        Raises NotFinite, on every process, where the loss or the gradient is not; network and
+        optimizer are then as before.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         seed, p_mean, p_std = self.options.seed, self.options.p_mean, self.options.p_std
         index = self.iteration * distributed.world_size() + distributed.rank()
         generator = torch.Generator().manual_seed(stream_seeds(seed, index, 1)[0])
-        # Dropout draws from the global generators; indices below zero keep its masks apart from the noise.
+        # Dropout draws from the global generators; indices below zero keep its masks apart from the
+        # noise.
         torch.manual_seed(stream_seeds(seed, -1 - index, 1)[0])
         images, labels = self.batches.get(self.iteration, generator, self.device)
         self.optimizer.zero_grad(set_to_none=True)
@@ -318,14 +332,18 @@ class DenoiserTrainer(BaseTrainer):
         return mean_loss
 
     def _agreed(self, loss, norm):
-        """The mean of the processes' losses. All of them learn of one that is not finite, or the others would wait."""
+        """The mean of the processes' losses. All of them learn of one that is not finite, or the
+        others would wait.
+        """
         mean = float(distributed.all_reduce_sum(loss / distributed.world_size()))
         if not (math.isfinite(mean) and math.isfinite(norm)):
             raise NotFinite.found(math.isfinite(loss))
         return mean
 
     def _average(self):
-        """Moves the average towards the network; its half-life grows with the run up to ``ema_kimg``."""
+        """Moves the average towards the network; its half-life grows with the run up to
+        ``ema_kimg``.
+        """
         half_life = min(self.options.ema_kimg * 1000, 0.05 * self.iteration * self.options.batch + 1e-8)
         beta = 0.5 ** (self.options.batch / max(half_life, 1e-8))
         with torch.no_grad():
@@ -394,7 +412,9 @@ class DenoiserRun(BaseRun):
             self.snapshot()
 
     def _settings(self):
-        """What a continued run must have in common with its beginning: the noise, the order of the images and the count."""
+        """What a continued run must have in common with its beginning: the noise, the order of the
+        images and the count.
+        """
         settings = {name: getattr(self.options, name) for name in ("batch", "seed", "cond", "xflip")}
         return {**settings, "levels": self.trainer.levels}
 
@@ -465,9 +485,10 @@ def read_state(path):
 def train(*, data, outdir, net_config, device, resume=False, **options):
     """Trains and writes network-snapshot-*.safetensors, training-state.pt, stats.jsonl and grids into ``outdir``.
 
-    net_config: arguments of EDMDenoiser (model_type, model_channels, ...) but for those that the images decide;
-    options: the fields of Options. Every process of a torchrun calls this. Raises UserError for settings that cannot
-    work, before anything is written, and for a loss that is not finite.
+    net_config: arguments of EDMDenoiser (model_type, model_channels, ...) but for those that the
+        images decide;
+    options: the fields of Options. Every process of a torchrun calls this. Raises UserError for
+    settings that cannot work, before anything is written, and for a loss that is not finite.
     """
     settings = Options(**options)
     on_main(check_folder, outdir, resume)
@@ -537,7 +558,8 @@ def parse_ints(text, option):
 @click.pass_context
 def main(ctx, arch, model_channels, channel_mult, num_blocks, attn, dropout, device, **options):
     """Train a small EDM denoiser on a zip or folder of images, or fine-tune one (--init), also for the few noise levels
-    of a schedule (--schedule)."""
+    of a schedule (--schedule).
+    """
     net_config = {
         **ARCHITECTURES[arch],
         "model_channels": model_channels,
