@@ -17,7 +17,8 @@ from training.predictor import AMEDPredictor
 torch.set_num_threads(1)
 HI, LO = 1.2, 0.4  # a range where every method is in its asymptotic regime at a hundred steps
 PLAIN = [name for name, solver in SOLVERS.items() if not solver.needs_predictor]
-NEEDS = {"dpm_v3": {"statistics": "data"}}  # options without which a solver cannot run on these networks
+# Options without which a solver cannot run on these networks, or draws noise from torch's generator.
+NEEDS = {"dpm_v3": {"statistics": "data"}, "sde": {"noise": lambda: torch.zeros((), dtype=torch.float64)}}
 LEARNING = [name for name, solver in SOLVERS.items() if solver.can_learn]
 
 
@@ -438,7 +439,7 @@ ENDS_DIFFERENTLY = {"unipc", "dpm_v3", "evodiff", "pfdiff"}
 
 @pytest.mark.parametrize("solver", [name for name in PLAIN if name not in ENDS_DIFFERENTLY])
 def test_trajectory_rows_are_the_results_of_shorter_schedules(solver):
-    options = {"lower_order_final": False, "solver": solver}
+    options = {"lower_order_final": False, "solver": solver, **NEEDS.get(solver, {})}
     sigmas = grid(5, "logsnr")
     trajectory = sample(ToyNet(), common("latents2"), sigmas=sigmas, return_trajectory=True, **options)
     assert torch.equal(trajectory[0], common("latents2") * sigmas[0])
