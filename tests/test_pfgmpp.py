@@ -1,4 +1,4 @@
-"""PFGM++ (Xu et al. 2023): Student-t noise instead of Gaussian, against numbers of the published code."""
+"""PFGM++ (Xu et al. 2023): Student-t noise, against numbers of the published code."""
 
 import json
 
@@ -65,7 +65,7 @@ def test_a_seed_has_its_noise_in_any_batch():
 
 
 def poisson(points, D):
-    """The denoiser of data points [K,C,H,W] under the kernel (|x - y|^2 + D sigma^2)^(-(N + D) / 2)."""
+    """Denoiser of points [K,C,H,W] under the kernel (|x - y|^2 + D sigma^2)^(-(N + D) / 2)."""
     pixels = points[0].numel()
 
     def denoised(x, sigma):

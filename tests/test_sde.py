@@ -13,7 +13,7 @@ RUNS = [c for c in cases("mrs/sampler") if c["solver_type"] == "sde" and (c["ord
 
 
 def mr_problem(case, data):
-    """(denoiser of the residual, start, noise levels, residual -> state) of a recorded run of the MR sampler.
+    """A recorded run: (denoiser of the residual, start, noise levels, residual -> state).
 
     z = (x_t - mu) / alpha = (x_0 - mu) + sigma noise with sigma = sigma_bar / alpha; the network of
     the runs is a formula.
@@ -68,7 +68,7 @@ def seeded_noise(shape, seed=1):
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("steps", [2, 3, 7])
 def test_a_point_of_data_keeps_exactly_the_noise_of_the_last_level(order, steps):
-    """With D constant the reverse SDE is solved exactly: x - D ~ N(0, sigma_last^2) for any steps."""
+    """With D constant the reverse SDE is solved exactly: x - D ~ N(0, sigma_last^2)."""
     shape = (4000, 1, 4, 4)
     point = torch.full((1, 1, 4, 4), 0.3, dtype=torch.float64)
     x = sample(

@@ -17,7 +17,7 @@ from training.predictor import AMEDPredictor
 torch.set_num_threads(1)
 HI, LO = 1.2, 0.4  # a range where every method is in its asymptotic regime at a hundred steps
 PLAIN = [name for name, solver in SOLVERS.items() if not solver.needs_predictor]
-# Options without which a solver cannot run on these networks, or draws noise from torch's generator.
+# Options that a solver needs on these networks, or to draw no noise from torch's generator.
 NEEDS = {"dpm_v3": {"statistics": "data"}, "sde": {"noise": lambda: torch.zeros((), dtype=torch.float64)}}
 LEARNING = [name for name, solver in SOLVERS.items() if solver.can_learn]
 
