@@ -14,6 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from models.denoiser import BOTTLENECK_SIZE, call_shifted, member, read_bottleneck
+from models.inputs import initial_state
 from solvers.schedules import check_sigmas, get_schedule, levels_tensor
 from solvers.solver import Point, Solver, State, make_solver
 from torch_utils.errors import UserError
@@ -38,26 +39,38 @@ class SampleInfo:
     scale_time: list = field(default_factory=list)
 
 
-def afs_direction(net, x: torch.Tensor, sigma, kind) -> torch.Tensor:
+def afs_direction(net, x: torch.Tensor, sigma, kind, cond: Mapping | None = None) -> torch.Tensor:
     """The analytical first step: the direction [B,C,H,W] at the highest noise, without the network.
 
-    net: the denoiser; only "data" reads it.
+    net: the denoiser.
     x: state [B,C,H,W] at the highest noise.
     sigma: noise level of x.
     kind: True: x / sqrt(1 + sigma^2), the published form for data centred at zero (Dockhorn et al.
         2022, Appendix B). "data": exact for a Gaussian with the mean image and variance of the
         training data, ``net.data_mean`` and ``net.data_std``; it matters if the mean is far from
         zero, as for white strokes on black. A function: called with (x, sigma).
+    cond: keyword arguments of net; restoration networks centre the data at the degraded image, in
+        both kinds. Default: none.
+
+    Under PFGM++ "data" replaces the noise variance sigma^2 by that of the kernel at x,
+    (D sigma^2 + |x - mean|^2) / (D + N) for N pixels, so it is exact to first order there too.
     """
     if callable(kind):
         return kind(x, sigma)
+    prior = member(net, "prior_mean")(**(cond or {}))
+    if torch.is_tensor(prior):
+        x = x - prior.to(x)
     if kind is True:
         return x / (1 + sigma**2).sqrt()
     mean, std = member(net, "data_mean"), member(net, "data_std")
     if mean is None or std is None:
         raise UserError("afs='data' needs a network that knows the mean and spread of its data; use afs=True")
-    mean = mean.to(x.device, x.dtype)
-    return (x - mean) * (sigma / (sigma**2 + float(std) ** 2))
+    x = x - mean.to(x.device, x.dtype)
+    extra, variance = member(net, "D"), float(std) ** 2
+    if extra is None:
+        return x * (sigma / (sigma**2 + variance))
+    noise = (extra * sigma**2 + x.square().sum((1, 2, 3), keepdim=True)) / (extra + x[0].numel())
+    return x * (noise / ((noise + variance) * sigma))
 
 
 class Sampler:
@@ -164,7 +177,7 @@ class Sampler:
         if point.index in self.cached_evals:
             return self.cached_evals[point.index][0]
         if point.index == 0 and self.afs:
-            return afs_direction(self.net, point.x, point.sigma, self.afs)
+            return afs_direction(self.net, point.x, point.sigma, self.afs, self.cond)
         return None
 
     def _call_network(self, points: list[Point]) -> list:
@@ -434,7 +447,7 @@ def integrate(
         checkpointing=checkpointing,
     )
     info = SampleInfo(sigmas=times.detach())
-    state = State(latents * times[0].to(latents.dtype))
+    state = State(initial_state(net, latents, times[0].to(latents.dtype), cond))
     points = [state.x]
     with run.reading():
         i = 0

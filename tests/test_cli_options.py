@@ -1,9 +1,10 @@
-"""Every option of every command line, given wrongly: one line that names it and what to do, exit code 2, nothing written.
+"""Every option of every command line, given wrongly: one line that names it, and exit code 2.
 
-The options come from click itself. A new one has to be entered below, in ``SHARED`` if it means the same in all commands,
-else in its command's table: a list of wrong uses, each a value (``--option=value``) or a tuple of whole arguments.
-``GOOD`` completes a command, so that nothing but the option in question is wrong. Values of the wrong type, empty and
-missing ones are tried for all.
+Nothing may be written. The options come from click itself. A new one has to be entered below: in
+``SHARED`` if it means the same in all commands, else in the table of its command. The entry is a
+list of wrong uses, each a value (``--option=value``) or a tuple of whole arguments. ``GOOD``
+completes a command, so that only the option in question is wrong. Values of the wrong type, empty
+and missing ones are tried for all.
 """
 
 import importlib
@@ -48,7 +49,7 @@ def along(name, values, *with_them):
 
 
 def final(name, values):
-    """The same of an option of span students; beside another student it is out of place with any value."""
+    """The same for an option of the span solver; with another solver any value is refused."""
     return along(name, values, "--sampler_stu=span")
 
 
@@ -418,7 +419,7 @@ def test_no_entry_is_left_over():
     assert not set(SHARED) - set().union(*known.values())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The place where they run
 
 
@@ -524,7 +525,7 @@ def test_the_same_from_a_shell(command, message, here):
 
 
 def test_a_good_command_is_good(here):
-    """What completes the wrong uses is right by itself, so that it is not the reason for their refusal."""
+    """The rest of the command is right, so it is not the reason for the refusal."""
     for command, arguments in GOOD.items():
         module, _, sub = command.partition(" ")
         if command == "clip_score calc":  # needs a network of its own

@@ -63,7 +63,7 @@ def test_float16_torso(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_head_order(case):
-    """The legacy order loads the same weights and gives the wrong images that the reference data warns of."""
+    """The legacy order loads the same weights and gives the known wrong images."""
     facts, weights, io = tiny_case(case)
     net = build_denoiser("cm", {**facts["init_kwargs"], "use_new_attention_order": False}, weights)
     wrong = build_denoiser("cm", facts["init_kwargs"], weights)
@@ -77,7 +77,7 @@ def test_head_order(case):
 
 @pytest.mark.parametrize("dataset_name", RELEASED_CONFIGS)
 def test_published_file(dataset_name):
-    """Through the public function, from the published settings to the full-size network, without memory."""
+    """The public function builds the full-size network as published, without memory."""
     weights = meta_weights("edm_bedroom256_ema")
     for config in (manifest("edm_bedroom256_ema")["init_kwargs"], RELEASED_CONFIGS[dataset_name]):
         net = build_denoiser("cm", config, weights, "uncond", 1, device="meta")

@@ -108,7 +108,7 @@ def test_heads_and_loss_that_are_not_given_suit_the_network(tiny, tmp_path):
 
 
 def test_micro_batches_that_fit(tiny, tmp_path, monkeypatch):
-    """Networks that take two samples at most, then one with gradients: while the start is tried, or while it is trained."""
+    """Networks that take two samples at most, then one with gradients; at the start or later."""
     forward, most, graded = EDMDenoiser.forward, 2, 2
 
     def small(net, x, *arguments, **named):

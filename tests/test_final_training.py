@@ -1,4 +1,4 @@
-"""Training of span students on final samples: what improves, what stays, continuing, and failures."""
+"""Training of the span solver on final samples: what improves, continuing, and failures."""
 
 import json
 import math
@@ -95,7 +95,7 @@ def stats(path: Path) -> list[dict]:
 
 
 def test_trained_student_is_closer_to_the_truth_on_other_noise(folder):
-    """The error of the ODE itself, on seeds that training has not seen, against a solver with 200 steps."""
+    """The error against a solver with 200 steps, on seeds that training has not seen."""
     trainer = make_trainer(folder, num_steps=5, total_kimg=0.4)
     start = SpanSolver(**trainer.student.config)
     start.load_state_dict(trainer.student.state_dict())
@@ -188,7 +188,7 @@ def test_phases_in_turn():
 
 
 def test_gradient_is_that_of_the_mean_loss(folder):
-    """Whole batch and micro-batches, against autograd on a loss written out here; clipped to the given norm."""
+    """Whole batch and micro-batches, clipped, against autograd on a loss written out here."""
     found = []
     for batch_gpu in (None, 2, 1):
         trainer = make_trainer(folder, batch_gpu=batch_gpu, loss="l2", w_delta=0.3, phases="all:1")
@@ -257,7 +257,7 @@ def test_of_equal_validations_the_first_is_the_best(folder):
 
 @pytest.mark.parametrize("preset", ["amed-table", "epd"])
 def test_a_place_can_cross_its_interval_in_a_short_run(folder, preset):
-    """Adam moves a logit by at most about its rate: 120 iterations have to reach the ends, 0.5 to 0.99."""
+    """Adam moves a logit by its rate at most: 120 iterations have to reach 0.5 to 0.99."""
     trainer = make_trainer(folder, preset=preset, total_kimg=0.48)
     assert trainer.total == 120
     reach = sum(trainer._rate() for trainer.iteration in range(120))
@@ -404,7 +404,7 @@ def test_the_best_start_is_taken(toy_model, tmp_path):
 
 @pytest.mark.parametrize("more", [{}, {"w_dist": 0.1}], ids=str)
 def test_the_start_that_learns_best_is_taken(toy_model, tmp_path, more):
-    """Of the best untrained ones; they are tried from the same state, and the run then begins untrained."""
+    """The best untrained starts are tried from the same state; the run then begins untrained."""
     names = ["ab@polynomial:7", "euler@logsnr", "dpmpp@polynomial:4", "ab@polynomial:4", "ipndm@polynomial:7"]
     kept = {
         **USUAL,

@@ -1,4 +1,4 @@
-"""Everything that reads text or files of the user, on inputs that Hypothesis makes up: right, or refused in one line."""
+"""Everything that reads the user's text or files, on Hypothesis inputs: right or refused."""
 
 import csv
 import io
@@ -51,7 +51,7 @@ json_values = st.recursive(
 
 
 def or_refused(function, *arguments):
-    """The result, or None where it is refused; any exception but a UserError of one line is an error of the test."""
+    """The result, None if it is refused with a one-line UserError; other exceptions fail."""
     try:
         return function(*arguments)
     except UserError as error:
@@ -67,7 +67,7 @@ def converted(kind, text):
         raise UserError(error.message) from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Texts of the command lines
 
 
@@ -175,7 +175,7 @@ def test_names_of_images(name):
     assert seed is None or (seed >= 0 and str(seed) in name)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Addresses
 
 
@@ -185,7 +185,7 @@ def test_names_of_images(name):
     st.text(max_size=25),
 )
 def test_addresses_offline(monkeypatch_module, scheme, rest):
-    """Whatever an address looks like, the file for it lies in the cache folder and nothing is asked for."""
+    """For any address, the file is in the cache folder and there is no request."""
     monkeypatch_module.setenv("AMED_OFFLINE", "1")
     assert or_refused(find_reference, scheme + rest) is None
     folder = monkeypatch_module.folder
@@ -210,7 +210,7 @@ def monkeypatch_module(tmp_path_factory):
         yield patch
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files
 
 SCHEDULE = {

@@ -1,4 +1,4 @@
-"""The schedule file: it comes back as it was written, bad ones get one clear line, and it stands in for --sigmas."""
+"""The schedule file: it reads back as written, gives clear errors, and replaces --sigmas."""
 
 import importlib
 import json
@@ -177,7 +177,7 @@ def run(script, *arguments):
 
 
 def test_the_schedule_of_a_file_reaches_sampling_and_training(tmp_path):
-    """The noise levels unchanged, what the network is told besides, and a warning for another solver or network."""
+    """The noise levels unchanged, sigma_cond, and a warning for another solver or network."""
     sigmas, sigma_cond = [80.0, 5.0, 0.002], [79.0, 5.1, 0.002]
     path = tmp_path / "s.json"
     save_schedule(path, make(sigmas=sigmas, sigmas_cond=sigma_cond, network_hash="0" * 64))

@@ -1,4 +1,4 @@
-"""The span solver: against the solvers and published formulas that it contains, closed forms and finite differences."""
+"""The span solver against solvers and formulas it contains, closed forms and differences."""
 
 import json
 import math
@@ -60,7 +60,7 @@ class Embedding(torch.nn.Module):
 
 
 class EmbeddedToy(ToyNet):
-    """A toy network with a noise embedding: its first number is a contrast, its second a brightness."""
+    """A toy network with a noise embedding: its numbers are a contrast and a brightness."""
 
     def __init__(self, dtype=torch.float64):
         super().__init__(dtype)
@@ -97,7 +97,7 @@ class Zero(torch.nn.Module):
         return torch.zeros_like(x)
 
 
-# ---- what it contains ------------------------------------------------------------------------------------------------
+# ---- what it contains ----------------------------------------------------------------------------
 
 THEORIES = [
     ({"base": "euler"}, {"solver": "euler"}),
@@ -135,7 +135,7 @@ def test_ld3_is_its_base_on_labels_with_decoupled_times(base):
 
 
 class Table(torch.nn.Module):
-    """A predictor with constant outputs for every interval, told apart by their first noise level."""
+    """A predictor with constant outputs per interval, looked up by its first noise level."""
 
     def __init__(self, sigmas, r, c, a):
         super().__init__()
@@ -213,7 +213,7 @@ def test_dyweight_is_its_formulas_on_the_labels_that_they_imply():
 @pytest.mark.parametrize(("case", "first_step"), [("dyweight.0", "zero"), ("dyweight.1", "none")])
 @pytest.mark.parametrize("last_sum", [1.0, 0.97])
 def test_dyweight_is_its_authors_sampler(case, first_step, last_sum):
-    """Samples of Westlake-AGI-Lab/DyWeight 620534e, also where its last row of weights does not sum to one."""
+    """Samples of Westlake-AGI-Lab/DyWeight 620534e, also if the last row does not sum to one."""
     z, net = np.load(GOLDEN / "dyweight.npz"), ToyNet()
     net.means, x = torch.from_numpy(z["means"]).double(), torch.from_numpy(z["latents"]).double()
     weights, times = torch.from_numpy(z[f"{case}.W"]), torch.from_numpy(z[f"{case}.t_scale"])
@@ -243,7 +243,7 @@ def test_scales_of_the_last_intervals_only():
 
 
 def test_gs_and_s4s_are_in_the_span():
-    """A step from free weights b on denoised images, with a free gain on x, is a row of a dense student."""
+    """A step of free weights b on denoised images with a gain on x is a row of a dense table."""
     net, sigmas, x = ToyNet(), torch.tensor(GRID, dtype=torch.float64), latents() * GRID[0]
     generator = torch.Generator().manual_seed(5)
     student = SpanSolver.preset("gs", sigmas=GRID, learn=["coef_offset", "state_gain"])
@@ -263,7 +263,7 @@ def test_gs_and_s4s_are_in_the_span():
     torch.testing.assert_close(student.run(ToyNet(), latents()).detach(), x, rtol=0, atol=1e-9)
 
 
-# ---- theory ----------------------------------------------------------------------------------------------------------
+# ---- theory --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_a_measured_variance_is_never_negative(slope, variance):
     assert student.run(Linear(torch.zeros(3, 16, 16, dtype=torch.float64)), latents()).isfinite().all()
 
 
-# ---- labels and numbers ----------------------------------------------------------------------------------------------
+# ---- labels and numbers --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", ["polynomial", "logsnr", "time_uniform", None])
@@ -479,7 +479,7 @@ def test_the_table_is_the_whole_solver():
     torch.testing.assert_close(student.run(ToyNet(), latents()).detach(), x, **EXACT)
 
 
-# ---- learning --------------------------------------------------------------------------------------------------------
+# ---- learning ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -541,7 +541,7 @@ def test_only_what_is_learned_has_gradients():
     assert {name for name, value in student.named_parameters() if value.grad is not None} == {"knots", "sigma_scale"}
 
 
-# ---- heads -----------------------------------------------------------------------------------------------------------
+# ---- heads ---------------------------------------------------------------------------------------
 
 STRUCTURES = [{}, {"parallel": 2}, {"base": "midpoint", "parallel": 2}, {"first_step": "none", "window": 2}]
 
@@ -616,7 +616,7 @@ def test_the_sample_head_keeps_rows_of_sum_one_and_the_spatial_one_the_first_ste
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
 def test_the_time_head_shifts_the_embedding_of_its_own_call(structure):
-    """Against the closed form: a shift (c, b) of one call makes its denoised image (1 + c) D + b, and no other's."""
+    """Against a closed form: shifting call j by (c, b) changes only D_j, to (1 + c) D_j + b."""
     plain = shaken(SpanSolver(num_steps=4, **structure))
     student = SpanSolver(num_steps=4, heads=["time"], embedding_width=2, **structure)
     student.load_state_dict(plain.state_dict(), strict=False)
@@ -699,7 +699,7 @@ def test_the_spatial_head_sees_the_state_at_unit_size():
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)
 
 
-# ---- files and command lines -----------------------------------------------------------------------------------------
+# ---- files and command lines ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PRESETS)

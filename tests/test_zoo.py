@@ -169,7 +169,7 @@ def write_tiny(name: str, path: Path) -> Path:
 
 
 def test_digits():
-    """The embedded network removes noise from a picture better than the best constant factor does."""
+    """The embedded network denoises a picture better than the best constant factor."""
     net = create_model("digits", guidance_type="uncond", guidance_rate=1)
     path = zoo.resolve("digits")
     assert (net.dataset_name, Path(net.source_path)) == ("digits", path)
@@ -318,7 +318,7 @@ def test_networks_of_the_original_code_are_there():
         assert all(url.rpartition("/")[2] in (card.file, "lsun_bedrooms.zip", "ffhq.zip") for url in card.urls)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Downloaded files
 
 
@@ -429,7 +429,7 @@ def test_classes_of_a_batch():
 
 
 def test_the_list_of_coco_captions(tmp_path, monkeypatch):
-    """coco30k stands for a file that is fetched once; anything else is a prompt or a file already."""
+    """coco30k stands for a file fetched once; anything else is a prompt or a file already."""
     asked = []
 
     def download(urls, dest, **more):
