@@ -414,7 +414,7 @@ def integrate(
     if not torch.is_tensor(latents) or not latents.is_floating_point():
         found = f"{latents.dtype}" if torch.is_tensor(latents) else type(latents).__name__
         raise UserError(f"sample: latents must be a floating-point tensor [B,C,H,W], got {found}")
-    sigmas_cond = solver_options.pop("sigmas_net", sigmas_cond)  # its former name
+    sigmas_cond = solver_options.pop("sigmas_net", sigmas_cond)  # the former name
     trained = getattr(predictor, "config", {})
     original_code = bool(original_code or trained.get("original_code"))
     common = {"max_order": max_order, "predict_x0": predict_x0, "lower_order_final": lower_order_final}
