@@ -50,9 +50,9 @@ def main(ctx, device, resume, dry_run, **values):
     """Trains an AMED predictor or a span solver for a pretrained network."""
     given = {name for name in values if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     schedule = use_schedule(values, given)
-    if schedule is not None and values.pop("sigmas_net") is not None:
+    if schedule is not None and values.pop("sigmas_cond") is not None:
         raise UserError(
-            "--schedule: this file has noise levels of its own for the network (sigmas_net), which training cannot use"
+            "--schedule: this file has noise levels of its own for the network (sigmas_cond), which training cannot use"
         )
     with session(device) as device:
         folder = None

@@ -205,7 +205,7 @@ def schedule_file_flag(command):
 
 
 def use_schedule(flags: dict, given: set[str]) -> Schedule | None:
-    """Replaces --schedule by --sigmas (and sigmas_net) with the noise levels of its file.
+    """Replaces --schedule by --sigmas (and sigmas_cond) with the noise levels of its file.
 
     flags: flags of a command line by name; changed in place.
     given: names of the flags that the user wrote; changed in place.
@@ -220,6 +220,6 @@ def use_schedule(flags: dict, given: set[str]) -> Schedule | None:
     extra = [name for name in (*SCHEDULE_NAMES, "sigmas") if name in given]
     if extra:
         raise UserError(f"--schedule sets the whole schedule: leave out --{extra[0]}")
-    flags["sigmas"], flags["sigmas_net"] = list(schedule.sigmas), schedule.sigmas_net
+    flags["sigmas"], flags["sigmas_cond"] = list(schedule.sigmas), schedule.sigmas_cond
     given.add("sigmas")
     return schedule

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from sampling.search import ScoreFile
+from solvers.former_names import with_current_names
 from solvers.schedules import SCHEDULE_NAMES
 from torch_utils import distributed
 from torch_utils.errors import UserError
@@ -238,7 +239,8 @@ def _meaning(settings: dict) -> dict:
     These are the noise levels, not the flags that led to them, and the guidance rate if there is
     guidance.
     """
-    found = {name: value for name, value in json.loads(json.dumps(settings)).items() if value is not None}
+    found = with_current_names(json.loads(json.dumps(settings)))
+    found = {name: value for name, value in found.items() if value is not None}
     if "sigmas" in found:
         found = {name: value for name, value in found.items() if name not in SCHEDULE_NAMES}
     found.pop("guidance_type", None)

@@ -296,7 +296,12 @@ def test_list_command():
 def test_cards_agree_with_the_published_settings(name):
     """The space that is sampled, the classes and the range of noise, of networks without memory."""
     card = zoo.CARDS[name]
-    presets = {"cm": cm.PRESETS, "adm": adm.PRESETS, "ldm": ldm.PRESETS, "sd": {"ms_coco": sd.STABLE_DIFFUSION_1_5}}
+    presets = {
+        "cm": cm.RELEASED_CONFIGS,
+        "adm": adm.RELEASED_CONFIGS,
+        "ldm": ldm.RELEASED_CONFIGS,
+        "sd": {"ms_coco": sd.STABLE_DIFFUSION_1_5},
+    }
     classes = {"cm": cm.CMDenoiser, "adm": adm.ADMDenoiser, "ldm": ldm.LDMDenoiser, "sd": sd.StableDiffusionDenoiser}
     net = build_empty(classes[card.family], presets[card.family][name], name)
     assert (net.img_channels, net.img_resolution, net.label_dim) == (card.channels, card.resolution, card.label_dim)

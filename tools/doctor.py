@@ -2,9 +2,8 @@
 
     python -m tools.doctor
 
-Looks at versions, devices, optional packages, downloaded files and free disk, and samples a few
-images with the embedded networks on every device, which have to be the known ones. Takes seconds,
-downloads nothing and leaves nothing behind.
+Looks at versions, devices, optional packages, downloaded files and free disk, and samples a few images with the embedded
+networks on every device, which have to be the known ones. Takes seconds, downloads nothing and leaves nothing behind.
 """
 
 import importlib.metadata
@@ -31,9 +30,8 @@ LOW_DISK_GIB = 2
 VARIABLES = ("AMED_CACHE", "AMED_OFFLINE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 Finding = tuple[str, str]
 
-# Images of seeds 0-3 by iPNDM (order 4) with 6 time stamps: means of the quadrants (rows of an
-# image, then columns) over the channels, in [-1, 1]. From a run in float32 on a CPU;
-# tests/test_doctor.py computes them with loops of its own.
+# Images of seeds 0-3 by iPNDM (order 4) with 6 time steps: means of the quadrants (rows of an image, then columns) over
+# the channels, in [-1, 1]. From a run in float32 on a CPU; tests/test_doctor.py computes them with loops of its own.
 PROBE = {"solver": "ipndm", "num_steps": 6, "max_order": 4}
 EXPECTED = {
     "digits": (
@@ -52,7 +50,7 @@ EXPECTED = {
 TOLERANCE = 0.01  # rounding, TF32 included, stays below 0.003; other weights or a broken kernel give 0.05 and more
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Packages
 
 
@@ -103,7 +101,7 @@ def check_packages() -> Iterator[Finding]:
             yield FAIL, f"{'; '.join(problems)}: pip install -e ."
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Machine
 
 
@@ -168,7 +166,7 @@ def _downloaded(path: Path) -> Finding:
     return NOTE, f"{path} was touched since its checksum was recorded: run 'python -m models.zoo verify'"
 
 
-# --------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # End to end
 
 

@@ -2,13 +2,11 @@
 
     python -m tools.train_denoiser --data=datasets/mnist-train.zip --outdir=runs --minutes=90
 
-Plain python or torchrun; stops at --total_kimg or --minutes, whichever comes first, and continues a
-run with --resume.
+Plain python or torchrun; stops at --total_kimg or --minutes, whichever comes first, and continues a run with --resume.
 
---init starts from a network, --schedule trains only at the noise levels at which the solver of a
-schedule file asks it. In turns with optimize_schedule.py this fits a few-step schedule and its
-network to each other ("Optimizing Few-Step Sampler", Huang 2024; its rounds as far as its abstract
-tells). The network forgets the other noise levels.
+--init starts from a network, --schedule trains only at the noise levels at which the solver of a schedule file asks it.
+In turns with optimize_schedule.py this fits a few-step schedule and its network to each other ("Optimizing Few-Step Sampler",
+Huang 2024; its rounds as far as its abstract tells). The network forgets the other noise levels.
 
     net=models/pretrained/digits-edm.safetensors
     for round in 1 2 3; do
@@ -32,6 +30,7 @@ import torch
 from click.core import ParameterSource
 from torch.nn.parallel import DistributedDataParallel
 
+from models.denoiser import rms_of_extra
 from models.edm import EDMDenoiser, load_edm_network, save_edm_safetensors
 from models.edm_unet import count_parameters
 from models.inputs import draw_inputs
@@ -77,11 +76,12 @@ ARCHITECTURES = {
 }
 
 
-def edm_loss(net, images, labels, generator, p_mean, p_std, sigma_data, levels=None):
+def edm_loss(net, images, labels, generator, p_mean, p_std, sigma_data, levels=None, extra_dims=None):
     """EDM's weighted denoising loss (eq. 8 and Table 1), per element [B,C,H,W]; ln sigma ~ N(p_mean, p_std^2).
 
-    levels: noise levels of which one is drawn for each image instead, all with the same
-        probability.
+    levels: noise levels of which one is drawn for each image instead, all with the same probability.
+    extra_dims: extra dimensions D of PFGM++; the noise is then Student-t with D degrees of freedom.
+        Default None, Gaussian noise.
     """
     shape = [images.shape[0], 1, 1, 1]
     if levels is None:
@@ -89,15 +89,16 @@ def edm_loss(net, images, labels, generator, p_mean, p_std, sigma_data, levels=N
     else:
         drawn = torch.randint(len(levels), shape, generator=generator)
         sigma = torch.tensor(levels, dtype=torch.float32)[drawn].to(images.device)
-    noise = torch.randn(images.shape, generator=generator).to(images.device) * sigma
+    noise = torch.randn(images.shape, generator=generator)
+    if extra_dims is not None:
+        noise = noise / rms_of_extra(torch.randn(len(images), extra_dims, generator=generator))
+    noise = noise.to(images.device) * sigma
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     return weight * (net(images + noise, sigma, class_labels=labels) - images) ** 2
 
 
 class Batches:
-    """Endless shuffled batches; batch number ``it`` is a function of (seed, it, rank) only, so a
-    resumed run continues it.
-    """
+    """Endless shuffled batches; batch number ``it`` is a function of (seed, it, rank) only, so a resumed run continues it."""
 
     def __init__(self, images, labels, batch, seed, xflip):
         self.images, self.labels = images, labels
@@ -181,9 +182,7 @@ class Options:
 
 
 def build_network(net_config):
-    """The network; UserError where its widths cannot be split into the groups or attention heads
-    they need.
-    """
+    """The network; UserError where its widths cannot be split into the groups or attention heads they need."""
     try:
         return EDMDenoiser(**net_config)
     except UserError:
@@ -200,8 +199,8 @@ def build_network(net_config):
 def load_initial(path, shape):
     """The network that --init names, and the SHA-256 of its file.
 
-    shape: img_resolution, img_channels and label_dim that it must have. Raises UserError where it
-    is no EDM network, or not one of such images.
+    shape: img_resolution, img_channels and label_dim that it must have. Raises UserError where it is no EDM network, or
+    not one of such images.
     """
     try:
         net, digest = load_edm_network(path), sha256_of(path)
@@ -219,14 +218,13 @@ def load_initial(path, shape):
 def evaluated_levels(net, schedule: Schedule) -> tuple[float, ...]:
     """The noise levels at which the solver of a schedule asks the network, each once, descending; found by trying.
 
-    All points but the last, for most solvers; without the first under AFS; inner points of
-    two-stage solvers as well.
+    All points but the last, for most solvers; without the first under AFS; inner points of two-stage solvers as well.
     net: on the CPU.
     Raises UserError where the schedule cannot be used with this network, or not be trained on.
     """
-    if schedule.sigmas_net is not None:
+    if schedule.sigmas_cond is not None:
         raise UserError(
-            "its network is told other noise levels (sigmas_net) than there are: it cannot be trained on them"
+            "its network is told other noise levels (sigmas_cond) than there are: it cannot be trained on them"
         )
     asked = []
     handle = net.register_forward_pre_hook(lambda module, arguments: asked.append(float(arguments[1])))
@@ -242,12 +240,10 @@ def evaluated_levels(net, schedule: Schedule) -> tuple[float, ...]:
 class DenoiserTrainer(BaseTrainer):
     """The network, its moving average, the optimizer, and one iteration on this process's share of a batch.
 
-    net_config: the arguments of EDMDenoiser but for those that the images decide; images, labels,
-    data_mean, data_std: see load_data. With options.init these are the arguments of the network to
-    start from, but for what net_config names.
-    Attributes: ``net``, ``ema``, ``optimizer``, ``iteration`` (how many are done), ``levels``
-    (trained noise levels, None for all), ``origin`` (what the written networks tell of init and
-    schedule).
+    net_config: the arguments of EDMDenoiser but for those that the images decide; images, labels, data_mean, data_std:
+    see load_data. With options.init these are the arguments of the network to start from, but for what net_config names.
+    Attributes: ``net``, ``ema``, ``optimizer``, ``iteration`` (how many are done), ``levels`` (trained noise levels, None
+    for all), ``origin`` (what the written networks tell of init and schedule).
     """
 
     kept = {"net": "net", "ema": "ema", "optimizer": "optimizer", "it": "iteration"}
@@ -291,9 +287,7 @@ class DenoiserTrainer(BaseTrainer):
         self._ddp = DistributedDataParallel(self.net, broadcast_buffers=False) if several else self.net
 
     def _use_schedule(self, path, net):
-        """The noise levels to train at; notes where they come from. net: the network as it is
-        before training.
-        """
+        """The noise levels to train at; notes where they come from. net: the network as it is before training."""
         schedule = load_schedule(path)
         for line in schedule.warnings(net):
             distributed.print0(f"Warning: {line}", file=sys.stderr)
@@ -308,21 +302,19 @@ class DenoiserTrainer(BaseTrainer):
     def step(self, lr):
         """One iteration; returns its loss, the mean over all processes.
 
-        Raises NotFinite, on every process, where the loss or the gradient is not; network and
-        optimizer are then as before.
+        Raises NotFinite, on every process, where the loss or the gradient is not; network and optimizer are then as before.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         seed, p_mean, p_std = self.options.seed, self.options.p_mean, self.options.p_std
         index = self.iteration * distributed.world_size() + distributed.rank()
         generator = torch.Generator().manual_seed(stream_seeds(seed, index, 1)[0])
-        # Dropout draws from the global generators; indices below zero keep its masks apart from the
-        # noise.
+        # Dropout draws from the global generators; indices below zero keep its masks apart from the noise.
         torch.manual_seed(stream_seeds(seed, -1 - index, 1)[0])
         images, labels = self.batches.get(self.iteration, generator, self.device)
         self.optimizer.zero_grad(set_to_none=True)
         sigma_data, levels = self.net.sigma_data, self.levels
-        loss = edm_loss(self._ddp, images, labels, generator, p_mean, p_std, sigma_data, levels).mean()
+        loss = edm_loss(self._ddp, images, labels, generator, p_mean, p_std, sigma_data, levels, self.net.D).mean()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         mean_loss = self._agreed(loss.detach(), norm)
@@ -332,18 +324,14 @@ class DenoiserTrainer(BaseTrainer):
         return mean_loss
 
     def _agreed(self, loss, norm):
-        """The mean of the processes' losses. All of them learn of one that is not finite, or the
-        others would wait.
-        """
+        """The mean of the processes' losses. All of them learn of one that is not finite, or the others would wait."""
         mean = float(distributed.all_reduce_sum(loss / distributed.world_size()))
         if not (math.isfinite(mean) and math.isfinite(norm)):
             raise NotFinite.found(math.isfinite(loss))
         return mean
 
     def _average(self):
-        """Moves the average towards the network; its half-life grows with the run up to
-        ``ema_kimg``.
-        """
+        """Moves the average towards the network; its half-life grows with the run up to ``ema_kimg``."""
         half_life = min(self.options.ema_kimg * 1000, 0.05 * self.iteration * self.options.batch + 1e-8)
         beta = 0.5 ** (self.options.batch / max(half_life, 1e-8))
         with torch.no_grad():
@@ -412,9 +400,7 @@ class DenoiserRun(BaseRun):
             self.snapshot()
 
     def _settings(self):
-        """What a continued run must have in common with its beginning: the noise, the order of the
-        images and the count.
-        """
+        """What a continued run must have in common with its beginning: the noise, the order of the images and the count."""
         settings = {name: getattr(self.options, name) for name in ("batch", "seed", "cond", "xflip")}
         return {**settings, "levels": self.trainer.levels}
 
@@ -485,10 +471,9 @@ def read_state(path):
 def train(*, data, outdir, net_config, device, resume=False, **options):
     """Trains and writes network-snapshot-*.safetensors, training-state.pt, stats.jsonl and grids into ``outdir``.
 
-    net_config: arguments of EDMDenoiser (model_type, model_channels, ...) but for those that the
-        images decide;
-    options: the fields of Options. Every process of a torchrun calls this. Raises UserError for
-    settings that cannot work, before anything is written, and for a loss that is not finite.
+    net_config: arguments of EDMDenoiser (model_type, model_channels, ...) but for those that the images decide;
+    options: the fields of Options. Every process of a torchrun calls this. Raises UserError for settings that cannot
+    work, before anything is written, and for a loss that is not finite.
     """
     settings = Options(**options)
     on_main(check_folder, outdir, resume)
@@ -550,16 +535,22 @@ def parse_ints(text, option):
 @click.option("--channels_last", type=bool, default=True, show_default=True)
 @click.option("--xflip", type=bool, default=False, help="Random horizontal flips", show_default=True)
 @click.option("--cond", type=bool, default=False, help="Class-conditional", show_default=True)
+@click.option(
+    "--extra_dims",
+    type=click.IntRange(0, 1 << 20),
+    default=0,
+    help="Extra dimensions D of PFGM++; 0 = EDM's Gaussian noise",
+    show_default=True,
+)
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--snap", type=Number(0), default=100, help="kimg between snapshots, 0 = end", show_default=True)
 @click.option("--grid", type=bool, default=True, help="Sample a grid at each snapshot", show_default=True)
 @click.option("--resume", type=bool, default=False, help="Continue the run in --outdir", show_default=True)
 @click.option("--device", default=None, help="cpu, cuda, mps; default: the best there is")
 @click.pass_context
-def main(ctx, arch, model_channels, channel_mult, num_blocks, attn, dropout, device, **options):
+def main(ctx, arch, model_channels, channel_mult, num_blocks, attn, dropout, extra_dims, device, **options):
     """Train a small EDM denoiser on a zip or folder of images, or fine-tune one (--init), also for the few noise levels
-    of a schedule (--schedule).
-    """
+    of a schedule (--schedule)."""
     net_config = {
         **ARCHITECTURES[arch],
         "model_channels": model_channels,
@@ -576,6 +567,8 @@ def main(ctx, arch, model_channels, channel_mult, num_blocks, attn, dropout, dev
             if name in given:
                 raise UserError(f"--init brings its architecture: leave out --{name}")
         net_config = {"dropout": dropout} if "dropout" in given else {}
+    if extra_dims or "extra_dims" in given:
+        net_config |= {"pfgmpp": extra_dims > 0, "D": max(extra_dims, 1)}
     if options["schedule"] is not None:
         for name in ("p_mean", "p_std"):
             if name in given:
