@@ -10,16 +10,7 @@ import torch
 
 from models import create_model
 from models.compile import AUTOCAST, COMPILE_MODES, prepare_network
-from sampling.flags import (
-    ALWAYS,
-    CHANGED,
-    derived,
-    flag,
-    like,
-    recorded,
-    solver_flags,
-    solver_option_names,
-)
+from sampling.flags import solver_flags, solver_option_names
 from solvers import SOLVERS, make_solver, resolve_sigmas
 from solvers.sampler import afs_direction, check_predictor
 from solvers.schedules import SCHEDULE_NAMES, SCHEDULES
@@ -28,7 +19,7 @@ from torch_utils import distributed
 from torch_utils.cli import PATH, Number
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
-from torch_utils.options import POSITIVE, AFSType, SigmaList
+from torch_utils.options import ALWAYS, CHANGED, POSITIVE, AFSType, SigmaList, derived, flag, like, recorded
 from torch_utils.seeds import SeededGenerators
 from training.checkpoint import find_predictor, load_predictor
 

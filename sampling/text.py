@@ -4,12 +4,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from models import use_tokenizer, zoo
-from sampling.flags import CHANGED, flag
 from sampling.folder import format_seeds
 from sampling.generate import _text_of
 from torch_utils.cli import PATH
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
+from torch_utils.options import CHANGED, flag
 from torch_utils.prompts import FILES, read_prompts
 from torch_utils.seeds import SeededGenerators
 
