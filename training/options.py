@@ -14,7 +14,7 @@ from solvers import SOLVERS
 from solvers.former_names import current, with_current_names
 from solvers.schedules import SCHEDULES, check_sigmas, get_schedule
 from solvers.search.problem import Problem
-from solvers.solver import Option, teachers
+from solvers.solver import Option, check_teacher, teachers
 from solvers.span_table import BASES, GROUPS, PRESETS, SpanSolver
 from torch_utils.cli import PATH, SEED, Number
 from torch_utils.errors import UserError
@@ -25,10 +25,9 @@ from training.loss import make_solvers
 from training.predictor import DEFAULTS, AMEDPredictor, solver_settings, trainable_options
 from training.sample_loss import DenoiserFeatures, parse_loss
 from training.schedule_search import run_dmn
-from training.teacher import TeacherSettings, check_pair_teacher
+from training.teacher import TeacherSettings
 
 STUDENTS = tuple(name for name, solver in SOLVERS.items() if solver.can_learn)
-TEACHERS = tuple(name for name, solver in SOLVERS.items() if solver.can_teach)
 
 
 @dataclass
@@ -53,7 +52,7 @@ class RunOptions:
         "Time steps; the student evaluates 2 (N - 1) times, one less with AFS", 4, click.IntRange(min=2)
     )
     sampler_stu: str = flag("Student solver", "amed", tuple(dict.fromkeys([*STUDENTS, "span"])))
-    sampler_tea: str = flag("Teacher solver", "heun", tuple(dict.fromkeys([*TEACHERS, *teachers()])))
+    sampler_tea: str = flag("Teacher solver", "heun", tuple(teachers()))
     guidance_type: str | None = flag("Guidance of the network", kind=("cg", "cfg", "uncond", "none"))
     guidance_rate: float | None = flag(
         "Strength of the guidance (default: 7.5 for cfg, 1 for cg, else 0)", kind=Number()
@@ -213,7 +212,7 @@ class AMEDOptions(SolverOptions):
 
     def check(self, world_size: int) -> None:
         """Raises UserError for settings that no network could make work; DistillationLoss checks the rest."""
-        if self.sampler_tea in teachers() and self.sampler_tea not in TEACHERS:
+        if self.sampler_tea in set(teachers()) - set(teachers(per_step=True)):
             raise UserError(f"--sampler_tea={self.sampler_tea} can only make the pairs of --objective=final")
         make_solvers(self.to_dict())
         super().check(world_size)
@@ -341,7 +340,7 @@ class SpanOptions(RunOptions):
         """Raises UserError for settings that no network could make work."""
         if self.objective != "final" or self.sampler_stu != "span":
             raise UserError(f"objective={self.objective} with sampler_stu={self.sampler_stu}: it trains a span student")
-        check_pair_teacher(self.sampler_tea)
+        check_teacher(self.sampler_tea, per_step=False)
         super().check(world_size)
         if self.w_dist and self.val_pairs < 2:
             raise UserError("w_dist needs val_pairs of at least 2")
