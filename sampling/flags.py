@@ -15,13 +15,7 @@ A field declares its flag once: name, type, default, range, help, and whether th
 the record of a run.
 """
 
-from collections.abc import Callable
-from dataclasses import MISSING, Field, field, fields, is_dataclass
-from types import NoneType
-from typing import get_args
-
 import click
-from click.core import ParameterSource
 
 from solvers.schedule_file import Schedule, load_schedule
 from solvers.schedules import SCHEDULE_NAMES
@@ -29,146 +23,6 @@ from solvers.solver import solver_options
 from torch_utils.cli import PATH
 from torch_utils.errors import UserError
 from torch_utils.options import click_type
-
-REQUIRED = MISSING
-ALWAYS, CHANGED = "always", "changed"
-
-
-def flag(help, default=None, kind=None, *, names=(), record=None, record_as=None, **arguments):
-    """A field of an option dataclass that is also a flag of a command line.
-
-    help: one line for --help and the documentation.
-    default: default value, or REQUIRED if the user has to give one.
-    kind: click's type (default: the type of the field).
-    names: names of the flag; the first one is also used in records (default: --<field name>).
-    record: ALWAYS: the value is in the record of a run. CHANGED: only if it is not the default.
-        None: never.
-    record_as: function from the value to what is recorded (default: the value itself).
-    arguments: further arguments of ``click.option``.
-    """
-    arguments = {"help": help, "type": kind, **arguments}
-    return field(default=default, metadata={"flag": arguments, "names": names, "record": (record, record_as)})
-
-
-def like(cls, name: str, **changes):
-    """A field with the flag of another dataclass's field.
-
-    cls, name: the dataclass and its field.
-    changes: arguments of ``flag`` to replace.
-    """
-    (known,) = (entry for entry in fields(cls) if entry.name == name)
-    metadata = known.metadata
-    arguments = metadata["flag"] | {"default": known.default, "names": metadata["names"]} | changes
-    record, record_as = metadata["record"]
-    return flag(**{"kind": arguments.pop("type"), "record": record, "record_as": record_as, **arguments})
-
-
-def part(**changes):
-    """A field that is itself an option dataclass.
-
-    changes: {field name: arguments of ``flag`` to replace}. None removes the flag.
-    """
-    return field(metadata={"changes": changes})
-
-
-def derived(read: Callable | None = None, *, flags: Callable | None = None, record=None, **default):
-    """A field that is not a single flag.
-
-    read: function (values, given) -> value of the field. values: the flags by name; given: names of
-        the flags that the user wrote. None: the caller of ``read_flags`` passes the value.
-    flags: decorator that adds the flags which ``read`` needs.
-    record: as in ``flag``.
-    default: ``default`` or ``default_factory`` of the field, if any.
-    """
-    return field(**default, metadata={"read": read, "flags": flags, "names": (), "record": (record, None)})
-
-
-def names_of_written():
-    """A field with the names of the flags that the user wrote."""
-    return derived(lambda values, given: frozenset(given), default=frozenset())
-
-
-def flag_kind(entry: Field) -> click.ParamType:
-    """The click type of a field with a flag."""
-    of_field = next((kind for kind in get_args(entry.type) if kind is not NoneType), entry.type)
-    return click.types.convert_type(entry.metadata["flag"]["type"] or of_field)
-
-
-def _decorator(entry: Field, changes: dict) -> Callable:
-    metadata = entry.metadata
-    if metadata.get("flags") is not None:
-        return metadata["flags"]
-    if is_dataclass(entry.type):
-        return flags_of(entry.type, **metadata.get("changes", {}))
-    if "flag" not in metadata:
-        return lambda command: command
-    value = {"default": entry.default, "show_default": entry.default is not None}
-    arguments = value | metadata["flag"] | {"type": flag_kind(entry)} | changes
-    if entry.default is REQUIRED or arguments.get("required"):
-        arguments |= {"required": True, "show_default": False}
-        del arguments["default"]
-    return click.option(*(metadata["names"] or [f"--{entry.name}"]), entry.name, **arguments)
-
-
-def flags_of(cls, **changes) -> Callable:
-    """Decorator: the flags of all fields of a dataclass, in order. changes: as in ``part``."""
-
-    def decorate(command):
-        for entry in reversed(fields(cls)):
-            if changes.get(entry.name, {}) is not None:
-                command = _decorator(entry, changes.get(entry.name, {}))(command)
-        return command
-
-    return decorate
-
-
-def given_flags(ctx: click.Context) -> set[str]:
-    """Names of the flags that the user wrote."""
-    return {name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
-
-
-def read_flags(cls, values: dict, given: set[str], **more):
-    """The dataclass with the values of its flags.
-
-    cls: the dataclass.
-    values: values of the flags by name.
-    given: names of the flags that the user wrote.
-    more: fields whose values are already known.
-    """
-    for entry in fields(cls):
-        if entry.name in more:
-            continue
-        if entry.metadata.get("read") is not None:
-            more[entry.name] = entry.metadata["read"](values, given)
-        elif is_dataclass(entry.type):
-            left_out = [name for name, change in entry.metadata.get("changes", {}).items() if change is None]
-            defaults = {other.name: other.default for other in fields(entry.type) if other.name in left_out}
-            more[entry.name] = read_flags(entry.type, values, given, **defaults)
-        elif "flag" in entry.metadata:
-            more[entry.name] = values[entry.name]
-    return cls(**more)
-
-
-def changed(options, but=()) -> dict:
-    """The fields of a dataclass that differ from their defaults. but: names to leave out."""
-    return {
-        entry.name: getattr(options, entry.name)
-        for entry in fields(options)
-        if entry.name not in but and getattr(options, entry.name) != entry.default
-    }
-
-
-def recorded(*parts) -> dict:
-    """What option dataclasses add to the record of a run, by flag name."""
-    found = {}
-    for options in parts:
-        for entry in fields(options):
-            when, record_as = entry.metadata.get("record", (None, None))
-            value = getattr(options, entry.name)
-            if when == ALWAYS or (when == CHANGED and value != entry.default):
-                name = entry.metadata["names"][0].strip("-") if entry.metadata["names"] else entry.name
-                found[name] = value if record_as is None else record_as(value)
-    return found
 
 
 def solver_option_names() -> tuple[str, ...]:
@@ -205,7 +59,7 @@ def schedule_file_flag(command):
 
 
 def use_schedule(flags: dict, given: set[str]) -> Schedule | None:
-    """Replaces --schedule by --sigmas (and sigmas_cond) with the noise levels of its file.
+    """Replaces --schedule by --sigmas (and sigmas_net) with the noise levels of its file.
 
     flags: flags of a command line by name; changed in place.
     given: names of the flags that the user wrote; changed in place.

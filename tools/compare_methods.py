@@ -16,14 +16,13 @@ from pathlib import Path
 import click
 import torch
 
-from sampling.flags import flag_kind
 from sampling.settings import NetworkSettings, Settings, settings_of
 from solvers import SOLVERS, check_sigmas
 from tools.compare_options import CompareOptions
 from torch_utils import distributed
 from torch_utils.cli import PATH
 from torch_utils.errors import UserError
-from torch_utils.options import click_type
+from torch_utils.options import click_type, flag_kind, flags_of
 from training.checkpoint import find_predictor, load_predictor
 
 # The customary schedule and options of each solver, from its paper or published code. A solver
@@ -54,11 +53,7 @@ PRESETS = {
 # Settings that all methods share or that follow from the number of evaluations.
 SHARED = {entry.name for entry in fields(NetworkSettings)} | {"solver", "num_steps", "sigma_min", "sigma_max", "sigmas"}
 SCHEDULE_SETTINGS = {  # settings that a method may have besides the options of its solver, and their types
-    **{
-        entry.name: flag_kind(entry)
-        for entry in fields(Settings)
-        if "flag" in entry.metadata and entry.name not in SHARED
-    },
+    **{name: flag_kind(Settings, name) for name in flags_of(Settings) if name not in SHARED},
     "schedule_rho": click.FLOAT,
     "original_code": click.BOOL,  # of the solver and of the schedule
 }

@@ -17,7 +17,6 @@ from evaluation.fid import choose_detector, find_reference
 from evaluation.frechet import FeatureStatistics, Reference, frechet_distance
 from evaluation.jackknife import Estimate, jackknife
 from models import zoo
-from sampling.flags import changed
 from sampling.folder import format_seeds
 from sampling.generate import Batch, generate_images
 from sampling.settings import Settings, check_network, open_network, recorded_settings
@@ -31,6 +30,7 @@ from torch_utils.errors import UserError
 from torch_utils.files import check_destination
 from torch_utils.images import to_uint8
 from torch_utils.memory import explained_oom
+from torch_utils.options import changed
 from torch_utils.progress import progress_bar
 from torch_utils.version import code_version
 
@@ -314,7 +314,8 @@ class Comparison:
                 pass
 
     def solve(self, group: int) -> None:
-        """Stores the reference solution of a group: float32 images in [-1, 1], and features."""
+        """Stores the reference solution of a group: images, float32 in [-1, 1], and their features.
+        """
         seeds = self.protocol.seeds(group)[: self.protocol.count(group, self.protocol.num_reference)]
         images, features = [], []
         for result, quantised, _ in self.generate("the reference", self.reference, self.reference_nfe, None, seeds):
@@ -367,7 +368,8 @@ class Comparison:
         return f"{self.device.type}, {torch.get_num_threads()} threads"
 
     def finish(self, job: Job) -> None:
-        """Joins the files of a job's groups into one and removes them: covariances are large."""
+        """Joins the files of a job's groups into one and removes them, since covariances are large.
+        """
         groups = range(self.protocol.groups)
         parts = [read_arrays(self.part_file(job, group)) for group in groups]
         moments = [(int(part["count"]), part["mu"], part["sigma"]) for part in parts]
