@@ -314,8 +314,7 @@ class Comparison:
                 pass
 
     def solve(self, group: int) -> None:
-        """Stores the reference solution of a group: images, float32 in [-1, 1], and their features.
-        """
+        """Stores the reference solution of a group: float32 images in [-1, 1], and features."""
         seeds = self.protocol.seeds(group)[: self.protocol.count(group, self.protocol.num_reference)]
         images, features = [], []
         for result, quantised, _ in self.generate("the reference", self.reference, self.reference_nfe, None, seeds):
@@ -368,8 +367,7 @@ class Comparison:
         return f"{self.device.type}, {torch.get_num_threads()} threads"
 
     def finish(self, job: Job) -> None:
-        """Joins the files of a job's groups into one and removes them, since covariances are large.
-        """
+        """Joins the files of the groups into one and removes them: covariances are large."""
         groups = range(self.protocol.groups)
         parts = [read_arrays(self.part_file(job, group)) for group in groups]
         moments = [(int(part["count"]), part["mu"], part["sigma"]) for part in parts]
