@@ -2,10 +2,11 @@
 
     python -m tools.demo            # or ./launch.sh demo
 
-Two halves: handwritten digits and a small network of natural images. Each trains AMED-Solver and AMED-Plugin with
-train.py, samples every method at the same number of network evaluations and with the same seeds with sample.py, and
-compares them by Fréchet distance and by their distance to a converged solution of the same ODE from the same noise.
-Writes table.json, index.html and one figure for each half into --outdir.
+Two halves: handwritten digits and a small network of natural images. Each trains AMED-Solver and
+AMED-Plugin with train.py, samples every method at the same number of network evaluations and with
+the same seeds with sample.py, and compares them by Fréchet distance and by their distance to a
+converged solution of the same ODE from the same noise. Writes table.json, index.html and one figure
+for each half into --outdir.
 """
 
 import base64
@@ -35,7 +36,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass(frozen=True)
 class Half:
-    """One network of the demo and the settings of the methods: plain ones for sample.py, learned ones for train.py."""
+    """One network of the demo and the settings of the methods: plain ones for sample.py, learned
+    ones for train.py.
+    """
 
     dataset_name: str
     title: str
@@ -44,9 +47,9 @@ class Half:
     learned: dict
 
 
-# Five evaluations everywhere. Every method, plain or learned, has the settings that served it best on validation seeds
-# 100000-100255, which the tables below never use; docs/digits.md, docs/cifar10-small.md and docs/span_solver.md
-# tell how they were chosen.
+# Five evaluations everywhere. Every method, plain or learned, has the settings that served it best
+# on validation seeds 100000-100255, which the tables below never use; docs/digits.md,
+# docs/cifar10-small.md and docs/span_solver.md tell how they were chosen.
 COMMON = {"schedule_type": "time_uniform", "schedule_rho": 1, "afs": "data"}
 POLYNOMIAL = {"schedule_type": "polynomial", "afs": "data"}
 TRAINING = {
@@ -146,7 +149,9 @@ def sample_all(half, out, trained, images, extra):
 
 
 def score(rows, reference_name):
-    """Adds the Fréchet distance in the features of the network's own classifier and the mean distance to the reference (root mean square over pixels in [-1, 1], first seeds)."""
+    """Adds the Fréchet distance in the features of the network's own classifier and the mean
+    distance to the reference (root mean square over pixels in [-1, 1], first seeds).
+    """
     scaled = {row["method"]: load_array(ImageSource(row["folder"])).astype(np.float32) / 127.5 for row in rows}
     reference = scaled["Reference"]
     for row in rows:

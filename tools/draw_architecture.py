@@ -81,7 +81,7 @@ def draw(path: Path) -> None:
     def arrow(start, end):
         axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "#444444"})
 
-    axes.text(1, 63, "Rooms: a room may import from all below it", fontsize=10.5, weight="bold")
+    axes.text(1, 63, "Rooms: a room may import from those below it", fontsize=10.5, weight="bold")
     for level, rooms in enumerate(ROOMS):
         y, width = 54 - 10.2 * level, 47 / len(rooms) - (len(rooms) - 1)
         for index, (room, text) in enumerate(rooms.items()):
