@@ -15,7 +15,7 @@ from torch_utils.tensor_file import read_weights
 # Published with the networks that restore without a text encoder (Luo et al. 2023).
 _UNET, _DEEP = ({"network": "ConditionalUNet", "nf": nf, "depth": depth} for nf, depth in ((64, 4), (32, 5)))
 _NAFNET = {"network": "ConditionalNAFNet", "width": 64, "enc_blk_nums": [1, 1, 1, 28], "dec_blk_nums": [1, 1, 1, 1]}
-PRESETS = {
+RELEASED_CONFIGS = {
     "ir_sde_deraining": {**_UNET, "max_sigma": 10},
     "ir_sde_deblurring": {**_UNET, "max_sigma": 10},
     "ir_sde_inpainting": {**_UNET, "max_sigma": 30},
@@ -119,10 +119,10 @@ def load_mr(
 
     Raises UserError for a damaged file and for weights of another network.
     """
-    if config is None and dataset_name not in PRESETS:
+    if config is None and dataset_name not in RELEASED_CONFIGS:
         raise UserError(f"checkpoint {path}: describe the network in {path}.json (family mr), see docs/restoration.md")
     try:
-        settings = PRESETS[dataset_name] if config is None else config
+        settings = RELEASED_CONFIGS[dataset_name] if config is None else config
         return FAMILY.create(settings, read_weights(path), guidance_type, guidance_rate, device)
     except UserError as error:
         raise UserError(f"checkpoint {path}: {error}") from None

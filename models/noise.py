@@ -94,9 +94,12 @@ class DiscreteTime(NoiseProcess):
     """
 
     def __init__(self, alphas_cumprod: torch.Tensor):
-        steps = len(alphas_cumprod)
-        log_alphas = alphas_cumprod.to(torch.float32).log() / 2
-        times = torch.linspace(0, 1, steps + 1, dtype=torch.float32)[1:]
+        self._use_table(alphas_cumprod.to(torch.float32).log() / 2)
+
+    def _use_table(self, log_alphas: torch.Tensor) -> None:
+        """Sets the table log sqrt(a) [N] and the range of noise levels."""
+        steps = len(log_alphas)
+        times = torch.linspace(0, 1, steps + 1, dtype=log_alphas.dtype)[1:]
         if steps < 2 or not (log_alphas.isfinite().all() and log_alphas[0] <= 0 and (log_alphas.diff() < 0).all()):
             raise UserError(
                 "the noise table is unusable: the share of the image has to fall from step to step, above 0"
@@ -161,7 +164,7 @@ class MeanReverting(DiscreteTime):
         if not (T >= 2 and 0 < eps < 1 and max_sigma > 0):
             raise UserError(f"max_sigma={max_sigma}, T={T}, eps={eps}: need max_sigma > 0, T >= 2 and 0 < eps < 1")
         self.scale = 2 * max_sigma / 255
-        super().__init__(self.alphas(T, schedule, eps, original_code)[1:].square())
+        self._use_table(self.alphas(T, schedule, eps, original_code)[1:].log())
 
     @classmethod
     def alphas(cls, T: int, schedule: str, eps: float, original_code: bool = False) -> torch.Tensor:

@@ -84,7 +84,7 @@ class Sampler:
     cond: keyword arguments of net, for example class labels [B,L]. Default: none.
     observer: called with (i, sigma, x, denoised) after the evaluation at schedule point i.
     noise: returns standard normal noise like x, for stochastic solvers. Default: torch's generator.
-    sigmas_net: noise levels [N] to condition the network on at the points of the schedule (the
+    sigmas_cond: noise levels [N] to condition the network on at the points of the schedule (the
         decoupled times of LD3); the arithmetic uses sigmas. Default: sigmas.
     checkpointing: recompute the network's activations in the backward pass, so that memory does not
         grow with the number of evaluations. Default False.
@@ -105,18 +105,18 @@ class Sampler:
         cond=None,
         observer=None,
         noise=None,
-        sigmas_net=None,
+        sigmas_cond=None,
         checkpointing=False,
         cached_evals=None,
     ):
         if not (isinstance(afs, bool) or afs == "data" or callable(afs)):
             raise UserError(f"afs={afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
         self.net, self.solver, self.sigmas = net, solver.setup(net, sigmas, predictor), sigmas
-        self.sigmas_net = None
-        if sigmas_net is not None:
-            self.sigmas_net = levels_tensor("sigmas_net", sigmas_net, sigmas.dtype).to(sigmas.device)
-            if self.sigmas_net.shape != sigmas.shape or not (self.sigmas_net > 0).all():
-                raise UserError(f"sigmas_net must be {len(sigmas)} positive numbers, one per noise level")
+        self.sigmas_cond = None
+        if sigmas_cond is not None:
+            self.sigmas_cond = levels_tensor("sigmas_cond", sigmas_cond, sigmas.dtype).to(sigmas.device)
+            if self.sigmas_cond.shape != sigmas.shape or not (self.sigmas_cond > 0).all():
+                raise UserError(f"sigmas_cond must be {len(sigmas)} positive numbers, one per noise level")
         self.afs, self.predictor, self.cond = afs, predictor, dict(cond or {})
         self.observer, self._noise, self.checkpointing = observer, noise, checkpointing
         self.cached_evals = dict(cached_evals or {})
@@ -234,7 +234,7 @@ class Sampler:
 
         r: for the intermediate point sigma_{i+1}^r sigma_i^(1-r), if given.
         """
-        levels = self.sigmas_net
+        levels = self.sigmas_cond
         if levels is None:
             return None
         return levels[i] if r is None else levels[i + 1] ** r * levels[i] ** (1 - r)
@@ -360,7 +360,7 @@ def integrate(
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     sigmas=None,
-    sigmas_net=None,
+    sigmas_cond=None,
     max_order: int | None = None,
     predict_x0: bool | None = None,
     lower_order_final: bool | None = None,
@@ -388,7 +388,7 @@ def integrate(
     cond: keyword arguments of net. Default: none.
     sigma_min, sigma_max: range of the schedule. Default: that of the network.
     sigmas: explicit noise levels [N], decreasing, which replace the schedule. Default None.
-    sigmas_net: noise levels [N] to condition the network on. Default: the noise levels of the
+    sigmas_cond: noise levels [N] to condition the network on. Default: the noise levels of the
         states.
     max_order, predict_x0, lower_order_final: options that several solvers have. Default: those of
         the predictor's training, or of the solver.
@@ -404,7 +404,7 @@ def integrate(
     solver_options: other options of the solver. Default: those of the predictor's training, or of
         the solver.
 
-    Gradients flow to latents, sigmas, sigmas_net and the parameters of a predictor, if they require
+    Gradients flow to latents, sigmas, sigmas_cond and the parameters of a predictor, if they require
     gradients. ``sample`` is the same without gradients.
 
     Returns x [B,C,H,W]; with return_trajectory the states at all sigmas that the solver visits
@@ -414,6 +414,7 @@ def integrate(
     if not torch.is_tensor(latents) or not latents.is_floating_point():
         found = f"{latents.dtype}" if torch.is_tensor(latents) else type(latents).__name__
         raise UserError(f"sample: latents must be a floating-point tensor [B,C,H,W], got {found}")
+    sigmas_cond = solver_options.pop("sigmas_net", sigmas_cond)  # the former name
     trained = getattr(predictor, "config", {})
     original_code = bool(original_code or trained.get("original_code"))
     common = {"max_order": max_order, "predict_x0": predict_x0, "lower_order_final": lower_order_final}
@@ -423,8 +424,8 @@ def integrate(
     if method.own_schedule:
         method.check_predictor(predictor)
         predictor.check_network(net)
-        own = predictor.brings(num_steps, sigmas, sigmas_net, afs)
-        sigmas, sigmas_net, afs = own["sigmas"], own["sigmas_net"], own["afs"]
+        own = predictor.brings(num_steps, sigmas, sigmas_cond, afs)
+        sigmas, sigmas_cond, afs = own["sigmas"], own["sigmas_cond"], own["afs"]
     if sigmas is None and num_steps is None:
         raise UserError("sample: give num_steps or an explicit list of sigmas")
     schedule = (num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas)
@@ -442,7 +443,7 @@ def integrate(
         cond=cond,
         observer=callback,
         noise=noise,
-        sigmas_net=sigmas_net,
+        sigmas_cond=sigmas_cond,
         checkpointing=checkpointing,
     )
     info = SampleInfo(sigmas=times.detach())

@@ -228,7 +228,7 @@ def make_files(folder: Path) -> None:
     schedule = {
         "format": "amed-schedule-1",
         "sigmas": [80.0, 9.0, 0.002],
-        "sigmas_net": [80, 8, 0.01],
+        "sigmas_cond": [80, 8, 0.01],
         "solver": "ipndm",
     }
     schedule |= {"solver_options": {"max_order": 3}, "afs": "data", "method": "gits", "settings": {"coeff": 1.15}}

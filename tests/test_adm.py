@@ -10,7 +10,7 @@ from test_openai_unet import TOLERANCE, half_names, manifest, meta_weights, rela
 from torch.utils.checkpoint import checkpoint
 
 from models import build_denoiser
-from models.adm import PRESETS, ADMDenoiser, load_adm
+from models.adm import RELEASED_CONFIGS, ADMDenoiser, load_adm
 from models.denoiser import read_bottleneck
 from models.noise import CosineNoise, LinearNoise
 from solvers import get_schedule, sample
@@ -215,7 +215,7 @@ def test_published_files(with_classifier):
     if with_classifier:
         weights |= {f"classifier.{name}": value for name, value in meta_weights("256x256_classifier").items()}
     ours = {"model": model["init_kwargs"], "classifier": classifier["init_kwargs"]}
-    for config in (ours, PRESETS["imagenet256"]):
+    for config in (ours, RELEASED_CONFIGS["imagenet256"]):
         net = build_denoiser("adm", config, weights, "cg" if with_classifier else None, device="meta")
         assert (net.img_resolution, net.img_channels, net.label_dim) == (256, 3, 1000)
         assert half_names(net.model) == model["half_after_convert_to_fp16"]["keys"]
@@ -230,7 +230,7 @@ def test_published_files(with_classifier):
 )
 def test_presets(dataset_name, millions):
     """The published sizes. Network and classifier agree on image size and classes."""
-    preset = PRESETS[dataset_name]
+    preset = RELEASED_CONFIGS[dataset_name]
     with torch.device("meta"):
         net = ADMDenoiser(**preset, guidance_rate=1.0)
     count = sum(value.numel() for value in net.model.parameters())

@@ -146,7 +146,7 @@ OWN = {
         "preset": ["ld3"],
         "heads": ["sample", *final("heads", ["nope", "sample,sample", ","])],
         "parallel": ["2", *final("parallel", COUNT)],
-        "time_bound": ["0.3", *final("time_bound", POSITIVE)],
+        "sigma_scale_bound": ["0.3", *final("sigma_scale_bound", POSITIVE)],
         "init": ["preset", *final("init", ["nope", "@", "ab@nope", "ab@polynomial:x", "ab@polynomial:0", "ab,"])],
         "init_pairs": ["4", *final("init_pairs", COUNT)],
         "init_trial": ["0.1", *final("init_trial", ["-0.1", "1.1", "nan"])],
@@ -162,7 +162,7 @@ OWN = {
         "pairs": ["4", *final("pairs", COUNT), ("--sampler_stu=span", "--batch=8", "--pairs=4")],
         "val_pairs": ["4", *final("val_pairs", COUNT), ("--sampler_stu=span", "--w_dist=1", "--val_pairs=1")],
         "teacher_set": ["x.safetensors"],
-        "lrs": ["labels=1", *final("lrs", ["nope=1", "labels", "labels=x", "labels=-1", "labels=nan"])],
+        "lrs": ["knots=1", *final("lrs", ["nope=1", "knots", "knots=x", "knots=-1", "knots=nan"])],
         "lr_final": ["0.1", *final("lr_final", ["-0.1", "1.1", "nan"])],
         "warmup": ["1", *final("warmup", NATURAL)],
         "clip": ["1", *final("clip", POSITIVE)],
@@ -452,7 +452,7 @@ def place(tmp_path_factory):
     torch.manual_seed(0)
     config = {"dataset_name": "digits", "num_steps": 3, "afs": True}
     save_predictor(AMEDPredictor(**config), folder / "p.safetensors")
-    schedule = {"format": "amed-schedule-1", "sigmas": [80.0, 1.0, 0.002], "sigmas_net": None, "solver": "euler"}
+    schedule = {"format": "amed-schedule-1", "sigmas": [80.0, 1.0, 0.002], "sigmas_cond": None, "solver": "euler"}
     schedule |= {"solver_options": {}, "afs": False, "method": "hand", "settings": {}, "network": None, "versions": {}}
     schedule |= {"network_hash": None, "sigma_min": 0.002, "sigma_max": 80.0, "evaluations": 0, "seconds": 0.0}
     (folder / "schedule.json").write_text(json.dumps(schedule))

@@ -5,7 +5,7 @@ import torch
 from test_openai_unet import TOLERANCE, half_names, manifest, meta_weights, relative_error, tiny_case
 
 from models import build_denoiser
-from models.cm import PRESETS, CMDenoiser, load_cm
+from models.cm import RELEASED_CONFIGS, CMDenoiser, load_cm
 from models.denoiser import read_bottleneck
 from models.openai_unet import UNetModel
 from solvers import sample
@@ -75,11 +75,11 @@ def test_head_order(case):
     assert difference == pytest.approx(facts["max_abs_difference_if_head_first_order_is_used"], rel=1e-3)
 
 
-@pytest.mark.parametrize("dataset_name", PRESETS)
+@pytest.mark.parametrize("dataset_name", RELEASED_CONFIGS)
 def test_published_file(dataset_name):
     """The public function builds the full-size network as published, without memory."""
     weights = meta_weights("edm_bedroom256_ema")
-    for config in (manifest("edm_bedroom256_ema")["init_kwargs"], PRESETS[dataset_name]):
+    for config in (manifest("edm_bedroom256_ema")["init_kwargs"], RELEASED_CONFIGS[dataset_name]):
         net = build_denoiser("cm", config, weights, "uncond", 1, device="meta")
         assert (net.img_resolution, net.img_channels, net.label_dim) == (256, 3, 0)
         assert half_names(net.model) == manifest("edm_bedroom256_ema")["half_after_convert_to_fp16"]["keys"]

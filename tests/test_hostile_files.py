@@ -842,12 +842,12 @@ SPAN = [
         for name in ("num_steps", "parallel", "window", "max_order")
         for value in (2000, 1 << 40, "x", [1])
     ),
-    *({"learn": value} for value in ({"labels": 1}, 5, [5], "labels", ["labels"] * 3 + ["x"])),
+    *({"learn": value} for value in ({"knots": 1}, 5, [5], "knots", ["knots"] * 3 + ["x"])),
     *({"heads": value} for value in (5, {"time": 1}, [["time"]], "time")),
     *({"image_shape": value} for value in ([1 << 20] * 3, "abc", 5, [-1])),
     *({"img_channels": 1 << 20, "heads": ["spatial"]}, {"embedding_width": 1 << 30, "heads": ["time"]}),
     *({"sigmas": value} for value in ([1.0] * 5000, "x", [10**40, 1], {"a": 1})),
-    *({name: value} for name in ("sigma_min", "schedule_rho", "time_bound") for value in ("1", [1], True)),
+    *({name: value} for name in ("sigma_min", "schedule_rho", "sigma_scale_bound") for value in ("1", [1], True)),
 ]
 
 
@@ -867,7 +867,7 @@ def test_span_files_with_many_time_steps(tmp_path):
         save_predictor(SpanSolver(num_steps=4), path)
         tensors, metadata = read_safetensors(path.read_bytes(), str(path))
         config = json.loads(metadata["config"]) | {"num_steps": steps, "parallel": parallel}
-        tensors["labels"] = torch.zeros(steps - 1, dtype=torch.float64)
+        tensors["knots"] = torch.zeros(steps - 1, dtype=torch.float64)
         write_safetensors(path, tensors, metadata | {"config": json.dumps(config)})
         with at_once(), pytest.raises(UserError, match="at most 1000"):
             load_predictor(path)

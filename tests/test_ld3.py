@@ -110,10 +110,10 @@ def test_nothing_learned_is_the_solver_itself(solver):
     expected = get_schedule(6, 0.002, 80).clone()
     expected[0], expected[-1] = 80, 0.002
     latents = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert found.sigmas == expected.tolist() and found.sigmas_net is None
+    assert found.sigmas == expected.tolist() and found.sigmas_cond is None
     grid = Grid(expected)
     sigmas, sigma_cond = (value.detach() for value in grid.levels())
-    x = sample(net, latents, solver=solver, sigmas=sigmas, sigmas_net=sigma_cond)
+    x = sample(net, latents, solver=solver, sigmas=sigmas, sigmas_cond=sigma_cond)
     torch.testing.assert_close(x, sample(net, latents, solver=solver, num_steps=6), rtol=0, atol=1e-9)
 
 
@@ -135,7 +135,7 @@ def test_gradients_equal_differences(solver, afs):
         sigmas, sigma_cond = grid.levels()
         settings = {
             "sigmas": sigmas,
-            "sigmas_net": sigma_cond,
+            "sigmas_cond": sigma_cond,
             "solver": solver,
             "afs": afs,
             "checkpointing": True,
@@ -222,7 +222,7 @@ def test_errors_fall(solver, changes):
     errors = [
         float((sample(net, latents, solver=solver, **settings) - exact).square().mean().sqrt())
         for settings in (
-            {"sigmas": found.sigmas, "sigmas_net": found.sigmas_net},
+            {"sigmas": found.sigmas, "sigmas_cond": found.sigmas_cond},
             {"num_steps": 6, "schedule_type": "time_uniform", "schedule_rho": 1},
         )
     ]
@@ -326,7 +326,7 @@ def test_resume_is_identical(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="another lr "):
         optimize(problem(**this), "ld3", {**SMALL, "lr": 0.1})
     found = optimize(problem(**this), "ld3", SMALL)
-    assert (found.sigmas, found.sigmas_net) == (expected.sigmas, expected.sigmas_net)
+    assert (found.sigmas, found.sigmas_cond) == (expected.sigmas, expected.sigmas_cond)
     assert found.evaluations == expected.evaluations
     assert len(calls) == 12 + 2 + 2  # those of the rounds that were not complete are made again
 

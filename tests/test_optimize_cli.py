@@ -210,7 +210,7 @@ def test_a_method_is_one_entry_of_the_table(monkeypatch, tmp_path):
     monkeypatch.setitem(METHODS, "mine", Method("a test", run, {"power": Option(float, 3.0, "a number")}))
     schedule = optimize(toy_problem(), "mine", {"power": 2})
     expected = get_schedule(5, 0.002, 80, schedule_rho=2)
-    assert schedule.sigmas == expected.tolist() and schedule.sigmas_net == (1.1 * expected).tolist()
+    assert schedule.sigmas == expected.tolist() and schedule.sigmas_cond == (1.1 * expected).tolist()
     assert schedule.evaluations == 3 and schedule.settings["power"] == 2.0
     for method, options, message in (
         ("mine", {"x": 1}, "no option 'x'"),

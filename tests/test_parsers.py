@@ -214,7 +214,7 @@ def monkeypatch_module(tmp_path_factory):
 # Files
 
 SCHEDULE = {
-    **{"format": FORMAT, "sigmas": [80.0, 1.0, 0.002], "sigmas_net": None, "solver": "ipndm", "solver_options": {}},
+    **{"format": FORMAT, "sigmas": [80.0, 1.0, 0.002], "sigmas_cond": None, "solver": "ipndm", "solver_options": {}},
     **{"afs": False, "method": "gits", "settings": {}, "network": None, "network_hash": None, "sigma_min": 0.002},
     **{"sigma_max": 80.0, "evaluations": 0, "seconds": 0.0, "versions": {}},
 }
@@ -228,7 +228,7 @@ def test_schedule_files(tmp_path, changes):
     found = or_refused(load_schedule, path)
     if found is not None:
         assert check_sigmas(found.sigmas) is not None and (
-            found.sigmas_net is None or len(found.sigmas_net) == len(found.sigmas)
+            found.sigmas_cond is None or len(found.sigmas_cond) == len(found.sigmas)
         )
     assert load_schedule_is_strict(tmp_path, changes) or not changes
 

@@ -8,7 +8,7 @@ import torch
 from systems_golden import GOLDEN, arrays, assert_relative, cases
 
 from models import build_denoiser, zoo
-from models.mr import PRESETS, MRDenoiser
+from models.mr import RELEASED_CONFIGS, MRDenoiser
 from models.noise import MeanReverting
 from solvers import sample
 from solvers.sampler import afs_direction
@@ -59,7 +59,7 @@ def test_denoiser_is_the_network_in_our_coordinates(name):
 def test_published_weights_fit_strictly(manifest, preset):
     keys = json.loads(gzip.decompress((GOLDEN / f"mrs/manifest_{manifest}.json.gz").read_bytes()))
     with torch.device("meta"):
-        net = MRDenoiser(**PRESETS[preset])
+        net = MRDenoiser(**RELEASED_CONFIGS[preset])
     assert {name: list(value.shape) for name, value in net.model.state_dict().items()} == keys
 
 
@@ -73,8 +73,8 @@ def test_noise_process_equals_both_published_tables(case):
         process = MeanReverting(case["max_sigma"], **settings)
         steps = torch.arange(1, case["T"] + 1, dtype=torch.float64)
         expected = 2 * data[f"sigma_bar_{name}__{i}"] / alphas
-        torch.testing.assert_close(process.sigma(steps / case["T"]), expected[1:], rtol=1e-5, atol=0)
-        torch.testing.assert_close(process.timestep(expected[1:]), steps, rtol=0, atol=2e-3)
+        torch.testing.assert_close(process.sigma(steps / case["T"]), expected[1:], rtol=1e-9, atol=0)
+        torch.testing.assert_close(process.timestep(expected[1:]), steps, rtol=0, atol=1e-6)
         torch.testing.assert_close(process.alpha(expected[1:]), alphas[1:], rtol=1e-9, atol=0)
 
 

@@ -337,11 +337,11 @@ def test_decoupled_noise_levels_change_only_what_the_network_is_told(solver):
 
     options = {"solver": solver, "sigmas": sigmas, **(DPMPP if solver in ("dpmpp", "unipc") else {})}
     expected = sample(Gaussian(), noise(), denoise_to_zero=True, **options)
-    found = sample(Undoing(), noise(), denoise_to_zero=True, sigmas_net=sigma_cond, **options)
+    found = sample(Undoing(), noise(), denoise_to_zero=True, sigmas_cond=sigma_cond, **options)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
-    changed = sample(Gaussian(), noise(), denoise_to_zero=True, sigmas_net=sigma_cond, **options)
+    changed = sample(Gaussian(), noise(), denoise_to_zero=True, sigmas_cond=sigma_cond, **options)
     assert not torch.allclose(changed, expected)
-    same = sample(Gaussian(), noise(), denoise_to_zero=True, sigmas_net=sigmas.tolist(), **options)
+    same = sample(Gaussian(), noise(), denoise_to_zero=True, sigmas_cond=sigmas.tolist(), **options)
     torch.testing.assert_close(same, expected, rtol=0, atol=1e-14)
 
 
@@ -349,7 +349,7 @@ def test_decoupled_noise_levels_change_only_what_the_network_is_told(solver):
 def test_every_call_gets_its_own_decoupled_level(solver):
     """The last step to zero included; none of these levels is one of the schedule."""
     net, sigma_cond = ToyNet(), [70.0, 11.0, 2.0, 0.003]
-    options = {"sigmas": [80.0, 9.0, 1.0, 0.002], "sigmas_net": sigma_cond, "denoise_to_zero": True}
+    options = {"sigmas": [80.0, 9.0, 1.0, 0.002], "sigmas_cond": sigma_cond, "denoise_to_zero": True}
     sample(net, common("latents2"), solver=solver, **options)
     assert [float(call) for call in net.calls] == sigma_cond
 
@@ -598,8 +598,8 @@ MISTAKES = [
     ({"sigmas": [1.0, 0.001]}, "sigma=0.001 is outside the network's range"),
     ({"sigma_max": 81}, "sigma=81 is outside the network's range"),
     ({"sigmas": [[2.0, 1.0]]}, "two noise levels"),
-    ({"sigmas": [1.2, 0.5], "sigmas_net": [1.2]}, "sigmas_net must be 2 positive numbers"),
-    ({"sigmas": [1.2, 0.5], "sigmas_net": [1.2, 0.0]}, "sigmas_net must be 2 positive numbers"),
+    ({"sigmas": [1.2, 0.5], "sigmas_cond": [1.2]}, "sigmas_cond must be 2 positive numbers"),
+    ({"sigmas": [1.2, 0.5], "sigmas_cond": [1.2, 0.0]}, "sigmas_cond must be 2 positive numbers"),
     ({"solver": "ipndm", "max_order": 0}, "supports 1..4"),
     ({"solver": "ipndm", "max_order": 5}, "supports 1..4"),
     ({"solver": "ipndm", "max_order": 2.5}, "whole number"),
@@ -647,7 +647,7 @@ def test_a_schedule_that_would_rise_is_refused():
         ({"sigmas": ["a", "b"]}, "sigmas must be a list of numbers, got .'a', 'b'"),
         ({"sigmas": "80,1"}, "sigmas must be a list of numbers"),
         ({"sigmas": [80, None]}, "sigmas must be a list of numbers"),
-        ({"sigmas_net": "a"}, "sigmas_net must be a list of numbers"),
+        ({"sigmas_cond": "a"}, "sigmas_cond must be a list of numbers"),
         ({"sigma_min": "a"}, "sigma_min='a' must be a number"),
         ({"sigma_max": [80, 70]}, "sigma_max=.* must be a number"),
         ({"schedule_rho": None}, "schedule_rho=None must be a number"),

@@ -86,7 +86,9 @@ def test_calls_in_one_batch_count_as_one_call_in_a_row():
     found = students.budget({"pairs": 384, "val_pairs": 64}, student)
     assert (student.evaluations(), found["calls"], found["pairs"]) == (8, 5, 448)
     assert found["parameters"] == 6 + 6 + 3 + 3  # places, times, scales, one weight per interval
-    assert students.budget({}, SpanSolver.preset("full", num_steps=5, learn=["labels", "time"]))["parameters"] == 6
+    assert (
+        students.budget({}, SpanSolver.preset("full", num_steps=5, learn=["knots", "sigma_scale"]))["parameters"] == 6
+    )
 
 
 # ---- measuring again -----------------------------------------------------------------------------

@@ -430,7 +430,7 @@ def test_the_levels_that_a_solver_asks_for(solver, more, expected):
     ("schedule", "options", "text"),
     [
         ({"sigmas": (100.0, 1.0)}, {}, "sigma=100 is outside the network's range"),
-        ({"sigmas_net": [80.0, 4.0, 0.6, 0.002]}, {}, "cannot be trained on"),
+        ({"sigmas_cond": [80.0, 4.0, 0.6, 0.002]}, {}, "cannot be trained on"),
         ({"solver": "nope"}, {}, "unknown solver 'nope'"),
         ({"solver": "amed"}, {}, "needs a trained predictor"),
         ({}, {"p_mean": -1}, "leave out --p_mean"),

@@ -296,8 +296,13 @@ def test_list_command():
 def test_cards_agree_with_the_published_settings(name):
     """The space that is sampled, the classes and the range of noise, of networks without memory."""
     card = zoo.CARDS[name]
-    presets = {"cm": cm.PRESETS, "adm": adm.PRESETS, "ldm": ldm.PRESETS, "sd": {"ms_coco": sd.STABLE_DIFFUSION_1_5}}
-    presets["mr"] = mr.PRESETS
+    presets = {
+        "cm": cm.RELEASED_CONFIGS,
+        "adm": adm.RELEASED_CONFIGS,
+        "ldm": ldm.RELEASED_CONFIGS,
+        "sd": {"ms_coco": sd.STABLE_DIFFUSION_1_5},
+        "mr": mr.RELEASED_CONFIGS,
+    }
     classes = {"cm": cm.CMDenoiser, "adm": adm.ADMDenoiser, "ldm": ldm.LDMDenoiser, "sd": sd.StableDiffusionDenoiser}
     classes["mr"] = mr.MRDenoiser
     net = build_empty(classes[card.family], presets[card.family][name], name)

@@ -222,9 +222,9 @@ def evaluated_levels(net, schedule: Schedule) -> tuple[float, ...]:
     net: on the CPU.
     Raises UserError where the schedule cannot be used with this network, or not be trained on.
     """
-    if schedule.sigmas_net is not None:
+    if schedule.sigmas_cond is not None:
         raise UserError(
-            "its network is told other noise levels (sigmas_net) than there are: it cannot be trained on them"
+            "its network is told other noise levels (sigmas_cond) than there are: it cannot be trained on them"
         )
     asked = []
     handle = net.register_forward_pre_hook(lambda module, arguments: asked.append(float(arguments[1])))
