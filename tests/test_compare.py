@@ -377,11 +377,11 @@ def test_schedules_found_for_something_else_are_pointed_out(files, tmp_path):
     assert list(rows) == [("heun:s", 4), ("euler:s", 2), ("euler:afs=True:s", 1)]
     warnings = [line for line in output.splitlines() if line.startswith("Warning")]
     assert warnings == [
-        "Warning: heun:s: the schedule was found for another network ('other', another SHA-256)",
-        "Warning: heun:s: the schedule was found for the solver 'euler', not for 'heun'",
-        "Warning: euler:s: the schedule was found for afs=True, not for afs=False",
-        "Warning: euler:afs=True:s: the schedule was found for another network ('other', another SHA-256)",
-        "Warning: euler:afs=True:s: the schedule was found for afs=False, not for afs=True",
+        "Warning: heun:s: the schedule was optimised for another network ('other', another SHA-256)",
+        "Warning: heun:s: the schedule was optimised for the solver 'euler', not for 'heun'",
+        "Warning: euler:s: the schedule was optimised for afs=True, not for afs=False",
+        "Warning: euler:afs=True:s: the schedule was optimised for another network ('other', another SHA-256)",
+        "Warning: euler:afs=True:s: the schedule was optimised for afs=False, not for afs=True",
     ]
     names = [f"euler:schedule={tmp_path / folder / 's.json'}" for folder in "ab"]  # the same name twice: with folders
     rows, _ = run(files, tmp_path / "out", f"--solvers={','.join(names)}", "--num_reference=0")
