@@ -29,11 +29,11 @@ class Found:
     """Result of a method.
 
     sigmas: noise levels [N], decreasing.
-    sigmas_net: noise levels [N] to condition the network on. Default: sigmas.
+    sigmas_cond: noise levels [N] to condition the network on. Default: sigmas.
     """
 
     sigmas: torch.Tensor
-    sigmas_net: torch.Tensor | None = None
+    sigmas_cond: torch.Tensor | None = None
 
 
 @dataclass
