@@ -189,7 +189,7 @@ def test_the_schedule_of_a_file_reaches_sampling_and_training(tmp_path):
     recorded = json.loads((tmp_path / "images" / "sampling.json").read_text())["settings"]
     assert recorded["sigmas"] == sigmas and recorded["sigmas_cond"] == sigma_cond
     refused = run("train", *common, f"--outdir={tmp_path / 'exps'}", "--sampler_stu=euler")
-    assert refused.exit_code == 2 and "which training cannot do" in refused.output
+    assert refused.exit_code == 2 and "which training cannot use" in refused.output
     save_schedule(path, make(sigmas=sigmas, sigmas_cond=None))
     wanted = ["--sampler_stu=ipndm", "--sampler_tea=ipndm", "--batch=2", "--total_kimg=0.002", "--M=0", "--afs=False"]
     done = run("train", *common, *wanted, f"--outdir={tmp_path / 'exps'}")
@@ -198,4 +198,4 @@ def test_the_schedule_of_a_file_reaches_sampling_and_training(tmp_path):
     assert load_predictor(predictor).config["sigmas"] == sigmas
     for script, more in (("sample", ["--solver=euler"]), ("train", [])):
         done = run(script, *common, *more, "--num_steps=4")
-        assert done.exit_code == 2 and "--schedule is the whole schedule: leave out --num_steps" in done.output
+        assert done.exit_code == 2 and "--schedule sets the whole schedule: leave out --num_steps" in done.output
