@@ -19,7 +19,7 @@ from torch_utils.errors import UserError
 
 THRESHOLDS = 100  # candidates of the range search
 POWER = 2.4  # of the error that the search minimises
-SAMPLES = 1 << 12  # activations per layer and evaluation that the search looks at
+SAMPLES = 1 << 11  # activations per layer and evaluation that the search looks at
 MOST_LEVELS = 64  # noise levels with ranges of their own; more share the ranges of the nearest ones
 
 
