@@ -22,9 +22,9 @@ METHODS = ("rollover", "quota", "resample")
 class Rollover:
     """Bookkeeping of rollover budget forcing, as published.
 
-    Every step may use ``quota`` evaluations. As soon as a candidate beats the best reward so far it
-    is taken, and the evaluations that the step has left are added to the quota of the next one. When
-    the quota is used up, the best candidate of the step is taken. The last two steps are not left.
+    Every step may use ``quota`` evaluations. As soon as a candidate beats the best reward so far,
+    it is taken, and the evaluations that the step has left go to the next one. When the quota is
+    used up, the best candidate of the step is taken. The search never leaves the last step but one.
 
     budget: evaluations in all.
     first: evaluations spent on starting noises.
