@@ -196,6 +196,8 @@ def schedule_file_flag(command):
 def use_schedule(flags: dict, given: set[str]) -> Schedule | None:
     """Takes --schedule out of the flags and puts its noise levels in the place of --sigmas (and sigmas_net).
 
+    Options of the solver that belong to the schedule are those of the file, unless they were given.
+
     flags: of a command line by name, changed here.
     given: names of those that the user wrote, changed here.
     UserError where another flag of the schedule was given as well.
@@ -209,4 +211,8 @@ def use_schedule(flags: dict, given: set[str]) -> Schedule | None:
         raise UserError(f"--schedule is the whole schedule: leave out --{extra[0]}")
     flags["sigmas"], flags["sigmas_net"] = list(schedule.sigmas), schedule.sigmas_net
     given.add("sigmas")
+    for name, value in schedule.own_options(flags.get("solver")).items():
+        if name not in given:
+            flags[name] = value
+            given.add(name)
     return schedule

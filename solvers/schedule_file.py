@@ -6,7 +6,7 @@ A JSON object with these fields, all required:
     sigmas          noise levels, decreasing and positive, from sigma_max to sigma_min of the samples
     sigmas_net      noise levels to condition the network on at these points; null: sigmas
     solver          name of the solver
-    solver_options  its options that were set
+    solver_options  its options that were set; direction_sigma is used with the schedule
     afs             false, true or "data": kind of the analytical first step
     method          name of the optimisation method
     settings        options of the method
@@ -27,6 +27,7 @@ from pathlib import Path
 from models.denoiser import member
 from solvers.sampler import AFS_KINDS, RANGE_SLACK
 from solvers.schedules import check_sigmas
+from solvers.solver import SOLVERS
 from torch_utils.errors import UserError
 from torch_utils.file_kind import explain
 from torch_utils.files import read_json, write_json
@@ -83,6 +84,11 @@ class Schedule:
         )
         if not 0 <= least < most or min(cost) < 0:
             raise UserError("sigma_min must be below sigma_max, evaluations and seconds not negative")
+
+    def own_options(self, solver: str) -> dict:
+        """The options of a solver that belong to the schedule, such as direction_sigma: {name: value}."""
+        known = SOLVERS[solver].options if solver in SOLVERS else {}
+        return {name: v for name, v in self.solver_options.items() if name in known and known[name].of_schedule}
 
     def warnings(self, net, solver: str | None = None, afs: bool | str | None = None) -> list[str]:
         """One line for every difference from what the schedule was optimised for.
