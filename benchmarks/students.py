@@ -370,7 +370,8 @@ class Students:
     def again(self, row, settings, structure):
         """An earlier row with scores of today, from its schedule or table; None where it has neither of today's settings."""
         if row["method"] in SCHEDULES:
-            if row["command"] != _schedule_command(self.schedule_flags(row["method"], row["nfe"], row["seed"])):
+            today = _schedule_command(self.schedule_flags(row["method"], row["nfe"], row["seed"]))
+            if set(row["command"].split()) != set(today.split()):
                 return None
             found = {**schedule_budget(row["settings"], row["method"]), **self.solved(**row["settings"])}
         elif settings is not None and row.get("table") and not has_heads(settings):
