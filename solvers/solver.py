@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from models.denoiser import member
 from torch_utils.errors import UserError
 
 SOLVERS: dict[str, type["Solver"]] = {}
@@ -83,7 +84,7 @@ class Option:
     default: the value if it is not given.
     help: one line for the flag.
     aliases: further names of the flag, such as --solver_r.
-    of_schedule: whether it belongs to a schedule with ``sigmas_net``. A schedule file brings it, and
+    of_schedule: whether it belongs to a schedule with ``sigmas_cond``. A schedule file brings it, and
         predictors do not have it. Default False.
     """
 
@@ -177,6 +178,14 @@ class Solver:
         self.check_predictor(predictor)
         return self
 
+    def check_noise(self, net) -> None:
+        """Raises UserError where fresh Gaussian noise would not be the noise of the network's process."""
+        if member(net, "D") is not None:
+            raise UserError(
+                f"{self.name} adds Gaussian noise, but this PFGM++ network was trained with Student-t noise"
+                f" (D={member(net, 'D')}): choose a solver without fresh noise"
+            )
+
     def evaluations(self, intervals: int, afs=False, learned: bool = False) -> int:
         """Calls of the network over a schedule.
 
@@ -238,7 +247,7 @@ def order_option(default: int) -> Option:
     return Option(int, default, "order of the method")
 
 
-# Where a schedule conditions the network on another noise level than that of the point (sigmas_net), a direction
+# Where a schedule conditions the network on another noise level than that of the point (sigmas_cond), a direction
 # is (x - D) / sigma with the level of the point, or with that of the network. The latter takes the network for a
 # predictor of noise, as the code of LD3 (Tong et al. 2024) does in its Euler and iPNDM.
 DIRECTION_SIGMA = Option(
