@@ -19,26 +19,26 @@ import shlex
 
 import click
 
-from sampling.flags import flags_of, given_flags, read_flags
 from tools.compare_options import CompareOptions
 from tools.compare_run import compute, prepare
 from tools.report import write_report
 from torch_utils import distributed
 from torch_utils.cli import Command, offline_flag
 from torch_utils.locks import only_command
+from torch_utils.options import flags, given_flags, read_flags
 from torch_utils.session import session
 
 
 @click.command(cls=Command)
-@flags_of(CompareOptions)
+@flags(CompareOptions)
 @offline_flag
 @click.pass_context
-def main(ctx, **flags):
+def main(ctx, **values):
     """Compares solvers and trained predictors on one network, the same seeds and the same noise range."""
     given = given_flags(ctx)
-    options = read_flags(CompareOptions, flags, given)
+    options = read_flags(CompareOptions, values, given)
     command = " ".join(
-        ["python compare.py", *(f"--{name}={shlex.quote(_text(flags[name]))}" for name in sorted(given))]
+        ["python compare.py", *(f"--{name}={shlex.quote(_text(values[name]))}" for name in sorted(given))]
     )
     with session(options.compute.device) as device:
         comparison, jobs = prepare(options, device)

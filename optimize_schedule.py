@@ -12,19 +12,19 @@ same command is given again.
 
 import click
 
-from sampling.flags import flags_of, given_flags, read_flags
 from sampling.schedule_search import ScheduleOptions, run
 from torch_utils.cli import Command, offline_flag
+from torch_utils.options import flags, given_flags, read_flags
 from torch_utils.session import session
 
 
 @click.command(cls=Command)
-@flags_of(ScheduleOptions)
+@flags(ScheduleOptions)
 @offline_flag
 @click.pass_context
-def main(ctx, **flags):
+def main(ctx, **values):
     """Optimises the time schedule of a solver for a network and writes it to a file."""
-    options = read_flags(ScheduleOptions, flags, given_flags(ctx))
+    options = read_flags(ScheduleOptions, values, given_flags(ctx))
     with session(options.compute.device) as device:
         run(options, device)
 

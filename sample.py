@@ -15,28 +15,29 @@ takes --r for one of its own options.
 
 import click
 
-from sampling.flags import flags_of, given_flags, read_flags, use_schedule
+from sampling.flags import use_schedule
 from sampling.options import SampleOptions
 from sampling.run import run
 from torch_utils.cli import Command, offline_flag
 from torch_utils.errors import UserError
+from torch_utils.options import flags, given_flags, read_flags
 from torch_utils.session import session
 
 
 @click.command(cls=Command, may_be_empty=("prompt", "negative_prompt"))
-@flags_of(SampleOptions)
+@flags(SampleOptions)
 @click.option("--use_fp16", type=bool, default=False, show_default=True, help="The same as --amp=fp16")
 @offline_flag
 @click.pass_context
-def main(ctx, **flags):
+def main(ctx, **values):
     """Samples images, one per seed, with a trained predictor or a plain solver."""
     given = given_flags(ctx)
-    if flags["use_fp16"]:
-        if "amp" in given and flags["amp"] != "fp16":
-            raise UserError(f"--use_fp16=True means --amp=fp16, but --amp={flags['amp']} was given; choose one")
-        flags["amp"] = "fp16"
-    schedule = use_schedule(flags, given)
-    options = read_flags(SampleOptions, flags, given, schedule=schedule)
+    if values["use_fp16"]:
+        if "amp" in given and values["amp"] != "fp16":
+            raise UserError(f"--use_fp16=True means --amp=fp16, but --amp={values['amp']} was given; choose one")
+        values["amp"] = "fp16"
+    schedule = use_schedule(values, given)
+    options = read_flags(SampleOptions, values, given, schedule=schedule)
     with session(options.compute.device) as device:
         run(options, device)
 

@@ -31,7 +31,7 @@ from training.span_run import train_span
 
 
 @click.command(cls=Command)
-@flags(AMEDOptions, final=SpanOptions)
+@flags(AMEDOptions, {"final": SpanOptions})
 @click.option(
     "--objective",
     type=click.Choice(list(OBJECTIVES)),

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import click
 
 from evaluation.verifiers import FORMS
-from sampling.flags import ALWAYS, derived, flag, names_of_written, part, schedule_file_flag
+from sampling.flags import schedule_file_flag
 from sampling.folder import GRID_LIMIT
 from sampling.settings import ComputeOptions, Settings
 from sampling.text import TextOptions
@@ -13,6 +13,7 @@ from solvers.schedule_file import Schedule
 from torch_utils.cli import PATH
 from torch_utils.errors import UserError
 from torch_utils.memory import BatchSize
+from torch_utils.options import ALWAYS, derived, flag, names_of_written, part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,7 @@ class SampleOptions:
         BatchSize(),
     )
     class_idx: int | None = flag(
-        "Class of all images (default: drawn per seed)", kind=click.IntRange(min=0), names=("--class",), record=ALWAYS
+        "Class of all images (default: drawn per seed)", kind=click.IntRange(min=0), called="class", record=ALWAYS
     )
     search: SearchOptions = part()
     output: OutputOptions = part()

@@ -9,15 +9,7 @@ import torch
 
 from evaluation.fid import choose_detector, find_reference, warn_about_count
 from evaluation.frechet import FeatureStatistics, frechet_distance
-from sampling.flags import (
-    REQUIRED,
-    derived,
-    flag,
-    like,
-    part,
-    solver_flags,
-    solver_option_names,
-)
+from sampling.flags import solver_flags, solver_option_names
 from sampling.settings import ComputeOptions, NetworkSettings, Settings, open_network
 from sampling.text import PROMPT_HELP, TextOptions
 from solvers import make_solver
@@ -31,7 +23,7 @@ from torch_utils.files import check_destination
 from torch_utils.images import to_uint8
 from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom
-from torch_utils.options import click_type
+from torch_utils.options import REQUIRED, click_type, derived, flag, like, part
 from torch_utils.version import code_version
 from training.schedule_search import METHODS, optimize
 
@@ -73,9 +65,7 @@ class ScheduleOptions:
     options: dict = derived(_written_options, flags=search_flags)
     seed: int = flag("Of the samples that are used", 0, SEED)
     batch: int = flag("Samples per network call", 64, click.IntRange(min=1))
-    class_idx: int | None = flag(
-        "Class of all samples (default: drawn)", kind=click.IntRange(min=0), names=("--class",)
-    )
+    class_idx: int | None = flag("Class of all samples (default: drawn)", kind=click.IntRange(min=0), called="class")
     text: TextOptions = part(prompt={"help": PROMPT_HELP.format("of which every sample draws one")})
     dest: str = flag("The schedule file (.json)", REQUIRED, PATH, metavar="FILE")
     overwrite: bool = flag("Replace it if it exists", False)

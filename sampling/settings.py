@@ -10,16 +10,8 @@ import torch
 
 from models import create_model
 from models.compile import AUTOCAST, COMPILE_MODES, prepare_network
-from sampling.flags import (
-    ALWAYS,
-    CHANGED,
-    derived,
-    flag,
-    like,
-    recorded,
-    solver_flags,
-    solver_option_names,
-)
+from models.denoiser import member
+from sampling.flags import solver_flags, solver_option_names
 from solvers import SOLVERS, make_solver, resolve_sigmas
 from solvers.sampler import afs_direction, check_predictor
 from solvers.schedules import SCHEDULE_NAMES, SCHEDULES
@@ -28,7 +20,7 @@ from torch_utils import distributed
 from torch_utils.cli import PATH, Number
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
-from torch_utils.options import POSITIVE, AFSType, SigmaList
+from torch_utils.options import ALWAYS, CHANGED, POSITIVE, AFSType, SigmaList, derived, flag, like, recorded
 from torch_utils.seeds import SeededGenerators
 from training.checkpoint import find_predictor, load_predictor
 
@@ -128,7 +120,7 @@ class Settings(NetworkSettings):
             calls = predictor.evaluations()
         else:
             calls = self.make_solver().evaluations(len(self.resolve(net)) - 1, self.afs)
-        return (calls + bool(self.denoise_to_zero)) * getattr(net, "evals_per_call", 1)
+        return (calls + bool(self.denoise_to_zero)) * member(net, "evals_per_call")
 
 
 def plain_settings(asked: Settings, written: frozenset[str]) -> Settings:
@@ -266,7 +258,7 @@ def recorded_settings(settings: Settings, net, predictor_file: Path | None, *par
         value = getattr(solver, name)
         found[name] = str(value) if value in (math.inf, -math.inf) else value  # JSON has no infinity
     found["original_code"] = getattr(solver, "original_code", None) or None
-    found["guidance_rate"] = getattr(net, "guidance_rate", None)  # None: the network takes no guidance
+    found["guidance_rate"] = member(net, "guidance_rate")  # None: the network takes no guidance
     return found | {
         **recorded(*parts),
         "sigmas": sigmas.tolist(),

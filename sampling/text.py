@@ -4,12 +4,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from models import use_tokenizer, zoo
-from sampling.flags import CHANGED, flag
+from models.denoiser import member
 from sampling.folder import format_seeds
 from sampling.generate import _text_of
 from torch_utils.cli import PATH
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
+from torch_utils.options import CHANGED, flag
 from torch_utils.prompts import FILES, read_prompts
 from torch_utils.seeds import SeededGenerators
 
@@ -66,7 +67,7 @@ class TextOptions:
 
     def prepare(self, net, dataset_name: str, prompts) -> None:
         """Gives the network its tokenizer; UserError where prompts are missing, of no use, or cannot be encoded."""
-        if not getattr(net, "takes_prompts", False):
+        if not member(net, "takes_prompts"):
             for name, value in vars(self).items():
                 if value is not None:
                     raise UserError(f"--{name}: {dataset_name} is no text-to-image network; leave it out")

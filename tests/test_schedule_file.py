@@ -8,11 +8,12 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from sampling.flags import flags_of, given_flags, schedule_file_flag, use_schedule
+from sampling.flags import schedule_file_flag, use_schedule
 from sampling.settings import Settings
 from solvers.schedule_file import FORMAT, Schedule, load_schedule, save_schedule
 from torch_utils.cli import Command
 from torch_utils.errors import UserError
+from torch_utils.options import flags, given_flags
 from training.checkpoint import load_predictor
 
 SIGMAS = [80.0, 1 / 3, 0.002]
@@ -140,7 +141,7 @@ def run_flags(*arguments):
     seen = {}
 
     @click.command(cls=Command)
-    @flags_of(Settings)
+    @flags(Settings)
     @schedule_file_flag
     @click.pass_context
     def command(ctx, **options):

@@ -15,14 +15,13 @@ from pathlib import Path
 import click
 import torch
 
-from sampling.flags import flag_kind
 from sampling.settings import NetworkSettings, Settings, settings_of
 from solvers import SOLVERS, check_sigmas
 from tools.compare_options import CompareOptions
 from torch_utils import distributed
 from torch_utils.cli import PATH
 from torch_utils.errors import UserError
-from torch_utils.options import click_type
+from torch_utils.options import click_type, flag_kind, flags_of
 from training.checkpoint import find_predictor, load_predictor
 
 # The customary schedule and options of each solver, from its paper or the code published with it; a solver that is not
@@ -53,11 +52,7 @@ PRESETS = {
 # What all methods share, or the number of evaluations decides.
 SHARED = {entry.name for entry in fields(NetworkSettings)} | {"solver", "num_steps", "sigma_min", "sigma_max", "sigmas"}
 SCHEDULE_SETTINGS = {  # what a method may say besides the options of its solver, and how that is read
-    **{
-        entry.name: flag_kind(entry)
-        for entry in fields(Settings)
-        if "flag" in entry.metadata and entry.name not in SHARED
-    },
+    **{name: flag_kind(Settings, name) for name in flags_of(Settings) if name not in SHARED},
     "schedule_rho": click.FLOAT,
     "original_code": click.BOOL,  # of the solver and of the schedule
 }

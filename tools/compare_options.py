@@ -5,10 +5,10 @@ from pathlib import Path
 
 import click
 
-from sampling.flags import flag, like, names_of_written, part
 from sampling.settings import ComputeOptions, NetworkSettings, Settings
 from sampling.text import TextOptions
 from torch_utils.cli import PATH, PathText
+from torch_utils.options import flag, like, names_of_written, part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class CompareOptions:
     predictor_path: str | None = flag(
         "Trained predictors, each at its own NFE", kind=PathText(several=True), metavar="N|DIR|FILE,..."
     )
-    num: int = flag("Images per method", 5000, click.IntRange(min=2), names=("--num", "--num_images"))
+    num: int = flag("Images per method", 5000, click.IntRange(min=2), aliases=("--num_images",))
     seed: int = flag("First seed; then upwards", 0, click.IntRange(min=0))
     groups: int = flag(
         "Groups of seeds: for the confidence intervals, and the unit in which work is stored and shared",

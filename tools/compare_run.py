@@ -17,7 +17,6 @@ from evaluation.fid import choose_detector, find_reference
 from evaluation.frechet import FeatureStatistics, Reference, frechet_distance
 from evaluation.jackknife import Estimate, jackknife
 from models import zoo
-from sampling.flags import changed
 from sampling.folder import format_seeds
 from sampling.generate import Batch, generate_images
 from sampling.settings import Settings, check_network, open_network, recorded_settings
@@ -31,6 +30,7 @@ from torch_utils.errors import UserError
 from torch_utils.files import check_destination
 from torch_utils.images import to_uint8
 from torch_utils.memory import explained_oom
+from torch_utils.options import changed
 from torch_utils.progress import progress_bar
 from torch_utils.version import code_version
 

@@ -20,6 +20,7 @@ if not __package__:  # run as a file: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import create_model
+from models.denoiser import member
 from models.inputs import draw_condition, draw_noise
 from solvers import get_schedule, sample
 from solvers.dpm_solver_v3 import Statistics, guidance_rate, node_slopes, save_statistics, statistics_path
@@ -166,8 +167,8 @@ def estimate_statistics(
         for i, of in enumerate(moments)
     ]
     metadata = {
-        "network_hash": getattr(net, "weights_hash", None),
-        "dataset_name": getattr(net, "dataset_name", None),
+        "network_hash": member(net, "weights_hash"),
+        "dataset_name": member(net, "dataset_name"),
         "guidance_rate": guidance_rate(net),
         "nodes": nodes,
         "samples": samples,

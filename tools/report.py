@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from evaluation.jackknife import CONFIDENCE
-from sampling.flags import recorded
 from tools.compare_run import SCORES, Comparison, Job, add_differences, describe_settings, difference
 from torch_utils.errors import MissingExtra
 from torch_utils.files import atomic_path
 from torch_utils.images import image_grid
+from torch_utils.options import recorded
 from torch_utils.plots import new_figure
 
 DIGITS = {"fid": 2, "pixel": 4, "feature": 4}
