@@ -1,0 +1,97 @@
+"""The predictors that come with the repository: trains, measures and writes them all.
+
+    python -m benchmarks.make_predictors                                       # about 40 minutes of one CPU core
+    python -m benchmarks.make_predictors --only=digits-span-3 --work=DIR       # some of them
+
+Trains the recipes of ``models/recommended`` with train.py, at 3, 4, 5 and 6 evaluations, scores each
+result on 1,000 images (seeds 0-999), and writes it to ``models/predictors``. Its provenance holds the
+command, the seed, the date, the machine and the scores. A predictor that is there already is not made
+again; delete its file to replace it.
+"""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import torch
+
+from benchmarks.demo_settings import Bench
+from models.zoo import PREDICTORS
+from sampling.settings import Settings, settings_of
+from solvers.recommended import KINDS, NETWORKS, training_recipe
+from torch_utils.cli import PATH, Command
+from torch_utils.errors import UserError
+from training.checkpoint import find_predictor, load_predictor, save_predictor
+
+ROOT = Path(__file__).resolve().parent.parent
+EVALUATIONS = (3, 4, 5, 6)
+IMAGES, NEAR = 1000, 256  # images scored; those compared with the converged solution
+
+
+def cpu_name() -> str:
+    """The model name of the processor, as lscpu prints it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
+def train(command: list[str], work: Path) -> Path:
+    """Runs train.py unless ``work`` holds its result already; the predictor's file."""
+    if not list(work.glob("predictor-*.safetensors")):
+        shutil.rmtree(work, ignore_errors=True)
+        done = subprocess.run([sys.executable, *command, f"--outdir={work}", "--nosubdir"], cwd=ROOT)
+        if done.returncode:
+            raise UserError(f"this training failed: python {' '.join(command)}")
+    return find_predictor(work)
+
+
+@click.command(cls=Command)
+@click.option("--work", type=PATH, default="exps/shipped", show_default=True, help="Folder of the training runs")
+@click.option("--only", help="Names, separated by commas (default: all)")
+def main(work, only):
+    """Train, score and write the predictors that come with the repository."""
+    names = {f"{d}-{kind}-{nfe}": (d, kind, nfe) for nfe in EVALUATIONS for d in NETWORKS for kind in KINDS}
+    chosen = only.split(",") if only else list(names)
+    unknown = [name for name in chosen if name not in names]
+    if unknown:
+        raise UserError(f"--only={unknown[0]}: choose from {', '.join(names)}")
+    benches = {}
+    for name in chosen:
+        dataset_name, kind, nfe = names[name]
+        path = PREDICTORS / f"{name}.safetensors"
+        if path.exists():
+            continue
+        recipe = {"dataset_name": dataset_name, **training_recipe(dataset_name, kind, nfe), "seed": 0}
+        command = ["train.py", *(f"--{key}={value}" for key, value in recipe.items())]
+        print(f"== {name}: python {' '.join(command)}", flush=True)
+        predictor = load_predictor(train(command, Path(work).resolve() / name))
+        if dataset_name not in benches:
+            benches[dataset_name] = Bench(dataset_name, IMAGES, first=0, num_reference=NEAR)
+        bench = benches[dataset_name]
+        started = time.perf_counter()
+        settings = settings_of(predictor, Settings(dataset_name=dataset_name))
+        x, spent = bench.solve(predictor=predictor, **settings.arguments())
+        if spent != nfe:
+            raise RuntimeError(f"{name} spent {spent} evaluations instead of {nfe}")
+        figures = {
+            **{"name": name, "nfe": nfe, "command": f"python {' '.join(command)}", **bench.score(x)},
+            **{"seeds": f"0-{IMAGES - 1}", "distance_seeds": f"0-{NEAR - 1}", "date": time.strftime("%Y-%m-%d")},
+            "machine": f"{os.cpu_count()} CPU cores, {cpu_name()}, {torch.get_num_threads()} threads",
+            "sampling_seconds": round(time.perf_counter() - started, 1),
+        }
+        path.parent.mkdir(exist_ok=True)
+        save_predictor(predictor, path, {**predictor.provenance, "shipped": figures})
+        print(f"wrote {path}: {figures}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
