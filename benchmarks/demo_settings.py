@@ -2,11 +2,12 @@
 
     python -m benchmarks.demo_settings --dataset_name=digits --part=reference # the converged solution's own score
     python -m benchmarks.demo_settings --dataset_name=digits --part=plain     # solver x schedule x free first step
+    python -m benchmarks.demo_settings --dataset_name=digits --part=few       # more solvers at 3, 4, 5, 6 and 8 evaluations
     python -m benchmarks.demo_settings --dataset_name=digits --part=teachers  # the teachers themselves, M = 1, 2, 4
     python -m benchmarks.demo_settings --dataset_name=digits --part=amed      # from the paper's settings to the demo's
     python -m benchmarks.demo_settings --dataset_name=digits --part=demo --kimg=1.5 --seed=1   # the demo's, other seeds
 
-Five evaluations everywhere but for the teachers. Every row is appended to benchmarks/<dataset_name>_settings.jsonl as
+Five evaluations everywhere but for the teachers and the part "few". Every row is appended to benchmarks/<dataset_name>_settings.jsonl as
 soon as it is measured and not measured again. Scores: Fréchet distance of ``--num`` images in the features of the
 network's own classifier, and mean distance (root mean square over pixels in [-1, 1]) to Heun with 51 stamps from the
 same noise.
@@ -62,6 +63,34 @@ def plain_jobs():
         for solver in SOLVERS:
             for afs in ("data", False) if (schedule, rho) in (("time_uniform", 1), ("polynomial", 7)) else ("data",):
                 stamps = 4 if solver["solver"] == "dpm" else 7 if afs else 6
+                yield {**solver, "num_steps": stamps, "schedule_type": schedule, "schedule_rho": rho, "afs": afs}
+
+
+def few_jobs():
+    """Other solvers, orders and numbers of evaluations, where the plain part and benchmarks/students.py have none."""
+    grids = {
+        "uniform": ("time_uniform", 1),
+        "bent": ("time_uniform", 2),
+        "5": ("polynomial", 5),
+        "7": ("polynomial", 7),
+    }
+    one_call = [
+        ({"solver": "euler"}, ("uniform", "5", "7")),
+        ({"solver": "ipndm", "max_order": 2}, ("uniform",)),
+        ({"solver": "ipndm", "max_order": 4}, ("uniform", "5", "7")),
+        ({"solver": "dpmpp", "max_order": 2, "thresholding": False}, ("uniform", "7")),
+        ({"solver": "unipc", "max_order": 2, "thresholding": False}, ("uniform", "7")),
+    ]
+    two_calls = [({"solver": "heun"}, ("uniform", "7")), ({"solver": "dpm"}, ("bent", "7"))]
+    for nfe in (5, 3, 4, 6, 8):
+        for solver, names in one_call:
+            for name in names:
+                schedule, rho = grids[name]
+                yield {**solver, "num_steps": nfe + 2, "schedule_type": schedule, "schedule_rho": rho, "afs": "data"}
+        for solver, names in two_calls:
+            for name in names:
+                schedule, rho = grids[name]
+                stamps, afs = ((nfe + 1) // 2 + 1, "data") if nfe % 2 else (nfe // 2 + 1, False)
                 yield {**solver, "num_steps": stamps, "schedule_type": schedule, "schedule_rho": rho, "afs": afs}
 
 
@@ -197,7 +226,7 @@ class Bench:
 
 @click.command(cls=Command)
 @click.option("--dataset_name", type=click.Choice(list(EMBEDDED)), required=True)
-@click.option("--part", type=click.Choice(["reference", "plain", "teachers", "amed", "demo"]), required=True)
+@click.option("--part", type=click.Choice(["reference", "plain", "few", "teachers", "amed", "demo"]), required=True)
 @click.option("--num", type=click.IntRange(2), default=256, show_default=True, help="Validation images")
 @click.option("--kimg", type=float, default=0.5, show_default=True, help="Length of each training")
 @click.option("--batch", type=int, default=16, show_default=True, help="Batch of each training")
@@ -213,12 +242,19 @@ def main(dataset_name, part, num, kimg, batch, seed):
     jobs = {
         "reference": lambda: [REFERENCE],
         "plain": plain_jobs,
+        "few": few_jobs,
         "teachers": teacher_jobs,
         "amed": {"digits": digits_jobs, "cifar10-small": cifar10_jobs}[dataset_name],
         "demo": lambda: demo_jobs(dataset_name),
     }[part]
     for job in jobs():
-        key = {"part": part, "network": bench.net.weights_hash[:16], "num": num, **training, "settings": job}
+        key = {
+            "part": "plain" if part == "few" else part,
+            "network": bench.net.weights_hash[:16],
+            "num": num,
+            **training,
+            "settings": job,
+        }
         if any(all(row.get(k) == v for k, v in key.items()) for row in known):
             continue
         scores = bench.learned(job, **training) if learned else bench.plain(job)
