@@ -44,11 +44,11 @@ def cpu_name() -> str:
     return found[1] if found else platform.machine()
 
 
-def train(command: list[str], work: Path) -> Path:
+def train(command: list[str], more: list[str], work: Path) -> Path:
     """Runs train.py unless ``work`` holds its result already; the predictor's file."""
     if not list(work.glob("predictor-*.safetensors")):
         shutil.rmtree(work, ignore_errors=True)
-        done = subprocess.run([sys.executable, *command, f"--outdir={work}", "--nosubdir"], cwd=ROOT)
+        done = subprocess.run([sys.executable, *command, *more, f"--outdir={work}", "--nosubdir"], cwd=ROOT)
         if done.returncode:
             raise UserError(f"this training failed: python {' '.join(command)}")
     return find_predictor(work)
@@ -73,7 +73,10 @@ def main(work, only):
         recipe = {"dataset_name": dataset_name, **training_recipe(dataset_name, kind, nfe), "seed": 0}
         command = ["train.py", *(f"--{key}={value}" for key, value in recipe.items())]
         print(f"== {name}: python {' '.join(command)}", flush=True)
-        predictor = load_predictor(train(command, Path(work).resolve() / name))
+        folder = Path(work).resolve()
+        # The teacher's samples depend on the seed alone: all span solvers of a network share them.
+        shared = [f"--teacher_set={folder / f'{dataset_name}-pairs.safetensors'}"] if kind == "span" else []
+        predictor = load_predictor(train(command, shared, folder / name))
         if dataset_name not in benches:
             benches[dataset_name] = Bench(dataset_name, IMAGES, first=0, num_reference=NEAR)
         bench = benches[dataset_name]
