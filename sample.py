@@ -16,6 +16,7 @@ takes --r for one of its own options.
 import click
 
 from sampling.flags import flags_of, given_flags, read_flags, use_schedule
+from sampling.listing import list_flag
 from sampling.options import SampleOptions
 from sampling.run import run
 from torch_utils.cli import Command, offline_flag
@@ -26,6 +27,7 @@ from torch_utils.session import session
 @click.command(cls=Command, may_be_empty=("prompt", "negative_prompt"))
 @flags_of(SampleOptions)
 @click.option("--use_fp16", type=bool, default=False, show_default=True, help="The same as --amp=fp16")
+@list_flag
 @offline_flag
 @click.pass_context
 def main(ctx, **flags):

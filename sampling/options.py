@@ -40,8 +40,8 @@ class OutputOptions:
     """What is written where: images, or their FID alone."""
 
     outdir: str | None = flag(
-        "Default: samples/<dataset_name>/<solver>_nfe<NFE>[_best<N>], or a folder beside it where that holds images of"
-        " other settings",
+        "Default: samples/<dataset_name>/<solver>[-plugin]_nfe<NFE>[_best<N>], or a folder beside it where that holds"
+        " images of other settings",
         kind=PATH,
         metavar="DIR",
     )
@@ -81,7 +81,7 @@ class SampleOptions:
     """One run of sample.py. ``settings`` is what the flags say of what is sampled; a predictor brings its own."""
 
     predictor_path: str | None = flag(
-        "Trained predictor: experiment number, folder or file", kind=PATH, metavar="N|DIR|FILE"
+        "Trained predictor: a name of --list, experiment number, folder or file", kind=PATH, metavar="NAME|N|DIR|FILE"
     )
     settings: Settings = part()
     schedule: Schedule | None = derived(flags=schedule_file_flag, default=None)

@@ -14,6 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from models.denoiser import BOTTLENECK_SIZE, call_shifted, member, read_bottleneck
+from solvers.recommended import recommend
 from solvers.schedules import check_sigmas, get_schedule, levels_tensor
 from solvers.solver import Point, Solver, State, make_solver
 from torch_utils.errors import UserError
@@ -337,11 +338,12 @@ def integrate(
     net,
     latents: torch.Tensor,
     *,
-    solver: str,
+    solver: str | None = None,
     num_steps: int | None = None,
-    schedule_type: str = "polynomial",
-    schedule_rho: float = 7,
-    afs: bool | str = False,
+    schedule_type: str | None = None,
+    schedule_rho: float | None = None,
+    afs: bool | str | None = None,
+    nfe: int | None = None,
     predictor=None,
     cond: Mapping | None = None,
     sigma_min: float | None = None,
@@ -365,10 +367,13 @@ def integrate(
     net: the denoiser, called as net(x, sigma, **cond).
     latents: unit-variance noise [B,C,H,W], scaled here by the first sigma. All arithmetic has its
         dtype.
-    solver: name in ``SOLVERS``.
+    solver: name in ``SOLVERS``. Default: with nfe the best plain solver for this network.
     num_steps: number of time steps, one more than intervals.
-    schedule_type, schedule_rho: kind of the schedule, see ``get_schedule``. Default: polynomial, 7.
-    afs: analytical first step, see ``afs_direction``. Default False.
+    schedule_type, schedule_rho: kind of the schedule, see ``get_schedule``. Default: polynomial, 7;
+        with nfe the recommended ones.
+    afs: analytical first step, see ``afs_direction``. Default False; with nfe the recommended one.
+    nfe: network evaluations to spend, instead of num_steps or sigmas. What is not given is then
+        recommended for the network (solvers/recommended.py). Default None.
     predictor: an AMEDPredictor, which inserts one learned evaluation per interval and works only
         with the settings of its training; for the solver "span" a SpanSolver, which brings the
         schedule and the first step. Default None.
@@ -401,6 +406,26 @@ def integrate(
     if not torch.is_tensor(latents) or not latents.is_floating_point():
         found = f"{latents.dtype}" if torch.is_tensor(latents) else type(latents).__name__
         raise UserError(f"sample: latents must be a floating-point tensor [B,C,H,W], got {found}")
+    if nfe is not None:
+        if num_steps is not None or sigmas is not None or predictor is not None:
+            raise UserError(
+                "sample: nfe stands for num_steps and sigmas, and a predictor brings its own: give one of them"
+            )
+        given = {"schedule_type": schedule_type, "schedule_rho": schedule_rho, "afs": afs, **solver_options}
+        given |= {"max_order": max_order, "predict_x0": predict_x0, "lower_order_final": lower_order_final}
+        given = {name: value for name, value in given.items() if value is not None}
+        chosen = recommend(net, nfe, solver, given | {"denoise_to_zero": denoise_to_zero}).settings
+        solver, num_steps, afs = chosen.pop("solver"), chosen.pop("num_steps"), chosen.pop("afs", False)
+        schedule_type, schedule_rho = chosen.pop("schedule_type", None), chosen.pop("schedule_rho", None)
+        solver_options = {name: value for name, value in chosen.items() if name != "denoise_to_zero"}
+        max_order = predict_x0 = lower_order_final = None
+    if solver is None:
+        raise UserError("sample: name a solver, or give nfe alone, the number of network evaluations")
+    schedule_type, schedule_rho, afs = (
+        schedule_type or "polynomial",
+        7 if schedule_rho is None else schedule_rho,
+        afs or False,
+    )
     trained = getattr(predictor, "config", {})
     original_code = bool(original_code or trained.get("original_code"))
     common = {"max_order": max_order, "predict_x0": predict_x0, "lower_order_final": lower_order_final}
