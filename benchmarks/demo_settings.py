@@ -68,30 +68,25 @@ def plain_jobs():
 
 def few_jobs():
     """Other solvers, orders and numbers of evaluations, where the plain part and benchmarks/students.py have none."""
-    grids = {
-        "uniform": ("time_uniform", 1),
-        "bent": ("time_uniform", 2),
-        "5": ("polynomial", 5),
-        "7": ("polynomial", 7),
-    }
-    one_call = [
-        ({"solver": "euler"}, ("uniform", "5", "7")),
-        ({"solver": "ipndm", "max_order": 2}, ("uniform",)),
-        ({"solver": "ipndm", "max_order": 4}, ("uniform", "5", "7")),
-        ({"solver": "dpmpp", "max_order": 2, "thresholding": False}, ("uniform", "7")),
-        ({"solver": "unipc", "max_order": 2, "thresholding": False}, ("uniform", "7")),
+    uniform, bent, five, seven = ("time_uniform", 1), ("time_uniform", 2), ("polynomial", 5), ("polynomial", 7)
+    orders = [
+        ({"solver": "ipndm", "max_order": 4}, (five, seven)),
+        ({"solver": "ipndm", "max_order": 2}, (uniform,)),
+        ({"solver": "dpmpp", "max_order": 2, "thresholding": False}, (uniform, seven)),
     ]
-    two_calls = [({"solver": "heun"}, ("uniform", "7")), ({"solver": "dpm"}, ("bent", "7"))]
-    for nfe in (5, 3, 4, 6, 8):
-        for solver, names in one_call:
-            for name in names:
-                schedule, rho = grids[name]
-                yield {**solver, "num_steps": nfe + 2, "schedule_type": schedule, "schedule_rho": rho, "afs": "data"}
-        for solver, names in two_calls:
-            for name in names:
-                schedule, rho = grids[name]
-                stamps, afs = ((nfe + 1) // 2 + 1, "data") if nfe % 2 else (nfe // 2 + 1, False)
-                yield {**solver, "num_steps": stamps, "schedule_type": schedule, "schedule_rho": rho, "afs": afs}
+    simple = [
+        ({"solver": "euler"}, (uniform, five)),
+        ({"solver": "heun"}, (uniform, seven)),
+        ({"solver": "dpm"}, (bent,)),
+    ]
+    for solvers, numbers in ((orders, (3, 4, 6, 8)), (simple, (5, 3, 6, 8, 4))):
+        for nfe in numbers:
+            for solver, grids in solvers:
+                for schedule, rho in grids:
+                    stamps, afs = nfe + 2, "data"
+                    if solver["solver"] in ("heun", "dpm"):
+                        stamps, afs = ((nfe + 1) // 2 + 1, "data") if nfe % 2 else (nfe // 2 + 1, False)
+                    yield {**solver, "num_steps": stamps, "schedule_type": schedule, "schedule_rho": rho, "afs": afs}
 
 
 def cumulative(base, *changes):
