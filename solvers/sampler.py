@@ -14,11 +14,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from models.denoiser import BOTTLENECK_SIZE, call_shifted, member, read_bottleneck
-<<<<<<< HEAD
-from solvers.recommended import recommend
-=======
 from models.inputs import initial_state
->>>>>>> main
+from solvers.recommended import recommend
 from solvers.schedules import check_sigmas, get_schedule, levels_tensor
 from solvers.solver import Point, Solver, State, make_solver
 from torch_utils.errors import UserError
@@ -422,35 +419,28 @@ def integrate(
     if not torch.is_tensor(latents) or not latents.is_floating_point():
         found = f"{latents.dtype}" if torch.is_tensor(latents) else type(latents).__name__
         raise UserError(f"sample: latents must be a floating-point tensor [B,C,H,W], got {found}")
-<<<<<<< HEAD
+    sigmas_cond = solver_options.pop("sigmas_net", sigmas_cond)  # the former name
+    common = {"max_order": max_order, "predict_x0": predict_x0, "lower_order_final": lower_order_final}
+    common = {name: value for name, value in common.items() if value is not None}
     if nfe is not None:
         if num_steps is not None or sigmas is not None or predictor is not None:
             raise UserError(
-                "sample: nfe stands for num_steps and sigmas, and a predictor brings its own: give one of them"
+                "sample: nfe chooses the steps, which num_steps, sigmas or a predictor bring: give one of them"
             )
-        given = {"schedule_type": schedule_type, "schedule_rho": schedule_rho, "afs": afs, **solver_options}
-        given |= {"max_order": max_order, "predict_x0": predict_x0, "lower_order_final": lower_order_final}
+        given = {"schedule_type": schedule_type, "schedule_rho": schedule_rho, "afs": afs}
         given = {name: value for name, value in given.items() if value is not None}
-        chosen = recommend(net, nfe, solver, given | {"denoise_to_zero": denoise_to_zero}).settings
-        solver, num_steps, afs = chosen.pop("solver"), chosen.pop("num_steps"), chosen.pop("afs", False)
+        given |= {**common, **solver_options, "denoise_to_zero": denoise_to_zero}
+        chosen = recommend(net, nfe, solver, given).settings
+        solver, num_steps, afs = chosen.pop("solver"), chosen.pop("num_steps"), chosen.pop("afs", None)
         schedule_type, schedule_rho = chosen.pop("schedule_type", None), chosen.pop("schedule_rho", None)
-        solver_options = {name: value for name, value in chosen.items() if name != "denoise_to_zero"}
-        max_order = predict_x0 = lower_order_final = None
+        solver_options, common = {name: chosen[name] for name in chosen if name != "denoise_to_zero"}, {}
     if solver is None:
         raise UserError("sample: name a solver, or give nfe alone, the number of network evaluations")
-    schedule_type, schedule_rho, afs = (
-        schedule_type or "polynomial",
-        7 if schedule_rho is None else schedule_rho,
-        afs or False,
-    )
-=======
-    sigmas_cond = solver_options.pop("sigmas_net", sigmas_cond)  # the former name
->>>>>>> main
+    schedule_type, schedule_rho = schedule_type or "polynomial", 7 if schedule_rho is None else schedule_rho
+    afs = False if afs is None else afs
     trained = getattr(predictor, "config", {})
     original_code = bool(original_code or trained.get("original_code"))
-    common = {"max_order": max_order, "predict_x0": predict_x0, "lower_order_final": lower_order_final}
-    common = {**trained, **{name: value for name, value in common.items() if value is not None}}
-    common["original_code"] = original_code
+    common = {**trained, **common, "original_code": original_code}
     method = make_solver(solver, solver_options, common)
     if method.own_schedule:
         method.check_predictor(predictor)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from models.zoo import PREDICTORS
+from models import zoo
 from solvers.former_names import with_current_names
 from solvers.span_table import CONFIG_KINDS, SpanSolver, current_config
 from torch_utils.errors import UserError, brief
@@ -196,7 +196,7 @@ def find_predictor(predictor_path, exps="./exps") -> Path:
 
 def shipped_predictors() -> dict[str, Path]:
     """The predictors that come with the repository: their files by name."""
-    found = [(path, path.stem.rpartition("-")) for path in PREDICTORS.glob("*.safetensors")]
+    found = [(path, path.stem.rpartition("-")) for path in zoo.PREDICTORS.glob("*.safetensors")]
     return {path.stem: path for path, parts in sorted(found, key=lambda item: (item[1][0], item[1][2]))}
 
 
