@@ -6,8 +6,8 @@
     python compare.py --dataset_name=digits --solvers=ipndm,dpmpp,unipc --nfe=5,6 --baseline=ipndm
     torchrun --standalone --nproc_per_node=8 compare.py ... --num_images=50000
 
-All methods have the same network, seeds and range of noise. A solver comes with its customary schedule and options
-(tools/compare_run.py lists them), which --schedule_type, --schedule_rho and --afs change for all and
+All methods have the same network, seeds and range of noise. A solver comes with the settings that are
+recommended for the network, or those of its paper (solvers/recommended.py), which --schedule_type, --schedule_rho and --afs change for all and
 solver:option=value for one. Results are kept in the output folder: a further method costs its own work only, and a
 killed run goes on where it stopped. Under torchrun write --num as --num_images: torchrun itself takes --num for one of
 its own options.

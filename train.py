@@ -37,6 +37,12 @@ from training.span_run import train_span
     type=click.Choice(list(OBJECTIVES)),
     help="per_step: each interval against the teacher's; final: the final samples of a span student (default for span)",
 )
+@click.option(
+    "--nfe",
+    type=click.IntRange(min=1),
+    help="Network evaluations of the student, instead of --num_steps; what no other flag says is then recommended for"
+    " the network (solvers/recommended.py)",
+)
 @schedule_file_flag
 @click.option("--device", help="cpu, cuda or mps (default: the best there is)")
 @click.option(
@@ -45,7 +51,7 @@ from training.span_run import train_span
 @click.option("-n", "--dry-run", "--dry_run", "dry_run", is_flag=True, help="Print the options and quit")
 @offline_flag
 @click.pass_context
-def main(ctx, device, resume, dry_run, **values):
+def main(ctx, device, resume, dry_run, nfe, **values):
     """Distil an AMED predictor, or train a span student, for a pretrained network."""
     given = {name for name in values if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     schedule = use_schedule(values, given)
@@ -54,7 +60,9 @@ def main(ctx, device, resume, dry_run, **values):
     with session(device) as device:
         folder = None
         if resume is None:
-            options = new_options(values, given)
+            options = new_options(values, given, nfe)
+        elif nfe is not None:
+            raise UserError("--nfe is that of the run; leave it out with --resume")
         else:
             folder = on_main(find_run, resume, values["outdir"])
             options = continued_options(on_main(stored_options, folder), values, given, folder)

@@ -22,14 +22,17 @@ import click
 import torch
 
 from benchmarks.demo_settings import Bench
+from evaluation.detectors import EMBEDDED
 from models.zoo import PREDICTORS
 from sampling.settings import Settings, settings_of
-from solvers.recommended import KINDS, NETWORKS, training_recipe
 from torch_utils.cli import PATH, Command
 from torch_utils.errors import UserError
 from training.checkpoint import find_predictor, load_predictor, save_predictor
+from training.flags import with_recipe
+from training.options import AMEDOptions, SpanOptions
 
 ROOT = Path(__file__).resolve().parent.parent
+STUDENTS = {"amed": "amed", "plugin": "ipndm", "span": "span"}
 EVALUATIONS = (3, 4, 5, 6)
 IMAGES, NEAR = 1000, 256  # images scored; those compared with the converged solution
 
@@ -59,7 +62,7 @@ def train(command: list[str], more: list[str], work: Path) -> Path:
 @click.option("--only", help="Names, separated by commas (default: all)")
 def main(work, only):
     """Train, score and write the predictors that come with the repository."""
-    names = {f"{d}-{kind}-{nfe}": (d, kind, nfe) for nfe in EVALUATIONS for d in NETWORKS for kind in KINDS}
+    names = {f"{d}-{kind}-{nfe}": (d, kind, nfe) for nfe in EVALUATIONS for d in EMBEDDED for kind in STUDENTS}
     chosen = only.split(",") if only else list(names)
     unknown = [name for name in chosen if name not in names]
     if unknown:
@@ -70,7 +73,8 @@ def main(work, only):
         path = PREDICTORS / f"{name}.safetensors"
         if path.exists():
             continue
-        recipe = {"dataset_name": dataset_name, **training_recipe(dataset_name, kind, nfe), "seed": 0}
+        asked = {"dataset_name": dataset_name, "sampler_stu": STUDENTS[kind], "seed": 0}
+        recipe = with_recipe(SpanOptions if kind == "span" else AMEDOptions, asked, nfe)
         command = ["train.py", *(f"--{key}={value}" for key, value in recipe.items())]
         print(f"== {name}: python {' '.join(command)}", flush=True)
         folder = Path(work).resolve()

@@ -1,7 +1,7 @@
 """One run of optimize_schedule.py: its options, the judge of searches by FID, and all between flags and file."""
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -14,6 +14,7 @@ from sampling.flags import (
     derived,
     flag,
     like,
+    names_of_written,
     part,
     solver_flags,
     solver_option_names,
@@ -21,6 +22,7 @@ from sampling.flags import (
 from sampling.settings import ComputeOptions, NetworkSettings, Settings, open_network
 from sampling.text import PROMPT_HELP, TextOptions
 from solvers import make_solver
+from solvers.recommended import num_steps_for
 from solvers.schedule_file import Schedule, save_schedule
 from solvers.search.problem import Problem
 from torch_utils import distributed
@@ -66,6 +68,7 @@ class ScheduleOptions:
     method: str = flag("How it is found", "gits", click.Choice(list(METHODS)))
     network: NetworkSettings = part(dataset_name={"required": True})
     solver: str = like(Settings, "solver", default="ipndm", help="Solver the schedule is for")
+    nfe: int | None = like(Settings, "nfe", help="Network evaluations per image, instead of --num_steps")
     num_steps: int = like(Settings, "num_steps")
     sigma_min: float | None = like(Settings, "sigma_min")
     sigma_max: float | None = like(Settings, "sigma_max")
@@ -80,6 +83,7 @@ class ScheduleOptions:
     dest: str = flag("The schedule file (.json)", REQUIRED, PATH, metavar="FILE")
     overwrite: bool = flag("Replace it if it exists", False)
     compute: ComputeOptions = part(compile=None, channels_last=None)
+    written: frozenset[str] = names_of_written()
 
     def solver_options(self) -> dict:
         """The written options of the solver; UserError for those of neither solver nor method."""
@@ -134,6 +138,8 @@ def describe(schedule: Schedule, dest: Path) -> str:
 def run(options: ScheduleOptions, device: torch.device) -> None:
     """Everything between the flags and the file; every process of a torchrun calls it."""
     solver_options, method_options = options.solver_options(), options.method_options()
+    if options.nfe is not None and "num_steps" in options.written:
+        raise UserError(f"--nfe={options.nfe} chooses the number of steps: leave out --nfe or --num_steps")
     dest, dataset_name = Path(options.dest), options.network.dataset_name
     distributed.barrier()  # nobody looks for the file while a faster process may be writing it
     check_destination(dest, "--dest")
@@ -143,6 +149,9 @@ def run(options: ScheduleOptions, device: torch.device) -> None:
     prompts = text.read(dataset_name, [])
     net = open_network(options.network, options.compute, device, options.class_idx)
     text.prepare(net, dataset_name, prompts)
+    if options.nfe is not None:
+        settings = {"solver": options.solver, "afs": options.afs, **solver_options}
+        options = replace(options, num_steps=num_steps_for(net, options.nfe, settings))
     problem = Problem(
         net=net,
         options=solver_options,

@@ -128,16 +128,17 @@ class Settings(NetworkSettings):
         names = (*SCHEDULE_NAMES, "sigmas", "original_code")
         return resolve_sigmas(net, **{name: getattr(self, name) for name in names})
 
-    def for_network(self, net, written: frozenset[str] = frozenset()) -> tuple["Settings", str]:
+    def for_network(self, net, written: frozenset[str] = frozenset(), tuned: bool = True) -> tuple["Settings", str]:
         """(the settings that are recommended for ``nfe`` evaluations on this network, where they come from).
 
         net: the denoiser.
         written: names of the flags that the user wrote; they win.
+        tuned: as of ``recommend``.
         """
         given = {name: getattr(self, name) for name in RECOMMENDABLE if name in written} | self.options
         if self.original_code and (self.solver is None or "original_code" in SOLVERS[self.solver].options):
             given["original_code"] = True
-        found = recommend(net, self.nfe, self.solver, given)
+        found = recommend(net, self.nfe, self.solver, given, tuned)
         values = dict(found.settings)
         values.pop("original_code", None)
         own = {name: values.pop(name) for name in ("solver", "num_steps", *RECOMMENDABLE) if name in values}

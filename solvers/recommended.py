@@ -96,6 +96,40 @@ def published(net, solver: str) -> tuple[dict, str]:
     return settings, source
 
 
+# Training of AMED as its paper has it; a further student takes the settings of the plugin.
+TRAINING = {
+    "amed": {
+        **{"sampler_stu": "amed", "sampler_tea": "heun", "M": 1, "afs": True, "scale_dir": 0.01, "scale_time": 0},
+        **{"schedule_type": "time_uniform", "schedule_rho": 1, "batch": 128, "total_kimg": 10},
+    },
+    "plugin": {
+        **{"sampler_stu": "ipndm", "sampler_tea": "ipndm", "M": 2, "max_order": 4, "afs": True, "scale_dir": 0.01},
+        **{"scale_time": 0.2, "schedule_type": "polynomial", "schedule_rho": 7, "batch": 128, "total_kimg": 10},
+    },
+    "span": {"sampler_stu": "span"},
+}
+
+
+def training_recipe(dataset_name: str, student: str = "amed") -> tuple[dict, str]:
+    """(flags of train.py by name, their source) for a network and a student solver.
+
+    dataset_name: name of the network.
+    student: "amed", "span", or a solver that a predictor is inserted into. Default "amed".
+    """
+    kind = student if student in ("amed", "span") else "plugin"
+    found, source = evidence().get(dataset_name), f"the settings of {ZHOU}"
+    recipe = dict(TRAINING[kind])
+    if kind == "span":
+        source = "the defaults of train.py"
+    if found is not None:
+        recipe, source = dict(found["train"][kind]), f"models/recommended/{dataset_name}.json"
+    if recipe["sampler_stu"] != student:
+        recipe.pop("max_order", None)
+        own = PUBLISHED.get(student, ({}, ""))[0]
+        recipe |= {name: own[name] for name in ("max_order", "thresholding") if name in own}
+    return {**recipe, "sampler_stu": student}, source
+
+
 def choose_intervals(cost: Callable[[int], int], nfe: int) -> tuple[int, int]:
     """(number of intervals, evaluations they spend): ``nfe`` if possible, else the nearest below.
 
@@ -144,8 +178,13 @@ def steps_for(nfe: int, cost: Callable[[int], int], what: str, hint: str = "") -
     raise UserError(f"nfe={nfe} is impossible for {what}: it can spend {numbers}{hint}")
 
 
-def _steps(net, nfe: int, settings: Mapping) -> int:
-    """``num_steps`` for these settings on this network. Raises UserError."""
+def num_steps_for(net, nfe: int, settings: Mapping) -> int:
+    """The ``num_steps`` that spends exactly ``nfe`` evaluations on this network.
+
+    settings: keyword arguments of ``sample``: solver, afs, denoise_to_zero, options of the solver.
+
+    Raises UserError, naming the numbers nearby, if there is none.
+    """
     options = {name: value for name, value in settings.items() if name in SOLVERS[settings["solver"]].options}
     solver, afs = make_solver(settings["solver"], options), settings.get("afs", False)
     extra, each = bool(settings.get("denoise_to_zero")), getattr(net, "evals_per_call", 1)
@@ -155,7 +194,7 @@ def _steps(net, nfe: int, settings: Mapping) -> int:
 
     what = f"solver={solver.name} with afs={afs}" + (" and guidance" if each > 1 else "")
     hint, other = "", not afs
-    if choose_intervals(lambda n: cost(n, other), nfe)[1] == nfe:
+    if nfe >= 1 and choose_intervals(lambda n: cost(n, other), nfe)[1] == nfe:
         hint = f"; afs={other} makes it possible"
     return steps_for(nfe, cost, what, hint)
 
@@ -167,13 +206,16 @@ def merge(own: Mapping, given: Mapping) -> dict:
     return {**own, **given}
 
 
-def recommend(net, nfe: int = DEFAULT_NFE, solver: str | None = None, given: Mapping | None = None) -> Recommendation:
+def recommend(
+    net, nfe: int = DEFAULT_NFE, solver: str | None = None, given: Mapping | None = None, tuned: bool = True
+) -> Recommendation:
     """The recommended settings of a network, a solver and a number of evaluations.
 
     net: the denoiser.
     nfe: network evaluations per image, guidance counted. Default 5.
     solver: name in ``SOLVERS``; default: the best plain one for this network.
     given: settings that are decided already, by name; they win. Default: none.
+    tuned: use the evidence for this network, if there is any. Default True; False: published settings.
 
     Raises UserError for an unknown solver, one that needs a predictor, and a number of evaluations that
     cannot be spent exactly.
@@ -181,7 +223,7 @@ def recommend(net, nfe: int = DEFAULT_NFE, solver: str | None = None, given: Map
     if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
         raise UserError(f"nfe={nfe!r} must be a whole number of evaluations, 1 or more")
     given = dict(given or {})
-    table, calls = evidence_for(net), nfe / getattr(net, "evals_per_call", 1)
+    table, calls = evidence_for(net) if tuned else None, nfe / getattr(net, "evals_per_call", 1)
     if solver is None and table is not None:
         solver = table["best"][_nearest(table["best"], calls)[0]]
     if solver is None:
@@ -193,13 +235,13 @@ def recommend(net, nfe: int = DEFAULT_NFE, solver: str | None = None, given: Map
         own, source = published(net, solver)
         settings = merge({"solver": solver, **own}, given)
         why = f"settings of {source}; not tuned for this network{_changes(own, given)}"
-        return Recommendation({**settings, "num_steps": _steps(net, nfe, settings)}, why)
+        return Recommendation({**settings, "num_steps": num_steps_for(net, nfe, settings)}, why)
     refusal = None
     for number in _nearest(rows, calls):
         row = rows[number]
         settings = merge({"solver": solver, **row["settings"]}, given)
         try:
-            settings["num_steps"] = _steps(net, nfe, settings)
+            settings["num_steps"] = num_steps_for(net, nfe, settings)
         except UserError as error:  # two-stage solvers: odd numbers need the free first step, even ones not
             refusal = refusal or error
             continue
