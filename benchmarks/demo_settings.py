@@ -26,7 +26,7 @@ from evaluation.frechet import FeatureStatistics, Reference, frechet_distance
 from models import create_model, zoo
 from models.inputs import draw_noise
 from solvers import sample
-from tools.demo import HALVES
+from solvers.recommended import training_recipe
 from torch_utils.cli import Command
 from torch_utils.images import to_uint8
 from torch_utils.seeds import SeededGenerators
@@ -126,10 +126,9 @@ def cifar10_jobs():
 
 def demo_jobs(dataset_name):
     """The learned methods of the demo, for repeats with other training seeds."""
-    for settings in HALVES[dataset_name].learned.values():
-        if settings["sampler_stu"] == "span":  # benchmarks/students.py has its repeats
-            continue
-        yield {key: value for key, value in settings.items() if key not in ("total_kimg", "batch", "seed")}
+    for student in ("amed", "ipndm"):  # benchmarks/students.py has the repeats of the span solver
+        recipe, _ = training_recipe(dataset_name, student)
+        yield {key: value for key, value in recipe.items() if key not in ("total_kimg", "batch")} | {"num_steps": 4}
 
 
 def teacher_jobs():

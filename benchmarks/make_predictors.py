@@ -10,8 +10,6 @@ again; delete its file to replace it.
 """
 
 import os
-import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +25,7 @@ from models.zoo import PREDICTORS
 from sampling.settings import Settings, settings_of
 from torch_utils.cli import PATH, Command
 from torch_utils.errors import UserError
+from torch_utils.version import cpu_name
 from training.checkpoint import find_predictor, load_predictor, save_predictor
 from training.flags import with_recipe
 from training.options import AMEDOptions, SpanOptions
@@ -35,16 +34,6 @@ ROOT = Path(__file__).resolve().parent.parent
 STUDENTS = {"amed": "amed", "plugin": "ipndm", "span": "span"}
 EVALUATIONS = (3, 4, 5, 6)
 IMAGES, NEAR = 1000, 256  # images scored; those compared with the converged solution
-
-
-def cpu_name() -> str:
-    """The model name of the processor, as lscpu prints it."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor() or platform.machine()
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1] if found else platform.machine()
 
 
 def train(command: list[str], more: list[str], work: Path) -> Path:
