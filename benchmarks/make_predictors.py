@@ -38,11 +38,13 @@ IMAGES, NEAR = 1000, 256  # images scored; those compared with the converged sol
 
 def train(command: list[str], more: list[str], work: Path) -> Path:
     """Runs train.py unless ``work`` holds its result already; the predictor's file."""
-    if not list(work.glob("predictor-*.safetensors")):
+    mark = work / "finished"  # an interrupted training leaves a predictor as well
+    if not mark.exists():
         shutil.rmtree(work, ignore_errors=True)
         done = subprocess.run([sys.executable, *command, *more, f"--outdir={work}", "--nosubdir"], cwd=ROOT)
         if done.returncode:
             raise UserError(f"this training failed: python {' '.join(command)}")
+        mark.touch()
     return find_predictor(work)
 
 
