@@ -200,7 +200,7 @@ class Sampler:
         copies: number of points of the batch that x holds, one after the other. Default 1.
         shift: [copies,E], added to the network's embedding of the noise level. Default None.
         """
-        self.nfe += copies * getattr(self.net, "evals_per_call", 1)
+        self.nfe += copies * member(self.net, "evals_per_call")
         cond = self.cond if copies == 1 else {name: _repeat(v, copies, len(x)) for name, v in self.cond.items()}
         net = self.net
         if shift is not None:

@@ -474,9 +474,7 @@ def teachers(per_step: bool = False) -> list[str]:
     ]
 
 
-def check_teacher(solver: str) -> None:
-    """Raises UserError if this solver cannot be a per-step teacher."""
-    if solver not in teachers(per_step=True):
-        raise UserError(
-            f"the solver '{solver}' cannot be the teacher; choose from {', '.join(teachers(per_step=True))}"
-        )
+def check_teacher(solver: str, per_step: bool = True) -> None:
+    """Raises UserError if this solver is not one of ``teachers(per_step)``."""
+    if solver not in teachers(per_step):
+        raise UserError(f"the solver '{solver}' cannot be the teacher; choose from {', '.join(teachers(per_step))}")

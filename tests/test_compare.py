@@ -32,7 +32,7 @@ from solvers.dpm_solver_v3 import Statistics, save_statistics
 from solvers.schedule_file import Schedule, save_schedule
 from tools import compare_run as comparison
 from tools import report as comparison_report
-from tools.compare_methods import PRESETS, choose_steps, parse_method
+from tools.compare_methods import choose_steps, parse_method
 from tools.compare_run import SCORES, Comparison, Settings, add_differences, pool_moments, share_out
 from tools.report import plot, plots_html
 from torch_utils.errors import MissingExtra, UserError
@@ -282,20 +282,20 @@ def test_presets_fit_the_rules():
     for name, solver in SOLVERS.items():
         if not solver.needs_predictor:
             parse_method(name, common, {})
-    assert PRESETS["deis"]["max_order"] == 4
+    assert parse_method("deis", common, {}).settings.options["max_order"] == 4
 
 
 def test_what_is_said_for_one_goes_before_what_is_said_for_all():
     common = {"dataset_name": "custom", "sigmas": None}
     settings = parse_method("dpmpp", common, {}).settings
-    assert (settings.schedule_type, settings.options) == ("logsnr", {"max_order": 3})
+    assert (settings.schedule_type, settings.options) == ("logsnr", {"max_order": 3, "thresholding": False})
     everywhere = {"schedule_type": "time_uniform", "schedule_rho": 2.0, "afs": True}
     settings = parse_method("dpmpp:max_order=1", common, everywhere).settings
     assert (settings.schedule_type, settings.schedule_rho, settings.afs) == ("time_uniform", 2, True)
-    assert settings.options == {"max_order": 1}
+    assert settings.options == {"max_order": 1, "thresholding": False}
     settings = parse_method("dpmpp:schedule_type=polynomial:afs=data:predict_x0=no", common, everywhere).settings
     assert (settings.schedule_type, settings.schedule_rho, settings.afs) == ("polynomial", 7, "data")
-    assert settings.options == {"max_order": 3, "predict_x0": False}
+    assert settings.options == {"max_order": 3, "thresholding": False, "predict_x0": False}
 
 
 def test_original_code_is_that_of_sample(files, tmp_path):
@@ -485,7 +485,7 @@ def test_a_damaged_file_is_named(files, tmp_path):
     (path,) = (tmp_path / "cache").glob("euler-*")
     path.write_bytes(path.read_bytes()[:100])
     done = CliRunner().invoke(compare.main, flags(files, tmp_path, "--solvers=euler", "--nfe=2"))
-    assert done.exit_code == 2 and f"{path}: a damaged file" in done.output
+    assert done.exit_code == 2 and f"{path}: damaged cache file" in done.output
 
 
 def _one_of_two(rank: int, port: int, arguments: list[str], command, environment: pytest.MonkeyPatch) -> None:
@@ -737,7 +737,7 @@ def test_differences_to_a_baseline_in_every_file(files, baseline, tmp_path):
     assert float(lines["heun", 2]["fid_difference"]) == row["fid_difference"]
     assert float(lines["heun", 2]["pixel_difference_ci95"]) == row["pixel_difference_ci95"]
     facts = json.loads((tmp_path / "results.json").read_text())["facts"]
-    assert facts["baseline"] == "euler" and "negative is better" in output
+    assert facts["baseline"] == "euler" and "Negative is better" in output
     assert "fid_difference" not in old["heun", 2] and "minus that of" not in (folder / "results.md").read_text()
 
 
@@ -804,20 +804,20 @@ def test_plot(baseline):
         (["--solvers=dpmpp:afs=maybe"], "choose True, False or data"),
         (["--solvers=euler:schedule=/nowhere.json"], "cannot read the schedule /nowhere.json"),
         (["--solvers=euler:schedule=/no-{nfe}.json"], "no schedule file /no-2.json or /no-3.json"),
-        (["--solvers=euler:schedule=a.json:schedule_rho=3"], "schedule is the whole schedule: leave out"),
+        (["--solvers=euler:schedule=a.json:schedule_rho=3"], "schedule sets the whole schedule: leave out"),
         (["--solvers=amed"], "'amed' needs a trained predictor"),
         (["--solvers=none"], "nothing to compare"),
-        (["--nfe=0"], "no solver can spend 0 evaluations"),
+        (["--nfe=0"], "--nfe=0: must be 1 or more"),
         (["--nfe=3,x"], "whole numbers"),
         (["--num=3"], "too few images for --groups=2"),
         (["--baseline=heun"], "--baseline=heun: choose from the compared methods, euler"),
-        (["--num_reference=23"], "only --num=22 seeds"),
-        (["--num_reference=1"], "each of the --groups=2 needs one"),
+        (["--num_reference=23"], "must not exceed --num=22"),
+        (["--num_reference=1"], "each of the --groups=2 needs at least one"),
         (["--seed=4294967290"], "below 2^32"),
         (["--sigma_max=100"], "outside the network's range, 0.002..80"),
         (["--sigma_min=0.001"], "outside the network's range"),
         (["--sigma_min=90"], "0 < sigma_min < sigma_max"),
-        (["--sigmas=1,2"], "--sigmas is the whole schedule"),  # beside --nfe
+        (["--sigmas=1,2"], "--sigmas sets the whole schedule"),  # beside --nfe
         (["--schedule_rho=-1"], "'--schedule_rho': -1.0 is not in the range x>0"),
         (["--afs=data"], "mean and spread"),
         (["--solvers=euler:schedule_type=discrete"], "discrete noise table"),
@@ -851,7 +851,10 @@ def test_impossible_sigmas(files, tmp_path, sigmas, message):
 
 def test_a_schedule_of_another_range_or_beside_sigmas(files, tmp_path):
     write_schedule(tmp_path / "s.json", [40, 1.7, 0.002])
-    for more, message in (([], "different problems"), (["--sigmas=80,1"], "leave out one of the two")):
+    for more, message in (
+        ([], "set --sigma_max and --sigma_min for all"),
+        (["--sigmas=80,1"], "leave out one of the two"),
+    ):
         arguments = [flag for flag in flags(files, tmp_path / "out") if not (more and flag.startswith("--nfe"))]
         done = CliRunner().invoke(compare.main, [*arguments, f"--solvers=euler:schedule={tmp_path / 's.json'}", *more])
         assert done.exit_code == 2 and message in done.output and done.output.count("\n") == 1
@@ -859,7 +862,10 @@ def test_a_schedule_of_another_range_or_beside_sigmas(files, tmp_path):
 
 
 def test_a_predictor_of_another_problem_is_refused(files, tmp_path):
-    for change, message in (({"sigma_max": 40.0}, "different problems"), ({"dataset_name": "digits"}, "trained for")):
+    for change, message in (
+        ({"sigma_max": 40.0}, "set --sigma_max and --sigma_min for all"),
+        ({"dataset_name": "digits"}, "trained for"),
+    ):
         config = {"dataset_name": "custom", "img_resolution": 8, "num_steps": 3, "sampler_stu": "amed", **change}
         save_predictor(AMEDPredictor(**config), tmp_path / "p.safetensors")
         more = ["--solvers=none", f"--predictor_path={tmp_path / 'p.safetensors'}"]

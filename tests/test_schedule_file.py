@@ -8,11 +8,12 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from sampling.flags import flags_of, given_flags, schedule_file_flag, use_schedule
+from sampling.flags import schedule_file_flag, use_schedule
 from sampling.settings import Settings
 from solvers.schedule_file import FORMAT, Schedule, load_schedule, save_schedule
 from torch_utils.cli import Command
 from torch_utils.errors import UserError
+from torch_utils.options import flags, given_flags
 from training.checkpoint import load_predictor
 
 SIGMAS = [80.0, 1 / 3, 0.002]
@@ -140,7 +141,7 @@ def run_flags(*arguments):
     seen = {}
 
     @click.command(cls=Command)
-    @flags_of(Settings)
+    @flags(Settings)
     @schedule_file_flag
     @click.pass_context
     def command(ctx, **options):
@@ -188,7 +189,7 @@ def test_the_schedule_of_a_file_reaches_sampling_and_training(tmp_path):
     recorded = json.loads((tmp_path / "images" / "sampling.json").read_text())["settings"]
     assert recorded["sigmas"] == sigmas and recorded["sigmas_cond"] == sigma_cond
     refused = run("train", *common, f"--outdir={tmp_path / 'exps'}", "--sampler_stu=euler")
-    assert refused.exit_code == 2 and "which training cannot do" in refused.output
+    assert refused.exit_code == 2 and "which training cannot use" in refused.output
     save_schedule(path, make(sigmas=sigmas, sigmas_cond=None))
     wanted = ["--sampler_stu=ipndm", "--sampler_tea=ipndm", "--batch=2", "--total_kimg=0.002", "--M=0", "--afs=False"]
     done = run("train", *common, *wanted, f"--outdir={tmp_path / 'exps'}")
@@ -197,4 +198,4 @@ def test_the_schedule_of_a_file_reaches_sampling_and_training(tmp_path):
     assert load_predictor(predictor).config["sigmas"] == sigmas
     for script, more in (("sample", ["--solver=euler"]), ("train", [])):
         done = run(script, *common, *more, "--num_steps=4")
-        assert done.exit_code == 2 and "--schedule is the whole schedule: leave out --num_steps" in done.output
+        assert done.exit_code == 2 and "--schedule sets the whole schedule: leave out --num_steps" in done.output

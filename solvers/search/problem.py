@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from models.inputs import draw_inputs, draw_noise
 from solvers.sampler import afs_direction, resolve_sigmas
-from solvers.solver import SOLVERS, Solver, make_solver
+from solvers.solver import EXPONENTIAL_OPTIONS, SOLVERS, Solver, make_solver
 from torch_utils import distributed
 from torch_utils.distributed import together
 from torch_utils.errors import UserError
@@ -21,7 +21,7 @@ from torch_utils.safe_pickle import safe_load
 from torch_utils.seeds import SeededGenerators, stream_seeds
 from torch_utils.tensor_file import write_state
 
-SHARED_OPTIONS = ("max_order", "predict_x0", "lower_order_final", "thresholding")  # a teacher takes the student's
+SHARED_OPTIONS = ("max_order", *EXPONENTIAL_OPTIONS)  # a teacher takes the student's
 
 
 @dataclass
