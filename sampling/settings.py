@@ -311,10 +311,10 @@ def check_network(net, settings: Settings, predictor, device: torch.device) -> N
             check_predictor(predictor, net, solver, sigmas, vars(settings))
         except UserError as error:
             raise UserError(f"--{error}") from None
-    spent = settings.evaluations(net, predictor)
-    if predictor is not None and settings.nfe not in (None, spent):
-        raise UserError(f"--nfe={settings.nfe}: this predictor spends {spent} evaluations; leave the flag out")
     if predictor is not None:
+        spent = settings.evaluations(net, predictor)
+        if settings.nfe not in (None, spent):
+            raise UserError(f"--nfe={settings.nfe}: this predictor spends {spent} evaluations; leave the flag out")
         resolution = predictor.config["img_resolution"]
         if resolution not in (None, net.img_resolution):
             raise UserError(f"the predictor is for images of {resolution} pixels, the network for {net.img_resolution}")
