@@ -2,8 +2,8 @@
 
 ``recommend`` takes them from the first of these that has any:
 
-* the evidence for the very network, ``models/recommended/<dataset_name>.json``: settings that were
-  best on validation seeds, with their scores. ``python -m benchmarks.recommend`` writes these files.
+* the evidence for the very network, ``models/recommended/<dataset_name>.json``: the best settings on
+  validation seeds, with their scores. ``python -m benchmarks.recommend`` writes these files.
 * ``PUBLISHED``: the settings that the papers of the solvers use.
 
 The command lines read the same table: sample.py and train.py under ``--nfe``, compare.py, the demo.
@@ -27,8 +27,8 @@ KARRAS = "Karras et al. 2022 (arXiv 2206.00364)"
 LU = "Lu et al. 2022 (arXiv 2211.01095)"
 ZHANG = "Zhang and Chen 2023 (arXiv 2204.13902)"
 ZHOU = "Zhou et al. 2024 (arXiv 2312.00094)"
-# Schedule and options of each solver, and the paper that uses them. Dynamic thresholding is published
-# for guided sampling of pixels only; elsewhere it damages images whose values leave [-1, 1].
+# Schedule and options of each solver, and the paper that uses them. Dynamic thresholding is
+# published for guided sampling of pixels only; elsewhere it damages values outside [-1, 1].
 PUBLISHED: dict[str, tuple[dict, str]] = {
     "euler": (POLYNOMIAL, KARRAS),
     "heun": (POLYNOMIAL, KARRAS),
@@ -49,9 +49,9 @@ PUBLISHED: dict[str, tuple[dict, str]] = {
 }
 DISCRETE = {"schedule_type": "discrete", "schedule_rho": 1.0}  # even steps in the index of the noise table
 TIME_UNIFORM = {"schedule_type": "time_uniform", "schedule_rho": 1.0}
-# The plain solver of a network without evidence, by its family: iPNDM has the best published FID of the
-# plain solvers at five evaluations on CIFAR-10 (13.59; DPM-Solver++ 24.97, UniPC 23.98), second-order
-# DPM-Solver++ is what its paper recommends under guidance.
+# The plain solver of a network without evidence. iPNDM has the best published FID of the plain solvers
+# at five evaluations on CIFAR-10 (13.59; DPM-Solver++ 24.97, UniPC 23.98). Under guidance the paper of
+# DPM-Solver++ recommends its second order.
 UNGUIDED_SOLVER, GUIDED_SOLVER = "ipndm", "dpmpp"
 
 
@@ -215,10 +215,10 @@ def recommend(
     nfe: network evaluations per image, guidance counted. Default 5.
     solver: name in ``SOLVERS``; default: the best plain one for this network.
     given: settings that are decided already, by name; they win. Default: none.
-    tuned: use the evidence for this network, if there is any. Default True; False: published settings.
+    tuned: use the evidence for this network, if there is any; False: published settings. Default True.
 
-    Raises UserError for an unknown solver, one that needs a predictor, and a number of evaluations that
-    cannot be spent exactly.
+    Raises UserError for an unknown solver, one that needs a predictor, and a number of evaluations
+    that cannot be spent exactly.
     """
     if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
         raise UserError(f"nfe={nfe!r} must be a whole number of evaluations, 1 or more")
@@ -258,7 +258,7 @@ def recommend(
 
 
 def recommended(net, nfe: int = DEFAULT_NFE, solver: str | None = None) -> dict:
-    """Keyword arguments of ``sample`` with the recommended settings of a network; see ``recommend``."""
+    """The recommended settings as keyword arguments of ``sample``; see ``recommend``."""
     return recommend(net, nfe, solver).settings
 
 
@@ -269,5 +269,5 @@ def _changes(own: Mapping, given: Mapping) -> str:
 
 
 def _nearest(rows: Mapping, calls: float) -> list[str]:
-    """The numbers of evaluations in ``rows``, the nearest first, the larger of two equally near ones."""
+    """The numbers of evaluations in ``rows``, the nearest first; of two equally near the larger."""
     return sorted(rows, key=lambda number: (abs(int(number) - calls), -int(number)))

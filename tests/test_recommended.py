@@ -14,12 +14,10 @@ from benchmarks import recommend as writer
 from evaluation.detectors import EMBEDDED
 from models import create_model
 from models.inputs import draw_noise
-from sampling.settings import Settings, settings_of
 from solvers import SOLVERS, recommended, sample
 from solvers.recommended import FOLDER, PUBLISHED, evidence, recommend, training_recipe
 from torch_utils.errors import UserError
 from torch_utils.seeds import SeededGenerators
-from training.checkpoint import find_predictor, load_predictor, shipped_predictors
 
 KINDS = ("amed", "plugin", "span")
 
@@ -193,45 +191,6 @@ def test_a_schedule_for_a_number_of_evaluations(tmp_path):
     assert len(json.loads((tmp_path / "s.json").read_text())["sigmas"]) == 4
     wrong = call(optimize_schedule.main, *flags, "--nfe=6", "--num_steps=4", "--overwrite=True")
     assert "leave out --nfe or --num_steps" in wrong.output
-
-
-# --------------------------------------------------------------------------------------------------
-# Predictors that come with the repository
-
-
-def test_all_predictors_are_there_and_small():
-    names = {f"{name}-{kind}-{nfe}" for name in EMBEDDED for kind in KINDS for nfe in (3, 4, 5, 6)}
-    assert set(shipped_predictors()) == names
-    assert sum(path.stat().st_size for path in shipped_predictors().values()) < 3_000_000
-    listed = call(sample_cli.main, "--list").output
-    assert all(name in listed for name in (*names, *EMBEDDED, "ipndm", "imagenet64"))
-
-
-def test_a_folder_of_that_name_goes_first(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert find_predictor("digits-span-3") == shipped_predictors()["digits-span-3"]
-    (tmp_path / "digits-span-3").write_bytes(b"x")
-    assert str(find_predictor("digits-span-3")) == "digits-span-3"
-
-
-@pytest.mark.parametrize("dataset_name", EMBEDDED)
-def test_shipped_predictors_keep_what_their_records_say(dataset_name):
-    """The recorded distance to the converged solution, here of 8 seeds and a coarser reference."""
-    net = create_model(dataset_name).to(memory_format=torch.channels_last)
-    latents = draw_noise(net, SeededGenerators(range(8)))
-    reference = sample(net, latents, solver="heun", num_steps=19)
-    for name, path in shipped_predictors().items():
-        if not name.startswith(dataset_name):
-            continue
-        predictor = load_predictor(path)
-        shipped = predictor.provenance["shipped"]
-        assert predictor.provenance["network_hash"] == net.weights_hash
-        assert {"command", "seeds", "date", "machine"} <= shipped.keys() and "--seed=0" in shipped["command"]
-        settings = settings_of(predictor, Settings(dataset_name=dataset_name))
-        images, info = sample(net, latents, predictor=predictor, return_info=True, **settings.arguments())
-        distance = (images - reference).square().mean(dim=(1, 2, 3)).sqrt().mean().item()
-        assert info.nfe == shipped["nfe"] == int(name.rpartition("-")[2])
-        assert distance == pytest.approx(shipped["distance"], rel=0.35, abs=0.005), name
 
 
 def test_recommended_settings_make_good_images():
