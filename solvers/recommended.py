@@ -2,8 +2,8 @@
 
 ``recommend`` takes them from the first of these that has any:
 
-* the evidence for the very network, ``models/recommended/<dataset_name>.json``: the best settings on
-  validation seeds, with their scores. ``python -m benchmarks.recommend`` writes these files.
+* the evidence for this network, ``models/recommended/<dataset_name>.json``: the best settings
+  on validation seeds, with their scores. ``python -m benchmarks.recommend`` writes these files.
 * ``PUBLISHED``: the settings that the papers of the solvers use.
 
 The command lines read the same table: sample.py and train.py under ``--nfe``, compare.py, the demo.
@@ -49,9 +49,9 @@ PUBLISHED: dict[str, tuple[dict, str]] = {
 }
 DISCRETE = {"schedule_type": "discrete", "schedule_rho": 1.0}  # even steps in the index of the noise table
 TIME_UNIFORM = {"schedule_type": "time_uniform", "schedule_rho": 1.0}
-# The plain solver of a network without evidence. iPNDM has the best published FID of the plain solvers
-# at five evaluations on CIFAR-10 (13.59; DPM-Solver++ 24.97, UniPC 23.98). Under guidance the paper of
-# DPM-Solver++ recommends its second order.
+# The plain solver of a network without evidence. iPNDM has the best published FID of the plain
+# solvers at five evaluations on CIFAR-10 (13.59; DPM-Solver++ 24.97, UniPC 23.98). Under guidance
+# the paper of DPM-Solver++ recommends its second order.
 UNGUIDED_SOLVER, GUIDED_SOLVER = "ipndm", "dpmpp"
 
 
@@ -215,7 +215,7 @@ def recommend(
     nfe: network evaluations per image, guidance counted. Default 5.
     solver: name in ``SOLVERS``; default: the best plain one for this network.
     given: settings that are decided already, by name; they win. Default: none.
-    tuned: use the evidence for this network, if there is any; False: published settings. Default True.
+    tuned: use the evidence for this network, if there is any, not published settings. Default True.
 
     Raises UserError for an unknown solver, one that needs a predictor, and a number of evaluations
     that cannot be spent exactly.
