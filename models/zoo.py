@@ -15,6 +15,7 @@ from torch_utils.errors import UserError, parse_json
 from torch_utils.files import sha256_of
 
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
+PREDICTORS = Path(__file__).resolve().parent / "predictors"  # trained, for the embedded networks
 _NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/edm"
 _OPENAI = "https://openaipublic.blob.core.windows.net"
 _ADM_REFERENCES = f"{_OPENAI}/diffusion/jul-2021/ref_batches"

@@ -1,1 +1,1 @@
-"""The AMED predictor and its distillation."""
+"""Training of learned solvers: the AMED predictor and the span solver."""
