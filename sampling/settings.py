@@ -105,6 +105,8 @@ class Settings(NetworkSettings):
     def arguments(self) -> dict:
         """Keyword arguments of ``solvers.sample``."""
         others = {"options", *(entry.name for entry in fields(NetworkSettings))}
+        if self.sigmas is not None:
+            others |= set(SCHEDULE_NAMES)
         return {name: value for name, value in vars(self).items() if name not in others} | self.options
 
     def warnings(self) -> list[str]:

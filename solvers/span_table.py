@@ -40,7 +40,7 @@ from torch import nn
 from models.denoiser import embedding_layer
 from models.inputs import draw_condition, draw_noise
 from solvers.deis import gauss_legendre, lagrange_basis
-from solvers.sampler import integrate
+from solvers.sampler import integrate, sample
 from solvers.schedules import check_sigmas, get_schedule
 from solvers.solver import State, make_solver
 from solvers.span_heads import HEADS, LIFTED, SampleHead, SpatialHead, TimeHead
@@ -563,7 +563,7 @@ class SpanSolver(nn.Module):
 
     # Sampling
 
-    def brings(self, num_steps=None, sigmas=None, sigmas_net=None, afs=False) -> dict:
+    def brings(self, num_steps=None, sigmas=None, sigmas_net=None, afs=None) -> dict:
         """The arguments sigmas, sigmas_net and afs of the sampler. Raises UserError if other values were given."""
         own = {"sigmas": self.sigmas(), "sigmas_net": self.sigmas_net()}
         for name, given in (("sigmas", sigmas), ("sigmas_net", sigmas_net)):
@@ -576,7 +576,7 @@ class SpanSolver(nn.Module):
             raise UserError(
                 f"num_steps={num_steps}: the student has {self.config['num_steps']}; leave the argument out"
             )
-        if afs is not False and afs != self.afs:
+        if afs is not None and afs != self.afs:
             raise UserError(
                 f"afs={afs}: the student has first_step={self.config['first_step']}; leave the argument out"
             )
@@ -586,6 +586,10 @@ class SpanSolver(nn.Module):
     def afs(self) -> bool | str:
         """The first step as a setting: False, True (mean zero) or "gaussian"."""
         return {"none": False, "zero": True, "gaussian": "gaussian"}[self.config["first_step"]]
+
+    def sample(self, net, latents, **options):
+        """Images [B,C,H,W] from unit-variance noise latents [B,C,H,W]; options: of ``solvers.sample``."""
+        return sample(net, latents, predictor=self, **options)
 
     def run(self, net, latents, cond: Mapping | None = None, checkpointing=False, return_trajectory=False):
         """``solvers.integrate`` with this span solver.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from models import zoo
 from sampling.flags import flag, like, names_of_written, part
 from sampling.settings import ComputeOptions, NetworkSettings, Settings
 from sampling.text import TextOptions
@@ -34,7 +35,8 @@ class CompareOptions:
     num: int = flag("Images per method", 5000, click.IntRange(min=2), names=("--num", "--num_images"))
     seed: int = flag("First seed; then upwards", 0, click.IntRange(min=0))
     groups: int = flag(
-        "Groups of seeds: for the confidence intervals, and the unit in which work is stored and shared",
+        "Groups of seeds: for the confidence intervals, and the unit in which work is stored and shared; by default"
+        " fewer where there are few images",
         5,
         click.IntRange(min=2),
     )
@@ -58,7 +60,7 @@ class CompareOptions:
     afs: bool | str | None = like(Settings, "afs", default=None, help="Free first step, for all solvers")
     text: TextOptions = part()
     ref: str | None = flag(
-        "FID reference statistics (default: those of the network)", kind=PATH, metavar="NPZ|URL|NAME"
+        "FID reference statistics (default: those of the network; without any: distances only)", kind=PATH, metavar="NPZ|URL|NAME"
     )
     detector: str | None = flag("Default: the reference's, else inception", kind=PATH, metavar="NAME|PATH")
     trust: bool = flag("Run a TorchScript detector not known here", False)
@@ -72,9 +74,10 @@ class CompareOptions:
         return Path(self.outdir or f"runs/compare-{self.network.dataset_name}")
 
     @property
-    def reference_name(self) -> str:
-        """What FIDs are taken to."""
-        return self.ref or self.network.dataset_name
+    def reference_name(self) -> str | None:
+        """What FIDs are taken to; None where the network has no reference statistics."""
+        card = zoo.find_card(self.network.dataset_name)
+        return self.ref or (card.name if card is not None and card.fid_file else None)
 
     def common(self) -> dict:
         """What the settings of all methods share, by its name in ``Settings``."""
