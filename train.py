@@ -1,4 +1,4 @@
-"""Distil an AMED predictor: where a fast solver should look between its time stamps. Or train a span student, a whole
+"""Distil an AMED predictor: where a fast solver should look between its time steps. Or train a span student, a whole
 solver as a learned table, on its final samples.
 
     python train.py --dataset_name=cifar10 --num_steps=4 --sampler_stu=amed --sampler_tea=heun --batch=128
@@ -49,7 +49,7 @@ def main(ctx, device, resume, dry_run, **values):
     """Distil an AMED predictor, or train a span student, for a pretrained network."""
     given = {name for name in values if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     schedule = use_schedule(values, given)
-    if schedule is not None and values.pop("sigmas_net") is not None:
+    if schedule is not None and values.pop("sigmas_cond") is not None:
         raise UserError("--schedule: it tells the network other noise levels than its own, which training cannot do")
     with session(device) as device:
         folder = None

@@ -194,7 +194,7 @@ def schedule_file_flag(command):
 
 
 def use_schedule(flags: dict, given: set[str]) -> Schedule | None:
-    """Takes --schedule out of the flags and puts its noise levels in the place of --sigmas (and sigmas_net).
+    """Takes --schedule out of the flags and puts its noise levels in the place of --sigmas (and sigmas_cond).
 
     flags: of a command line by name, changed here.
     given: names of those that the user wrote, changed here.
@@ -207,6 +207,6 @@ def use_schedule(flags: dict, given: set[str]) -> Schedule | None:
     extra = [name for name in (*SCHEDULE_NAMES, "sigmas") if name in given]
     if extra:
         raise UserError(f"--schedule is the whole schedule: leave out --{extra[0]}")
-    flags["sigmas"], flags["sigmas_net"] = list(schedule.sigmas), schedule.sigmas_net
+    flags["sigmas"], flags["sigmas_cond"] = list(schedule.sigmas), schedule.sigmas_cond
     given.add("sigmas")
     return schedule

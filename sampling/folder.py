@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from sampling.search import ScoreFile
+from solvers.former_names import with_current_names
 from solvers.schedules import SCHEDULE_NAMES
 from torch_utils import distributed
 from torch_utils.errors import UserError
@@ -211,7 +212,8 @@ def _remove(folder: Folder, seeds: list[int]) -> None:
 def _meaning(settings: dict) -> dict:
     """What the images depend on, of the settings of a record: the noise levels, not how they were asked for; the
     strength of the guidance that the network has."""
-    found = {name: value for name, value in json.loads(json.dumps(settings)).items() if value is not None}
+    found = with_current_names(json.loads(json.dumps(settings)))
+    found = {name: value for name, value in found.items() if value is not None}
     if "sigmas" in found:
         found = {name: value for name, value in found.items() if name not in SCHEDULE_NAMES}
     found.pop("guidance_type", None)

@@ -88,8 +88,8 @@ class Settings(NetworkSettings):
         "Explicit noise levels instead of a schedule", kind=SigmaList(), metavar="S,S,...", record=ALWAYS
     )
     # What the network is told in their place; only a schedule file or a span solver has them.
-    sigmas_net: list[float] | None = derived(
-        lambda values, given: values.get("sigmas_net"), default=None, record=ALWAYS
+    sigmas_cond: list[float] | None = derived(
+        lambda values, given: values.get("sigmas_cond"), default=None, record=ALWAYS
     )
     afs: bool | str = flag("Free first step", False, AFSType(), metavar="True|False|data", record=ALWAYS)
     options: dict = derived(_written_solver_options, flags=solver_flags, default_factory=dict)  # of the solver
@@ -185,7 +185,7 @@ def _predictor_settings(config: dict, asked: Settings, written: frozenset[str]) 
             raise UserError(f"--{name} has no effect with the predictor's solver; leave it out")
     options.pop("original_code", None)
     original = asked.original_code if "original_code" in written else bool(config.get("original_code"))
-    return replace(asked, **values, options=options, sigmas_net=None, original_code=original)
+    return replace(asked, **values, options=options, sigmas_cond=None, original_code=original)
 
 
 def _span_settings(student: SpanSolver, asked: Settings, written: frozenset[str]) -> Settings:
@@ -200,7 +200,7 @@ def _span_settings(student: SpanSolver, asked: Settings, written: frozenset[str]
     for name in ("schedule_type", "schedule_rho", "sigmas", *solver_option_names(), *brought):
         if name in written and wishes[name] != brought.get(name):
             raise UserError(f"--{name}: the span student brings its own solver, schedule and first step; leave it out")
-    brought |= {name: getattr(student, name)().tolist() for name in ("sigmas", "sigmas_net")}
+    brought |= {name: getattr(student, name)().tolist() for name in ("sigmas", "sigmas_cond")}
     return replace(asked, **brought)
 
 

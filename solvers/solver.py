@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from models.denoiser import member
 from torch_utils.errors import UserError
 
 SOLVERS: dict[str, type["Solver"]] = {}
@@ -172,6 +173,14 @@ class Solver:
         """
         self.check_predictor(predictor)
         return self
+
+    def check_noise(self, net) -> None:
+        """Raises UserError where fresh Gaussian noise would not be the noise of the network's process."""
+        if member(net, "D") is not None:
+            raise UserError(
+                f"{self.name} adds Gaussian noise, but this PFGM++ network was trained with Student-t noise"
+                f" (D={member(net, 'D')}): choose a solver without fresh noise"
+            )
 
     def evaluations(self, intervals: int, afs=False, learned: bool = False) -> int:
         """Calls of the network over a schedule.

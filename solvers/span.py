@@ -18,7 +18,7 @@ SpanStudent = SpanSolver  # the former name
 class Span(Solver):
     """The span solver: a learned table with its own schedule and first step (solvers/span_table.py).
 
-    x_{i+1} = (1 + delta_i) x_i + scale_i (s_{i+1} - s_i) sum_j c_ij g_j over all directions so far,
+    x_{i+1} = (1 + delta_i) x_i + gain_i (s_{i+1} - s_i) sum_j c_ij g_j over all directions so far,
     g_j = (x_j - D(x_j, a_j s_j)) / s_j, with sum_j c_ij = 1. LD3, S4S, DyWeight, GS, EPD and AMED's
     table are special cases.
     """
@@ -40,7 +40,7 @@ class Span(Solver):
         return solver
 
     def step(self, run, state, i):
-        x, sigma, substeps = state.x, run.sigma(i, state.x), self.plan.inner[i]
+        x, sigma, substeps = state.x, run.sigma(i, state.x), self.plan.substeps[i]
         directions = [d for d, _ in state.history]
         known, levels = len(directions), [sigma]
         if self.student.nested or not substeps:
@@ -52,9 +52,9 @@ class Span(Solver):
             points = self._points(x, sigma, directions, substeps, known)
             directions += yield [Point(x, sigma, run.sigma_cond(i), i, self._shift(known)), *points]
         levels += [point.sigma for point in points]
-        c, scale, contrast = self.plan.steps[i]
-        length = (scale * (self.plan.sigmas[i + 1] - self.plan.sigmas[i])).to(x.dtype)
-        x = (1 + contrast).to(x.dtype) * x + length * self._average(i, x, sigma, directions, known, c)
+        c, step_gain, state_gain = self.plan.steps[i]
+        length = (step_gain * (self.plan.sigmas[i + 1] - self.plan.sigmas[i])).to(x.dtype)
+        x = (1 + state_gain).to(x.dtype) * x + length * self._average(i, x, sigma, directions, known, c)
         history = (*state.history, *zip(directions[known:], levels, strict=True))
         return State(x, history, state.updates + 1)
 

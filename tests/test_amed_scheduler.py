@@ -1,4 +1,4 @@
-"""AMEDScheduler inside diffusers pipelines against the own sampling loop with the same predictor and noise."""
+"""AMEDScheduler in diffusers pipelines against our sampling loop, same predictor and noise."""
 
 import runpy
 import subprocess
@@ -135,7 +135,7 @@ def test_without_guidance_and_with_other_predictions():
 
 
 def test_the_published_schedule():
-    """A predictor that was trained with original_code brings the noise levels of the published code."""
+    """A predictor trained with original_code has the noise levels of the published code."""
     net = load_diffusers(pipeline_folder("sd"), guidance_rate=RATE)
     schedule = {"num_steps": 4, "schedule_type": "discrete", "schedule_rho": 2, "sigma_max": 5.0}
     predictor = make_predictor("ipndm_v", **schedule, original_code=True)
@@ -300,7 +300,7 @@ def test_detach():
 
 
 def test_solvers_do_not_need_diffusers():
-    """Importing the package neither imports diffusers nor fails without it; using the scheduler says what is missing."""
+    """The package imports without diffusers; using the scheduler says what is missing."""
     code = """
 import sys
 import solvers

@@ -1,4 +1,4 @@
-"""compare.py on a tiny network: what is measured, the cache, several processes, the page, mistakes."""
+"""compare.py on a tiny network: measurements, cache, several processes, page, mistakes."""
 
 import base64
 import csv
@@ -116,7 +116,7 @@ def calls(monkeypatch):
     return made
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is measured
 
 
@@ -239,7 +239,7 @@ def test_all_solvers_but_those_that_are_not_prepared(files, tmp_path, monkeypatc
     assert not (tmp_path / "no").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Methods and numbers of evaluations
 
 
@@ -334,9 +334,9 @@ def write_schedule(path, sigmas, **changes):
 
 
 def test_schedule_files_stand_at_their_own_evaluations(files, tmp_path, calls):
-    """One file for each NFE; the same images as sample.py --schedule, which is the row's command; cached by content."""
+    """One file per NFE. The row's command is sample.py --schedule and makes the same images."""
     write_schedule(tmp_path / "s" / "mine-2.json", [80, 1.7, 0.002])
-    write_schedule(tmp_path / "s" / "mine-4.json", [80, 9, 1.7, 0.3, 0.002], sigmas_net=[80, 8, 1.5, 0.25, 0.002])
+    write_schedule(tmp_path / "s" / "mine-4.json", [80, 9, 1.7, 0.3, 0.002], sigmas_cond=[80, 8, 1.5, 0.25, 0.002])
     pattern = f"{tmp_path / 's' / 'mine-{nfe}.json'}"
     arguments = ["--nfe=2,3,4", "--num_reference=0"]
     rows, output = run(files, tmp_path / "out", f"--solvers=euler:schedule={pattern},heun", *arguments)
@@ -344,7 +344,7 @@ def test_schedule_files_stand_at_their_own_evaluations(files, tmp_path, calls):
     assert [key for key in rows if key[0] == label] == [(label, 2), (label, 4)]
     assert f"{label}: no schedule file for NFE 3, skipped" in output and "Warning" not in output
     assert [rows[label, nfe]["nfe_requested"] for nfe in (2, 4)] == [[2], [4]]
-    assert rows[label, 4]["settings"] == "sigmas 80,9,1.7,0.3,0.002, sigmas_net 80,8,1.5,0.25,0.002"
+    assert rows[label, 4]["settings"] == "sigmas 80,9,1.7,0.3,0.002, sigmas_cond 80,8,1.5,0.25,0.002"
     line = next(line for line in output.splitlines() if line.startswith(f"| {label} |"))
     assert [bool(cell.strip()) for cell in line.split("|")[2:-1]] == [True, True]  # one line of the table, at 2 and 4
     for nfe in (2, 4):
@@ -388,7 +388,7 @@ def test_schedules_found_for_something_else_are_pointed_out(files, tmp_path):
     assert [label for label, _ in rows] == names
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The cache
 
 
@@ -553,7 +553,7 @@ def test_work_is_shared_evenly():
     assert max(sum(costs[index] for index in share) for share in shares) == 10  # the best possible
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is written
 
 
@@ -643,7 +643,7 @@ def test_markdown_has_methods_down_and_evaluations_across(baseline):
 
 
 def make_row(method, nfe, groups):
-    """A row whose scores are means over groups of equal size. groups [G]: the means of the groups."""
+    """A row whose scores are means over groups of equal size. groups [G]: the groups' means."""
     groups = np.asarray(groups, dtype=float)
     left_out = [np.delete(groups, g).mean() for g in range(len(groups))]
     row = {
@@ -677,7 +677,7 @@ ROWS = [
 
 
 def test_differences_are_paired():
-    """For means, the interval of scipy's paired t test; it is far narrower than that of one method."""
+    """For means it is scipy's paired t interval, far narrower than that of one method."""
     rows = {(row["method"], row["nfe"]): row for row in add_differences(ROWS, "base")}
     one, other = 9.9 + NOISE + SMALL, 10 + NOISE
     paired = scipy.stats.ttest_rel(one, other).confidence_interval(0.95)
@@ -787,7 +787,7 @@ def test_plot(baseline):
     assert all((colours == shade).all(axis=1).any() for shade in ([31, 119, 180], [255, 127, 14], [44, 160, 44]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mistakes
 
 

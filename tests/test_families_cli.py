@@ -1,4 +1,4 @@
-"""train.py and sample.py on a miniature checkpoint of every family, in its official format, and what they refuse."""
+"""train.py and sample.py on a miniature official checkpoint of every family, and refusals."""
 
 import importlib.util
 import json
@@ -67,7 +67,7 @@ def part(weights: dict, prefix: str) -> dict:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
-    """dataset_name -> checkpoint, with its description beside it; also "tokenizer", "captions" and "table"."""
+    """dataset_name -> checkpoint with its description; also "tokenizer", "captions" and "table"."""
     folder = tmp_path_factory.mktemp("checkpoints")
     files = {
         "lsun_bedroom": folder / "edm_bedroom256_ema.pt",
@@ -172,7 +172,7 @@ def direct(name: str, files):
 
 @pytest.mark.parametrize("name", EACH)
 def test_images_are_those_of_the_network_and_the_seed(name, files, tmp_path):
-    """Against the solver on the network of the family's own loader, with the condition of each seed."""
+    """Against the solver on the network of the family's own loader, with each seed's condition."""
     flags = [f"--dataset_name={name}", *network_flags(files, name, "sample"), *SETTINGS[name][1]]
     flags += ["--solver=euler", "--num_steps=3", "--seeds=1,3", "--batch=1", "--channels_last=False"]
     call(sample_cli.main, *flags, "--outdir", tmp_path)
@@ -199,7 +199,7 @@ def test_class_of_all_images(files, tmp_path):
     assert "class: 1 there, 2 now" in again
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Prompts
 
 
@@ -210,7 +210,7 @@ def sd_flags(files, *more) -> list:
 
 @TEXT
 def test_prompts_and_their_record(files, tmp_path):
-    """A caption belongs to its seed, whichever other seeds are drawn; the record says which texts were used."""
+    """A caption belongs to its seed, whatever the other seeds; the record names the texts."""
     call(sample_cli.main, *sd_flags(files, "--prompt", files["table"]), "--seeds=5,7", "--outdir", tmp_path / "table")
     call(sample_cli.main, *sd_flags(files, "--prompt=c d"), "--seeds=5-7", "--batch=2", "--outdir", tmp_path / "text")
     table, text = pictures(tmp_path / "table"), pictures(tmp_path / "text")
@@ -268,7 +268,7 @@ def judged(files):
 
 @TEXT
 def test_compare_with_prompts(files, judged, tmp_path, monkeypatch):
-    """The row's own command makes its images, with the caption of every seed; other texts are other results."""
+    """The row's command makes its images from the seeds' captions. Other texts, other results."""
     monkeypatch.setattr(comparison_report, "plots_html", lambda rows: "")
 
     def row(name, *flags):
@@ -321,7 +321,7 @@ def test_mistakes_about_prompts_in_comparisons(files, judged, tmp_path):
 
 @TEXT
 def test_optimized_schedules_with_prompts(files, tmp_path, monkeypatch):
-    """Every sample draws a caption that depends on its seed alone; the file says which texts there were."""
+    """Every sample draws a caption by its seed alone; the file names the texts."""
     asked, make_cond = {}, StableDiffusionDenoiser.make_cond
 
     def noting(self, generator=None, labels=None, prompts=None, negative_prompt=""):
@@ -378,7 +378,7 @@ class CaptionNet(torch.nn.Module):
 
 
 def test_captions_are_drawn_by_the_sample_alone(monkeypatch):
-    """Neither the number of processes nor that of micro-batches changes which caption a sample gets."""
+    """Which caption a sample gets does not depend on processes and micro-batches."""
     prompts = [f"caption {number}" for number in range(50)]
 
     def drawn(world: int, rank: int, batch_gpu: int) -> list[str]:
@@ -398,7 +398,7 @@ def test_captions_are_drawn_by_the_sample_alone(monkeypatch):
     assert [first + second for first, second in zip(*halves, strict=True)] == whole
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mistakes
 
 
@@ -465,7 +465,7 @@ def test_mistakes_in_training(flags, message, tmp_path):
     assert not (tmp_path / "e").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Networks of one's own
 
 

@@ -1,4 +1,4 @@
-"""Dataclasses of options whose fields are flags: a new option of sampling is declared in one place."""
+"""Options as dataclass fields: a new option of sampling is declared in one place."""
 
 from dataclasses import dataclass, fields
 
@@ -103,7 +103,7 @@ class MoreCompute(ComputeOptions):
     "predictor", [None, AMEDPredictor(num_steps=4), SpanSolver(num_steps=4)], ids=["plain", "amed", "span"]
 )
 def test_one_line_makes_an_option_of_sampling(predictor, tmp_path):
-    """The flag, the record and the argument of the sampler follow from the field, whatever brings the other settings."""
+    """Flag, record and sampler argument follow from the field, wherever the rest comes from."""
     settings = call(MoreSettings, "--dataset_name=digits", "--solver=euler", "--shine=2")
     assert settings.shine == 2
     net = create_model("digits")

@@ -1,4 +1,4 @@
-"""Options declared once: flags, help and checks from a dataclass, and options of solvers in training."""
+"""Flags, help and checks from a dataclass; options of solvers in training."""
 
 import json
 from dataclasses import MISSING, dataclass

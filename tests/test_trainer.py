@@ -1,4 +1,4 @@
-"""training/trainer.py and models/inputs.py: what all trainers share, and the noise and condition of seeds."""
+"""training/trainer.py and models/inputs.py: the shared trainer; noise and condition by seed."""
 
 from types import SimpleNamespace
 

@@ -439,7 +439,7 @@ class Comparison:
             else:
                 flags |= {name: getattr(settings, name) for name in SCHEDULE_NAMES}
             flags |= {"afs": settings.afs or None, **settings.options}
-            flags |= changed(settings, but=(*flags, *SCHEDULE_NAMES, "sigmas", "sigmas_net", "options"))
+            flags |= changed(settings, but=(*flags, *SCHEDULE_NAMES, "sigmas", "sigmas_cond", "options"))
         flags |= changed(self.options.text) | changed(self.options.compute, but=("channels_last", "device"))
         flags["seeds"] = f"{self.protocol.first}-{self.protocol.first + self.protocol.num - 1}"
         given = (f"--{name}={shlex.quote(_short(value))}" for name, value in flags.items() if value is not None)
@@ -454,14 +454,14 @@ def describe_settings(settings: Settings) -> str:
     """The schedule and options of a job in a few words."""
     if settings.sigmas is not None:
         words = ["sigmas " + ",".join(f"{sigma:g}" for sigma in settings.sigmas)]
-        if settings.sigmas_net is not None:
-            words += ["sigmas_net " + ",".join(f"{sigma:g}" for sigma in settings.sigmas_net)]
+        if settings.sigmas_cond is not None:
+            words += ["sigmas_cond " + ",".join(f"{sigma:g}" for sigma in settings.sigmas_cond)]
     else:
         rho = "" if settings.schedule_type == "logsnr" else f" rho {settings.schedule_rho:g}"
         words = [f"{settings.schedule_type}{rho}, {settings.num_steps - 1} intervals"]
     words += [f"{name}={_short(value)}" for name, value in settings.options.items()]
     words += [f"afs={settings.afs}"] if settings.afs else []
-    others = changed(settings, but=(*SHARED, *SCHEDULE_NAMES, "sigmas_net", "options", "afs"))
+    others = changed(settings, but=(*SHARED, *SCHEDULE_NAMES, "sigmas_cond", "options", "afs"))
     words += [name if value is True else f"{name}={_short(value)}" for name, value in others.items()]
     return ", ".join(words)
 
@@ -508,7 +508,7 @@ def _scheduled_jobs(comparison: Comparison, method: Method, nfes: list[int]) -> 
         schedule = load_schedule(file)
         settings = method.settings
         warnings |= dict.fromkeys(schedule.warnings(comparison.net, settings.solver, settings.afs))
-        levels = {"sigmas": schedule.sigmas, "sigmas_net": schedule.sigmas_net, "num_steps": len(schedule.sigmas)}
+        levels = {"sigmas": schedule.sigmas, "sigmas_cond": schedule.sigmas_cond, "num_steps": len(schedule.sigmas)}
         settings = replace(settings, **levels)
         spent = _spent(comparison, method, settings)
         requested = (spent,) if nfe is None and spent in nfes else (nfe,) if nfe is not None else ()

@@ -194,7 +194,7 @@ class AMEDRun(Run):
         steps = f"{len(distiller.losses)} x {distiller.chunk}" if len(distiller.losses) > 1 else f"{distiller.chunk}"
         return [
             f"{config['sampler_stu']} taught by {config['sampler_tea']} (M={config['M']}) on {options.dataset_name} "
-            f"({Path(net.source_path).name}), {config['num_steps']} time stamps, NFE {distiller.evaluations}",
+            f"({Path(net.source_path).name}), {config['num_steps']} time steps, NFE {distiller.evaluations}",
             f"noise levels {numbers(distiller.sigmas)}; seed {options.seed}",
             f"batch {options.batch} ({steps} on each of {world} processes), {self.total} iterations, {distiller.device}",
         ]

@@ -11,6 +11,7 @@ from models.compile import AUTOCAST, COMPILE_MODES
 from models.denoiser import member
 from models.inputs import draw_inputs
 from solvers import SOLVERS
+from solvers.former_names import current, with_current_names
 from solvers.schedules import SCHEDULES, check_sigmas, get_schedule
 from solvers.search.problem import Problem
 from solvers.solver import Option, teachers
@@ -48,7 +49,7 @@ class RunOptions:
         metavar="FILE",
     )
     num_steps: int = option(
-        4, "Time stamps; the student evaluates 2 (N - 1) times, one less with AFS", click.IntRange(min=2)
+        4, "Time steps; the student evaluates 2 (N - 1) times, one less with AFS", click.IntRange(min=2)
     )
     sampler_stu: str = option("amed", "Student solver", tuple(dict.fromkeys([*STUDENTS, "span"])))
     sampler_tea: str = option("heun", "Teacher solver", tuple(dict.fromkeys([*TEACHERS, *teachers()])))
@@ -119,6 +120,7 @@ class RunOptions:
 
     @classmethod
     def from_dict(cls, values: dict):
+        values = with_current_names(values)
         unknown = sorted(set(values) - set(kinds_of(cls)))
         if unknown:
             raise UserError(f"unknown training option '{unknown[0]}'")
@@ -254,29 +256,29 @@ class AMEDOptions(SolverOptions):
 
 
 RATES = {
-    "labels": 2e-2,
-    "inner": 1e-2,
-    "time": 2e-2,
-    "inner_time": 1e-2,
-    "corrections": 3e-2,
-    "scale": 1e-2,
-    "contrast": 1e-3,
+    "knots": 2e-2,
+    "substeps": 1e-2,
+    "sigma_scale": 2e-2,
+    "substep_sigma_scale": 1e-2,
+    "coef_offset": 3e-2,
+    "step_gain": 1e-2,
+    "state_gain": 1e-3,
     "heads": 3e-3,
     "shifts": 1e-2,
 }
 # Rates of a preset that differ from ``RATES``: the best in validation on two networks (docs/span_solver.md, "Choices
-# for the restrictions"). scale of dyweight: within its bound it moves as fast as a correction.
+# for the restrictions"). step_gain of dyweight: within its bound it moves as fast as a coefficient offset.
 PRESET_RATES = {
-    "amed-table": {"inner": 0.1, "inner_time": 0.1, "scale": 0.1},
-    "epd": {"inner": 0.1, "inner_time": 0.1, "scale": 0.1, "corrections": 0.1},
-    "dyweight": {"scale": 6e-2},
+    "amed-table": {"substeps": 0.1, "substep_sigma_scale": 0.1, "step_gain": 0.1},
+    "epd": {"substeps": 0.1, "substep_sigma_scale": 0.1, "step_gain": 0.1, "coef_offset": 0.1},
+    "dyweight": {"step_gain": 6e-2},
 }
 
 
-KINDS = (*GROUPS, "heads", "shifts")
+LEARNED = (*GROUPS, "heads", "shifts")  # what may have a learning rate or a phase of its own
 DEFAULT_HEADS = ("spatial", "time")  # of the preset "full", if nothing else is said
 DEFAULT_LOSS = "features+0.2*huber"
-GRID_GROUPS = ("labels", "inner", "time", "inner_time")
+GRID_GROUPS = ("knots", "substeps", "sigma_scale", "substep_sigma_scale")
 INITIAL_BASES = ("ab", "dpmpp", "ipndm")
 INITIAL_GRIDS = ("polynomial:7", "polynomial:4", "logsnr", "time_uniform:1")
 
@@ -286,7 +288,7 @@ class SpanOptions(RunOptions):
     """Every option of train.py under ``--objective=final``.
 
     None stands for what suits the preset or the network: ``heads`` and ``loss`` (``resolved``), ``afs``,
-    ``parallel``, ``time_bound`` and the initial noise levels (the preset's, or found by trial: ``starts``).
+    ``parallel``, ``sigma_scale_bound`` and the initial noise levels (the preset's, or found by trial: ``starts``).
     Rates that ``lrs`` leaves out are those of ``PRESET_RATES``, else of ``RATES``.
     """
 
@@ -308,7 +310,9 @@ class SpanOptions(RunOptions):
     parallel: int | None = option(
         None, "calls of the network in one batch, per interval (default: the preset's)", COUNT
     )
-    time_bound: float | None = option(None, "bound of |ln a| of the time scales (default: the preset's)", POSITIVE)
+    sigma_scale_bound: float | None = option(
+        None, "bound of |ln a| of the sigma scales (default: the preset's)", POSITIVE, "--time_bound"
+    )
     init: str | None = option(
         None, "starts that are tried, base@grid,... or preset (default: several for full)", metavar="LIST"
     )
@@ -325,8 +329,8 @@ class SpanOptions(RunOptions):
         0.0, "weight of the distance to the teacher's states at the beginning of the run", Number(0)
     )
     anchor: float = option(0.2, "share of the run over which that weight falls to 0", Number(0, 1))
-    w_delta: float = option(0.0, "weight of the squared corrections of the coefficients", Number(0))
-    num_steps_tea: int = option(31, "time stamps of the teacher", click.IntRange(min=3))
+    w_delta: float = option(0.0, "weight of the squared offsets of the coefficients", Number(0))
+    num_steps_tea: int = option(31, "time steps of the teacher", click.IntRange(min=3))
     schedule_tea: str = option("polynomial", "schedule of the teacher", tuple(SCHEDULES))
     rho_tea: float = option(7.0, "exponent of that schedule", POSITIVE)
     pairs: int = option(1024, "teacher pairs to train on", COUNT)
@@ -334,13 +338,13 @@ class SpanOptions(RunOptions):
     teacher_set: str | None = option(
         None, "file that keeps them (default: one in outdir/teacher-sets)", PATH, changeable=True, metavar="FILE"
     )
-    lrs: str = option("", "learning rates of groups, labels=0.01,corrections=0.02,...", metavar="GROUP=RATE,...")
+    lrs: str = option("", "learning rates of groups, knots=0.01,coef_offset=0.02,...", metavar="GROUP=RATE,...")
     lr_final: float = option(0.02, "share of the rates that is left at the end", Number(0, 1))
     warmup: int = option(10, "iterations over which the rates rise", click.IntRange(min=0))
     clip: float = option(1.0, "largest norm of the gradient", POSITIVE)
     ema: float = option(0.98, "decay of the average that is validated and saved", Number(0, 1, max_open=True))
     val_every: int = option(25, "iterations between validations", COUNT)
-    phases: str | None = option(None, "what is trained when, labels+time:0.2,all:0.8", metavar="GROUPS:SHARE,...")
+    phases: str | None = option(None, "what is trained when, knots+sigma_scale:0.2,all:0.8", metavar="GROUPS:SHARE,...")
     phase_rounds: int = option(1, "how often the phases take turns", COUNT)
 
     def check(self, world_size: int) -> None:
@@ -370,7 +374,7 @@ class SpanOptions(RunOptions):
         """The configuration of the untrained student; more: what a start changes."""
         own = {name: getattr(self, name) for name in ("dataset_name", "guidance_type", "guidance_rate", "num_steps")}
         own |= {"sigma_min": sigma_min, "sigma_max": sigma_max, "preset": self.preset}
-        for name in ("parallel", "time_bound", "schedule_type", "schedule_rho", "sigmas"):
+        for name in ("parallel", "sigma_scale_bound", "schedule_type", "schedule_rho", "sigmas"):
             if getattr(self, name) is not None:
                 own[name] = getattr(self, name)
         if self.head_names():
@@ -406,9 +410,7 @@ class SpanOptions(RunOptions):
         if not learned(student):
             raise UserError(f"preset={self.preset} with num_steps={self.num_steps} has nothing to learn")
         if student.evaluations() < 1:
-            raise UserError(
-                f"num_steps={self.num_steps}: the student would not call the network: give more time stamps"
-            )
+            raise UserError(f"num_steps={self.num_steps}: the student would not call the network: give more time steps")
         return student
 
     def starts(self) -> list[tuple[str | None, str | None]]:
@@ -470,12 +472,13 @@ class SpanOptions(RunOptions):
         given = {}
         for part in filter(None, (piece.strip() for piece in self.lrs.split(","))):
             name, _, value = part.partition("=")
+            name = current(name)
             try:
                 rate = float(value)
             except ValueError:
                 rate = math.nan
-            if name not in KINDS or not (math.isfinite(rate) and rate >= 0):
-                raise UserError(f"--lrs: '{part}' should be group=rate, with a group of {', '.join(KINDS)}")
+            if name not in LEARNED or not (math.isfinite(rate) and rate >= 0):
+                raise UserError(f"--lrs: '{part}' should be group=rate, with a group of {', '.join(LEARNED)}")
             if name not in learned(student):
                 raise UserError(f"--lrs: the preset {self.preset} does not learn '{name}'; leave it out")
             given[name] = rate
@@ -489,14 +492,14 @@ class SpanOptions(RunOptions):
         """(groups that are trained, share of the run), one after the other; the shares sum to one.
 
         phases: comma-separated ``group+group:share``, where "all" is every group; all of them phase_rounds times over.
-        Default: everything at once, but grid and corrections in turn for S4S, as published.
+        Default: everything at once, but grid and coefficients in turn for S4S, as published.
         """
         names, text, rounds = set(learned(student)), self.phases, self.phase_rounds
         if text is None:
             text = "all:1"
             grid = sorted(names & set(GRID_GROUPS))
-            if self.preset == "s4s" and "corrections" in names and grid:
-                text, rounds = f"{'+'.join(grid)}:1,corrections+heads+shifts:1", 4 if rounds == 1 else rounds
+            if self.preset == "s4s" and "coef_offset" in names and grid:
+                text, rounds = f"{'+'.join(grid)}:1,coef_offset+heads+shifts:1", 4 if rounds == 1 else rounds
         return parse_phases(text, rounds, names)
 
     def teacher(self, sigma_min: float, sigma_max: float) -> TeacherSettings:
@@ -544,11 +547,13 @@ def parse_phases(text: str, rounds: int, names: set[str]) -> list[tuple[frozense
         except ValueError:
             value = math.nan
         if not colon or not (math.isfinite(value) and value > 0):
-            raise UserError(f"--phases={text}: '{part.strip()}' should be groups:share, for example labels+time:0.2")
-        groups = set(kinds.split("+"))
-        unknown = sorted(groups - set(KINDS) - {"all"})
+            raise UserError(
+                f"--phases={text}: '{part.strip()}' should be groups:share, for example knots+sigma_scale:0.2"
+            )
+        groups = {current(name) for name in kinds.split("+")}
+        unknown = sorted(groups - set(LEARNED) - {"all"})
         if unknown:
-            raise UserError(f"--phases={text}: unknown group '{unknown[0]}'; choose from all, {', '.join(KINDS)}")
+            raise UserError(f"--phases={text}: unknown group '{unknown[0]}'; choose from all, {', '.join(LEARNED)}")
         groups = names if "all" in groups else groups & names
         if not groups:
             raise UserError(

@@ -13,7 +13,7 @@ import torch
 from solvers.sampler import resolve_sigmas, sample
 from solvers.schedule_file import Schedule
 from solvers.schedules import SCHEDULES
-from solvers.search.dmn import HIGHEST_ORDER, KINDS, dmn_sigmas
+from solvers.search.dmn import HIGHEST_ORDER, NETWORK_KINDS, dmn_sigmas
 from solvers.search.evolution import EVOLUTION_OPTIONS, evolution_sigmas
 from solvers.search.gits import METRICS, gits_cost, gits_indices, insert_afs_point, teacher_trajectory
 from solvers.search.ofs import OFS_OPTIONS, ofs_sigmas
@@ -152,7 +152,7 @@ METHODS: dict[str, Method] = {
     "dmn": Method(
         "DM-NonUniform: least error bound of a multistep exponential integrator; asks nothing of the network",
         run_dmn,
-        {"kind": Option(("auto", *KINDS), "auto", "assumed error of the network")},
+        {"kind": Option(("auto", *NETWORK_KINDS), "auto", "assumed error of the network")},
     ),
     "ofs": Method(
         "OFS: least upper bound of Euler's error along the trajectories of a teacher; for solvers of first order",
@@ -192,7 +192,7 @@ def try_schedule(problem: Problem, found: Found) -> None:
         latents,
         solver=problem.solver,
         sigmas=found.sigmas,
-        sigmas_net=found.sigmas_net,
+        sigmas_cond=found.sigmas_cond,
         afs=problem.afs,
         cond=cond,
         noise=problem.fresh_noise(seeds),
@@ -235,7 +235,7 @@ def optimize(problem: Problem, method: str, options: dict | None = None, version
     least, most = getattr(problem.net, "sigma_min", problem.sigma_min), getattr(problem.net, "sigma_max", None)
     return Schedule(
         sigmas=found.sigmas.tolist(),
-        sigmas_net=None if found.sigmas_net is None else found.sigmas_net.tolist(),
+        sigmas_cond=None if found.sigmas_cond is None else found.sigmas_cond.tolist(),
         solver=problem.solver,
         solver_options=dict(problem.options),
         afs=problem.afs,

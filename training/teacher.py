@@ -52,7 +52,7 @@ class TeacherSettings:
     def __post_init__(self):
         check_pair_teacher(self.solver)
         if self.num_steps < 3:
-            raise UserError(f"num_steps_tea={self.num_steps}: a teacher needs at least 3 time stamps")
+            raise UserError(f"num_steps_tea={self.num_steps}: a teacher needs at least 3 time steps")
         for name in ("pairs", "validation"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
@@ -129,7 +129,7 @@ def teacher_set(
     found = on_main(_read, path, identity)
     if found is None:
         if log is not None:
-            log(f"computing {settings.count} pairs: {settings.solver}, {settings.num_steps} time stamps")
+            log(f"computing {settings.count} pairs: {settings.solver}, {settings.num_steps} time steps")
         found = _compute(net, settings, prompts, batch, device)
         digest = _digest(found)
         metadata = {"format": FORMAT, "identity": json.dumps(identity), "digest": digest}
@@ -173,7 +173,7 @@ def _compute(net, settings: TeacherSettings, prompts, batch: int, device) -> dic
             if not states[-1].isfinite().all():
                 raise UserError(f"the teacher {settings.solver} makes images that are not finite: choose another")
             if settings.states and len(states) != settings.num_steps:
-                raise UserError(f"the teacher {settings.solver} skips time stamps: choose another, or --w_anchor=0")
+                raise UserError(f"the teacher {settings.solver} skips time steps: choose another, or --w_anchor=0")
             levels = info.sigmas.cpu()
             mine[start] = (states[-1].float().cpu(), states[rows].float().cpu() if settings.states else None)
             bar.update()

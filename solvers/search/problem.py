@@ -29,11 +29,11 @@ class Found:
     """Result of a method.
 
     sigmas: noise levels [N], decreasing.
-    sigmas_net: noise levels [N] to condition the network on. Default: sigmas.
+    sigmas_cond: noise levels [N] to condition the network on. Default: sigmas.
     """
 
     sigmas: torch.Tensor
-    sigmas_net: torch.Tensor | None = None
+    sigmas_cond: torch.Tensor | None = None
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Problem:
         if solver.needs_predictor:
             raise UserError(f"the solver '{self.solver}' needs a trained predictor: choose a plain one")
         if self.num_steps < 2:
-            raise UserError(f"num_steps={self.num_steps}: a schedule needs at least 2 time stamps")
+            raise UserError(f"num_steps={self.num_steps}: a schedule needs at least 2 time steps")
         if self.batch < 1:
             raise UserError(f"batch={self.batch} must be at least 1")
         if self.afs:  # a network that cannot do it says so before anything is computed
