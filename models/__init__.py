@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import amed  # noqa: F401 (its docstring says why)
 from models.building import Family, check_guidance
 from models.denoiser import Denoiser
 from models.wrapped import load_own, wrap

@@ -122,7 +122,9 @@ def wrap(
         raise UserError(f"wrap: unknown prediction '{prediction}'{did_you_mean(prediction, _WORDS, PREDICTIONS)}")
     kind = _WORDS[prediction]
     if kind == "denoised" and noise is not None:
-        raise UserError("wrap: prediction='denoised' takes sigma itself; leave noise out, or say what the model predicts")
+        raise UserError(
+            "wrap: prediction='denoised' takes sigma itself; leave noise out, or say what the model predicts"
+        )
     if kind == "flow" and noise is not None:
         raise UserError("wrap: prediction='flow' brings its own noise process; leave noise out")
     if kind in ("v_prediction", "sample") and noise is None:
@@ -287,7 +289,9 @@ class WrappedDenoiser(Denoiser):
         output = output[0] if isinstance(output, tuple | list) else output
         if not torch.is_tensor(output) or output.shape != x.shape:
             found = list(output.shape) if torch.is_tensor(output) else type(output).__name__
-            raise UserError(f"the wrapped model returned {found} for an input {list(x.shape)}: it must return that shape")
+            raise UserError(
+                f"the wrapped model returned {found} for an input {list(x.shape)}: it must return that shape"
+            )
         self.no_feature(x)
         return self._denoised(x, sigma, output.to(x.dtype))
 
@@ -312,4 +316,3 @@ class WrappedDenoiser(Denoiser):
         if self.prediction == "flow":
             return self.process.denoised(x, sigma, -output if self.data_time else output)
         return vp_denoised(self.prediction, x, sigma, output)
-

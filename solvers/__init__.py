@@ -1,5 +1,6 @@
 """Solvers, schedules and the sampling loop. Add one import per file of solvers; it registers them."""
 
+import amed
 import solvers.deis
 import solvers.dpm_solver_v3
 import solvers.edm

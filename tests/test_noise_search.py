@@ -31,6 +31,7 @@ from sampling.search import Choice, ScoreFile, keep_best
 from solvers import sample
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
+from torch_utils.functions import find_function
 from torch_utils.images import to_uint8
 from torch_utils.progress import progress_bar
 from torch_utils.seeds import candidate_seed

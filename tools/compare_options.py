@@ -60,7 +60,9 @@ class CompareOptions:
     afs: bool | str | None = like(Settings, "afs", default=None, help="Free first step, for all solvers")
     text: TextOptions = part()
     ref: str | None = flag(
-        "FID reference statistics (default: those of the network; without any: distances only)", kind=PATH, metavar="NPZ|URL|NAME"
+        "FID reference statistics (default: those of the network; without any: distances only)",
+        kind=PATH,
+        metavar="NPZ|URL|NAME",
     )
     detector: str | None = flag("Default: the reference's, else inception", kind=PATH, metavar="NAME|PATH")
     trust: bool = flag("Run a TorchScript detector not known here", False)

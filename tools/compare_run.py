@@ -16,11 +16,11 @@ import torch
 from evaluation.fid import choose_detector, find_reference
 from evaluation.frechet import FeatureStatistics, Reference, frechet_distance
 from evaluation.jackknife import Estimate, jackknife
-from models import zoo
+from models.wrapped import WrappedDenoiser
 from sampling.flags import changed
 from sampling.folder import format_seeds
 from sampling.generate import Batch, generate_images
-from sampling.settings import Settings, check_network, open_network, recorded_settings
+from sampling.settings import Settings, check_network, open_network, recorded_settings, remembered_network
 from solvers.schedule_file import load_schedule
 from solvers.schedules import SCHEDULE_NAMES
 from tools.compare_methods import NFE_MARK, POLYNOMIAL, SHARED, Method, choose_steps, make_methods, parse_nfe
@@ -425,7 +425,9 @@ class Comparison:
         return to_uint8(torch.from_numpy(images[: self.protocol.shown]))
 
     def sample_command(self, job: Job) -> str:
-        """The call of sample.py that makes these images."""
+        """The call of sample.py that makes these images; empty for a network that only Python has."""
+        if isinstance(self.net, WrappedDenoiser) and self.options.compute.model_path is None:
+            return ""
         settings = job.settings
         flags = {"dataset_name": settings.dataset_name}
         if job.method.predictor_file is not None:
@@ -580,6 +582,10 @@ def prepare(options: CompareOptions, device: torch.device, net=None) -> tuple[Co
     seeds = list(range(protocol.first, protocol.first + protocol.num))
     options = replace(options, text=options.text.resolve())
     prompts = options.text.read(options.network.dataset_name, seeds)
+    for method in methods:
+        if net is None:
+            found = remembered_network(method.predictor_file, method.settings, options.compute)
+            options = replace(options, compute=found)
     if net is None:
         net = open_network(methods[0].settings, options.compute, device)
     check_network(net, methods[0].settings, None, device)

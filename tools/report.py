@@ -69,7 +69,9 @@ def make_facts(comparison: Comparison, command: str) -> dict:
         **texts,
         "network": f"{Path(net.source_path).name}, SHA-256 {net.weights_hash}",
         "detector": "none" if detector is None else f"{detector.name} ({detector.file}, SHA-256 {detector.digest})",
-        "FID reference": "none" if target is None else f"{options.reference_name}, {target.num or 'unknown number of'} images",
+        "FID reference": "none"
+        if target is None
+        else f"{options.reference_name}, {target.num or 'unknown number of'} images",
         "seeds": f"{protocol.first}-{last}, {protocol.groups} groups (seed {protocol.first} + i is in group i mod"
         f" {protocol.groups})",
         "reference solution": solution if protocol.num_reference else "none",

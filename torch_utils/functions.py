@@ -34,7 +34,9 @@ def find_function(text: str, flag: str, choices: str) -> tuple[Callable, str | N
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise UserError(f"{flag}={text}: cannot import the module '{module_name}' ({error}); choose {choices}") from None
+        raise UserError(
+            f"{flag}={text}: cannot import the module '{module_name}' ({error}); choose {choices}"
+        ) from None
     function = getattr(module, name, None)
     if not callable(function):
         raise UserError(f"{flag}={text}: the module '{module_name}' has no function '{name}'; choose {choices}")

@@ -1,8 +1,9 @@
 """The version of this code."""
 
-import importlib.metadata
 import subprocess
 from pathlib import Path
+
+from amed import __version__
 
 
 def code_version() -> str:
@@ -16,7 +17,4 @@ def code_version() -> str:
             done = None
         if done is not None and done.returncode == 0:
             return f"git-{done.stdout.strip()}"
-    try:
-        return importlib.metadata.version("amed-solver")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+    return __version__

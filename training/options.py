@@ -43,7 +43,8 @@ class RunOptions:
     dataset_name: str = option(MISSING, "Network: digits, cifar10, ffhq, ... ('python -m models.zoo list')")
     model_path: str | None = option(
         None,
-        "File of the network, instead of the downloaded or embedded one; diffusers: a folder or hub id",
+        "File of the network, instead of the downloaded or embedded one; diffusers: a folder or hub id; custom: also"
+        " MODULE:FUNCTION of your own code, which is run",
         PATH,
         changeable=True,
         metavar="FILE",

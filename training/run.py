@@ -153,7 +153,8 @@ class Run(BaseRun):
 
     @property
     def result_path(self) -> Path:
-        return self.folder / f"predictor-{self.nimg // 1000:06d}.safetensors"
+        below = f".{self.nimg:03d}" if self.nimg < 1000 else ""  # short runs that are continued keep each result
+        return self.folder / f"predictor-{self.nimg // 1000:06d}{below}.safetensors"
 
     def train(self, net, resume: bool, notes: Sequence[str] = ()) -> Path:
         """Records the options, describes the run and trains to the end; returns the result's file.
