@@ -495,7 +495,7 @@ def test_a_damaged_state_is_explained(toy_model, tmp_path):
         ({"clip": 0.0}, "clip=0"),
         ({"pairs": 2}, "pairs=2 must be at least the batch, 4"),
         ({"val_pairs": 0}, "val_pairs=0"),
-        ({"sampler_tea": "edm"}, "sampler_tea=edm cannot make teacher pairs"),
+        ({"sampler_tea": "edm"}, "'edm' cannot be the teacher"),
         ({"schedule_tea": "cosine"}, "schedule_tea=cosine"),
         ({"sampler_stu": "amed"}, "it trains a span student"),
         ({"afs": "perhaps"}, "afs='perhaps'"),

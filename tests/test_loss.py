@@ -188,7 +188,7 @@ def test_what_was_predicted_is_reported():
         ({"M": -1}, "M=-1"),
         ({"M": 1.5}, "M=1.5"),
         ({"sampler_stu": "heun"}, "sampler_stu=heun cannot take a predictor"),
-        ({"sampler_tea": "amed"}, "sampler_tea=amed cannot be a teacher"),
+        ({"sampler_tea": "amed"}, "'amed' cannot be the teacher"),
         ({"sampler_tea": "rk45"}, "unknown solver 'rk45'"),
         ({"num_steps": 1}, "at least 2"),
         ({"schedule_type": "cosine"}, "unknown schedule_type"),

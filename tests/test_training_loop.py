@@ -384,7 +384,7 @@ def test_find_run(tmp_path):
     "change, message",
     [
         ({"sampler_stu": "heun"}, "cannot take a predictor"),
-        ({"sampler_tea": "amed"}, "cannot be a teacher"),
+        ({"sampler_tea": "amed"}, "cannot be the teacher"),
         ({"sampler_stu": "nothing"}, "unknown solver"),
         ({"num_steps": 1}, "at least 2"),
         ({"M": -1}, "M=-1"),

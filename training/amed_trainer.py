@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from models.denoiser import member
 from models.inputs import draw_inputs
 from solvers.sampler import afs_direction
 from solvers.schedule_file import Schedule
@@ -91,7 +92,7 @@ class Distiller(BaseTrainer):
     @property
     def evaluations(self) -> int:
         """NFE of the student, by the cost of the network's calls."""
-        return self.predictor.evaluations() * getattr(self.net, "evals_per_call", 1)
+        return self.predictor.evaluations() * member(self.net, "evals_per_call")
 
     def draw(self) -> list[tuple[torch.Tensor, dict]]:
         """(unit-variance noise, condition) of each micro-batch of the current iteration."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from models.denoiser import member
 from solvers.sampler import resolve_sigmas, sample
 from solvers.schedule_file import Schedule
 from solvers.schedules import SCHEDULES
@@ -108,7 +109,7 @@ def run_gits(
 def run_dmn(problem: Problem, *, kind) -> Found:
     """DM-NonUniform, for the order of the solver."""
     if kind == "auto":
-        kind = "latent" if getattr(problem.net, "latent", False) else "pixel"
+        kind = "latent" if member(problem.net, "latent") else "pixel"
     solver = problem.make_solver()
     exponential = hasattr(solver, "lower_order_final")
     return Found(
@@ -173,7 +174,7 @@ def counting(problem: Problem):
     """Context in which the network's evaluations are added to ``problem.evaluations``, one for each sample."""
 
     def count(module, inputs, output):
-        problem.evaluations += len(output) * getattr(problem.net, "evals_per_call", 1)
+        problem.evaluations += len(output) * member(problem.net, "evals_per_call")
 
     handle = problem.net.register_forward_hook(count)
     try:
@@ -223,7 +224,7 @@ def optimize(problem: Problem, method: str, options: dict | None = None, version
         "afs": problem.afs,
         "sigma_min": problem.sigma_min,
         "sigma_max": problem.sigma_max,
-        "network": getattr(problem.net, "weights_hash", None),
+        "network": member(problem.net, "weights_hash"),
         "processes": distributed.world_size(),
     }
     with counting(problem):
@@ -241,8 +242,8 @@ def optimize(problem: Problem, method: str, options: dict | None = None, version
         afs=problem.afs,
         method=method,
         settings=settings,
-        network=getattr(problem.net, "dataset_name", None),
-        network_hash=getattr(problem.net, "weights_hash", None),
+        network=member(problem.net, "dataset_name"),
+        network_hash=member(problem.net, "weights_hash"),
         sigma_min=float(least),
         sigma_max=float(problem.sigma_max if most is None else most),
         evaluations=evaluations,

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from models.denoiser import member
 from models.inputs import draw_inputs
 from solvers.sampler import sample
-from solvers.solver import SOLVERS, teachers
+from solvers.solver import SOLVERS, check_teacher
 from torch_utils import distributed
 from torch_utils.distributed import on_main, together
 from torch_utils.errors import UserError
@@ -21,12 +22,6 @@ from torch_utils.tensor_file import json_entry, read_safetensors, write_safetens
 
 FORMAT = "teacher-set"
 LEVELS = 12  # noise levels at which states are kept
-
-
-def check_pair_teacher(solver: str) -> None:
-    """Raises UserError if this solver cannot make the pairs of a teacher set."""
-    if solver not in teachers():
-        raise UserError(f"sampler_tea={solver} cannot make teacher pairs: choose from {', '.join(teachers())}")
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class TeacherSettings:
     states: bool = False
 
     def __post_init__(self):
-        check_pair_teacher(self.solver)
+        check_teacher(self.solver, per_step=False)
         if self.num_steps < 3:
             raise UserError(f"num_steps_tea={self.num_steps}: a teacher needs at least 3 time steps")
         for name in ("pairs", "validation"):
@@ -107,7 +102,7 @@ def _seeds(settings: TeacherSettings, indices: Sequence[int]) -> list[int]:
 
 def identity_of(net, settings: TeacherSettings, more: dict | None = None) -> dict:
     """What a file has to agree with: the settings, the network, and ``more`` (guidance, precision, prompts)."""
-    return {**asdict(settings), "network_hash": getattr(net, "weights_hash", None), **(more or {})}
+    return {**asdict(settings), "network_hash": member(net, "weights_hash"), **(more or {})}
 
 
 def file_of(folder: str | Path, identity: dict) -> Path:
