@@ -1,5 +1,7 @@
 """The version of this code."""
 
+import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -18,3 +20,13 @@ def code_version() -> str:
         if done is not None and done.returncode == 0:
             return f"git-{done.stdout.strip()}"
     return __version__
+
+
+def cpu_name() -> str:
+    """The model name of the processor, as lscpu prints it, else its architecture."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.machine()
