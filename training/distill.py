@@ -17,10 +17,19 @@ from training.span_run import train_span
 _OF_THE_NETWORK = {"model_path", "dataset_name", "tokenizer_path", "amp", "compile", "channels_last"}
 
 
-def distill(net: Denoiser, *, outdir=None, device: torch.device | str | None = None, **options):
+def distill(
+    net: Denoiser,
+    *,
+    nfe: int | None = None,
+    outdir=None,
+    device: torch.device | str | None = None,
+    **options,
+):
     """Trains a few-step sampler for a network and returns it: an AMEDPredictor or a SpanSolver, on the CPU.
 
     net: a network of ``models.wrap`` or ``create_model``. It is used as it is and not changed.
+    nfe: network evaluations of the result, with the recommended settings for what is not given.
+        Default: None, the number of num_steps.
     outdir: folder for the run, in which train.py --resume can continue it. Default: None, nothing
         is kept but the result.
     device: where to train. Default: where net is.
@@ -43,6 +52,6 @@ def distill(net: Denoiser, *, outdir=None, device: torch.device | str | None = N
     given = {"sampler_stu": "span", **options, "dataset_name": net.dataset_name or "custom"}
     with TemporaryDirectory() if outdir is None else nullcontext(outdir) as folder:
         given["outdir"] = str(folder)
-        chosen = new_options(dict.fromkeys(known) | given, set(given))
+        chosen = new_options(dict.fromkeys(known) | given, set(given), nfe)
         train = train_span if isinstance(chosen, SpanOptions) else train_predictor
         return load_predictor(train(chosen, device, net=net))
