@@ -243,6 +243,24 @@ class CosineNoise(NoiseProcess):
         return _STEPS * self.sigma_inv(sigma) - 1
 
 
+def vp_scale(sigma):
+    """c_in of a variance-preserving network: its input is x / sqrt(1 + sigma^2)."""
+    return (1 + sigma**2) ** -0.5
+
+
+def vp_denoised(prediction: str, x, sigma, output):
+    """D(x; sigma) from the output of a variance-preserving network.
+
+    prediction: one of ``VariancePreserving.PREDICTIONS``.
+    x: state [B,C,H,W], not scaled; sigma: its noise level; output: [B,C,H,W].
+    """
+    if prediction == "epsilon":
+        return x - sigma * output
+    if prediction == "sample":
+        return output
+    return x / (1 + sigma**2) - sigma * (1 + sigma**2) ** -0.5 * output
+
+
 class VariancePreserving(DiscreteTime):
     """``DiscreteTime`` with the network's input and output for it, as in diffusers.
 
@@ -265,15 +283,11 @@ class VariancePreserving(DiscreteTime):
 
     def scale(self, sigma):
         """c_in: the network's input is ``scale`` times x."""
-        return (1 + sigma**2) ** -0.5
+        return vp_scale(sigma)
 
     def denoised(self, x, sigma, output):
         """D(x; sigma) from the network's output."""
-        if self.prediction == "epsilon":
-            return x - sigma * output
-        if self.prediction == "sample":
-            return output
-        return x / (1 + sigma**2) - sigma * (1 + sigma**2) ** -0.5 * output
+        return vp_denoised(self.prediction, x, sigma, output)
 
 
 class RectifiedFlow(NoiseProcess):

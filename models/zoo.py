@@ -11,7 +11,7 @@ import click
 from torch_utils import distributed
 from torch_utils.cli import Group
 from torch_utils.download import download_file, download_member, known_sha256, recorded_sha256
-from torch_utils.errors import UserError, parse_json
+from torch_utils.errors import UserError, did_you_mean, parse_json
 from torch_utils.files import sha256_of
 
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
@@ -304,8 +304,8 @@ def get_card(dataset_name: str) -> Card:
     if dataset_name in CARDS:
         return CARDS[dataset_name]
     raise UserError(
-        f"dataset_name '{dataset_name}' is unknown; use one of {', '.join(CARDS)}, or with --model_path {CUSTOM} for a "
-        f"network of your own and {DIFFUSERS} for a diffusers pipeline"
+        f"dataset_name '{dataset_name}' is unknown{did_you_mean(dataset_name, [*CARDS, CUSTOM, DIFFUSERS])}"
+        f" ({CUSTOM} and {DIFFUSERS} with --model_path: a network of your own, a pipeline)"
     )
 
 
@@ -323,7 +323,7 @@ def resolve(dataset_name: str, model_path: str | Path | None = None) -> Path:
     """
     card = find_card(dataset_name)
     if card is None and not model_path:
-        raise UserError(f"dataset_name '{dataset_name}' needs --model_path, the file of a network")
+        raise UserError(f"dataset_name '{dataset_name}' needs --model_path, the file of a network or MODULE:FUNCTION")
     if model_path:
         path = Path(model_path)
         if (path / "model_index.json").is_file():

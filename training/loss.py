@@ -100,7 +100,8 @@ class DistillationLoss:
     def teacher_trajectory(self, latents: torch.Tensor, cond=None) -> torch.Tensor:
         """The teacher's states at the student's noise levels but the first, [num_steps-1,B,C,H,W].
 
-        latents: starting points, already scaled by sigma_max. The teacher uses neither AFS nor a predictor.
+        latents: starting points, already scaled by sigma_max. The teacher uses neither AFS nor a
+            predictor.
         cond: keyword arguments of the network.
         """
         return self.run_teacher(latents, cond).targets

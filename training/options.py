@@ -42,7 +42,12 @@ class RunOptions:
         "Network: digits, cifar10, ffhq, ... ('python -m models.zoo list')", REQUIRED, required=False
     )
     model_path: str | None = flag(
+<<<<<<< HEAD
         "File of the network (default: embedded or downloaded); diffusers: a folder or hub id",
+=======
+        "File of the network, instead of the downloaded or embedded one; diffusers: a folder or hub id; custom: also"
+        " MODULE:FUNCTION of your own code, which is run",
+>>>>>>> main
         kind=PATH,
         changeable=True,
         metavar="FILE",

@@ -1,6 +1,5 @@
 """Losses of final samples: distance to the teacher's sample, and between distributions."""
 
-import importlib
 import math
 import re
 from collections.abc import Callable
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 
 from models.denoiser import member
 from torch_utils.errors import MissingExtra, UserError
+from torch_utils.functions import find_function
 
 DEFAULT_SIGMA = 0.1  # for images in [-1, 1]: little noise, but the encoder still uses the whole image
 
@@ -146,13 +146,7 @@ class OwnTerm:
     """
 
     def __init__(self, net, place: str):
-        module, _, name = place.partition(":")
-        try:
-            function = getattr(importlib.import_module(module), name, None)
-        except ImportError as error:
-            raise UserError(f"--loss={place}: cannot import {module} ({error}): put it on PYTHONPATH") from None
-        if not callable(function):
-            raise UserError(f"--loss={place}: {module} has no function '{name}'")
+        function, _ = find_function(place, "--loss", ", ".join(TERMS))
         self.net, self.place, self.extract = net, place, function(net)
         if not callable(self.extract):
             raise UserError(f"--loss={place}: must return a function of images, not {type(self.extract).__name__}")
