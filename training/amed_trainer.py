@@ -224,7 +224,6 @@ def train_predictor(
 ) -> Path:
     """Trains a predictor. Returns its file, ``<folder>/predictor-<kimg>.safetensors``.
 
-<<<<<<< HEAD
     options: AMEDOptions, or a dict of its fields.
     device: where to train. Default CPU.
     run_dir: folder to use. Default None: the next numbered folder in ``options.outdir``.
@@ -232,27 +231,15 @@ def train_predictor(
         False.
     schedule: the file that options.sigmas come from; warns if it was made for other settings.
         Default None.
+    net: the network. Default None: that of the options.
 
     Every process of a torchrun calls this. Raises UserError for settings that cannot work and for a
     loss that is not finite; Interrupted after Ctrl-C or SIGTERM, with everything saved.
     """
     device = torch.device(device)
     options = AMEDOptions.from_dict(options) if isinstance(options, dict) else options
-    options, net, prompts = prepare(options, device)
-    if options.afs:  # checked before a folder is made: afs="data" needs statistics of the network
-=======
-    options: TrainingOptions, or a dict of its fields. run_dir: the folder to use; None makes the next numbered one in
-    ``options.outdir``. resume: continue the run in run_dir from its newest state (``options`` are then those of that
-    state). schedule: the file that options.sigmas come from; what it was not made for is pointed out. net: the network, as it is
-    (None: that of the options is opened). Every process of
-    a torchrun calls this. Raises UserError for settings that cannot work and for a loss that is not finite, Interrupted
-    after Ctrl-C or SIGTERM, when everything is saved.
-    """
-    device = torch.device(device)
-    options = AMEDOptions.from_dict(options) if isinstance(options, dict) else options
     options, net, prompts = prepare(options, device, net)
-    if options.afs:  # before a folder is made: the network may not know what afs="data" needs
->>>>>>> main
+    if options.afs:  # checked before a folder is made: afs="data" needs statistics of the network
         afs_direction(net, torch.zeros(1, net.img_channels, 1, 1, device=device), torch.ones(()), options.afs)
     make = partial(
         Distiller,

@@ -42,12 +42,8 @@ class RunOptions:
         "Network: digits, cifar10, ffhq, ... ('python -m models.zoo list')", REQUIRED, required=False
     )
     model_path: str | None = flag(
-<<<<<<< HEAD
-        "File of the network (default: embedded or downloaded); diffusers: a folder or hub id",
-=======
-        "File of the network, instead of the downloaded or embedded one; diffusers: a folder or hub id; custom: also"
+        "File of the network (default: embedded or downloaded); diffusers: a folder or hub id; custom: also"
         " MODULE:FUNCTION of your own code, which is run",
->>>>>>> main
         kind=PATH,
         changeable=True,
         metavar="FILE",
@@ -238,7 +234,7 @@ class AMEDOptions(SolverOptions):
         """Number, dataset, num_steps, NFE, student, teacher, M, schedule [, afs] [, desc].
 
         number: of the run.
-        evals_per_call: evaluations per call of the network. Default None: guessed from the guidance.
+        evals_per_call: evaluations per network call. Default None: guessed from the guidance.
         """
         if evals_per_call is None:
             evals_per_call = self.guess_evals_per_call()

@@ -179,14 +179,8 @@ class SpanRun(Run):
         ]
 
 
-<<<<<<< HEAD
-def train_span(options: SpanOptions | dict, device="cpu", run_dir=None, resume: bool = False) -> Path:
-    """Trains a span solver. Returns its file, ``<folder>/predictor-<kimg>.safetensors``.
-=======
 def train_span(options: SpanOptions | dict, device="cpu", run_dir=None, resume: bool = False, net=None) -> Path:
-    """Trains a span student on final samples and returns its file, ``<folder>/predictor-<kimg>.safetensors``: the state
-    that was best in validation.
->>>>>>> main
+    """Trains a span solver. Returns its file, ``<folder>/predictor-<kimg>.safetensors``.
 
     The file holds the state with the best validation. Arguments and errors are those of
     ``train_predictor``.
@@ -195,13 +189,8 @@ def train_span(options: SpanOptions | dict, device="cpu", run_dir=None, resume: 
         return _train_span(options, device, run_dir, resume, locks, net)
 
 
-<<<<<<< HEAD
-def _train_span(options: SpanOptions | dict, device, run_dir, resume: bool, locks: ExitStack) -> Path:
-    """``train_span``; ``locks`` holds the lock of the folder."""
-=======
 def _train_span(options: SpanOptions | dict, device, run_dir, resume: bool, locks: ExitStack, net) -> Path:
-    """The same; ``locks`` holds the folder."""
->>>>>>> main
+    """``train_span``; ``locks`` holds the lock of the folder."""
     device = torch.device(device)
     options = SpanOptions.from_dict(options) if isinstance(options, dict) else options
     options, net, prompts = prepare(options, device, net)
