@@ -286,8 +286,8 @@ def test_files(tmp_path):
     [
         (CONFIG["model"], (None, None), "has the entries 'model'"),
         ({"model": CONFIG["model"]}, ("cg", 1), "needs the arguments and the weights of a classifier"),
-        (CONFIG, ("cg", -1.0), "guidance_rate -1 has to be"),
-        (CONFIG, ("cg", math.inf), "guidance_rate inf has to be"),
+        (CONFIG, ("cg", -1.0), "guidance_rate -1 must be"),
+        (CONFIG, ("cg", math.inf), "guidance_rate inf must be"),
         (CONFIG, ("uncond", None), "does not take guidance_type 'uncond'"),
         (CONFIG, (None, 3.0), "no effect"),
         ({**CONFIG, "noise_schedule": "square"}, (None, None), "noise_schedule 'square'"),

@@ -942,5 +942,5 @@ def test_nothing_of_a_file_steers_the_terminal(tmp_path):
 
 def test_keys_are_quoted_briefly():
     for key in (text("k" * 100_000), number(7), b"N"):
-        refuse(b"}" + key + b"K\x01s.", "holds no EDM network", load_edm_network)
+        refuse(b"}" + key + b"K\x01s.", "is not an EDM network", load_edm_network)
         refuse(b"}" + key + b"K\x01s.", "holds no AMED predictor", load_predictor)

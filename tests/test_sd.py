@@ -254,7 +254,7 @@ def test_text_encoder_of_transformers(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the tokenizer in .*damaged cannot be used"):
         net.make_cond(prompts=["a"])
     net.cond_stage_model.tokenizer = str(tmp_path / "none")
-    with pytest.raises(UserError, match="no CLIP tokenizer '.*none': it is no folder, and no repository"):
+    with pytest.raises(UserError, match="no CLIP tokenizer '.*none': it is not a folder, and the hub repository"):
         net.make_cond(prompts=["a"])
     import huggingface_hub
 
