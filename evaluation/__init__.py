@@ -1,1 +1,1 @@
-"""Measuring images: Frechet distance, CLIP score, precision and recall, and the networks behind them."""
+"""Metrics of images: FID, CLIP score, precision and recall, and the networks they need."""
