@@ -301,7 +301,7 @@ class StreamedFID:
         self.statistics.append(self.detector(pixels))
 
     def result(self, source: str) -> FIDResult | None:
-        """FID of the images of all processes on rank 0, None on the others; source: for the record."""
+        """FID of all images on rank 0, None on the other ranks; source: for the record."""
         self.statistics.all_reduce()
         if distributed.rank() != 0:
             return None
