@@ -246,6 +246,8 @@ def _meaning(settings: dict) -> dict:
     found.pop("guidance_type", None)
     if not found.get("guidance_rate"):
         found.pop("guidance_rate", None)
+    if "sigmas_cond" not in found or found.get("direction_sigma") == "point":  # as in records without it
+        found.pop("direction_sigma", None)
     return found
 
 

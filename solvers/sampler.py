@@ -162,6 +162,7 @@ class Sampler:
         """The direction d = (x - D) / sigma [B,C,H,W] at a point, or a list of them at several.
 
         A list costs one call of the network. The observer is called for points of the schedule.
+        ``divisor`` says which sigma it is.
         """
         points = request if isinstance(request, list) else [request]
         learned = any(v is not None and v.requires_grad for p in points for v in (p.x, p.sigma, p.sigma_cond, p.shift))
@@ -170,7 +171,8 @@ class Sampler:
             directions = self._call_network(points) if known is None else [known]
         for point, d in zip(points, directions, strict=True):
             if self.observer is not None and point.index is not None:
-                self.observer(point.index, point.sigma, point.x, point.x - point.sigma * d)
+                sigma = self.divisor(point) if known is None else point.sigma
+                self.observer(point.index, point.sigma, point.x, point.x - sigma * d)
         return directions if points is request else directions[0]
 
     def known_direction(self, point: Point):
@@ -190,7 +192,15 @@ class Sampler:
             sigma = torch.cat([point.sigma_cond.expand(batch, 1, 1, 1) for point in points])
             shift = None if shift is None else torch.cat([point.shift for point in points])
         denoised = self.denoise(x, sigma, len(points), shift).split(batch)
-        return [(point.x - d) / point.sigma for point, d in zip(points, denoised, strict=True)]
+        return [(point.x - d) / self.divisor(point) for point, d in zip(points, denoised, strict=True)]
+
+    def divisor(self, point: Point) -> torch.Tensor:
+        """The noise level that x - D is divided by, a scalar or [B,1,1,1]: that of the point.
+
+        For solvers with direction_sigma="network" it is the network's, at points of the schedule.
+        """
+        told = self.solver.direction_sigma == "network" and point.index is not None
+        return point.sigma_cond if told else point.sigma
 
     def denoise(self, x, sigma, copies=1, shift=None):
         """The denoised images D(x; sigma), in the dtype of x.

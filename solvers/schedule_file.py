@@ -6,7 +6,8 @@ A JSON object with these fields, all required:
     sigmas          noise levels, decreasing and positive
     sigmas_cond     noise levels to condition the network on at these points; null: sigmas
     solver          name of the solver
-    solver_options  options of the solver that were set, {name: value}
+    solver_options  options of the solver that were set, {name: value}; of these sampling uses
+                    those of the schedule itself (direction_sigma)
     afs             kind of the analytical first step: false, true or "data"
     method          name of the optimisation method
     settings        options of the method, {name: value}
@@ -28,6 +29,7 @@ from models.denoiser import member
 from solvers.former_names import with_current_names
 from solvers.sampler import AFS_KINDS, RANGE_SLACK
 from solvers.schedules import check_sigmas
+from solvers.solver import SOLVERS
 from torch_utils.errors import UserError
 from torch_utils.file_kind import explain
 from torch_utils.files import read_json, write_json
@@ -82,6 +84,11 @@ class Schedule:
         )
         if not 0 <= least < most or min(cost) < 0:
             raise UserError("sigma_min must be below sigma_max, evaluations and seconds must not be negative")
+
+    def own_options(self, solver: str) -> dict:
+        """Options of a solver that belong to the schedule, {name: value}: direction_sigma."""
+        known = SOLVERS[solver].options if solver in SOLVERS else {}
+        return {name: v for name, v in self.solver_options.items() if name in known and known[name].of_schedule}
 
     def warnings(self, net, solver: str | None = None, afs: bool | str | None = None) -> list[str]:
         """List the differences from what the schedule was optimised for, one line each.

@@ -83,12 +83,15 @@ class Option:
     default: the value if it is not given.
     help: one line for the flag.
     aliases: further names of the flag, such as --solver_r.
+    of_schedule: whether it belongs to a schedule with ``sigmas_cond``. A schedule file brings it,
+        and predictors do not have it. Default False.
     """
 
     kind: type | tuple[str, ...]
     default: object
     help: str
     aliases: tuple[str, ...] = ()
+    of_schedule: bool = False
 
     @property
     def type(self) -> type:
@@ -131,6 +134,7 @@ class Solver:
     fingerprint: str | None = None  # SHA-256 of a file that the images depend on, after ``setup``; not with a predictor
     max_order: int = 1
     highest_order: int = 1  # the option max_order may be 1..highest_order
+    direction_sigma: str = "point"  # noise level that directions are divided by, see ``DIRECTION_SIGMA``
 
     def __init__(self, **values):
         unknown = sorted(set(values) - set(self.options))
@@ -242,11 +246,24 @@ def order_option(default: int) -> Option:
     return Option(int, default, "order of the method")
 
 
+# If a schedule conditions the network on another noise level than that of the point (sigmas_cond),
+# a direction is (x - D) / sigma with the level of the point or with that of the network. The latter
+# treats the network as a predictor of noise, as Euler and iPNDM in the code of LD3 (Tong et al.
+# 2024) do.
+DIRECTION_SIGMA = Option(
+    ("point", "network"),
+    "point",
+    "with other noise levels for the network: a direction is (x - D) / the level of the point, or the network's",
+    of_schedule=True,
+)
+
+
 @register("euler")
 class Euler(Solver):
     """x + (t - s) d; DDIM (Song et al. 2021) in this parametrisation."""
 
     summary = "Euler / DDIM, order 1"
+    options = {"direction_sigma": DIRECTION_SIGMA}
 
     def update(self, x, history, sigma_next, index, total, scale=1.0):
         d, sigma = history[-1]
@@ -258,7 +275,7 @@ class IPNDM(Solver):
     """Adams-Bashforth with the weights of equal steps (Zhang & Chen 2023; Liu et al. 2022)."""
 
     summary = "improved PNDM: linear multistep, order 1-4"
-    options = {"max_order": order_option(4)}
+    options = {"max_order": order_option(4), "direction_sigma": DIRECTION_SIGMA}
     highest_order = 4
     one_step = False
     WEIGHTS = (

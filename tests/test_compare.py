@@ -336,7 +336,8 @@ def write_schedule(path, sigmas, **changes):
 def test_schedule_files_stand_at_their_own_evaluations(files, tmp_path, calls):
     """One file per NFE. The row's command is sample.py --schedule and makes the same images."""
     write_schedule(tmp_path / "s" / "mine-2.json", [80, 1.7, 0.002])
-    write_schedule(tmp_path / "s" / "mine-4.json", [80, 9, 1.7, 0.3, 0.002], sigmas_cond=[80, 8, 1.5, 0.25, 0.002])
+    told = {"sigmas_cond": [80, 8, 1.5, 0.25, 0.002], "solver_options": {"direction_sigma": "network"}}
+    write_schedule(tmp_path / "s" / "mine-4.json", [80, 9, 1.7, 0.3, 0.002], **told)
     pattern = f"{tmp_path / 's' / 'mine-{nfe}.json'}"
     arguments = ["--nfe=2,3,4", "--num_reference=0"]
     rows, output = run(files, tmp_path / "out", f"--solvers=euler:schedule={pattern},heun", *arguments)
@@ -344,7 +345,8 @@ def test_schedule_files_stand_at_their_own_evaluations(files, tmp_path, calls):
     assert [key for key in rows if key[0] == label] == [(label, 2), (label, 4)]
     assert f"{label}: no schedule file for NFE 3, skipped" in output and "Warning" not in output
     assert [rows[label, nfe]["nfe_requested"] for nfe in (2, 4)] == [[2], [4]]
-    assert rows[label, 4]["settings"] == "sigmas 80,9,1.7,0.3,0.002, sigmas_cond 80,8,1.5,0.25,0.002"
+    levels = "sigmas 80,9,1.7,0.3,0.002, sigmas_cond 80,8,1.5,0.25,0.002"
+    assert rows[label, 4]["settings"] == f"{levels}, direction_sigma=network"
     line = next(line for line in output.splitlines() if line.startswith(f"| {label} |"))
     assert [bool(cell.strip()) for cell in line.split("|")[2:-1]] == [True, True]  # one line of the table, at 2 and 4
     for nfe in (2, 4):

@@ -162,6 +162,32 @@ def test_flag(tmp_path):
     assert seen["schedule"] is None and seen["options"]["sigmas"] == [3, 2, 1] and seen["given"] == {"sigmas"}
 
 
+def test_an_option_of_the_schedule_comes_with_the_file(tmp_path):
+    """direction_sigma does, max_order does not, and solvers without the option do not get it."""
+    schedule = make(solver_options={"max_order": 3, "direction_sigma": "network"})
+    assert schedule.own_options("euler") == {"direction_sigma": "network"} and schedule.own_options("dpmpp") == {}
+    save_schedule(tmp_path / "s.json", schedule)
+
+    def recorded(*flags, out="images"):
+        out = tmp_path / out
+        more = ("--dataset_name=digits", "--seeds=0", f"--outdir={out}")
+        done = run("sample", *more, *flags)
+        assert done.exit_code == 0, done.output
+        return json.loads((out / "sampling.json").read_text())["settings"], next(out.rglob("*.png")).read_bytes()
+
+    file = f"--schedule={tmp_path / 's.json'}"
+    settings, image = recorded(file, "--solver=ipndm")
+    assert settings["direction_sigma"] == "network" and settings["max_order"] == 4
+    other, plain = recorded(file, "--solver=ipndm", "--direction_sigma=point", out="point")
+    assert other["direction_sigma"] == "point" and plain != image
+    record = tmp_path / "point" / "sampling.json"  # a record of before says nothing of it, and may be continued
+    content = json.loads(record.read_text())
+    del content["settings"]["direction_sigma"]
+    record.write_text(json.dumps(content))
+    assert recorded(file, "--solver=ipndm", "--direction_sigma=point", out="point")[1] == plain
+    assert "direction_sigma" not in recorded(file, "--solver=dpmpp", out="dpmpp")[0]
+
+
 def test_flag_mistakes(tmp_path):
     save_schedule(tmp_path / "s.json", make())
     for arguments, message in (

@@ -516,6 +516,7 @@ def _scheduled_jobs(comparison: Comparison, method: Method, nfes: list[int]) -> 
         settings = method.settings
         warnings |= dict.fromkeys(schedule.warnings(comparison.net, settings.solver, settings.afs))
         levels = {"sigmas": schedule.sigmas, "sigmas_cond": schedule.sigmas_cond, "num_steps": len(schedule.sigmas)}
+        levels["options"] = {**schedule.own_options(settings.solver), **settings.options}
         settings = replace(settings, **levels)
         spent = _spent(comparison, method, settings)
         requested = (spent,) if nfe is None and spent in nfes else (nfe,) if nfe is not None else ()
