@@ -431,7 +431,7 @@ def test_captions_are_drawn_by_the_sample_alone(monkeypatch):
             "imagenet256",
             "lsun_bedroom",
             [],
-            "names the network family 'cm': dataset_name 'imagenet256' is of family adm",
+            "names the network family 'cm': dataset_name 'imagenet256' has family 'adm'",
         ),
         ("custom", "bare/odd.pt", [], "names the network family 'gan': use edm, cm, adm, ldm, sd"),
         ("custom", "bare/bad.pt", [], 'bad.pt: it should read {"family": "...", "config": {...}}'),
