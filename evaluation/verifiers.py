@@ -19,8 +19,6 @@ MODULE:FUNCTION     your own function; MODULE is imported from the current folde
                     better. The number should depend on the image only, not on its batch.
 """
 
-import importlib
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -31,6 +29,7 @@ from evaluation.detectors import EMBEDDED, PRETRAINED, load_classifier
 from models.denoiser import member
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
+from torch_utils.functions import find_function
 
 FORMS = "classifier[:FILE], clip[:ID|DIR] or MODULE:FUNCTION"
 
@@ -103,7 +102,7 @@ def load_verifier(text: str, net, device: torch.device | str = "cpu") -> Verifie
         return _classifier(text, argument, net, device)
     if kind == "clip":
         return _clip(text, argument or DEFAULT_CLIP, net, device)
-    return FunctionVerifier(text, *find_function(text))
+    return FunctionVerifier(text, *find_function(text, "--verifier", FORMS))
 
 
 def _classifier(text: str, file: str, net, device) -> ClassifierVerifier:
@@ -147,29 +146,6 @@ def _clip(text: str, model: str, net, device) -> ClipVerifier:
         return ClipVerifier(text, ClipNetwork(model, device))
     except UserError as error:  # it names the flag of clip_score.py
         raise UserError(str(error).replace(f"--model={model}", f"--verifier=clip:{model}")) from None
-
-
-def find_function(text: str) -> tuple[Callable, str | None]:
-    """(function, file of its module or None) of "module:function".
-
-    Modules in the current folder can be imported too. Raises UserError if it does not exist.
-    """
-    module_name, _, name = text.partition(":")
-    if not module_name or not name.isidentifier():
-        raise UserError(f"--verifier={text}: choose {FORMS}")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(
-            f"--verifier={text}: cannot import the module '{module_name}' ({error}); choose {FORMS}"
-        ) from None
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"--verifier={text}: the module '{module_name}' has no function '{name}'; choose {FORMS}")
-    return function, getattr(module, "__file__", None)
 
 
 def judge(

@@ -12,18 +12,21 @@ from pathlib import Path
 
 import torch
 
+import amed  # noqa: F401 (its docstring says why)
 from models.building import Family, check_guidance
 from models.denoiser import Denoiser
+from models.wrapped import load_own, wrap
 from torch_utils.errors import UserError
+from torch_utils.functions import names_function
 
-__all__ = ["Denoiser", "build_denoiser", "create_model", "use_tokenizer"]
+__all__ = ["Denoiser", "build_denoiser", "create_model", "use_tokenizer", "wrap"]
 
 
 def families() -> dict[str, Family]:
     """All families of networks, {name: Family}. Imported here because solvers do not need them."""
-    from models import adm, cm, edm, ldm, sd
+    from models import adm, cm, edm, ldm, mr, sd
 
-    return {family.name: family for family in (edm.FAMILY, cm.FAMILY, adm.FAMILY, ldm.FAMILY, sd.FAMILY)}
+    return {family.name: family for family in (edm.FAMILY, cm.FAMILY, adm.FAMILY, ldm.FAMILY, sd.FAMILY, mr.FAMILY)}
 
 
 def __getattr__(name):
@@ -43,10 +46,11 @@ def create_model(
 
     dataset_name: a name of ``models.zoo``; "custom" for any network at model_path; "diffusers" for
         a diffusers pipeline.
-    model_path: file of the network; for "diffusers" a folder or a hub id. ``<model_path>.json``
-        describes a network of other sizes than the published ones (``models.zoo.read_sidecar``);
-        without it, "custom" is an EDM network. Default: the embedded file, or the published one,
-        which is downloaded to ``./src/<dataset_name>/``.
+    model_path: file of the network. For "custom" it may be "module:function", your own function
+        that returns a ``Denoiser``. For "diffusers" it is a folder or a hub id.
+        ``<model_path>.json`` describes a network of other sizes than the published ones
+        (``models.zoo.read_sidecar``); without it, "custom" is an EDM network. Default: the embedded
+        file, or the published one, which is downloaded to ``./src/<dataset_name>/``.
     guidance_type: "cfg", "cg", "uncond" or "none". "cg" needs the classifier beside model_path,
         under its published name. Default: that of the network.
     guidance_rate: strength of the guidance. Default: 7.5 for "cfg" (that of the pipeline for
@@ -71,6 +75,13 @@ def create_model(
         if not model_path:
             raise UserError("dataset_name 'diffusers' needs --model_path, the folder or the hub id of a pipeline")
         return load_diffusers(model_path, guidance_type, guidance_rate, device)
+    if model_path and names_function(str(model_path)) and not Path(model_path).exists():
+        if card is not None:
+            raise UserError(f"--model_path={model_path} is code of your own: use it with --dataset_name={zoo.CUSTOM}")
+        check_guidance(("none",), guidance_type, guidance_rate, "a network of your own")
+        net = load_own(str(model_path), device)
+        net.dataset_name = dataset_name
+        return prepare_network(net)
     if card is not None:
         kind = guidance_type or card.guidance[0]
         check_guidance(card.guidance, kind, guidance_rate, f"dataset_name '{dataset_name}'")
