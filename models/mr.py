@@ -26,7 +26,7 @@ RELEASED_CONFIGS = {
 
 
 class RestorationMixin:
-    """Mix-in for networks that restore images: ``forward`` takes the degraded image mu [B,C,H,W]."""
+    """Mix-in for networks that restore images: ``forward`` takes the degraded image mu."""
 
     def make_cond(self, generator=None, labels=None, images: torch.Tensor | None = None) -> dict:
         """{"mu": images}; images: degraded images [B,C,H,W] in [-1, 1], of any size."""
@@ -95,7 +95,7 @@ class MRDenoiser(RestorationMixin, TimeOfProcess, Denoiser):
 
 
 def build_mr(config: Mapping, state_dict, guidance_type, guidance_rate, device) -> MRDenoiser:
-    """The builder of the family "mr"; names may have the prefix ``module.`` of parallel training."""
+    """The builder of the family "mr"; names may have the prefix ``module.``."""
     weights = {name.removeprefix("module."): value for name, value in state_dict.items()}
     net = build_empty(MRDenoiser, config, "a restoration network", len(weights))
     check_guidance(("none", "uncond"), guidance_type, guidance_rate, "this network")
