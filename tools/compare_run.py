@@ -443,7 +443,7 @@ class Comparison:
         return to_uint8(torch.from_numpy(images[: self.protocol.shown]))
 
     def sample_command(self, job: Job) -> str:
-        """The call of sample.py that makes the images of a job; empty if only Python has the network."""
+        """The call of sample.py that makes the images of a job; "" for a network from Python."""
         if isinstance(self.net, WrappedDenoiser) and self.options.compute.model_path is None:
             return ""
         settings = job.settings
