@@ -235,7 +235,15 @@ def recommend(
         own, source = published(net, solver)
         settings = merge({"solver": solver, **own}, given)
         why = f"settings of {source}; not tuned for this network{_changes(own, given)}"
-        return Recommendation({**settings, "num_steps": num_steps_for(net, nfe, settings)}, why)
+        try:
+            settings["num_steps"] = num_steps_for(net, nfe, settings)
+        except UserError:
+            if "afs" in given:
+                raise
+            known = getattr(net, "data_mean", None) is not None  # a solver of two stages, an odd number
+            settings["afs"] = "data" if known else True
+            settings["num_steps"] = num_steps_for(net, nfe, settings)
+        return Recommendation(settings, why)
     refusal = None
     for number in _nearest(rows, calls):
         row = rows[number]
