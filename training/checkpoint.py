@@ -154,7 +154,7 @@ def _original_snapshot(content, name: str) -> tuple[dict, dict[str, torch.Tensor
 # ----------------------------------------------------------------------------------------------------------------------
 # Finding
 
-_FILE_NAMES = (r"predictor-(\d+)\.safetensors", r"network-snapshot-(\d+)\.pkl", r"network-snapshot-(\d+)\.pt")
+_FILE_NAMES = (r"predictor-(\d+(?:\.\d+)?)\.safetensors", r"network-snapshot-(\d+)\.pkl", r"network-snapshot-(\d+)\.pt")
 
 
 def find_predictor(predictor_path, exps="./exps") -> Path:
@@ -206,7 +206,7 @@ def _newest(folder: Path) -> Path:
         for preference, pattern in enumerate(_FILE_NAMES):
             match = re.fullmatch(pattern, path.name)
             if match and path.is_file():
-                found.append((int(match[1]), -preference, path))
+                found.append((float(match[1]), -preference, path))
     if not found:
         raise UserError(f"{folder} holds no predictor yet (no predictor-*.safetensors, no network-snapshot-*.pkl)")
     return max(found)[2]
