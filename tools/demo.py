@@ -108,7 +108,7 @@ def draw_rows(rows, path, zoom=3):
 
 
 def run(*command, quiet_stdout=True):
-    """Runs one of our scripts, with its progress bars on the screen. Returns the seconds it took."""
+    """Runs one of our scripts, with progress bars on the screen. Returns the seconds it took."""
     started = time.perf_counter()
     shown = [str(part) for part in command]
     result = subprocess.run([sys.executable, *shown], cwd=ROOT, stdout=subprocess.DEVNULL if quiet_stdout else None)
@@ -122,9 +122,7 @@ def flags(settings):
 
 
 def train_all(dataset_name, scale, out, extra):
-    """The learned methods: name -> (--predictor_path, seconds of training or None, command or
-    None).
-    """
+    """Learned methods: name -> (--predictor_path, seconds of training or None, command or None)."""
     found = {}
     for name, student in LEARNED.items():
         if name not in scale.trained:
@@ -165,7 +163,7 @@ def sample_all(dataset_name, scale, out, learned, extra):
 
 
 def score(rows, reference_name):
-    """Adds FID* and the mean distance to the reference (root mean square over pixels in [-1, 1])."""
+    """Adds FID* and mean distance to the reference (root mean square over pixels in [-1, 1])."""
     scaled = {row["method"]: load_array(ImageSource(row["folder"])).astype(np.float32) / 127.5 for row in rows}
     reference = scaled["Reference"]
     for row in rows:
