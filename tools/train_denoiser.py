@@ -49,9 +49,8 @@ from torch_utils.seeds import stream_seeds
 from torch_utils.session import session
 from torch_utils.tensor_file import write_state
 from training import run_folder
-from training.run import BaseRun
 from training.run_folder import OPTIONS_FILE
-from training.trainer import BaseTrainer, NotFinite
+from training.trainer import BaseRun, BaseTrainer, NotFinite
 
 STATE_FILE = "training-state.pt"
 LR, LR_OF_INIT = 2e-3, 1e-4

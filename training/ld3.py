@@ -28,7 +28,7 @@ from solvers.solver import Option, check_teacher
 from torch_utils import distributed
 from torch_utils.errors import UserError
 from training.sample_loss import PairLoss, parse_loss
-from training.trainer import BaseTrainer, NotFinite
+from training.trainer import BaseRun, BaseTrainer, NotFinite
 
 INITIAL = {"polynomial": 7, "time_uniform": 1, "logsnr": 1, "discrete": 1}  # schedule_type: its usual schedule_rho
 SUMMARY = "LD3: gradient descent through the sampler; needs a differentiable solver"
@@ -186,21 +186,21 @@ def check_gradients(problem, sigmas: torch.Tensor) -> None:
 class Trainer(BaseTrainer):
     """One run of LD3 on a ``Problem`` (training/schedule_search.py). Every process has its own pairs and the same parameters.
 
-    options: those of ``OPTIONS``. Attributes: ``grid``; ``best``, the levels with the least validation loss and that
-    loss; ``first``, the validation loss of the start.
+    options: those of ``OPTIONS``. One iteration is one update. Attributes: ``grid``; ``best``, the levels with the least
+    validation loss and that loss; ``first``, the validation loss of the start.
     """
 
-    kept = {name: name for name in ("round", "updates", "stale", "recomputed", "first", "best")}
+    kept = {"updates": "iteration"} | {name: name for name in ("stale", "recomputed", "first", "best")}
 
     def __init__(self, problem, options: dict):
-        self.problem, self.options = problem, options
+        self.problem, self.options, self.device = problem, options, torch.device(problem.device)
         self.distance = PairLoss(options["loss"], problem.net, options["feature_sigma"])
         if options["feature_sigma"] is not None and "features" not in [name for _, name in parse_loss(options["loss"])]:
             raise UserError(f"feature_sigma has no effect with loss={options['loss']}; leave it out")
         self.intervals = problem.num_steps - 1
         numbers = problem.net.img_channels * problem.net.img_resolution**2
         self.radius = options["radius"] * numbers / self.intervals**2
-        self.round = self.updates = self.stale = self.recomputed = 0
+        self.stale = self.recomputed = 0
         self.first = math.inf
         self.best: dict = {}
 
@@ -220,6 +220,16 @@ class Trainer(BaseTrainer):
         mine = seeds[distributed.rank() :: distributed.world_size()]
         parts = [mine[start : start + self.problem.batch] for start in range(0, len(mine), self.problem.batch)]
         return [Pairs(*self.problem.noise(part)) for part in parts]
+
+    @property
+    def total(self) -> int:
+        """Number of updates of the whole run."""
+        return self.options["rounds"] * len(self.train)
+
+    @property
+    def round(self) -> int:
+        """Number of finished passes over the training pairs."""
+        return self.iteration // len(self.train)
 
     @property
     def calls(self) -> list[Pairs]:
@@ -361,7 +371,6 @@ class Trainer(BaseTrainer):
         for optimizer in self.optimizers[: len(learned)]:
             optimizer.step()
         self.grid.project()
-        self.updates += 1
 
     @torch.no_grad()
     def validate_grid(self) -> float:
@@ -369,7 +378,7 @@ class Trainer(BaseTrainer):
         sigmas, sigma_cond = self.levels()
         loss = self.validate(sigmas, sigma_cond)
         if loss < self.best["loss"] * (1 - PROGRESS):
-            self.best = {"loss": loss, "sigmas": sigmas, "told": sigma_cond, "updates": self.updates}
+            self.best = {"loss": loss, "sigmas": sigmas, "told": sigma_cond, "updates": self.iteration + 1}
             self.stale = 0
         else:
             self.stale += 1
@@ -387,60 +396,18 @@ class Trainer(BaseTrainer):
                 self.gradients(pairs, sigmas, sigma_cond)
         self.best["loss"] = self.validate(self.best["sigmas"], self.best["told"])
 
-    def run_round(self, bar) -> None:
-        if self.radius:
-            self.relax_validation()
+    def iterate(self) -> float | None:
+        """One update; returns the validation loss after it, where that is due."""
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.round))
-        last = self.options["rounds"] * len(self.train)
-        for index in order.tolist():
-            self.update(index)
-            if self.updates % self.options["valid_every"] == 0 or self.updates == last:
-                loss = self.validate_grid()
-                bar.set_postfix(valid=f"{loss:.4g}", best=f"{self.best['loss']:.4g}")
-            bar.update()
-
-    def run(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(sigmas, sigmas_cond or None), the best ones found."""
-        problem, options = self.problem, self.options
-        self.deal()
-        with distributed.together():
-            state = problem.load_state()
-        if not self.restore(state):
-            with distributed.together():
-                self.run_teacher()
-            self.start()
-            self.before = self.state()
-            self.save()
-        with problem.progress(options["rounds"] * len(self.train), "update", self.updates) as bar:
-            try:
-                while self.round < options["rounds"]:
-                    self.run_round(bar)
-                    self.round += 1
-                    self.save()
-            except NotFinite:
-                self.on_failure()
-        distributed.print0(
-            f"ld3: validation loss {self.best['loss']:.4g} after {self.best['updates']} of {self.updates} updates"
-            f" (at the start {self.first:.4g}); {self.recomputed} evaluations by this process were repetitions for gradients"
-        )
-        return self.best["sigmas"], self.best["told"]
-
-    def on_failure(self) -> None:
-        """A loss or gradient was not finite: UserError if nothing better than the start is known yet."""
-        if not self.best["updates"]:
-            self.problem.drop_state()
-            raise UserError(
-                f"the loss or its gradient is not finite after {self.updates} updates, and nothing better than the start"
-                " was found: try another solver, loss or a smaller lr"
-            )
-        if distributed.rank() == 0:
-            print(
-                f"Warning: stopped after {self.updates} updates, where the loss or its gradient is not finite; the best"
-                " schedule until then is kept",
-                file=sys.stderr,
-            )
-
-    # Resuming. Processes save after the same round, but some may be killed before they do: each keeps two rounds.
+        place = self.iteration % len(self.train)
+        if place == 0 and self.radius:
+            self.relax_validation()
+        self.update(int(order[place]))
+        done, loss = self.iteration + 1, None
+        if done % self.options["valid_every"] == 0 or done == self.total:
+            loss = self.validate_grid()
+        self.iteration = done
+        return loss
 
     def state(self, copied: bool = True) -> dict:
         return super().state(copied) | {
@@ -460,24 +427,89 @@ class Trainer(BaseTrainer):
         for pairs, relaxed in zip(self.calls, state["relaxed"], strict=True):
             pairs.relaxed = relaxed.to(pairs.latents)
 
+
+class LD3Run(BaseRun):
+    """A run of LD3 with the states of its ``Problem``."""
+
+    def __init__(self, trainer: Trainer):
+        super().__init__(trainer, trainer.options)
+        self.problem = trainer.problem
+
+    def run(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(sigmas, sigmas_cond or None), the best ones found."""
+        trainer = self.trainer
+        trainer.deal()
+        with distributed.together():
+            state = self.problem.load_state()
+        if not self.restore(state):
+            with distributed.together():
+                trainer.run_teacher()
+            trainer.start()
+            self.before = trainer.state()
+            self.save()
+        self.loop()
+        best = trainer.best
+        distributed.print0(
+            f"ld3: validation loss {best['loss']:.4g} after {best['updates']} of {trainer.iteration} updates"
+            f" (at the start {trainer.first:.4g}); {trainer.recomputed} evaluations by this process were repetitions for"
+            " gradients"
+        )
+        return best["sigmas"], best["told"]
+
+    def finished(self) -> bool:
+        return self.trainer.iteration >= self.trainer.total
+
+    def progress_bar(self):
+        return self.problem.progress(self.trainer.total, "update", self.trainer.iteration)
+
+    def show(self, bar, statistics: float | None, seconds: float) -> None:
+        if statistics is not None:
+            bar.set_postfix(valid=f"{statistics:.4g}", best=f"{self.trainer.best['loss']:.4g}")
+        bar.update()
+
+    def after_iteration(self, stopping: bool) -> None:
+        if stopping or self.trainer.iteration % len(self.trainer.train) == 0:
+            self.save()
+
+    def on_interruption(self) -> str:
+        return "; repeat the command to continue"
+
+    def on_failure(self, error: NotFinite) -> None:
+        """UserError if nothing better than the start is known yet; else the best schedule is the result."""
+        updates = self.trainer.iteration
+        if not self.trainer.best["updates"]:
+            self.problem.drop_state()
+            raise UserError(
+                f"the loss or its gradient is not finite after {updates} updates, and nothing better than the start was"
+                " found: try another solver, loss or a smaller lr"
+            ) from None
+        distributed.print0(
+            f"Warning: stopped after {updates} updates, where the loss or its gradient is not finite; the best schedule"
+            " until then is kept",
+            file=sys.stderr,
+        )
+
+    # Processes save after the same update, but some may be killed before they do: each keeps two states.
+
     def save(self) -> None:
-        now = self.state()
+        now = self.trainer.state()
         snapshots = [self.before, now] if distributed.world_size() > 1 else [now]
         with distributed.together():
-            self.problem.save_state({"targets": [pairs.targets for pairs in self.calls], "snapshots": snapshots})
+            targets = [pairs.targets for pairs in self.trainer.calls]
+            self.problem.save_state({"targets": targets, "snapshots": snapshots})
         self.before = now
 
     def restore(self, state: dict | None) -> bool:
-        """Goes on where a state ends; False where this or another process has none."""
-        rounds = distributed.gather_objects(None if state is None else state["snapshots"][-1]["round"])
-        if None in rounds:
+        """Continues from a state; False where this or another process has none."""
+        updates = distributed.gather_objects(None if state is None else state["snapshots"][-1]["updates"])
+        if None in updates:
             return False
-        common = [one for one in state["snapshots"] if one["round"] == min(rounds)]
+        common = [one for one in state["snapshots"] if one["updates"] == min(updates)]
         error = None if common else UserError("the states of the processes do not belong together: delete them")
         distributed.agree(error)
         self.before = common[0]
-        self.load_state(self.before)
-        for pairs, targets in zip(self.calls, state["targets"], strict=True):
+        self.trainer.load_state(self.before)
+        for pairs, targets in zip(self.trainer.calls, state["targets"], strict=True):
             pairs.targets = targets.to(pairs.latents)
         return True
 
@@ -539,4 +571,4 @@ def ld3_schedule(problem, **options) -> tuple[torch.Tensor, torch.Tensor | None]
     impossible settings, on solvers without gradients, and where losses are not finite before anything better was found.
     """
     check_options(problem, options)
-    return Trainer(problem, options).run()
+    return LD3Run(Trainer(problem, options)).run()
