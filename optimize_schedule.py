@@ -1,13 +1,17 @@
-"""A time schedule for one's own network and solver: where the few evaluations should be.
+"""Optimises a time schedule for a network and a solver: at which noise levels to evaluate.
 
-    python optimize_schedule.py --method=gits --dataset_name=digits --num_steps=6 --solver=ipndm --dest=schedule.json
-    python optimize_schedule.py --dataset_name=ms_coco --solver=dpmpp --prompt=captions.csv --dest=schedule.json
-    python optimize_schedule.py --method=dmn --dataset_name=digits --num_steps=9 --solver=dpmpp --dest=schedule.json
-    python optimize_schedule.py --method=evolution --dataset_name=digits --num_steps=6 --solver=euler --dest=schedule.json
+    python optimize_schedule.py --method=gits --dataset_name=digits --num_steps=6 --solver=ipndm \
+        --dest=schedule.json
+    python optimize_schedule.py --dataset_name=ms_coco --solver=dpmpp --prompt=captions.csv \
+        --dest=schedule.json
+    python optimize_schedule.py --method=dmn --dataset_name=digits --num_steps=9 --solver=dpmpp \
+        --dest=schedule.json
+    python optimize_schedule.py --method=evolution --dataset_name=digits --num_steps=6 \
+        --solver=euler --dest=schedule.json
     torchrun --standalone --nproc_per_node=8 optimize_schedule.py --method=gits ... --batch=64
 
-The result is a small JSON file (solvers/schedule_file.py says what is in it). A run that was interrupted goes on when the
-same command is given again.
+The result is a small JSON file (format: solvers/schedule_file.py). To resume an interrupted run,
+give the same command again.
 """
 
 import click

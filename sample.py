@@ -1,16 +1,17 @@
-"""Images from noise, with a trained predictor or with any plain solver.
+"""Samples images from noise, with a trained predictor or with any plain solver.
 
-    python sample.py --predictor_path=7                                   # exps/00007-*; its settings
+    python sample.py --predictor_path=7                                   # exps/00007-*
     python sample.py --dataset_name=digits --solver=ipndm --num_steps=6 --grid=True
-    python sample.py --dataset_name=ms_coco --solver=dpmpp --num_steps=8 --prompt="a red fox in snow" --batch=4
-    torchrun --standalone --nproc_per_node=8 sample.py --predictor_path=7 --seeds=0-49999 --batch=512
-    python sample.py --dataset_name=digits --solver=ipndm --candidates=4 --verifier=classifier      # the best of four
+    python sample.py --dataset_name=ms_coco --solver=dpmpp --num_steps=8 --batch=4 \
+        --prompt="a red fox in snow"
+    torchrun --standalone --nproc_per_node=8 sample.py --predictor_path=7 --seeds=0-49999
+    python sample.py --dataset_name=digits --solver=ipndm --candidates=4 --verifier=classifier
 
-One seed is one image, whatever the batch size and the number of processes. A rerun continues where the last one
-stopped; ``sampling.json`` beside the images says how they were made. Under torchrun write --r as --solver_r: torchrun
-takes --r for one of its own options.
+One seed is one image, for any batch size and any number of processes. A rerun continues where the
+last one stopped. ``sampling.json`` beside the images records how they were made. Under torchrun
+write --r as --solver_r, since torchrun has an option --r of its own.
 
---fid_ref gives the FID of the images as they are made; they are not written then unless --save_images=True.
+--fid_ref computes the FID while sampling. Images are then written only with --save_images=True.
 """
 
 import click

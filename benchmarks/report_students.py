@@ -261,9 +261,8 @@ def choice_table(rows):
     ]
     for row in sorted((row for row in rows if row["part"] == "choice"), key=lambda row: (row["method"], row["nfe"])):
         own = (row["method"], row["variant"], row["nfe"])
-        lines.append(
-            f"| {' | '.join(map(str, own))} | {row['validation']:.4f} | {row['fid']:.2f} | {row['distance']:.4f} |"
-        )
+        loss = f"{row['validation']:.4f}" if "validation" in row else "-"
+        lines.append(f"| {' | '.join(map(str, own))} | {loss} | {row['fid']:.2f} | {row['distance']:.4f} |")
     return lines
 
 

@@ -1,4 +1,19 @@
-"""Flags that several command lines have: the options of solvers, and a schedule file."""
+"""Flags of command lines, made from the fields of option dataclasses.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Options:
+        text: TextOptions
+        batch: int = flag("Images per network call", 64, click.IntRange(min=1))
+
+    @click.command(cls=Command)
+    @flags_of(Options)
+    @click.pass_context
+    def main(ctx, **flags):
+        options = read_flags(Options, flags, given_flags(ctx))
+
+A field declares its flag once: name, type, default, range, help, and whether the value belongs to
+the record of a run.
+"""
 
 import click
 
@@ -11,12 +26,12 @@ from torch_utils.options import click_type
 
 
 def solver_option_names() -> tuple[str, ...]:
-    """The options of all solvers, each once."""
+    """Names of the options of all solvers."""
     return tuple(solver_options())
 
 
 def solver_flags(command):
-    """Decorator: one click option per option of the registered solvers; None where the user does not give it."""
+    """Decorator: one click option per solver option. None: not given by the user."""
     for name, users in reversed(solver_options().items()):
         first = next(iter(users.values()))
         texts: dict[str, list[str]] = {}
@@ -29,7 +44,7 @@ def solver_flags(command):
 
 
 def schedule_file_flag(command):
-    """Decorator: the flag --schedule of a command line; its value is a Schedule, or None."""
+    """Decorator: the flag --schedule. Its value is a Schedule or None."""
 
     def load(ctx, param, value):
         return None if value is None else load_schedule(value)
@@ -44,11 +59,15 @@ def schedule_file_flag(command):
 
 
 def use_schedule(flags: dict, given: set[str]) -> Schedule | None:
-    """Takes --schedule out of the flags and puts its noise levels in the place of --sigmas (and sigmas_cond).
+    """Replaces --schedule by --sigmas (and sigmas_cond) with the noise levels of its file.
 
-    flags: of a command line by name, changed here.
-    given: names of those that the user wrote, changed here.
-    UserError where another flag of the schedule was given as well.
+    Solver options that belong to the schedule are those of the file, unless the user wrote them.
+
+    flags: flags of a command line by name; changed in place.
+    given: names of the flags that the user wrote; changed in place.
+
+    Returns the Schedule or None. Raises UserError if another flag of the schedule was given as
+    well.
     """
     schedule = flags.pop("schedule")
     given.discard("schedule")
@@ -56,7 +75,11 @@ def use_schedule(flags: dict, given: set[str]) -> Schedule | None:
         return None
     extra = [name for name in (*SCHEDULE_NAMES, "sigmas") if name in given]
     if extra:
-        raise UserError(f"--schedule is the whole schedule: leave out --{extra[0]}")
+        raise UserError(f"--schedule sets the whole schedule: leave out --{extra[0]}")
     flags["sigmas"], flags["sigmas_cond"] = list(schedule.sigmas), schedule.sigmas_cond
     given.add("sigmas")
+    for name, value in schedule.own_options(flags.get("solver")).items():
+        if name not in given:
+            flags[name] = value
+            given.add(name)
     return schedule

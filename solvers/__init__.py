@@ -1,4 +1,4 @@
-"""Solvers, schedules and the sampling loop. Add one import per file of solvers; it registers them."""
+"""Solvers, schedules and the sampling loop. Importing a solver's file registers it: add it here."""
 
 import solvers.deis
 import solvers.dpm_solver_v3

@@ -272,7 +272,7 @@ def test_mistakes():
     x = loop(net.pipeline.unet, scheduler, noise_like(net))
     with pytest.raises(UserError, match="set_timesteps before"):
         scheduler.step(x, scheduler.timesteps[0], x)
-    with pytest.raises(UserError, match="does not call scale_model_input: give"):
+    with pytest.raises(UserError, match="does not call scale_model_input: pass"):
         loop(net.pipeline.unet, AMEDScheduler(make_predictor(afs=True), config), x, scale=False)
     for settings, message in (
         ({"afs": "data"}, "statistics of the data"),
@@ -369,7 +369,7 @@ def test_span_student(preset, first_step, heads, tmp_path):
     assert len(scheduler) == student.evaluations() == info.nfe / 2
     for _ in range(2):
         assert relative_error(run_pipeline(net, scheduler, noise), expected.float()) < TOLERANCE
-    with pytest.raises(UserError, match="parallel=1 only"):
+    with pytest.raises(UserError, match="only span solvers with parallel=1"):
         AMEDScheduler(SpanSolver(parallel=2), net.pipeline.scheduler.config)
     if "time" in heads:
         unet, wrong = net.pipeline.unet, SpanSolver(heads=["time"], embedding_width=4)

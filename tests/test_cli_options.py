@@ -37,7 +37,7 @@ ANY_TEXT = ["column", "model"]  # too long is no mistake of its own
 BOOL = CHOICE = []  # all there is to do wrong is of the wrong type
 FLAG = []
 FILE = ["missing.file", "empty"]  # "empty" is a folder
-TEXT_ONLY = ["captions.csv"]  # fine in itself, but digits is no text-to-image network
+TEXT_ONLY = ["captions.csv"]  # fine in itself, but digits is not a text-to-image network
 SIGMAS = ["1,2", "80", "1,x", "80,nan", "80,0", "80,-1", "inf,1", "1,1", "1e9,1", ",", "80,1e-9"]
 GUIDANCE = ["cfg", "nope"]
 SEED = [*NATURAL, str(1 << 80)]

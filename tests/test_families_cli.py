@@ -310,10 +310,10 @@ def test_mistakes_about_prompts_in_comparisons(files, judged, tmp_path):
     ):
         assert message in call(compare_cli.main, *judged, *flags, f"--outdir={tmp_path / 'o'}", ok=False)
     digits = ["--dataset_name=digits", "--prompt=a"]
-    assert "digits is no text-to-image network" in call(
+    assert "digits is not a text-to-image network" in call(
         compare_cli.main, *digits, "--num=10", f"--outdir={tmp_path / 'o'}", ok=False
     )
-    assert "digits is no text-to-image network" in call(
+    assert "digits is not a text-to-image network" in call(
         optimize_cli.main, *digits, f"--dest={tmp_path / 'o'}", ok=False
     )
     assert not (tmp_path / "o").exists()
@@ -415,8 +415,13 @@ def test_captions_are_drawn_by_the_sample_alone(monkeypatch):
             "does not take guidance_type 'cg'; use none or uncond",
         ),
         ("lsun_bedroom", "lsun_bedroom", ["--class=0"], "this network is unconditional"),
-        ("lsun_bedroom", "lsun_bedroom", ["--prompt=a"], "--prompt: lsun_bedroom is no text-to-image network"),
-        ("lsun_bedroom", "lsun_bedroom", ["--tokenizer_path=a"], "--tokenizer_path: lsun_bedroom is no text-to-image"),
+        ("lsun_bedroom", "lsun_bedroom", ["--prompt=a"], "--prompt: lsun_bedroom is not a text-to-image network"),
+        (
+            "lsun_bedroom",
+            "lsun_bedroom",
+            ["--tokenizer_path=a"],
+            "--tokenizer_path: lsun_bedroom is not a text-to-image",
+        ),
         ("lsun_cat", "bare/adm.pt", [], "is not a U-Net of consistency models: it looks like a network of guided-diff"),
         ("imagenet256", "bare/cm.pt", [], "(ADM): it looks like a U-Net of consistency models"),
         ("ffhq_ldm", "bare/cm.pt", [], "is not a latent diffusion model: it looks like a U-Net of consistency models"),
@@ -455,7 +460,7 @@ def test_mistakes_take_one_line(name, model, flags, message, files, tmp_path):
     "flags, message",
     [
         (["--dataset_name=ms_coco"], "ms_coco needs texts: give --prompt_path"),
-        (["--dataset_name=digits", "--prompt_path=a.txt"], "--prompt_path: digits is no text-to-image network"),
+        (["--dataset_name=digits", "--prompt_path=a.txt"], "--prompt_path: digits is not a text-to-image network"),
         (["--dataset_name=ms_coco", "--prompt_path=none.csv"], "none.csv: no such file"),
         (["--dataset_name=diffusers"], "needs --model_path"),
     ],
@@ -528,13 +533,13 @@ def test_diffusers_pipelines(files, tmp_path):
         assert sorted(pictures(folder / "o")) == [0, 1]
     start = ["--dataset_name=diffusers", "--solver=euler"]
     for flags, message in (
-        ([*start, plain, "--prompt=a"], "--prompt: diffusers is no text-to-image network"),
+        ([*start, plain, "--prompt=a"], "--prompt: diffusers is not a text-to-image network"),
         ([*start, text], "diffusers needs a text: give --prompt"),
         ([*start, text, "--prompt=a", "--tokenizer_path=b"], "brings its own: leave --tokenizer_path out"),
         (["--dataset_name=cifar10", "--solver=euler", plain], "use it with --dataset_name=diffusers"),
     ):
         assert message in call(sample_cli.main, *flags, f"--outdir={tmp_path / 'none'}", ok=False)
-    wrong = [(plain, [f"--prompt_path={captions}"], "is no text-to-image"), (text, [], "diffusers needs texts")]
+    wrong = [(plain, [f"--prompt_path={captions}"], "is not a text-to-image"), (text, [], "diffusers needs texts")]
     for model, flags, message in wrong:
         assert message in call(train_cli.main, *size, model, *flags, f"--outdir={tmp_path / 'none'}", ok=False)
     assert not (tmp_path / "none").exists()

@@ -454,7 +454,7 @@ def test_a_signal_ends_sampling_with_whole_images(sample, tmp_path, ranks, numbe
         assert re.search("nterrupted by SIGTERM", group.texts())
     else:
         said = terminated(group, number)
-        assert said == f"Interrupted by {number.name}: the images that are done are kept; repeat the command to go on\n"
+        assert said == f"Interrupted by {number.name}: finished images are kept; repeat the command to continue\n"
     assert len(pixels(tmp_path)) >= 3 and not list(tmp_path.rglob("*.part"))
 
 

@@ -367,8 +367,8 @@ def test_clip_without_its_package(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--candidates=0", "--verifier=classifier"), "--candidates=0: of every seed there must be at least 1"),
-        (("--candidates=4",), "--candidates=4: say how to choose among them"),
+        (("--candidates=0", "--verifier=classifier"), "--candidates=0: must be at least 1"),
+        (("--candidates=4",), "--candidates=4: add a score to choose by"),
         (("--verifier=classifier",), "has no effect without --candidates"),
         (("--candidates=2", "--verifier=nobody:f"), "cannot import the module 'nobody'"),
         (("--candidates=2", "--verifier=math:nothing"), "has no function 'nothing'"),

@@ -239,7 +239,7 @@ def test_images_of_unknown_origin_are_respected(tmp_path):
     (tmp_path / "000000").mkdir()
     (tmp_path / "000000" / "000001.png").write_bytes(b"mine")
     done = CliRunner().invoke(cli.main, [*EULER, "--outdir", str(tmp_path), "--seeds=0-3", "--device=cpu"])
-    assert done.exit_code == 2 and "nobody knows how they were made" in done.output
+    assert done.exit_code == 2 and "so their settings are unknown" in done.output
     assert [path.name for path in tmp_path.rglob("*.*")] == ["000001.png"]
     assert (tmp_path / "000000" / "000001.png").read_bytes() == b"mine"
 
@@ -450,11 +450,11 @@ def test_streamed_fid_needs_no_files(streamed, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--fid_ref=digits", "--grid=True"), "--grid: with --fid_ref nothing is written"),
+        (("--fid_ref=digits", "--grid=True"), "--grid: with --fid_ref no images are written"),
         (("--fid_ref=digits", "--seeds=4"), "covariance needs at least 2"),
         (("--fid_ref=nowhere.npz",), "no such file"),
-        (("--save_images=False",), "--save_images goes with --fid_ref"),
-        (("--fid_json=x.json",), "--fid_json goes with --fid_ref"),
+        (("--save_images=False",), "--save_images has no effect without --fid_ref"),
+        (("--fid_json=x.json",), "--fid_json has no effect without --fid_ref"),
     ],
 )
 def test_refused_with_streamed_fid(flags, message):

@@ -615,7 +615,7 @@ MISTAKES = [
     ({"solver": "amed"}, "needs a trained predictor"),
     ({"solver": "heun", "predictor": Constant(0.5)}, "no predictor"),
     ({"afs": "yes"}, "afs='yes'"),
-    ({"afs": "data"}, "afs='data' needs"),
+    ({"afs": "data"}, "afs='data': this network has no mean"),
 ]
 
 

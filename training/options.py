@@ -157,7 +157,7 @@ class RunOptions:
             raise UserError(f"{self.dataset_name} needs texts: give --prompt_path, a .txt or .csv file of captions")
         for name in ("prompt_path", "tokenizer_path"):
             if not needed and getattr(self, name) is not None:
-                raise UserError(f"--{name}: {self.dataset_name} is no text-to-image network; leave it out")
+                raise UserError(f"--{name}: {self.dataset_name} is not a text-to-image network; leave it out")
 
     def guess_evals_per_call(self) -> int:
         """What a call of the network costs, as far as the guidance tells."""
