@@ -17,6 +17,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
@@ -27,7 +28,7 @@ from solvers.schedules import SCHEDULES, check_sigmas
 from solvers.solver import Option, check_teacher
 from torch_utils import distributed
 from torch_utils.errors import UserError
-from training.sample_loss import PairLoss, parse_loss
+from training.sample_loss import TERM_NAMES, PairLoss, parse_loss
 from training.trainer import BaseRun, BaseTrainer, NotFinite
 
 INITIAL = {"polynomial": 7, "time_uniform": 1, "logsnr": 1, "discrete": 1}  # schedule_type: its usual schedule_rho
@@ -41,9 +42,7 @@ OPTIONS = {
         str, "auto", f"where to start: {', '.join(INITIAL)}, a schedule file, or auto, the best of the names"
     ),
     "mode": Option(("lambda", "time"), "lambda", "what the gaps are measured in: -ln sigma or the time of the VP SDE"),
-    "loss": Option(
-        str, "features", "distance to the teacher: weighted sum of l2, huber, features, lpips, module:function"
-    ),
+    "loss": Option(str, "features", f"distance to the teacher: weighted sum of {TERM_NAMES}"),
     "feature_sigma": Option(
         float, None, "noise level at which features of the denoiser are compared, 0.1 if it knows that"
     ),
@@ -192,14 +191,15 @@ class Trainer(BaseTrainer):
 
     kept = {"updates": "iteration"} | {name: name for name in ("stale", "recomputed", "first", "best")}
 
-    def __init__(self, problem, options: dict):
+    def __init__(self, problem, options: Mapping):
+        options = SimpleNamespace(**options)
         self.problem, self.options, self.device = problem, options, torch.device(problem.device)
-        self.distance = PairLoss(options["loss"], problem.net, options["feature_sigma"])
-        if options["feature_sigma"] is not None and "features" not in [name for _, name in parse_loss(options["loss"])]:
-            raise UserError(f"feature_sigma has no effect with loss={options['loss']}; leave it out")
+        self.distance = PairLoss(options.loss, problem.net, options.feature_sigma)
+        if options.feature_sigma is not None and "features" not in [name for _, name in parse_loss(options.loss)]:
+            raise UserError(f"feature_sigma has no effect with loss={options.loss}; leave it out")
         self.intervals = problem.num_steps - 1
         numbers = problem.net.img_channels * problem.net.img_resolution**2
-        self.radius = options["radius"] * numbers / self.intervals**2
+        self.radius = options.radius * numbers / self.intervals**2
         self.stale = self.recomputed = 0
         self.first = math.inf
         self.best: dict = {}
@@ -209,7 +209,7 @@ class Trainer(BaseTrainer):
     def deal(self) -> None:
         """Noise and conditions of this process's pairs: batches of training pairs and the validation pairs, each as a
         list of network calls. Which process has a pair does not change."""
-        train, valid, batch = (self.options[name] for name in ("num_train", "num_valid", "update_batch"))
+        train, valid, batch = (self.options.num_train, self.options.num_valid, self.options.update_batch)
         seeds = [seed for part in self.problem.batches(train + valid) for seed in part]
         starts = range(0, train, batch)
         self.sizes = [min(batch, train - start) for start in starts]
@@ -224,7 +224,7 @@ class Trainer(BaseTrainer):
     @property
     def total(self) -> int:
         """Number of updates of the whole run."""
-        return self.options["rounds"] * len(self.train)
+        return self.options.rounds * len(self.train)
 
     @property
     def round(self) -> int:
@@ -238,14 +238,8 @@ class Trainer(BaseTrainer):
     def run_teacher(self) -> None:
         """Makes the teacher's images."""
         options, problem = self.options, self.problem
-        settings = {
-            "solver": options["solver_tea"],
-            "num_steps": options["num_steps_tea"],
-            **{name: options[name] for name in ("schedule_type", "schedule_rho")},
-            "sigma_min": problem.sigma_min,
-            "sigma_max": problem.sigma_max,
-            **problem.shared_options(options["solver_tea"]),
-        }
+        grid = (options.num_steps_tea, options.schedule_type, options.schedule_rho)
+        settings = problem.teacher(options.solver_tea, *grid)
         with problem.progress(sum(len(pairs.latents) for pairs in self.calls), "pair") as bar:
             for pairs in self.calls:
                 pairs.targets = sample(problem.net, pairs.latents, cond=pairs.cond, **settings)
@@ -265,11 +259,11 @@ class Trainer(BaseTrainer):
             sigmas_cond=sigma_cond,
             afs=problem.afs,
             cond=pairs.cond,
-            checkpointing=self.options["checkpointing"],
+            checkpointing=self.options.checkpointing,
             return_info=True,
             **problem.options,
         )
-        if samples.requires_grad and self.options["checkpointing"]:  # repetitions end early, uncounted by hooks
+        if samples.requires_grad and self.options.checkpointing:  # repetitions end early, uncounted by hooks
             self.recomputed += info.nfe * len(x)
             problem.evaluations += info.nfe * len(x)
         return self.distance(samples, pairs.targets, pairs.cond)
@@ -281,7 +275,7 @@ class Trainer(BaseTrainer):
         with distributed.together():
             for pairs in self.valid:
                 total += self.losses(pairs.relaxed, pairs, sigmas, sigma_cond).double().sum().cpu()
-        return float(self._summed(total)) / self.options["num_valid"]
+        return float(self._summed(total)) / self.options.num_valid
 
     def gradients(self, pairs: Pairs, sigmas, sigma_cond) -> tuple[torch.Tensor, torch.Tensor]:
         """(losses [B], gradients of their sum to sigmas and told [2,N]); moves the starting points of the pairs."""
@@ -322,7 +316,7 @@ class Trainer(BaseTrainer):
 
     def start(self) -> None:
         """The grid to start from, judged by the validation pairs."""
-        candidates = initial_schedules(self.problem, self.options["init"])
+        candidates = initial_schedules(self.problem, self.options.init)
         measured = []
         for sigmas, sigma_cond in candidates:
             try:
@@ -336,12 +330,12 @@ class Trainer(BaseTrainer):
             )
         sigmas, sigma_cond = candidates[measured.index(self.first)]
         self.best = {"loss": self.first, "sigmas": sigmas, "told": sigma_cond, "updates": 0}
-        win_rate = self.options["win_rate"]
-        self.grid = Grid(sigmas, self.options["mode"], win_rate, sigma_cond)
+        win_rate = self.options.win_rate
+        self.grid = Grid(sigmas, self.options.mode, win_rate, sigma_cond)
         self.optimizers = self._optimizers()
 
     def _optimizers(self):
-        lr, lr_net = self.options["lr"], self.options["lr_net"] / self.intervals
+        lr, lr_net = self.options.lr, self.options.lr_net / self.intervals
         return [torch.optim.RMSprop([self.grid.u], lr, momentum=MOMENTUM), torch.optim.SGD([self.grid.v], lr_net)]
 
     def levels(self):
@@ -352,7 +346,7 @@ class Trainer(BaseTrainer):
     @property
     def decoupled(self) -> bool:
         """Whether v is learned in this round."""
-        return self.options["win_rate"] > 0 and self.round >= self.options["rounds_grid"]
+        return self.options.win_rate > 0 and self.round >= self.options.rounds_grid
 
     def update(self, index: int) -> None:
         """A step of the parameters on one batch of training pairs."""
@@ -382,7 +376,7 @@ class Trainer(BaseTrainer):
             self.stale = 0
         else:
             self.stale += 1
-        if self.stale >= self.options["patience"]:
+        if self.stale >= self.options.patience:
             self.stale = 0
             for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
                 group["lr"] *= DECAY
@@ -404,7 +398,7 @@ class Trainer(BaseTrainer):
             self.relax_validation()
         self.update(int(order[place]))
         done, loss = self.iteration + 1, None
-        if done % self.options["valid_every"] == 0 or done == self.total:
+        if done % self.options.valid_every == 0 or done == self.total:
             loss = self.validate_grid()
         self.iteration = done
         return loss
@@ -418,7 +412,7 @@ class Trainer(BaseTrainer):
 
     def load_state(self, state) -> None:
         super().load_state(state)
-        self.grid = Grid(self.best["sigmas"], self.options["mode"], self.options["win_rate"])
+        self.grid = Grid(self.best["sigmas"], self.options.mode, self.options.win_rate)
         for parameter, value in zip((self.grid.u, self.grid.v), state["grid"], strict=True):
             parameter.data = value.clone()
         self.optimizers = self._optimizers()
@@ -540,28 +534,28 @@ def initial_schedules(problem, init: str) -> list[tuple[torch.Tensor, torch.Tens
     return found
 
 
-def check_options(problem, options: dict) -> None:
+def check_options(problem, options: SimpleNamespace) -> None:
     """UserError where the settings are impossible, before anything is computed."""
-    check_teacher(options["solver_tea"])
+    check_teacher(options.solver_tea)
     if problem.num_steps < 3:
         raise UserError("ld3 needs num_steps of at least 3: with 2 there is nothing between the ends")
     for name in ("num_train", "num_valid", "update_batch", "rounds", "valid_every", "patience"):
-        if options[name] < 1:
-            raise UserError(f"{name}={options[name]} must be at least 1")
+        if (value := getattr(options, name)) < 1:
+            raise UserError(f"{name}={value} must be at least 1")
     for name in ("rounds_grid", "lr", "lr_net", "radius"):
-        if not (math.isfinite(options[name]) and options[name] >= 0):
-            raise UserError(f"{name}={options[name]} must be a finite number >= 0")
-    if not 0 <= options["win_rate"] <= 0.5:
-        raise UserError(f"win_rate={options['win_rate']} must be within 0..0.5")
+        if not (math.isfinite(value := getattr(options, name)) and value >= 0):
+            raise UserError(f"{name}={value} must be a finite number >= 0")
+    if not 0 <= options.win_rate <= 0.5:
+        raise UserError(f"win_rate={options.win_rate} must be within 0..0.5")
     resolve_sigmas(
         problem.net,
-        options["num_steps_tea"],
-        options["schedule_type"],
-        options["schedule_rho"],
+        options.num_steps_tea,
+        options.schedule_type,
+        options.schedule_rho,
         problem.sigma_min,
         problem.sigma_max,
     )
-    check_gradients(problem, initial_schedules(problem, options["init"])[0][0])
+    check_gradients(problem, initial_schedules(problem, options.init)[0][0])
 
 
 def ld3_schedule(problem, **options) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -570,5 +564,5 @@ def ld3_schedule(problem, **options) -> tuple[torch.Tensor, torch.Tensor | None]
     The ends are those of the problem; the validation loss is never above that of the start. Raises UserError on
     impossible settings, on solvers without gradients, and where losses are not finite before anything better was found.
     """
-    check_options(problem, options)
+    check_options(problem, SimpleNamespace(**options))
     return LD3Run(Trainer(problem, options)).run()
