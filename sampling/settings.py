@@ -13,6 +13,7 @@ from models.compile import AUTOCAST, COMPILE_MODES, prepare_network
 from models.denoiser import member
 from sampling.flags import solver_flags, solver_option_names
 from solvers import SOLVERS, make_solver, resolve_sigmas
+from solvers.recommended import DEFAULT_NFE, recommend
 from solvers.sampler import afs_direction, check_predictor
 from solvers.schedules import SCHEDULE_NAMES, SCHEDULES
 from solvers.span_table import SpanSolver
@@ -79,7 +80,14 @@ class Settings(NetworkSettings):
         metavar="NAME",
         record=ALWAYS,
     )
-    num_steps: int | None = flag("Number of noise levels, intervals + 1", 6, click.IntRange(min=2), record=ALWAYS)
+    nfe: int | None = flag(
+        "Network evaluations per image; the network's recommended settings fill in what no other flag sets"
+        f" (default: {DEFAULT_NFE}, unless another flag sets the noise levels)",
+        kind=click.IntRange(min=1),
+    )
+    num_steps: int | None = flag(
+        "Number of noise levels, intervals + 1, instead of --nfe", 6, click.IntRange(min=2), record=ALWAYS
+    )
     schedule_type: str = flag("Time schedule", "polynomial", click.Choice(list(SCHEDULES)), record=ALWAYS)
     schedule_rho: float = flag("Exponent of the schedule", 7, POSITIVE, record=ALWAYS)
     sigma_min: float | None = flag("Last noise level (default: the network's)", kind=POSITIVE, record=ALWAYS)
@@ -113,7 +121,7 @@ class Settings(NetworkSettings):
 
     def arguments(self) -> dict:
         """Keyword arguments of ``solvers.sample``."""
-        others = {"options", *(entry.name for entry in fields(NetworkSettings))}
+        others = {"options", "nfe", *(entry.name for entry in fields(NetworkSettings))}
         return {name: value for name, value in vars(self).items() if name not in others} | self.options
 
     def warnings(self) -> list[str]:
@@ -131,6 +139,32 @@ class Settings(NetworkSettings):
         names = (*SCHEDULE_NAMES, "sigmas", "original_code")
         return resolve_sigmas(net, **{name: getattr(self, name) for name in names})
 
+    def for_network(self, net, written: frozenset[str] = frozenset(), tuned: bool = True) -> tuple["Settings", str]:
+        """(the settings that are recommended for ``nfe`` evaluations on this network, where they come from).
+
+        net: the denoiser.
+        written: names of the flags that the user wrote; they win.
+        tuned: as of ``recommend``.
+        """
+        given = {name: getattr(self, name) for name in RECOMMENDABLE if name in written} | self.options
+        if self.original_code and (self.solver is None or "original_code" in SOLVERS[self.solver].options):
+            given["original_code"] = True
+        found = recommend(net, self.nfe, self.solver, given, tuned)
+        values = dict(found.settings)
+        values.pop("original_code", None)
+        own = {name: values.pop(name) for name in ("solver", "num_steps", *RECOMMENDABLE) if name in values}
+        return replace(self, **own, options=values, nfe=None), found.source
+
+    def flags(self) -> str:
+        """The settings of a plain solver as flags of sample.py, without those that keep their default."""
+        shown = {name: getattr(self, name) for name in ("solver", "num_steps", *RECOMMENDABLE)}
+        if self.schedule_type == "logsnr":
+            del shown["schedule_rho"]
+        shown = {name: value for name, value in shown.items() if value is not False} | self.options
+        return " ".join(
+            f"--{name}={value:g}" if isinstance(value, float) else f"--{name}={value}" for name, value in shown.items()
+        )
+
     def evaluations(self, net, predictor=None) -> int:
         """Network evaluations per image with these settings."""
         if predictor is not None:
@@ -140,14 +174,28 @@ class Settings(NetworkSettings):
         return (calls + bool(self.denoise_to_zero)) * member(net, "evals_per_call")
 
 
+RECOMMENDABLE = ("schedule_type", "schedule_rho", "afs", "denoise_to_zero")  # besides solver, steps and options
+
+
 def plain_settings(asked: Settings, written: frozenset[str]) -> Settings:
     """Settings without a predictor.
 
     asked: what the flags say.
     written: names of the flags that the user wrote.
+
+    Where the result has ``nfe``, the rest is left to ``Settings.for_network``.
     """
-    if asked.dataset_name is None or asked.solver is None:
-        raise UserError("nothing to sample: give --predictor_path, or --dataset_name together with --solver")
+    if asked.dataset_name is None:
+        raise UserError("nothing to sample: give --dataset_name or --predictor_path ('sample.py --list' shows some)")
+    said = [name for name in ("sigmas", *SCHEDULE_NAMES) if name in written]
+    if asked.nfe is not None and {"num_steps", "sigmas"} & set(said):
+        raise UserError(f"--nfe={asked.nfe} chooses the number of steps: leave out --nfe or --{said[0]}")
+    if asked.nfe is None and not said:
+        asked = replace(asked, nfe=DEFAULT_NFE)
+    if asked.solver is None:
+        if asked.nfe is None:
+            raise UserError(f"--{said[0]} needs --solver; --nfe={DEFAULT_NFE} instead chooses everything")
+        return asked
     if make_solver(asked.solver, asked.options).needs_predictor:
         raise UserError(
             f"--solver={asked.solver} needs a trained predictor: give --predictor_path (train.py makes one)"
@@ -264,6 +312,9 @@ def check_network(net, settings: Settings, predictor, device: torch.device) -> N
         except UserError as error:
             raise UserError(f"--{error}") from None
     if predictor is not None:
+        spent = settings.evaluations(net, predictor)
+        if settings.nfe not in (None, spent):
+            raise UserError(f"--nfe={settings.nfe}: this predictor spends {spent} evaluations; leave the flag out")
         resolution = predictor.config["img_resolution"]
         if resolution not in (None, net.img_resolution):
             raise UserError(f"the predictor is for images of {resolution} pixels, the network for {net.img_resolution}")

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.denoiser import BOTTLENECK_SIZE, call_shifted, member, read_bottleneck
 from models.inputs import initial_state
+from solvers.recommended import recommend
 from solvers.schedules import check_sigmas, get_schedule, levels_tensor
 from solvers.solver import Point, Solver, State, make_solver
 from torch_utils.errors import UserError
@@ -112,6 +113,8 @@ class Sampler:
     ):
         if not (isinstance(afs, bool) or afs == "data" or callable(afs)):
             raise UserError(f"afs={afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
+        if sigmas.ndim > 1 and not solver.per_sample:
+            raise UserError(f"the solver '{solver.name}' needs one schedule for all samples")
         self.net, self.solver, self.sigmas = net, solver.setup(net, sigmas, predictor), sigmas
         self.sigmas_cond = None
         if sigmas_cond is not None:
@@ -306,7 +309,7 @@ def resolve_sigmas(
 def _within_range(net, sigmas):
     """Return sigmas. UserError if they leave the network's range by more than ``RANGE_SLACK``."""
     least, most = getattr(net, "sigma_min", 0.0), getattr(net, "sigma_max", float("inf"))
-    low, high = sigmas[-1].item(), sigmas[0].item()
+    low, high = sigmas[-1].min().item(), sigmas[0].max().item()
     if low < least * (1 - RANGE_SLACK) or high > most * (1 + RANGE_SLACK):
         wrong = low if high <= most * (1 + RANGE_SLACK) else high
         raise UserError(
@@ -365,11 +368,12 @@ def integrate(
     net,
     latents: torch.Tensor,
     *,
-    solver: str,
+    solver: str | None = None,
     num_steps: int | None = None,
-    schedule_type: str = "polynomial",
-    schedule_rho: float = 7,
-    afs: bool | str = False,
+    schedule_type: str | None = None,
+    schedule_rho: float | None = None,
+    afs: bool | str | None = None,
+    nfe: int | None = None,
     predictor=None,
     cond: Mapping | None = None,
     sigma_min: float | None = None,
@@ -393,16 +397,20 @@ def integrate(
     net: the denoiser, called as net(x, sigma, **cond).
     latents: unit-variance noise [B,C,H,W]; multiplied here by the first sigma. Its dtype is that of
         all arithmetic.
-    solver: name in ``SOLVERS``.
+    solver: name in ``SOLVERS``. Default: with nfe the best plain solver for this network.
     num_steps: number of time steps, one more than intervals.
-    schedule_type, schedule_rho: kind of the schedule, see ``get_schedule``. Default: polynomial, 7.
-    afs: analytical first step, see ``afs_direction``. Default False.
+    schedule_type, schedule_rho: kind of the schedule, see ``get_schedule``. Default: polynomial, 7;
+        with nfe the recommended ones.
+    afs: analytical first step, see ``afs_direction``. Default False; with nfe the recommended one.
+    nfe: network evaluations to spend, instead of num_steps or sigmas; ``recommend`` then sets what
+        is not given (solvers/recommended.py). Default None.
     predictor: an AMEDPredictor, which inserts one learned evaluation per interval. It works only
         with the settings of its training. For the solver "span": a SpanSolver, which has its own
         schedule and first step. Default None.
     cond: keyword arguments of net. Default: none.
     sigma_min, sigma_max: range of the schedule. Default: that of the network.
-    sigmas: explicit noise levels [N], decreasing, instead of a schedule. Default None.
+    sigmas: explicit noise levels [N], decreasing, instead of a schedule; or [N,B,1,1,1], a schedule
+        for each sample. Default None.
     sigmas_cond: noise levels [N] to condition the network on. Default: sigmas.
     max_order, predict_x0, lower_order_final: options that several solvers have. Default: those of
         the predictor's training, or of the solver.
@@ -430,11 +438,27 @@ def integrate(
         found = f"{latents.dtype}" if torch.is_tensor(latents) else type(latents).__name__
         raise UserError(f"sample: latents must be a floating-point tensor [B,C,H,W], got {found}")
     sigmas_cond = solver_options.pop("sigmas_net", sigmas_cond)  # the former name
+    common = {"max_order": max_order, "predict_x0": predict_x0, "lower_order_final": lower_order_final}
+    common = {name: value for name, value in common.items() if value is not None}
+    if nfe is not None:
+        if num_steps is not None or sigmas is not None or predictor is not None:
+            raise UserError(
+                "sample: nfe chooses the steps, which num_steps, sigmas or a predictor bring: give one of them"
+            )
+        given = {"schedule_type": schedule_type, "schedule_rho": schedule_rho, "afs": afs}
+        given = {name: value for name, value in given.items() if value is not None}
+        given |= {**common, **solver_options, "denoise_to_zero": denoise_to_zero}
+        chosen = recommend(net, nfe, solver, given).settings
+        solver, num_steps, afs = chosen.pop("solver"), chosen.pop("num_steps"), chosen.pop("afs", None)
+        schedule_type, schedule_rho = chosen.pop("schedule_type", None), chosen.pop("schedule_rho", None)
+        solver_options, common = {name: chosen[name] for name in chosen if name != "denoise_to_zero"}, {}
+    if solver is None:
+        raise UserError("sample: name a solver, or give nfe alone, the number of network evaluations")
+    schedule_type, schedule_rho = schedule_type or "polynomial", 7 if schedule_rho is None else schedule_rho
+    afs = False if afs is None else afs
     trained = getattr(predictor, "config", {})
     original_code = bool(original_code or trained.get("original_code"))
-    common = {"max_order": max_order, "predict_x0": predict_x0, "lower_order_final": lower_order_final}
-    common = {**trained, **{name: value for name, value in common.items() if value is not None}}
-    common["original_code"] = original_code
+    common = {**trained, **common, "original_code": original_code}
     method = make_solver(solver, solver_options, common)
     if method.own_schedule:
         method.check_predictor(predictor)

@@ -28,6 +28,12 @@ class CompareOptions:
         "3,4,5,6,8,10",
         metavar="N,N,...",
     )
+    presets: str = flag(
+        "Settings of a solver that the flags leave open: recommended for the network and the number of evaluations,"
+        " where it has been tuned, or those of the solver's paper (solvers/recommended.py)",
+        "recommended",
+        click.Choice(["recommended", "published"]),
+    )
     predictor_path: str | None = flag(
         "Trained predictors, each compared at its own NFE", kind=PathText(several=True), metavar="N|DIR|FILE,..."
     )
@@ -48,7 +54,7 @@ class CompareOptions:
     )
     reference_steps: int = flag("Steps of the reference solution (Heun, 2 evaluations each)", 50, click.IntRange(min=1))
     schedule_type: str | None = like(
-        Settings, "schedule_type", default=None, help="Time schedule of all solvers (default: customary)"
+        Settings, "schedule_type", default=None, help="Time schedule of all solvers (default: --presets)"
     )
     schedule_rho: float | None = like(Settings, "schedule_rho", default=None)
     sigma_min: float | None = like(Settings, "sigma_min")

@@ -20,9 +20,10 @@ from models import zoo
 from sampling.folder import format_seeds
 from sampling.generate import Batch, generate_images
 from sampling.settings import Settings, check_network, open_network, recorded_settings
+from solvers.recommended import POLYNOMIAL
 from solvers.schedule_file import load_schedule
 from solvers.schedules import SCHEDULE_NAMES
-from tools.compare_methods import NFE_MARK, POLYNOMIAL, SHARED, Method, choose_steps, make_methods, parse_nfe
+from tools.compare_methods import NFE_MARK, SHARED, Method, make_methods, parse_nfe, settings_at
 from tools.compare_options import CompareOptions
 from torch_utils import distributed
 from torch_utils.arrays import read_npz, write_npz
@@ -538,7 +539,8 @@ def _jobs_of(comparison: Comparison, method: Method, nfes: list[int]) -> list[Jo
         return _scheduled_jobs(comparison, method, nfes)
     if method.predictor is not None or method.settings.sigmas is not None:
         return [comparison.make_job(method, method.settings, _spent(comparison, method, method.settings))]
-    chosen = [(nfe, *choose_steps(method.settings, comparison.net, nfe)) for nfe in nfes]
+    tuned = comparison.options.presets == "recommended"
+    chosen = [(nfe, *settings_at(method, comparison.net, nfe, tuned)) for nfe in nfes]
     return [comparison.make_job(method, settings, spent, (nfe,)) for nfe, settings, spent in chosen]
 
 

@@ -1,6 +1,8 @@
 """The version of this code."""
 
 import importlib.metadata
+import platform
+import re
 import subprocess
 from pathlib import Path
 
@@ -20,3 +22,13 @@ def code_version() -> str:
         return importlib.metadata.version("amed-solver")
     except importlib.metadata.PackageNotFoundError:
         return "unknown"
+
+
+def cpu_name() -> str:
+    """The model name of the processor, as lscpu prints it, else its architecture."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.machine()
