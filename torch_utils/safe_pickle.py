@@ -431,9 +431,12 @@ class _Machine(pickle._Unpickler):
         _require(found is not None, f"it asks for the global '{wanted}', which is not on the safe list")
         return found
 
+    def _global_name(self) -> list[str]:
+        """The module and the name that follow as lines of text."""
+        return [self.readline()[:-1].decode("utf-8") for _ in range(2)]
+
     def load_global(self):
-        module, name = (self.readline()[:-1].decode("utf-8") for _ in range(2))
-        self.append(self.find_class(module, name))
+        self.append(self.find_class(*self._global_name()))
 
     def load_stack_global(self):
         name, module = self.stack.pop(), self.stack.pop()
@@ -441,8 +444,9 @@ class _Machine(pickle._Unpickler):
         self.append(self.find_class(module, name))
 
     def load_inst(self):
-        self.load_global()
-        raise UnsafePickleError("it instantiates a class in an unknown way")
+        module, name = self._global_name()
+        self.find_class(module, name)
+        raise UnsafePickleError(f"it instantiates '{module[:100]}.{name[:100]}' in an unknown way")
 
     def load_reduce(self):
         args, callee = self.stack.pop(), self.stack.pop()
