@@ -17,7 +17,14 @@ from sampling.folder import Folder, begin_folder, default_folder, format_seeds, 
 from sampling.generate import Batch, generate_fitting, generate_images, prompts_of, until_stopped
 from sampling.options import SampleOptions
 from sampling.search import ScoreFile, keep_best
-from sampling.settings import Settings, check_network, open_network, open_predictor, recorded_settings
+from sampling.settings import (
+    Settings,
+    check_network,
+    open_network,
+    open_predictor,
+    recorded_settings,
+    remembered_network,
+)
 from solvers import SOLVERS
 from torch_utils import distributed
 from torch_utils.errors import UserError
@@ -136,7 +143,8 @@ def run(options: SampleOptions, device: torch.device) -> None:
     output, seeds = options.output, parse_seeds(options.seeds)
     options.check()
     settings, predictor, predictor_file = open_predictor(options.predictor_path, options.settings, options.written)
-    options = replace(options, text=options.text.resolve())
+    compute = remembered_network(predictor_file, settings, options.compute)
+    options = replace(options, text=options.text.resolve(), compute=compute)
     prompts = options.text.read(settings.dataset_name, seeds)
     net = open_network(settings, options.compute, device, options.class_idx)
     source = None

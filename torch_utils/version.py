@@ -1,10 +1,11 @@
 """The version of this code."""
 
-import importlib.metadata
 import platform
 import re
 import subprocess
 from pathlib import Path
+
+from amed import __version__
 
 
 def code_version() -> str:
@@ -18,10 +19,7 @@ def code_version() -> str:
             done = None
         if done is not None and done.returncode == 0:
             return f"git-{done.stdout.strip()}"
-    try:
-        return importlib.metadata.version("amed-solver")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+    return __version__
 
 
 def cpu_name() -> str:
