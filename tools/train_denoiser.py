@@ -182,7 +182,7 @@ class NetworkOptions:
     extra_dims: int = flag("Extra dimensions D of PFGM++; 0 = EDM's Gaussian noise", 0, click.IntRange(0, 1 << 20))
 
     def config(self, given: set[str], init: bool) -> dict:
-        """Arguments of EDMDenoiser; of a network to start from (init), those that the user wrote."""
+        """Arguments of EDMDenoiser. init: only those that the user wrote."""
         config = {
             **ARCHITECTURES[self.arch],
             "model_channels": self.model_channels,
