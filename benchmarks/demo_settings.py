@@ -65,8 +65,8 @@ def plain_jobs():
     for schedule, rho in SCHEDULES:
         for solver in SOLVERS:
             for afs in ("data", False) if (schedule, rho) in (("time_uniform", 1), ("polynomial", 7)) else ("data",):
-                stamps = 4 if solver["solver"] == "dpm" else 7 if afs else 6
-                yield {**solver, "num_steps": stamps, "schedule_type": schedule, "schedule_rho": rho, "afs": afs}
+                num_steps = 4 if solver["solver"] == "dpm" else 7 if afs else 6
+                yield {**solver, "num_steps": num_steps, "schedule_type": schedule, "schedule_rho": rho, "afs": afs}
 
 
 def few_jobs():
@@ -88,10 +88,10 @@ def few_jobs():
         for nfe in numbers:
             for solver, grids in solvers:
                 for schedule, rho in grids:
-                    stamps, afs = nfe + 2, "data"
+                    num_steps, afs = nfe + 2, "data"
                     if solver["solver"] in ("heun", "dpm"):
-                        stamps, afs = ((nfe + 1) // 2 + 1, "data") if nfe % 2 else (nfe // 2 + 1, False)
-                    yield {**solver, "num_steps": stamps, "schedule_type": schedule, "schedule_rho": rho, "afs": afs}
+                        num_steps, afs = ((nfe + 1) // 2 + 1, "data") if nfe % 2 else (nfe // 2 + 1, False)
+                    yield {**solver, "num_steps": num_steps, "schedule_type": schedule, "schedule_rho": rho, "afs": afs}
 
 
 def cumulative(base, *changes):

@@ -97,7 +97,7 @@ def main(dataset_name, setting, num_steps, batch, iterations, cache, num_seeds, 
             seconds[name].append(spent[name] / (iterations * batch / 1000))
             losses[name].append(validation_loss(distiller, validation, batch))
     print(
-        f"{dataset_name}, {setting}, {num_steps} stamps, batch {batch}, {iterations} iterations, {num_seeds} seeds, "
+        f"{dataset_name}, {setting}, {num_steps} time steps, batch {batch}, {iterations} iterations, {num_seeds} seeds, "
         f"{cache} trajectories kept; torch {torch.__version__}, {platform.processor() or platform.machine()}, {device}, "
         f"{torch.get_num_threads()} threads"
     )

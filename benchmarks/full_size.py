@@ -135,7 +135,7 @@ def main(family, folder, keep, device, num_steps, loaded):
     losses = distiller.step([(latents, cond)])[:, 0]
     seconds = time.perf_counter() - start
     print(
-        f"one training iteration (batch 1, {num_steps} stamps, {distiller.evaluations} evaluations of the student): "
+        f"one training iteration (batch 1, {num_steps} time steps, {distiller.evaluations} evaluations of the student): "
         f"{seconds:.0f} s, losses {', '.join(f'{loss:.3g}' for loss in losses.tolist())}, memory at its peak "
         f"{peak_memory():.2f} GB",
         flush=True,

@@ -62,7 +62,7 @@ class SpanTrainer(BaseTrainer):
         self.report: Callable[[str], None] = lambda text: None
         self._latest = torch.zeros(1, len(STATISTICS), dtype=torch.float64)
         if self.distribution is not None:
-            self.distribution.set_bank(
+            self.distribution.set_reference(
                 (images, cond) for _, cond, images in map(pairs.batch, _chunks(pairs.train, self.chunk))
             )
 
@@ -212,7 +212,7 @@ class SpanTrainer(BaseTrainer):
             self.net, self.averaged, self.pairs, self.pairs.validation, self.pair_loss, self.chunk, self.distribution
         )
         if self.distribution is not None:
-            loss += self.options.w_dist * float(energy_distance(vectors, self.distribution.bank))
+            loss += self.options.w_dist * float(energy_distance(vectors, self.distribution.reference_features))
             if self.distribution.queue is None:
                 self.distribution.push(vectors)
         self.validation = (loss, rms)
@@ -270,7 +270,7 @@ def measure(net, student, pairs: TeacherSet, indices, pair_loss, chunk: int, dis
     sums = distributed.all_reduce_sum(sums) / len(indices)
     found = None
     if distribution is not None:
-        own = torch.cat(vectors) if vectors else torch.zeros(0, distribution.bank.shape[1])
+        own = torch.cat(vectors) if vectors else torch.zeros(0, distribution.reference_features.shape[1])
         found = torch.cat(distributed.gather_objects(own)).to(pairs.device)
     loss, rms = (value if math.isfinite(value) else math.inf for value in sums.tolist())
     return loss, rms, found
