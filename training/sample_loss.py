@@ -149,7 +149,9 @@ class OwnTerm:
         function, _ = find_function(place, "--loss", ", ".join(TERMS))
         self.net, self.place, self.extract = net, place, function(net)
         if not callable(self.extract):
-            raise UserError(f"--loss={place}: must return a function of images, not {type(self.extract).__name__}")
+            raise UserError(
+                f"--loss={place}: must return a function of images, but returned {type(self.extract).__name__}"
+            )
 
     def _features(self, x) -> list[torch.Tensor]:
         found = self.extract(member(self.net, "decode")(x))
