@@ -21,9 +21,9 @@ __all__ = ["Denoiser", "build_denoiser", "create_model", "use_tokenizer"]
 
 def families() -> dict[str, Family]:
     """All families of networks by name, loaded when first asked for: solvers need the interface alone."""
-    from models import adm, cm, edm, ldm, sd
+    from models import adm, cm, edm, ldm, mr, sd
 
-    return {family.name: family for family in (edm.FAMILY, cm.FAMILY, adm.FAMILY, ldm.FAMILY, sd.FAMILY)}
+    return {family.name: family for family in (edm.FAMILY, cm.FAMILY, adm.FAMILY, ldm.FAMILY, sd.FAMILY, mr.FAMILY)}
 
 
 def __getattr__(name):

@@ -132,6 +132,27 @@ def _cm(animal_or_room: str) -> Card:
     )
 
 
+def _restoration(name: str, file: str, notes: str, max_sigma: int) -> Card:
+    """A network published with Luo et al. 2023 (IR-SDE, Refusion).
+
+    max_sigma: of its noise process, of images in 0..255; the range grows with it.
+    """
+    return Card(
+        name=name,
+        family="mr",
+        file=file,
+        resolution=256,
+        channels=3,
+        label_dim=0,
+        licence="MIT",
+        guidance=("none", "uncond"),
+        notes=notes,
+        sigma_min=0.000147330942 * max_sigma,
+        sigma_max=1.568607946 * max_sigma,
+        page="https://github.com/Algolzw/image-restoration-sde (Google Drive)",
+    )
+
+
 def _adm(name: str, size: int, fid_ref: str, notes: str = "", sigma_range=(0.010483843, 152.166977)) -> Card:
     """A network published with Dhariwal & Nichol 2021, and its classifier."""
     file, companion = f"{size}x{size}_diffusion.pt", f"{size}x{size}_classifier.pt"
@@ -244,6 +265,12 @@ CARDS: dict[str, Card] = {
         _ldm(
             "ffhq_ldm", "ffhq.zip", "", "latents of 256x256 images; no mirror is known, no FID reference is published"
         ),
+        _restoration("ir_sde_deraining", "ir-sde-deraining.pth", "IR-SDE: removes rain", 10),
+        _restoration("ir_sde_deblurring", "ir-sde-deblurring.pth", "IR-SDE: removes motion blur", 10),
+        _restoration("ir_sde_inpainting", "ir-sde-inpainting.pth", "IR-SDE: fills in missing parts", 30),
+        _restoration("ir_sde_sisr", "ir-sde-sisr.pth", "IR-SDE: four times larger, of bicubically enlarged images", 30),
+        _restoration("ir_sde_deshadow", "ir-sde-deshadow.pth", "IR-SDE: removes shadows", 30),
+        _restoration("refusion", "refusion.pth", "Refusion, NAFNet: any of its tasks", 50),
         Card(
             name="ms_coco",
             family="sd",

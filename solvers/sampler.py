@@ -112,6 +112,8 @@ class Sampler:
     ):
         if not (isinstance(afs, bool) or afs == "data" or callable(afs)):
             raise UserError(f"afs={afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
+        if sigmas.ndim > 1 and not solver.per_sample:
+            raise UserError(f"the solver '{solver.name}' needs one schedule for all samples")
         self.net, self.solver, self.sigmas = net, solver.setup(net, sigmas, predictor), sigmas
         self.sigmas_cond = None
         if sigmas_cond is not None:
@@ -306,7 +308,7 @@ def resolve_sigmas(
 def _within_range(net, sigmas):
     """Return sigmas. UserError if they leave the network's range by more than ``RANGE_SLACK``."""
     least, most = getattr(net, "sigma_min", 0.0), getattr(net, "sigma_max", float("inf"))
-    low, high = sigmas[-1].item(), sigmas[0].item()
+    low, high = sigmas[-1].min().item(), sigmas[0].max().item()
     if low < least * (1 - RANGE_SLACK) or high > most * (1 + RANGE_SLACK):
         wrong = low if high <= most * (1 + RANGE_SLACK) else high
         raise UserError(
@@ -402,7 +404,8 @@ def integrate(
         schedule and first step. Default None.
     cond: keyword arguments of net. Default: none.
     sigma_min, sigma_max: range of the schedule. Default: that of the network.
-    sigmas: explicit noise levels [N], decreasing, instead of a schedule. Default None.
+    sigmas: explicit noise levels [N], decreasing, instead of a schedule; or [N,B,1,1,1], a schedule
+        for each sample. Default None.
     sigmas_cond: noise levels [N] to condition the network on. Default: sigmas.
     max_order, predict_x0, lower_order_final: options that several solvers have. Default: those of
         the predictor's training, or of the solver.

@@ -130,6 +130,7 @@ class Solver:
     needs_predictor: bool = False
     own_schedule: bool = False  # its predictor brings the schedule and the first step (``SpanSolver``)
     stochastic: bool = False  # draws noise while sampling
+    per_sample: bool = True  # can every sample have its own schedule?
     differentiable: bool = True  # do gradients flow to the noise levels?
     fingerprint: str | None = None  # SHA-256 of a file that the images depend on, after ``setup``; not with a predictor
     max_order: int = 1
