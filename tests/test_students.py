@@ -110,6 +110,17 @@ def test_an_earlier_row_is_measured_again_and_a_current_one_is_not(tmp_path, row
     assert [row["fid"] for row in report_students.collect(rows, "main")["AMED-Solver", 3]] == [2.5]
 
 
+def test_the_schedule_of_an_earlier_row_is_scored_if_its_options_are_those_of_today(tmp_path, rows_at):
+    own, name = recorder(tmp_path, rows_at), "ld3, own trainer"
+    own.solved = lambda **settings: {"nfe_spent": 3, "settings": settings}
+    words = students._schedule_command(own.schedule_flags(name, 3, 0)).split(" ")
+    levels = {"sigmas": [80.0, 9.0, 2.0, 0.3, 0.002], "solver": "ipndm"}
+    row = row_of(name, groups=False) | {"settings": levels, "command": " ".join(words[:2] + words[:1:-1])}
+    found = own.again(row, None, None)
+    assert found["settings"] == levels and (found["parameters"], found["calls"]) == (3, 3)
+    assert own.again(row | {"command": row["command"].replace("max_order=3", "max_order=4")}, None, None) is None
+
+
 @pytest.mark.parametrize(
     ("preset", "changes"),
     [
