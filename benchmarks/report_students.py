@@ -138,13 +138,13 @@ def difference(group, other, score):
 def best_of(found, nfe, score):
     """The learned method that is better than every other one by more than the interval, else None.
 
-    None too where one of them has no scores of groups, as nothing can be said of the difference to it.
+    A method without scores of groups has no interval: it must not have the best value, that is all.
     """
     groups = {method: found[method, nfe] for method in LEARNED if (method, nfe) in found}
-    if len(groups) < 2 or not all(map(with_groups, groups.values())):
+    best = min(groups, key=lambda method: mean(groups[method], score), default=None)
+    others = [group for method, group in groups.items() if method != best and with_groups(group)]
+    if not others or not with_groups(groups[best]):
         return None
-    best = min(groups, key=lambda method: mean(groups[method], score))
-    others = (groups[method] for method in groups if method != best)
     return best if all(difference(groups[best], other, score).below_zero for other in others) else None
 
 

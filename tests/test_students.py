@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from toy import ToyNet, common
 
@@ -118,6 +119,8 @@ def test_the_schedule_of_an_earlier_row_is_scored_if_its_options_are_those_of_to
     row = row_of(name, groups=False) | {"settings": levels, "command": " ".join(words[:2] + words[:1:-1])}
     found = own.again(row, None, None)
     assert found["settings"] == levels and (found["parameters"], found["calls"]) == (3, 3)
+    more = row | {"settings": {**levels, "sigmas_cond": levels["sigmas"]}}
+    assert own.again(more, None, None)["parameters"] == 6
     assert own.again(row | {"command": row["command"].replace("max_order=3", "max_order=4")}, None, None) is None
 
 
@@ -155,10 +158,29 @@ def test_earlier_rows_are_marked_and_not_mixed_with_those_of_today():
     assert "2.01 ± 0.01" in lines["ld3"] and "| 3 |" in lines["ld3"] and "**" not in lines["ld3"]  # gs: no interval
     differences = "\n".join(report_students.difference_table(rows, "fid", 2, "full"))
     assert "ld3" in differences and "gs" not in differences
-    rows = [row for row in rows if row["method"] != "gs"]
+    rows[2] = row_of("gs", value=4.0, groups=False)
     assert "**2.01 ± 0.01**" in "\n".join(report_students.main_table(rows, "fid", 2))
     rows.append(row_of("s4s", value=2.012))  # too near to tell
     assert "**" not in "\n".join(report_students.main_table(rows, "fid", 2))
+    alone = [row_of("full", value=3.0), row_of("gs", value=4.0, groups=False)]
+    assert "**" not in "\n".join(report_students.main_table(alone, "fid", 2))
+
+
+def test_the_target_compares_rows_of_as_many_images_as_the_teacher():
+    plugin = "AMED-Plugin (iPNDM)"
+    rows = [row_of("teacher", 30, None, 1.0), row_of(plugin, value=3.0), row_of("full", value=2.0)]
+    rows += [row_of("gs", value=2.5), row_of("ld3", value=1.1) | {"images": 5000}]
+    rows += [row_of("dyweight + spatial,time", value=1.2)]  # not a restriction: it has heads
+    line = next(line for line in report_students.target_table(rows) if line.startswith("| 3 | FID |"))
+    assert [cell.strip() for cell in line.split("|")[3:-1]] == ["2.00", "1.00 (0.50)", "", "", "gs", "1.50"]
+
+
+def test_budgets_are_means_over_training_seeds():
+    budget = {"calls": 3, "parameters": 6, "pairs": 448}
+    rows = [row_of("epd", seed=seed) | budget | {"training_seconds": 20.0 + 4 * seed} for seed in range(2)]
+    rows.append(row_of("epd", nfe=5) | budget | {"calls": 5})
+    line = next(line for line in report_students.budget_table(rows) if line.startswith("| epd |"))
+    assert line == "| epd | 2/1 | 3 / 5 | 6 | 448 | 22 / - |"
 
 
 # ---- intervals -----------------------------------------------------------------------------------
@@ -202,6 +224,18 @@ def test_intervals_hold_the_known_difference_nineteen_times_of_twenty(training_s
         apart.append(found.half_width)
     assert inside / repeats >= 0.88
     assert np.mean(apart) < (0.06 if training_seeds == 1 else 0.4)  # they say something
+
+
+def test_without_error_of_the_images_the_interval_is_that_of_welch():
+    first, second = [1.0, 1.2, 1.15], [2.0, 2.6]
+    groups = [
+        [{"fid": value, "fid_left_out": [value] * 20, "current": True} for value in values]
+        for values in (first, second)
+    ]
+    found = report_students.difference(*groups, "fid")
+    low, high = scipy.stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    limits = found.value - found.half_width, found.value + found.half_width
+    assert limits == pytest.approx((low, high), rel=1e-9)
 
 
 def test_paired_intervals_are_far_narrower_than_unpaired_ones():
