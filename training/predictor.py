@@ -12,6 +12,7 @@ from torch import nn
 
 from models.denoiser import BOTTLENECK_SIZE
 from models.edm_unet import Linear, PositionalEmbedding
+from solvers.sampler import sample
 from solvers.solver import SOLVERS, Option, Solver, solver_options
 from torch_utils.errors import UserError
 from torch_utils.kinds import check_kinds, check_steps, defaults_of, kinds_of
@@ -131,6 +132,10 @@ class AMEDPredictor(nn.Module):
         z = torch.cat([code, self._embed(t_cur, batch, bottleneck), self._embed(t_next, batch, bottleneck)], dim=1)
         outputs = torch.sigmoid(self.fc_r(z)), self._scale("scale_dir", z), self._scale("scale_time", z)
         return tuple(value.reshape(-1, 1, 1, 1) for value in outputs)
+
+    def sample(self, net, latents, **options):
+        """Images [B,C,H,W] from unit-variance noise; options: of ``solvers.sample``."""
+        return sample(net, latents, predictor=self, **options)
 
     def evaluations(self) -> int:
         """Network evaluations of one trajectory with these settings (calls; guidance may double their cost)."""
