@@ -1,6 +1,6 @@
-"""Tables and figures of benchmarks/students_<network>.jsonl.
+"""Tables and figures of benchmarks/learned_solvers_<network>.jsonl.
 
-    python -m benchmarks.report_students            # benchmarks/students.md, docs/students.png, docs/span_tables_*.png
+    python -m benchmarks.report_learned_solvers            # benchmarks/learned_solvers.md, docs/learned_solvers.png, docs/span_tables_*.png
 
 It also renews the tables between the markers in docs/span_solver.md. Needs matplotlib (extra "plot") for the
 figures.
@@ -47,7 +47,7 @@ MORE = {"precision": ("precision", 3), "recall": ("recall", 3)}
 
 
 def rows_file(network):
-    return ROOT / "benchmarks" / f"students_{network}.jsonl"
+    return ROOT / "benchmarks" / f"learned_solvers_{network}.jsonl"
 
 
 def read(network):
@@ -309,7 +309,7 @@ def page(networks):
     lines = [
         "# Learned samplers, compared",
         "",
-        "Written by `python -m benchmarks.report_students`.",
+        "Written by `python -m benchmarks.report_learned_solvers`.",
         "",
         *explained(),
         "",
@@ -448,13 +448,13 @@ def draw_tables(rows, dest, nfe):
 @click.option("--nfe", type=int, default=5, show_default=True, help="Of the picture of the tables")
 def main(nfe):
     networks = {name: rows for name in NETWORKS if (rows := read(name))}
-    (ROOT / "benchmarks" / "students.md").write_text(page(networks), encoding="utf-8")
+    (ROOT / "benchmarks" / "learned_solvers.md").write_text(page(networks), encoding="utf-8")
     for document, parts in document_parts(networks).items():
         renew(document, parts, check=False)
-    draw_scores(networks, ROOT / "docs" / "students.png")
+    draw_scores(networks, ROOT / "docs" / "learned_solvers.png")
     for name, rows in networks.items():
         draw_tables(rows, ROOT / "docs" / f"span_tables_{name}.png", nfe)
-    print(f"benchmarks/students.md: {', '.join(f'{name} {len(rows)} rows' for name, rows in networks.items())}")
+    print(f"benchmarks/learned_solvers.md: {', '.join(f'{name} {len(rows)} rows' for name, rows in networks.items())}")
 
 
 if __name__ == "__main__":
