@@ -2,6 +2,8 @@
 
     python -m benchmarks.report_learned_solvers            # benchmarks/learned_solvers.md, docs/learned_solvers.png, docs/span_tables_*.png
 
+    python -m benchmarks.report_learned_solvers --moved_since=COMMIT    # rows that moved by more than their interval
+
 It also renews the tables between the markers in docs/span_solver.md. Needs matplotlib (extra "plot") for the
 figures.
 
@@ -14,6 +16,7 @@ their variance is added.
 import json
 import math
 import statistics
+import subprocess
 from collections import defaultdict
 from functools import partial
 
@@ -51,12 +54,17 @@ def rows_file(network):
 
 
 def read(network):
-    """All rows of a network, "current" where ``is_current`` for as many test images as any of them has.
+    """All rows of a network, see ``parse``."""
+    file = rows_file(network)
+    return parse(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def parse(text):
+    """The rows of a file, "current" where ``is_current`` for as many test images as any of them has.
 
     UserError where one did not spend the evaluations that it stands under.
     """
-    file = rows_file(network)
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    rows = [json.loads(line) for line in text.splitlines()]
     for row in rows:
         row.setdefault("images", EARLIER_IMAGES)
         for name in {"settings", "table"} & row.keys():
@@ -133,6 +141,39 @@ def difference(group, other, score):
     freedom = variance**2 / sum(value**2 / count for value, count in parts)
     error = math.sqrt(variance)
     return Estimate(images.value, error, float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * error)
+
+
+def read_commit(network, commit):
+    """The rows of a network as they are in a commit, under their present or their former name."""
+    for name in ("learned_solvers", "students"):
+        command = ["git", "show", f"{commit}:benchmarks/{name}_{network}.jsonl"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode == 0:
+            return parse(done.stdout)
+    raise UserError(f"--moved_since={commit}: git has no rows of {network} there")
+
+
+def moved(before, now):
+    """Rows whose mean moved by more than their own interval, as lines of a table.
+
+    before, now: rows, of which those of ``part`` "main" count. The same training seeds are compared.
+    The interval is that of the row of now alone: earlier rows may have none.
+    """
+    lines = ["| method | evaluations | score | before | now | interval |", "|---" * 6 + "|"]
+    earlier = collect(before, "main")
+    for (method, nfe), group in collect(now, "main").items():
+        seeds = {row.get("seed") for row in with_groups(group)}
+        old = [row for row in earlier.get((method, nfe), []) if row.get("seed") in seeds]
+        kept = {row.get("seed") for row in old}
+        group = [row for row in with_groups(group) if row.get("seed") in kept]
+        for score, (title, digits) in SCORES.items() if group else ():
+            apart = mean(group, score) - mean(old, score)
+            exact = [{score: 0.0, f"{score}_left_out": np.zeros(len(group[0][f"{score}_left_out"])), "current": True}]
+            interval = difference(group, exact, score).half_width
+            if abs(apart) > interval:
+                cells = [f"{mean(rows, score):.{digits}f}" for rows in (old, group)]
+                lines.append(f"| {method} | {nfe} | {title} | {' | '.join(cells)} | ± {interval:.{digits}f} |")
+    return lines
 
 
 def best_of(found, nfe, score):
@@ -337,8 +378,9 @@ def explained():
     return [
         "± in a table of scores: standard deviation of the training seeds. ± in a table of differences: 95 % interval of the",
         "paired difference, over 20 groups of the sampled seeds (jackknife) and over the training seeds, where both have",
-        "several; with one training seed it speaks of that trained student only. Bold: better by more than the interval, in a",
-        f"table of scores than every other learned method, where all have one. {EARLIER}: measured earlier, on {EARLIER_IMAGES:,} images and without",
+        "several; with one training seed it speaks of that trained solver only. Bold: better by more than the interval, in a",
+        "table of scores than every other learned method that has one, if no method without one has a better value.",
+        f"{EARLIER}: measured earlier, on {EARLIER_IMAGES:,} images and without",
         "groups of seeds: no interval. Fréchet distances of different numbers of images cannot be compared.",
     ]
 
@@ -446,7 +488,12 @@ def draw_tables(rows, dest, nfe):
 
 @click.command(cls=Command, help=__doc__.split("\n")[0])
 @click.option("--nfe", type=int, default=5, show_default=True, help="Of the picture of the tables")
-def main(nfe):
+@click.option("--moved_since", metavar="COMMIT", help="Print the rows that moved by more than their interval, no more")
+def main(nfe, moved_since):
+    if moved_since is not None:
+        for name in NETWORKS:
+            print("\n".join([f"{name}:", *moved(read_commit(name, moved_since), read(name)), ""]))
+        return
     networks = {name: rows for name in NETWORKS if (rows := read(name))}
     (ROOT / "benchmarks" / "learned_solvers.md").write_text(page(networks), encoding="utf-8")
     for document, parts in document_parts(networks).items():

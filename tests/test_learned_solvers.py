@@ -179,6 +179,21 @@ def test_the_target_compares_rows_of_as_many_images_as_the_teacher():
     assert [cell.strip() for cell in line.split("|")[3:-1]] == ["2.00", "1.00 (0.50)", "", "", "gs", "1.50"]
 
 
+def test_rows_that_moved_by_more_than_their_interval():
+    before = [row_of("full", value=2.0, groups=False), row_of("full", seed=1, value=9.0, groups=False)]
+    before += [row_of("gs", value=2.0, groups=False), row_of("epd", value=2.0, groups=False)]
+    now = [row_of("full", value=2.4), row_of("gs", value=2.001), row_of("epd", value=5.0, groups=False)]
+    lines = [line.split("|")[1:6] for line in report_learned_solvers.moved(before, now)[2:]]
+    assert [[cell.strip() for cell in line] for line in lines] == [
+        ["full", "3", title, *values]
+        for title, values in zip(
+            ("FID", "FID of the second classifier", "distance"),
+            (("2.00", "2.40"), ("2.00", "2.40"), ("2.0000", "2.4000")),
+            strict=True,
+        )
+    ]
+
+
 def test_budgets_are_means_over_training_seeds():
     budget = {"calls": 3, "parameters": 6, "pairs": 448}
     rows = [row_of("epd", seed=seed) | budget | {"training_seconds": 20.0 + 4 * seed} for seed in range(2)]
