@@ -200,7 +200,7 @@ def test_what_is_missing_is_named(conditional):
         return exact(x, torch.as_tensor(sigma).reshape(-1, 1, 1, 1))
 
     x = torch.randn(1, 1, 4, 4)
-    with pytest.raises(UserError, match="does not say its sigma_min: wrap it"):
+    with pytest.raises(UserError, match="the network has no sigma_min: wrap it"):
         sample(plain, x, solver="euler", num_steps=3)
     assert sample(plain, x, solver="euler", num_steps=3, sigma_min=0.01, sigma_max=10).shape == x.shape
     with pytest.raises(UserError, match="name a solver"):
