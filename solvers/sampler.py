@@ -165,7 +165,7 @@ class Sampler:
         """The direction d = (x - D) / sigma [B,C,H,W] at a point, or a list of them at several.
 
         A list costs one call of the network. The observer is called for points of the schedule.
-        ``divisor`` says which sigma it is.
+        sigma is that of ``divisor``.
         """
         points = request if isinstance(request, list) else [request]
         learned = any(v is not None and v.requires_grad for p in points for v in (p.x, p.sigma, p.sigma_cond, p.shift))
@@ -210,7 +210,7 @@ class Sampler:
 
         x: states [copies B,C,H,W].
         sigma: noise level to condition the network on, a scalar or [copies B,1,1,1].
-        copies: number of points of the batch that x holds, one after the other. Default 1.
+        copies: number of points in x, one batch after the other. Default 1.
         shift: [copies,E], added to the network's embedding of the noise level. Default None.
         """
         self.nfe += copies * member(self.net, "evals_per_call")

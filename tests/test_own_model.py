@@ -223,7 +223,7 @@ def test_what_is_missing_is_named(conditional):
         ({"prediction": "epsilo"}, "unknown prediction 'epsilo'; did you mean epsilon"),
         ({"prediction": "v"}, "needs noise="),
         ({"prediction": "flow", "noise": "ddpm"}, "leave noise out"),
-        ({"noise": "ddpm"}, "takes sigma itself"),
+        ({"noise": "ddpm"}, "needs no noise process"),
         ({"prediction": "eps", "noise": "ddmp"}, "unknown noise 'ddmp'; did you mean ddpm"),
         ({"prediction": "eps", "noise": object()}, "noise must be a table"),
         ({"prediction": "eps", "noise": (torch.exp, torch.log)}, "give sigma_min and sigma_max"),
