@@ -203,7 +203,7 @@ def test_what_is_missing_is_named(conditional):
     with pytest.raises(UserError, match="the network has no sigma_min: wrap it"):
         sample(plain, x, solver="euler", num_steps=3)
     assert sample(plain, x, solver="euler", num_steps=3, sigma_min=0.01, sigma_max=10).shape == x.shape
-    with pytest.raises(UserError, match="name a solver"):
+    with pytest.raises(UserError, match="give a solver"):
         sample(models.wrap(plain), x, num_steps=3)
     with pytest.raises(UserError, match=r"pass shape=\(3, 32\) to models.wrap"):
         distill(models.wrap(plain), sampler_stu="amed", batch=1)
