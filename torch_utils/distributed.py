@@ -107,10 +107,8 @@ class Peers:
 
     def _listen(self, other: int, link: socket.socket) -> None:
         """Thread: receives the messages of another process until it closes the connection."""
-        with (
-            suppress(OSError, ValueError),
-            link.makefile("rb") as lines,
-        ):  # ValueError: incomplete message of a dead process
+        # ValueError: an incomplete message of a dead process.
+        with suppress(OSError, ValueError), link.makefile("rb") as lines:
             for line in lines:
                 self._take(other, json.loads(line))
         if other not in self._gone and not self._closed:

@@ -361,9 +361,8 @@ class _Machine(pickle._Unpickler):
 
     def load_put(self):
         place = int(self.readline()[:-1])
-        _require(
-            0 <= place < 1 << 32, "it remembers values under numbers that no file needs"
-        )  # such numbers may collide
+        # Larger numbers may have colliding hashes.
+        _require(0 <= place < 1 << 32, "it remembers values under numbers that no file needs")
         self.memo[place] = self.stack[-1]
 
     # Containers

@@ -285,9 +285,7 @@ class Trainer(BaseTrainer):
             return_info=True,
             **problem.options,
         )
-        if (
-            samples.requires_grad and self.options.checkpointing
-        ):  # recomputed calls end early, so hooks do not count them
+        if samples.requires_grad and self.options.checkpointing:  # hooks do not count recomputed calls
             self.recomputed += info.nfe * len(x)
             problem.evaluations += info.nfe * len(x)
         return self.distance(samples, pairs.targets, pairs.cond)
