@@ -148,7 +148,7 @@ def _clip(text: str, model: str, net, device) -> ClipVerifier:
         raise UserError(str(error).replace(f"--model={model}", f"--verifier=clip:{model}")) from None
 
 
-def score_images(
+def judge(
     verifier: Verifier,
     images: torch.Tensor,
     seeds: Sequence[int],

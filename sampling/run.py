@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from evaluation.fid import StreamedFID
-from evaluation.verifiers import Verifier, load_verifier, score_images
+from evaluation.verifiers import Verifier, judge, load_verifier
 from sampling.folder import Folder, begin_folder, default_folder, format_seeds, write_grid
 from sampling.generate import Batch, generate_fitting, generate_images, prompts_of, until_stopped
 from sampling.options import SampleOptions
@@ -53,9 +53,7 @@ def search(
         seeds = [batch.seeds[row] for row in rows]
         pixels = torch.from_numpy(to_uint8(batch.images[rows])).permute(0, 3, 1, 2).contiguous()
         labels = batch.cond.get("class_labels")
-        return score_images(
-            verifier, pixels, seeds, None if labels is None else labels[rows], prompts_of(seeds, prompts)
-        )
+        return judge(verifier, pixels, seeds, None if labels is None else labels[rows], prompts_of(seeds, prompts))
 
     return keep_best(batches, candidates, score, scores.add)
 
