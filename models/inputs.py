@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from torch_utils.seeds import SeededGenerators
+from torch_utils.transfer import to_device
 
 
 def draw_noise(net, generators: SeededGenerators, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -45,5 +46,5 @@ def draw_inputs(
     dtype: in which the noise is drawn; float32 and float64 are different noise. Default: float32.
     """
     generators = SeededGenerators(seeds)
-    latents = draw_noise(net, generators, dtype).to(device)
+    latents = to_device(draw_noise(net, generators, dtype), device)
     return latents, draw_condition(net, generators, prompts, **condition)

@@ -13,6 +13,7 @@ from torch_utils.errors import UserError
 from torch_utils.memory import first_batch, is_out_of_memory, release_memory
 from torch_utils.seeds import SeededGenerators, candidate_seed
 from torch_utils.session import Interrupted
+from torch_utils.transfer import to_device
 
 
 @dataclass
@@ -59,7 +60,7 @@ def generate_images(
         part = rows[start : start + batch]
         chosen = [int(seeds[index]) for index, _ in part]
         noises = SeededGenerators([candidate_seed(seeds[index], number) for index, number in part])
-        latents = _to_device(draw_noise(net, noises), device)
+        latents = to_device(draw_noise(net, noises), device)
         generators = noises
         if candidates > 1:  # the class is drawn after the noise of the seed itself
             generators = SeededGenerators(chosen)
@@ -91,13 +92,6 @@ def generate_images(
         if start + batch < len(rows):  # while a GPU still works on the images above: nothing has waited for them yet
             drawn = draw(start + batch)
         yield Batch(chosen, images, torch.stack(denoised) if keep_intermediates else None, info, cond)
-
-
-def _to_device(noise: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Through pinned memory to a CUDA device, so that nothing waits for the copy."""
-    if torch.device(device).type == "cuda":
-        return noise.pin_memory().to(device, non_blocking=True)
-    return noise.to(device)
 
 
 def prompts_of(seeds: list[int], prompts: str | Mapping[int, str] | None) -> list[str] | None:

@@ -13,10 +13,11 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from models.denoiser import BOTTLENECK_SIZE, call_shifted, member, read_bottleneck
+from models.denoiser import BOTTLENECK_SIZE, beside, call_shifted, member, read_bottleneck
 from solvers.schedules import check_sigmas, get_schedule, levels_tensor
 from solvers.solver import Point, Solver, State, make_solver
 from torch_utils.errors import UserError
+from torch_utils.transfer import to_device
 
 RANGE_SLACK = 1e-3  # schedules in float32 and rounded ends of a range may exceed it by this share
 AFS_KINDS = (False, True, "data")
@@ -102,7 +103,8 @@ class Sampler:
         self.sigmas_net = None
         if sigmas_net is not None:
             self.sigmas_net = levels_tensor("sigmas_net", sigmas_net, sigmas.dtype).to(sigmas.device)
-            if self.sigmas_net.shape != sigmas.shape or not (self.sigmas_net > 0).all():
+            host = self.sigmas_net.device.type == "cpu"  # elsewhere they come from a span solver; do not wait for them
+            if self.sigmas_net.shape != sigmas.shape or (host and not (self.sigmas_net > 0).all()):
                 raise UserError(f"sigmas_net must be {len(sigmas)} positive numbers, one per noise level")
         self.afs, self.predictor, self.cond = afs, predictor, dict(cond or {})
         self.observer, self._noise, self.checkpointing = observer, noise, checkpointing
@@ -173,7 +175,7 @@ class Sampler:
         batch = len(x)
         if len(points) > 1:
             x = torch.cat([point.x for point in points])
-            sigma = torch.cat([point.sigma_cond.expand(batch, 1, 1, 1) for point in points])
+            sigma = torch.cat([beside(point.sigma_cond, x).expand(batch, 1, 1, 1) for point in points])
             shift = None if shift is None else torch.cat([point.shift for point in points])
         denoised = self.denoise(x, sigma, len(points), shift).split(batch)
         return [(point.x - d) / point.sigma for point, d in zip(points, denoised, strict=True)]
@@ -189,6 +191,8 @@ class Sampler:
         self.nfe += copies * getattr(self.net, "evals_per_call", 1)
         cond = self.cond if copies == 1 else {name: _repeat(v, copies, len(x)) for name, v in self.cond.items()}
         net = self.net
+        if sigma.ndim == 0 and not hasattr(net, "evals_per_call"):  # not a denoiser, but any function of the user's
+            sigma = beside(sigma, x)
         if shift is not None:
             rows = shift if copies == 1 else shift.repeat_interleave(len(x) // copies, 0)
             net = partial(call_shifted, net, rows)
@@ -241,7 +245,7 @@ class Sampler:
 
     def noise(self, x):
         """Standard normal noise like x."""
-        return torch.randn_like(x) if self._noise is None else self._noise().to(x)
+        return torch.randn_like(x) if self._noise is None else to_device(self._noise().to(x.dtype), x.device)
 
 
 def _repeat(value, copies, rows):
@@ -410,20 +414,25 @@ def integrate(
     if method.own_schedule:
         method.check_predictor(predictor)
         predictor.check_network(net)
-        own = predictor.brings(num_steps, sigmas, sigmas_net, afs)
+        plan = predictor.plan()
+        own = predictor.brings(num_steps, sigmas, sigmas_net, afs, plan)
         sigmas, sigmas_net, afs = own["sigmas"], own["sigmas_net"], own["afs"]
     if sigmas is None and num_steps is None:
         raise UserError("sample: give num_steps or an explicit list of sigmas")
     schedule = (num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas)
-    times = resolve_sigmas(net, *schedule, latents.device, original_code, latents.dtype)
-    if not method.own_schedule:
+    times = resolve_sigmas(net, *schedule, "cpu", original_code, latents.dtype)
+    levels = times
+    if method.own_schedule:
+        moves = plan.moves().beside(latents)
+        method, levels, sigmas_net = method.with_moves(predictor, moves), moves.sigmas, moves.sigmas_net
+    else:
         names = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_max", "sigmas")
         asked = dict(zip(names, schedule, strict=True)) | {"afs": afs, "original_code": original_code}
         check_predictor(predictor, net, method, times, asked)
     run = Sampler(
         net,
         method,
-        times,
+        levels,
         afs=afs,
         predictor=predictor,
         cond=cond,
@@ -433,7 +442,7 @@ def integrate(
         checkpointing=checkpointing,
     )
     info = SampleInfo(sigmas=times.detach())
-    state = State(latents * times[0].to(latents.dtype))
+    state = State(latents * run.sigma(0, latents))
     points = [state.x]
     with run.reading():
         i = 0

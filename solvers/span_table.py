@@ -47,6 +47,7 @@ from solvers.span_heads import HEADS, LIFTED, SampleHead, SpatialHead, TimeHead
 from torch_utils.errors import UserError
 from torch_utils.kinds import MOST_STEPS, check_kinds, check_steps, defaults_of, kinds_of
 from torch_utils.seeds import SeededGenerators
+from torch_utils.transfer import to_device
 
 GROUPS = ("labels", "inner", "time", "inner_time", "corrections", "scale", "contrast")
 
@@ -189,6 +190,47 @@ class Plan:
     steps: list = field(default_factory=list)
     inner: list = field(default_factory=list)
 
+    def moves(self) -> "Moves":
+        """What the steps multiply with."""
+        steps = [
+            (c, scale * (self.sigmas[i + 1] - self.sigmas[i]), 1 + contrast)
+            for i, (c, scale, contrast) in enumerate(self.steps)
+        ]
+        return Moves(self.sigmas, self.sigmas_net, steps, self.inner)
+
+
+@dataclass(frozen=True)
+class Moves:
+    """The factors of one trajectory, float64 on the CPU or in the dtype and on the device of its states.
+
+    sigmas, sigmas_net: see ``Plan``.
+    steps: per interval (coefficients, length of the step, gain of the state).
+    inner: per interval, one (noise level, sigma_cond, coefficients) per intermediate point.
+    """
+
+    sigmas: torch.Tensor
+    sigmas_net: torch.Tensor
+    steps: list
+    inner: list
+
+    def beside(self, x: torch.Tensor) -> "Moves":
+        """These factors for states like x.
+
+        Without gradients they stay on the CPU, where kernels take them as arguments. With gradients
+        one copy takes all of them to the device of x, and their gradients come back in one copy.
+        """
+        tensors = [self.sigmas, self.sigmas_net, *(value for step in self.steps for value in step)]
+        tensors += [value for points in self.inner for point in points for value in point]
+        if x.device.type == "cpu" or not any(value.requires_grad for value in tensors):
+            return self
+        flat = to_device(torch.cat([value.reshape(-1) for value in tensors]).to(x.dtype), x.device)
+        parts = flat.split([value.numel() for value in tensors])
+        moved = iter([part.view(value.shape) for part, value in zip(parts, tensors, strict=True)])
+        sigmas, sigmas_net = next(moved), next(moved)
+        steps = [tuple(next(moved) for _ in step) for step in self.steps]
+        inner = [[tuple(next(moved) for _ in point) for point in points] for points in self.inner]
+        return Moves(sigmas, sigmas_net, steps, inner)
+
 
 class SpanSolver(nn.Module):
     """The learned table (see the module).
@@ -243,6 +285,7 @@ class SpanSolver(nn.Module):
         self.heads = self._make_heads()
         self.register_buffer("mean", None)
         self.register_buffer("variance", None)
+        self._moved_mean: tuple = (None, 0, None)  # see ``_mean_beside``
         if self.config["image_shape"] is not None:
             self._set_gaussian(torch.zeros(self.config["image_shape"]), torch.zeros(()))
         self._theory = None if self.config["relative"] else [row.detach() for row in self._base(*self._labels())]
@@ -380,7 +423,7 @@ class SpanSolver(nn.Module):
     def sigmas(self) -> torch.Tensor:
         """The noise levels s_0 > ... > s_N, float64 [N + 1] on the CPU, with gradient; the ends are fixed."""
         high, low = float(self.config["sigma_max"]), float(self.config["sigma_min"])
-        shares = torch.softmax(self.labels.cpu(), 0) * (1 - self.intervals * LEAST_SHARE) + LEAST_SHARE
+        shares = torch.softmax(self.labels, 0) * (1 - self.intervals * LEAST_SHARE) + LEAST_SHARE
         inner = high * (-math.log(high / low) * shares.cumsum(0)[:-1]).exp()
         return torch.cat([inner.new_tensor([high]), inner, inner.new_tensor([low])])
 
@@ -394,11 +437,11 @@ class SpanSolver(nn.Module):
 
     def _time_scale(self, raw):
         bound = self.config["time_bound"]
-        return (raw.cpu() if bound is None else bound * torch.tanh(raw.cpu())).exp()
+        return (raw if bound is None else bound * torch.tanh(raw)).exp()
 
     def _labels(self):
         """(noise levels [N + 1], per interval those of its intermediate points)."""
-        sigmas, r = self.sigmas(), torch.sigmoid(self.inner.cpu())
+        sigmas, r = self.sigmas(), torch.sigmoid(self.inner)
         inner, used = [], 0
         for i in range(self.intervals):
             part = r[used : used + self.inner_points(i)]
@@ -449,7 +492,7 @@ class SpanSolver(nn.Module):
     def _coefficients(self, sigmas, inner) -> list[torch.Tensor]:
         """The coefficients c_theory + Delta of all rows."""
         theory = self._base(sigmas, inner) if self._theory is None else self._theory
-        result, used, corrections = [], 0, self.corrections.cpu()
+        result, used, corrections = [], 0, self.corrections
         for row, base in zip(self.rows, theory, strict=True):
             own = corrections[used : used + row.free]
             used += row.free
@@ -462,9 +505,9 @@ class SpanSolver(nn.Module):
         """All numbers of a trajectory, with gradient."""
         sigmas, inner = self._labels()
         plan = Plan(sigmas, self._sigmas_net(sigmas), inner=[[] for _ in range(self.intervals)])
-        scales = 1 + self.config["scale_bound"] * torch.tanh(self.scale.cpu())
+        scales = 1 + self.config["scale_bound"] * torch.tanh(self.scale)
         scales = torch.cat([scales.new_ones(self.intervals - len(scales)), scales])
-        bound, own = self.config["contrast_bound"], self.contrast.cpu()
+        bound, own = self.config["contrast_bound"], self.contrast
         contrasts = torch.cat([own.new_zeros(self.intervals - len(own)), bound * torch.tanh(own / bound)])
         times = self._time_scale(self.inner_time)
         for row, c in zip(self.rows, self._coefficients(sigmas, inner), strict=True):
@@ -522,8 +565,20 @@ class SpanSolver(nn.Module):
             raise UserError("first_step=gaussian: call measure_gaussian(net) of the student before it samples")
         if self.mean.shape != x.shape[1:]:
             raise UserError(f"the student is for images of shape {list(self.mean.shape)}, not {list(x.shape[1:])}")
-        mean, variance = (value.to(x.device, x.dtype) for value in (self.mean, self.variance))
-        return (x - mean) * (sigma / (variance + sigma**2))
+        return (x - self._mean_beside(x)) * (sigma / (self.variance.to(x.dtype) + sigma**2))
+
+    def _mean_beside(self, x) -> torch.Tensor:
+        """The mean image in the dtype and on the device of x; a copy on another device is kept."""
+        if x.device.type == "cpu":
+            return self.mean.to(x.dtype)
+        source, version, moved = self._moved_mean
+        if (source, version) != (id(self.mean), self.mean._version) or (moved.device, moved.dtype) != (
+            x.device,
+            x.dtype,
+        ):
+            moved = to_device(self.mean.to(x.dtype), x.device)
+            self._moved_mean = (id(self.mean), self.mean._version, moved)
+        return moved
 
     def _set_gaussian(self, mean, variance) -> None:
         self.mean, self.variance = mean.to(torch.float64), variance.to(torch.float64)
@@ -563,9 +618,13 @@ class SpanSolver(nn.Module):
 
     # Sampling
 
-    def brings(self, num_steps=None, sigmas=None, sigmas_net=None, afs=False) -> dict:
-        """The arguments sigmas, sigmas_net and afs of the sampler. Raises UserError if other values were given."""
-        own = {"sigmas": self.sigmas(), "sigmas_net": self.sigmas_net()}
+    def brings(self, num_steps=None, sigmas=None, sigmas_net=None, afs=False, plan: Plan | None = None) -> dict:
+        """The arguments sigmas, sigmas_net and afs of the sampler. Raises UserError if other values were given.
+
+        plan: that of the current parameters, if it is known. Default: None, it is computed.
+        """
+        plan = self.plan() if plan is None else plan
+        own = {"sigmas": plan.sigmas, "sigmas_net": plan.sigmas_net}
         for name, given in (("sigmas", sigmas), ("sigmas_net", sigmas_net)):
             if given is None:
                 continue
@@ -598,9 +657,7 @@ class SpanSolver(nn.Module):
         return integrate(net, latents, solver="span", predictor=self, cond=cond, **options)
 
     def _apply(self, fn, recurse=True):
-        """Moves the module but keeps float64. MPS has no float64, so the scalars stay on the CPU there."""
+        """Moves the heads only: the table stays on the CPU, in float64, whatever the device of the images."""
         for child in self.children():
             child._apply(fn)
-        device = fn(torch.empty(0)).device
-        device = torch.device("cpu") if device.type == "mps" else device
-        return super()._apply(lambda tensor: tensor.to(device), recurse=False)
+        return self
