@@ -89,14 +89,17 @@ BUDGET = {
 }
 # A quarter less for the preset that tries starts, as its three trials take a tenth of the run each: 0.72 * 1.3 = 0.94.
 TRIED = {"total_kimg": 0.72}
-_PLACES = {"amed-table": ("inner", "inner_time", "scale"), "epd": ("inner", "inner_time", "scale", "corrections")}
+_PLACES = {
+    "amed-table": ("substeps", "substep_sigma_scale", "step_gain"),
+    "epd": ("substeps", "substep_sigma_scale", "step_gain", "coef_offset"),
+}
 
 
 def _rates(groups, rate):
     return {"lrs": ",".join(f"{group}={rate}" for group in groups)}, {}
 
 
-PINNED = {"learn": ["labels", "time", "corrections"]}  # of dyweight: its last row sums to one, as all others
+PINNED = {"learn": ["knots", "sigma_scale", "coef_offset"]}  # of dyweight: its last row sums to one, as all others
 STUDENTS = {  # method -> preset, flags, changes of the student's configuration
     **{preset: (preset, {}, {}) for preset in ("ld3", "s4s", "dyweight", "gs", "amed-table", "epd", "full")},
     **{f"full + {heads}": ("full", {"heads": heads}, {}) for heads in ("spatial,time", "spatial")},
@@ -117,7 +120,7 @@ SCHEDULES = {
         **{"solver_tea": "ipndm", "num_steps_tea": 31},
     },
 }
-STEPS = {  # time stamps of a preset that spend nfe evaluations; None: impossible
+STEPS = {  # time steps of a preset that spend nfe evaluations; None: impossible
     "ld3": lambda nfe: {"num_steps": nfe + 1},
     "s4s": lambda nfe: {"num_steps": nfe + 1},
     "gs": lambda nfe: {"num_steps": nfe + 1},
@@ -139,8 +142,8 @@ ABLATIONS = {
     "anchor to the teacher's states": {"w_anchor": 0.1},
     "sample head": {"heads": "sample"},
     "time head": {"heads": "time"},
-    "time scale within 5 %": {"time_bound": 0.05},
-    "time scale within 30 %": {"time_bound": 0.3},
+    "time scale within 5 %": {"sigma_scale_bound": 0.05},
+    "time scale within 30 %": {"sigma_scale_bound": 0.3},
     "two calls in one batch": {"parallel": 2},  # even numbers of evaluations
     "two calls in one batch, no first step": {"parallel": 2, "afs": False},  # odd ones
     "twice the training": {"total_kimg": 1.44},
@@ -148,11 +151,11 @@ ABLATIONS = {
     "both heads, four times the training": {"heads": "spatial,time", "total_kimg": 2.88},
 }
 STRUCTURE = {  # ablations of the student's structure, which the command line does not offer
-    "time scale fixed": {"learn": ["labels", "inner", "corrections", "contrast"]},
+    "time scale fixed": {"learn": ["knots", "substeps", "coef_offset", "state_gain"]},
     "coefficients free, not relative": {"relative": False},
-    "coefficients of the theory": {"learn": ["labels", "inner", "time", "inner_time", "contrast"]},
-    "labels fixed": {"learn": ["time", "inner_time", "corrections", "contrast"]},
-    "no contrast": {"learn": ["labels", "inner", "time", "inner_time", "corrections"]},
+    "coefficients of the theory": {"learn": ["knots", "substeps", "sigma_scale", "substep_sigma_scale", "state_gain"]},
+    "labels fixed": {"learn": ["sigma_scale", "substep_sigma_scale", "coef_offset", "state_gain"]},
+    "no contrast": {"learn": ["knots", "substeps", "sigma_scale", "substep_sigma_scale", "coef_offset"]},
 }
 # Variants of each preset that are compared on validation: (flags, changes of the configuration).
 # A variant without changes is the preset itself.
@@ -247,8 +250,8 @@ class TableStudent(SpanSolver):
     """A student without heads that follows the table of an earlier row instead of parameters."""
 
     def __init__(self, table, net):
-        points = max(map(len, table["inner"]))
-        nested = {"base": "midpoint", "parallel": points} if table["inner"][0] else {"parallel": points + 1}
+        points = max(map(len, table["substeps"]))
+        nested = {"base": "midpoint", "parallel": points} if table["substeps"][0] else {"parallel": points + 1}
         ends = {"sigma_max": table["sigmas"][0], "sigma_min": table["sigmas"][-1]}
         super().__init__(num_steps=len(table["sigmas"]), first_step=table["first_step"], **ends, **nested)
         if table["first_step"] == "gaussian":
@@ -257,8 +260,8 @@ class TableStudent(SpanSolver):
         def tensors(parts):
             return [torch.tensor(part, dtype=torch.float64) for part in parts]
 
-        steps, inner = map(tensors, table["steps"]), [list(map(tensors, points)) for points in table["inner"]]
-        self.numbers = Plan(*tensors([table["sigmas"], table["sigmas_net"]]), list(steps), inner)
+        steps, substeps = map(tensors, table["steps"]), [list(map(tensors, points)) for points in table["substeps"]]
+        self.numbers = Plan(*tensors([table["sigmas"], table["sigmas_cond"]]), list(steps), substeps)
 
     def plan(self):
         return self.numbers
@@ -266,8 +269,8 @@ class TableStudent(SpanSolver):
     def sigmas(self):
         return self.numbers.sigmas
 
-    def sigmas_net(self):
-        return self.numbers.sigmas_net
+    def sigmas_cond(self):
+        return self.numbers.sigmas_cond
 
 
 def table_of(student):
@@ -275,9 +278,9 @@ def table_of(student):
     plan = student.plan()
     table = {
         "sigmas": plan.sigmas.tolist(),
-        "sigmas_net": plan.sigmas_net.tolist(),
+        "sigmas_cond": plan.sigmas_cond.tolist(),
         "steps": [[part.tolist() for part in step] for step in plan.steps],
-        "inner": [[[part.tolist() for part in point] for point in points] for points in plan.inner],
+        "substeps": [[[part.tolist() for part in point] for point in points] for points in plan.substeps],
         "first_step": student.config["first_step"],
     }
     return json.loads(json.dumps(table), parse_float=lambda text: round(float(text), 6))
@@ -297,7 +300,7 @@ def budget(settings, predictor):
 def schedule_budget(settings, name):
     """The same of an optimised schedule: the ends are fixed, and with a first step the network is not asked at the first."""
     learned = len(settings["sigmas"]) - 2
-    learned += learned if settings.get("sigmas_net") else 0
+    learned += learned if settings.get("sigmas_cond") else 0
     used = ("num_warmup", "num_train", "num_valid")
     pairs = sum(SCHEDULES[name].get(option, 0) for option in used)
     return {"parameters": learned, "calls": len(settings["sigmas"]) - 2, "pairs": pairs}
@@ -455,7 +458,7 @@ class Students:
         seconds = time.process_time() - started
         schedule = load_schedule(destination)
         command = "python optimize_schedule.py " + " ".join(flags(settings))
-        sigma_cond = {} if schedule.sigmas_net is None else {"sigmas_net": list(schedule.sigmas_net)}
+        sigma_cond = {} if schedule.sigmas_cond is None else {"sigmas_cond": list(schedule.sigmas_cond)}
         found = self.solved(**PLAIN["ipndm"], sigmas=list(schedule.sigmas), **sigma_cond, afs="data")
         found |= schedule_budget(found["settings"], name)
         return {"command": command, "training_seconds": round(seconds, 1), **found}

@@ -1,8 +1,9 @@
 """AMEDScheduler: a trained predictor inside a pipeline of the diffusers library.
 
     from sampling.diffusers_scheduler import AMEDScheduler
-    pipe.scheduler = AMEDScheduler.from_predictor("exps/00007-...", pipe.scheduler.config, pipe.unet)
-    image = pipe(prompt, num_inference_steps=len(pipe.scheduler), guidance_scale=7.5).images[0]
+    scheduler = AMEDScheduler.from_predictor("exps/00007-...", pipe.scheduler.config, pipe.unet)
+    pipe.scheduler = scheduler
+    image = pipe(prompt, num_inference_steps=len(scheduler), guidance_scale=7.5).images[0]
 
 The solver is the one that ``sample`` runs. Its step yields the points where it needs the network;
 here the pipeline calls the network there, and the step receives the answer. Any solver that can
@@ -37,8 +38,8 @@ class _Walk:
     run: the ``Sampler``.
     x: noise [B,...] at its first noise level.
 
-    ``point`` is the ``Point`` where the network is needed next. It is None at the end of the
-    schedule, where ``state`` is the result.
+    ``point`` is the ``Point`` where the network is needed next. At the end of the schedule it is
+    None, and ``state`` is the result.
     """
 
     def __init__(self, run: Sampler, x):
@@ -47,12 +48,12 @@ class _Walk:
         self._proceed()
 
     def _begin(self, state: State, i: int) -> None:
-        """To the step from schedule point i."""
+        """Starts the step from schedule point i."""
         self.state, self.interval = state, i
         self._step = self.run.solver.step(self.run, state, i)
 
     def _proceed(self, d=None) -> None:
-        """To the next point, with the direction d at the current one."""
+        """Goes to the next point. d: direction [B,...] at the current one."""
         self.point = None
         while self.interval < self.run.intervals:
             try:
@@ -74,7 +75,7 @@ class _Walk:
         return self.point.index is None
 
     def answer(self, denoised: torch.Tensor) -> None:
-        """To the next point, with the denoised image [B,...] at the current one."""
+        """Goes to the next point. denoised: the denoised image [B,...] at the current one."""
         d = (self.point.x - denoised) / self.point.sigma
         self._proceed([d] if self._listed else d)
 
@@ -85,7 +86,7 @@ class _Walk:
 
 
 class _Network(SimpleNamespace):
-    """What a ``Sampler`` needs of a network: its range of noise levels, and those of its time steps."""
+    """What a ``Sampler`` needs from a network: noise range, map from time to noise level."""
 
     def __init__(self, process):
         super().__init__(
@@ -101,7 +102,7 @@ def _solver_of(predictor):
     settings, solver = predictor.config, getattr(predictor, "solver", None)
     if solver is not None:  # a SpanSolver
         if settings["parallel"] > 1:
-            raise UserError("a pipeline asks the network for one point at a time: students with parallel=1 only")
+            raise UserError("a pipeline evaluates one point at a time: only span solvers with parallel=1 can be used")
         return make_solver(solver)
     if settings["sampler_stu"] not in SOLVERS:
         raise UserError(f"the predictor was trained for an unknown solver '{settings['sampler_stu']}'")
@@ -112,7 +113,7 @@ def _solver_of(predictor):
 
 
 class _AMEDScheduler:
-    """Drop-in scheduler for diffusers pipelines that samples with a trained AMED predictor or span solver.
+    """Scheduler for diffusers pipelines that samples with a trained AMED predictor or span solver.
 
     predictor: an AMEDPredictor, whose configuration gives the solver (AMED-Plugin on dpmpp, euler
         or ipndm, or amed), the noise levels and AFS; or a SpanSolver with parallel=1.
@@ -132,7 +133,7 @@ class _AMEDScheduler:
         super().__init__()
         self.solver = _solver_of(predictor)
         self.predictor = predictor
-        # Some pipelines look for their scheduler's settings; with use_flow_sigmas they leave the noise levels to it.
+        # With use_flow_sigmas, a pipeline leaves the noise levels to its scheduler.
         flow = "base_image_seq_len" in config or bool(config.get("use_flow_sigmas"))
         self.register_to_config(**{**config, "use_flow_sigmas": flow})
         self._hooks: ExitStack | None = None
@@ -143,7 +144,7 @@ class _AMEDScheduler:
         self._walk: _Walk | None = None
         self.timesteps = None
         self.num_inference_steps = None
-        if not config.get("use_dynamic_shifting"):  # else the noise levels depend on the size of the image
+        if not config.get("use_dynamic_shifting"):  # otherwise the noise levels depend on the image size
             self._plan(None, "cpu")
         if network is not None:
             self.attach(network)
@@ -162,13 +163,13 @@ class _AMEDScheduler:
     # Hooks on the network
 
     def attach(self, network) -> None:
-        """Per-sample mode: the predictor reads the U-Net's bottleneck, and every sample gets its own times.
+        """Per-sample mode: the predictor reads the bottleneck, and every sample gets its own times.
 
         A pipeline passes one time for the whole batch. A hook on the network replaces it by the
         times of the samples; ``timesteps`` then shows their mean. The hook also makes AFS possible
-        in pipelines that do not call scale_model_input. This is its only effect on networks without
-        bottleneck (transformers), which stay in the time-only mode. The head "time" of a span
-        solver adds to the embedding of the noise level. ``detach`` removes the hooks.
+        in pipelines that do not call scale_model_input. On networks without bottleneck
+        (transformers) this is its only effect, and the mode stays time-only. The head "time" of a
+        span solver adds to the embedding of the noise level. ``detach`` removes the hooks.
 
         network: the pipeline's U-Net or transformer.
         """
@@ -187,7 +188,7 @@ class _AMEDScheduler:
             self._hooks.callback(handle.remove)
 
     def detach(self) -> None:
-        """Back to the time-only mode, from the next set_timesteps on."""
+        """Returns to the time-only mode, from the next set_timesteps on."""
         if self._hooks is not None:
             self._hooks.close()
         self._hooks = self._reader = self._run = None
@@ -200,7 +201,7 @@ class _AMEDScheduler:
             return None
         place = "timestep" if "timestep" in named else 1
         given = float(torch.as_tensor(named[place] if place in named else arguments[1]).flatten()[0])
-        # The planned time is what a pipeline passes that has copied ``timesteps``.
+        # A pipeline that copied ``timesteps`` passes the planned time.
         self._own_call = given in (float(self.timesteps[self._index]), self._planned[self._index])
         if self._index == 0:
             if not self._run.afs or self._prepared == "by the pipeline":
@@ -255,7 +256,10 @@ class _AMEDScheduler:
 
     @torch.no_grad()
     def _plan(self, mu, device) -> None:
-        """The times of the network's calls, with zeros for the bottleneck; exact in the time-only mode."""
+        """Plans the times of the network's calls, with zeros for the bottleneck.
+
+        They are exact in the time-only mode.
+        """
         from models.diffusers import noise_process
 
         self.process = noise_process(self.config, mu=mu)
@@ -295,9 +299,9 @@ class _AMEDScheduler:
             raise UserError("AMEDScheduler runs its whole schedule: pipelines that start inside it cannot use it")
 
     def _begin(self, sample: torch.Tensor) -> None:
-        """To the first point for these latents; again if a pipeline prepares its first input twice."""
+        """Goes to the first point for these latents."""
         dtype = torch.float32 if sample.device.type == "mps" else torch.float64  # MPS has no float64
-        # Some pipelines do not say their device in set_timesteps.
+        # Some pipelines do not pass their device to set_timesteps.
         self._run.sigmas = self._run.sigmas.to(sample.device, dtype)
         self.predictor.to(sample.device)
         self._walk = _Walk(self._run, sample.to(dtype) / self.process.scale(self._run.sigmas[0]))
@@ -315,8 +319,7 @@ class _AMEDScheduler:
     def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
         """The network's input [B,...] for the current latents.
 
-        It equals the latents, except in the first call with AFS, which comes after the analytical
-        step.
+        It equals the latents, except in the first call with AFS, which follows the analytical step.
         """
         self._require_run()
         if self._index > 0:
@@ -332,8 +335,7 @@ class _AMEDScheduler:
         timestep: not used.
         sample: the current latents [B,...].
         generator: not used, because nothing is random.
-        return_dict: whether to return a SchedulerOutput; else the tuple (prev_sample,). Default
-            True.
+        return_dict: return a SchedulerOutput (default: True), else the tuple (prev_sample,).
 
         Raises UserError if the latents were changed from outside in the middle of an interval.
         """
@@ -341,12 +343,12 @@ class _AMEDScheduler:
         if self._index == 0:
             if self._shifts and self._hooks is None:
                 raise UserError(
-                    "the student's head 'time' acts inside the network: give it to the scheduler as well (network=pipe.unet)"
+                    "the span solver's head 'time' acts inside the network: pass it to the scheduler (network=pipe.unet)"
                 )
             if self._run.afs and self._prepared is None:
                 raise UserError(
-                    "the predictor was trained with AFS, and this pipeline does not call scale_model_input: give the "
-                    "scheduler the pipeline's network as well (network=pipe.unet or pipe.transformer)"
+                    "the predictor was trained with AFS, and this pipeline does not call scale_model_input: pass the "
+                    "pipeline's network to the scheduler (network=pipe.unet or pipe.transformer)"
                 )
             self._begin(sample)
         elif sample is not self._returned and not torch.equal(sample, self._returned):
@@ -386,7 +388,7 @@ class _AMEDScheduler:
 
 
 def _replaced(arguments: tuple, named: dict, place, change) -> tuple[tuple, dict]:
-    """The arguments of a call, with ``change`` applied to the one at ``place``, a number or a name."""
+    """The arguments of a call, with ``change`` applied to the one at ``place`` (number or name)."""
     if isinstance(place, int):
         return (*arguments[:place], change(arguments[place]), *arguments[place + 1 :]), named
     return arguments, {**named, place: change(named[place])}

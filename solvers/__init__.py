@@ -6,6 +6,7 @@ import solvers.edm
 import solvers.evodiff
 import solvers.ipndm_v
 import solvers.pfdiff
+import solvers.sde
 import solvers.span
 import solvers.unipc
 from solvers.sampler import SampleInfo, Sampler, State, integrate, resolve_sigmas, sample

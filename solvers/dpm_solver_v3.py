@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from models.denoiser import member
 from solvers.solver import Option, Solver, State, order_option, register
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
@@ -58,7 +59,7 @@ class Statistics:
 
 def statistics_path(net) -> Path:
     """The default file of a network's statistics. Raises UserError for a network without a name."""
-    name, digest = getattr(net, "dataset_name", None), getattr(net, "weights_hash", None)
+    name, digest = member(net, "dataset_name"), member(net, "weights_hash")
     if not name or not digest:
         raise UserError("dpm_v3: this network has no name to find its statistics by; give statistics=FILE")
     rate = guidance_rate(net)
@@ -68,14 +69,14 @@ def statistics_path(net) -> Path:
 
 def guidance_rate(net) -> float | None:
     """The guidance rate of the denoiser. None without guidance."""
-    rate = getattr(net, "guidance_rate", None)
-    without = rate is None or (rate in (0, 1) and not getattr(net, "guided", False))
+    rate = member(net, "guidance_rate")
+    without = rate is None or (rate in (0, 1) and not member(net, "guided"))
     return None if without else float(rate)
 
 
 def published_variant(net, intervals: int) -> tuple[str, bool]:
     """(corrector, pseudo) that the authors use for this kind of network and number of intervals."""
-    if getattr(net, "latent", False) or getattr(net, "guided", False):
+    if member(net, "latent") or member(net, "guided"):
         return "pseudo", False
     return "same" if intervals <= CORRECTED_INTERVALS else "off", intervals <= PSEUDO_INTERVALS
 
@@ -297,7 +298,7 @@ def _constants(statistics: Statistics, sigmas: tuple[float, ...]) -> Constants:
 def _check(statistics: Statistics, net, sigmas: tuple[float, ...], path: str) -> None:
     """Raises UserError unless the statistics are those of the network and cover the schedule."""
     made = statistics.metadata
-    known, own = made.get("network_hash"), getattr(net, "weights_hash", None)
+    known, own = made.get("network_hash"), member(net, "weights_hash")
     if known and own and known != own:
         raise UserError(
             f"{path} has the statistics of another network ({known[:12]}, not {own[:12]}): make them with"
@@ -317,7 +318,7 @@ def _check(statistics: Statistics, net, sigmas: tuple[float, ...], path: str) ->
 
 
 def _command(net, path=None) -> str:
-    name = getattr(net, "dataset_name", None) or "NAME"
+    name = member(net, "dataset_name") or "NAME"
     return f"python -m tools.model_statistics --dataset_name={name}" + (f" --dest={path}" if path else "")
 
 

@@ -39,6 +39,11 @@ class EDM(Heun):
         if not self.S_max >= self.S_min:
             raise UserError(f"S_max={self.S_max} must be a number >= S_min={self.S_min}")
 
+    def setup(self, net, sigmas, predictor=None):
+        if self.S_churn > 0:
+            self.check_noise(net)
+        return super().setup(net, sigmas, predictor)
+
     def gamma(self, sigma: float, levels: int) -> float:
         """The relative increase of the noise level sigma in a schedule of ``levels`` noise levels."""
         if not self.S_min <= sigma <= self.S_max:
@@ -52,7 +57,8 @@ class EDM(Heun):
         cur, nxt = run.sigma(i, state.x), run.sigma(i + 1, state.x)
         hat = (1 + gamma) * cur
         x = state.x + self.S_noise * (hat**2 - cur**2).sqrt() * run.noise(state.x)
-        d = afs_direction(run.net, x, hat, run.afs) if i == 0 and run.afs else (yield Point(x, hat))
+        free = i == 0 and run.afs
+        d = afs_direction(run.net, x, hat, run.afs, run.cond) if free else (yield Point(x, hat))
         if run.observer is not None:
             run.observer(i, cur, state.x, x - hat * d)
         d_next = yield Point(x + (nxt - hat) * d, nxt, run.sigma_cond(i + 1))

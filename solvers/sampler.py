@@ -14,6 +14,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from models.denoiser import BOTTLENECK_SIZE, beside, call_shifted, member, read_bottleneck
+from models.inputs import initial_state
 from solvers.schedules import check_sigmas, get_schedule, levels_tensor
 from solvers.solver import Point, Solver, State, make_solver
 from torch_utils.errors import UserError
@@ -39,26 +40,38 @@ class SampleInfo:
     scale_time: list = field(default_factory=list)
 
 
-def afs_direction(net, x: torch.Tensor, sigma, kind) -> torch.Tensor:
+def afs_direction(net, x: torch.Tensor, sigma, kind, cond: Mapping | None = None) -> torch.Tensor:
     """The analytical first step: the direction [B,C,H,W] at the highest noise, without the network.
 
-    net: the denoiser; only "data" reads it.
+    net: the denoiser.
     x: state [B,C,H,W] at the highest noise.
     sigma: noise level of x.
     kind: True: x / sqrt(1 + sigma^2), the published form for data centred at zero (Dockhorn et al.
         2022, Appendix B). "data": exact for a Gaussian with the mean image and variance of the
         training data, ``net.data_mean`` and ``net.data_std``; it matters if the mean is far from
         zero, as for white strokes on black. A function: called with (x, sigma).
+    cond: keyword arguments of net; restoration networks centre the data at the degraded image, in
+        both kinds. Default: none.
+
+    Under PFGM++ "data" replaces the noise variance sigma^2 by that of the kernel at x,
+    (D sigma^2 + |x - mean|^2) / (D + N) for N pixels, so it is exact to first order there too.
     """
     if callable(kind):
         return kind(x, sigma)
+    prior = member(net, "prior_mean")(**(cond or {}))
+    if torch.is_tensor(prior):
+        x = x - prior.to(x)
     if kind is True:
         return x / (1 + sigma**2).sqrt()
     mean, std = member(net, "data_mean"), member(net, "data_std")
     if mean is None or std is None:
         raise UserError("afs='data' needs a network that knows the mean and spread of its data; use afs=True")
-    mean = mean.to(x.device, x.dtype)
-    return (x - mean) * (sigma / (sigma**2 + float(std) ** 2))
+    x = x - mean.to(x.device, x.dtype)
+    extra, variance = member(net, "D"), float(std) ** 2
+    if extra is None:
+        return x * (sigma / (sigma**2 + variance))
+    noise = (extra * sigma**2 + x.square().sum((1, 2, 3), keepdim=True)) / (extra + x[0].numel())
+    return x * (noise / ((noise + variance) * sigma))
 
 
 class Sampler:
@@ -72,7 +85,7 @@ class Sampler:
     cond: keyword arguments of net, for example class labels [B,L]. Default: none.
     observer: called with (i, sigma, x, denoised) after the evaluation at schedule point i.
     noise: returns standard normal noise like x, for stochastic solvers. Default: torch's generator.
-    sigmas_net: noise levels [N] to condition the network on at the points of the schedule (the
+    sigmas_cond: noise levels [N] to condition the network on at the points of the schedule (the
         decoupled times of LD3); the arithmetic uses sigmas. Default: sigmas.
     checkpointing: recompute the network's activations in the backward pass, so that memory does not
         grow with the number of evaluations. Default False.
@@ -93,19 +106,19 @@ class Sampler:
         cond=None,
         observer=None,
         noise=None,
-        sigmas_net=None,
+        sigmas_cond=None,
         checkpointing=False,
         cached_evals=None,
     ):
         if not (isinstance(afs, bool) or afs == "data" or callable(afs)):
             raise UserError(f"afs={afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
         self.net, self.solver, self.sigmas = net, solver.setup(net, sigmas, predictor), sigmas
-        self.sigmas_net = None
-        if sigmas_net is not None:
-            self.sigmas_net = levels_tensor("sigmas_net", sigmas_net, sigmas.dtype).to(sigmas.device)
-            host = self.sigmas_net.device.type == "cpu"  # elsewhere they come from a span solver; do not wait for them
-            if self.sigmas_net.shape != sigmas.shape or (host and not (self.sigmas_net > 0).all()):
-                raise UserError(f"sigmas_net must be {len(sigmas)} positive numbers, one per noise level")
+        self.sigmas_cond = None
+        if sigmas_cond is not None:
+            self.sigmas_cond = levels_tensor("sigmas_cond", sigmas_cond, sigmas.dtype).to(sigmas.device)
+            host = self.sigmas_cond.device.type == "cpu"  # elsewhere they come from a span solver: do not wait for them
+            if self.sigmas_cond.shape != sigmas.shape or (host and not (self.sigmas_cond > 0).all()):
+                raise UserError(f"sigmas_cond must be {len(sigmas)} positive numbers, one per noise level")
         self.afs, self.predictor, self.cond = afs, predictor, dict(cond or {})
         self.observer, self._noise, self.checkpointing = observer, noise, checkpointing
         self.cached_evals = dict(cached_evals or {})
@@ -166,7 +179,7 @@ class Sampler:
         if point.index in self.cached_evals:
             return self.cached_evals[point.index][0]
         if point.index == 0 and self.afs:
-            return afs_direction(self.net, point.x, point.sigma, self.afs)
+            return afs_direction(self.net, point.x, point.sigma, self.afs, self.cond)
         return None
 
     def _call_network(self, points: list[Point]) -> list:
@@ -188,7 +201,7 @@ class Sampler:
         copies: number of points of the batch that x holds, one after the other. Default 1.
         shift: [copies,E], added to the network's embedding of the noise level. Default None.
         """
-        self.nfe += copies * getattr(self.net, "evals_per_call", 1)
+        self.nfe += copies * member(self.net, "evals_per_call")
         cond = self.cond if copies == 1 else {name: _repeat(v, copies, len(x)) for name, v in self.cond.items()}
         net = self.net
         if sigma.ndim == 0 and not hasattr(net, "evals_per_call"):  # not a denoiser, but any function of the user's
@@ -225,7 +238,7 @@ class Sampler:
 
         r: for the intermediate point sigma_{i+1}^r sigma_i^(1-r), if given.
         """
-        levels = self.sigmas_net
+        levels = self.sigmas_cond
         if levels is None:
             return None
         return levels[i] if r is None else levels[i + 1] ** r * levels[i] ** (1 - r)
@@ -351,7 +364,7 @@ def integrate(
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     sigmas=None,
-    sigmas_net=None,
+    sigmas_cond=None,
     max_order: int | None = None,
     predict_x0: bool | None = None,
     lower_order_final: bool | None = None,
@@ -379,7 +392,7 @@ def integrate(
     cond: keyword arguments of net. Default: none.
     sigma_min, sigma_max: range of the schedule. Default: that of the network.
     sigmas: explicit noise levels [N], decreasing, which replace the schedule. Default None.
-    sigmas_net: noise levels [N] to condition the network on. Default: the noise levels of the
+    sigmas_cond: noise levels [N] to condition the network on. Default: the noise levels of the
         states.
     max_order, predict_x0, lower_order_final: options that several solvers have. Default: those of
         the predictor's training, or of the solver.
@@ -395,7 +408,7 @@ def integrate(
     solver_options: other options of the solver. Default: those of the predictor's training, or of
         the solver.
 
-    Gradients flow to latents, sigmas, sigmas_net and the parameters of a predictor, if they require
+    Gradients flow to latents, sigmas, sigmas_cond and the parameters of a predictor, if they require
     gradients. ``sample`` is the same without gradients.
 
     Returns x [B,C,H,W]; with return_trajectory the states at all sigmas that the solver visits
@@ -405,6 +418,7 @@ def integrate(
     if not torch.is_tensor(latents) or not latents.is_floating_point():
         found = f"{latents.dtype}" if torch.is_tensor(latents) else type(latents).__name__
         raise UserError(f"sample: latents must be a floating-point tensor [B,C,H,W], got {found}")
+    sigmas_cond = solver_options.pop("sigmas_net", sigmas_cond)  # the former name
     trained = getattr(predictor, "config", {})
     original_code = bool(original_code or trained.get("original_code"))
     common = {"max_order": max_order, "predict_x0": predict_x0, "lower_order_final": lower_order_final}
@@ -415,8 +429,8 @@ def integrate(
         method.check_predictor(predictor)
         predictor.check_network(net)
         plan = predictor.plan()
-        own = predictor.brings(num_steps, sigmas, sigmas_net, afs, plan)
-        sigmas, sigmas_net, afs = own["sigmas"], own["sigmas_net"], own["afs"]
+        own = predictor.brings(num_steps, sigmas, sigmas_cond, afs, plan)
+        sigmas, sigmas_cond, afs = own["sigmas"], own["sigmas_cond"], own["afs"]
     if sigmas is None and num_steps is None:
         raise UserError("sample: give num_steps or an explicit list of sigmas")
     schedule = (num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas)
@@ -424,7 +438,7 @@ def integrate(
     levels = times
     if method.own_schedule:
         moves = plan.moves().beside(latents)
-        method, levels, sigmas_net = method.with_moves(predictor, moves), moves.sigmas, moves.sigmas_net
+        method, levels, sigmas_cond = method.with_moves(predictor, moves), moves.sigmas, moves.sigmas_cond
     else:
         names = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_max", "sigmas")
         asked = dict(zip(names, schedule, strict=True)) | {"afs": afs, "original_code": original_code}
@@ -438,11 +452,11 @@ def integrate(
         cond=cond,
         observer=callback,
         noise=noise,
-        sigmas_net=sigmas_net,
+        sigmas_cond=sigmas_cond,
         checkpointing=checkpointing,
     )
     info = SampleInfo(sigmas=times.detach())
-    state = State(latents * run.sigma(0, latents))
+    state = State(initial_state(net, latents, run.sigma(0, latents), cond))
     points = [state.x]
     with run.reading():
         i = 0

@@ -4,7 +4,7 @@ A JSON object with these fields, all required:
 
     format          "amed-schedule-1"
     sigmas          noise levels, decreasing and positive, from sigma_max to sigma_min of the samples
-    sigmas_net      noise levels to condition the network on at these points; null: sigmas
+    sigmas_cond     noise levels to condition the network on at these points; null: sigmas
     solver          name of the solver
     solver_options  its options that were set
     afs             false, true or "data": kind of the analytical first step
@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from models.denoiser import member
+from solvers.former_names import with_current_names
 from solvers.sampler import AFS_KINDS, RANGE_SLACK
 from solvers.schedules import check_sigmas
 from torch_utils.errors import UserError
@@ -46,7 +47,7 @@ class Schedule:
     method: str
     sigma_min: float
     sigma_max: float
-    sigmas_net: list[float] | None = None
+    sigmas_cond: list[float] | None = None
     solver_options: dict = field(default_factory=dict)
     afs: bool | str = False
     settings: dict = field(default_factory=dict)
@@ -60,12 +61,12 @@ class Schedule:
         if isinstance(self.sigmas, list) and len(self.sigmas) > MOST_LEVELS:
             raise UserError(f"sigmas has {len(self.sigmas)} noise levels; at most {MOST_LEVELS} are possible")
         self.sigmas = check_sigmas(_numbers("sigmas", self.sigmas)).tolist()
-        if self.sigmas_net is not None:
-            self.sigmas_net = _numbers("sigmas_net", self.sigmas_net)
-            if len(self.sigmas_net) != len(self.sigmas):
-                raise UserError(f"sigmas_net has {len(self.sigmas_net)} entries, but sigmas has {len(self.sigmas)}")
-            if min(self.sigmas_net) <= 0:
-                raise UserError(f"sigmas_net must be positive, got {min(self.sigmas_net)}")
+        if self.sigmas_cond is not None:
+            self.sigmas_cond = _numbers("sigmas_cond", self.sigmas_cond)
+            if len(self.sigmas_cond) != len(self.sigmas):
+                raise UserError(f"sigmas_cond has {len(self.sigmas_cond)} entries, but sigmas has {len(self.sigmas)}")
+            if min(self.sigmas_cond) <= 0:
+                raise UserError(f"sigmas_cond must be positive, got {min(self.sigmas_cond)}")
         for name in ("solver", "method"):
             if not isinstance(getattr(self, name), str):
                 raise UserError(f"{name} must be a text")
@@ -135,7 +136,7 @@ def load_schedule(path: str | Path) -> Schedule:
         raise UserError(f"{path} is not a schedule file: not valid JSON ({reason})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f'{path} is not a schedule file of this version: it needs "format": "{FORMAT}"')
-    names = [f.name for f in fields(Schedule)]
+    content, names = with_current_names(content), [f.name for f in fields(Schedule)]
     for problem, wrong in (
         ("lacks the field", [name for name in names if name not in content]),
         ("has the unknown field", sorted(content.keys() - {*names, "format"})),

@@ -76,10 +76,10 @@ def get_schedule(
         raise UserError(f"unknown schedule_type '{schedule_type}'; choose from {', '.join(SCHEDULES)}")
     if isinstance(num_steps, bool) or not 2 <= _number("num_steps", num_steps) <= MOST_STEPS:
         raise UserError(
-            f"num_steps={num_steps}: a schedule needs at least 2 time stamps (a whole number, at most {MOST_STEPS})"
+            f"num_steps={num_steps}: a schedule needs at least 2 time steps (a whole number, at most {MOST_STEPS})"
         )
     if int(num_steps) != num_steps:
-        raise UserError(f"num_steps={num_steps}: a schedule needs at least 2 time stamps (a whole number)")
+        raise UserError(f"num_steps={num_steps}: a schedule needs at least 2 time steps (a whole number)")
     sigma_min, sigma_max = _number("sigma_min", sigma_min), _number("sigma_max", sigma_max)
     rho = _number("schedule_rho", schedule_rho)
     if not (math.isfinite(sigma_max) and 0 < sigma_min < sigma_max):

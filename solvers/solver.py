@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+from models.denoiser import member
 from torch_utils.errors import UserError
 
 SOLVERS: dict[str, type["Solver"]] = {}
@@ -172,6 +173,14 @@ class Solver:
         """
         self.check_predictor(predictor)
         return self
+
+    def check_noise(self, net) -> None:
+        """Raises UserError where fresh Gaussian noise would not be the noise of the network's process."""
+        if member(net, "D") is not None:
+            raise UserError(
+                f"{self.name} adds Gaussian noise, but this PFGM++ network was trained with Student-t noise"
+                f" (D={member(net, 'D')}): choose a solver without fresh noise"
+            )
 
     def evaluations(self, intervals: int, afs=False, learned: bool = False) -> int:
         """Calls of the network over a schedule.
@@ -460,9 +469,7 @@ def teachers(per_step: bool = False) -> list[str]:
     ]
 
 
-def check_teacher(solver: str) -> None:
-    """Raises UserError if this solver cannot be a per-step teacher."""
-    if solver not in teachers(per_step=True):
-        raise UserError(
-            f"the solver '{solver}' cannot be the teacher; choose from {', '.join(teachers(per_step=True))}"
-        )
+def check_teacher(solver: str, per_step: bool = True) -> None:
+    """Raises UserError if this solver is not one of ``teachers(per_step)``."""
+    if solver not in teachers(per_step):
+        raise UserError(f"the solver '{solver}' cannot be the teacher; choose from {', '.join(teachers(per_step))}")

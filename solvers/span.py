@@ -19,7 +19,7 @@ SpanStudent = SpanSolver  # the former name
 class Span(Solver):
     """The span solver: a learned table with its own schedule and first step (solvers/span_table.py).
 
-    x_{i+1} = (1 + delta_i) x_i + scale_i (s_{i+1} - s_i) sum_j c_ij g_j over all directions so far,
+    x_{i+1} = (1 + delta_i) x_i + gain_i (s_{i+1} - s_i) sum_j c_ij g_j over all directions so far,
     g_j = (x_j - D(x_j, a_j s_j)) / s_j, with sum_j c_ij = 1. LD3, S4S, DyWeight, GS, EPD and AMED's
     table are special cases.
     """
@@ -50,7 +50,7 @@ class Span(Solver):
         return solver
 
     def step(self, run, state, i):
-        x, sigma, substeps = state.x, run.sigma(i, state.x), self.moves.inner[i]
+        x, sigma, substeps = state.x, run.sigma(i, state.x), self.moves.substeps[i]
         directions = [d for d, _ in state.history]
         known, levels = len(directions), [sigma]
         if self.student.nested or not substeps:

@@ -1,4 +1,4 @@
-"""The evolutionary search: its genomes, that it finds known optima, resuming, and its two objectives."""
+"""The evolutionary search: genomes, known optima, resuming, and its two objectives."""
 
 import itertools
 import json
@@ -117,7 +117,7 @@ def test_it_finds_the_optimum(reach):
 
 
 def test_generations():
-    """Every genome is tried once; the parents are the best of all generations; the first holds the customary ones."""
+    """Each genome is tried once. Parents are the best so far. Generation 0 has the usual ones."""
     search, tried, values = toy_search(), [], []
 
     def fitness(genome):
@@ -129,7 +129,8 @@ def test_generations():
     assert tried[:2] == search.customary
     best = [min(map(toy_fitness, tried[: 30 * (k + 1)])) for k in range(9)]
     assert best == sorted(best, reverse=True) and values == sorted(values, reverse=True) and best[-1] < best[0]
-    # The half of a later generation that mutates shares more with the elites than the random part does.
+    # The half of a later generation that mutates shares more with the elites than the random part
+    # does.
     elites = sorted(tried[:240], key=toy_fitness)[:8]
     shared = [max(len(set(genome) & set(elite)) for elite in elites) for genome in tried[240:]]
     assert np.mean(shared[:24]) > np.mean(shared[24:]) + 0.5

@@ -1,4 +1,4 @@
-"""GITS: the cost matrices and schedules of the public implementation, and that its schedules are the cheapest ones."""
+"""GITS: costs and schedules of the public implementation, and that these are the cheapest."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The schedule file: it comes back as it was written, bad ones get one clear line, and it stands in for --sigmas."""
+"""The schedule file: it reads back as written, gives clear errors, and replaces --sigmas."""
 
 import importlib
 import json
@@ -8,11 +8,12 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from sampling.flags import flags_of, given_flags, schedule_file_flag, use_schedule
+from sampling.flags import schedule_file_flag, use_schedule
 from sampling.settings import Settings
 from solvers.schedule_file import FORMAT, Schedule, load_schedule, save_schedule
 from torch_utils.cli import Command
 from torch_utils.errors import UserError
+from torch_utils.options import flags, given_flags
 from training.checkpoint import load_predictor
 
 SIGMAS = [80.0, 1 / 3, 0.002]
@@ -25,7 +26,7 @@ def make(**changes):
         "method": "gits",
         "sigma_min": 0.002,
         "sigma_max": 80.0,
-        "sigmas_net": [79.0, 0.35, 0.0021],
+        "sigmas_cond": [79.0, 0.35, 0.0021],
         "solver_options": {"max_order": 3},
         "afs": "data",
         "settings": {"coeff": 1.15, "metric": "dev"},
@@ -42,8 +43,8 @@ def test_round_trip(tmp_path):
     path = tmp_path / "new" / "s.json"
     save_schedule(path, make())
     assert load_schedule(path) == make() and load_schedule(str(path)).sigmas == SIGMAS
-    save_schedule(path, make(sigmas_net=None, network_hash=None, afs=True))
-    assert load_schedule(path) == make(sigmas_net=None, network_hash=None, afs=True)
+    save_schedule(path, make(sigmas_cond=None, network_hash=None, afs=True))
+    assert load_schedule(path) == make(sigmas_cond=None, network_hash=None, afs=True)
     assert [entry.name for entry in path.parent.iterdir()] == ["s.json"]
     assert json.loads(path.read_text())["format"] == FORMAT
 
@@ -68,8 +69,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         ("sigmas", [80, "1", 0.1], "must be finite numbers"),
         ("sigmas", [80, float("nan"), 0.1], "must be finite numbers"),
         ("sigmas", [[80, 1], [2, 1]], "must be finite numbers"),
-        ("sigmas_net", [79, 0.3], "sigmas_net has 2 entries, but sigmas has 3"),
-        ("sigmas_net", [79, 0.3, -1], "sigmas_net must be positive"),
+        ("sigmas_cond", [79, 0.3], "sigmas_cond has 2 entries, but sigmas has 3"),
+        ("sigmas_cond", [79, 0.3, -1], "sigmas_cond must be positive"),
         ("solver", None, "solver must be a text"),
         ("network_hash", 3, "network_hash must be a text or null"),
         ("settings", [], "settings must be an object"),
@@ -140,7 +141,7 @@ def run_flags(*arguments):
     seen = {}
 
     @click.command(cls=Command)
-    @flags_of(Settings)
+    @flags(Settings)
     @schedule_file_flag
     @click.pass_context
     def command(ctx, **options):
@@ -177,19 +178,19 @@ def run(script, *arguments):
 
 
 def test_the_schedule_of_a_file_reaches_sampling_and_training(tmp_path):
-    """The noise levels unchanged, what the network is told besides, and a warning for another solver or network."""
+    """The noise levels unchanged, sigma_cond, and a warning for another solver or network."""
     sigmas, sigma_cond = [80.0, 5.0, 0.002], [79.0, 5.1, 0.002]
     path = tmp_path / "s.json"
-    save_schedule(path, make(sigmas=sigmas, sigmas_net=sigma_cond, network_hash="0" * 64))
+    save_schedule(path, make(sigmas=sigmas, sigmas_cond=sigma_cond, network_hash="0" * 64))
     common = ["--dataset_name=digits", f"--schedule={path}"]
     done = run("sample", *common, "--solver=euler", "--seeds=0-1", f"--outdir={tmp_path / 'images'}")
     assert done.exit_code == 0, done.output
     assert "found for another network" in done.output and "for the solver 'ipndm', not for 'euler'" in done.output
     recorded = json.loads((tmp_path / "images" / "sampling.json").read_text())["settings"]
-    assert recorded["sigmas"] == sigmas and recorded["sigmas_net"] == sigma_cond
+    assert recorded["sigmas"] == sigmas and recorded["sigmas_cond"] == sigma_cond
     refused = run("train", *common, f"--outdir={tmp_path / 'exps'}", "--sampler_stu=euler")
-    assert refused.exit_code == 2 and "which training cannot do" in refused.output
-    save_schedule(path, make(sigmas=sigmas, sigmas_net=None))
+    assert refused.exit_code == 2 and "which training cannot use" in refused.output
+    save_schedule(path, make(sigmas=sigmas, sigmas_cond=None))
     wanted = ["--sampler_stu=ipndm", "--sampler_tea=ipndm", "--batch=2", "--total_kimg=0.002", "--M=0", "--afs=False"]
     done = run("train", *common, *wanted, f"--outdir={tmp_path / 'exps'}")
     assert done.exit_code == 0, done.output
@@ -197,4 +198,4 @@ def test_the_schedule_of_a_file_reaches_sampling_and_training(tmp_path):
     assert load_predictor(predictor).config["sigmas"] == sigmas
     for script, more in (("sample", ["--solver=euler"]), ("train", [])):
         done = run(script, *common, *more, "--num_steps=4")
-        assert done.exit_code == 2 and "--schedule is the whole schedule: leave out --num_steps" in done.output
+        assert done.exit_code == 2 and "--schedule sets the whole schedule: leave out --num_steps" in done.output

@@ -1,4 +1,4 @@
-"""Every open golden case of the solvers: numbers produced by the public reference implementation (see tests/golden)."""
+"""Every golden case of the solvers: numbers of the public reference (see tests/golden)."""
 
 import numpy as np
 import pytest
@@ -131,7 +131,7 @@ def test_schedules(case):
 
 @pytest.mark.parametrize("case", [c for c in SCHED_JSON["cases"] if "schedule_type" in c], ids=lambda c: c["id"])
 def test_two_point_schedules(case):
-    """The reference recomputes each training interval as a schedule of two stamps: its ends must be the stamps."""
+    """The reference recomputes each training interval as a two-point schedule; its ends stay."""
     key = f"{case['id']}.pairs_n05.f64"
     if key not in SCHED.files:
         return

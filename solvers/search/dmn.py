@@ -14,7 +14,7 @@ import torch
 from solvers.schedules import check_sigmas, get_schedule
 from torch_utils.errors import UserError
 
-KINDS = ("pixel", "latent")
+NETWORK_KINDS = ("pixel", "latent")
 HIGHEST_ORDER = 3
 SMALLEST_GAP = 1e-3  # of the mean gap in lambda: the weights have a pole where two points meet
 FEW_INTERVALS = (
@@ -102,8 +102,8 @@ def dmn_sigmas(
     """
     from scipy.optimize import LinearConstraint, minimize
 
-    if kind not in KINDS:
-        raise UserError(f"kind='{kind}': choose from {', '.join(KINDS)}")
+    if kind not in NETWORK_KINDS:
+        raise UserError(f"kind='{kind}': choose from {', '.join(NETWORK_KINDS)}")
     if max_order < 1:
         raise UserError(f"max_order={max_order} must be at least 1")
     if initial is None:

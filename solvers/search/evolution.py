@@ -39,7 +39,7 @@ EVOLUTION_OPTIONS = {
     "ref": Option(str, "auto", "reference of FID: name, npz or URL; auto: the network's"),
     "detector": Option(str, "auto", "feature network of FID; auto: the reference's"),
     "solver_tea": Option(str, "heun", "solver of the teacher"),
-    "num_steps_tea": Option(int, 51, "its time stamps"),
+    "num_steps_tea": Option(int, 51, "its time steps"),
     "schedule_type": Option(tuple(SCHEDULES), "polynomial", "its schedule"),
     "schedule_rho": Option(float, 7.0, "its exponent"),
     "grid_points": Option(int, 256, "points of the grid from which the schedule is chosen"),

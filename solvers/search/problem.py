@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from models.inputs import draw_inputs, draw_noise
 from solvers.sampler import afs_direction, resolve_sigmas
-from solvers.solver import SOLVERS, Solver, make_solver
+from solvers.solver import EXPONENTIAL_OPTIONS, SOLVERS, Solver, make_solver
 from torch_utils import distributed
 from torch_utils.distributed import together
 from torch_utils.errors import UserError
@@ -21,7 +21,7 @@ from torch_utils.safe_pickle import safe_load
 from torch_utils.seeds import SeededGenerators, stream_seeds
 from torch_utils.tensor_file import write_state
 
-SHARED_OPTIONS = ("max_order", "predict_x0", "lower_order_final", "thresholding")  # a teacher takes the student's
+SHARED_OPTIONS = ("max_order", *EXPONENTIAL_OPTIONS)  # a teacher takes the student's
 
 
 @dataclass
@@ -29,11 +29,11 @@ class Found:
     """Result of a method.
 
     sigmas: noise levels [N], decreasing.
-    sigmas_net: noise levels [N] to condition the network on. Default: sigmas.
+    sigmas_cond: noise levels [N] to condition the network on. Default: sigmas.
     """
 
     sigmas: torch.Tensor
-    sigmas_net: torch.Tensor | None = None
+    sigmas_cond: torch.Tensor | None = None
 
 
 @dataclass
@@ -81,7 +81,7 @@ class Problem:
         if solver.needs_predictor:
             raise UserError(f"the solver '{self.solver}' needs a trained predictor: choose a plain one")
         if self.num_steps < 2:
-            raise UserError(f"num_steps={self.num_steps}: a schedule needs at least 2 time stamps")
+            raise UserError(f"num_steps={self.num_steps}: a schedule needs at least 2 time steps")
         if self.batch < 1:
             raise UserError(f"batch={self.batch} must be at least 1")
         if self.afs:  # a network that cannot do it says so before anything is computed
