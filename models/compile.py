@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from models.denoiser import BottleneckReader, Denoiser, add_shift, bottleneck_map
+from models.denoiser import BottleneckReader, Denoiser, add_shift, beside, bottleneck_map
 from torch_utils.errors import UserError
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,11 +50,14 @@ class CompiledForward:
     """The compiled ``forward`` of a denoiser; called by the denoiser as (x, sigma, cond).
 
     A batch smaller than the largest one so far is padded with copies of its last sample. That costs
-    less than another graph, and the last batch of a run is usually smaller than the others.
+    less than another graph, and the last batch of a run is usually smaller than the others. Solvers
+    that call the network at several points at once have a graph for each number of points.
     """
 
     def __init__(self, net: Denoiser, mode: str = "default", backend: str = "inductor"):
-        self.net, self.mode, self.batch = net, mode, 0
+        self.net, self.mode, self.backend = net, mode, backend
+        self.copies = 1  # points of the batch in the next call; ``Sampler`` sets it
+        self.batch: dict[int, int] = {}  # the largest number of rows so far, by number of copies
         self._reader: BottleneckReader | None = None
         self._feature = self._shift = None
         if hasattr(net, "sigma_inv"):  # tables that the first call puts on the device would make the second a new graph
@@ -63,8 +66,17 @@ class CompiledForward:
         net.bottleneck.register_forward_hook(self._keep)
         if net.noise_embedding is not None:
             net.noise_embedding.register_forward_hook(self._add)
-        own_mode = {} if mode == "default" else {"mode": mode}
-        self.graph = torch.compile(self._both, fullgraph=True, dynamic=False, backend=backend, **own_mode)
+        self._compile()
+
+    def _compile(self) -> None:
+        own_mode = {} if self.mode == "default" else {"mode": self.mode}
+        self.graph = torch.compile(self._both, fullgraph=True, dynamic=False, backend=self.backend, **own_mode)
+
+    def forget(self) -> None:
+        """Drops the graphs and the sizes so far, after a batch that did not fit into memory."""
+        torch.compiler.reset()
+        self.batch = {}
+        self._compile()
 
     def _keep(self, module, inputs, output) -> None:
         self._feature = output
@@ -92,10 +104,10 @@ class CompiledForward:
     def arguments(self, x: torch.Tensor, sigma, cond: Mapping, shift: torch.Tensor | None) -> tuple:
         """Inputs of the graph, always of one type and size: another one costs minutes of compilation."""
         count = x.shape[0]
-        missing = max(self.batch - count, 0)
-        self.batch = count + missing
+        missing = max(self.batch.get(self.copies, 0) - count, 0)
+        self.batch[self.copies] = count + missing
         x = x.to(torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1).expand(count)
+        sigma = beside(torch.as_tensor(sigma, dtype=torch.float32), x).reshape(-1).expand(count)
 
         def fill(value):
             if not isinstance(value, torch.Tensor):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from models.denoiser import member
 from models.inputs import draw_noise
 from solvers import SampleInfo, sample
 from torch_utils import distributed
@@ -138,6 +139,8 @@ def generate_fitting(net, seeds: Sequence[int], *, device: torch.device, **argum
                 raise UserError(
                     f"{device} is out of memory even with --batch=1: use another --device, or --amp"
                 ) from None
+        if (compiled := member(net, "compiled")) is not None:
+            compiled.forget()  # else it would fill smaller batches up to the size that did not fit
         release_memory()
         batch //= 2
 

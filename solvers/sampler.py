@@ -204,6 +204,8 @@ class Sampler:
         self.nfe += copies * member(self.net, "evals_per_call")
         cond = self.cond if copies == 1 else {name: _repeat(v, copies, len(x)) for name, v in self.cond.items()}
         net = self.net
+        if (compiled := member(net, "compiled")) is not None:
+            compiled.copies = copies
         if sigma.ndim == 0 and not hasattr(net, "evals_per_call"):  # not a denoiser, but any function of the user's
             sigma = beside(sigma, x)
         if shift is not None:

@@ -88,10 +88,11 @@ def _handled(handler, numbers) -> Iterator[None]:
             signal.signal(number, old)
 
 
-def any_signal(received: list[int], device) -> int | None:
-    """The signal that any process has received, on every process."""
-    flags = torch.tensor([float(kind in received) for kind in STOPPING], device=device)
-    flags = distributed.all_reduce_sum(flags).tolist()
+def any_signal(received: list[int]) -> int | None:
+    """The signal that any process has received, on every process. One process asks nobody."""
+    flags = [kind in received for kind in STOPPING]
+    if distributed.world_size() > 1:
+        flags = distributed.all_reduce_sum(torch.tensor(flags, dtype=torch.float32)).tolist()
     return next((int(kind) for kind, flag in zip(STOPPING, flags, strict=True) if flag), None)
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map
 
 from models.denoiser import member
 from models.inputs import draw_inputs
@@ -19,6 +20,7 @@ from torch_utils.distributed import on_main
 from torch_utils.errors import UserError
 from torch_utils.memory import AUTO
 from torch_utils.seeds import stream_seeds
+from torch_utils.transfer import to_device, to_pinned
 from training.checkpoint import save_predictor
 from training.loss import DistillationLoss, TeacherTargets
 from training.options import AMEDOptions
@@ -115,9 +117,14 @@ class Distiller(BaseTrainer):
         for loss, first in zip(self.losses, self._firsts(), strict=True):
             if first not in self._cached:
                 latents, cond = self._draw(first)
-                self._cached[first] = (latents, cond, loss.run_teacher(latents * loss.sigma_max, cond))
-            cached.append(self._cached[first])
+                targets = loss.run_teacher(latents * loss.sigma_max, cond)
+                self._cached[first] = tree_map(to_pinned, (latents, cond, targets.targets, targets.cached_evals))
+            latents, cond, states, evals = tree_map(self._to_device, self._cached[first])
+            cached.append((latents, cond, TeacherTargets(states, evals)))
         return self.step([(latents, cond) for latents, cond, _ in cached], [targets for *_, targets in cached])
+
+    def _to_device(self, value):
+        return to_device(value, self.device) if isinstance(value, torch.Tensor) else value
 
     def step(
         self, micro_batches: list[tuple[torch.Tensor, dict]], teacher_targets: list[TeacherTargets] | None = None
@@ -162,12 +169,19 @@ class Distiller(BaseTrainer):
         return statistics
 
     def probe_memory(self) -> None:
-        """What needs the memory of an iteration, for one micro-batch and without learning; spoils the solvers' history."""
+        """Needs the memory of an iteration, without learning. The solvers' history is not valid afterwards.
+
+        One micro-batch is computed. The states that the others hold meanwhile are copies of its own;
+        trajectories of ``teacher_cache`` are kept on the host.
+        """
         latents, cond = self.draw()[0]
         x, loss = latents * self.losses[0].sigma_max, self.losses[0]
-        for k, target in enumerate(loss.teacher_trajectory(x, cond)):
-            error, x = loss.student_step(self.predictor, x, k, target, cond)
+        teacher = loss.run_teacher(x, cond)
+        held = [tree_map(torch.clone, (x, teacher.targets, teacher.cached_evals)) for _ in self.losses[1:]]
+        for k, target in enumerate(teacher.targets):
+            error, x = loss.student_step(self.predictor, x, k, target, cond, teacher.cached_evals.get(k))
             error.sum().backward()
+        del held
 
 
 class AMEDRun(Run):

@@ -105,9 +105,7 @@ class DistillationLoss:
                 if i in wanted and x is state.x:  # a corrector's evaluation is not at the state it leads to
                     cached_evals[wanted[i]] = ((x - denoised) / sigma, reader.read(len(x)).to(x.dtype))
 
-            run = Sampler(
-                self.net, self.teacher_solver, self._on(latents, self.teacher_sigmas), cond=cond, observer=keep
-            )
+            run = Sampler(self.net, self.teacher_solver, self.teacher_sigmas, cond=cond, observer=keep)
             state, targets = State(latents), []
             for i in range(run.intervals):
                 state = run.advance(state, i)
@@ -132,7 +130,7 @@ class DistillationLoss:
         run = Sampler(
             self.net,
             self.student_solver,
-            self._on(x, self.sigmas),
+            self.sigmas,
             afs=self.config["afs"],
             predictor=predictor,
             cond=cond,
@@ -148,7 +146,3 @@ class DistillationLoss:
         self._state = after.detach()
         error = (after.x - target) ** 2
         return error, (target.detach() if self.student_solver.one_step else self._state.x)
-
-    @staticmethod
-    def _on(x, sigmas):
-        return sigmas.to(x.device, x.dtype if x.device.type == "mps" else sigmas.dtype)

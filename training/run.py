@@ -113,7 +113,7 @@ class BaseRun:
                 except NotFinite as error:
                     self.on_failure(error)
                 self.show(bar, statistics, time.monotonic() - begin)
-                stop = any_signal(received, self.trainer.device)
+                stop = any_signal(received)
                 self.after_iteration(stop is not None)
                 if stop is not None and not self.finished():
                     bar.close()

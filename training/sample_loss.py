@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from models.denoiser import member
+from models.denoiser import beside, member
 from torch_utils.errors import MissingExtra, UserError
 
 DEFAULT_SIGMA = 0.1  # of images in [-1, 1]: little noise, and the encoder still has to look at the whole image
@@ -64,7 +64,7 @@ class DenoiserFeatures:
 
         handles = [module.register_forward_hook(hook) for module in dict.fromkeys([*modules, bottleneck])]
         try:
-            self.net(x, torch.as_tensor(self.sigma, dtype=x.dtype, device=x.device), **cond)
+            torch.nn.Module.__call__(self.net, x, beside(torch.tensor(self.sigma, dtype=x.dtype), x), **cond)
         except _Enough:
             pass
         finally:

@@ -1,6 +1,7 @@
 """What every trainer has in common: its state, its share of a batch, and what it raises where a loss is not finite."""
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -29,6 +30,16 @@ class NotFinite(Exception):
         """
         finite = distributed.gather_objects(own_finite)
         return cls([rank for rank, ok in enumerate(finite) if not ok] or range(len(finite)), interval)
+
+
+def loss_scale_of(net) -> float:
+    """Factor of a loss that is a mean over pixels, for its backward pass: about their number.
+
+    Without it, gradients of float16 networks vanish in the smallest numbers of float16. It is a
+    power of two, so in float32 it changes nothing.
+    """
+    numbers = net.img_channels * net.img_resolution**2
+    return 2.0 ** round(math.log2(numbers))
 
 
 class BaseTrainer:
