@@ -8,11 +8,12 @@
     python compare.py --dataset_name=digits --solvers=ipndm,dpmpp,unipc --nfe=5,6 --baseline=ipndm
     torchrun --standalone --nproc_per_node=8 compare.py ... --num_images=50000
 
-All methods use the same network, seeds and range of noise levels. A solver uses its customary
-schedule and options (listed in tools/compare_run.py). --schedule_type, --schedule_rho and --afs
-change them for all solvers, solver:option=value for one. Results are cached in the output folder:
-adding a method computes only that method, and an interrupted run resumes where it stopped. Under
-torchrun write --num as --num_images, since torchrun has an option --num of its own.
+All methods use the same network, seeds and range of noise levels. A solver uses the settings that are
+recommended for the network, else those of its paper (solvers/recommended.py). --schedule_type,
+--schedule_rho and --afs change them for all solvers, solver:option=value for one. Results are
+cached in the output folder: adding a method computes only that method, and an interrupted run
+resumes where it stopped. Under torchrun write --num as --num_images, since torchrun has an option
+--num of its own.
 
 Writes results.csv, results.json, results.md and index.html, which shows everything on one page.
 """

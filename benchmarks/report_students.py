@@ -2,7 +2,7 @@
 
     python -m benchmarks.report_students            # benchmarks/students.md, docs/students.png, docs/span_tables_*.png
 
-It also renews the tables between the markers in README.md and docs/span_solver.md. Needs matplotlib (extra "plot") for the
+It also renews the tables between the markers in docs/span_solver.md. Needs matplotlib (extra "plot") for the
 figures.
 
 Intervals are 95 % intervals of the paired difference of two methods, which sample the same seeds.
@@ -261,9 +261,8 @@ def choice_table(rows):
     ]
     for row in sorted((row for row in rows if row["part"] == "choice"), key=lambda row: (row["method"], row["nfe"])):
         own = (row["method"], row["variant"], row["nfe"])
-        lines.append(
-            f"| {' | '.join(map(str, own))} | {row['validation']:.4f} | {row['fid']:.2f} | {row['distance']:.4f} |"
-        )
+        loss = f"{row['validation']:.4f}" if "validation" in row else "-"
+        lines.append(f"| {' | '.join(map(str, own))} | {loss} | {row['fid']:.2f} | {row['distance']:.4f} |")
     return lines
 
 
@@ -358,8 +357,7 @@ def document_parts(networks):
         parts[f"{network} choices"] = lambda rows=rows: "\n".join(choice_table(rows))
         parts[f"{network} ablations"] = lambda rows=rows: "\n".join(ablation_table(rows)).strip()
     parts["marks"] = lambda: "\n".join(explained())
-    readme, document = ROOT / "README.md", ROOT / "docs" / "span_solver.md"
-    return {readme: {name: parts[name] for name in parts if name == "cifar10-small fid"}, document: parts}
+    return {ROOT / "docs" / "span_solver.md": parts}
 
 
 def draw_scores(networks, dest):

@@ -37,6 +37,7 @@ other, where calls in one batch count as one, as the authors of EPD count them.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import shutil
@@ -59,9 +60,10 @@ from evaluation.fid import choose_images, image_statistics
 from evaluation.frechet import Reference
 from evaluation.precision_recall import precision_recall
 from solvers import sample
+from solvers.recommended import training_recipe
 from solvers.schedule_file import load_schedule
+from solvers.solver import DIRECTION_SIGMA
 from solvers.span_table import Plan, SpanSolver
-from tools.demo import HALVES
 from torch_utils.cli import Command
 from torch_utils.images import ImageSource, image_grid, load_array, save_image, to_uint8
 from training.checkpoint import find_predictor, load_predictor
@@ -117,8 +119,14 @@ SCHEDULES = {
     "gits": {"method": "gits", "metric": "l2", "coeff": 1.0, "num_warmup": 64},
     "ld3, own trainer": {
         **{"method": "ld3", "num_train": 64, "num_valid": 32, "rounds": 10, "rounds_grid": 4, "checkpointing": False},
-        **{"solver_tea": "ipndm", "num_steps_tea": 31},
+        **{"solver_tea": "ipndm", "num_steps_tea": 31, "max_order": 3},
     },
+}
+# Variants of the latter that are compared on validation: solver, and what its directions are divided by.
+DIRECTIONS = {
+    f"{solver}, direction_sigma={level}": {"solver": solver, **order, "direction_sigma": level}
+    for solver, order in (("ipndm", {"max_order": 3}), ("euler", {"max_order": None}))
+    for level in ("point", "network")
 }
 STEPS = {  # time steps of a preset that spend nfe evaluations; None: impossible
     "ld3": lambda nfe: {"num_steps": nfe + 1},
@@ -205,13 +213,17 @@ def judge_file(dataset_name):
     return ROOT / "benchmarks" / "judges" / f"{dataset_name}.safetensors"
 
 
+def _schedule_command(settings):
+    return "python optimize_schedule.py " + " ".join(flags(settings))
+
+
 def flags(settings):
     return [f"--{name}={value}" for name, value in settings.items() if value is not None]
 
 
 def amed_flags(dataset_name, nfe, name):
-    """AMED as it was tuned for the demo, at another number of evaluations."""
-    tuned = {k: v for k, v in HALVES[dataset_name].learned[name].items() if k != "seed"}
+    """AMED as it is recommended for the network, at another number of evaluations."""
+    tuned, _ = training_recipe(dataset_name, "amed" if name == "AMED-Solver" else "ipndm")
     steps = _two_per_interval(nfe)
     return {"dataset_name": dataset_name, **tuned, **steps}
 
@@ -359,8 +371,11 @@ class Students:
         print(json.dumps({name: value for name, value in row.items() if name not in hidden}), flush=True)
 
     def again(self, row, settings, structure):
-        """An earlier row with scores of today, from its schedule or table; None where it has neither."""
-        if row.get("command", "").startswith("python optimize_schedule.py"):
+        """An earlier row with scores of today, from its schedule or table; None where it has neither of today's settings."""
+        if row["method"] in SCHEDULES:
+            today = _schedule_command(self.schedule_flags(row["method"], row["nfe"], row["seed"]))
+            if set(row["command"].split()) != set(today.split()):
+                return None
             found = {**schedule_budget(row["settings"], row["method"]), **self.solved(**row["settings"])}
         elif settings is not None and row.get("table") and not has_heads(settings):
             with structured(structure or {}):
@@ -446,22 +461,33 @@ class Students:
         facts, predictor = self.train(settings, seed, name, structure)
         return {**facts, **self.sampled(predictor)}
 
+    def schedule_flags(self, name, nfe, seed, **changes):
+        """Options of optimize_schedule.py for a schedule of ``SCHEDULES``."""
+        settings = {"dataset_name": self.dataset_name, **SCHEDULES[name], "solver": "ipndm", "num_steps": nfe + 2}
+        return {**settings, "afs": "data", "seed": seed, **changes}
+
+    def optimized(self, settings):
+        """(what the row says of the search, settings of ``sample``), by optimize_schedule.py unless ``work`` has it."""
+        command = _schedule_command(settings)
+        folder = self.work / f"schedule-{hashlib.sha256(command.encode()).hexdigest()[:12]}"
+        done, destination = folder / "optimized.json", folder / "schedule.json"
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            started = time.process_time()
+            with contextlib.redirect_stdout(io.StringIO()):
+                optimize_schedule.main(flags(settings | {"dest": destination}), standalone_mode=False)
+            seconds = time.process_time() - started
+            done.write_text(json.dumps({"command": command, "training_seconds": round(seconds, 1)}))
+        schedule = load_schedule(destination)
+        found = {**PLAIN.get(schedule.solver, {"solver": schedule.solver}), **schedule.own_options(schedule.solver)}
+        sigma_cond = {} if schedule.sigmas_cond is None else {"sigmas_cond": list(schedule.sigmas_cond)}
+        found |= {"sigmas": list(schedule.sigmas), **sigma_cond, "afs": "data"}
+        return json.loads(done.read_text()), found
+
     def scheduled(self, name, nfe, seed):
         """iPNDM on an optimised schedule of ``SCHEDULES``."""
-        destination = self.work / f"{name.replace(' ', '_')}-{nfe}-{seed}.json"
-        destination.unlink(missing_ok=True)
-        settings = {"dataset_name": self.dataset_name, **SCHEDULES[name], "solver": "ipndm", "num_steps": nfe + 2}
-        settings |= {"afs": "data", "seed": seed}
-        started = time.process_time()
-        with contextlib.redirect_stdout(io.StringIO()):
-            optimize_schedule.main(flags(settings | {"dest": destination}), standalone_mode=False)
-        seconds = time.process_time() - started
-        schedule = load_schedule(destination)
-        command = "python optimize_schedule.py " + " ".join(flags(settings))
-        sigma_cond = {} if schedule.sigmas_cond is None else {"sigmas_cond": list(schedule.sigmas_cond)}
-        found = self.solved(**PLAIN["ipndm"], sigmas=list(schedule.sigmas), **sigma_cond, afs="data")
-        found |= schedule_budget(found["settings"], name)
-        return {"command": command, "training_seconds": round(seconds, 1), **found}
+        facts, settings = self.optimized(self.schedule_flags(name, nfe, seed))
+        return {**facts, **schedule_budget(settings, name), **self.solved(**settings)}
 
     # Parts
 
@@ -501,11 +527,23 @@ class Students:
                             self.once(
                                 key, lambda f=settings, s=seed, k=name, c=structure: self.chosen(bench, f, s, k, c)
                             )
+                method = "ld3, own trainer"
+                for variant, changes in DIRECTIONS.items():
+                    if not wanted or {method, f"{method}, {variant}"} & set(wanted):
+                        default = changes["direction_sigma"] == DIRECTION_SIGMA.default
+                        changes = {**changes, "direction_sigma": None if default else changes["direction_sigma"]}
+                        settings = self.schedule_flags(method, nfe, seed, **changes)
+                        key = {"part": "choice", "method": method, "variant": variant, "nfe": nfe, "seed": seed}
+                        self.once(key, lambda f=settings: self.chosen_schedule(bench, f))
 
     def chosen(self, bench, settings, seed, name, structure):
         facts, predictor = self.train(settings, seed, name, structure)
         best = predictor.provenance["validation"]["best"]
         return {**facts, "validation": best, **self.validated(bench, **self.trained_settings(predictor))}
+
+    def chosen_schedule(self, bench, settings):
+        facts, found = self.optimized(settings)
+        return {**facts, **self.validated(bench, **found), "settings": found}
 
     def best_plain(self, nfe, score):
         """Settings of the plain candidate that was best on the validation seeds."""

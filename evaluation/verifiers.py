@@ -18,8 +18,6 @@ MODULE:FUNCTION     a function of one's own, called with one batch after the oth
 Every verifier here is called in that way.
 """
 
-import importlib
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from evaluation.detectors import EMBEDDED, PRETRAINED, load_classifier
 from models.denoiser import member
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
+from torch_utils.functions import find_function
 
 FORMS = "classifier[:FILE], clip[:ID|DIR] or MODULE:FUNCTION"
 
@@ -93,7 +92,7 @@ def load_verifier(text: str, net, device: torch.device | str = "cpu") -> Verifie
         return _classifier(text, argument, net, device)
     if kind == "clip":
         return _clip(text, argument or DEFAULT_CLIP, net, device)
-    return FunctionVerifier(text, *find_function(text))
+    return FunctionVerifier(text, *find_function(text, "--verifier", FORMS))
 
 
 def _classifier(text: str, file: str, net, device) -> ClassifierVerifier:
@@ -137,27 +136,6 @@ def _clip(text: str, model: str, net, device) -> ClipVerifier:
         return ClipVerifier(text, ClipNetwork(model, device))
     except UserError as error:  # there the model is a flag of its own
         raise UserError(str(error).replace(f"--model={model}", f"--verifier=clip:{model}")) from None
-
-
-def find_function(text: str) -> tuple[Callable, str | None]:
-    """The function at "module:function", importable from the current folder too, and the file of its module (None if that
-    is built in). UserError where there is none."""
-    module_name, _, name = text.partition(":")
-    if not module_name or not name.isidentifier():
-        raise UserError(f"--verifier={text}: choose {FORMS}")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(
-            f"--verifier={text}: cannot import the module '{module_name}' ({error}); choose {FORMS}"
-        ) from None
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"--verifier={text}: the module '{module_name}' has no function '{name}'; choose {FORMS}")
-    return function, getattr(module, "__file__", None)
 
 
 def judge(

@@ -12,18 +12,21 @@ from pathlib import Path
 
 import torch
 
+import amed  # noqa: F401 (its docstring says why)
 from models.building import Family, check_guidance
 from models.denoiser import Denoiser
+from models.wrapped import load_own, wrap
 from torch_utils.errors import UserError
+from torch_utils.functions import names_function
 
-__all__ = ["Denoiser", "build_denoiser", "create_model", "use_tokenizer"]
+__all__ = ["Denoiser", "build_denoiser", "create_model", "use_tokenizer", "wrap"]
 
 
 def families() -> dict[str, Family]:
     """All families of networks by name, loaded when first asked for: solvers need the interface alone."""
-    from models import adm, cm, edm, ldm, sd
+    from models import adm, cm, edm, ldm, mr, sd
 
-    return {family.name: family for family in (edm.FAMILY, cm.FAMILY, adm.FAMILY, ldm.FAMILY, sd.FAMILY)}
+    return {family.name: family for family in (edm.FAMILY, cm.FAMILY, adm.FAMILY, ldm.FAMILY, sd.FAMILY, mr.FAMILY)}
 
 
 def __getattr__(name):
@@ -42,7 +45,7 @@ def create_model(
     """A pretrained denoiser, frozen and in evaluation mode, on ``device``.
 
     dataset_name: a name of ``models.zoo``, "custom" for any network at ``model_path``, or "diffusers", where that is a
-    folder or a hub id. Without ``model_path`` the file is the embedded one or is downloaded to ``./src/<dataset_name>/``;
+    folder or a hub id. For "custom" it is a file, or "module:function" for code of your own that returns a Denoiser. Without ``model_path`` the file is the embedded one or is downloaded to ``./src/<dataset_name>/``;
     every process of a torchrun has to call this. A network of other sizes than the published ones is described by
     ``<model_path>.json`` (``models.zoo.read_sidecar``); without it, "custom" is an EDM network. Under guidance_type "cg"
     the classifier lies beside ``model_path``, under its published name. guidance_type: None is the network's default;
@@ -64,6 +67,13 @@ def create_model(
         if not model_path:
             raise UserError("dataset_name 'diffusers' needs --model_path, the folder or the hub id of a pipeline")
         return load_diffusers(model_path, guidance_type, guidance_rate, device)
+    if model_path and names_function(str(model_path)) and not Path(model_path).exists():
+        if card is not None:
+            raise UserError(f"--model_path={model_path} is code of your own: use it with --dataset_name={zoo.CUSTOM}")
+        check_guidance(("none",), guidance_type, guidance_rate, "a network of your own")
+        net = load_own(str(model_path), device)
+        net.dataset_name = dataset_name
+        return prepare_network(net)
     if card is not None:
         kind = guidance_type or card.guidance[0]
         check_guidance(card.guidance, kind, guidance_rate, f"dataset_name '{dataset_name}'")

@@ -4,7 +4,7 @@ The command lines call ``prepare_network``. A compiled denoiser is one graph wit
 one noise level per sample and returns the bottleneck as a second output.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -44,6 +44,42 @@ def prepare_network(
         raise UserError(f"compile={compile_mode}: choose from {', '.join(COMPILE_MODES)}")
     net.compiled = None if compile_mode == "none" else CompiledForward(net, compile_mode)
     return net
+
+
+def skippable_layers(net: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
+    """(block, part) of every layer that ``skipping`` can leave out, in the order of execution.
+
+    A layer is a residual block or an attention block, numbered as in AutoDiffusion (Li et al. 2023).
+    """
+    return [(block, part) for block in net.modules() for part in getattr(block, "parts", ())]
+
+
+@contextmanager
+def skipping(net: torch.nn.Module, layers: Iterable[int]):
+    """Context in which a U-Net leaves out some layers.
+
+    A residual block becomes its shortcut, with resampling and 1x1 convolution where it has them; an
+    attention block becomes the identity.
+
+    net: a denoiser or a U-Net, not compiled.
+    layers: numbers of layers, from 0; see ``skippable_layers``.
+
+    Raises UserError for numbers that the network does not have.
+    """
+    known, chosen = skippable_layers(net), set(layers)
+    wrong = sorted(number for number in chosen if not 0 <= number < len(known))
+    if wrong:
+        raise UserError(f"layer {wrong[0]} cannot be left out: this network has layers 0..{len(known) - 1}")
+    if chosen and getattr(net, "compiled", None) is not None:
+        raise UserError("layers of a compiled network cannot be left out: leave --compile out")
+    blocks = {known[number][0] for number in chosen}
+    try:
+        for block in blocks:
+            block.omitted = frozenset(known[number][1] for number in chosen if known[number][0] is block)
+        yield
+    finally:
+        for block in blocks:
+            del block.omitted
 
 
 class CompiledForward:

@@ -212,6 +212,13 @@ def bottleneck_map(feature, batch: int) -> torch.Tensor:
     return feature
 
 
+class NoFeature(torch.nn.Module):
+    """The bottleneck of a network without one: zeros, so that a predictor sees the noise levels only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(len(x), 1, BOTTLENECK_SIZE, BOTTLENECK_SIZE)
+
+
 class BottleneckReader:
     """Holds the bottleneck feature of the latest call of a denoiser."""
 

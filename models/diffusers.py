@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from models.building import check_guidance
-from models.denoiser import BOTTLENECK_SIZE, Denoiser, standard_inputs
+from models.denoiser import Denoiser, NoFeature, standard_inputs
 from models.edm import EDMDenoiser
 from models.ldm import DECODE_BATCH
 from models.noise import RectifiedFlow, TimeOfProcess, VariancePreserving
@@ -88,13 +88,6 @@ def _flow_shift(config: Mapping, tokens: int | None, mu: float | None) -> float:
         low, high = config["base_image_seq_len"], config["max_image_seq_len"]
         mu = config["base_shift"] + (tokens - low) / (high - low) * (config["max_shift"] - config["base_shift"])
     return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
-
-
-class NoFeature(torch.nn.Module):
-    """The bottleneck of a network without one: zeros, so that a predictor sees the noise levels only."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.new_zeros(len(x), 1, BOTTLENECK_SIZE, BOTTLENECK_SIZE)
 
 
 class DiffusersDenoiser(TimeOfProcess, Denoiser):

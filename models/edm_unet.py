@@ -149,6 +149,8 @@ class FourierEmbedding(nn.Module):
 class UNetBlock(nn.Module):
     """Residual block with noise embedding, optional resampling and optional self-attention."""
 
+    omitted: frozenset = frozenset()  # parts to leave out, see ``models.compile.skipping``
+
     def __init__(
         self,
         in_channels,
@@ -197,6 +199,10 @@ class UNetBlock(nn.Module):
             self.qkv = Conv2d(out_channels, 3 * out_channels, 1, **init_attn)
             self.proj = Conv2d(out_channels, out_channels, 1, **init_zero)
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("residual", "attention") if self.num_heads else ("residual",)
+
     def _attend(self, x):
         batch, channels, height, width = x.shape
         # The official layout interleaves q, k, v within each head: [heads, channels per head, 3].
@@ -208,6 +214,12 @@ class UNetBlock(nn.Module):
 
     def forward(self, x, emb):
         shortcut = x if self.skip is None else self.skip(x)
+        x = shortcut if "residual" in self.omitted else self._residual(x, shortcut, emb)
+        if self.num_heads and "attention" not in self.omitted:
+            x = (self._attend(x) + x) * self.skip_scale
+        return x
+
+    def _residual(self, x, shortcut, emb):
         x = self.conv0(F.silu(self.norm0(x)))
         params = self.affine(emb)[:, :, None, None].to(x.dtype)
         if self.adaptive_scale:
@@ -216,10 +228,7 @@ class UNetBlock(nn.Module):
         else:
             x = F.silu(self.norm1(x + params))
         x = self.conv1(F.dropout(x, p=self.dropout, training=self.training))
-        x = (x + shortcut) * self.skip_scale
-        if self.num_heads:
-            x = (self._attend(x) + x) * self.skip_scale
-        return x
+        return (x + shortcut) * self.skip_scale
 
 
 def _last_block(encoder: nn.ModuleDict) -> nn.Module:

@@ -94,9 +94,12 @@ class DiscreteTime(NoiseProcess):
     """
 
     def __init__(self, alphas_cumprod: torch.Tensor):
-        steps = len(alphas_cumprod)
-        log_alphas = alphas_cumprod.to(torch.float32).log() / 2
-        times = torch.linspace(0, 1, steps + 1, dtype=torch.float32)[1:]
+        self._use_table(alphas_cumprod.to(torch.float32).log() / 2)
+
+    def _use_table(self, log_alphas: torch.Tensor) -> None:
+        """Sets the table log sqrt(a) [N] and the range of noise levels."""
+        steps = len(log_alphas)
+        times = torch.linspace(0, 1, steps + 1, dtype=log_alphas.dtype)[1:]
         if steps < 2 or not (log_alphas.isfinite().all() and log_alphas[0] <= 0 and (log_alphas.diff() < 0).all()):
             raise UserError(
                 "the noise table is unusable: the share of the image has to fall from step to step, above 0"
@@ -134,6 +137,61 @@ class DiscreteTime(NoiseProcess):
 
     def timestep(self, sigma):
         return len(self) * self.sigma_inv(sigma) - 1
+
+
+class MeanReverting(DiscreteTime):
+    """The mean-reverting process of IR-SDE (Luo et al. 2023), for images in [-1, 1].
+
+    x_t = mu + alpha (x_0 - mu) + lambda sqrt(1 - alpha^2) noise around the degraded image mu, with
+    alpha = exp(-theta_bar(t)) and lambda = 2 max_sigma / 255. x = mu + (x_t - mu) / alpha has the
+    noise level sigma = lambda sqrt(1 / alpha^2 - 1). The timestep is T t.
+
+    max_sigma: standard deviation of the stationary noise, of images in 0..255.
+    T: number of time steps; default 100.
+    schedule: of theta: "cosine" (default), "linear" or "constant".
+    eps: alpha at the last time step; default 0.005.
+    original_code: theta_bar includes the first theta, as in the MR sampler's own table (Li et al.
+        2025). The networks were trained without it. Default False.
+    """
+
+    THETAS = ("cosine", "linear", "constant")
+
+    def __init__(
+        self, max_sigma: float, T: int = 100, schedule: str = "cosine", eps: float = 0.005, original_code=False
+    ):
+        if schedule not in self.THETAS:
+            raise UserError(f"schedule '{schedule}' of theta is unknown; choose from {', '.join(self.THETAS)}")
+        if not (T >= 2 and 0 < eps < 1 and max_sigma > 0):
+            raise UserError(f"max_sigma={max_sigma}, T={T}, eps={eps}: need max_sigma > 0, T >= 2 and 0 < eps < 1")
+        self.scale = 2 * max_sigma / 255
+        self._use_table(self.alphas(T, schedule, eps, original_code)[1:].log())
+
+    @classmethod
+    def alphas(cls, T: int, schedule: str, eps: float, original_code: bool = False) -> torch.Tensor:
+        """alpha at the time steps 0..T, float64 [T + 1]."""
+        if schedule == "cosine":
+            t = torch.arange(T + 3, dtype=torch.float64) / (T + 2)
+            curve = torch.cos((t + 0.008) / 1.008 * math.pi / 2).square()
+            thetas = 1 - (curve / curve[0])[1:-1]  # as published: not the betas of this curve
+        elif schedule == "linear":
+            thetas = torch.linspace(0.1 / (T + 1), 20 / (T + 1), T + 1, dtype=torch.float64)
+        else:
+            thetas = torch.ones(T + 1, dtype=torch.float64)
+        total = thetas.cumsum(0) - (0 if original_code else thetas[0])
+        return (total / total[-1] * math.log(eps)).exp()
+
+    def sigma(self, t):
+        return self.scale * super().sigma(t)
+
+    def sigma_inv(self, sigma):
+        return super().sigma_inv(torch.as_tensor(sigma) / self.scale)
+
+    def timestep(self, sigma):
+        return len(self) * self.sigma_inv(sigma)
+
+    def alpha(self, sigma):
+        """Factor of the image in x_t at a noise level."""
+        return self.scale / (self.scale**2 + sigma**2).sqrt()
 
 
 class LinearNoise(NoiseProcess):
@@ -185,6 +243,24 @@ class CosineNoise(NoiseProcess):
         return _STEPS * self.sigma_inv(sigma) - 1
 
 
+def vp_scale(sigma):
+    """c_in of a variance-preserving network: its input is x / sqrt(1 + sigma^2)."""
+    return (1 + sigma**2) ** -0.5
+
+
+def vp_denoised(prediction: str, x, sigma, output):
+    """D(x; sigma) from the output of a variance-preserving network.
+
+    prediction: one of ``VariancePreserving.PREDICTIONS``.
+    x: state [B,C,H,W], not scaled; sigma: its noise level; output: [B,C,H,W].
+    """
+    if prediction == "epsilon":
+        return x - sigma * output
+    if prediction == "sample":
+        return output
+    return x / (1 + sigma**2) - sigma * (1 + sigma**2) ** -0.5 * output
+
+
 class VariancePreserving(DiscreteTime):
     """``DiscreteTime`` with the network's input and output for it, as in diffusers.
 
@@ -207,15 +283,11 @@ class VariancePreserving(DiscreteTime):
 
     def scale(self, sigma):
         """c_in: the network's input is ``scale`` times x."""
-        return (1 + sigma**2) ** -0.5
+        return vp_scale(sigma)
 
     def denoised(self, x, sigma, output):
         """D(x; sigma) from the network's output."""
-        if self.prediction == "epsilon":
-            return x - sigma * output
-        if self.prediction == "sample":
-            return output
-        return x / (1 + sigma**2) - sigma * (1 + sigma**2) ** -0.5 * output
+        return vp_denoised(self.prediction, x, sigma, output)
 
 
 class RectifiedFlow(NoiseProcess):

@@ -75,6 +75,9 @@ class ResBlock(nn.Module):
     resample: a module without parameters that both branches pass through (``resblock_updown``), or None.
     """
 
+    parts = ("residual",)
+    omitted: frozenset = frozenset()  # parts to leave out, see ``models.compile.skipping``
+
     def __init__(self, channels, emb_channels, dropout, out_channels=None, use_scale_shift_norm=False, resample=None):
         super().__init__()
         out_channels = out_channels or channels
@@ -95,6 +98,8 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if out_channels == channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x, emb):
+        if self.omitted:
+            return self.skip_connection(x if self.resample is None else self.resample(x))
         norm, activation, conv = self.in_layers
         h = activation(norm(x))
         if self.resample is not None:
@@ -124,6 +129,9 @@ def attend(qkv: torch.Tensor, heads: int, qkv_first: bool) -> torch.Tensor:
 class AttentionBlock(nn.Module):
     """Self-attention over the positions of a feature map. qkv_dims: 1 or 2, for Conv1d or Conv2d projections."""
 
+    parts = ("attention",)
+    omitted: frozenset = frozenset()
+
     def __init__(self, channels: int, num_heads: int, qkv_first: bool = False, qkv_dims: int = 1):
         super().__init__()
         conv = {1: nn.Conv1d, 2: nn.Conv2d}[qkv_dims]
@@ -135,6 +143,8 @@ class AttentionBlock(nn.Module):
         self.proj_out = conv(channels, channels, 1)
 
     def forward(self, x):
+        if self.omitted:
+            return x
         tokens = x.flatten(2) if self.qkv_dims == 1 else x
         h = attend(self.qkv(self.norm(tokens)).flatten(2), self.num_heads, self.qkv_first)
         return x + self.proj_out(h.reshape(tokens.shape)).reshape(x.shape)
@@ -221,6 +231,9 @@ class SpatialTransformer(nn.Module):
     use_linear: Linear instead of 1x1 Conv2d projections (Stable Diffusion 2).
     """
 
+    parts = ("attention",)
+    omitted: frozenset = frozenset()
+
     def __init__(self, channels, num_heads, depth=1, context_dim=None, dropout=0.0, use_linear=False):
         super().__init__()
         self.use_linear = use_linear
@@ -232,6 +245,8 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if use_linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x, context=None):
+        if self.omitted:
+            return x
         context = None if context is None else context.to(x.dtype)
         h = self.norm(x)
         h = self.proj_in(h.flatten(2).mT).mT if self.use_linear else self.proj_in(h).flatten(2)

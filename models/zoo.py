@@ -11,10 +11,11 @@ import click
 from torch_utils import distributed
 from torch_utils.cli import Group
 from torch_utils.download import download_file, download_member, known_sha256, recorded_sha256
-from torch_utils.errors import UserError, parse_json
+from torch_utils.errors import UserError, did_you_mean, parse_json
 from torch_utils.files import sha256_of
 
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
+PREDICTORS = Path(__file__).resolve().parent / "predictors"  # trained, for the embedded networks
 _NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/edm"
 _OPENAI = "https://openaipublic.blob.core.windows.net"
 _ADM_REFERENCES = f"{_OPENAI}/diffusion/jul-2021/ref_batches"
@@ -132,6 +133,27 @@ def _cm(animal_or_room: str) -> Card:
     )
 
 
+def _restoration(name: str, file: str, notes: str, max_sigma: int) -> Card:
+    """A network published with Luo et al. 2023 (IR-SDE, Refusion).
+
+    max_sigma: of its noise process, of images in 0..255; the range grows with it.
+    """
+    return Card(
+        name=name,
+        family="mr",
+        file=file,
+        resolution=256,
+        channels=3,
+        label_dim=0,
+        licence="MIT",
+        guidance=("none", "uncond"),
+        notes=notes,
+        sigma_min=0.000147330942 * max_sigma,
+        sigma_max=1.568607946 * max_sigma,
+        page="https://github.com/Algolzw/image-restoration-sde (Google Drive)",
+    )
+
+
 def _adm(name: str, size: int, fid_ref: str, notes: str = "", sigma_range=(0.010483843, 152.166977)) -> Card:
     """A network published with Dhariwal & Nichol 2021, and its classifier."""
     file, companion = f"{size}x{size}_diffusion.pt", f"{size}x{size}_classifier.pt"
@@ -244,6 +266,12 @@ CARDS: dict[str, Card] = {
         _ldm(
             "ffhq_ldm", "ffhq.zip", "", "latents of 256x256 images; no mirror is known, no FID reference is published"
         ),
+        _restoration("ir_sde_deraining", "ir-sde-deraining.pth", "IR-SDE: removes rain", 10),
+        _restoration("ir_sde_deblurring", "ir-sde-deblurring.pth", "IR-SDE: removes motion blur", 10),
+        _restoration("ir_sde_inpainting", "ir-sde-inpainting.pth", "IR-SDE: fills in missing parts", 30),
+        _restoration("ir_sde_sisr", "ir-sde-sisr.pth", "IR-SDE: four times larger, of bicubically enlarged images", 30),
+        _restoration("ir_sde_deshadow", "ir-sde-deshadow.pth", "IR-SDE: removes shadows", 30),
+        _restoration("refusion", "refusion.pth", "Refusion, NAFNet: any of its tasks", 50),
         Card(
             name="ms_coco",
             family="sd",
@@ -276,8 +304,8 @@ def get_card(dataset_name: str) -> Card:
     if dataset_name in CARDS:
         return CARDS[dataset_name]
     raise UserError(
-        f"dataset_name '{dataset_name}' is unknown; use one of {', '.join(CARDS)}, or with --model_path {CUSTOM} for a "
-        f"network of your own and {DIFFUSERS} for a diffusers pipeline"
+        f"dataset_name '{dataset_name}' is unknown{did_you_mean(dataset_name, [*CARDS, CUSTOM, DIFFUSERS])}"
+        f" ({CUSTOM} and {DIFFUSERS} with --model_path: a network of your own, a pipeline)"
     )
 
 
@@ -295,7 +323,7 @@ def resolve(dataset_name: str, model_path: str | Path | None = None) -> Path:
     """
     card = find_card(dataset_name)
     if card is None and not model_path:
-        raise UserError(f"dataset_name '{dataset_name}' needs --model_path, the file of a network")
+        raise UserError(f"dataset_name '{dataset_name}' needs --model_path, the file of a network or MODULE:FUNCTION")
     if model_path:
         path = Path(model_path)
         if (path / "model_index.json").is_file():

@@ -59,7 +59,9 @@ def schedule_file_flag(command):
 
 
 def use_schedule(flags: dict, given: set[str]) -> Schedule | None:
-    """Replaces --schedule by --sigmas (and sigmas_net) with the noise levels of its file.
+    """Replaces --schedule by --sigmas (and sigmas_cond) with the noise levels of its file.
+
+    Solver options that belong to the schedule are those of the file, unless the user wrote them.
 
     flags: flags of a command line by name; changed in place.
     given: names of the flags that the user wrote; changed in place.
@@ -76,4 +78,8 @@ def use_schedule(flags: dict, given: set[str]) -> Schedule | None:
         raise UserError(f"--schedule sets the whole schedule: leave out --{extra[0]}")
     flags["sigmas"], flags["sigmas_cond"] = list(schedule.sigmas), schedule.sigmas_cond
     given.add("sigmas")
+    for name, value in schedule.own_options(flags.get("solver")).items():
+        if name not in given:
+            flags[name] = value
+            given.add(name)
     return schedule

@@ -43,8 +43,8 @@ class OutputOptions:
     """What is written where: images, or only their FID."""
 
     outdir: str | None = flag(
-        "Output folder (default: samples/<dataset_name>/<solver>_nfe<NFE>[_best<N>], or a folder beside it if that"
-        " holds images of other settings)",
+        "Output folder (default: samples/<dataset_name>/<solver>[-plugin]_nfe<NFE>[_best<N>], or a folder beside it if"
+        " that holds images of other settings)",
         kind=PATH,
         metavar="DIR",
     )
@@ -89,7 +89,7 @@ class SampleOptions:
     """
 
     predictor_path: str | None = flag(
-        "Trained predictor: experiment number, folder or file", kind=PATH, metavar="N|DIR|FILE"
+        "Trained predictor: a name of --list, experiment number, folder or file", kind=PATH, metavar="NAME|N|DIR|FILE"
     )
     settings: Settings = part()
     schedule: Schedule | None = derived(flags=schedule_file_flag, default=None)

@@ -1,4 +1,4 @@
-"""Former names of settings and learned parameters. Files, flags and arguments that have them still work."""
+"""Former names of settings and learned parameters, still accepted in files, flags and arguments."""
 
 from collections.abc import Mapping
 
@@ -20,10 +20,10 @@ FORMER_NAMES = {
 
 
 def current(name):
-    """The name of today."""
+    """The current name of ``name``, which may be current already."""
     return FORMER_NAMES.get(name, name) if isinstance(name, str) else name
 
 
 def with_current_names(values: Mapping) -> dict:
-    """The same values under the names of today."""
+    """The same values under current names."""
     return {current(name): value for name, value in values.items()}

@@ -12,19 +12,20 @@ from torch_utils.errors import UserError
 class SDE(Solver):
     """Exponential multistep method for the reverse-time SDE, one draw of noise per interval.
 
-    With m the model output, h = ln(s / t) for the step from s to t, m' = (m - m_before) h / h_before
-    (zero at order 1) and fresh noise z:
+    For a step from s to t let m be the model output, h = ln(s / t), z fresh noise and
+    m' = (m - m_before) h / h_before, or zero at order 1. With predict_x0, and without it, x becomes
 
-        predict_x0=True   x <- (t/s)^2 x + (1 - e^-2h) m + (1 - (1 - e^-2h) / 2h) m' + t sqrt(1 - e^-2h) z
-        predict_x0=False  x <- x - 2t ((e^h - 1) m + ((e^h - 1) / h - 1) m') + sqrt(s^2 - t^2) z
+        (t/s)^2 x + (1 - e^-2h) m + (1 - (1 - e^-2h) / 2h) m' + t sqrt(1 - e^-2h) z
+        x - 2t ((e^h - 1) m + ((e^h - 1) / h - 1) m') + sqrt(s^2 - t^2) z
 
     These are the stochastic updates of the MR sampler (Li et al. 2025, arXiv 2502.07856) for
     x = image + sigma * noise. Order 1 with predict_x0 is ancestral sampling (Ho et al. 2020). Order
     2 integrates the linear interpolation of m in ln sigma exactly.
 
-    midpoint: half of (1 - e^-2h) m' instead, as in SDE-DPM-Solver++(2M) (Lu et al. 2022). It has
-        the same order, and needs predict_x0 and order 2.
-    lower_order_final: the last step has order 1.
+    midpoint: weight m' by (1 - e^-2h) / 2 instead, as in SDE-DPM-Solver++(2M) (Lu et al. 2022). The
+        order is the same. Needs predict_x0 and max_order=2. Default False.
+    predict_x0: the model outputs are denoised images, else directions. Default True.
+    lower_order_final: the last step has order 1. Default True.
     """
 
     summary = "reverse SDE: stochastic exponential multistep, order 1-2"
@@ -72,6 +73,5 @@ class SDE(Solver):
         cur, nxt = run.sigma(i, state.x), run.sigma(i + 1, state.x)
         d = yield run.at(state.x, i)
         state = self.make_update(state, d, cur, nxt, run.updates)
-        # Variance of the noise that is left of t^2 (data) or s^2 (noise) after the step.
         std = (nxt / cur if self.predict_x0 else 1.0) * (cur**2 - nxt**2).sqrt()
         return replace(state, x=state.x + std * run.noise(state.x))

@@ -5,7 +5,7 @@ import copy
 import torch
 
 from solvers.solver import Point, Solver, State, register
-from solvers.span_heads import slope_features
+from solvers.span_heads import direction_features
 from solvers.span_table import PRESETS, Moves, SpanSolver
 from torch_utils.errors import UserError
 from torch_utils.transfer import to_device
@@ -17,11 +17,11 @@ SpanStudent = SpanSolver  # the former name
 
 @register("span")
 class Span(Solver):
-    """The span solver: a learned table with its own schedule and first step (solvers/span_table.py).
+    """The span solver: a learned table with its own schedule and first step.
 
     x_{i+1} = (1 + delta_i) x_i + gain_i (s_{i+1} - s_i) sum_j c_ij g_j over all directions so far,
-    g_j = (x_j - D(x_j, a_j s_j)) / s_j, with sum_j c_ij = 1. LD3, S4S, DyWeight, GS, EPD and AMED's
-    table are special cases.
+    g_j = (x_j - D(x_j, a_j s_j)) / s_j, with sum_j c_ij = 1; see solvers/span_table.py. LD3, S4S,
+    DyWeight, GS, EPD and AMED's table are special cases.
     """
 
     summary = "span solver: learned schedule, times and coefficients; needs its table"
@@ -33,7 +33,7 @@ class Span(Solver):
 
     def check_predictor(self, predictor):
         if not isinstance(predictor, SpanSolver):
-            raise UserError("the solver 'span' needs its own trained student as predictor (SpanSolver)")
+            raise UserError("the solver 'span' needs a trained span solver as predictor (SpanSolver)")
 
     student: SpanSolver | None = None
     moves: Moves | None = None
@@ -73,7 +73,7 @@ class Span(Solver):
 
         x: state [B,C,H,W] at its start.
         sigma: noise level of x.
-        directions: all directions so far, which the points are reached along.
+        directions: all directions so far.
         substeps: (noise level, sigma_cond, coefficients) of each point.
         known: number of directions before this interval.
         """
@@ -84,7 +84,7 @@ class Span(Solver):
         ]
 
     def _shift(self, number):
-        """What the head "time" adds to the noise embedding for direction number ``number``, [1,E] or None."""
+        """The noise embedding offset [1,E] of the head "time" for direction ``number``, or None."""
         call, heads = number - self.student.analytic, self.student.heads
         return heads["time"](call, 1) if "time" in heads and call >= 0 else None
 
@@ -98,7 +98,7 @@ class Span(Solver):
         """
         heads = self.student.heads
         if "sample" in heads:
-            features = slope_features(x, sigma, directions[known], directions[known - 1] if known else None)
+            features = direction_features(x, sigma, directions[known], directions[known - 1] if known else None)
             change = heads["sample"](i, features)
             c = to_device(c.to(change.dtype), change.device) + change
         direction = combine(c, directions)

@@ -32,7 +32,7 @@ from solvers.dpm_solver_v3 import Statistics, save_statistics
 from solvers.schedule_file import Schedule, save_schedule
 from tools import compare_run as comparison
 from tools import report as comparison_report
-from tools.compare_methods import PRESETS, choose_steps, parse_method
+from tools.compare_methods import choose_steps, parse_method
 from tools.compare_run import SCORES, Comparison, Settings, add_differences, pool_moments, share_out
 from tools.report import plot, plots_html
 from torch_utils.errors import MissingExtra, UserError
@@ -282,20 +282,20 @@ def test_presets_fit_the_rules():
     for name, solver in SOLVERS.items():
         if not solver.needs_predictor:
             parse_method(name, common, {})
-    assert PRESETS["deis"]["max_order"] == 4
+    assert parse_method("deis", common, {}).settings.options["max_order"] == 4
 
 
 def test_what_is_said_for_one_goes_before_what_is_said_for_all():
     common = {"dataset_name": "custom", "sigmas": None}
     settings = parse_method("dpmpp", common, {}).settings
-    assert (settings.schedule_type, settings.options) == ("logsnr", {"max_order": 3})
+    assert (settings.schedule_type, settings.options) == ("logsnr", {"max_order": 3, "thresholding": False})
     everywhere = {"schedule_type": "time_uniform", "schedule_rho": 2.0, "afs": True}
     settings = parse_method("dpmpp:max_order=1", common, everywhere).settings
     assert (settings.schedule_type, settings.schedule_rho, settings.afs) == ("time_uniform", 2, True)
-    assert settings.options == {"max_order": 1}
+    assert settings.options == {"max_order": 1, "thresholding": False}
     settings = parse_method("dpmpp:schedule_type=polynomial:afs=data:predict_x0=no", common, everywhere).settings
     assert (settings.schedule_type, settings.schedule_rho, settings.afs) == ("polynomial", 7, "data")
-    assert settings.options == {"max_order": 3, "predict_x0": False}
+    assert settings.options == {"max_order": 3, "thresholding": False, "predict_x0": False}
 
 
 def test_original_code_is_that_of_sample(files, tmp_path):
@@ -336,7 +336,8 @@ def write_schedule(path, sigmas, **changes):
 def test_schedule_files_stand_at_their_own_evaluations(files, tmp_path, calls):
     """One file per NFE. The row's command is sample.py --schedule and makes the same images."""
     write_schedule(tmp_path / "s" / "mine-2.json", [80, 1.7, 0.002])
-    write_schedule(tmp_path / "s" / "mine-4.json", [80, 9, 1.7, 0.3, 0.002], sigmas_cond=[80, 8, 1.5, 0.25, 0.002])
+    told = {"sigmas_cond": [80, 8, 1.5, 0.25, 0.002], "solver_options": {"direction_sigma": "network"}}
+    write_schedule(tmp_path / "s" / "mine-4.json", [80, 9, 1.7, 0.3, 0.002], **told)
     pattern = f"{tmp_path / 's' / 'mine-{nfe}.json'}"
     arguments = ["--nfe=2,3,4", "--num_reference=0"]
     rows, output = run(files, tmp_path / "out", f"--solvers=euler:schedule={pattern},heun", *arguments)
@@ -344,7 +345,8 @@ def test_schedule_files_stand_at_their_own_evaluations(files, tmp_path, calls):
     assert [key for key in rows if key[0] == label] == [(label, 2), (label, 4)]
     assert f"{label}: no schedule file for NFE 3, skipped" in output and "Warning" not in output
     assert [rows[label, nfe]["nfe_requested"] for nfe in (2, 4)] == [[2], [4]]
-    assert rows[label, 4]["settings"] == "sigmas 80,9,1.7,0.3,0.002, sigmas_cond 80,8,1.5,0.25,0.002"
+    levels = "sigmas 80,9,1.7,0.3,0.002, sigmas_cond 80,8,1.5,0.25,0.002"
+    assert rows[label, 4]["settings"] == f"{levels}, direction_sigma=network"
     line = next(line for line in output.splitlines() if line.startswith(f"| {label} |"))
     assert [bool(cell.strip()) for cell in line.split("|")[2:-1]] == [True, True]  # one line of the table, at 2 and 4
     for nfe in (2, 4):
@@ -377,11 +379,11 @@ def test_schedules_found_for_something_else_are_pointed_out(files, tmp_path):
     assert list(rows) == [("heun:s", 4), ("euler:s", 2), ("euler:afs=True:s", 1)]
     warnings = [line for line in output.splitlines() if line.startswith("Warning")]
     assert warnings == [
-        "Warning: heun:s: the schedule was found for another network ('other', another SHA-256)",
-        "Warning: heun:s: the schedule was found for the solver 'euler', not for 'heun'",
-        "Warning: euler:s: the schedule was found for afs=True, not for afs=False",
-        "Warning: euler:afs=True:s: the schedule was found for another network ('other', another SHA-256)",
-        "Warning: euler:afs=True:s: the schedule was found for afs=False, not for afs=True",
+        "Warning: heun:s: the schedule was optimised for another network ('other', another SHA-256)",
+        "Warning: heun:s: the schedule was optimised for the solver 'euler', not for 'heun'",
+        "Warning: euler:s: the schedule was optimised for afs=True, not for afs=False",
+        "Warning: euler:afs=True:s: the schedule was optimised for another network ('other', another SHA-256)",
+        "Warning: euler:afs=True:s: the schedule was optimised for afs=False, not for afs=True",
     ]
     names = [f"euler:schedule={tmp_path / folder / 's.json'}" for folder in "ab"]  # the same name twice: with folders
     rows, _ = run(files, tmp_path / "out", f"--solvers={','.join(names)}", "--num_reference=0")

@@ -533,7 +533,7 @@ def test_mistakes_are_explained(tmp_path, monkeypatch):
     assert "'sigmas' is missing" in attempt(Gaussian())
     good = linear_statistics("own", get_schedule(9, 0.01, 50.0, "logsnr"))
     for change, text in (
-        ({"s": good.s[:3]}, "do not go together"),
+        ({"s": good.s[:3]}, "do not match"),
         ({"b": good.b * math.nan}, "not finite"),
         ({"sigmas": good.sigmas.flip(0)}, "decrease"),
     ):
@@ -545,10 +545,10 @@ def test_mistakes_are_explained(tmp_path, monkeypatch):
     wide = Gaussian()
     wide.sigma_min = 0.002
     assert "sigma=0.005 is outside the range of the statistics" in attempt(wide, [50.0, 0.005])
-    assert "1x2x2 images, the network's are 3x16x16" in attempt(ToyNet())
+    assert "images of 1x2x2, those of the network have 3x16x16" in attempt(ToyNet())
     guided = Gaussian()
     guided.guidance_rate = 7.5
-    assert "guidance_rate None, and the network has 7.5" in attempt(guided)
+    assert "guidance_rate=None, the network has 7.5" in attempt(guided)
     solve(named(Gaussian(), "cd" * 32), path, schedule)  # the right one
     with pytest.raises(ValueError, match="corrector=maybe: choose from auto, same, pseudo, off"):
         solve(Gaussian(), path, schedule, corrector="maybe")

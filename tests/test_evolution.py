@@ -394,15 +394,15 @@ def test_fid_of_the_command_line_is_that_of_fid_py():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--num_steps=10",), "num_steps=10: the evolution chooses 2 to 9 points of its"),
+        (("--num_steps=10",), "num_steps=10: the evolution chooses 2 to 9 of grid_points=9"),
         (("--objective=fid", "--ref=nowhere.npz"), "--ref=nowhere.npz: no such file"),
         (("--objective=fid", "--detector=nowhere.pt"), "--detector=nowhere.pt"),
         (("--objective=fid", "--finalists=2"), "leave them out with objective=fid"),
-        (("--objective=fid", "--fid_samples=1"), "fid_samples of at least 2"),
+        (("--objective=fid", "--fid_samples=1"), "fid_samples >= 2"),
         (("--objective=lpips",), "'lpips' is not one of"),
-        (("--num_samples=0",), "num_samples of at least 1"),
-        (("--elites=0",), "1 or more elites"),
-        (("--population=1",), "population of 2 or more"),
+        (("--num_samples=0",), "num_samples >= 1"),
+        (("--elites=0",), "elites >= 1"),
+        (("--population=1",), "population >= 2"),
         (("--generations=-1",), "generations"),
         (("--mutation=0",), "mutation=0.0 must be a probability"),
         (("--mutation=nan",), "'--mutation': nan is not a number"),
@@ -419,7 +419,7 @@ def test_mistakes(tmp_path, arguments, message):
 
 
 def test_no_judge_in_the_library():
-    with pytest.raises(UserError, match="there is no judge of FID here"):
+    with pytest.raises(UserError, match="FID is not available here"):
         optimize(toy_problem(), "evolution", {**TINY, "objective": "fid"})
 
 

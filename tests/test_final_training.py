@@ -359,7 +359,7 @@ def test_what_a_run_leaves(toy_model, tmp_path):
     path = train_span({**USUAL, "outdir": str(tmp_path), "init": "ab@polynomial:7,dpmpp@logsnr", "desc": "x"})
     assert path.parent.name == "00000-custom-5-3-span-full-deis-x"
     names = sorted(entry.name for entry in path.parent.iterdir())
-    assert names == ["log.txt", "predictor-000000.safetensors", "stats.jsonl", "training-state-000000.pt"] + [
+    assert names == ["log.txt", "predictor-000000.080.safetensors", "stats.jsonl", "training-state-000000.pt"] + [
         "training_options.json"
     ]
     assert [entry.suffix for entry in (tmp_path / "teacher-sets").iterdir()] == [".safetensors"]

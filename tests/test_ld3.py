@@ -230,6 +230,22 @@ def test_errors_fall(solver, changes):
     assert found.sigmas[0] == 80 and found.sigmas[-1] == 0.002 and found.evaluations > 0
 
 
+def test_directions_by_the_level_of_the_network():
+    """The search uses the option, and the file has it: it is better with it than without."""
+    losses = {}
+    for level in ("point", "network"):
+        option = {"direction_sigma": level}
+        this = problem(options=option)
+        trainer = trained(this, rounds=10, rounds_grid=0, lr_net=20.0)
+        levels = trainer.run()
+        assert optimize(this, "ld3", QUICK).solver_options == option
+        for used in ("point", "network"):
+            this.options = {"direction_sigma": used}
+            losses[level, used] = trainer.validate(*levels)
+    assert losses["point", "point"] < losses["point", "network"]
+    assert losses["network", "network"] < losses["network", "point"]
+
+
 def test_validation_decides():
     """Much too long steps do no harm: the result is the start or better, and rates fall."""
     trainer = Trainer(problem(), options(lr=5.0, lr_net=50.0, patience=1, valid_every=1, radius=0))

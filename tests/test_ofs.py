@@ -184,7 +184,7 @@ def test_resume(tmp_path, monkeypatch):
     "options, changes, message",
     [
         ({"num_steps_tea": 4}, {}, "num_steps=5: OFS chooses 2 to 4"),
-        ({"num_warmup": 0}, {}, "num_warmup of at least 1"),
+        ({"num_warmup": 0}, {}, "num_warmup >= 1"),
         ({"spread": -1.0}, {}, "spread=-1.0"),
         ({"spread": float("nan")}, {}, "spread=nan"),
         ({"solver_tea": "edm"}, {}, "'edm' cannot be the teacher"),

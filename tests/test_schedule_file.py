@@ -71,13 +71,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         ("sigmas", [[80, 1], [2, 1]], "must be finite numbers"),
         ("sigmas_cond", [79, 0.3], "sigmas_cond has 2 entries, but sigmas has 3"),
         ("sigmas_cond", [79, 0.3, -1], "sigmas_cond must be positive"),
-        ("solver", None, "solver must be a text"),
-        ("network_hash", 3, "network_hash must be a text or null"),
+        ("solver", None, "solver must be text"),
+        ("network_hash", 3, "network_hash must be text or null"),
         ("settings", [], "settings must be an object"),
         ("afs", "yes", "afs must be"),
         ("afs", 1, "afs must be"),
         ("sigma_min", 100, "sigma_min must be below sigma_max"),
-        ("evaluations", -1, "not negative"),
+        ("evaluations", -1, "must not be negative"),
         ("seconds", True, "must be finite numbers"),
         ("format", "amed-schedule-99", '"format": "amed-schedule-1"'),
         ("surprise", 1, "unknown field 'surprise'"),
@@ -125,7 +125,7 @@ def test_warnings():
     for name, share in (("sigma_min", 1.005), ("sigma_max", 0.995)):
         ends = {"sigma_min": 0.002, "sigma_max": 80.0, "weights_hash": None}
         (line,) = make().warnings(SimpleNamespace(**ends | {name: ends[name] * share}), "ipndm")
-        assert line.startswith("the schedule was found for noise levels 0.002..80,")
+        assert line.startswith("the schedule was optimised for noise levels 0.002..80,")
         rounded = SimpleNamespace(**ends | {name: ends[name] * (1 + (share - 1) / 10)})
         assert make().warnings(rounded, "ipndm") == []
     other = SimpleNamespace(weights_hash="cd" * 32, sigma_min=0.03, sigma_max=14.6)
@@ -162,6 +162,32 @@ def test_flag(tmp_path):
     assert seen["schedule"] is None and seen["options"]["sigmas"] == [3, 2, 1] and seen["given"] == {"sigmas"}
 
 
+def test_an_option_of_the_schedule_comes_with_the_file(tmp_path):
+    """direction_sigma does, max_order does not, and solvers without the option do not get it."""
+    schedule = make(solver_options={"max_order": 3, "direction_sigma": "network"})
+    assert schedule.own_options("euler") == {"direction_sigma": "network"} and schedule.own_options("dpmpp") == {}
+    save_schedule(tmp_path / "s.json", schedule)
+
+    def recorded(*flags, out="images"):
+        out = tmp_path / out
+        more = ("--dataset_name=digits", "--seeds=0", f"--outdir={out}")
+        done = run("sample", *more, *flags)
+        assert done.exit_code == 0, done.output
+        return json.loads((out / "sampling.json").read_text())["settings"], next(out.rglob("*.png")).read_bytes()
+
+    file = f"--schedule={tmp_path / 's.json'}"
+    settings, image = recorded(file, "--solver=ipndm")
+    assert settings["direction_sigma"] == "network" and settings["max_order"] == 4
+    other, plain = recorded(file, "--solver=ipndm", "--direction_sigma=point", out="point")
+    assert other["direction_sigma"] == "point" and plain != image
+    record = tmp_path / "point" / "sampling.json"  # a record of before says nothing of it, and may be continued
+    content = json.loads(record.read_text())
+    del content["settings"]["direction_sigma"]
+    record.write_text(json.dumps(content))
+    assert recorded(file, "--solver=ipndm", "--direction_sigma=point", out="point")[1] == plain
+    assert "direction_sigma" not in recorded(file, "--solver=dpmpp", out="dpmpp")[0]
+
+
 def test_flag_mistakes(tmp_path):
     save_schedule(tmp_path / "s.json", make())
     for arguments, message in (
@@ -185,7 +211,7 @@ def test_the_schedule_of_a_file_reaches_sampling_and_training(tmp_path):
     common = ["--dataset_name=digits", f"--schedule={path}"]
     done = run("sample", *common, "--solver=euler", "--seeds=0-1", f"--outdir={tmp_path / 'images'}")
     assert done.exit_code == 0, done.output
-    assert "found for another network" in done.output and "for the solver 'ipndm', not for 'euler'" in done.output
+    assert "optimised for another network" in done.output and "for the solver 'ipndm', not for 'euler'" in done.output
     recorded = json.loads((tmp_path / "images" / "sampling.json").read_text())["settings"]
     assert recorded["sigmas"] == sigmas and recorded["sigmas_cond"] == sigma_cond
     refused = run("train", *common, f"--outdir={tmp_path / 'exps'}", "--sampler_stu=euler")

@@ -252,6 +252,22 @@ def test_two_training_iterations(case):
     compare_parameters(predictor, f"{key}.end_it1.param.", w0)
 
 
+@pytest.mark.parametrize("solver", ["ipndm", "euler"])
+@pytest.mark.parametrize("case", ["0", "1"])
+def test_ld3_with_other_levels_for_the_network(case, solver):
+    """Samples of vinhsuhi/LD3 9e4a66f, which divides by the level that the network gets."""
+    data, golden = np.load(GOLDEN / "dyweight.npz"), np.load(GOLDEN / "ld3.npz")
+    net, latents = ToyNet(means=torch.from_numpy(data["means"]).double()), torch.from_numpy(data["latents"]).double()
+    levels = {"sigmas": golden[f"{case}.sigmas"], "sigmas_cond": golden[f"{case}.told"]}
+    published = {"solver": solver, "direction_sigma": "network", **levels}
+    denoised = []
+    x = sample(net, latents, callback=lambda i, sigma, x, d: denoised.append((x, d)), **published)
+    close(x, golden[f"{case}.{solver}"])
+    assert (sample(net, latents, solver=solver, **levels) - x).abs().max() > 0.01 * x.abs().max()
+    for i, (state, image) in enumerate(denoised):  # the callback gets the network's answer itself
+        close(image, net(state, torch.tensor(levels["sigmas_cond"][i])))
+
+
 def compare_parameters(predictor, prefix, w0):
     compared = 0
     for name, parameter in predictor.named_parameters():

@@ -16,7 +16,7 @@ from models import create_model
 from sampling.generate import generate_images
 from sampling.settings import Settings, settings_of
 from solvers import Sampler, get_schedule, integrate, make_solver, sample
-from solvers.span_heads import SpatialHead, slope_features
+from solvers.span_heads import SpatialHead, direction_features
 from solvers.span_table import GROUPS, PRESETS, SpanSolver
 from tools import report as comparison_report
 from torch_utils.errors import UserError
@@ -649,13 +649,13 @@ def test_the_time_head_shifts_the_embedding_of_its_own_call(structure):
 
 def test_features_of_slopes_by_hand():
     x, g, before = (torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(k)).double() for k in range(3))
-    found = slope_features(x, torch.tensor(2.0), g, before)[1].tolist()
+    found = direction_features(x, torch.tensor(2.0), g, before)[1].tolist()
     a, b, c = (v[1].flatten().numpy() for v in (x, g, before))
     image = a - 2 * b
     cosine = [float(u @ v / (u @ u * (v @ v)) ** 0.5) for u, v in ((b, c), (b, a))]
     expected = [0.5 * math.log((b * b).mean()), *cosine, image.mean(), image.std()]
     assert found == pytest.approx(expected, rel=1e-5)
-    assert slope_features(x, torch.tensor(2.0), g, None)[:, 1].tolist() == [0, 0]
+    assert direction_features(x, torch.tensor(2.0), g, None)[:, 1].tolist() == [0, 0]
 
 
 def test_noise_levels_given_beside_those_of_the_solver_have_to_be_the_same():
@@ -665,7 +665,7 @@ def test_noise_levels_given_beside_those_of_the_solver_have_to_be_the_same():
         found = student.brings(**{name: (levels * (1 + 1e-8)).tolist()})  # as a file may have rounded them
         assert torch.equal(found[name], getattr(student, name)())
         for other in (levels * 1.001, levels[:-1]):
-            with pytest.raises(UserError, match=f"{name}: the student brings its own"):
+            with pytest.raises(UserError, match=f"{name}: the span solver has its own"):
                 student.brings(**{name: other.tolist()})
 
 
@@ -679,7 +679,7 @@ def test_a_time_head_learns_alone(structure):
 
 def test_features_of_a_sample_without_slope_are_finite():
     x = torch.ones(2, 3, 4, 4, dtype=torch.float64)
-    assert slope_features(x, torch.tensor(2.0), torch.zeros_like(x), torch.zeros_like(x)).isfinite().all()
+    assert direction_features(x, torch.tensor(2.0), torch.zeros_like(x), torch.zeros_like(x)).isfinite().all()
 
 
 def test_the_spatial_head_sees_the_state_at_unit_size():
@@ -747,7 +747,7 @@ def test_files_that_are_no_students(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"surprise": 1}, "unknown setting of a span student 'surprise'"),
+        ({"surprise": 1}, "unknown setting 'surprise' of a span solver"),
         ({"base": "heun"}, "base='heun': choose from ab"),
         ({"first_step": True}, "first_step=True"),
         ({"learn": ["knots", "x"]}, "learn: unknown 'x'"),
@@ -771,7 +771,7 @@ def test_impossible_settings(config, message):
     with pytest.raises(UserError, match=message) as caught:
         SpanSolver(**config)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="unknown span student 'x'"):
+    with pytest.raises(UserError, match="unknown preset 'x' of the span solver"):
         SpanSolver.preset("x")
 
 
@@ -780,21 +780,24 @@ def test_students_and_solvers_that_do_not_belong_together():
     for options, message in (
         ({"solver": "span"}, "'span' needs"),
         ({"solver": "span", "predictor": AMEDPredictor()}, "SpanSolver"),
-        ({"solver": "ipndm", "predictor": student}, "student of the solver 'span'"),
+        ({"solver": "ipndm", "predictor": student}, "trained for the solver 'span', not for 'ipndm'"),
         ({"solver": "heun", "predictor": student}, "no predictor can be inserted"),
         ({"solver": "span", "predictor": student, "num_steps": 5}, "num_steps=5"),
-        ({"solver": "span", "predictor": student, "sigmas": [80.0, 3.0, 0.2, 0.002]}, "sigmas: the student brings"),
+        (
+            {"solver": "span", "predictor": student, "sigmas": [80.0, 3.0, 0.2, 0.002]},
+            "sigmas: the span solver has its own",
+        ),
         ({"solver": "span", "predictor": student, "afs": "data"}, "afs=data"),
         ({"solver": "span", "predictor": SpanSolver(sigma_max=90.0)}, "outside the network's range"),
         (
             {"solver": "span", "predictor": SpanSolver(heads=["spatial"], img_channels=1)},
-            "needs a network of 1 channels",
+            "needs 1 channels, this network has 3",
         ),
         ({"solver": "span", "predictor": SpanSolver(heads=["time"], embedding_width=2)}, "leave the head 'time' out"),
     ):
         with pytest.raises(UserError, match=message):
             integrate(ToyNet(), latents(), **{"num_steps": 4, **options} if options["solver"] != "span" else options)
-    with pytest.raises(UserError, match="needs a noise embedding of 3 numbers, this has 2"):
+    with pytest.raises(UserError, match="needs a noise embedding of 3 numbers, this network's has 2"):
         sample(EmbeddedToy(), latents(), solver="span", predictor=SpanSolver(heads=["time"], embedding_width=3))
     with pytest.raises(UserError, match="'amed' needs"):
         Sampler(ToyNet(), make_solver("amed"), get_schedule(4, 0.002, 80.0))

@@ -104,7 +104,7 @@ def test_ctrl_c_and_continuing(tiny, tmp_path):
     (said,) = re.findall(r"python train.py --resume=(\S+)", out)
     assert (tmp_path / said).resolve() == folder
     done = load_newest_state(folder)["iteration"]
-    assert done >= 1 and (folder / "predictor-000000.safetensors").is_file()
+    assert done >= 1 and (folder / f"predictor-000000.{4 * done:03d}.safetensors").is_file()
     total = (done + 2) * 4 / 1000
     again = run_train(f"--resume={said}", f"--total_kimg={total}", "--seed=7", "--device=cpu", cwd=tmp_path)
     assert again.returncode == 0, again.stderr

@@ -452,4 +452,4 @@ def test_schedules_and_networks_that_do_not_fit(pretrained, tmp_path, schedule, 
 def test_a_schedule_of_another_network_is_noted(pretrained, tmp_path):
     path = write_schedule(tmp_path / "s.json", network="digits", network_hash="0" * 64)
     done = fine_tune(pretrained, tmp_path, schedule=path, total_kimg=0.016)
-    assert done.exit_code == 0 and "Warning: the schedule was found for another network ('digits'" in done.output
+    assert done.exit_code == 0 and "Warning: the schedule was optimised for another network ('digits'" in done.output

@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from models import adm, build_denoiser, cm, create_model, ldm, sd, zoo
+from models import adm, build_denoiser, cm, create_model, ldm, mr, sd, zoo
 from models.building import build_empty
 from models.denoiser import read_bottleneck
 from models.edm import EDMDenoiser
@@ -301,8 +301,10 @@ def test_cards_agree_with_the_published_settings(name):
         "adm": adm.RELEASED_CONFIGS,
         "ldm": ldm.RELEASED_CONFIGS,
         "sd": {"ms_coco": sd.STABLE_DIFFUSION_1_5},
+        "mr": mr.RELEASED_CONFIGS,
     }
     classes = {"cm": cm.CMDenoiser, "adm": adm.ADMDenoiser, "ldm": ldm.LDMDenoiser, "sd": sd.StableDiffusionDenoiser}
+    classes["mr"] = mr.MRDenoiser
     net = build_empty(classes[card.family], presets[card.family][name], name)
     assert (net.img_channels, net.img_resolution, net.label_dim) == (card.channels, card.resolution, card.label_dim)
     assert np.allclose((net.sigma_min, net.sigma_max), (card.sigma_min, card.sigma_max), rtol=1e-5)

@@ -216,19 +216,25 @@ class AMEDRun(Run):
 
 
 def train_predictor(
-    options: AMEDOptions | dict, device="cpu", run_dir=None, resume: bool = False, schedule: Schedule | None = None
+    options: AMEDOptions | dict,
+    device="cpu",
+    run_dir=None,
+    resume: bool = False,
+    schedule: Schedule | None = None,
+    net=None,
 ) -> Path:
     """Trains a predictor and returns its file, ``<folder>/predictor-<kimg>.safetensors``.
 
     options: TrainingOptions, or a dict of its fields. run_dir: the folder to use; None makes the next numbered one in
     ``options.outdir``. resume: continue the run in run_dir from its newest state (``options`` are then those of that
-    state). schedule: the file that options.sigmas come from; what it was not made for is pointed out. Every process of
+    state). schedule: the file that options.sigmas come from; what it was not made for is pointed out. net: the network, as it is
+    (None: that of the options is opened). Every process of
     a torchrun calls this. Raises UserError for settings that cannot work and for a loss that is not finite, Interrupted
     after Ctrl-C or SIGTERM, when everything is saved.
     """
     device = torch.device(device)
     options = AMEDOptions.from_dict(options) if isinstance(options, dict) else options
-    options, net, prompts = prepare(options, device)
+    options, net, prompts = prepare(options, device, net)
     if options.afs:  # before a folder is made: the network may not know what afs="data" needs
         afs_direction(net, torch.zeros(1, net.img_channels, 1, 1, device=device), torch.ones(()), options.afs)
     make = partial(

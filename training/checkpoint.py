@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from models import zoo
 from solvers.former_names import with_current_names
 from solvers.span_table import CONFIG_KINDS, SpanSolver, current_config
 from torch_utils.errors import UserError, brief
@@ -153,13 +154,14 @@ def _original_snapshot(content, name: str) -> tuple[dict, dict[str, torch.Tensor
 # ----------------------------------------------------------------------------------------------------------------------
 # Finding
 
-_FILE_NAMES = (r"predictor-(\d+)\.safetensors", r"network-snapshot-(\d+)\.pkl", r"network-snapshot-(\d+)\.pt")
+_FILE_NAMES = (r"predictor-(\d+(?:\.\d+)?)\.safetensors", r"network-snapshot-(\d+)\.pkl", r"network-snapshot-(\d+)\.pt")
 
 
 def find_predictor(predictor_path, exps="./exps") -> Path:
     """The predictor file that a command line names.
 
-    predictor_path: the number of an experiment ("7" is ``exps/00007-*``), a folder, or a file. In a folder the file
+    predictor_path: the number of an experiment ("7" is ``exps/00007-*``), a folder, a file, or the name of a predictor
+    that comes with the repository ("digits-span-3"). In a folder the file
     with the largest kimg in its name is taken. Raises UserError where nothing, or more than one thing, is meant.
     """
     text = str(predictor_path).strip()
@@ -180,11 +182,22 @@ def find_predictor(predictor_path, exps="./exps") -> Path:
     path = Path(text)
     if not path.exists() and (exps / path).exists():
         path = exps / path
+    if not path.exists() and text in shipped_predictors():
+        return shipped_predictors()[text]
     if path.is_dir():
         return _newest(path)
     if not path.is_file():
-        raise UserError(f"there is no predictor at {path}; give an experiment number, a folder or a file")
+        raise UserError(
+            f"there is no predictor at {path}; give an experiment number, a folder, a file, or a name that"
+            " 'python sample.py --list' prints"
+        )
     return path
+
+
+def shipped_predictors() -> dict[str, Path]:
+    """The predictors that come with the repository: their files by name."""
+    found = [(path, path.stem.rpartition("-")) for path in zoo.PREDICTORS.glob("*.safetensors")]
+    return {path.stem: path for path, parts in sorted(found, key=lambda item: (item[1][0], item[1][2]))}
 
 
 def _newest(folder: Path) -> Path:
@@ -193,7 +206,7 @@ def _newest(folder: Path) -> Path:
         for preference, pattern in enumerate(_FILE_NAMES):
             match = re.fullmatch(pattern, path.name)
             if match and path.is_file():
-                found.append((int(match[1]), -preference, path))
+                found.append((float(match[1]), -preference, path))
     if not found:
         raise UserError(f"{folder} holds no predictor yet (no predictor-*.safetensors, no network-snapshot-*.pkl)")
     return max(found)[2]

@@ -1,8 +1,11 @@
 """From the flags of train.py to the options of a run: a new one, or one that is continued."""
 
+import sys
 from pathlib import Path
 
+from solvers.recommended import merge, steps_for, training_recipe
 from torch_utils.cli import PATH
+from torch_utils.distributed import print0
 from torch_utils.errors import UserError
 from torch_utils.options import flags_of
 from training.options import AMEDOptions, SpanOptions
@@ -32,8 +35,14 @@ def find_objective(values: dict, given: set[str]) -> str:
     return objective
 
 
-def new_options(values: dict, given: set[str]) -> AMEDOptions | SpanOptions:
-    """The options of a new run. values: all flags by name; given: those that the user wrote."""
+def new_options(values: dict, given: set[str], nfe: int | None = None) -> AMEDOptions | SpanOptions:
+    """The options of a new run.
+
+    values: all flags by name.
+    given: names of those that the user wrote.
+    nfe: network evaluations of the student; the recommended recipe then has what the user did not
+        write. Default: none, the defaults.
+    """
     if values["dataset_name"] is None:
         raise UserError("--dataset_name is missing: name a network ('python -m models.zoo list'), or --resume a run")
     if values["sigmas"] is not None:
@@ -43,7 +52,30 @@ def new_options(values: dict, given: set[str]) -> AMEDOptions | SpanOptions:
         if replaced:
             raise UserError(f"--sigmas replaces --{min(replaced)}: give only one of them")
     kind = OBJECTIVES[find_objective(values, given)]
-    return kind.from_dict({name: values[name] for name in given & flags_of(kind).keys()})
+    written = {name: values[name] for name in given & flags_of(kind).keys()}
+    return kind.from_dict(written if nfe is None else with_recipe(kind, written, nfe))
+
+
+def with_recipe(kind, written: dict, nfe: int) -> dict:
+    """The flags of a recommended recipe whose student spends ``nfe`` evaluations; what was written wins."""
+    if {"num_steps", "sigmas"} & written.keys():
+        raise UserError("--nfe chooses the number of steps: leave out --nfe, or --num_steps and --sigmas")
+    student = "span" if kind is SpanOptions else written.get("sampler_stu", "amed")
+    recipe, source = training_recipe(written["dataset_name"], student)
+    chosen = merge(recipe, written)
+    per_call = kind.from_dict(chosen).guess_evals_per_call()
+    if kind is AMEDOptions and "afs" not in written and nfe // per_call % 2 == 0:
+        chosen["afs"] = False  # two evaluations in each interval, of which the first step saves one
+
+    def cost(intervals):
+        return kind.from_dict({**chosen, "num_steps": intervals + 1}).calls * per_call
+
+    hint = f"; two evaluations in each interval, one less with --afs={recipe.get('afs')}" if kind is AMEDOptions else ""
+    what = f"--sampler_stu={student}" + (f" with --afs={chosen['afs']}" if "afs" in chosen else "")
+    chosen["num_steps"] = steps_for(nfe, cost, what, hint)
+    shown = " ".join(f"--{name}={value}" for name, value in chosen.items() if name not in written)
+    print0(f"{nfe} evaluations: {shown} ({source})", file=sys.stderr)
+    return chosen
 
 
 def continued_options(stored: dict, values: dict, given: set[str], folder: Path) -> AMEDOptions | SpanOptions:

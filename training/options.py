@@ -43,7 +43,8 @@ class RunOptions:
         "Network: digits, cifar10, ffhq, ... ('python -m models.zoo list')", REQUIRED, required=False
     )
     model_path: str | None = flag(
-        "File of the network, instead of the downloaded or embedded one; diffusers: a folder or hub id",
+        "File of the network, instead of the downloaded or embedded one; diffusers: a folder or hub id; custom: also"
+        " MODULE:FUNCTION of your own code, which is run",
         kind=PATH,
         changeable=True,
         metavar="FILE",
@@ -432,11 +433,15 @@ class SpanOptions(RunOptions):
             starts.append((base or None, grid or None))
         return starts
 
+    @property
+    def calls(self) -> int:
+        """Calls of the network that the student makes."""
+        return self.make_student(0.002, 80.0).evaluations()
+
     def folder_name(self, number: int, evals_per_call: int | None = None) -> str:
         """``<number>-<dataset_name>-<num_steps>-<NFE>-span-<preset>-<teacher>[-desc]``."""
         per_call = self.guess_evals_per_call() if evals_per_call is None else evals_per_call
-        calls = self.make_student(0.002, 80.0).evaluations()
-        parts = [f"{number:05d}", self.dataset_name, self.num_steps, calls * per_call, "span", self.preset]
+        parts = [f"{number:05d}", self.dataset_name, self.num_steps, self.calls * per_call, "span", self.preset]
         return "-".join(str(part) for part in (*parts, self.sampler_tea, *([self.desc] if self.desc else [])))
 
     def without_effect(self, names) -> list[str]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from models.denoiser import BOTTLENECK_SIZE
 from models.edm_unet import Linear, PositionalEmbedding
+from solvers.sampler import sample
 from solvers.solver import SOLVERS, Option, Solver, solver_options
 from torch_utils.errors import UserError
 from torch_utils.kinds import check_kinds, check_steps, defaults_of, kinds_of
@@ -53,14 +54,16 @@ _WIDEST = 1 << 16  # of any layer
 
 def trainable_options() -> dict[str, dict[str, Option]]:
     """The options of all solvers that can be student or teacher, {name: {solver: Option}}."""
-    return solver_options(solver for solver in SOLVERS.values() if solver.can_learn or solver.can_teach)
+    found = solver_options(solver for solver in SOLVERS.values() if solver.can_learn or solver.can_teach)
+    return {name: users for name, users in found.items() if not any(option.of_schedule for option in users.values())}
 
 
 def solver_settings(config: Mapping) -> dict:
     """The options that a student and its teacher have under this configuration, defaults included."""
     student, teacher = (SOLVERS.get(config[role], Solver) for role in ("sampler_stu", "sampler_tea"))
     own = {name: option for name, option in student.options.items() if name not in student.learned_options}
-    return {name: config.get(name, option.default) for name, option in {**teacher.options, **own}.items()}
+    options = {name: option for name, option in {**teacher.options, **own}.items() if not option.of_schedule}
+    return {name: config.get(name, option.default) for name, option in options.items()}
 
 
 class AMEDPredictor(nn.Module):
@@ -130,6 +133,10 @@ class AMEDPredictor(nn.Module):
         z = torch.cat([code, self._embed(t_cur, batch, bottleneck), self._embed(t_next, batch, bottleneck)], dim=1)
         outputs = torch.sigmoid(self.fc_r(z)), self._scale("scale_dir", z), self._scale("scale_time", z)
         return tuple(value.reshape(-1, 1, 1, 1) for value in outputs)
+
+    def sample(self, net, latents, **options):
+        """Images [B,C,H,W] from unit-variance noise; options: of ``solvers.sample``."""
+        return sample(net, latents, predictor=self, **options)
 
     def evaluations(self) -> int:
         """Network evaluations of one trajectory with these settings (calls; guidance may double their cost)."""

@@ -1,6 +1,5 @@
 """What a final sample is compared by: distances to the teacher's sample of the same noise, and between distributions."""
 
-import importlib
 import math
 import re
 from collections.abc import Callable
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 
 from models.denoiser import beside, member
 from torch_utils.errors import MissingExtra, UserError
+from torch_utils.functions import find_function
 
 DEFAULT_SIGMA = 0.1  # of images in [-1, 1]: little noise, and the encoder still has to look at the whole image
 
@@ -137,13 +137,7 @@ class OwnTerm:
     [-1, 1] a tensor, or a list of tensors, [B,C] or [B,C,H,W]."""
 
     def __init__(self, net, place: str):
-        module, _, name = place.partition(":")
-        try:
-            function = getattr(importlib.import_module(module), name, None)
-        except ImportError as error:
-            raise UserError(f"--loss={place}: cannot import {module} ({error}): put it on PYTHONPATH") from None
-        if not callable(function):
-            raise UserError(f"--loss={place}: {module} has no function '{name}'")
+        function, _ = find_function(place, "--loss", ", ".join(TERMS))
         self.net, self.place, self.extract = net, place, function(net)
         if not callable(self.extract):
             raise UserError(f"--loss={place}: it returned {type(self.extract).__name__}, not a function of images")

@@ -6,7 +6,7 @@ A method is one entry of ``METHODS``: a function from a ``Problem`` and its own 
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -19,10 +19,10 @@ from solvers.search.evolution import EVOLUTION_OPTIONS, evolution_sigmas
 from solvers.search.gits import METRICS, gits_cost, gits_indices, insert_afs_point, teacher_trajectory
 from solvers.search.ofs import OFS_OPTIONS, ofs_sigmas
 from solvers.search.problem import Found, Problem
-from solvers.solver import Option, check_teacher
+from solvers.solver import Option, check_teacher, make_solver
 from torch_utils import distributed
 from torch_utils.distributed import together
-from torch_utils.errors import UserError
+from torch_utils.errors import UserError, did_you_mean
 from torch_utils.seeds import SeededGenerators, stream_seeds
 from training.ld3 import OPTIONS as LD3_OPTIONS
 from training.ld3 import SUMMARY as LD3_SUMMARY
@@ -250,3 +250,26 @@ def optimize(problem: Problem, method: str, options: dict | None = None, version
         seconds=round(problem.elapsed(), 2),
         versions=versions or {},
     )
+
+
+def optimize_schedule(net, *, solver: str, num_steps: int, method: str = "gits", device=None, **options) -> Schedule:
+    """Optimised noise levels for a network and a solver; ``schedule.sigmas`` goes to ``solvers.sample``.
+
+    net: a network of ``models.wrap`` or ``create_model``.
+    solver: name of the solver that will use them.
+    num_steps: number of noise levels.
+    method: name in ``METHODS``. Default: gits.
+    device: where to compute. Default: where net is.
+    options: of the method, of the solver, or fields of ``Problem`` (seed, batch, afs, sigma_min, ...).
+
+    Raises UserError for unknown options and impossible settings.
+    """
+    if method not in METHODS:
+        raise UserError(f"unknown method '{method}'{did_you_mean(method, METHODS)}")
+    if device is None:
+        device = next(net.parameters(), torch.empty(0)).device
+    kinds = {entry.name for entry in fields(Problem)} - {"net", "solver", "num_steps", "options", "device"}
+    own = {name: options.pop(name) for name in tuple(options) if name in METHODS[method].options}
+    more = {name: options.pop(name) for name in tuple(options) if name in kinds}
+    make_solver(solver, options)  # refuses what is left and not an option of the solver
+    return optimize(Problem(net, solver, num_steps, options, device=device, **more), method, own)

@@ -170,21 +170,21 @@ class SpanRun(Run):
         ]
 
 
-def train_span(options: SpanOptions | dict, device="cpu", run_dir=None, resume: bool = False) -> Path:
+def train_span(options: SpanOptions | dict, device="cpu", run_dir=None, resume: bool = False, net=None) -> Path:
     """Trains a span student on final samples and returns its file, ``<folder>/predictor-<kimg>.safetensors``: the state
     that was best in validation.
 
     Arguments and errors as those of ``train_predictor``.
     """
     with ExitStack() as locks:
-        return _train_span(options, device, run_dir, resume, locks)
+        return _train_span(options, device, run_dir, resume, locks, net)
 
 
-def _train_span(options: SpanOptions | dict, device, run_dir, resume: bool, locks: ExitStack) -> Path:
+def _train_span(options: SpanOptions | dict, device, run_dir, resume: bool, locks: ExitStack, net) -> Path:
     """The same; ``locks`` holds the folder."""
     device = torch.device(device)
     options = SpanOptions.from_dict(options) if isinstance(options, dict) else options
-    options, net, prompts = prepare(options, device)
+    options, net, prompts = prepare(options, device, net)
     options = options.resolved(net, prompts, device)
     ends = tuple(
         float(getattr(net, name) if getattr(options, name) is None else getattr(options, name))
