@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
+from models import edm_unet
 from models.denoiser import BottleneckReader, Denoiser, add_shift, beside, bottleneck_map
 from torch_utils.errors import UserError
 
@@ -36,7 +37,9 @@ def prepare_network(
         raise UserError(f"amp={amp}: choose from {', '.join(AUTOCAST)}")
     if AUTOCAST[amp] is not None and not net.can_autocast:
         raise UserError(f"--amp={amp} is not available for {net.dataset_name or 'this network'}; use --amp=none")
+    check_bf16(amp, next(net.parameters(), torch.empty(0)).device)
     net.autocast = AUTOCAST[amp]
+    convert_weights(net, net.autocast)
     if channels_last is None:
         channels_last = amp == "none" and next(net.parameters(), torch.empty(0)).device.type == "cpu"
     net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -44,6 +47,62 @@ def prepare_network(
         raise UserError(f"compile={compile_mode}: choose from {', '.join(COMPILE_MODES)}")
     net.compiled = None if compile_mode == "none" else CompiledForward(net, compile_mode)
     return net
+
+
+DTYPES = ("fp32", "fp16", "bf16", "auto")
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a name in ``DTYPES``. auto: bf16 on GPUs that have it, fp16 on others, fp32 on the CPU."""
+    if name == "auto":
+        if device.type == "cpu":
+            name = "fp32"
+        else:
+            bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            name = "bf16" if bf16 else "fp16"
+    check_bf16(name, device, "dtype")
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+def choose_backends(tf32: bool, bench: bool) -> None:
+    """Sets what NVIDIA GPUs may do to go faster.
+
+    tf32: round the inputs of convolutions and matrix products to 10 bits (TensorFloat-32).
+    bench: let cuDNN choose convolution algorithms by timing, which may differ between two runs.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = bench
+
+
+def check_bf16(name: str, device: torch.device, flag: str = "amp") -> None:
+    """Raises UserError if the flag asks for bf16 on a GPU that computes it in software only."""
+    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"--{flag}=bf16: {torch.cuda.get_device_name(device)} cannot compute in bf16; use fp16")
+
+
+# Layers whose weights autocast would convert in every call.
+_MATRIX_LAYERS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, edm_unet.Linear, edm_unet.Conv2d)
+
+
+@torch.no_grad()
+def convert_weights(net: Denoiser, dtype: torch.dtype | None) -> None:
+    """Gives the layers of ``net.torso`` that autocast runs in ``dtype`` weights of this dtype.
+
+    Autocast converts frozen weights in every call; this does it once, with the same results. Their
+    float32 values are kept on the CPU, so that ``dtype`` None restores them.
+    """
+    kept = net.__dict__.setdefault("_full_precision", {})
+    for parameter, value in kept.items():
+        parameter.data = value.to(parameter.device)
+    kept.clear()
+    if dtype is None or net.torso is None:
+        return
+    for layer in net.torso.modules():
+        if isinstance(layer, _MATRIX_LAYERS):
+            for parameter in layer.parameters(recurse=False):
+                if not parameter.requires_grad and parameter.dtype == torch.float32:
+                    kept[parameter] = parameter.data.cpu()
+                    parameter.data = parameter.data.to(dtype)
 
 
 def skippable_layers(net: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:

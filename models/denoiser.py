@@ -93,6 +93,11 @@ class Denoiser(torch.nn.Module):
         raise NotImplementedError(f"{type(self).__name__} does not say where its bottleneck is")
 
     @property
+    def torso(self) -> torch.nn.Module | None:
+        """The part that runs in the dtype ``autocast``, whose weights may have this dtype."""
+        return None
+
+    @property
     def noise_embedding(self) -> torch.nn.Module | None:
         return None
 
@@ -163,6 +168,10 @@ class PreconditionedDenoiser(Denoiser):
     """
 
     can_autocast = True
+
+    @property
+    def torso(self):
+        return getattr(self, "model", None)
 
     def scalings(self, sigma: torch.Tensor) -> tuple:
         """(c_skip, c_out, c_in, c_noise) for sigma [B,1,1,1] or [1,1,1,1]; c_noise in any shape."""

@@ -427,7 +427,7 @@ def load_diffusers(
     path_or_hub_id: a folder that ``save_pretrained`` wrote, or an id of the Hugging Face hub, whose files are downloaded
     to its usual cache (every process of a torchrun has to call this). guidance_type: "cfg" (default) or "none" for text,
     "uncond" or "none" otherwise; guidance_rate in diffusers' meaning, by default the pipeline's. dtype: of the weights;
-    images and noise levels stay in float32. allow_pickle: also read weights that are not in safetensors (as data only).
+    images and noise levels stay in float32, and so does a first stage that may overflow. allow_pickle: also read weights that are not in safetensors (as data only).
 
     The result also has ``dataset_name``, ``source_path`` and ``weights_hash``, the SHA-256 of the network's weights file
     (of the list of their hashes where there are several). Raises MissingExtra without the packages, UserError for
@@ -447,8 +447,8 @@ def load_diffusers(
     given = {part: None for part, entry in index.items() if part in _UNUSED or entry == [None, None]}
     if "safety_checker" in given:
         given["requires_safety_checker"] = False
-    # First stages overflow in float16, and they run once per image only.
-    dtypes = {"default": dtype} | {part: torch.float32 for part in _FIRST_STAGES if part in index}
+    dtypes = {"default": dtype}
+    dtypes |= {part: _first_stage_dtype(folder / part, dtype) for part in _FIRST_STAGES if part in index}
     options = {
         "use_safetensors": None if allow_pickle else True,
         "trust_remote_code": False,
@@ -475,6 +475,14 @@ def load_diffusers(
     part = folder / net.network_name
     net.weights_hash = _hash_weights(part if part.is_dir() else folder)  # old pipelines have no folders
     return net.to(device).eval().requires_grad_(False)
+
+
+def _first_stage_dtype(folder: Path, dtype: torch.dtype) -> torch.dtype:
+    """float32, unless the first stage says that it does not overflow in half precision (force_upcast)."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    fits = isinstance(config, dict) and config.get("force_upcast") is False
+    return dtype if fits else torch.float32
 
 
 def _reading(source, function, *arguments, **options):

@@ -118,7 +118,7 @@ class DEIS(Solver):
 
 
 def _alike(levels: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The noise levels in float64 on the CPU, or in float32 on the device of those that lie elsewhere."""
+    """The noise levels in float64 on the CPU, or in float32 on the device of some of them."""
     place = next((level for level in levels if level.device.type != "cpu"), None)
     if place is None:
         return [level.to(torch.float64) for level in levels]

@@ -195,7 +195,10 @@ class Constants:
 
 
 def _move(steps: list[Step], x: torch.Tensor) -> list[Step]:
-    """The steps in the dtype and on the device of x, in one copy. Constants of all pixels stay numbers of the CPU."""
+    """The steps in the dtype and on the device of x, in one copy.
+
+    Statistics that are the same for all pixels stay numbers of the CPU.
+    """
     names = [entry.name for entry in fields(Step)]
     tensors = [getattr(step, name).to(x.dtype) for step in steps for name in names]
     if x.device.type != "cpu":

@@ -107,7 +107,7 @@ class Span(Solver):
 
 
 def scaled(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """factor times x in the dtype of x; x itself for a factor that is exactly one and needs no gradient."""
+    """factor times x, in the dtype of x. x itself if the factor is 1 and needs no gradient."""
     factor = factor.to(x.dtype)
     return x if _is(factor, 1.0) else factor * x
 
@@ -130,5 +130,8 @@ def combine(coefficients: torch.Tensor, directions: list[torch.Tensor]) -> torch
 
 
 def _is(number: torch.Tensor, value: float) -> bool:
-    """Whether a number of the CPU without gradient has this value; others are not looked at, as that could wait."""
+    """Whether a number of the CPU without gradient has this value.
+
+    Others are not read, as the host could have to wait for them.
+    """
     return number.ndim == 0 and number.device.type == "cpu" and not number.requires_grad and float(number) == value

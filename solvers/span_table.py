@@ -231,7 +231,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Moves:
-    """The factors of one trajectory, float64 on the CPU or in the dtype and on the device of its states.
+    """The factors of one trajectory: float64 on the CPU, or like its states.
 
     sigmas, sigmas_cond: see ``Plan``.
     steps: per interval (coefficients, length of the step, gain of the state).

@@ -16,6 +16,7 @@ from pathlib import Path
 import click
 import torch
 from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if not __package__:  # run as a file: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -60,7 +61,8 @@ class Derivative:
 
         if self.used != "finite":
             try:
-                return jvp(denoise, (x, sigma), (x_tangent, sigma_tangent))[1]
+                with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
+                    return jvp(denoise, (x, sigma), (x_tangent, sigma_tangent))[1]
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # NotImplementedError, or an operation that is not fit for forward mode

@@ -256,7 +256,9 @@ def train_predictor(
             device,
         )
     distiller = make(batch_gpu=options.batch_gpu)
-    provenance = provenance_of(net, options, ("seed", "batch", "lr", "amp", "compile", "teacher_cache"))
+    provenance = provenance_of(
+        net, options, ("seed", "batch", "lr", "amp", "tf32", "dtype", "compile", "teacher_cache")
+    )
     with working_folder(options, net, run_dir, resume) as folder:
         elapsed = resume_run(distiller, options, net, folder) if resume else 0.0
         warnings = [] if schedule is None else schedule.warnings(net, options.sampler_stu, options.afs)

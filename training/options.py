@@ -7,7 +7,7 @@ import click
 import torch
 
 from models import zoo
-from models.compile import AUTOCAST, COMPILE_MODES
+from models.compile import AUTOCAST, COMPILE_MODES, DTYPES
 from models.denoiser import member
 from models.inputs import draw_inputs
 from solvers import SOLVERS
@@ -99,6 +99,8 @@ class RunOptions:
     )
     channels_last: bool | None = flag("Memory format of the network (default: True on the CPU in float32)")
     bench: bool = flag("cuDNN benchmarking", True, changeable=True)
+    tf32: bool = flag("TensorFloat-32 on NVIDIA GPUs: faster, rounded to 10 bits", False)
+    dtype: str = flag("Precision of the weights of a diffusers pipeline; auto: bf16 or fp16 on a GPU", "fp32", DTYPES)
     outdir: str = flag("Folder of all runs", "./exps", PATH, metavar="DIR")
     desc: str | None = flag("Text to add to the name of the run's folder")
     nosubdir: bool = flag("Write into outdir itself", False, is_flag=True)

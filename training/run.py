@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from models import create_model, use_tokenizer, zoo
-from models.compile import prepare_network
+from models.compile import choose_backends, prepare_network
 from models.denoiser import member
 from torch_utils import distributed
 from torch_utils.distributed import on_main
@@ -337,7 +337,12 @@ def resume_run(trainer, options: RunOptions, net, folder) -> float:
 def load_network(options: RunOptions, device: torch.device, net=None):
     if net is None:
         net = create_model(
-            options.dataset_name, options.model_path, options.guidance_type, options.guidance_rate, device=device
+            options.dataset_name,
+            options.model_path,
+            options.guidance_type,
+            options.guidance_rate,
+            device=device,
+            dtype=options.dtype,
         )
         prepare_network(net, options.amp, options.channels_last, options.compile)
     needs_prompts = member(net, "takes_prompts")
@@ -369,7 +374,7 @@ def prepare(options: RunOptions, device: torch.device, net=None) -> tuple:
     options.check(distributed.world_size())
     if options.seed is None:
         options.seed = distributed.broadcast_object(secrets.randbelow(1 << 31))
-    torch.backends.cudnn.benchmark = options.bench
+    choose_backends(options.tf32, options.bench)
     options.prompt_path = zoo.resolve_prompts(options.prompt_path)
     prompts = None if options.prompt_path is None else list(read_prompts(options.prompt_path).values())
     return options, load_network(options, device, net), prompts

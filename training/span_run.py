@@ -211,7 +211,7 @@ def _train_span(options: SpanOptions | dict, device, run_dir, resume: bool, lock
     else:
         student = _student_of(state, run_dir)
     trainer = SpanTrainer(net, student, pairs, options, total, device)
-    names = ("seed", "batch", "amp", "objective", "loss", "sampler_tea", "num_steps_tea", "pairs")
+    names = ("seed", "batch", "amp", "tf32", "dtype", "objective", "loss", "sampler_tea", "num_steps_tea", "pairs")
     provenance = provenance_of(net, options, names)
     elapsed = 0.0
     if state is not None:
@@ -230,6 +230,8 @@ def _pairs(net, options: SpanOptions, ends, prompts, device, run_dir=None) -> Te
     """The teacher pairs. run_dir: folder of a run that is continued; a set that lies beside it is read."""
     settings = options.teacher(*ends)
     more = {name: getattr(options, name) for name in ("guidance_type", "guidance_rate", "amp")}
+    changed = {"tf32": options.tf32 or None, "dtype": None if options.dtype == "fp32" else options.dtype}
+    more |= {name: value for name, value in changed.items() if value is not None}
     if options.prompt_path is not None:
         more["prompts_sha256"] = sha256_of(options.prompt_path)
     path = options.teacher_set
