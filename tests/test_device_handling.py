@@ -1,4 +1,4 @@
-"""Memory, precision and processes on devices: what is recognised, refused, converted and recorded."""
+"""Memory, precision and processes on devices: what is recognised, refused and converted."""
 
 import json
 import threading
@@ -159,7 +159,7 @@ def test_the_gradient_of_a_mean_over_pixels_survives_float16():
     def gradient(dtype, scaled):
         net, a = HalfConv(dtype), torch.tensor(0.3, requires_grad=True)
         scale = loss_scale_of(net) if scaled else 1.0
-        loss = PairLoss("huber", None)(0.1 * net(a * noise) + 0.1 * target, 0.1 * target, {})
+        loss = PairLoss("l2", None)(0.1 * net(a * noise) + 0.1 * target, 0.1 * target, {})
         (loss.sum() * scale).backward()
         return float(a.grad) / scale
 
@@ -173,8 +173,8 @@ def test_a_compiled_network_has_a_size_for_each_number_of_points():
     """Single calls of a solver with parallel points keep their number of rows."""
     net, _, io = tiny_network("edm_song_uncond")
     watched(net)
-    rows, own = [], net.compiled.graph
-    net.compiled.graph = lambda x, *rest: rows.append(len(x)) or own(x, *rest)
+    rows = []
+    net.compiled.graph = lambda x, *rest: rows.append(len(x)) or (x, torch.zeros(len(x), 8, 8))
     run = Sampler(net, make_solver("euler"), torch.tensor([80.0, 1.0, 0.1], dtype=torch.float64))
     x, sigma = io["x__2"], torch.tensor(2.0)
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_compilation_does_not_change_the_loss_of_features():
 
 
 def test_forward_mode_works_with_fused_attention():
-    net = create_model("cifar10-small")
+    net = prepare_network(create_model("cifar10-small"), channels_last=False)  # as on a GPU
     x, tangent = torch.randn(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     derivative, sigma = Derivative(net, "auto", "cuda"), torch.tensor(2.0)
     with torch.no_grad():
@@ -231,7 +231,7 @@ def test_cached_trajectories_of_the_teacher_are_kept_on_the_host():
     results = []
     for cache in (None, 2):
         with PretendedDevice("cuda") as device:
-            net = create_model("digits").to("cuda")
+            net = tiny_network("edm_song_uncond")[0].to("cuda")
             distiller = Distiller(net, config, batch=2, batch_gpu=1, seed=1, teacher_cache=cache, device="cuda")
             results.append(distiller.iterate().clone())
             tensors = torch.utils._pytree.tree_leaves(list(distiller._cached.values()))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pretend_device import PretendedDevice
 
-from models import build_denoiser, create_model
+from models import build_denoiser
 from solvers import SOLVERS, sample
 from solvers.span_table import PRESETS, SpanSolver
 from torch_utils.seeds import SeededGenerators
@@ -275,21 +275,22 @@ def test_a_network_does_not_wait(kind, name, guidance, sigma):
 
 
 @pytest.fixture
-def digits():
-    return create_model("digits")
+def small():
+    family, config, weights, _ = tiny("edm_song_uncond")
+    return build_denoiser(family, config, weights)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("student_solver, teacher", [("amed", "heun"), ("dpmpp", "dpmpp")])
-def test_distillation(kind, student_solver, teacher, digits):
-    """An iteration waits for its noise, for its statistics, and for nothing else."""
+def test_distillation(kind, student_solver, teacher, small):
+    """An iteration waits for its statistics only."""
     with PretendedDevice(kind, ROOT) as device:
         config = {"sampler_stu": student_solver, "sampler_tea": teacher, "num_steps": 3, "afs": True, "scale_dir": 0.01}
-        distiller = Distiller(digits.to(kind), config, batch=1, seed=1, device=kind)
+        distiller = Distiller(small.to(kind), config, batch=1, seed=1, device=kind)
         distiller.iterate()
         device.clear()
         assert distiller.iterate()[:, 0].isfinite().all()
-    assert sum(device.waits.values()) <= 2, listed(device.waits)
+    assert sum(device.waits.values()) <= 1, listed(device.waits)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -298,10 +299,10 @@ def test_distillation(kind, student_solver, teacher, digits):
     [{"heads": "none", "loss": "huber"}, {"heads": "sample,spatial,time", "w_dist": 0.1, "w_anchor": 0.1}],
     ids=["table", "everything"],
 )
-def test_training_on_final_samples(kind, more, digits, tmp_path):
+def test_training_on_final_samples(kind, more, small, tmp_path):
     """An iteration waits for its gradients, which come back in one copy, and for its losses."""
     with PretendedDevice(kind, ROOT) as device:
-        net = digits.to(kind)
+        net = small.to(kind)
         options = SpanOptions(
             **{
                 "dataset_name": "digits",
@@ -326,7 +327,7 @@ def test_training_on_final_samples(kind, more, digits, tmp_path):
         trainer.iterate()
         device.clear()
         trainer.iterate()
-    assert sum(device.waits.values()) <= 8, listed(device.waits)
+    assert sum(device.waits.values()) <= 3, listed(device.waits)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -387,4 +388,5 @@ def test_sampling(kind, more, tmp_path, monkeypatch):
             waits.append(device.waits)
     grown = waits[1] - waits[0]
     batches = 2 * (2 if "--candidates=2" in more else 1)
-    assert sum(grown.values()) <= 3 * batches, listed(grown)
+    each = 5 if "--candidates=2" in more else 2 if "--fid_ref=digits" in more else 1
+    assert sum(grown.values()) <= each * batches, listed(grown)
