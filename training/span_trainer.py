@@ -1,7 +1,8 @@
-"""Training of a span student on its final samples: the whole trajectory is differentiated, against offline teacher pairs.
+"""Training of a span solver on its final samples (trajectory objective), against teacher pairs.
 
-Samples are dealt out by their place in a stream of shuffled pairs, and gradients are sums over samples divided by the
-total batch, so the number of processes and of micro-batches changes results by rounding only.
+The whole trajectory is differentiated. Samples are split by their place in a stream of shuffled
+pairs. Gradients are sums over samples, divided by the total batch. So the number of processes and
+of micro-batches changes results only by rounding.
 """
 
 import copy
@@ -21,18 +22,23 @@ from training.teacher import TeacherSet
 from training.trainer import BaseTrainer, NotFinite, loss_scale_of
 
 STATISTICS = ("loss", "val", "rms", "gradient", "skipped")
-PATIENCE = 5  # iterations in a row without a finite gradient, after which the run ends
-QUEUE = 1024  # student samples whose features the energy distance remembers
+PATIENCE = 5  # the run ends after this many consecutive iterations without a finite gradient
+QUEUE = 1024  # student samples whose features the energy distance uses
 
 
 class SpanTrainer(BaseTrainer):
-    """A span student, its optimiser, and one iteration: an Adam step for the loss of a batch of final samples.
+    """A span solver, its optimizer, and one iteration: an Adam step on a batch of final samples.
 
-    net: a Denoiser; student: a SpanSolver, trained in place: its table on the CPU, its heads on the device; pairs: a TeacherSet;
-    total: iterations of the whole run, over which rates decay and phases take turns. report(text): told what is unusual.
+    net: a Denoiser.
+    student: a SpanSolver, trained in place: its table on the CPU, its heads on the device.
+    pairs: a TeacherSet.
+    options: SpanOptions.
+    total: iterations of the whole run, which set the decay of the rates and the phases.
+    device: where to train. Default CPU.
 
-    ``averaged`` is the student with the moving average of the parameters; ``best`` its best state in validation, with
-    its value; ``validation`` the latest (objective, root mean square distance to the teacher).
+    Attributes: ``averaged``, the solver with the moving average of the parameters; ``best``, its
+    best state in validation with its value; ``validation``, the latest (objective, root mean square
+    distance to the teacher); ``report``, function that receives warnings.
     """
 
     kept = {name: name for name in ("optimizer", "iteration", "averaged", "best", "validation", "first", "failures")}
@@ -54,7 +60,7 @@ class SpanTrainer(BaseTrainer):
         self.loss_scale = loss_scale_of(net)
         self.validation = (math.nan, math.nan)
         self.best: dict = {"value": math.inf, "iteration": 0, "state": _copy(student.state_dict())}
-        self.first: tuple[float, float] | None = None  # the validation of the untrained student
+        self.first: tuple[float, float] | None = None  # validation of the untrained solver
         self.report: Callable[[str], None] = lambda text: None
         self._latest = torch.zeros(1, len(STATISTICS), dtype=torch.float64)
         if self.distribution is not None:
@@ -64,16 +70,16 @@ class SpanTrainer(BaseTrainer):
 
     @property
     def evaluations(self) -> int:
-        """NFE of the student, by the cost of the network's calls."""
+        """NFE of the solver, with the cost of each network call."""
         return self.student.evaluations() * member(self.net, "evals_per_call")
 
     # One iteration
 
     def iterate(self) -> torch.Tensor:
-        """One iteration; returns the statistics [1, 5] (see STATISTICS), the same on all processes.
+        """One iteration. Returns the statistics [1, 5] (see STATISTICS), the same on all processes.
 
-        A gradient that is not finite is skipped and counted; ``PATIENCE`` of them in a row raise NotFinite, on every
-        process. The student is then as after the last good iteration.
+        A step with a gradient that is not finite is skipped. After ``PATIENCE`` of them in a row,
+        NotFinite is raised on every process; the solver is then as after the last good iteration.
         """
         if self.first is None:
             self.first = self.validate()
@@ -90,7 +96,7 @@ class SpanTrainer(BaseTrainer):
             self.loss_scale = max(self.loss_scale / 2, 1.0)
             self.report(f"Warning: no finite gradient in iteration {self.iteration + 1}: skipped")
             if self.failures == PATIENCE:
-                self.failures = 0  # a continued run may try again
+                self.failures = 0  # a resumed run may try again
                 raise NotFinite
         self.iteration += 1
         if self.iteration % self.options.val_every == 0 or self.iteration == self.total:
@@ -99,7 +105,7 @@ class SpanTrainer(BaseTrainer):
         return self._latest.clone()
 
     def _phase(self) -> list[str]:
-        """The groups that are trained in this iteration."""
+        """The groups to train in this iteration."""
         end = 0.0
         for groups, share in self.phases:
             end += share * self.total
@@ -108,18 +114,18 @@ class SpanTrainer(BaseTrainer):
         return [name for name in self.groups if name in self.phases[-1][0]]
 
     def _rate(self) -> float:
-        """Share of the learning rates: linear warm-up, then a cosine down to lr_final."""
+        """Factor of the learning rates: linear warm-up, then a cosine down to lr_final."""
         warm = min(1.0, (self.iteration + 1) / max(self.options.warmup, 1))
         cosine = 0.5 * (1 + math.cos(math.pi * min(self.iteration / self.total, 1.0)))
         return warm * (self.options.lr_final + (1 - self.options.lr_final) * cosine)
 
     def _anchor_weight(self) -> float:
-        """Weight of the teacher's states, which falls linearly to 0."""
+        """Weight of the distance to the teacher's states; falls linearly to 0."""
         end = self.options.anchor * self.total
         return self.options.w_anchor * max(0.0, 1 - self.iteration / end) if end else 0.0
 
     def _indices(self) -> list[int]:
-        """This process's part of the batch: consecutive places in a stream of shuffled epochs."""
+        """The share of this process in the batch: places in a stream of shuffled epochs."""
         start = self.iteration * self.options.batch + distributed.rank() * self.share
         train, indices, orders = self.pairs.train, [], {}
         for position in range(start, start + self.share):
@@ -150,7 +156,7 @@ class SpanTrainer(BaseTrainer):
         parts = [g.flatten().double() / self.loss_scale for g in gradients]
         sums = torch.cat([*parts, torch.tensor([total], dtype=torch.float64)])
         sums = distributed.all_reduce_sum(sums) / self.options.batch
-        self.optimizer.zero_grad(set_to_none=True)  # Adam leaves alone what has no gradient
+        self.optimizer.zero_grad(set_to_none=True)  # Adam skips parameters without gradient
         sizes = [p.numel() for p in parameters]
         gradients = [
             gradient.view_as(parameter).to(parameter.dtype, copy=True)
@@ -172,7 +178,7 @@ class SpanTrainer(BaseTrainer):
         return loss, norm
 
     def _losses(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Losses [B] of these samples with gradients, and the features of the student's samples, detached."""
+        """Losses [B] of these samples with gradients, and detached features of the samples."""
         latents, cond, target = self.pairs.batch(indices)
         anchor = self._anchor_weight()
         found = self.student.run(
@@ -190,7 +196,7 @@ class SpanTrainer(BaseTrainer):
         return losses, features
 
     def _anchor(self, states: torch.Tensor, indices: list[int]) -> torch.Tensor:
-        """[B]: squared distance of the states between the ends to the teacher's, in units of the noise there."""
+        """[B]: squared distance of the inner states to the teacher's, divided by sigma^2."""
         sigmas = self.student.sigmas().detach()[1:-1]
         wanted = self.pairs.states_at(indices, sigmas)
         squared = (states[1:-1] - wanted).square().flatten(2).mean(dim=2)
@@ -216,7 +222,7 @@ class SpanTrainer(BaseTrainer):
 
     @torch.no_grad()
     def validate(self) -> tuple[float, float]:
-        """Judges the average on the pairs of validation, each process its part; keeps the best. Returns ``validation``."""
+        """Validates the average, each process a share. Keeps the best. Returns ``validation``."""
         loss, rms, vectors = measure(
             self.net, self.averaged, self.pairs, self.pairs.validation, self.pair_loss, self.chunk, self.distribution
         )
@@ -230,12 +236,12 @@ class SpanTrainer(BaseTrainer):
         return self.validation
 
     def best_student(self) -> SpanSolver:
-        """The student whose validation was best."""
+        """The solver with the best validation."""
         student = copy.deepcopy(self.averaged)
         student.load_state_dict(self.best["state"])
         return student
 
-    # Continuing
+    # Resuming
 
     def state(self, copied: bool = True) -> dict:
         queue = None if self.distribution is None else self.distribution.queue
@@ -286,9 +292,9 @@ def _chunks(indices, size: int):
 
 @torch.no_grad()
 def measure(net, student, pairs: TeacherSet, indices, pair_loss, chunk: int, distribution=None) -> tuple:
-    """(mean loss, mean of the root mean square distance, features or None) of a student on these pairs.
+    """(mean loss, mean root mean square distance, features or None) of a solver on these pairs.
 
-    Every process takes a part of the pairs, and all get the same result. Infinite where something is not finite.
+    Every process takes a share, and all get the same result, infinite if something is not finite.
     """
     rank, world = distributed.rank(), distributed.world_size()
     mine = list(indices)[len(indices) * rank // world : len(indices) * (rank + 1) // world]
