@@ -55,7 +55,7 @@ DTYPES = ("fp32", "fp16", "bf16", "auto")
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a name in ``DTYPES``. auto: bf16 on GPUs that have it, fp16 on others, fp32 on the CPU."""
+    """The dtype of a name in ``DTYPES``. auto: bf16 or else fp16 on GPUs, fp32 on the CPU."""
     if name == "auto":
         if device.type == "cpu":
             name = "fp32"

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from torch_utils.errors import UserError
+from torch_utils.transfer import to_device
 
 BOTTLENECK_SIZE = 8  # the predictor reads an 8x8 map
 
@@ -18,10 +19,10 @@ BOTTLENECK_SIZE = 8  # the predictor reads an 8x8 map
 def beside(number: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """``number`` on the device of x, with its gradient; x: any tensor there.
 
-    A 0-d tensor on the CPU becomes an argument of a kernel, so that the host does not wait for a copy.
+    A 0-d tensor of the CPU becomes an argument of a kernel, so the host does not wait for a copy.
     """
     if number.device == x.device or number.requires_grad or number.ndim:
-        return number.to(x.device)
+        return to_device(number, x.device)
     return torch.full((), float(number), dtype=number.dtype, device=x.device)
 
 
@@ -29,8 +30,9 @@ class Denoiser(torch.nn.Module):
     """Base class of all denoisers.
 
     Subclasses implement ``forward(x, sigma, **cond)`` with x [B,C,H,W] and sigma a scalar, [B] or
-    [B,1,1,1]; the result is float32, of x's shape. A call also accepts a scalar sigma on the CPU for
-    x on another device; ``forward`` gets it on the device of x. Every denoiser has these attributes:
+    [B,1,1,1]; the result is float32, of x's shape. In a call sigma may
+    also be a scalar on the CPU for x on another device; ``forward`` gets it on the device of x.
+    Every denoiser has these attributes:
 
     sigma_min, sigma_max: range of noise levels that the network supports.
     img_channels, img_resolution: shape of the samples (images, or latents of latent models).
