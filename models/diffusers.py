@@ -491,7 +491,7 @@ def load_diffusers(
 
 
 def _first_stage_dtype(folder: Path, dtype: torch.dtype) -> torch.dtype:
-    """float32, unless the configuration says that half precision does not overflow (force_upcast)."""
+    """float32, unless the configuration says that half precision suffices (force_upcast)."""
     path = folder / "config.json"
     config = read_json(path) if path.is_file() else {}
     fits = isinstance(config, dict) and config.get("force_upcast") is False
