@@ -7,6 +7,7 @@ import click
 from evaluation.verifiers import FORMS
 from sampling.flags import schedule_file_flag
 from sampling.folder import GRID_LIMIT
+from sampling.inputs import InputOptions
 from sampling.settings import ComputeOptions, Settings
 from sampling.text import TextOptions
 from solvers.schedule_file import Schedule
@@ -105,6 +106,7 @@ class SampleOptions:
     class_idx: int | None = flag(
         "Class of all images (default: drawn per seed)", kind=click.IntRange(min=0), called="class", record=ALWAYS
     )
+    inputs: InputOptions = part()
     search: SearchOptions = part()
     output: OutputOptions = part()
     written: frozenset[str] = names_of_written()
@@ -112,8 +114,9 @@ class SampleOptions:
     def check(self) -> None:
         """Raises UserError for flags that do not go together with any network."""
         self.search.check()
+        self.inputs.check(self.written)
         self.output.check(self.written)
 
     def recorded_parts(self) -> tuple:
         """Option dataclasses that the images depend on besides the settings."""
-        return self.text, self.compute, self.output, self
+        return self.text, self.compute, self.inputs, self.output, self

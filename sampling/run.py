@@ -133,8 +133,11 @@ def report_fid(stream: StreamedFID, path: str | None, record: dict, source: str)
 
 def run(options: SampleOptions, device: torch.device) -> None:
     """Samples the images of the options. Every process of a torchrun calls it."""
-    output, seeds = options.output, parse_seeds(options.seeds)
+    output = options.output
     options.check()
+    inputs = options.inputs.open()
+    every = inputs is not None and "seeds" not in options.written
+    seeds = list(range(len(inputs))) if every else parse_seeds(options.seeds)
     settings, predictor, predictor_file = open_predictor(options.predictor_path, options.settings, options.written)
     options = replace(options, text=options.text.resolve())
     prompts = options.text.read(settings.dataset_name, seeds)
@@ -145,6 +148,11 @@ def run(options: SampleOptions, device: torch.device) -> None:
         settings, source = settings.for_network(net, options.written)
         distributed.print0(f"{asked} evaluations: {settings.flags()} ({source})")
     check_network(net, settings, predictor, device)
+    if inputs is None and net.takes_images:
+        raise UserError(f"{settings.dataset_name} restores images: give --images, a folder of degraded images")
+    if inputs is not None:
+        inputs.check(net, seeds)
+        seeds = inputs.order(seeds)
     warnings = settings.warnings()
     if options.schedule is not None:
         warnings += options.schedule.warnings(net, settings.solver, settings.afs)
@@ -154,6 +162,8 @@ def run(options: SampleOptions, device: torch.device) -> None:
     verifier, candidates = open_verifier(options.search.verifier, net, device), options.search.candidates or 1
     record = describe_run(settings, options, net, predictor, predictor_file, verifier, device)
     record |= {} if source is None else {"recommended": source}
+    if inputs is not None:
+        record["settings"] |= inputs.record()
     stream = None
     if output.fid_ref is not None:
         stream = StreamedFID(output.fid_ref, len(seeds), output.fid_detector, device)
@@ -161,7 +171,8 @@ def run(options: SampleOptions, device: torch.device) -> None:
     inserted = predictor is not None and not SOLVERS[settings.solver].needs_predictor
     searched = None if verifier is None else candidates
     default = default_folder(settings.dataset_name, settings.solver, nfe, inserted, searched)
-    folder = Folder(Path(output.outdir or default), output.subdirs, output.return_inters)
+    names = () if inputs is None else tuple(inputs.names)
+    folder = Folder(Path(output.outdir or default), output.subdirs, output.return_inters, names)
     distributed.barrier()  # nothing is written before every process has passed all checks
     with ExitStack() as locks:
         place, todo = None, None
@@ -187,6 +198,7 @@ def run(options: SampleOptions, device: torch.device) -> None:
                 negative_prompt=options.text.negative_prompt,
                 candidates=candidates,
                 keep_intermediates=folder.inters,
+                inputs=inputs,
                 device=device,
                 **settings.arguments(),
             )
