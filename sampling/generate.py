@@ -76,7 +76,7 @@ def generate_images(
     def draw(start: int) -> tuple:
         part = rows[start : start + batch]
         chosen = [int(seeds[index]) for index, _ in part]
-        denoiser, size, given = net, None, _text_of(chosen, prompts, negative_prompt)
+        denoiser, size, given = net, None, text_of(chosen, prompts, negative_prompt)
         if inputs is not None:
             part, chosen = part[: (same := inputs.same_size(chosen))], chosen[:same]
             denoiser, size, images = inputs.prepare(net, chosen, device)
@@ -173,7 +173,7 @@ def until_stopped(batches: Iterator[Batch], received: list[int]) -> Iterator[Bat
             raise Interrupted(received[0], ": finished images are kept; repeat the command to continue")
 
 
-def _text_of(seeds: list[int], prompts: str | Mapping[int, str] | None, negative_prompt: str | None) -> dict:
+def text_of(seeds: list[int], prompts: str | Mapping[int, str] | None, negative_prompt: str | None) -> dict:
     """Keyword arguments of ``make_cond`` for the texts; empty without texts."""
     own = prompts if isinstance(prompts, str) else prompts_of(seeds, prompts)
     text = {"prompts": own, "negative_prompt": negative_prompt}

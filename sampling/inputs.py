@@ -113,7 +113,7 @@ class ImageInputs:
 
     def read(self, seeds: Sequence[int]) -> torch.Tensor:
         """The images [B,C,H,W] in [-1, 1]."""
-        return torch.stack([torch.from_numpy(self.source.read(seed)) for seed in seeds]).float() / 127.5 - 1
+        return torch.stack([torch.tensor(self.source.read(seed)) for seed in seeds]).float() / 127.5 - 1
 
     def prepare(self, net, seeds: Sequence[int], device) -> tuple:
         """(denoiser of these images, size of the starting noise or None, keyword arguments of make_cond)."""
