@@ -19,7 +19,14 @@ from sampling.options import SampleOptions
 from sampling.path_search import search_images
 from sampling.quantized import quantized_network
 from sampling.search import ScoreFile, keep_best
-from sampling.settings import Settings, check_network, open_network, open_predictor, recorded_settings
+from sampling.settings import (
+    Settings,
+    check_network,
+    open_network,
+    open_predictor,
+    recorded_settings,
+    remembered_network,
+)
 from solvers import SOLVERS
 from torch_utils import distributed
 from torch_utils.errors import UserError
@@ -166,7 +173,8 @@ def run(options: SampleOptions, device: torch.device) -> None:
     every = inputs is not None and "seeds" not in options.written
     seeds = list(range(len(inputs))) if every else parse_seeds(options.seeds)
     settings, predictor, predictor_file = open_predictor(options.predictor_path, options.settings, options.written)
-    options = replace(options, text=options.text.resolve())
+    compute = remembered_network(predictor_file, settings, options.compute)
+    options = replace(options, text=options.text.resolve(), compute=compute)
     prompts = options.text.read(settings.dataset_name, seeds)
     net = open_network(settings, options.compute, device, options.class_idx)
     source = None

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import torch
 
-from models import create_model
+from models import create_model, zoo
 from models.compile import AUTOCAST, COMPILE_MODES, prepare_network
 from models.denoiser import member
 from sampling.flags import solver_flags, solver_option_names
@@ -20,10 +20,12 @@ from solvers.span_table import SpanSolver
 from torch_utils import distributed
 from torch_utils.cli import PATH, Number
 from torch_utils.errors import UserError
-from torch_utils.files import sha256_of
+from torch_utils.files import read_json, sha256_of
+from torch_utils.functions import names_function
 from torch_utils.options import ALWAYS, CHANGED, POSITIVE, AFSType, SigmaList, derived, flag, like, recorded
 from torch_utils.seeds import SeededGenerators
 from training.checkpoint import find_predictor, load_predictor
+from training.run_folder import OPTIONS_FILE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,8 @@ class ComputeOptions:
     """The file of the network, its device and precision."""
 
     model_path: str | None = flag(
-        "File of the network (default: embedded or downloaded); diffusers: a folder or hub id",
+        "File of the network (default: embedded or downloaded); diffusers: a folder or hub id; custom: also"
+        " MODULE:FUNCTION of your own code, which is run",
         kind=PATH,
         metavar="FILE",
     )
@@ -122,6 +125,8 @@ class Settings(NetworkSettings):
     def arguments(self) -> dict:
         """Keyword arguments of ``solvers.sample``."""
         others = {"options", "nfe", *(entry.name for entry in fields(NetworkSettings))}
+        if self.sigmas is not None:
+            others |= set(SCHEDULE_NAMES)
         return {name: value for name, value in vars(self).items() if name not in others} | self.options
 
     def warnings(self) -> list[str]:
@@ -282,6 +287,29 @@ def open_predictor(predictor_path: str | None, asked: Settings, written: frozens
     path = find_predictor(predictor_path)
     predictor = load_predictor(path)
     return settings_of(predictor, asked, written), predictor, path
+
+
+def remembered_network(predictor_file: Path | None, settings: Settings, compute: ComputeOptions) -> ComputeOptions:
+    """The options with the network's file that the predictor's run was trained on, if none is given.
+
+    The folder may come from somebody else, so what it names is only read: code of one's own and
+    downloads have to be named on the command line.
+
+    Raises UserError where the predictor needs such a file and it is not there.
+    """
+    if predictor_file is None or compute.model_path is not None:
+        return compute
+    record = predictor_file.with_name(OPTIONS_FILE)
+    known = read_json(record).get("model_path") if record.is_file() else None
+    if isinstance(known, str) and (Path(known).is_file() or Path(known).is_dir()):
+        return replace(compute, model_path=known)
+    if zoo.find_card(settings.dataset_name) is not None:
+        return compute
+    if not isinstance(known, str):
+        raise UserError(f"the network of {predictor_file} is one of your own: give --model_path as well")
+    if names_function(known):
+        raise UserError(f"the network of {predictor_file} is code of your own: repeat --model_path={known} to run it")
+    raise UserError(f"the network of {predictor_file} was {known[:200]}, which is not here: give --model_path as well")
 
 
 def open_network(network: NetworkSettings, compute: ComputeOptions, device: torch.device, class_idx: int | None = None):

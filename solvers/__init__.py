@@ -1,5 +1,6 @@
 """Solvers, schedules and the sampling loop. Importing a solver's file registers it: add it here."""
 
+import amed
 import solvers.deis
 import solvers.dpm_solver_v3
 import solvers.edm

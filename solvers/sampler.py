@@ -300,10 +300,21 @@ def resolve_sigmas(
     """
     if sigmas is not None:
         return _within_range(net, check_sigmas(sigmas, device, dtype))
-    lo = net.sigma_min if sigma_min is None else sigma_min
-    hi = net.sigma_max if sigma_max is None else sigma_max
+    lo, hi = (
+        _end_of_range(net, name) if given is None else given
+        for name, given in (("sigma_min", sigma_min), ("sigma_max", sigma_max))
+    )
     times = get_schedule(num_steps, lo, hi, schedule_type, schedule_rho, net, device, original_code)
     return _within_range(net, check_sigmas(times, device, dtype))
+
+
+def _end_of_range(net, name: str) -> float:
+    if not hasattr(net, name):
+        raise UserError(
+            f"the network does not say its {name}: wrap it (net = models.wrap(net, sigma_min=0.002, sigma_max=80)),"
+            f" or pass {name} or sigmas"
+        )
+    return getattr(net, name)
 
 
 def _within_range(net, sigmas):
@@ -359,6 +370,42 @@ def check_predictor(predictor, net, solver: Solver, sigmas: torch.Tensor, settin
     )
 
 
+def _with_defaults(asked: dict, predictor) -> dict:
+    """The settings of a run by name: the predictor's where they are None, else the defaults.
+
+    asked: arguments of ``integrate``: solver, afs, and the settings of the schedule.
+
+    Raises UserError if they contradict a predictor that brings its own schedule.
+    """
+    config, known = getattr(predictor, "config", {}), {}
+    if hasattr(predictor, "brings"):
+        known = {"solver": predictor.solver}
+        for name in _SCHEDULE:
+            if asked[name] not in (None, config.get(name)):
+                raise UserError(f"{name}={asked[name]}: the predictor brings its own schedule; leave {name} out")
+    elif config:
+        known = {name: config.get(name) for name in ("afs", *_SCHEDULE)} | {"solver": config["sampler_stu"]}
+        if all(asked[name] is None for name in _SCHEDULE):  # else they say in another way where the noise levels are
+            known["sigmas"] = config.get("sigmas")
+    defaults = {"schedule_type": "polynomial", "schedule_rho": 7, "afs": False}
+    layers = (asked, known, defaults)
+    found = {name: next((a[name] for a in layers if a.get(name) is not None), None) for name in asked}
+    if found["solver"] is None:
+        raise UserError("sample: name a solver, or give nfe alone, the number of network evaluations, or a predictor")
+    return found
+
+
+def _check_guidance(predictor, net) -> None:
+    """Raises UserError if the predictor was trained with another guidance than the network's."""
+    config, rate = getattr(predictor, "config", {}), getattr(net, "guidance_rate", None)
+    trained = config.get("guidance_rate") if config.get("guidance_type") in ("cfg", "cg") else None
+    if None not in (rate, trained) and rate != trained:
+        raise UserError(
+            f"the predictor was trained with guidance_rate={trained:g}, the network has {rate:g}: open the network with"
+            f" guidance_rate={trained:g}, or choose another predictor"
+        )
+
+
 def _short(value) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -397,16 +444,17 @@ def integrate(
     net: the denoiser, called as net(x, sigma, **cond).
     latents: unit-variance noise [B,C,H,W]; multiplied here by the first sigma. Its dtype is that of
         all arithmetic.
-    solver: name in ``SOLVERS``. Default: with nfe the best plain solver for this network.
+    solver: name in ``SOLVERS``. Default: that of the predictor; with nfe the best plain solver for
+        this network.
     num_steps: number of time steps, one more than intervals.
     schedule_type, schedule_rho: kind of the schedule, see ``get_schedule``. Default: polynomial, 7;
         with nfe the recommended ones.
     afs: analytical first step, see ``afs_direction``. Default False; with nfe the recommended one.
     nfe: network evaluations to spend, instead of num_steps or sigmas; ``recommend`` then sets what
         is not given (solvers/recommended.py). Default None.
-    predictor: an AMEDPredictor, which inserts one learned evaluation per interval. It works only
-        with the settings of its training. For the solver "span": a SpanSolver, which has its own
-        schedule and first step. Default None.
+    predictor: an AMEDPredictor, which inserts one learned evaluation per interval, or a SpanSolver.
+        It brings solver, schedule, first step and options of its training. Arguments that
+        contradict them are refused. Default None.
     cond: keyword arguments of net. Default: none.
     sigma_min, sigma_max: range of the schedule. Default: that of the network.
     sigmas: explicit noise levels [N], decreasing, instead of a schedule; or [N,B,1,1,1], a schedule
@@ -452,27 +500,28 @@ def integrate(
         solver, num_steps, afs = chosen.pop("solver"), chosen.pop("num_steps"), chosen.pop("afs", None)
         schedule_type, schedule_rho = chosen.pop("schedule_type", None), chosen.pop("schedule_rho", None)
         solver_options, common = {name: chosen[name] for name in chosen if name != "denoise_to_zero"}, {}
-    if solver is None:
-        raise UserError("sample: name a solver, or give nfe alone, the number of network evaluations")
-    schedule_type, schedule_rho = schedule_type or "polynomial", 7 if schedule_rho is None else schedule_rho
-    afs = False if afs is None else afs
     trained = getattr(predictor, "config", {})
+    schedule = (num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas)
+    asked = dict(zip((*_SCHEDULE, "sigmas"), schedule, strict=True)) | {"solver": solver, "afs": afs}
+    given_afs, asked = afs, _with_defaults(asked, predictor)
+    solver, afs, sigmas = asked["solver"], asked["afs"], asked["sigmas"]
+    _check_guidance(predictor, net)
     original_code = bool(original_code or trained.get("original_code"))
     common = {**trained, **common, "original_code": original_code}
     method = make_solver(solver, solver_options, common)
     if method.own_schedule:
         method.check_predictor(predictor)
         predictor.check_network(net)
-        own = predictor.brings(num_steps, sigmas, sigmas_cond, afs)
+        own = predictor.brings(num_steps, sigmas, sigmas_cond, given_afs)
         sigmas, sigmas_cond, afs = own["sigmas"], own["sigmas_cond"], own["afs"]
-    if sigmas is None and num_steps is None:
+    schedule = {name: asked[name] for name in _SCHEDULE}
+    if sigmas is None and schedule["num_steps"] is None:
         raise UserError("sample: give num_steps or an explicit list of sigmas")
-    schedule = (num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas)
-    times = resolve_sigmas(net, *schedule, latents.device, original_code, latents.dtype)
+    times = resolve_sigmas(
+        net, **schedule, sigmas=sigmas, device=latents.device, original_code=original_code, dtype=latents.dtype
+    )
     if not method.own_schedule:
-        names = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_max", "sigmas")
-        asked = dict(zip(names, schedule, strict=True)) | {"afs": afs, "original_code": original_code}
-        check_predictor(predictor, net, method, times, asked)
+        check_predictor(predictor, net, method, times, asked | {"original_code": original_code})
     run = Sampler(
         net,
         method,

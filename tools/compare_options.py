@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from models import zoo
 from sampling.settings import ComputeOptions, NetworkSettings, Settings
 from sampling.text import TextOptions
 from torch_utils.cli import PATH, PathText
@@ -40,7 +41,8 @@ class CompareOptions:
     num: int = flag("Images per method", 5000, click.IntRange(min=2), aliases=("--num_images",))
     seed: int = flag("First seed", 0, click.IntRange(min=0))
     groups: int = flag(
-        "Groups of seeds, for the confidence intervals; results are stored and shared per group",
+        "Groups of seeds, for the confidence intervals; results are stored and shared per group; fewer by default where"
+        " there are few images",
         5,
         click.IntRange(min=2),
     )
@@ -63,7 +65,9 @@ class CompareOptions:
     afs: bool | str | None = like(Settings, "afs", default=None, help="Analytical first step, for all solvers")
     text: TextOptions = part()
     ref: str | None = flag(
-        "FID reference statistics (default: those of the network)", kind=PATH, metavar="NPZ|URL|NAME"
+        "FID reference statistics (default: those of the network; without any: distances only)",
+        kind=PATH,
+        metavar="NPZ|URL|NAME",
     )
     detector: str | None = flag(
         "Detector of the features (default: the reference's, else inception)", kind=PATH, metavar="NAME|PATH"
@@ -79,9 +83,10 @@ class CompareOptions:
         return Path(self.outdir or f"runs/compare-{self.network.dataset_name}")
 
     @property
-    def reference_name(self) -> str:
-        """The reference of the FIDs."""
-        return self.ref or self.network.dataset_name
+    def reference_name(self) -> str | None:
+        """The reference of the FIDs; None if the network has no reference statistics."""
+        card = zoo.find_card(self.network.dataset_name)
+        return self.ref or (card.name if card is not None and card.fid_file else None)
 
     def common(self) -> dict:
         """Settings that all methods share, by their name in ``Settings``."""
