@@ -11,7 +11,7 @@ from torch_utils.seeds import SeededGenerators
 def draw_noise(
     net, generators: SeededGenerators, dtype: torch.dtype = torch.float32, size: tuple[int, int] | None = None
 ) -> torch.Tensor:
-    """Starting noise [B,C,H,W] of the network's samples, on the CPU; see ``Denoiser.draw_latents``."""
+    """Starting noise [B,C,H,W] of a batch, on the CPU; see ``Denoiser.draw_latents``."""
     draw = member(net, "draw_latents")
     return draw(generators, dtype) if size is None else draw(generators, dtype, size)
 
