@@ -13,6 +13,11 @@ write --num as --num_images, since torchrun has an option --num of its own.
 FID-digits is not comparable with the usual Inception FID.
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("fid")
+
 from dataclasses import asdict
 from pathlib import Path
 

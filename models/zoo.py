@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from torch_utils import distributed
-from torch_utils.cli import Group
+from torch_utils.cli import Group, Known
 from torch_utils.download import download_file, download_member, known_sha256, recorded_sha256
 from torch_utils.errors import UserError, did_you_mean, parse_json
 from torch_utils.files import sha256_of
@@ -299,6 +299,9 @@ CUSTOM = "custom"  # any network of the user's own; needs a model_path and is no
 DIFFUSERS = "diffusers"  # a pipeline in diffusers format: model_path is its folder or hub id
 
 
+NAMES = Known((*CARDS, CUSTOM, DIFFUSERS), "dataset_name '{}' is unknown")
+
+
 def get_card(dataset_name: str) -> Card:
     """The card of a network. Raises UserError for an unknown name."""
     if dataset_name in CARDS:
@@ -312,6 +315,18 @@ def get_card(dataset_name: str) -> Card:
 def find_card(dataset_name: str) -> Card | None:
     """The card of a network, None for the names that have none. Raises UserError for an unknown name."""
     return None if dataset_name in (CUSTOM, DIFFUSERS) else get_card(dataset_name)
+
+
+def takes_prompts(dataset_name: str, model_path: str | None = None) -> bool | None:
+    """Whether a network needs prompts, as far as this can be seen without loading it; else None."""
+    card = find_card(dataset_name)
+    if card is not None:
+        return card.takes_prompts
+    if dataset_name == DIFFUSERS and model_path:
+        from models.diffusers import takes_prompts
+
+        return takes_prompts(model_path)
+    return None
 
 
 def resolve(dataset_name: str, model_path: str | Path | None = None) -> Path:

@@ -8,6 +8,11 @@ are the classes, in the order of their names, which are then written to dataset.
 "class_names". docs/images.md tells which files count and how they are read.
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("tools.dataset_tool")
+
 import io
 import json
 import re

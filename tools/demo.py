@@ -12,6 +12,11 @@ predictors are trained by train.py or, without --full, partly taken from the rep
 Writes first.png, table.json, index.html and one figure per network into --outdir.
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("tools.demo")
+
 import base64
 import html
 import json

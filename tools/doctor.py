@@ -6,6 +6,11 @@ Looks at versions, devices, optional packages, downloaded files and free disk, a
 networks on every device, which have to be the known ones. Takes seconds, downloads nothing and leaves nothing behind.
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("tools.doctor")
+
 import importlib.metadata
 import os
 import platform

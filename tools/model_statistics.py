@@ -8,6 +8,11 @@ and sample this costs five evaluations, on digits with the default numbers a min
 CPU core.
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("tools.model_statistics")
+
 import math
 import sys
 import time

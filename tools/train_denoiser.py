@@ -17,7 +17,13 @@ Huang 2024; its rounds as far as its abstract tells). The network forgets the ot
     done
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("tools.train_denoiser")
+
 import math
+import shlex
 import sys
 import time
 from copy import deepcopy
@@ -55,6 +61,8 @@ from training.trainer import BaseTrainer, NotFinite
 
 STATE_FILE = "training-state.pt"
 LR, LR_OF_INIT = 2e-3, 1e-4
+GRID_COLUMNS, GRID_STEPS = 10, 18
+GRID_CALLS = 2 * (GRID_STEPS - 1)
 ARCHITECTURES = {
     "ddpmpp": {
         "model_type": "SongUNet",
@@ -147,13 +155,13 @@ def load_data(path, cond, gaps=False):
     return images, labels, torch.from_numpy(scaled_mean).float(), std
 
 
-def save_grid(net, path, device, columns=10):
-    """A grid of columns^2 images of fixed seeds, Heun with 18 stamps."""
+def save_grid(net, path, device, columns=GRID_COLUMNS):
+    """A grid of columns^2 images of fixed seeds, by Heun's method."""
     from torch_utils.images import image_grid, save_image, to_uint8
 
     latents, cond = draw_inputs(net, range(columns * columns), device=device)
     with torch.no_grad():
-        images = sample(net, latents, solver="heun", num_steps=18, cond=cond)
+        images = sample(net, latents, solver="heun", num_steps=GRID_STEPS, cond=cond)
     save_image(image_grid(to_uint8(images), columns), path)
 
 
@@ -341,9 +349,12 @@ class DenoiserTrainer(BaseTrainer):
 class DenoiserRun(BaseRun):
     """The training of a denoiser in its folder, to a number of images or of minutes."""
 
-    def __init__(self, trainer, options, outdir, data):
+    def __init__(self, trainer, options, outdir, data, started=None):
         super().__init__(trainer, options, outdir)
+        self._start = self._start if started is None else started  # reading the data counts as well
         self.data = data
+        self._grid_columns = GRID_COLUMNS
+        self._longest, self._writing = 0.0, 0.0  # seconds: of an iteration, of all but the grid of a snapshot
         self.loss = float("nan")  # running mean
         self._lr, self._fraction = options.lr, 0.0  # of the current iteration; of the run, when that began
         self._snap_kimg = 0.0  # where the snapshots count from
@@ -373,8 +384,22 @@ class DenoiserRun(BaseRun):
         kimg, minutes = self.options.total_kimg, self.options.minutes
         self._fraction = self.kimg / kimg
         if minutes:  # the first process's clock decides for all, or they could disagree about the last iteration
-            self._fraction = distributed.broadcast_object(max(self._fraction, self.elapsed / 60 / minutes))
+            left = 60 * minutes - self._longest - self._reserve(60 * minutes)
+            passed = self.elapsed / left if left > 0 else float(self.trainer.iteration > 0)
+            self._fraction = distributed.broadcast_object(max(self._fraction, passed))
         return self._fraction >= 1
+
+    def _reserve(self, budget):
+        """Seconds to keep for the last snapshot; its grid gets fewer images if it would take over a tenth of the budget.
+
+        An image of the grid takes GRID_CALLS calls of the network, and a sample of an iteration about
+        three (forward and backward).
+        """
+        if not self.options.grid or not self._longest:
+            return self._writing
+        image = self._longest * distributed.world_size() / self.options.batch * GRID_CALLS / 3
+        self._grid_columns = min(GRID_COLUMNS, max(2, int((budget / 10 / image) ** 0.5)))
+        return self._writing + image * self._grid_columns**2
 
     def iterate(self):
         self._lr = self._learning_rate(self._fraction)
@@ -382,9 +407,12 @@ class DenoiserRun(BaseRun):
 
     def show(self, bar, statistics, seconds):
         self.loss = statistics if math.isnan(self.loss) else 0.99 * self.loss + 0.01 * statistics
-        bar.update(min(self.kimg, bar.total) - bar.n)
+        self._longest = (
+            seconds if self.trainer.iteration < 3 else max(seconds, 0.9 * self._longest)
+        )  # the first is slow
+        bar.update(min(100 * self._fraction, 100) - bar.n)
         if self.trainer.iteration % 50 == 0:
-            bar.set_postfix_str(f"loss {self.loss:.4f} {100 * self._fraction:.0f}% done")
+            bar.set_postfix_str(f"{self.kimg:.3g} kimg, loss {self.loss:.4f} per pixel")
             self.log.stats({"kimg": self.kimg, "loss": self.loss, "seconds": self.elapsed, "lr": self._lr})
 
     def after_iteration(self, stopping):
@@ -398,6 +426,15 @@ class DenoiserRun(BaseRun):
         super().loop()
         if self._saved_at != self.trainer.iteration:
             self.snapshot()
+        network = shlex.quote(str(self.network_path))
+        distributed.print0(
+            f"trained {self.kimg:.3g} kimg in {self.elapsed / 60:.1f} min -> {network}\n"
+            f"next: python sample.py --dataset_name=custom --model_path={network} --nfe=8 --grid"
+        )
+
+    @property
+    def network_path(self):
+        return self.folder / f"network-snapshot-{int(self.kimg):06d}.safetensors"
 
     def _settings(self):
         """What a continued run must have in common with its beginning: the noise, the order of the images and the count."""
@@ -414,17 +451,21 @@ class DenoiserRun(BaseRun):
         for name in ("seed", "batch", "lr", "p_mean", "p_std", "amp", "ema_kimg", "xflip"):
             meta[name] = getattr(options, name)
         meta |= self.trainer.origin
-        network = self.folder / f"network-snapshot-{int(kimg):06d}.safetensors"
-        save_edm_safetensors(self.trainer.ema, network, {"training": meta})
+        began = time.monotonic()
+        save_edm_safetensors(self.trainer.ema, self.network_path, {"training": meta})
         more = {"elapsed": self.elapsed, "settings": self._settings()}
         write_state(self.state_path, self.trainer.state(copied=False) | more)
+        self._writing = time.monotonic() - began
         if options.grid:
-            save_grid(self.trainer.ema, self.folder / f"grid-{int(kimg):06d}.png", self.trainer.device)
+            grid = self.folder / f"grid-{int(kimg):06d}.png"
+            save_grid(self.trainer.ema, grid, self.trainer.device, self._grid_columns)
 
     def _learning_rate(self, progress):
-        """Linear warm-up, and a linear decay over the second half."""
-        lr, warmup = self.options.lr, max(self.options.warmup_kimg, 1e-8)
-        return max(lr * min(1.0, self.kimg / warmup) * min(1.0, (1 - progress) / 0.5), lr * 1e-3)
+        """Linear warm-up, under --minutes over a tenth of them at most, and a linear decay over the second half."""
+        lr, warmup = self.options.lr, self.kimg / max(self.options.warmup_kimg, 1e-8)
+        if self.options.minutes:
+            warmup = max(warmup, 10 * progress)
+        return max(lr * min(1.0, warmup) * min(1.0, (1 - progress) / 0.5), lr * 1e-3)
 
     def failure_text(self, error):
         ranks = ", ".join(map(str, error.ranks))
@@ -440,11 +481,9 @@ class DenoiserRun(BaseRun):
 
     def progress_bar(self):
         return progress_bar(
-            self.options.total_kimg,
-            initial=min(self.kimg, self.options.total_kimg),
-            unit="kimg",
+            100,
             mininterval=5,
-            bar_format="{l_bar}{bar}{r_bar}",
+            bar_format="{percentage:3.0f}%|{bar:12}| [{elapsed}<{remaining}{postfix}]",
         )
 
 
@@ -475,14 +514,14 @@ def train(*, data, outdir, net_config, device, resume=False, **options):
     options: the fields of Options. Every process of a torchrun calls this. Raises UserError for settings that cannot
     work, before anything is written, and for a loss that is not finite.
     """
-    settings = Options(**options)
+    started, settings = time.monotonic(), Options(**options)
     on_main(check_folder, outdir, resume)
     images, labels, *statistics = load_data(data, settings.cond, gaps=settings.init is not None)
     trainer = DenoiserTrainer(net_config, images, labels, *statistics, settings, device)
     refusal = f"another command trains in {outdir}: wait for its end, or choose another --outdir"
     with only_command(Path(outdir) / ".lock", refusal):
         on_main(check_folder, outdir, resume)  # once more: another command may have been there until now
-        run = DenoiserRun(trainer, settings, outdir, data)
+        run = DenoiserRun(trainer, settings, outdir, data, started)
         if resume:
             run.restore()
         else:
@@ -523,7 +562,13 @@ def parse_ints(text, option):
 @click.option("--attn", default="8", show_default=True, help="Resolutions with self-attention")
 @click.option("--dropout", type=Number(0, 1, max_open=True), default=0.0, show_default=True)
 @click.option("--total_kimg", type=Number(0, min_open=True), default=2000, show_default=True)
-@click.option("--minutes", type=Number(0), default=0, help="Wall-clock budget, 0 = none", show_default=True)
+@click.option(
+    "--minutes",
+    type=Number(0),
+    default=0,
+    help="End after so many minutes, snapshot and grid included; 0 = none",
+    show_default=True,
+)
 @click.option("--batch", type=click.IntRange(1), default=128, help="Total batch size", show_default=True)
 @click.option("--lr", type=Number(0, min_open=True), help=f"Default: {LR:g}; with --init {LR_OF_INIT:g}")
 @click.option("--warmup_kimg", type=Number(0), default=10, show_default=True)

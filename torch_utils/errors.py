@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 import reprlib
+import signal
 import sys
 from collections.abc import Iterable
 
@@ -65,6 +66,22 @@ class UserError(ValueError):
         rank = os.environ.get("RANK")
         where = f" [rank {rank}]" if rank is not None and os.environ.get("WORLD_SIZE", "1") != "1" else ""
         print(f"Error{where}: {self.message}", file=file or sys.stderr, flush=True)
+
+
+class Interrupted(Exception):
+    """A signal ended the program and what it has made is in order; ``exit_code`` is 128 + signal, as shells have it.
+
+    It reaches the user as one line; note: what follows after "interrupted by SIGTERM".
+    """
+
+    def __init__(self, number: int, note: str = ""):
+        self.message = f"interrupted by {signal.Signals(number).name}{note}"
+        super().__init__(self.message)
+        self.exit_code = 128 + number
+
+    def show(self, file=None) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            print(self.message[:1].upper() + self.message[1:], file=file or sys.stderr, flush=True)
 
 
 def _whole(digits: str) -> int:

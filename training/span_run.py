@@ -167,6 +167,7 @@ class SpanRun(Run):
             f"noise levels {numbers(trainer.student.sigmas().detach())}; seed {options.seed}",
             f"loss {options.loss}, {options.pairs} pairs, batch {options.batch} ({trainer.chunk} per call, {world} "
             f"processes), {self.total} iterations, {trainer.device}",
+            f"rms: root mean square difference to the teacher per {'latent' if member(net, 'latent') else 'pixel'} value",
         ]
 
 
