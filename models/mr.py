@@ -1,4 +1,4 @@
-"""Image restoration: mean-reverting diffusion (IR-SDE, Refusion) as a denoiser of the clean image."""
+"""Image restoration: mean-reverting diffusion (IR-SDE, Refusion) as a denoiser."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from models.restoration_unets import NETWORKS
 from torch_utils.errors import UserError
 from torch_utils.tensor_file import read_weights
 
-# Published with the networks that restore without a text encoder (Luo et al. 2023).
+# Published settings of the networks without a text encoder (Luo et al. 2023).
 _UNET, _DEEP = ({"network": "ConditionalUNet", "nf": nf, "depth": depth} for nf, depth in ((64, 4), (32, 5)))
 _NAFNET = {"network": "ConditionalNAFNet", "width": 64, "enc_blk_nums": [1, 1, 1, 28], "dec_blk_nums": [1, 1, 1, 1]}
 RELEASED_CONFIGS = {
@@ -26,10 +26,10 @@ RELEASED_CONFIGS = {
 
 
 class RestorationMixin:
-    """What networks that restore images share: they take the degraded image ``mu`` [B,C,H,W]."""
+    """Mix-in for networks that restore images: ``forward`` takes the degraded image mu."""
 
     def make_cond(self, generator=None, labels=None, images: torch.Tensor | None = None) -> dict:
-        """{"mu": images}. images: degraded images [B,C,H,W] in [-1, 1], of any size."""
+        """{"mu": images}; images: degraded images [B,C,H,W] in [-1, 1], of any size."""
         if labels is not None:
             raise UserError("this network restores images: it takes no class")
         if images is None:
@@ -46,8 +46,8 @@ class MRDenoiser(RestorationMixin, TimeOfProcess, Denoiser):
     """D(x; sigma | mu) = x - sigma eps(x_t, mu, t) with x_t = mu + alpha (x - mu).
 
     network: name in ``NETWORKS``.
-    max_sigma, T, schedule, eps, original_code: of ``MeanReverting``.
-    img_resolution: size of images where none is given; the network takes any. Default 256.
+    max_sigma, T, schedule, eps, original_code: see ``MeanReverting``.
+    img_resolution: size of images if none is given; the network takes any size. Default 256.
     network_kwargs: arguments of the network under their original names.
 
     ``forward`` takes mu [B,C,H,W], the degraded image, in [-1, 1].
@@ -95,7 +95,7 @@ class MRDenoiser(RestorationMixin, TimeOfProcess, Denoiser):
 
 
 def build_mr(config: Mapping, state_dict, guidance_type, guidance_rate, device) -> MRDenoiser:
-    """The builder of the family "mr". Names may begin with ``module.``, as training on several GPUs writes them."""
+    """The builder of the family "mr"; names may have the prefix ``module.``."""
     weights = {name.removeprefix("module."): value for name, value in state_dict.items()}
     net = build_empty(MRDenoiser, config, "a restoration network", len(weights))
     check_guidance(("none", "uncond"), guidance_type, guidance_rate, "this network")
@@ -112,12 +112,14 @@ def load_mr(
     guidance_rate: float | None = None,
     device: str | torch.device = "cpu",
 ) -> MRDenoiser:
-    """The denoiser of an official ``.pth`` file, a plain state dict.
+    """Load the denoiser of an official ``.pth`` file, a plain state dict.
 
-    dataset_name: picks the published settings.
-    config: replaces them (as for ``build_denoiser``). Default None.
+    path: the file.
+    dataset_name: chooses the published settings. Default refusion.
+    config: settings instead of the published ones, see ``build_denoiser``. Default None.
+    guidance_type, guidance_rate, device: see ``create_model``.
 
-    Raises UserError for a damaged file and for weights of another network.
+    Raises UserError if the file is damaged or contains another network.
     """
     if config is None and dataset_name not in RELEASED_CONFIGS:
         raise UserError(f"checkpoint {path}: describe the network in {path}.json (family mr), see docs/restoration.md")

@@ -16,13 +16,13 @@ from models.denoiser import Denoiser, member
 from torch_utils.errors import UserError
 from torch_utils.images import decode_image
 
-DEFAULT_STD = 0.5  # of the data, where the network does not know it
+DEFAULT_STD = 0.5  # standard deviation of the data if the network does not have it
 _PASSED_ON = ("sigma_min", "sigma_max", "img_channels", "img_resolution", "label_dim", "evals_per_call", "D")
 _PASSED_ON += ("data_mean", "data_std", "dataset_name", "source_path", "weights_hash")
 
 
 class Operator:
-    """A linear map A from images to observations. Subclasses implement ``forward`` and ``adjoint``."""
+    """A linear map A from images to observations; subclasses have ``forward`` and ``adjoint``."""
 
     needs_noise = False  # A A^T may be singular, so that solve needs c > 0
 
@@ -44,10 +44,12 @@ class Operator:
 
 
 def conjugate_gradients(apply: Callable, r: torch.Tensor, iterations: int = 100, tolerance: float = 1e-6):
-    """The solution v of apply(v) = r for a symmetric positive ``apply``, each sample for itself.
+    """Solve apply(v) = r for a symmetric positive ``apply``, separately for each sample.
 
-    iterations: at most this many, default 100.
-    tolerance: of the residual, relative to r, at which it stops; default 1e-6.
+    apply: the linear map.
+    r: right side [B,...].
+    iterations: largest number of iterations. Default 100.
+    tolerance: stop at this residual, relative to r. Default 1e-6.
     """
 
     def dot(a, b):
@@ -67,7 +69,7 @@ def conjugate_gradients(apply: Callable, r: torch.Tensor, iterations: int = 100,
 
 
 class Inpaint(Operator):
-    """Keeps the pixels where the mask is 1; the observation has zeros in the others.
+    """Keep the pixels where the mask is 1; the observation has zeros elsewhere.
 
     mask: a function of (H, W) that returns [H,W] of zeros and ones.
     """
@@ -147,7 +149,7 @@ class Gray(Operator):
 
 
 def random_mask(missing: float, seed: int = 0) -> Callable[[int, int], torch.Tensor]:
-    """A function (H, W) -> mask in which this share of the pixels, drawn from the seed, is 0."""
+    """A function (H, W) -> mask [H,W]; the share ``missing`` of its pixels, from seed, is 0."""
 
     def mask(height: int, width: int) -> torch.Tensor:
         order = torch.randperm(height * width, generator=torch.Generator().manual_seed(seed))
@@ -178,14 +180,14 @@ OPERATORS = "inpaint:SHARE, inpaint:MASK.png, sr:FACTOR, blur:STD, gray, or modu
 
 
 def make_operator(text: str, channels: int = 3) -> Operator:
-    """The operator that a text describes.
+    """Make the operator that a text describes.
 
     text: ``inpaint:0.5`` (this share of the pixels is missing, the same ones in every image),
         ``inpaint:mask.png`` (white is kept), ``sr:4`` (means over 4 x 4 pixels), ``blur:2.0``
-        (Gaussian, standard deviation in pixels), ``gray``, or ``module:function`` (the function
-        returns an object with ``forward``, ``adjoint`` and, unless conjugate gradients will do,
-        ``solve``).
-    channels: of the images, for ``gray``; default 3.
+        (Gaussian, standard deviation in pixels), ``gray``, or ``module:function``. The function
+        returns an object with ``forward``, ``adjoint`` and optionally ``solve``; the default is
+        conjugate gradients.
+    channels: number of image channels, for ``gray``. Default 3.
     """
     name, _, value = text.partition(":")
     wrong = UserError(f"observe={text!r} is not an operator: use {OPERATORS}")
@@ -217,7 +219,7 @@ def _own_operator(module: str, function: str):
         raise UserError(f"observe={module}:{function}: {error}; use {OPERATORS}") from None
     missing = [name for name in ("forward", "adjoint") if not callable(getattr(operator, name, None))]
     if missing:
-        raise UserError(f"observe={module}:{function}: what it returns has no method {missing[0]}")
+        raise UserError(f"observe={module}:{function}: the returned object has no method {missing[0]}")
     if not hasattr(operator, "solve"):
         own = operator
         operator = Operator()
@@ -236,14 +238,15 @@ class Posterior(Denoiser):
 
         D_y = D + sigma^2 J^T A^T (r^2 A A^T + sigma_y^2)^-1 (y - A D),   J = dD/dx
 
-    pseudo-inverse guidance (Song et al. 2023). Both are exact for Gaussian data of covariance s^2 I.
+    pseudo-inverse guidance (Song et al. 2023). Both are exact for Gaussian data with covariance
+    s^2 I.
 
     net: a denoiser of images, without guidance.
     operator: A, see ``Operator``.
     y: observations [B,...].
     sigma_y: standard deviation of their noise, in the units of images in [-1, 1].
-    jacobian: default False. It costs a backward pass per evaluation, and with few steps it is
-        unstable on real networks (docs/inverse_problems.md).
+    jacobian: use the form with Jacobian. It costs a backward pass per evaluation, and with few
+        steps it is unstable on real networks (docs/inverse_problems.md). Default False.
 
     Raises UserError for guided and latent networks, and for y of another shape.
     """
@@ -320,9 +323,9 @@ def red_diff(
     observation: float = 1.0,
     cond: dict | None = None,
 ) -> torch.Tensor:
-    """RED-diff (Mardani et al. 2023, arXiv 2305.04391): an image mu [B,C,H,W] found by optimisation.
+    """RED-diff (Mardani et al. 2023, arXiv 2305.04391): find an image mu [B,C,H,W] by optimisation.
 
-    For every noise level, descending, one Adam step (betas 0.9, 0.99) on
+    For every noise level there is one Adam step (betas 0.9, 0.99) on
 
         observation mean (y - A mu)^2 / 2 + regularisation w(sigma) mean(sg[eps_net - eps] mu)
 
@@ -333,11 +336,11 @@ def red_diff(
     y: observations [B,...].
     sigmas: noise levels, one step each, in descending order.
     noise: returns eps [B,C,H,W] for each step.
-    start: mu to start from, the pseudo-inverse of the observation as published.
-    lr: learning rate; default 0.1.
-    regularisation: default 0.25.
+    start: initial mu; in the paper the pseudo-inverse of the observation.
+    lr: learning rate. Default 0.1.
+    regularisation: weight of the prior. Default 0.25.
     weight: w: "linear" (default), "sqrt", "square" or "const".
-    observation: default 1.
+    observation: weight of the misfit. Default 1.
     cond: keyword arguments of net. Default: none.
     """
     if weight not in WEIGHTS:

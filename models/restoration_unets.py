@@ -1,4 +1,4 @@
-"""Networks that restore images: the U-Net of IR-SDE and the NAFNet of Refusion, in their official key layout.
+"""Networks that restore images: the U-Net of IR-SDE and the NAFNet of Refusion, official layout.
 
 Both take a noisy state and the degraded image, and return the noise (Luo et al. 2023, arXiv
 2301.11699 and 2304.08291).
@@ -20,7 +20,7 @@ def sinusoidal_embedding(t: torch.Tensor, width: int) -> torch.Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """First entry of ``time_mlp``: holds no weights, so the official names begin at 1."""
+    """First entry of ``time_mlp``; it has no weights, so the official names begin at 1."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -51,7 +51,7 @@ class Gate(nn.Module):
 
 
 def scale_shift(layer: nn.Module, embedding: torch.Tensor, parts: int) -> list[torch.Tensor]:
-    """``parts`` tensors [B,C,1,1] that the layer makes of the embedding [B,E] of the time."""
+    """``parts`` tensors [B,C,1,1] from the embedding [B,E] of the time."""
     return layer(embedding)[..., None, None].chunk(parts, dim=1)
 
 
@@ -167,7 +167,7 @@ class ConditionalUNet(nn.Module):
         return self.mid_block2
 
     def forward(self, x, degraded, t):
-        """The noise [B,C,H,W]. x, degraded: images [B,C,H,W] in [0, 1] coordinates; t: times [B]."""
+        """The noise [B,C,H,W]; x, degraded: images [B,C,H,W] in [0, 1]; t: times [B]."""
         height, width = x.shape[-2:]
         x = self.init_conv(pad_to_multiple(torch.cat([x - degraded, degraded], 1), 2**self.depth, "reflect"))
         first, t, skips = x, self.time_mlp(t), []
@@ -265,7 +265,7 @@ class ConditionalNAFNet(nn.Module):
         return self.middle_blks
 
     def forward(self, x, degraded, t):
-        """The noise [B,C,H,W]. x, degraded: images [B,C,H,W] in [0, 1] coordinates; t: times [B]."""
+        """The noise [B,C,H,W]; x, degraded: images [B,C,H,W] in [0, 1]; t: times [B]."""
         height, width = x.shape[-2:]
         x = self.intro(pad_to_multiple(torch.cat([x - degraded, degraded], 1), 2**self.depth, "constant"))
         t, skips = self.time_mlp(t), []

@@ -1,4 +1,4 @@
-"""A network of your own as a denoiser: any module or function, whatever it predicts and however it counts time."""
+"""A network of your own as a denoiser: any module or function, with any prediction and time."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -80,9 +80,9 @@ def wrap(
 ) -> Denoiser:
     """A ``Denoiser`` around a network of your own.
 
-    model: a module or function, called as model(input [B,C,H,W], time, **cond); it returns [B,C,H,W].
-        A module is put in evaluation mode and its parameters are frozen, in place.
-    prediction: what it returns, and what its input and time are:
+    model: a module or function, called as model(input [B,C,H,W], time, **cond), which returns
+        [B,C,H,W]. A module is put in evaluation mode and its parameters are frozen, in place.
+    prediction: kind of its output, input and time:
         "denoised": the clean image D(x; sigma); input x = image + sigma noise, time sigma
             [B,1,1,1], as in EDM. The default.
         "epsilon", "v_prediction", "sample": the noise, v = a noise - b image (Salimans & Ho 2022),
@@ -90,12 +90,12 @@ def wrap(
             "epsilon" and no ``noise`` the input is x and the time is sigma [B].
         "flow": noise - image; input (1 - t) image + t noise, time t [B] (Liu et al. 2022).
     noise: the noise process of "epsilon", "v_prediction" and "sample": a table of a^2
-        (alphas_cumprod [N], whose times are 0 .. N - 1); one of "ddpm", "stable-diffusion", "vp-sde",
+        (alphas_cumprod [N] at the times 0 .. N - 1); one of "ddpm", "stable-diffusion", "vp-sde",
         "cosine"; a pair of functions (sigma_of_t, t_of_sigma) with sigma = b / a; or an object
         with the methods of ``NoiseProcess``.
-    sigma_min, sigma_max: range of noise levels to sample in. Default: that of the process;
+    sigma_min, sigma_max: range of noise levels for sampling. Default: that of the process;
         0.002 and 80 for "denoised".
-    shape: (channels, resolution) of a sample. Needed wherever noise is drawn for you.
+    shape: (channels, resolution) of a sample. Needed to draw noise.
     time_scale: multiplies the time that the model gets. Default: 1.
     integer_time: round the time to whole numbers (int64), for models that look it up in a table.
         Default: False.
@@ -108,13 +108,13 @@ def wrap(
         batch, instead of classes: see ``Denoiser.make_cond``. Default: None.
     decode: function from samples to images in [-1, 1], for latent models. Default: the identity.
     bottleneck: a submodule, or its name as in ``named_modules``, whose output [B,C',H',W'] an AMED
-        predictor reads. Default: None, the predictor then knows the noise levels only.
-    noise_embedding: a linear submodule or its name, whose output [B,E] conditions the network on the
-        noise level; the span solver can shift it. Default: None.
+        predictor reads. Default: None, the predictor uses noise levels only.
+    noise_embedding: a linear submodule or its name, whose output [B,E] conditions the network on
+        the noise level; the span solver can shift it. Default: None.
     data_mean, data_std: mean image [C,H,W] and standard deviation of the data, for afs="data".
-    evals_per_call: network evaluations that one call costs, 2 with classifier-free guidance inside.
+    evals_per_call: network evaluations per call, for example 2 with guidance inside. Default 1.
 
-    Raises UserError for arguments that do not go together.
+    Raises UserError for impossible arguments.
     """
     if not callable(model):
         raise UserError(f"wrap: the model must be a module or a function, not {type(model).__name__}")
@@ -146,9 +146,9 @@ def wrap(
 
 
 def load_own(place: str, device: torch.device | str = "cpu") -> Denoiser:
-    """The network that the function "module:function" of the user's own code returns, on the device.
+    """Load the network that the user's function "module:function" returns.
 
-    Raises UserError if it returns anything but a ``Denoiser``.
+    Raises UserError if it does not return a ``Denoiser``.
     """
     function, _ = find_function(place, "--model_path", "a file, or MODULE:FUNCTION for code of your own")
     net = function()
@@ -213,7 +213,7 @@ def _square(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def _part_of(model, what: str, part):
-    """A submodule by itself or by its name."""
+    """Return the submodule ``part``, or the one of this name."""
     if not isinstance(part, str):
         return part
     try:
@@ -225,7 +225,7 @@ def _part_of(model, what: str, part):
 
 
 class WrappedDenoiser(Denoiser):
-    """What ``wrap`` returns."""
+    """The denoiser that ``wrap`` returns."""
 
     def __init__(self, model: Callable, prediction: str, process: NoiseProcess | None):
         super().__init__()
@@ -233,7 +233,7 @@ class WrappedDenoiser(Denoiser):
         self.no_feature = NoFeature()
         self.can_autocast = isinstance(model, torch.nn.Module)
         self.dataset_name, self.source_path = "custom", getattr(model, "__qualname__", type(model).__qualname__)
-        if process is not None:  # only networks with a time of their own have these
+        if process is not None:  # only networks with a time have these
             self.sigma, self.sigma_inv = process.sigma, process.sigma_inv
 
     def __getattr__(self, name):
@@ -243,7 +243,7 @@ class WrappedDenoiser(Denoiser):
 
     @cached_property
     def weights_hash(self) -> str:
-        """SHA-256 of the weights, and of what is done with their output."""
+        """SHA-256 of the weights and the settings."""
         return hash_of_weights(self, f"{self.prediction} {self.sigma_min} {self.sigma_max}")
 
     @property

@@ -432,7 +432,10 @@ class DPMSolver2(TwoStageSolver):
 
 @register("heun")
 class Heun(DPMSolver2):
-    """Heun's method (Karras et al. 2022, Algorithm 1): the second point is the end of the step."""
+    """Heun's method (Karras et al. 2022, Algorithm 1), which is DPM-Solver-2 with r = 1.
+
+    The step follows the average of the directions at both ends of the interval.
+    """
 
     summary = "Heun, order 2; 2 evaluations per step, also on the last one"
     options = {}

@@ -386,12 +386,12 @@ def test_mistakes_take_one_line_and_leave_nothing(tmp_path, flags, message):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return images.float().mean(dim=(2, 3))", "gave numbers of shape [4, 1] for 4 images; expected [4]"),
-        ("return [1.0]", "gave numbers of shape [1] for 4 images"),
-        ("return [float('nan') if s == 1 else 0.0 for s in seeds]", "gave nan for an image of seed 1"),
-        ("return [float('inf')] * len(seeds)", "gave inf for an image of seed 0"),
-        ("return None", "gave a NoneType and not one number per image"),
-        ("return ['good'] * len(seeds)", "gave a list and not one number per image"),
+        ("return images.float().mean(dim=(2, 3))", "returned numbers of shape [4, 1] for 4 images; expected [4]"),
+        ("return [1.0]", "returned numbers of shape [1] for 4 images"),
+        ("return [float('nan') if s == 1 else 0.0 for s in seeds]", "returned nan for an image of seed 1"),
+        ("return [float('inf')] * len(seeds)", "returned inf for an image of seed 0"),
+        ("return None", "returned a NoneType instead of one number per image"),
+        ("return ['good'] * len(seeds)", "returned a list instead of one number per image"),
     ],
 )
 def test_verifiers_that_do_not_answer(tmp_path, monkeypatch, body, message):
