@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from models.denoiser import embedding_layer
+from models.denoiser import embedding_layer, member
 from models.inputs import draw_condition, draw_inputs
 from solvers.span_table import SpanSolver
 from torch_utils import distributed
