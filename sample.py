@@ -1,4 +1,4 @@
-"""Samples images from noise, with a trained predictor or with any plain solver.
+r"""Samples images from noise, with a trained predictor or with any plain solver.
 
     python sample.py --predictor_path=7                                   # exps/00007-*
     python sample.py --dataset_name=digits --solver=ipndm --num_steps=6 --grid=True

@@ -210,7 +210,7 @@ def test_every_way_of_writing_and_every_flag_reaches_the_run(tiny, tmp_path):
         (["--dataset_name=digits", "--sigmas=2,1", "--schedule_type=logsnr"], "--sigmas replaces --schedule_type"),
         (["--dataset_name=digits", "--prompt_path=p.csv"], "no text-to-image network"),
         (["--dataset_name=digits", "--device=tpu"], "--device=tpu"),
-        (["--resume=12"], "there is no such run"),
+        (["--resume=12"], "no such run"),
     ],
 )
 def test_mistakes_get_one_line(arguments, message, tmp_path):

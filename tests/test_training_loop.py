@@ -383,7 +383,7 @@ def test_find_run(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"sampler_stu": "heun"}, "cannot take a predictor"),
+        ({"sampler_stu": "heun"}, "cannot learn"),
         ({"sampler_tea": "amed"}, "cannot be the teacher"),
         ({"sampler_stu": "nothing"}, "unknown solver"),
         ({"num_steps": 1}, "at least 2"),

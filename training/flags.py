@@ -1,4 +1,4 @@
-"""From the flags of train.py to the options of a run: a new one, or one that is continued."""
+"""Options of a run from the flags of train.py, for a new run or a resumed one."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,7 @@ from training.options import AMEDOptions, SpanOptions
 from training.sample_loss import own_code
 
 OBJECTIVES = {"per_step": AMEDOptions, "final": SpanOptions}
-FILES = {  # options that name files, or parts of the hub
+FILES = {  # options that name files or repositories of the hub
     name
     for kind in OBJECTIVES.values()
     for name, flag in flags_of(kind).items()
@@ -21,13 +21,13 @@ FILES = {  # options that name files, or parts of the hub
 
 
 def find_objective(values: dict, given: set[str]) -> str:
-    """ "per_step" or "final"; UserError for flags that contradict each other."""
+    """The objective, "per_step" or "final". UserError for flags that contradict each other."""
     span = values["sampler_stu"] == "span"
     objective = values["objective"] or ("final" if span else "per_step")
     if objective == "per_step" and span:
-        raise UserError("--sampler_stu=span is trained on its final samples: it needs --objective=final")
+        raise UserError("--sampler_stu=span is trained on final samples: it needs --objective=final")
     if objective == "final" and not span and "sampler_stu" in given:
-        raise UserError(f"--objective=final trains span students: use --sampler_stu=span, not {values['sampler_stu']}")
+        raise UserError(f"--objective=final trains span solvers: use --sampler_stu=span, not {values['sampler_stu']}")
     (other,) = set(OBJECTIVES) - {objective}
     foreign = sorted(given & flags_of(OBJECTIVES[other]).keys() - flags_of(OBJECTIVES[objective]).keys())
     if foreign:
@@ -36,15 +36,9 @@ def find_objective(values: dict, given: set[str]) -> str:
 
 
 def new_options(values: dict, given: set[str], nfe: int | None = None) -> AMEDOptions | SpanOptions:
-    """The options of a new run.
-
-    values: all flags by name.
-    given: names of those that the user wrote.
-    nfe: network evaluations of the student; the recommended recipe then has what the user did not
-        write. Default: none, the defaults.
-    """
+    """The options of a new run. values: all flags by name; given: the names of the user's flags."""
     if values["dataset_name"] is None:
-        raise UserError("--dataset_name is missing: name a network ('python -m models.zoo list'), or --resume a run")
+        raise UserError("--dataset_name is missing: give a network ('python -m models.zoo list'), or --resume a run")
     if values["sigmas"] is not None:
         replaced = {"schedule_type", "schedule_rho", "sigma_min", "sigma_max"} & given
         if "num_steps" in given and values["num_steps"] != len(values["sigmas"]):
@@ -57,7 +51,9 @@ def new_options(values: dict, given: set[str], nfe: int | None = None) -> AMEDOp
 
 
 def with_recipe(kind, written: dict, nfe: int) -> dict:
-    """The flags of a recommended recipe whose student spends ``nfe`` evaluations; what was written wins."""
+    """The flags of a recommended recipe whose student spends ``nfe`` evaluations; what was written
+    wins.
+    """
     if {"num_steps", "sigmas"} & written.keys():
         raise UserError("--nfe chooses the number of steps: leave out --nfe, or --num_steps and --sigmas")
     student = "span" if kind is SpanOptions else written.get("sampler_stu", "amed")
@@ -79,15 +75,19 @@ def with_recipe(kind, written: dict, nfe: int) -> dict:
 
 
 def continued_options(stored: dict, values: dict, given: set[str], folder: Path) -> AMEDOptions | SpanOptions:
-    """The options of the run that is continued, with those changes that leave its results alone.
+    """The options of a resumed run, with changes that do not affect its results.
 
-    The folder may come from somebody else. What it names is read, but written is only below it and
-    --outdir, and only what the command line names may be downloaded.
+    stored: the recorded options.
+    values, given: as in ``new_options``.
+    folder: of the run.
+
+    The folder may come from somebody else. Files that it names are read, but files are written only
+    in it and in --outdir, and only what the command line names may be downloaded.
     """
     objective = "final" if stored.get("objective") == "final" else "per_step"
     options = OBJECTIVES[objective].from_dict(stored)
     flags = flags_of(OBJECTIVES[objective])
-    if values["guidance_type"] == "none" and options.guidance_type is None:  # the same, and stored so
+    if values["guidance_type"] == "none" and options.guidance_type is None:  # stored as None
         values["guidance_type"] = None
     known = {**options.to_dict(), "objective": objective}
     for name in sorted(given - {"outdir"}):
@@ -102,14 +102,14 @@ def continued_options(stored: dict, values: dict, given: set[str], folder: Path)
                 f"(only {changeable} and --device may change)"
             )
     own = getattr(options, "loss", None)
-    if own is not None and own_code(own) and "loss" not in given:  # a file must not choose what code is run
-        raise UserError(f"--resume: the loss of this run is code of your own; repeat --loss='{own}' to run it")
+    if own is not None and own_code(own) and "loss" not in given:  # a file must not choose which code runs
+        raise UserError(f"--resume: the loss of this run is your own code; repeat --loss='{own}' to run it")
     options.outdir = values["outdir"]
     for name in sorted(FILES & flags.keys() - given):
         path = getattr(options, name)
         if path is not None and not (Path(path).is_file() or Path(path).is_dir()):
             raise UserError(
-                f"--resume: {folder} names {name}={path[:200]}, which is not here; repeat --{name} to use it, or name"
-                " another place"
+                f"--resume: {folder} names {name}={path[:200]}, which does not exist here; repeat --{name} to use it,"
+                " or give another path"
             )
     return options
