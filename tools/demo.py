@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from amed.commands import script
 from evaluation.fid import calculate_fid
 from models import create_model
 from models.inputs import draw_noise
@@ -116,7 +117,8 @@ def run(*command, quiet_stdout=True):
     """Runs one of our scripts and returns the seconds it took; its progress bars go to the screen."""
     started = time.perf_counter()
     shown = [str(part) for part in command]
-    result = subprocess.run([sys.executable, *shown], cwd=ROOT, stdout=subprocess.DEVNULL if quiet_stdout else None)
+    program = [str(script(Path(shown[0]).stem)), *shown[1:]]
+    result = subprocess.run([sys.executable, *program], cwd=ROOT, stdout=subprocess.DEVNULL if quiet_stdout else None)
     if result.returncode:
         raise UserError(f"this step failed: python {' '.join(shown)}")
     return time.perf_counter() - started
