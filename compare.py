@@ -37,7 +37,7 @@ from torch_utils.options import flags, given_flags, read_flags
 from torch_utils.session import session
 
 GROUPS = {
-    "What to compare": "dataset_name solvers nfe predictor_path num | model_path baseline seed groups guidance_type"
+    "What to compare": "dataset_name solvers nfe predictor_path num | presets model_path baseline seed groups guidance_type"
     " guidance_rate prompt negative_prompt tokenizer_path",
     "For all solvers": "| schedule_type schedule_rho sigma_min sigma_max sigmas afs",
     "Scores": "ref | detector trust num_reference reference_steps",

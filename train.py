@@ -21,7 +21,7 @@ import sys
 import click
 from click.core import ParameterSource
 
-from sampling.flags import schedule_file_flag, solver_option_names, use_schedule
+from sampling.flags import schedule_file_flag, use_schedule
 from torch_utils import distributed
 from torch_utils.cli import PATH, Command, offline_flag
 from torch_utils.distributed import on_main
@@ -31,7 +31,7 @@ from torch_utils.options import flags
 from torch_utils.session import session
 from training.amed_trainer import train_predictor
 from training.flags import FILES, OBJECTIVES, continued_options, new_options
-from training.options import AMEDOptions, SpanOptions
+from training.options import TRAINABLE, AMEDOptions, SpanOptions
 from training.run_folder import find_run, stored_options
 from training.span_run import train_span
 
@@ -40,8 +40,8 @@ GROUPS = {
     " prompt_path tokenizer_path",
     "Teacher and schedule": "sampler_tea | M teacher_cache schedule schedule_type schedule_rho sigma_min sigma_max sigmas"
     " afs num_steps_tea schedule_tea rho_tea pairs val_pairs teacher_set",
-    "Options of solvers": "| " + " ".join(solver_option_names()),
-    "Span solver": "| preset heads parallel time_bound init init_pairs init_trial phases phase_rounds",
+    "Options of solvers": "| " + " ".join(TRAINABLE),
+    "Span solver": "| preset heads parallel sigma_scale_bound init init_pairs init_trial phases phase_rounds",
     "Optimisation": "total_kimg batch seed | batch_gpu lr lrs lr_final warmup clip ema val_every scale_dir scale_time loss"
     " feature_sigma w_dist w_anchor anchor w_delta",
     "Output": "outdir resume | desc nosubdir tick snap dump dry_run",

@@ -111,12 +111,10 @@ SHARED = {
     "pfdiff_h": [("--solver=pfdiff", f"--pfdiff_h={value}") for value in ("0", "-1", "99")],
     "variant": CHOICE,
     "direction_sigma": CHOICE,
-    "midpoint": CHOICE,
-    # of one or two commands, all there is to do wrong is of the wrong type
+    # of some command lines
     "nfe": [],
     "list": FLAG,
     "presets": CHOICE,
-    "extra_dims": [],
 }
 
 OWN = {
