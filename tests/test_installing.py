@@ -52,7 +52,7 @@ def test_packages_that_came_before_are_named(edm):
 
 def test_every_package_of_ours_brings_amed():
     for room in set(amed.ROOMS) - {"torch_utils"}:
-        assert "import amed " in (ROOT / room / "__init__.py").read_text(encoding="utf-8"), room
+        assert "\nimport amed" in (ROOT / room / "__init__.py").read_text(encoding="utf-8"), room
 
 
 def test_names_of_the_package():
