@@ -547,6 +547,14 @@ def _read_index(folder: Path, source) -> tuple[str, dict]:
     return _check_index(index, source), index
 
 
+def takes_prompts(source: str | Path) -> bool | None:
+    """Whether the pipeline in a folder is text-to-image; None if there is no such folder."""
+    if not (Path(source) / _INDEX).is_file():
+        return None
+    name, _ = _read_index(Path(source), source)
+    return issubclass(PIPELINES[name][0], TextPipeline)
+
+
 def _check_index(index, source) -> str:
     """The class name of a pipeline. Raises UserError unless all its parts are library classes."""
     name = index.get("_class_name") if isinstance(index, dict) else None

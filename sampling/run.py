@@ -197,7 +197,7 @@ def run(options: SampleOptions, device: torch.device) -> None:
     settings, predictor, predictor_file = open_predictor(options.predictor_path, options.settings, options.written)
     compute = remembered_network(predictor_file, settings, options.compute)
     options = replace(options, text=options.text.resolve(), compute=compute)
-    prompts = options.text.read(settings.dataset_name, seeds)
+    prompts = options.text.read(settings.dataset_name, seeds, options.compute.model_path)
     net = open_network(settings, options.compute, device, options.class_idx)
     source = None
     if predictor is None and settings.nfe is not None:

@@ -18,7 +18,7 @@ from solvers.sampler import afs_direction, check_predictor
 from solvers.schedules import SCHEDULE_NAMES, SCHEDULES
 from solvers.span_table import SpanSolver
 from torch_utils import distributed
-from torch_utils.cli import PATH, Number
+from torch_utils.cli import PATH, Known, Number
 from torch_utils.errors import UserError
 from torch_utils.files import read_json, sha256_of
 from torch_utils.functions import names_function
@@ -32,7 +32,7 @@ from training.run_folder import OPTIONS_FILE
 class NetworkSettings:
     """Which network is sampled. None: the network's own value."""
 
-    dataset_name: str | None = flag("Network: digits, cifar10, ...", metavar="NAME", record=ALWAYS)
+    dataset_name: str | None = flag("Network: digits, cifar10, ...", kind=zoo.NAMES, record=ALWAYS)
     guidance_type: str | None = flag("Kind of guidance (default: the network's)", metavar="NAME", record=ALWAYS)
     guidance_rate: float | None = flag(
         "Strength of the guidance (default: 7.5 for cfg, 1 for cg)", kind=Number(), record=ALWAYS
@@ -88,7 +88,7 @@ class Settings(NetworkSettings):
     )
     solver: str | None = flag(
         "Plain solver: " + ", ".join(name for name, solver in SOLVERS.items() if not solver.needs_predictor),
-        metavar="NAME",
+        kind=Known(SOLVERS, "unknown solver '{}'"),
         record=ALWAYS,
     )
     nfe: int | None = flag(

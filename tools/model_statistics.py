@@ -7,6 +7,11 @@ Needs no images: the network is evaluated at states of its own trajectories. Cos
 per node and sample; for digits with the defaults, one or two minutes on a CPU core.
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("tools.model_statistics")
+
 import math
 import sys
 import time

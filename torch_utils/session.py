@@ -2,7 +2,6 @@
 
 import re
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,26 +10,9 @@ import torch
 import torch.distributed as dist
 
 from torch_utils import distributed
-from torch_utils.errors import UserError
+from torch_utils.errors import Interrupted, UserError
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-
-
-class Interrupted(Exception):
-    """A signal ended the program, with its output in order. Shown to the user as one line.
-
-    number: the signal; ``exit_code`` is 128 + signal, as in shells.
-    note: text after "interrupted by SIGTERM". Default "".
-    """
-
-    def __init__(self, number: int, note: str = ""):
-        self.message = f"interrupted by {signal.Signals(number).name}{note}"
-        super().__init__(self.message)
-        self.exit_code = 128 + number
-
-    def show(self, file=None) -> None:
-        if distributed.rank() == 0:
-            print(self.message[:1].upper() + self.message[1:], file=file or sys.stderr, flush=True)
 
 
 @contextmanager

@@ -211,7 +211,13 @@ class AMEDRun(Run):
         )
 
     def progress_text(self, latest: torch.Tensor) -> str:
-        return f"loss {numbers(latest[:, 0])} r {numbers(latest[:, 1])}"
+        return f"loss {numbers(latest[:, 0] * self.loss_unit)} r {numbers(latest[:, 1])}"
+
+    @property
+    def loss_unit(self) -> float:
+        """The loss is a sum over the values of an image; its mean is shown."""
+        net = self.trainer.net
+        return 1 / (net.img_channels * net.img_resolution**2)
 
     def describe(self, net) -> list[str]:
         options, distiller, world = self.options, self.trainer, distributed.world_size()
@@ -222,6 +228,7 @@ class AMEDRun(Run):
             f"({Path(net.source_path).name}), {config['num_steps']} time steps, NFE {distiller.evaluations}",
             f"noise levels {numbers(distiller.sigmas)}; seed {options.seed}",
             f"batch {options.batch} ({steps} on each of {world} processes), {self.total} iterations, {distiller.device}",
+            f"loss: squared difference to the teacher per {'latent' if member(net, 'latent') else 'pixel'} value, mean of a batch",
         ]
 
 

@@ -39,7 +39,7 @@ class RunOptions:
     """
 
     dataset_name: str = flag(
-        "Network: digits, cifar10, ffhq, ... ('python -m models.zoo list')", REQUIRED, required=False
+        "Network: digits, cifar10, ffhq, ... ('python -m models.zoo list')", REQUIRED, zoo.NAMES, required=False
     )
     model_path: str | None = flag(
         "File of the network (default: embedded or downloaded); diffusers: a folder or hub id; custom: also"
@@ -134,9 +134,9 @@ class RunOptions:
 
     def check(self, world_size: int) -> None:
         """Raises UserError for settings that are wrong for any network."""
-        card = zoo.find_card(self.dataset_name)
-        if card is not None:
-            self.check_prompts(card.takes_prompts)
+        needed = zoo.takes_prompts(self.dataset_name, self.model_path)
+        if needed is not None:
+            self.check_prompts(needed)
         check_options(self)
         if self.batch % world_size:
             raise UserError(f"batch={self.batch} must be divisible by the number of processes ({world_size})")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from models.denoiser import embedding_layer
+from models.denoiser import embedding_layer, member
 from models.inputs import draw_condition, draw_inputs
 from solvers.span_table import SpanSolver
 from torch_utils import distributed
@@ -176,6 +176,7 @@ class SpanRun(Run):
             f"noise levels {numbers(trainer.student.sigmas().detach())}; seed {options.seed}",
             f"loss {options.loss}, {options.pairs} pairs, batch {options.batch} ({trainer.chunk} per call, {world} "
             f"processes), {self.total} iterations, {trainer.device}",
+            f"rms: root mean square difference to the teacher per {'latent' if member(net, 'latent') else 'pixel'} value",
         ]
 
 
