@@ -13,6 +13,11 @@ write --num as --num_images, since torchrun has an option --num of its own.
 FID-digits is not comparable with the usual Inception FID.
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("fid")
+
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,6 +33,22 @@ from torch_utils.images import ImageSource
 from torch_utils.session import session
 
 
+def choice_flags(command):
+    """Decorator: which images."""
+    command = click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed of --num")(command)
+    return click.option(
+        "--num", "--num_images", type=click.IntRange(min=2), help="Use this many random images (default: all)"
+    )(command)
+
+
+def device_flags(command):
+    """Decorator: where the network computes, and what it may be."""
+    command = offline_flag(command)
+    help = "Run a TorchScript detector of unknown origin"
+    command = click.option("--trust", type=bool, default=False, show_default=True, help=help)(command)
+    return click.option("--device", help="cpu, cuda or mps (default: the fastest available)")(command)
+
+
 @click.group(cls=Group)
 def main():
     """Fréchet inception distance (FID): calc, or ref to make reference statistics."""
@@ -38,14 +59,7 @@ def main():
 @click.option(
     "--ref", type=PATH, required=True, metavar="NPZ|URL|NAME", help="Reference statistics: cifar10, digits, ..."
 )
-@click.option(
-    "--num",
-    "--num_images",
-    type=click.IntRange(min=2),
-    default=None,
-    help="Use this many random images (default: all)",
-)
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed of --num")
+@choice_flags
 @click.option("--batch", type=click.IntRange(min=1), default=250, show_default=True, help="Images per network call")
 @click.option(
     "--detector", type=PATH, default=None, metavar="NAME|PATH", help="Default: the reference's, else inception"
@@ -60,11 +74,7 @@ def main():
     help="Store features in this file and reuse them",
 )
 @click.option("--json", "json_path", type=PATH, default=None, metavar="FILE", help="Also write the result to this file")
-@click.option("--device", default=None, help="cpu, cuda or mps (default: the fastest available)")
-@click.option(
-    "--trust", type=bool, default=False, show_default=True, help="Run a TorchScript detector of unknown origin"
-)
-@offline_flag
+@device_flags
 def calc(images, ref, num, seed, batch, detector, workers, feature_cache, json_path, device, trust):
     """FID of images. Prints 'FID 12.3456 images=... detector=... weights=... ref=...'."""
     for flag, path in (("--json", json_path), ("--feature-cache", feature_cache)):
@@ -95,19 +105,8 @@ def calc(images, ref, num, seed, batch, detector, workers, feature_cache, json_p
 @click.option("--dest", type=PATH, required=True, metavar="NPZ", help="Where to write the statistics")
 @click.option("--batch", type=click.IntRange(min=1), default=500, show_default=True, help="Images per network call")
 @click.option("--detector", type=PATH, default="inception", show_default=True, metavar="NAME|PATH")
-@click.option(
-    "--num",
-    "--num_images",
-    type=click.IntRange(min=2),
-    default=None,
-    help="Use this many random images (default: all)",
-)
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed of --num")
-@click.option("--device", default=None, help="cpu, cuda or mps (default: the fastest available)")
-@click.option(
-    "--trust", type=bool, default=False, show_default=True, help="Run a TorchScript detector of unknown origin"
-)
-@offline_flag
+@choice_flags
+@device_flags
 def ref(data, dest, batch, detector, num, seed, device, trust):
     """Reference statistics of a dataset, for --ref."""
     if Path(dest).suffix != ".npz":

@@ -6,11 +6,15 @@ import torch
 
 from models.denoiser import member
 from torch_utils.seeds import SeededGenerators
+from torch_utils.transfer import to_device
 
 
-def draw_noise(net, generators: SeededGenerators, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def draw_noise(
+    net, generators: SeededGenerators, dtype: torch.dtype = torch.float32, size: tuple[int, int] | None = None
+) -> torch.Tensor:
     """Starting noise [B,C,H,W] of a batch, on the CPU; see ``Denoiser.draw_latents``."""
-    return member(net, "draw_latents")(generators, dtype)
+    draw = member(net, "draw_latents")
+    return draw(generators, dtype) if size is None else draw(generators, dtype, size)
 
 
 def initial_state(net, latents: torch.Tensor, sigma, cond: Mapping | None = None) -> torch.Tensor:
@@ -63,5 +67,5 @@ def draw_inputs(
     device: where the noise is put. Default: the CPU.
     """
     generators = SeededGenerators(seeds)
-    latents = draw_noise(net, generators, dtype).to(device)
+    latents = to_device(draw_noise(net, generators, dtype), device)
     return latents, draw_condition(net, generators, prompts, **condition)

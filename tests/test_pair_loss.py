@@ -64,7 +64,7 @@ def test_features_of_ones_own(tmp_path, monkeypatch):
     for text, message in (
         ("features_of_ones_own:nothing", "returned NoneType"),
         ("features_of_ones_own:none", "has no function 'none'"),
-        ("no_such_module_here:f", "cannot import no_such_module_here"),
+        ("no_such_module_here:f", "cannot import the module 'no_such_module_here'"),
     ):
         with pytest.raises(UserError, match=message):
             PairLoss(text, net, 0.2)
