@@ -43,6 +43,11 @@ def import_diffusers(purpose: str):
     return diffusers
 
 
+def is_flow(config: Mapping) -> bool:
+    """Whether the configuration is that of a flow scheduler."""
+    return "base_image_seq_len" in config or config.get("prediction_type") == "flow_prediction"
+
+
 def noise_process(
     config: Mapping, tokens: int | None = None, mu: float | None = None
 ) -> VariancePreserving | RectifiedFlow:
@@ -54,8 +59,7 @@ def noise_process(
 
     Raises UserError for schedulers of another kind.
     """
-    flow = "base_image_seq_len" in config or config.get("prediction_type") == "flow_prediction"
-    if flow:
+    if is_flow(config):
         if config.get("invert_sigmas"):
             raise UserError("a scheduler with invert_sigmas is not supported")
         return RectifiedFlow(config.get("num_train_timesteps", 1000), _flow_shift(config, tokens, mu))

@@ -318,6 +318,10 @@ class SpanSolver(nn.Module):
             return self.config["parallel"]
         return self.config["parallel"] - 1 if i else 0  # without any direction there is only x_0
 
+    def directions_before(self, i: int) -> int:
+        """Number of directions of the intervals before interval i."""
+        return i + sum(self.inner_points(j) for j in range(i))
+
     def _make_rows(self) -> list[Row]:
         """All rows in the order of ``corrections``: per interval its intermediate points, then its step."""
         rows, stages, window = [], [], self.config["window"]

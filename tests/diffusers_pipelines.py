@@ -225,3 +225,16 @@ def pipeline_folder(kind: str, **options) -> Path:
     path = Path(_folder().name) / f"{kind}-{len(list(Path(_folder().name).iterdir()))}"
     pipeline.save_pretrained(path)
     return path
+
+
+def controlnet(unet):
+    """A ControlNet for ``unet`` whose outputs depend on its time."""
+    import diffusers
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        net = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8))
+        for block in (*net.controlnet_down_blocks, net.controlnet_mid_block):  # zeros at first
+            torch.nn.init.normal_(block.weight, std=0.1)
+        torch.nn.init.normal_(net.controlnet_cond_embedding.conv_out.weight, std=0.1)
+    return net.eval()
