@@ -23,12 +23,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from models.denoiser import BOTTLENECK_SIZE, BottleneckReader, add_shift
+from models.denoiser import BottleneckReader, add_shift
 from models.diffusers import import_diffusers, is_flow, noise_process
-from models.noise import TimeOfProcess
-from solvers.sampler import Sampler, resolve_sigmas
-from solvers.schedules import check_sigmas
-from solvers.solver import SOLVERS, Point, State, make_solver
+from solvers.learned import NetworkOfProcess, learned_run, solver_of
+from solvers.sampler import Sampler
+from solvers.solver import Point, State
 from torch_utils.errors import UserError
 from training.checkpoint import find_predictor, load_predictor, save_predictor
 
@@ -45,13 +44,6 @@ _DEFAULTS = {
 }
 # Two times are the same within this, relative and absolute: pipelines pass them rounded to bfloat16.
 _SAME_TIME = (4e-3, 1e-3)
-
-
-class _NoBottleneck:
-    """The reader of the time-only mode: zeros, for all samples together."""
-
-    def read(self, batch):
-        return torch.zeros(1, BOTTLENECK_SIZE, BOTTLENECK_SIZE)
 
 
 @dataclass(frozen=True)
@@ -187,28 +179,6 @@ class _FeatureGraph:
         return output, feature
 
 
-class _Network(TimeOfProcess):
-    """What a ``Sampler`` needs of a network: its range of noise levels, and those of its time steps."""
-
-    def __init__(self, process):
-        self.process, self.sigma_min, self.sigma_max = process, process.sigma_min, process.sigma_max
-
-
-def _solver_of(predictor):
-    """The solver of a predictor. Raises UserError if a pipeline cannot run it."""
-    settings, solver = predictor.config, getattr(predictor, "solver", None)
-    if solver is not None:  # a SpanSolver
-        if settings["parallel"] > 1:
-            raise UserError("a pipeline asks the network for one point at a time: students with parallel=1 only")
-        return make_solver(solver)
-    if settings["sampler_stu"] not in SOLVERS:
-        raise UserError(f"the predictor was trained for an unknown solver '{settings['sampler_stu']}'")
-    if settings["afs"] == "data":
-        raise UserError("a predictor with afs='data' needs the statistics of the data, which a pipeline does not have")
-    options = {name: settings[name] for name in SOLVERS[settings["sampler_stu"]].options if name in settings}
-    return make_solver(settings["sampler_stu"], {k: v for k, v in options.items() if v is not None})
-
-
 class _AMEDScheduler:
     """Drop-in scheduler for diffusers pipelines that samples with a trained AMED predictor or span solver.
 
@@ -234,7 +204,9 @@ class _AMEDScheduler:
         super().__init__()
         if predictor is not None and not isinstance(predictor, torch.nn.Module):
             predictor = load_predictor(find_predictor(predictor))
-        self.predictor, self.solver = predictor, None if predictor is None else _solver_of(predictor)
+        self.predictor, self.solver = predictor, None if predictor is None else solver_of(predictor)
+        if predictor is not None and predictor.config.get("parallel", 1) > 1:
+            raise UserError("a pipeline asks the network for one point at a time: students with parallel=1 only")
         self.register_to_config(**_complete(config, settings))
         self._network = self._hooks = self._finalizer = self._reader = self._graph = self._start = None
         self._said: set[str] = set()
@@ -429,16 +401,16 @@ class _AMEDScheduler:
             return None  # a call for something else
         guidance = named.get("guidance")
         self._told_rate = None if guidance is None else float(torch.as_tensor(guidance).flatten()[0])
+        if self._reader is not None and named.get("down_block_additional_residuals") is not None:
+            self._hook_controlnets()
         if self._index == 0:
-            if not self._run.afs or self._start or self._prepared == "by the pipeline":
+            if not self._prepares or self._prepared == "by the pipeline":
                 return None
             self._prepared = "by the hook"
             place = 0 if arguments else "sample" if "sample" in named else "hidden_states"
             return _replaced(arguments, named, place, self._first_input)
         if self._reader is None:
             return None
-        if named.get("down_block_additional_residuals") is not None:
-            self._hook_controlnets()
         return self._with_times(arguments, named, place)
 
     def _with_times(self, arguments, named, place):
@@ -547,8 +519,8 @@ class _AMEDScheduler:
         """Starts the run at this step, as image-to-image pipelines do. ``add_noise`` gives the latents for it."""
         if not 0 <= begin_index < len(self):
             raise UserError(f"AMEDScheduler cannot begin at step {begin_index}: it has the steps 0..{len(self) - 1}")
-        self._begin_index = int(begin_index)
-        self._index = self._begin_index
+        self._begin_index = self._index = int(begin_index)
+        self._times = self._timesteps[self._index :][:1]
 
     def index_for_timestep(self, timestep, schedule_timesteps=None) -> int:
         """Number of the step with the time nearest to ``timestep``; the second one where several have it.
@@ -560,24 +532,11 @@ class _AMEDScheduler:
         nearest = (distance == distance.min()).nonzero().flatten()
         return int(nearest[min(1, len(nearest) - 1)])
 
-    def _make_run(self, device, reader) -> Sampler:
-        settings, network = self.predictor.config, _Network(self.process)
-        if self.solver.own_schedule:
-            own = self.predictor.brings()
-            sigmas = check_sigmas(own.pop("sigmas").detach(), device)
-            return Sampler(network, self.solver, sigmas, predictor=self.predictor, **own)
-        names = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_max", "sigmas")
-        own = {name: settings[name] for name in names} | {"original_code": bool(settings.get("original_code"))}
-        sigmas = resolve_sigmas(network, **own, device=device)
-        run = Sampler(network, self.solver, sigmas, afs=settings["afs"], predictor=self.predictor.to(device))
-        run.reader = reader or _NoBottleneck()
-        return run
-
     @torch.no_grad()
     def _plan(self, mu, device) -> None:
         """The times of the network's calls, with zeros for the bottleneck; exact in the time-only mode."""
         self.process, self._mu = noise_process(self.config, mu=mu), mu
-        run, config = self._make_run(device, None), self.predictor.config
+        run, config = learned_run(NetworkOfProcess(self.process), self.predictor, device), self.predictor.config
         shape = config.get("image_shape") or (config.get("img_channels") or 1, 1, 1)  # of a span solver's images
         self._sigmas, self._calls, walk = run.sigmas, [], _Walk(run, run.sigmas.new_ones(1, *shape))
         while walk.point is not None:
@@ -592,7 +551,7 @@ class _AMEDScheduler:
         # Whether a step without evaluation, or another scale, comes before the first call.
         self._prepares = not torch.isclose(self._calls[0].sigma_cond, self._sigmas[0], rtol=1e-6)
         self._forget()
-        self._run = self._make_run(device, self._reader)
+        self._run = learned_run(NetworkOfProcess(self.process), self.predictor, device, reader=self._reader)
 
     def _forget(self) -> None:
         """No run is in progress."""
@@ -661,6 +620,7 @@ class _AMEDScheduler:
         scale = self.process.scale(self._level(k)[1].to(sample.device, dtype))
         self._walk = _Walk(self._run, sample.to(dtype) / scale, self._calls[k] if k else None)
         self._start = self._index = k
+        self._times = self._timesteps[k : k + 1]
 
     def _first_step(self, timestep) -> int:
         """The step at which a run begins, from ``set_begin_index`` or from the time of the first call."""
@@ -850,7 +810,9 @@ def _complete(config, settings: dict) -> dict:
     """The entries to register, with defaults where the configuration describes a variance-preserving process."""
     given = {**(config or {}), **settings}
     unstated = given.pop("_use_default_values", ())
-    given = {name: value for name, value in given.items() if not name.startswith("_")}
+    given = {name: v for name, v in given.items() if not name.startswith("_") or name == "_diffusers_version"}
+    if "_diffusers_version" in given:  # from a file
+        given["_class_name"] = "AMEDScheduler"
     if given.get("trained_betas") is not None:
         given["trained_betas"] = np.asarray(given["trained_betas"]).tolist()
     # Some pipelines look for their scheduler's settings; with use_flow_sigmas they leave the noise levels to it.
