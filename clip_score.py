@@ -1,20 +1,21 @@
 """CLIP score: how well images fit the captions they were made from.
 
     python clip_score.py calc --images=samples/ms_coco/dpmpp_nfe8 --prompts=captions.csv
-    python clip_score.py calc --images=samples.zip --prompts=captions.txt --model=openai/clip-vit-large-patch14
+    python clip_score.py calc --images=samples.zip --prompts=captions.txt \
+        --model=openai/clip-vit-large-patch14
     torchrun --standalone --nproc_per_node=8 clip_score.py calc ...
 
-The score is the mean over the images of the cosine similarity between the CLIP embeddings of image and caption, from -1
-to 1. It depends on the CLIP model. Others report 100 max(0, cosine), which --json gives too, or 2.5 max(0, cosine)
-(Hessel et al. 2021).
+The score is the mean over the images of the cosine similarity between the CLIP embeddings of image
+and caption, from -1 to 1. It depends on the CLIP model. Others report 100 max(0, cosine), which
+--json contains too, or 2.5 max(0, cosine) (Hessel et al. 2021).
 
-Image 000123.png belongs to the caption of seed 123: line 123 of a .txt file, counted from 0, or that row of a .csv or
-.jsonl file. If these have a column file_name, as the metadata.csv of a Hugging Face imagefolder, an image belongs to the
-caption that names it.
+Image 000123.png belongs to the caption of seed 123. This is line 123 of a .txt file, counted from
+0, or that row of a .csv or .jsonl file. If the file has a column file_name (as the metadata.csv of
+a Hugging Face imagefolder), an image belongs to the caption that names it.
 
---model is a folder in the format of transformers or an id of the Hugging Face hub. Without a network: copy the folder
-that `hf download <id> --local-dir <folder>` makes, and pass it. Under torchrun write --num as --num_images: torchrun
-itself takes --num for one of its own options.
+--model is a folder in the format of transformers or an id of the Hugging Face hub. Without network
+access, copy the folder that `hf download <id> --local-dir <folder>` makes, and pass it. Under
+torchrun write --num as --num_images, since torchrun has an option --num of its own.
 """
 
 from dataclasses import asdict
@@ -50,12 +51,12 @@ def main():
     "--num_images",
     type=click.IntRange(min=1),
     default=None,
-    help="Take this many of the images that have a caption, at random (default: all)",
+    help="Use this many random images of those with a caption (default: all)",
 )
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed of that choice")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed of --num")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images per network call")
 @click.option("--json", "json_path", type=PATH, default=None, metavar="FILE", help="Also write the result to this file")
-@click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")
+@click.option("--device", default=None, help="cpu, cuda or mps (default: the fastest available)")
 @click.option("--amp", type=bool, default=False, show_default=True, help="Half precision: faster, slightly different")
 @offline_flag
 def calc(json_path, device, **options):

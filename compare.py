@@ -1,49 +1,53 @@
-"""Compares samplers: FID, distance to the converged solution and speed, at the network evaluations really spent.
+"""Compares samplers: FID, distance to the converged solution, speed, and network evaluations spent.
 
     python compare.py --dataset_name=digits --solvers=euler,heun,dpmpp,ipndm --nfe=3,5,10 --num=5000
-    python compare.py --dataset_name=digits --solvers=dpmpp,dpmpp:max_order=2:afs=data --predictor_path=exps/00003-x
-    python compare.py --dataset_name=digits --solvers=ipndm,ipndm:schedule=runs/gits-ipndm-{nfe}.json --nfe=4,5,6
+    python compare.py --dataset_name=digits --solvers=dpmpp,dpmpp:max_order=2:afs=data \
+        --predictor_path=exps/00003-x
+    python compare.py --dataset_name=digits \
+        --solvers=ipndm,ipndm:schedule=runs/gits-ipndm-{nfe}.json --nfe=4,5,6
     python compare.py --dataset_name=digits --solvers=ipndm,dpmpp,unipc --nfe=5,6 --baseline=ipndm
     torchrun --standalone --nproc_per_node=8 compare.py ... --num_images=50000
 
-All methods have the same network, seeds and range of noise. A solver comes with its customary schedule and options
-(tools/compare_run.py lists them), which --schedule_type, --schedule_rho and --afs change for all and
-solver:option=value for one. Results are kept in the output folder: a further method costs its own work only, and a
-killed run goes on where it stopped. Under torchrun write --num as --num_images: torchrun itself takes --num for one of
-its own options.
+All methods use the same network, seeds and range of noise levels. A solver uses its customary
+schedule and options (listed in tools/compare_run.py). --schedule_type, --schedule_rho and --afs
+change them for all solvers, solver:option=value for one. Results are cached in the output folder:
+adding a method computes only that method, and an interrupted run resumes where it stopped. Under
+torchrun write --num as --num_images, since torchrun has an option --num of its own.
 
-Writes results.csv, results.json, results.md and index.html, one page with everything.
+Writes results.csv, results.json, results.md and index.html, which shows everything on one page.
 """
 
 import shlex
 
 import click
 
-from sampling.flags import flags_of, given_flags, read_flags
 from tools.compare_options import CompareOptions
 from tools.compare_run import compute, prepare
 from tools.report import write_report
 from torch_utils import distributed
 from torch_utils.cli import Command, offline_flag
 from torch_utils.locks import only_command
+from torch_utils.options import flags, given_flags, read_flags
 from torch_utils.session import session
 
 
 @click.command(cls=Command)
-@flags_of(CompareOptions)
+@flags(CompareOptions)
 @offline_flag
 @click.pass_context
-def main(ctx, **flags):
-    """Compares solvers and trained predictors on one network, the same seeds and the same noise range."""
+def main(ctx, **values):
+    """Compares solvers and trained predictors on one network, the same seeds and the same noise
+    range.
+    """
     given = given_flags(ctx)
-    options = read_flags(CompareOptions, flags, given)
+    options = read_flags(CompareOptions, values, given)
     command = " ".join(
-        ["python compare.py", *(f"--{name}={shlex.quote(_text(flags[name]))}" for name in sorted(given))]
+        ["python compare.py", *(f"--{name}={shlex.quote(_text(values[name]))}" for name in sorted(given))]
     )
     with session(options.compute.device) as device:
         comparison, jobs = prepare(options, device)
         folder = comparison.folder
-        refusal = f"another compare.py works in {folder}: wait for its end, or choose another --outdir"
+        refusal = f"another compare.py is writing to {folder}: wait until it ends, or choose another --outdir"
         with only_command(folder / ".lock", refusal):
             done = compute(comparison, jobs)
             if distributed.rank() == 0:

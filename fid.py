@@ -1,16 +1,16 @@
-"""Fréchet inception distance of a set of images to reference statistics (EDM's protocol and file format).
+"""Fréchet inception distance of images to reference statistics (protocol and file format of EDM).
 
     python fid.py calc --images=samples/cifar10/amed_nfe5 --ref=cifar10
     python fid.py ref --data=datasets/my-data.zip --dest=my-data.npz
     torchrun --standalone --nproc_per_node=8 fid.py calc ...
 
---ref is the name of a network of models/zoo.py (its reference is downloaded), a file or a URL. In a folder written by
-sample.py only the samples count, not its grid.png and inters/; two runs at once are refused. docs/images.md tells which
-files count and how they are read. Under torchrun write --num as --num_images: torchrun
-itself takes --num for one of its own options.
+--ref is a network of models/zoo.py (its reference is downloaded), a file or a URL. In a folder
+written by sample.py only the samples count, not grid.png and inters/. A folder that holds images of
+two runs is refused. docs/images.md says which files count and how they are read. Under torchrun
+write --num as --num_images, since torchrun has an option --num of its own.
 
-With --detector=digits (and --ref=digits) features come from the embedded digit classifier: FID-digits, which is not
-comparable with the usual, Inception FID.
+--detector=digits with --ref=digits uses the features of the embedded digit classifier. This
+FID-digits is not comparable with the usual Inception FID.
 """
 
 from dataclasses import asdict
@@ -34,7 +34,7 @@ def main():
 
 
 @main.command()
-@click.option("--images", type=PATH, required=True, metavar="PATH", help="Folder or zip of images to judge")
+@click.option("--images", type=PATH, required=True, metavar="PATH", help="Folder or zip of images to evaluate")
 @click.option(
     "--ref", type=PATH, required=True, metavar="NPZ|URL|NAME", help="Reference statistics: cifar10, digits, ..."
 )
@@ -43,23 +43,30 @@ def main():
     "--num_images",
     type=click.IntRange(min=2),
     default=None,
-    help="Take this many images at random (default: all)",
+    help="Use this many random images (default: all)",
 )
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed of that choice")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed of --num")
 @click.option("--batch", type=click.IntRange(min=1), default=250, show_default=True, help="Images per network call")
 @click.option(
     "--detector", type=PATH, default=None, metavar="NAME|PATH", help="Default: the reference's, else inception"
 )
 @click.option("--workers", type=click.IntRange(min=0), help="Processes that decode images (default: 0 on the CPU)")
 @click.option(
-    "--feature-cache", "--feature_cache", type=PATH, default=None, metavar="NPZ", help="Keep and reuse features here"
+    "--feature-cache",
+    "--feature_cache",
+    type=PATH,
+    default=None,
+    metavar="NPZ",
+    help="Store features in this file and reuse them",
 )
 @click.option("--json", "json_path", type=PATH, default=None, metavar="FILE", help="Also write the result to this file")
-@click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")
-@click.option("--trust", type=bool, default=False, show_default=True, help="Run a TorchScript detector not known here")
+@click.option("--device", default=None, help="cpu, cuda or mps (default: the fastest available)")
+@click.option(
+    "--trust", type=bool, default=False, show_default=True, help="Run a TorchScript detector of unknown origin"
+)
 @offline_flag
 def calc(images, ref, num, seed, batch, detector, workers, feature_cache, json_path, device, trust):
-    """FID of images to a reference; prints 'FID 12.3456 images=... detector=... weights=... ref=...'."""
+    """FID of images. Prints 'FID 12.3456 images=... detector=... weights=... ref=...'."""
     for flag, path in (("--json", json_path), ("--feature-cache", feature_cache)):
         if path is not None:
             check_destination(path, flag)
@@ -93,14 +100,16 @@ def calc(images, ref, num, seed, batch, detector, workers, feature_cache, json_p
     "--num_images",
     type=click.IntRange(min=2),
     default=None,
-    help="Take this many images at random (default: all)",
+    help="Use this many random images (default: all)",
 )
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed of that choice")
-@click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")
-@click.option("--trust", type=bool, default=False, show_default=True, help="Run a TorchScript detector not known here")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed of --num")
+@click.option("--device", default=None, help="cpu, cuda or mps (default: the fastest available)")
+@click.option(
+    "--trust", type=bool, default=False, show_default=True, help="Run a TorchScript detector of unknown origin"
+)
 @offline_flag
 def ref(data, dest, batch, detector, num, seed, device, trust):
-    """Reference statistics of a data set, for --ref."""
+    """Reference statistics of a dataset, for --ref."""
     if Path(dest).suffix != ".npz":
         raise UserError(f"--dest={dest}: must end in .npz")
     check_destination(dest, "--dest")

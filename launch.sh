@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# Recipes. ./launch.sh demo | test | install, or the name of a setting of the paper.
-# Environment: PYTHON (interpreter, 3.11 or newer), NPROC (processes of torchrun, default: one per GPU), VENV (.venv),
-# TEST_PROCESSES (of the test suite, 2).
+# Recipes: ./launch.sh demo | test | install, or the name of a setting of the paper.
+# Environment variables:
+#   PYTHON: interpreter, 3.11 or newer
+#   NPROC: processes of torchrun (default: one per GPU)
+#   VENV: folder of the virtual environment (default: .venv)
+#   TEST_PROCESSES: processes of the test suite (default: 2)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 VENV=${VENV:-.venv}
 
-find_python() { # prints an interpreter that is new enough; only $PYTHON is tried where it is set
+find_python() { # prints an interpreter that is new enough; tries only $PYTHON if it is set
     local candidate
     for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3 python}; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
@@ -23,13 +26,13 @@ die() {
     exit 2
 }
 
-# install EXTRAS: a virtual environment with the tested versions; a stamp remembers what was installed.
+# install EXTRAS: make a virtual environment with the tested versions. A stamp file records them.
 install() {
     local extras=${1:-} stamp wanted python
     stamp="$VENV/.installed${extras:+-$extras}"
     wanted=$(cat pyproject.toml requirements.lock | cksum)
     if [ -x "$VENV/bin/python" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then return; fi
-    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then # absent, or half made
+    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then # absent or incomplete
         python=$(find_python) || die "no Python 3.11 or newer${PYTHON:+ at PYTHON=$PYTHON}; install one or set PYTHON"
         "$python" -m venv --clear "$VENV"
     fi
@@ -48,7 +51,7 @@ launch() { # plain python on one process, torchrun on several
     fi
 }
 
-# recipe DATASET NAME KIMG PUBLISHED-FID TRAIN-FLAGS...: train -> sample 50,000 images -> FID, beside the published figure
+# recipe DATASET NAME KIMG PUBLISHED-FID TRAIN-FLAGS...: train, sample 50,000 images, print the FID
 recipe() {
     local dataset=$1 name=$2 kimg=$3 published=$4 exps last predictor images
     shift 4
@@ -56,7 +59,7 @@ recipe() {
     NPROC=${NPROC:-$(nproc_default)}
     exps="exps/$dataset-$name"
     last="$exps/[0-9]*/predictor-$(printf %06d "$kimg").safetensors"
-    # A finished predictor is used again, so that an interrupted sampling goes on where it stopped.
+    # A finished predictor is reused, so that an interrupted sampling resumes.
     if ! compgen -G "$last" >/dev/null; then
         launch train.py --dataset_name="$dataset" --outdir="$exps" --total_kimg="$kimg" "$@"
     fi
@@ -83,7 +86,7 @@ demo)
 test)
     shift
     install test
-    # Two processes with one thread each: many tests wait for programs that they start.
+    # Two processes with one thread each, since many tests wait for programs that they start.
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$VENV/bin/python" -m pytest -q -n "${TEST_PROCESSES:-2}" --dist loadfile "$@"
     ;;
 install) install "${2:-}" ;;
@@ -94,18 +97,18 @@ ffhq-amed) recipe ffhq amed 10 "AMED-Solver 14.80" $AMED --batch=64 ;;
 ffhq-ipndm) recipe ffhq ipndm 10 "AMED-Plugin 12.49" $IPNDM --batch=64 --scale_time=0 ;;
 imagenet64-amed) recipe imagenet64 amed 10 "AMED-Solver 10.74" $AMED --batch=64 ;;
 imagenet64-ipndm) recipe imagenet64 ipndm 10 "AMED-Plugin 13.83" $IPNDM --batch=64 --scale_time=0 ;;
-# Five evaluations of the span solver; nobody has published what it gives on these networks.
+# The span solver with five evaluations. The figures are those of the AMED-Plugin, for comparison.
 cifar10-span) recipe cifar10 span 64 "AMED-Plugin 6.61" $SPAN ;;
 ffhq-span) recipe ffhq span 64 "AMED-Plugin 12.49" $SPAN ;;
 imagenet64-span) recipe imagenet64 span 64 "AMED-Plugin 13.83" $SPAN ;;
 *)
     cat <<HELP
-./launch.sh demo     installs, then train -> sample -> FID -> pictures on the embedded digits (CPU, minutes)
-./launch.sh test     installs the test extra and runs the test suite
+./launch.sh demo     installs, then trains, samples and measures on the embedded digits (CPU, minutes)
+./launch.sh test     installs the test packages and runs the test suite
 ./launch.sh install [EXTRA]
 ./launch.sh {cifar10,ffhq,imagenet64}-{amed,ipndm}    the paper's settings: train, sample 50,000 images, FID
 ./launch.sh {cifar10,ffhq,imagenet64}-span            the same with the span solver
-    NPROC=8 ./launch.sh cifar10-amed     on 8 GPUs (default: all there are)
+    NPROC=8 ./launch.sh cifar10-amed     on 8 GPUs (default: all GPUs)
 HELP
     [ "${1:-help}" = help ] || die "unknown recipe '$1'"
     ;;

@@ -1,12 +1,13 @@
-"""Distil an AMED predictor: where a fast solver should look between its time stamps. Or train a span student, a whole
-solver as a learned table, on its final samples.
+"""Trains a learned solver for a pretrained network: an AMED predictor or a span solver.
 
-    python train.py --dataset_name=cifar10 --num_steps=4 --sampler_stu=amed --sampler_tea=heun --batch=128
+    python train.py --dataset_name=cifar10 --num_steps=4 --sampler_stu=amed --sampler_tea=heun
     python train.py --dataset_name=cifar10 --num_steps=6 --sampler_stu=span
     torchrun --standalone --nproc_per_node=8 train.py --dataset_name=imagenet64 ...
     python train.py --resume=7            # continue ./exps/00007-* where it stopped
 
-Ctrl-C ends a run after the current iteration, with everything saved.
+An AMED predictor learns where a solver evaluates between its time steps, one interval at a time
+(stepwise objective). A span solver learns its whole coefficient table from the final samples
+(trajectory objective). Ctrl-C ends a run after the current iteration, with everything saved.
 """
 
 import json
@@ -31,26 +32,28 @@ from training.span_run import train_span
 
 
 @click.command(cls=Command)
-@flags(AMEDOptions, final=SpanOptions)
+@flags(AMEDOptions, {"final": SpanOptions})
 @click.option(
     "--objective",
     type=click.Choice(list(OBJECTIVES)),
-    help="per_step: each interval against the teacher's; final: the final samples of a span student (default for span)",
+    help="per_step: compare each interval with the teacher's; final: compare the final samples (default for span)",
 )
 @schedule_file_flag
-@click.option("--device", help="cpu, cuda or mps (default: the best there is)")
+@click.option("--device", help="cpu, cuda or mps (default: the fastest available)")
 @click.option(
-    "--resume", type=PATH, metavar="RUN", help="Continue a run: its number, its folder, or True for the newest one"
+    "--resume", type=PATH, metavar="RUN", help="Continue a run: its number, its folder, or True for the newest"
 )
 @click.option("-n", "--dry-run", "--dry_run", "dry_run", is_flag=True, help="Print the options and quit")
 @offline_flag
 @click.pass_context
 def main(ctx, device, resume, dry_run, **values):
-    """Distil an AMED predictor, or train a span student, for a pretrained network."""
+    """Trains an AMED predictor or a span solver for a pretrained network."""
     given = {name for name in values if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     schedule = use_schedule(values, given)
-    if schedule is not None and values.pop("sigmas_net") is not None:
-        raise UserError("--schedule: it tells the network other noise levels than its own, which training cannot do")
+    if schedule is not None and values.pop("sigmas_cond") is not None:
+        raise UserError(
+            "--schedule: this file has noise levels of its own for the network (sigmas_cond), which training cannot use"
+        )
     with session(device) as device:
         folder = None
         if resume is None:

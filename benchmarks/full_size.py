@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import create_model
-from models.adm import PRESETS, ADMDenoiser
+from models.adm import RELEASED_CONFIGS, ADMDenoiser
 from models.building import build_empty
 from models.inputs import draw_noise
 from models.sd import STABLE_DIFFUSION_1_5, StableDiffusionDenoiser
@@ -55,7 +55,7 @@ def write_files(family: str, folder: Path) -> list[Path]:
         places = [folder / "v1-5-pruned-emaonly.safetensors"]
         save_file(random_weights(net), places[0])
         return places
-    config = {**PRESETS["imagenet256"], "guidance_rate": 1.0}
+    config = {**RELEASED_CONFIGS["imagenet256"], "guidance_rate": 1.0}
     weights = random_weights(build_empty(ADMDenoiser, config, "an ADM network"))
     places = [folder / "256x256_diffusion.pt", folder / "256x256_classifier.pt"]
     for path, prefix in zip(places, ("model.", "classifier."), strict=True):
@@ -85,7 +85,7 @@ def condition(net, generators: SeededGenerators) -> dict:
 @click.option("--folder", type=click.Path(path_type=Path), help="Where the file is written [default: a temporary one]")
 @click.option("--keep", is_flag=True, help="Leave the file there")
 @click.option("--device", default="cpu", show_default=True)
-@click.option("--num_steps", type=click.IntRange(min=2), default=3, show_default=True, help="Time stamps")
+@click.option("--num_steps", type=click.IntRange(min=2), default=3, show_default=True, help="Time steps")
 @click.option("--loaded", is_flag=True, hidden=True, help="The second half, in a process of its own")
 def main(family, folder, keep, device, num_steps, loaded):
     dataset_name, guidance, rate = NETWORKS[family]

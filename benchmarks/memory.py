@@ -1,4 +1,4 @@
-"""Peak memory of distillation by the number of time stamps, with and without micro-batches and recomputed activations.
+"""Peak memory of distillation by the number of time steps, with and without micro-batches and recomputed activations.
 
     OMP_NUM_THREADS=1 python benchmarks/memory.py --dataset_name=digits --batch=64
 
@@ -58,7 +58,7 @@ def main(dataset_name, batch, one):
         f"{dataset_name}, AMED-Plugin(iPNDM), batch {batch}; torch {torch.__version__}, "
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads; MB above the loaded network"
     )
-    print("| time stamps | plain | batch_gpu = a quarter | checkpointing |\n|---|---|---|---|")
+    print("| time steps | plain | batch_gpu = a quarter | checkpointing |\n|---|---|---|---|")
     for num_steps in (3, 4, 6, 11):
         found = []
         for batch_gpu, checkpointing in ((None, False), (batch // 4, False), (None, True)):

@@ -45,7 +45,7 @@ def main(files, nfe, sigma_min, sigma_max, dest):
     for path in files:
         schedule = load_schedule(path)
         label = f"{schedule.method}, {schedule.solver} ({path.stem})"
-        rows.append(("optimised", label, schedule.sigmas, schedule.sigmas_net))
+        rows.append(("optimised", label, schedule.sigmas, schedule.sigmas_cond))
     colours = {"literature": "tab:gray", "fixed": "tab:blue", "optimised": "tab:red"}
     figure = new_figure("the picture", figsize=(10, 1.2 + 0.26 * len(rows)))
     axes = figure.add_subplot()

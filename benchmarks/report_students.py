@@ -23,6 +23,7 @@ from scipy.special import stdtrit
 
 from benchmarks.demo_settings import ROOT
 from evaluation.jackknife import CONFIDENCE, Estimate, jackknife
+from solvers.former_names import with_current_names
 from tools.make_docs import renew
 from torch_utils.cli import Command
 from torch_utils.errors import UserError
@@ -58,6 +59,8 @@ def read(network):
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
     for row in rows:
         row.setdefault("images", EARLIER_IMAGES)
+        for name in {"settings", "table"} & row.keys():
+            row[name] = with_current_names(row[name] or {})
     most = max((row["images"] for row in rows), default=0)
     for row in rows:
         check_row(row)
@@ -258,9 +261,8 @@ def choice_table(rows):
     ]
     for row in sorted((row for row in rows if row["part"] == "choice"), key=lambda row: (row["method"], row["nfe"])):
         own = (row["method"], row["variant"], row["nfe"])
-        lines.append(
-            f"| {' | '.join(map(str, own))} | {row['validation']:.4f} | {row['fid']:.2f} | {row['distance']:.4f} |"
-        )
+        loss = f"{row['validation']:.4f}" if "validation" in row else "-"
+        lines.append(f"| {' | '.join(map(str, own))} | {loss} | {row['fid']:.2f} | {row['distance']:.4f} |")
     return lines
 
 
@@ -416,11 +418,11 @@ def draw_tables(rows, dest, nfe):
 
     for height, name in enumerate(reversed(names)):
         table = found[name]["table"]
-        calls = [(s, t) for s, t in zip(table["sigmas"][:-1], table["sigmas_net"][:-1], strict=True)]
+        calls = [(s, t) for s, t in zip(table["sigmas"][:-1], table["sigmas_cond"][:-1], strict=True)]
         if table["first_step"] != "none":
             left.plot(calls[0][0], height, "o", color="white", markeredgecolor="black", markersize=6)
             calls = calls[1:]
-        calls += [(point[0], point[1]) for points in table["inner"] for point in points]
+        calls += [(point[0], point[1]) for points in table["substeps"] for point in points]
         left.plot(*zip(*[(s, height) for s, _ in calls], strict=True), "o", color="tab:blue", markersize=6)
         left.plot([t for _, t in calls], [height] * len(calls), "|", color="black", markersize=12)
         left.plot(table["sigmas"][-1], height, "x", color="tab:blue")

@@ -37,7 +37,7 @@ from training.predictor import AMEDPredictor
 @click.option("--num_images", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option(
-    "--num_steps", type=click.IntRange(min=2), default=6, show_default=True, help="Time stamps without predictor"
+    "--num_steps", type=click.IntRange(min=2), default=6, show_default=True, help="Time steps without predictor"
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=7, show_default=True)
 @click.option("--amp", type=click.Choice(list(AUTOCAST)), default="none", show_default=True)

@@ -37,6 +37,7 @@ other, where calls in one batch count as one, as the authors of EPD count them.
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import shutil
@@ -60,6 +61,7 @@ from evaluation.frechet import Reference
 from evaluation.precision_recall import precision_recall
 from solvers import sample
 from solvers.schedule_file import load_schedule
+from solvers.solver import DIRECTION_SIGMA
 from solvers.span_table import Plan, SpanSolver
 from tools.demo import HALVES
 from torch_utils.cli import Command
@@ -89,14 +91,17 @@ BUDGET = {
 }
 # A quarter less for the preset that tries starts, as its three trials take a tenth of the run each: 0.72 * 1.3 = 0.94.
 TRIED = {"total_kimg": 0.72}
-_PLACES = {"amed-table": ("inner", "inner_time", "scale"), "epd": ("inner", "inner_time", "scale", "corrections")}
+_PLACES = {
+    "amed-table": ("substeps", "substep_sigma_scale", "step_gain"),
+    "epd": ("substeps", "substep_sigma_scale", "step_gain", "coef_offset"),
+}
 
 
 def _rates(groups, rate):
     return {"lrs": ",".join(f"{group}={rate}" for group in groups)}, {}
 
 
-PINNED = {"learn": ["labels", "time", "corrections"]}  # of dyweight: its last row sums to one, as all others
+PINNED = {"learn": ["knots", "sigma_scale", "coef_offset"]}  # of dyweight: its last row sums to one, as all others
 STUDENTS = {  # method -> preset, flags, changes of the student's configuration
     **{preset: (preset, {}, {}) for preset in ("ld3", "s4s", "dyweight", "gs", "amed-table", "epd", "full")},
     **{f"full + {heads}": ("full", {"heads": heads}, {}) for heads in ("spatial,time", "spatial")},
@@ -114,10 +119,16 @@ SCHEDULES = {
     "gits": {"method": "gits", "metric": "l2", "coeff": 1.0, "num_warmup": 64},
     "ld3, own trainer": {
         **{"method": "ld3", "num_train": 64, "num_valid": 32, "rounds": 10, "rounds_grid": 4, "checkpointing": False},
-        **{"solver_tea": "ipndm", "num_steps_tea": 31},
+        **{"solver_tea": "ipndm", "num_steps_tea": 31, "max_order": 3},
     },
 }
-STEPS = {  # time stamps of a preset that spend nfe evaluations; None: impossible
+# Variants of the latter that are compared on validation: solver, and what its directions are divided by.
+DIRECTIONS = {
+    f"{solver}, direction_sigma={level}": {"solver": solver, **order, "direction_sigma": level}
+    for solver, order in (("ipndm", {"max_order": 3}), ("euler", {"max_order": None}))
+    for level in ("point", "network")
+}
+STEPS = {  # time steps of a preset that spend nfe evaluations; None: impossible
     "ld3": lambda nfe: {"num_steps": nfe + 1},
     "s4s": lambda nfe: {"num_steps": nfe + 1},
     "gs": lambda nfe: {"num_steps": nfe + 1},
@@ -139,8 +150,8 @@ ABLATIONS = {
     "anchor to the teacher's states": {"w_anchor": 0.1},
     "sample head": {"heads": "sample"},
     "time head": {"heads": "time"},
-    "time scale within 5 %": {"time_bound": 0.05},
-    "time scale within 30 %": {"time_bound": 0.3},
+    "time scale within 5 %": {"sigma_scale_bound": 0.05},
+    "time scale within 30 %": {"sigma_scale_bound": 0.3},
     "two calls in one batch": {"parallel": 2},  # even numbers of evaluations
     "two calls in one batch, no first step": {"parallel": 2, "afs": False},  # odd ones
     "twice the training": {"total_kimg": 1.44},
@@ -148,11 +159,11 @@ ABLATIONS = {
     "both heads, four times the training": {"heads": "spatial,time", "total_kimg": 2.88},
 }
 STRUCTURE = {  # ablations of the student's structure, which the command line does not offer
-    "time scale fixed": {"learn": ["labels", "inner", "corrections", "contrast"]},
+    "time scale fixed": {"learn": ["knots", "substeps", "coef_offset", "state_gain"]},
     "coefficients free, not relative": {"relative": False},
-    "coefficients of the theory": {"learn": ["labels", "inner", "time", "inner_time", "contrast"]},
-    "labels fixed": {"learn": ["time", "inner_time", "corrections", "contrast"]},
-    "no contrast": {"learn": ["labels", "inner", "time", "inner_time", "corrections"]},
+    "coefficients of the theory": {"learn": ["knots", "substeps", "sigma_scale", "substep_sigma_scale", "state_gain"]},
+    "labels fixed": {"learn": ["sigma_scale", "substep_sigma_scale", "coef_offset", "state_gain"]},
+    "no contrast": {"learn": ["knots", "substeps", "sigma_scale", "substep_sigma_scale", "coef_offset"]},
 }
 # Variants of each preset that are compared on validation: (flags, changes of the configuration).
 # A variant without changes is the preset itself.
@@ -202,6 +213,10 @@ def judge_file(dataset_name):
     return ROOT / "benchmarks" / "judges" / f"{dataset_name}.safetensors"
 
 
+def _schedule_command(settings):
+    return "python optimize_schedule.py " + " ".join(flags(settings))
+
+
 def flags(settings):
     return [f"--{name}={value}" for name, value in settings.items() if value is not None]
 
@@ -247,8 +262,8 @@ class TableStudent(SpanSolver):
     """A student without heads that follows the table of an earlier row instead of parameters."""
 
     def __init__(self, table, net):
-        points = max(map(len, table["inner"]))
-        nested = {"base": "midpoint", "parallel": points} if table["inner"][0] else {"parallel": points + 1}
+        points = max(map(len, table["substeps"]))
+        nested = {"base": "midpoint", "parallel": points} if table["substeps"][0] else {"parallel": points + 1}
         ends = {"sigma_max": table["sigmas"][0], "sigma_min": table["sigmas"][-1]}
         super().__init__(num_steps=len(table["sigmas"]), first_step=table["first_step"], **ends, **nested)
         if table["first_step"] == "gaussian":
@@ -257,8 +272,8 @@ class TableStudent(SpanSolver):
         def tensors(parts):
             return [torch.tensor(part, dtype=torch.float64) for part in parts]
 
-        steps, inner = map(tensors, table["steps"]), [list(map(tensors, points)) for points in table["inner"]]
-        self.numbers = Plan(*tensors([table["sigmas"], table["sigmas_net"]]), list(steps), inner)
+        steps, substeps = map(tensors, table["steps"]), [list(map(tensors, points)) for points in table["substeps"]]
+        self.numbers = Plan(*tensors([table["sigmas"], table["sigmas_cond"]]), list(steps), substeps)
 
     def plan(self):
         return self.numbers
@@ -266,8 +281,8 @@ class TableStudent(SpanSolver):
     def sigmas(self):
         return self.numbers.sigmas
 
-    def sigmas_net(self):
-        return self.numbers.sigmas_net
+    def sigmas_cond(self):
+        return self.numbers.sigmas_cond
 
 
 def table_of(student):
@@ -275,9 +290,9 @@ def table_of(student):
     plan = student.plan()
     table = {
         "sigmas": plan.sigmas.tolist(),
-        "sigmas_net": plan.sigmas_net.tolist(),
+        "sigmas_cond": plan.sigmas_cond.tolist(),
         "steps": [[part.tolist() for part in step] for step in plan.steps],
-        "inner": [[[part.tolist() for part in point] for point in points] for points in plan.inner],
+        "substeps": [[[part.tolist() for part in point] for point in points] for points in plan.substeps],
         "first_step": student.config["first_step"],
     }
     return json.loads(json.dumps(table), parse_float=lambda text: round(float(text), 6))
@@ -297,7 +312,7 @@ def budget(settings, predictor):
 def schedule_budget(settings, name):
     """The same of an optimised schedule: the ends are fixed, and with a first step the network is not asked at the first."""
     learned = len(settings["sigmas"]) - 2
-    learned += learned if settings.get("sigmas_net") else 0
+    learned += learned if settings.get("sigmas_cond") else 0
     used = ("num_warmup", "num_train", "num_valid")
     pairs = sum(SCHEDULES[name].get(option, 0) for option in used)
     return {"parameters": learned, "calls": len(settings["sigmas"]) - 2, "pairs": pairs}
@@ -356,8 +371,11 @@ class Students:
         print(json.dumps({name: value for name, value in row.items() if name not in hidden}), flush=True)
 
     def again(self, row, settings, structure):
-        """An earlier row with scores of today, from its schedule or table; None where it has neither."""
-        if row.get("command", "").startswith("python optimize_schedule.py"):
+        """An earlier row with scores of today, from its schedule or table; None where it has neither of today's settings."""
+        if row["method"] in SCHEDULES:
+            today = _schedule_command(self.schedule_flags(row["method"], row["nfe"], row["seed"]))
+            if set(row["command"].split()) != set(today.split()):
+                return None
             found = {**schedule_budget(row["settings"], row["method"]), **self.solved(**row["settings"])}
         elif settings is not None and row.get("table") and not has_heads(settings):
             with structured(structure or {}):
@@ -443,22 +461,33 @@ class Students:
         facts, predictor = self.train(settings, seed, name, structure)
         return {**facts, **self.sampled(predictor)}
 
+    def schedule_flags(self, name, nfe, seed, **changes):
+        """Options of optimize_schedule.py for a schedule of ``SCHEDULES``."""
+        settings = {"dataset_name": self.dataset_name, **SCHEDULES[name], "solver": "ipndm", "num_steps": nfe + 2}
+        return {**settings, "afs": "data", "seed": seed, **changes}
+
+    def optimized(self, settings):
+        """(what the row says of the search, settings of ``sample``), by optimize_schedule.py unless ``work`` has it."""
+        command = _schedule_command(settings)
+        folder = self.work / f"schedule-{hashlib.sha256(command.encode()).hexdigest()[:12]}"
+        done, destination = folder / "optimized.json", folder / "schedule.json"
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            started = time.process_time()
+            with contextlib.redirect_stdout(io.StringIO()):
+                optimize_schedule.main(flags(settings | {"dest": destination}), standalone_mode=False)
+            seconds = time.process_time() - started
+            done.write_text(json.dumps({"command": command, "training_seconds": round(seconds, 1)}))
+        schedule = load_schedule(destination)
+        found = {**PLAIN.get(schedule.solver, {"solver": schedule.solver}), **schedule.own_options(schedule.solver)}
+        sigma_cond = {} if schedule.sigmas_cond is None else {"sigmas_cond": list(schedule.sigmas_cond)}
+        found |= {"sigmas": list(schedule.sigmas), **sigma_cond, "afs": "data"}
+        return json.loads(done.read_text()), found
+
     def scheduled(self, name, nfe, seed):
         """iPNDM on an optimised schedule of ``SCHEDULES``."""
-        destination = self.work / f"{name.replace(' ', '_')}-{nfe}-{seed}.json"
-        destination.unlink(missing_ok=True)
-        settings = {"dataset_name": self.dataset_name, **SCHEDULES[name], "solver": "ipndm", "num_steps": nfe + 2}
-        settings |= {"afs": "data", "seed": seed}
-        started = time.process_time()
-        with contextlib.redirect_stdout(io.StringIO()):
-            optimize_schedule.main(flags(settings | {"dest": destination}), standalone_mode=False)
-        seconds = time.process_time() - started
-        schedule = load_schedule(destination)
-        command = "python optimize_schedule.py " + " ".join(flags(settings))
-        sigma_cond = {} if schedule.sigmas_net is None else {"sigmas_net": list(schedule.sigmas_net)}
-        found = self.solved(**PLAIN["ipndm"], sigmas=list(schedule.sigmas), **sigma_cond, afs="data")
-        found |= schedule_budget(found["settings"], name)
-        return {"command": command, "training_seconds": round(seconds, 1), **found}
+        facts, settings = self.optimized(self.schedule_flags(name, nfe, seed))
+        return {**facts, **schedule_budget(settings, name), **self.solved(**settings)}
 
     # Parts
 
@@ -498,11 +527,23 @@ class Students:
                             self.once(
                                 key, lambda f=settings, s=seed, k=name, c=structure: self.chosen(bench, f, s, k, c)
                             )
+                method = "ld3, own trainer"
+                for variant, changes in DIRECTIONS.items():
+                    if not wanted or {method, f"{method}, {variant}"} & set(wanted):
+                        default = changes["direction_sigma"] == DIRECTION_SIGMA.default
+                        changes = {**changes, "direction_sigma": None if default else changes["direction_sigma"]}
+                        settings = self.schedule_flags(method, nfe, seed, **changes)
+                        key = {"part": "choice", "method": method, "variant": variant, "nfe": nfe, "seed": seed}
+                        self.once(key, lambda f=settings: self.chosen_schedule(bench, f))
 
     def chosen(self, bench, settings, seed, name, structure):
         facts, predictor = self.train(settings, seed, name, structure)
         best = predictor.provenance["validation"]["best"]
         return {**facts, "validation": best, **self.validated(bench, **self.trained_settings(predictor))}
+
+    def chosen_schedule(self, bench, settings):
+        facts, found = self.optimized(settings)
+        return {**facts, **self.validated(bench, **found), "settings": found}
 
     def best_plain(self, nfe, score):
         """Settings of the plain candidate that was best on the validation seeds."""

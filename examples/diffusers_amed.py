@@ -1,10 +1,10 @@
 """Images from a diffusers pipeline in a few evaluations, with a trained predictor.
 
-    python examples/diffusers_amed.py --pipeline=stable-diffusion-v1-5/stable-diffusion-v1-5 --predictor=7 \
-        --prompt="a photo of a red fox in the snow" --seeds=0-3 --outdir=foxes
+    python examples/diffusers_amed.py --pipeline=stable-diffusion-v1-5/stable-diffusion-v1-5 \
+        --predictor=7 --prompt="a photo of a red fox in the snow" --seeds=0-3 --outdir=foxes
 
-The predictor has to be trained on the same network (train.py --dataset_name=diffusers --model_path=..., or ms_coco for
-Stable Diffusion 1.5). See docs/diffusers.md.
+The predictor has to be trained on the same network: train.py --dataset_name=diffusers
+--model_path=..., or ms_coco for Stable Diffusion 1.5. See docs/diffusers.md.
 """
 
 from pathlib import Path

@@ -62,7 +62,7 @@ def _preset(image_size: int, model: Mapping, classifier: Mapping, noise_schedule
 _SMALL = {"num_channels": 192, "num_res_blocks": 3, "dropout": 0.1, "use_new_attention_order": True}
 
 
-PRESETS = {
+RELEASED_CONFIGS = {
     "imagenet64_adm": _preset(64, _SMALL, {"classifier_depth": 4}, "cosine"),
     "imagenet128": _preset(128, {"num_heads": 4, "num_head_channels": -1}, {}),
     "imagenet256": _preset(256, {}, {}),
@@ -206,7 +206,7 @@ def load_adm(
     ``build_denoiser``). use_fp16: None runs the torsos in float16 where the settings say so and the device is a GPU.
     Raises UserError for a file that is damaged or holds another network, and for guidance without a classifier.
     """
-    config = choose_settings(PRESETS, dataset_name, config)
+    config = choose_settings(RELEASED_CONFIGS, dataset_name, config)
     _check_parts(config)
     guided = guidance_type == "cg" and guidance_rate != 0
     if guided and path_classifier is None:

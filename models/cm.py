@@ -30,7 +30,7 @@ _LSUN256 = {
     "resblock_updown": True,
     "use_fp16": True,
 }
-PRESETS = {"lsun_bedroom": _LSUN256, "lsun_cat": _LSUN256}
+RELEASED_CONFIGS = {"lsun_bedroom": _LSUN256, "lsun_cat": _LSUN256}
 
 
 class CMDenoiser(PixelUNetDenoiser):
@@ -79,7 +79,7 @@ def load_cm(
     torso in float16 where the settings say so and the device is a GPU. Raises UserError for a file that is damaged or
     holds another network.
     """
-    arguments = choose_precision(choose_settings(PRESETS, dataset_name, config), use_fp16, device)
+    arguments = choose_precision(choose_settings(RELEASED_CONFIGS, dataset_name, config), use_fp16, device)
     weights = read_weights(path)
     check_family(path, weights, CONSISTENCY)
     try:

@@ -33,6 +33,8 @@ class Denoiser(torch.nn.Module):
     guidance_rate: strength of the guidance; None where the network takes no guidance.
     takes_prompts: whether ``make_cond`` needs prompts.
     data_mean, data_std: statistics of the training data, an image [C,H,W] and a number, or None.
+    D: extra dimensions of PFGM++, whose noise is Student-t with D degrees of freedom; None for
+        Gaussian noise.
     can_autocast: whether the network can run in mixed precision.
     autocast: dtype of its matrix work (torch.bfloat16, torch.float16), or None for its own dtype.
     compiled: a ``models.compile.CompiledForward`` that replaces ``forward``, or None.
@@ -54,6 +56,7 @@ class Denoiser(torch.nn.Module):
     guidance_rate: float | None = None
     data_mean: torch.Tensor | None = None
     data_std: float | None = None
+    D: int | None = None
     can_autocast: bool = False
     autocast: torch.dtype | None = None
     compiled = None
@@ -91,6 +94,23 @@ class Denoiser(torch.nn.Module):
         """Whether ``make_cond`` needs prompts."""
         return "prompts" in inspect.signature(member(self, "make_cond")).parameters
 
+    def draw_latents(self, generators, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Starting noise [B,C,H,W] of a batch, on the CPU: x = prior mean + sigma_max * noise.
+
+        Standard normal z for D = None. Else z / rms(e) with e ~ N(0, I_D), which is Student-t with
+        D degrees of freedom, the perturbation kernel of PFGM++ (Xu et al. 2023). z is drawn first,
+        so a seed has the same z for every D.
+
+        generators: ``torch_utils.seeds.SeededGenerators`` of the batch.
+        dtype: in which the noise is drawn; default float32.
+        """
+        z = generators.randn((self.img_channels, self.img_resolution, self.img_resolution), dtype)
+        return z if member(self, "D") is None else z / rms_of_extra(generators.randn((self.D,), dtype))
+
+    def prior_mean(self, **cond):
+        """Mean of the state at the highest noise level: 0, or a tensor [B,C,H,W] (restoration)."""
+        return 0.0
+
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """Samples to images in [-1, 1]; the identity for pixel models."""
         return x
@@ -109,6 +129,11 @@ def member(net, name: str):
         return getattr(net, name)
     default = inspect.getattr_static(Denoiser, name)
     return default.__get__(net) if hasattr(default, "__get__") else default
+
+
+def rms_of_extra(extra: torch.Tensor) -> torch.Tensor:
+    """Root mean square [B,1,1,1] of the extra dimensions of PFGM++, extra [B,D] ~ N(0, 1)."""
+    return extra.square().mean(1).sqrt().reshape(-1, 1, 1, 1)
 
 
 class PreconditionedDenoiser(Denoiser):

@@ -35,7 +35,8 @@ class EDMDenoiser(PreconditionedDenoiser):
     """D(x; sigma) = c_skip x + c_out F(c_in x; ln(sigma) / 4).
 
     The constructor takes the arguments of the official ``EDMPrecond`` (``init_kwargs`` of a
-    checkpoint); everything after ``model_type`` goes to the U-Net. Parameters are named ``model.*``,
+    checkpoint), and the two that PFGM++ adds: ``pfgmpp`` says whether ``D`` counts (see
+    ``Denoiser.D``). The rest goes to the U-Net. Parameters are named ``model.*``,
     as in the official files. The sampling range is limited to 0.002 .. 80, as in the paper's
     samplers, even where the file states a wider one.
     """
@@ -50,6 +51,8 @@ class EDMDenoiser(PreconditionedDenoiser):
         sigma_max: float = 80.0,
         sigma_data: float = 0.5,
         model_type: str = "DhariwalUNet",
+        pfgmpp: bool = False,
+        D: int = 128,
         **model_kwargs,
     ):
         super().__init__()
@@ -61,12 +64,16 @@ class EDMDenoiser(PreconditionedDenoiser):
         self.sigma_min = max(float(sigma_min), 0.002)
         self.sigma_max = min(float(sigma_max), 80.0)
         self.sigma_data = float(sigma_data)
+        self.D = int(D) if pfgmpp else None
+        if self.D is not None and self.D < 1:
+            raise UserError(f"D={self.D}: PFGM++ needs at least one extra dimension")
         self.config = {
             "img_resolution": self.img_resolution,
             "img_channels": self.img_channels,
             "label_dim": self.label_dim,
             "sigma_data": self.sigma_data,
             "model_type": model_type,
+            **({"pfgmpp": True, "D": self.D} if pfgmpp else {}),
             **model_kwargs,
         }
         self.model = NETWORKS[model_type](

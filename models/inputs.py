@@ -1,15 +1,27 @@
 """Inputs of a denoiser: noise and a condition that depend on the seeds of the samples alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from models.denoiser import member
 from torch_utils.seeds import SeededGenerators
 
 
 def draw_noise(net, generators: SeededGenerators, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Unit-variance noise [B,C,H,W] in the shape of the network's samples, on the CPU."""
-    return generators.randn((net.img_channels, net.img_resolution, net.img_resolution), dtype)
+    """Starting noise [B,C,H,W] of the network's samples, on the CPU; see ``Denoiser.draw_latents``."""
+    return member(net, "draw_latents")(generators, dtype)
+
+
+def initial_state(net, latents: torch.Tensor, sigma, cond: Mapping | None = None) -> torch.Tensor:
+    """State [B,C,H,W] at the first noise level: latents * sigma around the network's prior mean.
+
+    latents: starting noise [B,C,H,W].
+    sigma: the first noise level.
+    cond: keyword arguments of net. Default: none.
+    """
+    x, mean = latents * sigma, member(net, "prior_mean")(**(cond or {}))
+    return x + mean.to(x) if torch.is_tensor(mean) else x
 
 
 def draw_condition(

@@ -63,7 +63,7 @@ VQ_F4_LDM = {
 }
 
 
-PRESETS = {"lsun_bedroom_ldm": VQ_F4_LDM, "ffhq_ldm": VQ_F4_LDM}
+RELEASED_CONFIGS = {"lsun_bedroom_ldm": VQ_F4_LDM, "ffhq_ldm": VQ_F4_LDM}
 
 
 # Arguments of the published configurations that do not change the network or its sampling.
@@ -240,7 +240,7 @@ def load_ldm(
     averages, as pruning leaves it, is taken to hold them in place of the plain weights. Raises UserError for a file
     that is damaged or holds another network.
     """
-    config = choose_settings(PRESETS, dataset_name, config)
+    config = choose_settings(RELEASED_CONFIGS, dataset_name, config)
     return load_latent(FAMILY, LATENT_DIFFUSION, path, config, guidance_type, guidance_rate, device)
 
 

@@ -34,7 +34,8 @@ class Card:
     embedded in ``models/pretrained``, no fid_refs where nobody published any. member: the name of the weights inside the
     zip archive that urls are of. other_files: names under which the weights are found as well, if a user put them there.
     companion: a second file that classifier guidance needs. guidance: the values of guidance_type it accepts, the first
-    one being the default. sigma_min, sigma_max: the range that is sampled.
+    one being the default. sigma_min, sigma_max: the range that is sampled. page: where a person can download the file, if
+    no program can.
     """
 
     name: str
@@ -55,10 +56,11 @@ class Card:
     other_files: tuple[str, ...] = ()
     companion: str = ""
     companion_urls: tuple[str, ...] = ()
+    page: str = ""
 
     @property
     def embedded(self) -> bool:
-        return not self.urls
+        return not (self.urls or self.page)
 
     @property
     def takes_prompts(self) -> bool:
@@ -90,6 +92,24 @@ def _edm(name: str, weights: str, fid_file: str, resolution: int, label_dim: int
         fid_refs=(f"{_NVIDIA}/fid-refs/{fid_file}",),
         guidance=("none",) if label_dim else ("none", "uncond"),
         notes=notes,
+    )
+
+
+def _pfgmpp(name: str, folder: str, resolution: int, label_dim: int, fid_file: str, notes: str) -> Card:
+    """A network published with Xu et al. 2023 (PFGM++), a training state with the averaged weights."""
+    return Card(
+        name=name,
+        family="edm",
+        file="training-state.pt",
+        resolution=resolution,
+        channels=3,
+        label_dim=label_dim,
+        licence="CC BY-NC-SA 4.0",
+        fid_file=fid_file,
+        fid_refs=(f"{_NVIDIA}/fid-refs/{fid_file}",),
+        guidance=("none",) if label_dim else ("none", "uncond"),
+        notes=notes,
+        page=f"https://github.com/Newbeeer/pfgmpp (Google Drive, pfgmpp/{folder})",
     )
 
 
@@ -188,6 +208,21 @@ CARDS: dict[str, Card] = {
         _edm("ffhq", "edm-ffhq-64x64-uncond-vp.pkl", "ffhq-64x64.npz", 64, 0, "DDPM++"),
         _edm("afhqv2", "edm-afhqv2-64x64-uncond-vp.pkl", "afhqv2-64x64.npz", 64, 0, "DDPM++"),
         _edm("imagenet64", "edm-imagenet-64x64-cond-adm.pkl", "imagenet-64x64.npz", 64, 1000, "ADM, class-conditional"),
+        _pfgmpp("cifar10_pfgmpp128", "cifar10_ncsnpp_D_128", 32, 0, "cifar10-32x32.npz", "NCSN++, PFGM++ with D=128"),
+        _pfgmpp(
+            "cifar10_pfgmpp2048", "cifar10_ncsnpp_D_2048", 32, 0, "cifar10-32x32.npz", "NCSN++, PFGM++ with D=2048"
+        ),
+        _pfgmpp(
+            "cifar10_pfgmpp2048_cond",
+            "cifar10_ncsnpp_D_2048_conditional",
+            32,
+            10,
+            "cifar10-32x32.npz",
+            "NCSN++, PFGM++ with D=2048, class-conditional",
+        ),
+        _pfgmpp("cifar10_ncsnpp", "cifar10_ncsnpp_D_inf", 32, 0, "cifar10-32x32.npz", "NCSN++, EDM beside PFGM++"),
+        _pfgmpp("ffhq_pfgmpp128", "ffhq_ddpm_D_128", 64, 0, "ffhq-64x64.npz", "DDPM++, PFGM++ with D=128"),
+        _pfgmpp("ffhq_ddpmpp", "ffhq_ddpm_D_inf", 64, 0, "ffhq-64x64.npz", "DDPM++, EDM beside PFGM++"),
         _cm("bedroom"),
         _cm("cat"),
         _adm(
@@ -311,6 +346,8 @@ def resolve_prompts(prompt: str | None) -> str | None:
 def _fetch(card: Card, name: str, urls: tuple[str, ...], hint: str, member: str = "") -> Path:
     path = card.folder / name
     if not urls:
+        if not path.is_file() and card.page:
+            raise UserError(f"{card.name} has no direct address: download it from {card.page} to {path}, or {hint}")
         if not path.is_file():
             raise UserError(f"{path} is missing from this copy of the code: restore it from the repository, or {hint}")
         return path
@@ -371,6 +408,8 @@ def format_table() -> str:
         for url, path in card.downloads():
             unpacked = f"  ('{card.member}' in it)" if card.member and url in card.urls else ""
             lines.append(f"  {url}  ->  {path}{unpacked}")
+        if card.page:
+            lines.append(f"  {card.page}  ->  {card.folder / card.file}")
     return "\n".join(lines)
 
 

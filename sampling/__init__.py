@@ -1,1 +1,1 @@
-"""Sampling: settings, images from seeds, the folder they lie in, one run."""
+"""Sampling: settings, images from seeds, the output folder, one run."""

@@ -1,8 +1,9 @@
 """AMEDScheduler: a trained predictor inside a pipeline of the diffusers library.
 
     from sampling.diffusers_scheduler import AMEDScheduler
-    pipe.scheduler = AMEDScheduler.from_predictor("exps/00007-...", pipe.scheduler.config, pipe.unet)
-    image = pipe(prompt, num_inference_steps=len(pipe.scheduler), guidance_scale=7.5).images[0]
+    scheduler = AMEDScheduler.from_predictor("exps/00007-...", pipe.scheduler.config, pipe.unet)
+    pipe.scheduler = scheduler
+    image = pipe(prompt, num_inference_steps=len(scheduler), guidance_scale=7.5).images[0]
 
 The solver is the one that ``sample`` runs. Its step yields the points where it needs the network;
 here the pipeline calls the network there, and the step receives the answer. Any solver that can
@@ -69,8 +70,8 @@ class _Walk:
     x: state [B,...] at the start.
     start: the call to start at. Default: None, the start of the schedule.
 
-    ``point`` is the ``Point`` where the network is needed next. It is None at the end of the
-    schedule, where ``state`` is the result.
+    ``point`` is the ``Point`` where the network is needed next. At the end of the schedule it is
+    None, and ``state`` is the result.
     """
 
     def __init__(self, run: Sampler, x, start: _Call | None = None):
@@ -92,13 +93,13 @@ class _Walk:
             self.state = State(x)
 
     def _begin(self, state: State, i: int) -> None:
-        """To the step from schedule point i."""
+        """Starts the step from schedule point i."""
         self.state, self.interval = state, i
         self._step = self.run.solver.step(self.run, state, i)
         self._sent = []  # what the step has received so far
 
     def _proceed(self, *answer) -> None:
-        """To the next point, with the direction at the current one."""
+        """Goes to the next point. answer: direction [B,...] at the current one."""
         self.point = None
         while self.interval < self.run.intervals:
             if answer:
@@ -123,9 +124,9 @@ class _Walk:
         return self.point.index is None and not self._lone
 
     def answer(self, denoised: torch.Tensor) -> None:
-        """To the next point, with the denoised image [B,...] at the current one."""
+        """Goes to the next point. denoised: the denoised image [B,...] at the current one."""
         point = self.point
-        d = (point.x - denoised) / point.sigma
+        d = (point.x - denoised) / self.run.divisor(point)
         if self._lone:
             self._lone = False
             self._enter(point.x + (self.run.sigma(self.interval + 1, d) - point.sigma) * d, self.interval + 1)
@@ -180,7 +181,7 @@ class _FeatureGraph:
 
 
 class _AMEDScheduler:
-    """Drop-in scheduler for diffusers pipelines that samples with a trained AMED predictor or span solver.
+    """Scheduler for diffusers pipelines that samples with a trained AMED predictor or span solver.
 
     predictor: an AMEDPredictor, whose configuration gives the solver (AMED-Plugin on dpmpp, euler
         or ipndm, or amed), the noise levels and AFS; or a SpanSolver with parallel=1. A path, file
@@ -206,7 +207,7 @@ class _AMEDScheduler:
             predictor = load_predictor(find_predictor(predictor))
         self.predictor, self.solver = predictor, None if predictor is None else solver_of(predictor)
         if predictor is not None and predictor.config.get("parallel", 1) > 1:
-            raise UserError("a pipeline asks the network for one point at a time: students with parallel=1 only")
+            raise UserError("a pipeline evaluates one point at a time: only span solvers with parallel=1 can be used")
         self.register_to_config(**_complete(config, settings))
         self._network = self._hooks = self._finalizer = self._reader = self._graph = self._start = None
         self._said: set[str] = set()
@@ -301,13 +302,13 @@ class _AMEDScheduler:
     # Hooks on the network
 
     def attach(self, network) -> None:
-        """Per-sample mode: the predictor reads the U-Net's bottleneck, and every sample gets its own times.
+        """Per-sample mode: the predictor reads the bottleneck, and every sample gets its own times.
 
         A pipeline passes one time for the whole batch. A hook on the network, and on a ControlNet
         beside it, replaces it by the times of the samples; ``timesteps`` then shows their mean. The
-        hook also makes AFS possible in pipelines that do not call scale_model_input. This is its
-        only effect on networks without bottleneck (transformers), which stay in the time-only mode.
-        The head "time" of a span solver adds to the embedding of the noise level. Hooks are on the
+        hook also makes AFS possible in pipelines that do not call scale_model_input. On networks
+        without bottleneck (transformers) this is its only effect, and the mode stays time-only. The
+        head "time" of a span solver adds to the embedding of the noise level. Hooks are on the
         network during a run only. ``detach`` ends this mode.
 
         network: the pipeline's U-Net or transformer.
@@ -322,7 +323,7 @@ class _AMEDScheduler:
             self._reader = BottleneckReader()
 
     def detach(self) -> None:
-        """Back to the time-only mode, from the next set_timesteps on."""
+        """Returns to the time-only mode, from the next set_timesteps on."""
         self._unhook()
         self._network = self._reader = self._graph = self._run = None
 
@@ -534,7 +535,10 @@ class _AMEDScheduler:
 
     @torch.no_grad()
     def _plan(self, mu, device) -> None:
-        """The times of the network's calls, with zeros for the bottleneck; exact in the time-only mode."""
+        """Plans the times of the network's calls, with zeros for the bottleneck.
+
+        They are exact in the time-only mode.
+        """
         self.process, self._mu = noise_process(self.config, mu=mu), mu
         run, config = learned_run(NetworkOfProcess(self.process), self.predictor, device), self.predictor.config
         shape = config.get("image_shape") or (config.get("img_channels") or 1, 1, 1)  # of a span solver's images
@@ -614,7 +618,7 @@ class _AMEDScheduler:
     def _begin(self, sample: torch.Tensor, k: int) -> None:
         """To the point of step k for these latents; again if a pipeline prepares its first input twice."""
         dtype = torch.float32 if sample.device.type == "mps" else torch.float64  # MPS has no float64
-        # Some pipelines do not say their device in set_timesteps.
+        # Some pipelines do not pass their device to set_timesteps.
         self._run.sigmas = self._run.sigmas.to(sample.device, dtype)
         self.predictor.to(sample.device)
         scale = self.process.scale(self._level(k)[1].to(sample.device, dtype))
@@ -642,8 +646,7 @@ class _AMEDScheduler:
     def scale_model_input(self, sample: torch.Tensor, timestep=None) -> torch.Tensor:
         """The network's input [B,...] for the current latents.
 
-        It equals the latents, except in the first call with AFS, which comes after the analytical
-        step.
+        It equals the latents, except in the first call with AFS, which follows the analytical step.
         """
         if self._run is None:
             return sample
@@ -673,8 +676,7 @@ class _AMEDScheduler:
             the solver continues from them at the start of an interval; inside one only the
             denoised image is theirs.
         generator: not used, because nothing is random.
-        return_dict: whether to return a SchedulerOutput; else the tuple (prev_sample,). Default
-            True.
+        return_dict: return a SchedulerOutput (default: True), else the tuple (prev_sample,).
         eta, use_clipped_model_output: of DDIMScheduler; not used.
 
         Raises UserError for a time of another step.
@@ -726,13 +728,12 @@ class _AMEDScheduler:
         k = self._first_step(timestep)
         if self._shifts and self._network is None:
             raise UserError(
-                "the student's head 'time' acts inside the network: give it to the scheduler as well (network=pipe.unet)"
+                "the span solver's head 'time' acts inside the network: pass it to the scheduler (network=pipe.unet)"
             )
         if k == 0 and self._prepares and self._prepared is None:
             raise UserError(
                 "the predictor was trained with AFS, or with a first time of its own, and this pipeline does not call "
-                "scale_model_input: give the scheduler the pipeline's network as well (network=pipe.unet or "
-                "pipe.transformer)"
+                "scale_model_input: pass the pipeline's network to the scheduler (network=pipe.unet or pipe.transformer)"
             )
         self._begin(sample, k)
         if k:
@@ -815,7 +816,7 @@ def _complete(config, settings: dict) -> dict:
         given["_class_name"] = "AMEDScheduler"
     if given.get("trained_betas") is not None:
         given["trained_betas"] = np.asarray(given["trained_betas"]).tolist()
-    # Some pipelines look for their scheduler's settings; with use_flow_sigmas they leave the noise levels to it.
+    # With use_flow_sigmas, a pipeline leaves the noise levels to its scheduler.
     given["use_flow_sigmas"] = is_flow(given) or bool(given.get("use_flow_sigmas"))
     described = config is None or any(given.get(name) is not None for name in ("beta_schedule", "trained_betas"))
     if given["use_flow_sigmas"] or not described:
@@ -886,7 +887,7 @@ def _controlnet_classes() -> tuple[type, ...]:
 
 
 def _replaced(arguments: tuple, named: dict, place, change) -> tuple[tuple, dict]:
-    """The arguments of a call, with ``change`` applied to the one at ``place``, a number or a name."""
+    """The arguments of a call, with ``change`` applied to the one at ``place`` (number or name)."""
     if isinstance(place, int):
         return (*arguments[:place], change(arguments[place]), *arguments[place + 1 :]), named
     return arguments, {**named, place: change(named[place])}

@@ -1,4 +1,4 @@
-"""The output folder of sample.py: where images lie, the record beside them, and what a rerun may replace."""
+"""The output folder of sample.py: paths of images, their record, what a rerun may replace."""
 
 import hashlib
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from sampling.search import ScoreFile
+from solvers.former_names import with_current_names
 from solvers.schedules import SCHEDULE_NAMES
 from torch_utils import distributed
 from torch_utils.errors import UserError
@@ -28,7 +29,12 @@ GRID_LIMIT = 100
 
 @dataclass(frozen=True)
 class Folder:
-    """Where the image of a seed and its companions lie."""
+    """Paths of the images of a run and of the files beside them.
+
+    path: the folder.
+    subdirs: one folder for every 1000 seeds.
+    inters: also strips of denoised images.
+    """
 
     path: Path
     subdirs: bool
@@ -46,14 +52,14 @@ class Folder:
         return self.path / "grid.png"
 
     def scores(self) -> ScoreFile:
-        """What the search over noises chose, and why."""
+        """The file with the choices of the noise search."""
         return ScoreFile(self.path, distributed.rank())
 
     def done(self, seed: int) -> bool:
         return is_whole_png(self.image(seed)) and (not self.inters or is_whole_png(self.strip(seed)))
 
     def begun(self) -> list[int]:
-        """The seeds of which there are images or strips."""
+        """The seeds that have images or strips."""
         parents = [self.path, self.path / "inters"]
         if self.subdirs and self.path.is_dir():
             parents += [path for path in self.path.iterdir() if re.fullmatch("[0-9]{6,10}", path.name)]
@@ -62,7 +68,7 @@ class Folder:
         return sorted(seed for seed in numbers if not files.isdisjoint((self.image(seed), self.strip(seed))))
 
     def record(self) -> dict | None:
-        """The contents of ``sampling.json``, None where there is none."""
+        """The contents of ``sampling.json``; None if it does not exist."""
         path = self.path / RECORD
         if not path.exists():
             return None
@@ -87,16 +93,23 @@ def format_seeds(seeds: Sequence[int]) -> str:
 
 
 class OtherSettings(UserError):
-    """The folder holds images of other settings, or is about to."""
+    """The folder holds images of other settings, or another command is writing such images."""
 
 
 def prepare_folder(
     folder: Folder, record: dict, seeds: list[int], overwrite: bool, *, busy: bool = False, keep_others: bool = False
 ) -> list[int]:
-    """Sees to it that the folder will hold images of one kind only, writes its record, returns the seeds to do.
+    """Checks that the folder holds images of one kind only, and writes its record.
 
-    busy: another command is writing images there. keep_others: not even ``overwrite`` replaces
-    images of other settings.
+    folder: the output folder.
+    record: of this run; its "settings" decide whether images are of one kind.
+    seeds: the seeds asked for.
+    overwrite: replace images that exist.
+    busy: another command is writing images there.
+    keep_others: do not replace images of other settings, not even with ``overwrite``.
+
+    Returns the seeds still to sample. Raises OtherSettings, or UserError if the folder holds images
+    of unknown origin.
     """
     old = folder.record()
     made: list[int] = []
@@ -115,7 +128,7 @@ def prepare_folder(
             made = []
     elif not overwrite and any(folder.image(seed).exists() for seed in seeds):
         raise UserError(
-            f"{folder.path} holds images but no {RECORD}, so nobody knows how they were made;"
+            f"{folder.path} holds images but no {RECORD}, so their settings are unknown;"
             " choose another --outdir, or --overwrite=True to replace them"
         )
     record = record | {"seeds": format_seeds([*made, *seeds])}
@@ -127,11 +140,14 @@ def prepare_folder(
 
 
 class Place:
-    """The output folder during a run; only the first process of a run works with it.
+    """The output folder during a run. Only the first process of a run uses it.
 
     Several commands with the same settings may write to one folder at the same time, each its own
-    seeds: the record is changed under a lock, and every command holds a lock of its own as long as it
-    writes, so that one with other settings is refused. locks: holds it, and gives it back in the end.
+    seeds. The record is changed under a lock. Every command holds a lock of its own while it
+    writes, so that a command with other settings is refused.
+
+    folder: the folder.
+    locks: stack that holds the lock and releases it at the end.
     """
 
     def __init__(self, folder: Folder, locks: ExitStack):
@@ -143,10 +159,11 @@ class Place:
         return locked(path / ".record.lock", f"another command is starting or ending in {path}; waiting for it")
 
     def _busy(self) -> bool:
-        return any([is_held(path) for path in self.folder.path.glob(".writing-*.lock")])  # all: it removes old ones
+        # A list, not a generator, since is_held also removes old files.
+        return any([is_held(path) for path in self.folder.path.glob(".writing-*.lock")])
 
     def begin(self, *arguments, **more) -> list[int]:
-        """``prepare_folder``, and what a killed run left is put in order."""
+        """``prepare_folder``; merges the score files that a killed run left."""
         with self._locked():
             busy = self._busy()
             todo = prepare_folder(self.folder, *arguments, busy=busy, **more)
@@ -156,7 +173,7 @@ class Place:
         return todo
 
     def end(self) -> None:
-        """All images are written."""
+        """Call this when all images are written."""
         with self._locked():
             self._locks.close()
             if not self._busy():
@@ -166,8 +183,16 @@ class Place:
 def begin_folder(
     folder: Folder, default: bool, locks: ExitStack, record: dict, seeds: list[int], overwrite: bool
 ) -> tuple:
-    """(place, seeds to do). default: the user named no folder; where the usual one holds images of other settings, a
-    folder beside it is taken, named after the settings. locks: see ``Place``."""
+    """Chooses and prepares the output folder of a run.
+
+    folder: the folder asked for, or the default one.
+    default: the user named no folder. If the default folder holds images of other settings, a
+        folder beside it is used, named after a hash of the settings.
+    locks: see ``Place``.
+    record, seeds, overwrite: see ``prepare_folder``.
+
+    Returns (place, seeds to sample).
+    """
     if not default:
         place = Place(folder, locks)
         return place, place.begin(record, seeds, overwrite)
@@ -185,7 +210,7 @@ def begin_folder(
 
 
 def _check_replacement(folder: Folder, seeds: list[int], made: list[int], different: str, overwrite: bool) -> None:
-    """Images made with other settings may go only if the user says so and all of them are replaced."""
+    """Raises UserError unless the user asked to replace all images made with other settings."""
     if not overwrite:
         raise OtherSettings(
             f"{folder.path} holds images made with other settings ({different});"
@@ -200,7 +225,7 @@ def _check_replacement(folder: Folder, seeds: list[int], made: list[int], differ
 
 
 def _remove(folder: Folder, seeds: list[int]) -> None:
-    """Removed at once and not one by one: a rerun that breaks off must not leave a mixture."""
+    """Removes the images of all seeds, so that an interrupted rerun does not leave a mixture."""
     for seed in seeds:
         folder.image(seed).unlink(missing_ok=True)
         folder.strip(seed).unlink(missing_ok=True)
@@ -209,22 +234,28 @@ def _remove(folder: Folder, seeds: list[int]) -> None:
 
 
 def _meaning(settings: dict) -> dict:
-    """What the images depend on, of the settings of a record: the noise levels, not how they were asked for; the
-    strength of the guidance that the network has."""
-    found = {name: value for name, value in json.loads(json.dumps(settings)).items() if value is not None}
+    """The recorded settings that the images depend on.
+
+    These are the noise levels, not the flags that led to them, and the guidance rate if there is
+    guidance.
+    """
+    found = with_current_names(json.loads(json.dumps(settings)))
+    found = {name: value for name, value in found.items() if value is not None}
     if "sigmas" in found:
         found = {name: value for name, value in found.items() if name not in SCHEDULE_NAMES}
     found.pop("guidance_type", None)
     if not found.get("guidance_rate"):
         found.pop("guidance_rate", None)
+    if "sigmas_cond" not in found or found.get("direction_sigma") == "point":  # as in records without it
+        found.pop("direction_sigma", None)
     return found
 
 
 def _difference(old: dict, new: dict) -> str:
-    """The first setting that makes other images, "" where there is none."""
+    """The first setting that differs and changes the images; "" if none does."""
     before, now = _meaning(old), _meaning(new)
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    if "sigmas" in names:  # said in the words of the flags
+    if "sigmas" in names:  # name the flags instead
         names += [name for name in SCHEDULE_NAMES if old.get(name) != new.get(name)]
     first = ("predictor_sha256", "network_sha256", "solver", *SCHEDULE_NAMES)
     for name in [*(name for name in first if name in names), *names]:
@@ -238,7 +269,7 @@ def _short(value) -> str:
 
 
 def write_grid(folder: Folder, seeds: Sequence[int]) -> None:
-    """One picture of the images of the first seeds, in seed order, read back from their files."""
+    """Writes one picture of the images of the first seeds, in seed order, read from their files."""
     chosen = sorted(seeds)[:GRID_LIMIT]
     images = [decode_image(folder.image(seed).read_bytes(), str(folder.image(seed))) for seed in chosen]
     stacked = np.stack(images).transpose(0, 2, 3, 1)

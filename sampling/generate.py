@@ -1,4 +1,4 @@
-"""Images from seeds, batch after batch. One seed is one image, whatever the batch size and the number of processes."""
+"""Images from seeds. One seed is one image, for any batch size and number of processes."""
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +17,14 @@ from torch_utils.session import Interrupted
 
 @dataclass
 class Batch:
-    """Result of one batch. images: [B,C,H,W] in about [-1, 1]; intermediates: [K,B,C,H,W] denoised images, or None; cond:
-    what the network was called with."""
+    """Result of one batch.
+
+    seeds: one per image.
+    images: [B,C,H,W] in about [-1, 1].
+    intermediates: denoised images [K,B,C,H,W] of all intervals, or None.
+    info: evaluations and noise levels of the run.
+    cond: the condition that the network was called with.
+    """
 
     seeds: list[int]
     images: torch.Tensor
@@ -43,13 +49,21 @@ def generate_images(
     device: torch.device | str | None = None,
     **arguments,
 ) -> Iterator[Batch]:
-    """Samples batch after batch; the noise (and the class, if none is given) of an image depends on its seed alone.
+    """Samples in batches. The noise (and a drawn class) of an image depends on its seed alone.
 
-    labels: None, one class for all, or one per seed. prompts: of text-to-image networks, one text for all, or texts by
-    seed; negative_prompt: for the unconditional side (None: the network's default). candidates: so many images for each
-    seed, one after the other, of one class or prompt, the first of them the usual one. first: how many of all these images
-    to leave out. keep_intermediates: also the denoised images at the start of every interval. arguments: as of ``solvers.sample`` (solver, num_steps, afs, ...). device:
-    where net is (found if None).
+    net: the network.
+    seeds: one per image.
+    batch: images per network call. Default 64.
+    predictor: AMEDPredictor or SpanSolver. Default None.
+    labels: class of all images, or one per seed. Default None: drawn by the seed.
+    prompts: text for all images, or texts by seed, for text-to-image networks. Default None.
+    negative_prompt: text of the unconditional side. Default None: the network's default.
+    candidates: images per seed. They share the class or prompt; candidate 0 uses the seed's own
+        noise. Default 1.
+    first: skip this many images (to resume). Default 0.
+    keep_intermediates: also return the denoised images at the start of every interval.
+    device: where net is. Default None: that of its parameters.
+    arguments: keyword arguments of ``solvers.sample`` (solver, num_steps, afs, ...).
     """
     if device is None:
         device = next(net.parameters()).device
@@ -88,13 +102,13 @@ def generate_images(
             **arguments,
         )
         images = net.decode(x)
-        if start + batch < len(rows):  # while a GPU still works on the images above: nothing has waited for them yet
+        if start + batch < len(rows):  # drawn while a GPU still computes the images above
             drawn = draw(start + batch)
         yield Batch(chosen, images, torch.stack(denoised) if keep_intermediates else None, info, cond)
 
 
 def _to_device(noise: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Through pinned memory to a CUDA device, so that nothing waits for the copy."""
+    """Copies to a CUDA device through pinned memory, without waiting."""
     if torch.device(device).type == "cuda":
         return noise.pin_memory().to(device, non_blocking=True)
     return noise.to(device)
@@ -108,9 +122,10 @@ def prompts_of(seeds: list[int], prompts: str | Mapping[int, str] | None) -> lis
 
 
 def generate_fitting(net, seeds: Sequence[int], *, device: torch.device, **arguments) -> Iterator[Batch]:
-    """The same with the largest batch that memory allows: it is halved when an allocation fails, and that is said.
+    """``generate_images`` with the largest batch that fits into memory.
 
-    The images are those of any other batch. Raises UserError where not even one image fits.
+    The batch is halved whenever an allocation fails, and its size is printed. The images are those
+    of any other batch size. Raises UserError if not even one image fits.
     """
     rows = len(seeds) * arguments.get("candidates", 1)
     batch, start, announced = min(first_batch(device), max(rows, 1)), 0, None
@@ -126,7 +141,9 @@ def generate_fitting(net, seeds: Sequence[int], *, device: torch.device, **argum
             if not is_out_of_memory(error):
                 raise
             if batch == 1:
-                raise UserError(f"{device} is out of memory even with --batch=1: use another device or --amp") from None
+                raise UserError(
+                    f"{device} is out of memory even with --batch=1: use another --device, or --amp"
+                ) from None
         release_memory()
         batch //= 2
 
@@ -138,16 +155,16 @@ def _tell_batch(batch: int, device: torch.device) -> int:
 
 
 def until_stopped(batches: Iterator[Batch], received: list[int]) -> Iterator[Batch]:
-    """The batches, up to a failure of another process (UserError) or to a signal (Interrupted)."""
+    """The batches, until another process fails (UserError) or a signal arrives (Interrupted)."""
     for result in batches:
         yield result
         distributed.check_peers()
         if received:
-            raise Interrupted(received[0], ": the images that are done are kept; repeat the command to go on")
+            raise Interrupted(received[0], ": finished images are kept; repeat the command to continue")
 
 
 def _text_of(seeds: list[int], prompts: str | Mapping[int, str] | None, negative_prompt: str | None) -> dict:
-    """Keyword arguments of ``make_cond``; none for networks that take no prompts."""
+    """Keyword arguments of ``make_cond`` for the texts; empty without texts."""
     own = prompts if isinstance(prompts, str) else prompts_of(seeds, prompts)
     text = {"prompts": own, "negative_prompt": negative_prompt}
     return {name: value for name, value in text.items() if value is not None}

@@ -1,4 +1,4 @@
-"""One run of sample.py: everything between the flags and the last file."""
+"""One run of sample.py, from the options to the last file."""
 
 import platform
 import sys
@@ -39,7 +39,7 @@ def open_verifier(text: str | None, net, device: torch.device) -> Verifier | Non
 def search(
     batches: Iterator[Batch], verifier: Verifier, candidates: int, prompts, scores: ScoreFile
 ) -> Iterator[Batch]:
-    """The best candidate of every seed; what was chosen goes to ``scores``."""
+    """The best candidate of every seed. The choices are written to ``scores``."""
 
     def score(batch: Batch, rows: list[int]) -> torch.Tensor:
         seeds = [batch.seeds[row] for row in rows]
@@ -53,7 +53,10 @@ def search(
 def describe_run(
     settings: Settings, options: SampleOptions, net, predictor, predictor_file, verifier: Verifier | None, device
 ) -> dict:
-    """The record of a run. What changes the images is under "settings"; a folder holds images of one such setting."""
+    """The record of a run.
+
+    "settings" holds everything that changes the images. A folder holds images of one such setting.
+    """
     recorded = recorded_settings(settings, net, predictor_file, *options.recorded_parts())
     nfe = settings.evaluations(net, predictor)
     spent = {"nfe": nfe}
@@ -77,9 +80,16 @@ def describe_run(
 def write_images(
     batches: Iterator[Batch], folder: Folder | None, nfe: int, progress, stream: StreamedFID | None = None
 ) -> None:
-    """Drains ``generate_images`` into the files of a folder, a stream of features, or both.
+    """Writes the batches of ``generate_images`` to a folder, a stream of features, or both.
 
-    Files are encoded and written in the background. UserError, naming the seeds, where an image is not finite.
+    batches: the batches.
+    folder: output folder; None: write no images.
+    nfe: evaluations per image that every batch must have spent.
+    progress: progress bar.
+    stream: receives the pixels of all images, for the FID. Default None.
+
+    Files are encoded and written in the background. Raises UserError with the seeds of images that
+    are not finite.
     """
     with ImageWriter() as writer:
         for result in batches:
@@ -107,9 +117,10 @@ def write_images(
 
 
 def report_fid(stream: StreamedFID, path: str | None, record: dict, source: str) -> None:
-    """Every process calls it; rank 0 prints the FID, and writes it beside the record of the run to a file.
+    """Prints the FID (rank 0), and writes it with the record of the run. Every process calls it.
 
-    path: of the file; None: there is none.
+    path: file for the result; None: none.
+    source: what the result says about where the images are.
     """
     result = stream.result(source)
     if result is None:
@@ -120,7 +131,7 @@ def report_fid(stream: StreamedFID, path: str | None, record: dict, source: str)
 
 
 def run(options: SampleOptions, device: torch.device) -> None:
-    """Everything between the flags and the last file; every process of a torchrun calls it."""
+    """Samples the images of the options. Every process of a torchrun calls it."""
     output, seeds = options.output, parse_seeds(options.seeds)
     options.check()
     settings, predictor, predictor_file = open_predictor(options.predictor_path, options.settings, options.written)
@@ -143,14 +154,14 @@ def run(options: SampleOptions, device: torch.device) -> None:
     best_of = "" if verifier is None else f"_best{candidates}"
     default = Path("samples") / settings.dataset_name / f"{settings.solver}_nfe{nfe}{best_of}"
     folder = Folder(Path(output.outdir or default), output.subdirs, output.return_inters)
-    distributed.barrier()  # nothing is written before every process has got so far
+    distributed.barrier()  # nothing is written before every process has passed all checks
     with ExitStack() as locks:
         place, todo = None, None
         with distributed.together():
             if distributed.rank() == 0 and output.writes_images:
                 place, todo = begin_folder(folder, output.outdir is None, locks, record, seeds, output.overwrite)
                 folder = place.folder
-        if stream is not None:  # features come from images as they are made: those of an earlier run are made again
+        if stream is not None:  # features are computed while sampling, so existing images are sampled again
             todo = seeds
         todo, folder = distributed.broadcast_object((todo, folder))
 

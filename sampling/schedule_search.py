@@ -1,4 +1,4 @@
-"""One run of optimize_schedule.py: its options, the judge of searches by FID, and all between flags and file."""
+"""One run of optimize_schedule.py: its options, the FID of a schedule, and the search."""
 
 import platform
 from dataclasses import dataclass
@@ -9,15 +9,7 @@ import torch
 
 from evaluation.fid import choose_detector, find_reference, warn_about_count
 from evaluation.frechet import FeatureStatistics, frechet_distance
-from sampling.flags import (
-    REQUIRED,
-    derived,
-    flag,
-    like,
-    part,
-    solver_flags,
-    solver_option_names,
-)
+from sampling.flags import solver_flags, solver_option_names
 from sampling.settings import ComputeOptions, NetworkSettings, Settings, open_network
 from sampling.text import PROMPT_HELP, TextOptions
 from solvers import make_solver
@@ -31,18 +23,18 @@ from torch_utils.files import check_destination
 from torch_utils.images import to_uint8
 from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom
-from torch_utils.options import click_type
+from torch_utils.options import REQUIRED, click_type, derived, flag, like, part
 from torch_utils.version import code_version
 from training.schedule_search import METHODS, optimize
 
 
 def method_option_names() -> list[str]:
-    """The options of all methods, each once."""
+    """Names of the options of all methods."""
     return list(dict.fromkeys(name for method in METHODS.values() for name in method.options))
 
 
 def search_flags(command):
-    """Decorator: a flag for every option of the methods, and for every other one of the solvers."""
+    """Decorator: a flag for every option of the methods and of the solvers."""
     command = solver_flags(command)
     for name in reversed([name for name in method_option_names() if name not in solver_option_names()]):
         users = {key: method.options[name] for key, method in METHODS.items() if name in method.options}
@@ -61,28 +53,29 @@ def _written_options(values: dict, given: set[str]) -> dict:
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
-    """One run of optimize_schedule.py. ``options`` are the written ones of solver and method."""
+    """Options of one run of optimize_schedule.py.
 
-    method: str = flag("How it is found", "gits", click.Choice(list(METHODS)))
+    ``options`` holds those of solver and method that the user wrote.
+    """
+
+    method: str = flag("Search method", "gits", click.Choice(list(METHODS)))
     network: NetworkSettings = part(dataset_name={"required": True})
     solver: str = like(Settings, "solver", default="ipndm", help="Solver the schedule is for")
     num_steps: int = like(Settings, "num_steps")
     sigma_min: float | None = like(Settings, "sigma_min")
     sigma_max: float | None = like(Settings, "sigma_max")
-    afs: bool | str = like(Settings, "afs", help="For a free first step")
+    afs: bool | str = like(Settings, "afs", help="Optimise for the analytical first step")
     options: dict = derived(_written_options, flags=search_flags)
-    seed: int = flag("Of the samples that are used", 0, SEED)
+    seed: int = flag("Random seed of the samples", 0, SEED)
     batch: int = flag("Samples per network call", 64, click.IntRange(min=1))
-    class_idx: int | None = flag(
-        "Class of all samples (default: drawn)", kind=click.IntRange(min=0), names=("--class",)
-    )
-    text: TextOptions = part(prompt={"help": PROMPT_HELP.format("of which every sample draws one")})
-    dest: str = flag("The schedule file (.json)", REQUIRED, PATH, metavar="FILE")
-    overwrite: bool = flag("Replace it if it exists", False)
+    class_idx: int | None = flag("Class of all samples (default: drawn)", kind=click.IntRange(min=0), called="class")
+    text: TextOptions = part(prompt={"help": PROMPT_HELP.format("from which every sample draws one")})
+    dest: str = flag("File to write (.json)", REQUIRED, PATH, metavar="FILE")
+    overwrite: bool = flag("Replace the file if it exists", False)
     compute: ComputeOptions = part(compile=None, channels_last=None)
 
     def solver_options(self) -> dict:
-        """The written options of the solver; UserError for those of neither solver nor method."""
+        """The solver's options that the user wrote. UserError for options that nothing uses."""
         solver = make_solver(self.solver).options
         for name in sorted(self.options):
             if name not in solver and name not in METHODS[self.method].options:
@@ -96,7 +89,7 @@ class ScheduleOptions:
 
 
 def fid_judge(dataset_name: str, device: torch.device):
-    """``make_judge`` of a Problem: FID as fid.py computes it, of images that are never written."""
+    """``make_judge`` of a Problem: the FID of fid.py, of images that are never written."""
 
     def make_judge(ref: str, detector: str, count: int):
         if ref == "auto" and dataset_name in ("custom", "diffusers"):
@@ -113,7 +106,7 @@ def fid_judge(dataset_name: str, device: torch.device):
                 for images in batches:
                     statistics.append(network(torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2)))
             statistics.all_reduce()
-            if statistics.count < 2:  # all others were not finite
+            if statistics.count < 2:  # the other images were not finite
                 return float("nan")
             mu, sigma = statistics.moments()
             return distributed.broadcast_object(frechet_distance(mu, sigma, reference.mu, reference.sigma))
@@ -132,10 +125,10 @@ def describe(schedule: Schedule, dest: Path) -> str:
 
 
 def run(options: ScheduleOptions, device: torch.device) -> None:
-    """Everything between the flags and the file; every process of a torchrun calls it."""
+    """Searches for a schedule and writes it. Every process of a torchrun calls it."""
     solver_options, method_options = options.solver_options(), options.method_options()
     dest, dataset_name = Path(options.dest), options.network.dataset_name
-    distributed.barrier()  # nobody looks for the file while a faster process may be writing it
+    distributed.barrier()  # no process checks for the file while a faster one may be writing it
     check_destination(dest, "--dest")
     if dest.exists() and not options.overwrite:
         raise UserError(f"{dest} exists: choose another --dest, or --overwrite=True to replace it")
@@ -158,7 +151,7 @@ def run(options: ScheduleOptions, device: torch.device) -> None:
         },
     )
     versions = {"code": code_version(), "python": platform.python_version(), "torch": torch.__version__}
-    refusal = f"another command works on {dest}: wait for its end, or choose another --dest"
+    refusal = f"another command is writing {dest}: wait until it ends, or choose another --dest"
     lock = only_command(dest.with_name(f".{dest.name}.lock"), refusal)
     with lock, explained_oom(device, f"lower --batch (now {options.batch})"):
         schedule = optimize(problem, options.method, method_options, versions)
@@ -167,7 +160,7 @@ def run(options: ScheduleOptions, device: torch.device) -> None:
         try:
             save_schedule(dest, schedule)
             print(describe(schedule, dest), flush=True)
-        except UserError as exc:  # raised by agree(), on every rank
+        except UserError as exc:  # agree() raises it on every rank
             error = exc
     distributed.agree(error)
     problem.drop_state()

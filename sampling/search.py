@@ -1,11 +1,12 @@
-"""Random search over starting noises: of several images for one seed the one that a verifier likes best.
+"""Random search over starting noises: keeps the image per seed that a verifier scores highest.
 
-"Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps" (Ma et al. 2025, arXiv 2501.09732, Section 3,
-"random search", best of N): the sampler stays as it is, evaluations are spent on the choice of the noise. N candidates cost
-N times the evaluations. A verifier is a number that is maximised, with the usual consequences: what it does not see may
-get worse (the paper's "verifier hacking"), and images become less diverse; report a second measure.
+Ma et al. 2025, "Inference-Time Scaling for Diffusion Models beyond Scaling Denoising Steps" (arXiv
+2501.09732, Section 3, "random search", best of N). The sampler is unchanged; N candidates cost N
+times the evaluations. A verifier is a number that is maximised. What it does not measure may get
+worse (the paper's "verifier hacking"), and images become less diverse, so report a second measure.
 
-Candidate 0 of a seed is the image that the seed gives without search; the class or prompt is that of the seed for all.
+Candidate 0 of a seed is the image of that seed without search. All candidates share the class or
+prompt of the seed.
 """
 
 import csv
@@ -25,8 +26,15 @@ from torch_utils.seeds import candidate_seed
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for a seed. score: of the winner; first_score: of candidate 0; mean_score: over all candidates that
-    are finite images. ``noise_seed`` is the seed whose own noise the winner started from."""
+    """The chosen candidate of a seed.
+
+    seed: the seed.
+    candidate: number of the winner.
+    noise_seed: the seed whose own noise the winner started from.
+    score: of the winner.
+    first_score: of candidate 0.
+    mean_score: mean over all candidates that are finite images.
+    """
 
     seed: int
     candidate: int
@@ -37,7 +45,7 @@ class Choice:
 
 
 class _Contest:
-    """The candidates of one seed, as they come in; an earlier one keeps its place against an equal."""
+    """The candidates of one seed, as they arrive. If two scores are equal, the earlier one wins."""
 
     def __init__(self, seed: int):
         self.seed, self.scores, self.winner = seed, [], None
@@ -55,14 +63,18 @@ class _Contest:
 
 
 def keep_best(batches: Iterable, candidates: int, score: Callable, report: Callable[[Choice], None]) -> Iterator:
-    """Of every seed its best candidate.
+    """The best candidate of every seed.
 
-    batches: with seeds, images [B,C,H,W], intermediates ([K,B,C,H,W] or None), all candidates of a seed after each other,
-    in any division into batches. score(batch, rows) -> float64 [len(rows)]: the numbers of these rows of a batch; images
-    that are not finite are not shown to it and lose against all others. report: called for every seed with a finite
-    winner, before its image is given on.
+    batches: with seeds, images [B,C,H,W] and intermediates ([K,B,C,H,W] or None). All candidates of
+        a seed follow each other, in any division into batches.
+    candidates: number per seed.
+    score: function (batch, rows) -> float64 [len(rows)], the scores of these rows of a batch.
+        Images that are not finite are not passed to it; they lose against all others.
+    report: called with the ``Choice`` of every seed that has a finite winner, before its image is
+        yielded.
 
-    Yields batches of the winners, in the same order; the other fields are those of the batch with the last candidate.
+    Yields batches of the winners, in the same order. Their other fields are those of the batch with
+    the last candidate.
     """
     contest = None
     for batch in batches:
@@ -89,10 +101,10 @@ def keep_best(batches: Iterable, candidates: int, score: Callable, report: Calla
 
 
 class ScoreFile:
-    """The choices of all seeds in a folder of images: ``candidates.csv``, a line per seed.
+    """The choices of all seeds in an output folder: ``candidates.csv``, one line per seed.
 
-    While sampling every process adds lines to a file of its own, so that a killed run has a line for every image; ``merge``
-    puts them together.
+    While sampling, every process appends to a file of its own, so that after a kill every image has
+    its line. ``merge`` joins the files.
     """
 
     NAME = "candidates.csv"
@@ -105,16 +117,18 @@ class ScoreFile:
         return sorted(self.path.parent.glob(f"{self.NAME}.*"))
 
     def add(self, choice: Choice) -> None:
-        """Adds a line. Several commands may do so in one folder at the same time."""
+        """Appends a line. Several commands may do so in one folder at the same time."""
         line = io.StringIO()
         csv.writer(line, lineterminator="\n").writerow(getattr(choice, field.name) for field in fields(Choice))
         self._own.parent.mkdir(parents=True, exist_ok=True)
-        with self._own.open("a", encoding="utf-8") as file:  # closed at once: the line is there before its image
+        with self._own.open("a", encoding="utf-8") as file:  # closed at once, so that the line exists before its image
             file.write(line.getvalue())
 
     def read(self) -> dict[int, Choice]:
-        """By seed; of several lines for one seed the latest. A line that a killed process left unfinished is passed over:
-        its image was not written either."""
+        """The choices by seed; the latest line of a seed counts.
+
+        An unfinished line of a killed process is skipped, since its image was not written either.
+        """
         found: dict[int, Choice] = {}
         for path in [self.path] * self.path.exists() + self._parts():
             text = path.read_text(encoding="utf-8")
@@ -125,12 +139,12 @@ class ScoreFile:
                 try:
                     choice = Choice(*(field.type(value) for field, value in zip(fields(Choice), line, strict=True)))
                 except (ValueError, TypeError):
-                    raise UserError(f"{path}: line {number + 1} is damaged; delete the file, or sample anew") from None
+                    raise UserError(f"{path}: line {number + 1} is damaged; delete the file, or sample again") from None
                 found[choice.seed] = choice
         return found
 
     def merge(self) -> None:
-        """One sorted file from all; by one process, while no other adds."""
+        """Joins all files into one sorted file. One process calls it while no other appends."""
         parts = self._parts()
         if not parts:
             return

@@ -1,4 +1,4 @@
-"""What is sampled and how: settings from flags or a predictor, the network that goes with them, their record."""
+"""What is sampled and how: settings from flags or a predictor, the network, and their record."""
 
 import math
 import sys
@@ -10,16 +10,8 @@ import torch
 
 from models import create_model
 from models.compile import AUTOCAST, COMPILE_MODES, prepare_network
-from sampling.flags import (
-    ALWAYS,
-    CHANGED,
-    derived,
-    flag,
-    like,
-    recorded,
-    solver_flags,
-    solver_option_names,
-)
+from models.denoiser import member
+from sampling.flags import solver_flags, solver_option_names
 from solvers import SOLVERS, make_solver, resolve_sigmas
 from solvers.sampler import afs_direction, check_predictor
 from solvers.schedules import SCHEDULE_NAMES, SCHEDULES
@@ -28,39 +20,43 @@ from torch_utils import distributed
 from torch_utils.cli import PATH, Number
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
-from torch_utils.options import POSITIVE, AFSType, SigmaList
+from torch_utils.options import ALWAYS, CHANGED, POSITIVE, AFSType, SigmaList, derived, flag, like, recorded
 from torch_utils.seeds import SeededGenerators
 from training.checkpoint import find_predictor, load_predictor
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSettings:
-    """Which network is sampled; None stands for its own value."""
+    """Which network is sampled. None: the network's own value."""
 
     dataset_name: str | None = flag("Network: digits, cifar10, ...", metavar="NAME", record=ALWAYS)
-    guidance_type: str | None = flag("Guidance, where the network takes one", metavar="NAME", record=ALWAYS)
-    guidance_rate: float | None = flag("Its strength (default: 7.5 for cfg, 1 for cg)", kind=Number(), record=ALWAYS)
+    guidance_type: str | None = flag("Kind of guidance (default: the network's)", metavar="NAME", record=ALWAYS)
+    guidance_rate: float | None = flag(
+        "Strength of the guidance (default: 7.5 for cfg, 1 for cg)", kind=Number(), record=ALWAYS
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeOptions:
-    """The file of the network, and how and where it computes."""
+    """The file of the network, its device and precision."""
 
     model_path: str | None = flag(
-        "The network's file (default: embedded or downloaded); diffusers: a folder or hub id", kind=PATH, metavar="FILE"
+        "File of the network (default: embedded or downloaded); diffusers: a folder or hub id",
+        kind=PATH,
+        metavar="FILE",
     )
-    amp: str = flag("Mixed precision", "none", click.Choice(list(AUTOCAST)), record=ALWAYS)
+    amp: str = flag("Mixed precision of the network", "none", click.Choice(list(AUTOCAST)), record=ALWAYS)
     compile: str = flag(
-        "torch.compile of the network (--compile is --compile=default); minutes to start. reduce-overhead records CUDA"
-        " graphs, for small batches",
+        "torch.compile of the network (--compile is --compile=default), which takes minutes. reduce-overhead records"
+        " CUDA graphs, for small batches",
         "none",
         click.Choice(COMPILE_MODES),
         is_flag=False,
         flag_value="default",
         record=CHANGED,
     )
-    channels_last: bool | None = flag("Memory layout (default: True on the CPU in float32)")
-    device: str | None = flag("cpu, cuda or mps (default: the best there is)")
+    channels_last: bool | None = flag("Memory format of the network (default: True on the CPU in float32)")
+    device: str | None = flag("cpu, cuda or mps (default: the fastest available)")
 
 
 def _written_solver_options(values: dict, given: set[str]) -> dict:
@@ -69,37 +65,50 @@ def _written_solver_options(values: dict, given: set[str]) -> dict:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(NetworkSettings):
-    """What is sampled and how; None stands for the network's own value, an option not named for the solver's."""
+    """What is sampled and how.
+
+    None stands for the network's own value. ``options`` holds only the solver options that were
+    given; the others have the solver's defaults.
+    """
 
     dataset_name: str | None = like(
-        NetworkSettings, "dataset_name", help="Network, where there is no predictor: digits, cifar10, ..."
+        NetworkSettings, "dataset_name", help="Network, if there is no predictor: digits, cifar10, ..."
     )
     solver: str | None = flag(
         "Plain solver: " + ", ".join(name for name, solver in SOLVERS.items() if not solver.needs_predictor),
         metavar="NAME",
         record=ALWAYS,
     )
-    num_steps: int | None = flag("Intervals + 1", 6, click.IntRange(min=2), record=ALWAYS)
+    num_steps: int | None = flag("Number of noise levels, intervals + 1", 6, click.IntRange(min=2), record=ALWAYS)
     schedule_type: str = flag("Time schedule", "polynomial", click.Choice(list(SCHEDULES)), record=ALWAYS)
-    schedule_rho: float = flag("Its exponent", 7, POSITIVE, record=ALWAYS)
+    schedule_rho: float = flag("Exponent of the schedule", 7, POSITIVE, record=ALWAYS)
     sigma_min: float | None = flag("Last noise level (default: the network's)", kind=POSITIVE, record=ALWAYS)
     sigma_max: float | None = flag("First noise level (default: the network's)", kind=POSITIVE, record=ALWAYS)
     sigmas: list[float] | None = flag(  # replaces the five settings above
         "Explicit noise levels instead of a schedule", kind=SigmaList(), metavar="S,S,...", record=ALWAYS
     )
-    # What the network is told in their place; only a schedule file or a span solver has them.
-    sigmas_net: list[float] | None = derived(
-        lambda values, given: values.get("sigmas_net"), default=None, record=ALWAYS
+    # Noise levels to condition the network on, if not sigmas; from a schedule file or a span
+    # solver.
+    sigmas_cond: list[float] | None = derived(
+        lambda values, given: values.get("sigmas_cond"), default=None, record=ALWAYS
     )
-    afs: bool | str = flag("Free first step", False, AFSType(), metavar="True|False|data", record=ALWAYS)
+    afs: bool | str = flag(
+        "Analytical first step, without an evaluation; data: from the data's mean and spread",
+        False,
+        AFSType(),
+        metavar="True|False|data",
+        record=ALWAYS,
+    )
     options: dict = derived(_written_solver_options, flags=solver_flags, default_factory=dict)  # of the solver
-    denoise_to_zero: bool = flag("One more evaluation at the end", False, record=ALWAYS)
+    denoise_to_zero: bool = flag(
+        "Return the denoised image at the last noise level, with one more evaluation", False, record=ALWAYS
+    )
     original_code: bool = derived(  # of solver and schedule
         lambda values, given: bool(values["original_code"]), default=False, record=ALWAYS
     )
 
     def make_solver(self):
-        """The solver with its options; UserError where they do not go together."""
+        """The solver with its options. Raises UserError if they do not go together."""
         return make_solver(self.solver, self.options, {"original_code": self.original_code})
 
     def arguments(self) -> dict:
@@ -108,7 +117,7 @@ class Settings(NetworkSettings):
         return {name: value for name, value in vars(self).items() if name not in others} | self.options
 
     def warnings(self) -> list[str]:
-        """One line for every setting that changes nothing."""
+        """One line for every setting without effect."""
         whole = self.sigmas is not None
         bent = not whole and self.schedule_type == "discrete" and self.schedule_rho != 1
         if self.original_code and "original_code" not in SOLVERS[self.solver].options and not bent:
@@ -123,18 +132,22 @@ class Settings(NetworkSettings):
         return resolve_sigmas(net, **{name: getattr(self, name) for name in names})
 
     def evaluations(self, net, predictor=None) -> int:
-        """Network evaluations per image that these settings should take."""
+        """Network evaluations per image with these settings."""
         if predictor is not None:
             calls = predictor.evaluations()
         else:
             calls = self.make_solver().evaluations(len(self.resolve(net)) - 1, self.afs)
-        return (calls + bool(self.denoise_to_zero)) * getattr(net, "evals_per_call", 1)
+        return (calls + bool(self.denoise_to_zero)) * member(net, "evals_per_call")
 
 
 def plain_settings(asked: Settings, written: frozenset[str]) -> Settings:
-    """Settings without a predictor. asked: what the flags say; written: names of the flags that the user wrote."""
+    """Settings without a predictor.
+
+    asked: what the flags say.
+    written: names of the flags that the user wrote.
+    """
     if asked.dataset_name is None or asked.solver is None:
-        raise UserError("say what to sample: --predictor_path, or --dataset_name together with --solver")
+        raise UserError("nothing to sample: give --predictor_path, or --dataset_name together with --solver")
     if make_solver(asked.solver, asked.options).needs_predictor:
         raise UserError(
             f"--solver={asked.solver} needs a trained predictor: give --predictor_path (train.py makes one)"
@@ -143,15 +156,15 @@ def plain_settings(asked: Settings, written: frozenset[str]) -> Settings:
         return asked
     extra = [name for name in SCHEDULE_NAMES if name in written]
     if extra:
-        raise UserError(f"--sigmas is the whole schedule: leave out --{extra[0]}")
+        raise UserError(f"--sigmas sets the whole schedule: leave out --{extra[0]}")
     return replace(asked, num_steps=len(asked.sigmas))
 
 
 def _predictor_settings(config: dict, asked: Settings, written: frozenset[str]) -> Settings:
-    """Of a predictor of steps: what it was trained for, with the flags that the user wrote in their place.
+    """Settings of an AMED predictor: those of its training, replaced by flags that the user wrote.
 
-    Flags that contradict the training are refused by ``check_network``, as ``solvers.sample`` does;
-    those about the network here.
+    Flags that contradict the training are refused: those about the network here, the others by
+    ``check_network``, as in ``solvers.sample``.
     """
     network = [entry.name for entry in fields(NetworkSettings)]
     for name in network:
@@ -162,16 +175,16 @@ def _predictor_settings(config: dict, asked: Settings, written: frozenset[str]) 
             )
     values = {"solver": config["sampler_stu"], **{name: config[name] for name in (*SCHEDULE_NAMES, "sigmas", "afs")}}
     if written & set(SCHEDULE_NAMES):
-        values["sigmas"] = None  # the other way to say where the noise levels are
+        values["sigmas"] = None  # the written flags replace them
     values |= {name: getattr(asked, name) for name in values if name in written}
     if values["sigmas"] is not None:
         values["num_steps"] = len(values["sigmas"])
-    # What an old or hand-made predictor may leave open.
+    # Old or hand-made predictors may lack these.
     values |= {name: getattr(asked, name) if config[name] is None else config[name] for name in network}
     if values["dataset_name"] is None:
         raise UserError("this predictor does not say which network it belongs to: give --dataset_name")
     if asked.options.get("r") is not None:
-        raise UserError("--r is what the predictor learned; leave it out")
+        raise UserError("--r is learned by the predictor; leave it out")
     if values["solver"] not in SOLVERS:
         raise UserError(f"the predictor was trained for an unknown solver '{values['solver']}'")
     taken = SOLVERS[values["solver"]].options
@@ -183,30 +196,31 @@ def _predictor_settings(config: dict, asked: Settings, written: frozenset[str]) 
             raise UserError(f"--{name} has no effect with the predictor's solver; leave it out")
     options.pop("original_code", None)
     original = asked.original_code if "original_code" in written else bool(config.get("original_code"))
-    return replace(asked, **values, options=options, sigmas_net=None, original_code=original)
+    return replace(asked, **values, options=options, sigmas_cond=None, original_code=original)
 
 
 def _span_settings(student: SpanSolver, asked: Settings, written: frozenset[str]) -> Settings:
-    """Of a span solver; UserError where a flag that the user wrote contradicts them."""
+    """Settings of a span solver. UserError if a flag that the user wrote contradicts them."""
     network = {entry.name: student.config[entry.name] for entry in fields(NetworkSettings)}
     network = {name: getattr(asked, name) if value is None else value for name, value in network.items()}
     if network["dataset_name"] is None:
-        raise UserError("this student does not say which network it belongs to: give --dataset_name")
+        raise UserError("this span solver does not say which network it belongs to: give --dataset_name")
     brought = {**network, "solver": student.solver, "afs": student.afs}
     brought |= {name: student.config[name] for name in ("num_steps", "sigma_min", "sigma_max")}
     wishes = vars(asked) | asked.options
     for name in ("schedule_type", "schedule_rho", "sigmas", *solver_option_names(), *brought):
         if name in written and wishes[name] != brought.get(name):
-            raise UserError(f"--{name}: the span student brings its own solver, schedule and first step; leave it out")
-    brought |= {name: getattr(student, name)().tolist() for name in ("sigmas", "sigmas_net")}
+            raise UserError(f"--{name}: the span solver has its own solver, schedule and first step; leave it out")
+    brought |= {name: getattr(student, name)().tolist() for name in ("sigmas", "sigmas_cond")}
     return replace(asked, **brought)
 
 
 def settings_of(predictor, asked: Settings, written: frozenset[str] = frozenset()) -> Settings:
     """Settings that a predictor of any kind was trained for.
 
-    asked: what the flags say; it holds where the predictor leaves something open.
-    written: names of the flags that the user wrote; they hold in place of the training's, or are refused.
+    asked: what the flags say; used if the predictor leaves something open.
+    written: names of the flags that the user wrote. They replace the settings of the training, or
+        are refused.
     """
     if isinstance(predictor, SpanSolver):
         return _span_settings(predictor, asked, written)
@@ -223,17 +237,20 @@ def open_predictor(predictor_path: str | None, asked: Settings, written: frozens
 
 
 def open_network(network: NetworkSettings, compute: ComputeOptions, device: torch.device, class_idx: int | None = None):
-    """The network, with precision and memory layout as asked; UserError where it does not know the class."""
+    """The network, with precision and memory format. UserError if it lacks the class."""
     net = create_model(network.dataset_name, compute.model_path, network.guidance_type, network.guidance_rate, device)
     prepare_network(net, compute.amp, compute.channels_last, compute.compile)
-    # What the network cannot do is said before anything is written.
+    # Errors have to come before anything is written.
     if class_idx is not None:
         net.make_cond(SeededGenerators([0]), class_idx)
     return net
 
 
 def check_network(net, settings: Settings, predictor, device: torch.device) -> None:
-    """UserError where the network cannot do what the settings ask; warns where the predictor belongs to other weights."""
+    """Raises UserError if the network cannot run the settings.
+
+    Warns if the predictor was trained on other weights.
+    """
     if settings.afs:
         zero = torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution, device=device)
         kind = predictor.first_direction if isinstance(predictor, SpanSolver) else settings.afs
@@ -256,17 +273,17 @@ def check_network(net, settings: Settings, predictor, device: torch.device) -> N
 
 
 def recorded_settings(settings: Settings, net, predictor_file: Path | None, *parts) -> dict:
-    """What the images depend on, with the defaults of the solver and the noise levels spelled out.
+    """What the images depend on, with the solver's defaults and the noise levels written out.
 
-    parts: dataclasses of options that the images depend on as well.
+    parts: option dataclasses that the images depend on as well.
     """
     solver, sigmas = settings.make_solver(), settings.resolve(net)
     found = recorded(settings) | {"fingerprint": None if predictor_file else solver.setup(net, sigmas).fingerprint}
     for name in settings.options | solver.options:
         value = getattr(solver, name)
-        found[name] = str(value) if value in (math.inf, -math.inf) else value  # JSON has no infinity
+        found[name] = str(value) if value in (math.inf, -math.inf) else value  # JSON lacks infinity
     found["original_code"] = getattr(solver, "original_code", None) or None
-    found["guidance_rate"] = getattr(net, "guidance_rate", None)  # None: the network takes no guidance
+    found["guidance_rate"] = member(net, "guidance_rate")  # None: without guidance
     return found | {
         **recorded(*parts),
         "sigmas": sigmas.tolist(),

@@ -1,20 +1,21 @@
-"""The texts of text-to-image networks: the flags that say them, captions by seeds, their record."""
+"""Texts of text-to-image networks: their flags, captions by seed, and their record."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from models import use_tokenizer, zoo
-from sampling.flags import CHANGED, flag
+from models.denoiser import member
 from sampling.folder import format_seeds
 from sampling.generate import _text_of
 from torch_utils.cli import PATH
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
+from torch_utils.options import CHANGED, flag
 from torch_utils.prompts import FILES, read_prompts
 from torch_utils.seeds import SeededGenerators
 
 PROMPT_HELP = (
-    "Text-to-image networks: a text for all images, or a .txt (one a line) or .csv file of captions,"
+    "Text for all images, or a .txt (one per line) or .csv file of captions,"
     f" {{}}; {zoo.COCO_30K}: the 30,000 captions of MS-COCO, downloaded"
 )
 
@@ -24,34 +25,38 @@ def _is_file_of_prompts(prompt: str) -> bool:
 
 
 def _recorded(prompt: str) -> str | dict:
-    """The text, of a file its name and checksum."""
+    """The text; for a file, its name and checksum."""
     return {"file": Path(prompt).name, "sha256": sha256_of(prompt)} if _is_file_of_prompts(prompt) else prompt
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextOptions:
-    """What is said to a text-to-image network."""
+    """Texts for a text-to-image network."""
 
     prompt: str | None = flag(
-        PROMPT_HELP.format("the number of a caption being its seed"),
+        PROMPT_HELP.format("numbered by seed"),
         kind=PATH,
         metavar="TEXT|FILE",
         record=CHANGED,
         record_as=_recorded,
     )
     negative_prompt: str | None = flag(
-        "What the guidance leads away from (default: an empty text)", metavar="TEXT", record=CHANGED
+        "Text that guidance leads away from (default: empty)", metavar="TEXT", record=CHANGED
     )
     tokenizer_path: str | None = flag("Tokenizer of Stable Diffusion (default: from the hub)", kind=PATH, metavar="DIR")
 
     def resolve(self) -> "TextOptions":
-        """The same with the file of a named set of captions, which may be downloaded, in place of its name."""
+        """These options, with the (maybe downloaded) file of a named set of captions."""
         return replace(self, prompt=zoo.resolve_prompts(self.prompt))
 
     def read(self, dataset_name: str, seeds: list[int]) -> str | dict[int, str] | None:
-        """What --prompt says: a text for all images, or the captions of a .txt or .csv file by their seeds."""
+        """The text for all images, or the captions of a .txt or .csv file by seed.
+
+        dataset_name: the network.
+        seeds: must all have a caption.
+        """
         card = zoo.find_card(dataset_name)
-        if self.prompt is None and card is not None and card.takes_prompts:  # said before gigabytes are read
+        if self.prompt is None and card is not None and card.takes_prompts:  # noticed before gigabytes are read
             raise _text_is_missing(dataset_name)
         if self.prompt is None or not _is_file_of_prompts(self.prompt):
             return self.prompt
@@ -65,11 +70,14 @@ class TextOptions:
         return captions
 
     def prepare(self, net, dataset_name: str, prompts) -> None:
-        """Gives the network its tokenizer; UserError where prompts are missing, of no use, or cannot be encoded."""
-        if not getattr(net, "takes_prompts", False):
+        """Gives the network its tokenizer.
+
+        Raises UserError if prompts are missing, have no effect, or cannot be encoded.
+        """
+        if not member(net, "takes_prompts"):
             for name, value in vars(self).items():
                 if value is not None:
-                    raise UserError(f"--{name}: {dataset_name} is no text-to-image network; leave it out")
+                    raise UserError(f"--{name}: {dataset_name} is not a text-to-image network; leave it out")
             return
         if prompts is None:
             raise _text_is_missing(dataset_name)

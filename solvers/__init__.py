@@ -1,4 +1,4 @@
-"""Solvers, schedules and the sampling loop. Add one import per file of solvers; it registers them."""
+"""Solvers, schedules and the sampling loop. Importing a solver's file registers it: add it here."""
 
 import solvers.deis
 import solvers.dpm_solver_v3
@@ -6,6 +6,7 @@ import solvers.edm
 import solvers.evodiff
 import solvers.ipndm_v
 import solvers.pfdiff
+import solvers.sde
 import solvers.span
 import solvers.unipc
 from solvers.sampler import SampleInfo, Sampler, State, integrate, resolve_sigmas, sample

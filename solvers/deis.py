@@ -1,4 +1,7 @@
-"""DEIS (Zhang & Chen 2023, "Fast Sampling of Diffusion Models with Exponential Integrator"): tAB-DEIS and rhoAB-DEIS."""
+"""DEIS: tAB-DEIS and rhoAB-DEIS.
+
+Zhang & Chen 2023, "Fast Sampling of Diffusion Models with Exponential Integrator".
+"""
 
 import copy
 import functools
@@ -9,17 +12,15 @@ import torch
 from models.noise import VPTime
 from solvers.solver import Option, Solver, order_option, register
 
-# Gauss-Legendre in ln sigma: the integrand's singularities are pi/2 away from the real axis, so this
-# number of points reaches rounding error on any interval, even from 80 to 0.002.
+# Of the Gauss-Legendre quadrature in ln sigma. The integrand's singularities are pi/2 away from the
+# real axis, so these points reach rounding error on any interval, even from 80 to 0.002.
 POINTS = 64
 PUBLISHED_POINTS = 10000
-
-
 CURVE = VPTime(0.002, 80.0)
 
 
 def lagrange_basis(at: torch.Tensor, nodes: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The Lagrange polynomials of the nodes [...] at the points [...,n], one tensor [...,n] per node."""
+    """The Lagrange polynomials of nodes [...] at points [...,n], one tensor [...,n] per node."""
     basis = []
     for j, node in enumerate(nodes):
         value = torch.ones_like(at)
@@ -33,7 +34,7 @@ LEGENDRE = functools.cache(np.polynomial.legendre.leggauss)
 
 
 def gauss_legendre(start: torch.Tensor, end: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points and weights [...,count] of the Gauss-Legendre quadrature with ``count`` points from start to end [...]."""
+    """Points and weights [...,count] of the Gauss-Legendre quadrature from start to end [...]."""
     points, weights = (torch.as_tensor(v).to(start) for v in LEGENDRE(count))
     half = (0.5 * (end - start)).unsqueeze(-1)
     return start.unsqueeze(-1) + half * (1 + points), half * weights
@@ -46,12 +47,12 @@ class DEIS(Solver):
     The direction is extrapolated by the polynomial through the newest max_order points and
     integrated exactly. The first step is an Euler step, then the order rises by one per step.
 
-    deis_mode: the variable of the polynomial; all have the same order of accuracy. tab: the time of
-        the variance-preserving SDE with linear beta(t) and noise from 0.002 to 80, for any
-        schedule.
+    deis_mode: variable of the polynomial; both have the same order of accuracy. Default tab.
+        tab: the time of the variance-preserving SDE with linear beta(t) and noise from 0.002 to 80,
+        for any schedule.
         rhoab: sigma.
-    original_code: tab replaces the integral by the published sum of 10000 samples; rhoab with
-        max_order=4 uses the coefficients of the fourth step again in all later ones.
+    original_code: reproduce the published code. tab: the integral is a sum of 10000 samples. rhoab
+        with max_order=4: all steps after the fourth use its coefficients. Default False.
     """
 
     summary = "DEIS: multistep by exact integration of a polynomial, order 1-4"
@@ -79,7 +80,7 @@ class DEIS(Solver):
         return x + scale * sum(w.to(x.dtype) * output for w, output in zip(weights, outputs, strict=True))
 
     def coefficients(self, sigmas: list, sigma_next) -> list[torch.Tensor]:
-        """Coefficients of the directions in the step to sigma_next, float64, shaped like the noise levels.
+        """Coefficients of the directions in a step, float64, each shaped like the noise levels.
 
         sigmas: noise levels of the directions, newest first, each a scalar or [B,1,1,1].
         sigma_next: a scalar or [B,1,1,1].

@@ -1,16 +1,17 @@
-"""DPM-Solver-v3 (Zheng et al. 2023, "DPM-Solver-v3: Improved Diffusion ODE Solver with Empirical Model Statistics").
+"""DPM-Solver-v3: multistep with statistics of the network.
+
+Zheng et al. 2023, "DPM-Solver-v3: Improved Diffusion ODE Solver with Empirical Model Statistics".
 
 With lambda = -ln sigma and N = x - D(x; sigma) the ODE is dx/dlambda = -N. Three statistics per
-noise level and pixel, l, s and b, describe the network: N = l x + f, where f changes with x as
-little as possible, and df/dlambda = s f + b as well as a line can. What is linear in this is solved
-exactly; only the rest is extrapolated. With L, S and B the integrals of l, s and exp(-S) b from the
-start of a step,
+noise level and pixel, l, s and b, describe the network. N = l x + f, with the l for which f depends
+least on x. df/dlambda = s f + b is the best linear fit. The linear part is solved exactly, the rest
+is extrapolated. With L, S and B the integrals of l, s and exp(-S) b from the start of a step,
 
     x_t = exp(-L_t) (x_s - int exp(L + S) (g + B) dlambda),    g = exp(-S) f - B,
 
-and g is constant where the statistics tell all (Section 3.2; Appendix C has the formulas in
-absolute integrals). ``tools/model_statistics.py`` estimates the statistics; this module keeps them
-in files and steps with them.
+and g is constant if the linear fit is exact (Section 3.2; Appendix C has the formulas in absolute
+integrals). ``tools/model_statistics.py`` estimates the statistics. This module reads and writes
+their files, and contains the solver.
 """
 
 import copy
@@ -24,28 +25,31 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from models.denoiser import member
 from solvers.solver import Option, Solver, State, order_option, register
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
 from torch_utils.tensor_file import json_entry, read_safetensors, write_safetensors
 
-ENTRY = "dpm_v3"  # of the metadata of a statistics file
-RANGE_SLACK = 1e-3  # noise levels may exceed the nodes by this share
+ENTRY = "dpm_v3"  # key of the settings in the metadata of a statistics file
+RANGE_SLACK = 1e-3  # noise levels may exceed those of the statistics by this share
 CORRECTORS = ("auto", "same", "pseudo", "off")
 CONSTANT = {"data": (1.0, 0.0), "noise": (0.0, -1.0)}  # (l, s) of plain data and noise prediction, b = 0
-PIECE = 0.2  # longest piece in lambda of the quadrature
-POINTS = 6  # of the Gauss-Legendre quadrature of a piece
-# Of pixel models without guidance, for the value auto of the options:
-CORRECTED_INTERVALS = 6  # corrector is "same" up to here, then "off"
-PSEUDO_INTERVALS = 5  # pseudo is True up to here
-POWERS = 4  # moments kept: for three points and the corrector's
+PIECE = 0.2  # longest piece of the quadrature, in lambda
+POINTS = 6  # Gauss-Legendre points per piece
+# The value auto of the options, for pixel models without guidance:
+CORRECTED_INTERVALS = 6  # up to this number corrector is "same", above it "off"
+PSEUDO_INTERVALS = 5  # up to this number pseudo is True
+POWERS = 4  # number of moments: three points, and the one of the corrector
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """The empirical model statistics. sigmas: [N] decreasing, float64; l, s, b: [N,C,H,W]; N >= 2.
+    """The empirical model statistics.
 
-    metadata: JSON values that say what they were estimated from.
+    sigmas: noise levels [N], decreasing, float64; N >= 2.
+    l, s, b: [N,C,H,W], see the module.
+    metadata: the network and settings that they were estimated with, JSON values. Default: none.
     """
 
     sigmas: torch.Tensor
@@ -56,8 +60,8 @@ class Statistics:
 
 
 def statistics_path(net) -> Path:
-    """The default file of a network's statistics. Raises UserError for a network without a name."""
-    name, digest = getattr(net, "dataset_name", None), getattr(net, "weights_hash", None)
+    """The default file of a network's statistics. Raises UserError if the network has no name."""
+    name, digest = member(net, "dataset_name"), member(net, "weights_hash")
     if not name or not digest:
         raise UserError("dpm_v3: this network has no name to find its statistics by; give statistics=FILE")
     rate = guidance_rate(net)
@@ -67,26 +71,26 @@ def statistics_path(net) -> Path:
 
 def guidance_rate(net) -> float | None:
     """The guidance rate of the denoiser. None without guidance."""
-    rate = getattr(net, "guidance_rate", None)
-    without = rate is None or (rate in (0, 1) and not getattr(net, "guided", False))
+    rate = member(net, "guidance_rate")
+    without = rate is None or (rate in (0, 1) and not member(net, "guided"))
     return None if without else float(rate)
 
 
 def published_variant(net, intervals: int) -> tuple[str, bool]:
-    """(corrector, pseudo) that the authors use for this kind of network and number of intervals."""
-    if getattr(net, "latent", False) or getattr(net, "guided", False):
+    """The authors' (corrector, pseudo) for this kind of network and number of intervals."""
+    if member(net, "latent") or member(net, "guided"):
         return "pseudo", False
     return "same" if intervals <= CORRECTED_INTERVALS else "off", intervals <= PSEUDO_INTERVALS
 
 
 def save_statistics(statistics: Statistics, path) -> None:
-    """Writes a .safetensors file. After an error there is no partial file."""
+    """Write a .safetensors file. An error leaves no partial file."""
     tensors = {name: getattr(statistics, name) for name in ("sigmas", "l", "s", "b")}
     write_safetensors(path, tensors, {ENTRY: json.dumps(statistics.metadata)})
 
 
 def load_statistics(path) -> Statistics:
-    """Reads a file of ``save_statistics``. Raises UserError if it is missing, damaged or of another kind."""
+    """Read a file of ``save_statistics``. Raises UserError if it is missing or unusable."""
     path = Path(path)
     try:
         data = path.read_bytes()
@@ -96,27 +100,30 @@ def load_statistics(path) -> Statistics:
     entry = json_entry(metadata, ENTRY, str(path))
     missing = [name for name in ("sigmas", "l", "s", "b") if name not in tensors]
     if missing:
-        raise UserError(f"{path} holds no statistics of dpm_v3: '{missing[0]}' is missing")
+        raise UserError(f"{path} is not a statistics file of dpm_v3: '{missing[0]}' is missing")
     found = Statistics(*(tensors[name].double() for name in ("sigmas", "l", "s", "b")), entry)
     shapes = {found.l.shape, found.s.shape, found.b.shape}
     if len(shapes) > 1 or found.l.ndim != 4 or found.sigmas.shape != found.l.shape[:1] or len(found.sigmas) < 2:
-        raise UserError(f"{path}: the shapes of the statistics do not go together; make the file anew")
+        raise UserError(f"{path}: the shapes of the statistics do not match; make the file again")
     if not all(value.isfinite().all() for value in (found.sigmas, found.l, found.s, found.b)):
-        raise UserError(f"{path}: the statistics are not finite; make the file anew")
+        raise UserError(f"{path}: the statistics are not finite; make the file again")
     if (found.sigmas <= 0).any() or (found.sigmas.diff() >= 0).any():
-        raise UserError(f"{path}: the noise levels must be positive and decrease; make the file anew")
+        raise UserError(f"{path}: the noise levels must be positive and decrease; make the file again")
     return found
 
 
 def node_slopes(lambdas: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """d values / d lambda at the nodes, [N,...]: of the parabola through a node and its neighbours."""
+    """d values / d lambda at the nodes [N,...]: slope of the parabola through three neighbours."""
     edge = 2 if len(lambdas) > 2 else 1
     return torch.gradient(values, spacing=(lambdas,), dim=0, edge_order=edge)[0]
 
 
 class Curves:
-    """The statistics between their nodes: l is a cubic Hermite curve with the slopes that its estimate of df/dlambda
-    used, s and b are piecewise linear."""
+    """The statistics between their nodes.
+
+    l is a cubic Hermite curve with the slopes of ``node_slopes``, which the estimate of df/dlambda
+    uses too. s and b are piecewise linear.
+    """
 
     def __init__(self, statistics: Statistics):
         self.nodes = -statistics.sigmas.double().log()
@@ -124,11 +131,11 @@ class Curves:
         self.slopes = node_slopes(self.nodes, self.l)
 
     def cell(self, at: float) -> int:
-        """The index of the last node before ``at``, of those that have a next one."""
+        """Index of the cell that contains ``at``: of the last node before it."""
         return int(torch.searchsorted(self.nodes, at)) - 1 if at > self.nodes[0] else 0
 
     def values(self, lambdas: torch.Tensor, k: int):
-        """(l, s, b), each [Q,C,H,W], at points [Q] of the cell from node k to k + 1."""
+        """(l, s, b), each [Q,C,H,W], at points lambdas [Q] of the cell from node k to k + 1."""
         k = min(k, len(self.nodes) - 2)
         width = self.nodes[k + 1] - self.nodes[k]
         u = ((lambdas - self.nodes[k]) / width).reshape(-1, 1, 1, 1)
@@ -165,7 +172,7 @@ class Step:
 
 @functools.cache
 def _quadrature():
-    """Points, weights [Q] on 0..1 and the matrix [Q,Q] that integrates a polynomial from 0 to each point."""
+    """Points and weights [Q] on 0..1, and the matrix [Q,Q] that integrates from 0 to each point."""
     points, weights = np.polynomial.legendre.leggauss(POINTS)
     points, weights = 0.5 * (points + 1), 0.5 * weights
     powers = np.arange(POINTS)
@@ -175,7 +182,7 @@ def _quadrature():
 
 
 def make_step(curves: Curves, start: float, end: float) -> Step:
-    """The integrals from lambda = start to end > start, by Gauss-Legendre on pieces that end at the nodes."""
+    """The integrals from lambda = start to end > start, by Gauss-Legendre on pieces of cells."""
     points, weights, matrix = _quadrature()
     inside = [node for node in curves.nodes.tolist() if start < node < end]
     edges = [start]
@@ -210,9 +217,9 @@ def make_step(curves: Curves, start: float, end: float) -> Step:
 
 
 def step_weights(moments: torch.Tensor, places: list[float], pseudo: bool = False) -> list[torch.Tensor]:
-    """Weights of g that integrate the polynomial through the places exactly.
+    """Weights of the values g in the integral of their interpolating polynomial.
 
-    moments: see ``Step``.
+    moments: [POWERS,C,H,W], see ``Step``.
     places: u of each g; 0 is the start of the step, 1 its end.
     pseudo: the coefficient of u^j is the divided difference of the first j + 1 places, instead of
         that of the whole polynomial. Default False.
@@ -251,7 +258,7 @@ def _steps(statistics: Statistics, sigmas: tuple[float, ...]) -> list[Step]:
 def _check(statistics: Statistics, net, sigmas: tuple[float, ...], path: str) -> None:
     """Raises UserError unless the statistics are those of the network and cover the schedule."""
     made = statistics.metadata
-    known, own = made.get("network_hash"), getattr(net, "weights_hash", None)
+    known, own = made.get("network_hash"), member(net, "weights_hash")
     if known and own and known != own:
         raise UserError(
             f"{path} has the statistics of another network ({known[:12]}, not {own[:12]}): make them with"
@@ -259,11 +266,11 @@ def _check(statistics: Statistics, net, sigmas: tuple[float, ...], path: str) ->
         )
     rate, rated = guidance_rate(net), made.get("guidance_rate")
     if rate != rated:
-        raise UserError(f"{path} was made with guidance_rate {rated}, and the network has {rate}: make a file for it")
+        raise UserError(f"{path} was made for guidance_rate={rated}, the network has {rate}: make a file for this rate")
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     if tuple(statistics.l.shape[1:]) != shape:
         found = "x".join(map(str, statistics.l.shape[1:]))
-        raise UserError(f"{path}: the statistics are of {found} images, the network's are {'x'.join(map(str, shape))}")
+        raise UserError(f"{path} is for images of {found}, those of the network have {'x'.join(map(str, shape))}")
     high, low = float(statistics.sigmas[0]), float(statistics.sigmas[-1])
     for sigma in (sigmas[0], sigmas[-1]):
         if not low * (1 - RANGE_SLACK) <= sigma <= high * (1 + RANGE_SLACK):
@@ -271,32 +278,35 @@ def _check(statistics: Statistics, net, sigmas: tuple[float, ...], path: str) ->
 
 
 def _command(net, path=None) -> str:
-    name = getattr(net, "dataset_name", None) or "NAME"
+    name = member(net, "dataset_name") or "NAME"
     return f"python -m tools.model_statistics --dataset_name={name}" + (f" --dest={path}" if path else "")
 
 
 @register("dpm_v3")
 class DPMSolverV3(Solver):
-    """DPM-Solver-v3 multistep (Zheng et al. 2023, Section 3): what is linear in the network's
-    statistics is integrated exactly, the rest as the polynomial in lambda = -ln sigma through the
-    newest max_order points. Follows the published code, except that its integrals are exact
-    (docs/solvers.md).
+    """DPM-Solver-v3 multistep (Zheng et al. 2023, Section 3).
 
-    statistics: a file of tools/model_statistics.py; auto: src/<dataset_name>/dpm_v3-<hash of the
-        weights>.safetensors;
-    data, noise: no file, but (l, s, b) = (1, 0, 0) or (0, -1, 0), the exponential integrator in
-    data or noise prediction.
-    corrector: repeat every step but the last with the evaluation at the predicted point. That
-    evaluation also serves the next interval, so it is free. The points of a step of order p are its
-    start, its end and older ones, in this order. same: the first p of them, no correction at p = 1.
-    pseudo: the first p + 1, the j-th derivative from the first j + 1. off: no correction. auto:
-    pseudo for latent and guided models; for other pixel models same on up to 6 intervals and off on
-    more.
+    The linear part given by the network's statistics is integrated exactly. The rest is integrated
+    as the polynomial in lambda = -ln sigma through the newest max_order points. Follows the
+    published code, except that the integrals are exact (docs/solvers.md). Thresholding is not
+    supported. The callback gets the predicted points, a trajectory has the corrected ones.
+
+    statistics: a file of tools/model_statistics.py, or one of
+        auto: src/<dataset_name>/dpm_v3-<hash of the weights>.safetensors (the default);
+        data: (l, s, b) = (1, 0, 0), the exponential integrator in data prediction, without a file;
+        noise: (l, s, b) = (0, -1, 0), that in noise prediction, without a file.
+    corrector: repeat every step but the last with the evaluation at the predicted point. The next
+        interval reuses that evaluation, so it is free. The points of a step of order p are its
+        start, its end and older ones, in this order.
+        same: use the first p points; no correction if p = 1.
+        pseudo: use the first p + 1 points, the first j + 1 for the j-th derivative.
+        off: no correction.
+        auto: pseudo for latent and guided models; for other pixel models same on up to 6 intervals,
+        off on more (the default).
     pseudo: take the j-th derivative of the predictor from the newest j + 1 points, instead of all
-    derivatives from all points. auto: True for pixel models without guidance on up to 5 intervals.
-    lower_order_final: p is at most the number of intervals left, at every step.
-    Thresholding is not supported. The callback gets the predicted points, a trajectory the
-    corrected ones.
+        derivatives from all points. Default auto: True for pixel models without guidance on up to
+        5 intervals.
+    lower_order_final: p is at most the number of intervals left. Default True.
     """
 
     summary = "DPM-Solver-v3: multistep with statistics of the network, order 1-3"
@@ -311,7 +321,7 @@ class DPMSolverV3(Solver):
     one_step = False
     can_learn = False
     can_teach = False
-    differentiable = False  # the coefficients of the steps are numbers, made from the file
+    differentiable = False  # the coefficients of the steps are precomputed numbers
 
     def setup(self, net, sigmas, predictor=None):
         solver = copy.copy(super().setup(net, sigmas, predictor))
@@ -341,7 +351,7 @@ class DPMSolverV3(Solver):
         return min(self.max_order, i + 1, intervals - i if self.lower_order_final else intervals)
 
     def step(self, run, state, i):
-        x, history = state.x, state.history  # of (g seen from point i, sigma)
+        x, history = state.x, state.history  # history: (g relative to point i, sigma)
         step, corrects = self.steps[i].to(x), self.variant != "off"
         if not history or not corrects:
             sigma = run.sigma(i, x)
@@ -357,7 +367,7 @@ class DPMSolverV3(Solver):
             return base - sum(weight * g for weight, g in zip(weights, values, strict=True))
 
         following = extrapolated(places, values, self.pseudo_predictor)
-        # Seen from the next point: exp(S) (g - B) is constant there where g is here.
+        # The same values relative to the next point, where the integrals S and B start again.
         moved = tuple((step.growth * (g + step.bias), sigma) for g, sigma in history)
         if corrects and i + 1 < run.intervals:
             sigma = run.sigma(i + 1, x)

@@ -1,4 +1,4 @@
-"""EVODiff (arXiv 2509.26096): a second-order predictor-corrector without training that adapts to sample and channel."""
+"""EVODiff (arXiv 2509.26096): a predictor-corrector without training, adaptive per channel."""
 
 import torch
 
@@ -20,18 +20,17 @@ def bounded(a, b):
 
 @register("evodiff")
 class EVODiff(Solver):
-    """EVODiff (arXiv 2509.26096), multistep, in data prediction.
+    """EVODiff (arXiv 2509.26096), multistep, in data prediction. Follows the published code.
 
     The differences of denoised images are weighted per sample and channel by inner products over
-    the pixels.
+    the pixels. The first step is an Euler step. Every later step evaluates at a probe point. The
+    step uses this evaluation, and so does the next interval: an interval costs one evaluation. The
+    callback gets the probe points, a trajectory has the states.
 
-    The first step is Euler's. Every further step goes to a probe point first. The evaluation there
-    shapes the step and serves the next interval, so an interval costs one evaluation. The callback
-    gets the probe points, a trajectory has the states. Follows the published code.
-
-    lower_order_final: True: the last step needs no evaluation at its end. It multiplies the image
-    by 1 - sqrt(sigma_last sigma_before). False: the last step is like the others, which costs one
-    evaluation more, at sigma_last. A schedule of one interval is an Euler step in both cases.
+    lower_order_final: True: the last step needs no evaluation at its end, and multiplies the image
+        by 1 - sqrt(sigma_last sigma_before). False: the last step is like the others and costs one
+        more evaluation, at sigma_last. A schedule of one interval is an Euler step in both cases.
+        Default True.
     """
 
     summary = "EVODiff: adaptive multistep predictor-corrector, order 1"
@@ -61,7 +60,7 @@ class EVODiff(Solver):
         return State(following, (*history, (m2, nxt))[-self.keep :], state.updates + 1)
 
     def usual_step(self, run, i, euler, history):
-        """The part of ``step`` with a probe point. Returns (state at point i + 1, denoised image at the probe).
+        """The steps with a probe point. Returns (next state, denoised image at the probe).
 
         euler: the state [B,C,H,W] after an Euler step.
         history: (denoised image, sigma) of the last two evaluations.

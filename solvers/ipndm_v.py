@@ -1,17 +1,20 @@
-"""iPNDM (Zhang & Chen 2023) with variable steps: Adams-Bashforth on any grid (Hairer, Norsett & Wanner 1993, III.5)."""
+"""iPNDM (Zhang & Chen 2023) with variable steps: Adams-Bashforth on any grid.
+
+Hairer, Norsett & Wanner 1993, "Solving Ordinary Differential Equations I", Section III.5.
+"""
 
 from solvers.solver import Option, Solver, order_option, register
 
 
 def adams_bashforth_weights(sigmas, sigma_next, published=False) -> list:
-    """Weights of the directions in the step to sigma_next, newest first, shaped like the noise levels.
+    """Weights of the directions in a step, newest first, each shaped like the noise levels.
 
-    The interpolating polynomial through the points is averaged over the step. With h, u, v, w the
-    current and the previous step lengths, Newton's form has the terms below.
+    The interpolating polynomial, in Newton's form, is averaged over the step. h is the length of
+    the step; u, v and w are those of the steps before, newest first.
 
     sigmas: 1 to 4 noise levels of the directions, newest first, each a scalar or [B,1,1,1].
-    sigma_next: a scalar or [B,1,1,1].
-    published: keep the three errors of the published code, which lower the accuracy of orders 3 and
+    sigma_next: noise level at the end of the step, a scalar or [B,1,1,1].
+    published: keep the three errors of the published code. They lower the accuracy of orders 3 and
         4 on unequal steps. Default False.
     """
     h = sigma_next - sigmas[0]
@@ -47,12 +50,12 @@ def adams_bashforth_weights(sigmas, sigma_next, published=False) -> list:
 class IPNDMV(Solver):
     """Adams-Bashforth with the weights of the actual steps.
 
-    It is exact on any grid if d is a polynomial in sigma of degree below the order. With equal
-    steps it is ipndm. The first step is an Euler step, then the order rises by one per step.
+    Exact on any grid if d is a polynomial in sigma of degree below the order. With equal steps it
+    is ipndm. The first step is an Euler step, then the order rises by one per step.
 
-    original_code: the published weights of orders 3 and 4, which are not exact on unequal steps. If
-        step lengths change smoothly, the method of order 3 keeps its order, that of order 4 has
-        order 2.
+    original_code: use the published weights of orders 3 and 4, which are not exact on unequal
+        steps. If step lengths change smoothly, order 3 stays 3 and order 4 becomes 2. Default
+        False.
     """
 
     summary = "iPNDM with the weights of unequal steps, order 1-4"

@@ -20,11 +20,13 @@ from solvers.solver import State
 from torch_utils.errors import UserError
 
 _TOLERANCE = 1e-3  # relative, between given noise levels and the learned ones
-_LAYERS = ("inner_model", "diffusion_model", "model", "unet")  # where a wrapper keeps what it wraps
+_LAYERS = ("inner_model", "diffusion_model", "model", "unet")  # where the wrapped model is
 
 
 def learned_sigmas(predictor, model) -> torch.Tensor:
-    """The noise levels of a predictor, float32 [N + 1] on the CPU, in the terms of the model; the last one is 0.
+    """The noise levels of a predictor in the terms of the model, float32 [N + 1] on the CPU.
+
+    The last one is 0.
 
     predictor: an AMEDPredictor or SpanSolver.
     model: as for ``sample_learned``, or ComfyUI's model_sampling. For a flow model the levels are
@@ -39,10 +41,10 @@ def learned_sigmas(predictor, model) -> torch.Tensor:
 
 @torch.no_grad()
 def sample_learned(model, x, sigmas=None, extra_args=None, callback=None, disable=None, *, predictor):
-    """Samples with a learned solver.
+    """Sample with a learned solver.
 
-    model: denoiser, model(x, sigma, **extra_args) with sigma [B]. If it wraps ComfyUI's flow models,
-        sigma is the time t and x = (1 - t) x0 + t noise; otherwise x = x0 + sigma noise.
+    model: denoiser, model(x, sigma, **extra_args) with sigma [B]. If it wraps a flow model of
+        ComfyUI, sigma is the time t and x = (1 - t) x0 + t noise; otherwise x = x0 + sigma noise.
     x: noised start [B,...], at the noise level sigmas[0].
     sigmas: the learned noise levels (``learned_sigmas``), or neighbours among them: without the
         first ones for image-to-image. A last 0 stands for the last learned level. Default: all.
@@ -108,7 +110,7 @@ def _loop(run: Sampler, x, first: int, last: int, levels: "_Levels", callback, d
 
 
 def _place(sigmas, known) -> tuple[int, int]:
-    """(first, last) place of the given noise levels among the learned ones. UserError where they are others."""
+    """(first, last) place of the given noise levels among the learned ones, or UserError."""
     given = torch.as_tensor(sigmas, dtype=torch.float64).cpu().flatten()
     known = known.cpu()
     count, ends = len(given) - 1, float(given[-1]) == 0
@@ -177,7 +179,7 @@ class _Levels:
         return sigma / (1 + sigma) if self.flow else sigma
 
     def adds_variance(self, level) -> bool:
-        """Whether a start at this level is noise sqrt(1 + sigma^2), ComfyUI's rule for starts from full noise."""
+        """Whether ComfyUI starts at this level from noise sqrt(1 + sigma^2)."""
         return self.comfy and self.highest is not None and float(level) > self.highest * (1 - 1e-5)
 
 
@@ -218,7 +220,9 @@ def _chain(model):
 
 
 class _ComfyReader(BottleneckReader):
-    """Collects the conditional rows of all calls of the U-Net that one evaluation makes (regional prompts, small memory).
+    """Collects the conditional rows of all calls of the U-Net that one evaluation makes.
+
+    There are several with regional prompts, or with little memory.
 
     ``begin`` starts an evaluation.
     """
@@ -251,7 +255,7 @@ class _ComfyReader(BottleneckReader):
 
 @contextmanager
 def _bottleneck(model, predictor, run: Sampler):
-    """Context in which the run reads the bottleneck of the U-Net inside the model, where there is one."""
+    """Context in which the run reads the bottleneck of the U-Net inside the model, if any."""
     names = ("middle_block", "mid_block", "bottleneck")
     found = [(part, getattr(part, name, None)) for part in _chain(model) for name in names]
     found = [(part, block) for part, block in found if isinstance(block, torch.nn.Module)]

@@ -1,4 +1,4 @@
-"""Runs of learned solvers in other programs' loops: the solver and the schedule that a predictor's file says."""
+"""Runs of learned solvers in the loops of other programs."""
 
 import torch
 
@@ -28,7 +28,7 @@ class NetworkOfProcess(TimeOfProcess):
 
 
 def solver_of(predictor) -> Solver:
-    """The solver of an AMEDPredictor or SpanSolver. Raises UserError if no other program can run it."""
+    """The solver of an AMEDPredictor or SpanSolver. UserError if no other program can run it."""
     settings, solver = predictor.config, getattr(predictor, "solver", None)
     if solver is not None:  # a SpanSolver
         return make_solver(solver)

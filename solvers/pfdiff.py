@@ -1,4 +1,8 @@
-"""PFDiff (Wang et al. 2024, "PFDiff: Training-Free Acceleration of Diffusion Models Combining Past and Future Scores")."""
+"""PFDiff: past and future directions on Euler steps.
+
+Wang et al. 2024, "PFDiff: Training-Free Acceleration of Diffusion Models Combining Past and Future
+Scores".
+"""
 
 from solvers.solver import Option, Solver, State, register
 from torch_utils.errors import UserError
@@ -8,22 +12,25 @@ MOST_SKIPPED = 3
 
 @register("pfdiff")
 class PFDiff(Solver):
-    """PFDiff-k_h on first-order steps (Wang et al. 2024): one evaluation pays for k + 1 intervals.
+    """PFDiff-k_h on Euler steps (Wang et al. 2024): one evaluation per k + 1 intervals.
 
-    The first interval is an Euler step. Later, at point i and with the direction d of the
-    evaluation before:
+    The first interval is an Euler step. Later, at point i and with the previous direction d:
 
         future point     x_f = x_i + (sigma_{i+h} - sigma_i) d        without an evaluation
         its direction    d = (x_f - D(x_f; sigma_{i+h})) / sigma_{i+h}
         jump             x_{i+k+1} = x_i + (sigma_{i+k+1} - sigma_i) d
 
-    This is the published variant on DDIM without noise (eta = 0). Where fewer than k + 1 intervals
-    are left, the jump is shortened to the end and the future point is the next one, as in the
-    published code; a single interval left is an Euler step. So NFE = 1 + ceil((intervals - 1) / (k
-    + 1)); the finest schedule for NFE = n has (k + 1) n - k intervals. Order 2 where the future
-    point is in the middle of the jump, 2 h = k + 1, otherwise 1; with k = 1 and equal steps the
-    evaluated points are those of ipndm with max_order=2 on every second noise level. The callback
-    sees the future points. pfdiff_k: 1..3. pfdiff_h: 1..pfdiff_k.
+    This is the published variant on DDIM without noise (eta = 0). If fewer than k + 1 intervals are
+    left, the jump ends at the last point and the future point is the next one, as in the published
+    code. If one interval is left, it is an Euler step. NFE = 1 + ceil((intervals - 1) / (k + 1));
+    the finest schedule for NFE = n has (k + 1) n - k intervals.
+
+    The order is 2 if the future point is in the middle of the jump (2 h = k + 1), otherwise 1. With
+    k = 1 and equal steps the evaluated points are those of ipndm with max_order=2 on every second
+    noise level. The callback gets the future points.
+
+    pfdiff_k: number of points that every evaluation skips, 1..3. Default 1.
+    pfdiff_h: how many points ahead to evaluate, 1..pfdiff_k. Default 1.
     """
 
     summary = "PFDiff on Euler steps: one evaluation per k + 1 intervals, order 1-2"

@@ -15,6 +15,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from models.denoiser import BOTTLENECK_SIZE, call_shifted, member, read_bottleneck
+from models.inputs import initial_state
 from solvers.schedules import check_sigmas, get_schedule, levels_tensor
 from solvers.solver import Point, Solver, State, make_solver
 from torch_utils.errors import UserError
@@ -29,7 +30,7 @@ class SampleInfo:
 
     sigmas: noise levels [N].
     nfe: number of network evaluations.
-    r, scale_dir, scale_time: the predictor's outputs, one tensor [B] per interval.
+    r, scale_dir, scale_time: outputs of the predictor, one tensor [B] per interval.
     """
 
     sigmas: torch.Tensor
@@ -39,47 +40,60 @@ class SampleInfo:
     scale_time: list = field(default_factory=list)
 
 
-def afs_direction(net, x: torch.Tensor, sigma, kind) -> torch.Tensor:
+def afs_direction(net, x: torch.Tensor, sigma, kind, cond: Mapping | None = None) -> torch.Tensor:
     """The analytical first step: the direction [B,C,H,W] at the highest noise, without the network.
 
-    net: the denoiser; only "data" reads it.
+    net: the denoiser.
     x: state [B,C,H,W] at the highest noise.
     sigma: noise level of x.
-    kind: True: x / sqrt(1 + sigma^2), the published form for data centred at zero (Dockhorn et al.
-        2022, Appendix B). "data": exact for a Gaussian with the mean image and variance of the
-        training data, ``net.data_mean`` and ``net.data_std``; it matters if the mean is far from
-        zero, as for white strokes on black. A function: called with (x, sigma).
+    kind: True, "data" or a function.
+        True: x / sqrt(1 + sigma^2), for data with mean zero (Dockhorn et al. 2022, Appendix B).
+        "data": exact for a Gaussian with mean image ``net.data_mean`` and standard deviation
+        ``net.data_std``. Better if the mean is far from zero, as for white strokes on black.
+        A function: called with (x, sigma).
+    cond: keyword arguments of net. Restoration networks centre the data at the degraded image, for
+        True and "data". Default: none.
+
+    For PFGM++ "data" replaces the noise variance sigma^2 by that of the kernel at x,
+    (D sigma^2 + |x - mean|^2) / (D + N) for N pixels, so it is exact to first order there too.
     """
     if callable(kind):
         return kind(x, sigma)
+    prior = member(net, "prior_mean")(**(cond or {}))
+    if torch.is_tensor(prior):
+        x = x - prior.to(x)
     if kind is True:
         return x / (1 + sigma**2).sqrt()
     mean, std = member(net, "data_mean"), member(net, "data_std")
     if mean is None or std is None:
-        raise UserError("afs='data' needs a network that knows the mean and spread of its data; use afs=True")
-    mean = mean.to(x.device, x.dtype)
-    return (x - mean) * (sigma / (sigma**2 + float(std) ** 2))
+        raise UserError("afs='data': this network has no mean and standard deviation of its data; use afs=True")
+    x = x - mean.to(x.device, x.dtype)
+    extra, variance = member(net, "D"), float(std) ** 2
+    if extra is None:
+        return x * (sigma / (sigma**2 + variance))
+    noise = (extra * sigma**2 + x.square().sum((1, 2, 3), keepdim=True)) / (extra + x[0].numel())
+    return x * (noise / ((noise + variance) * sigma))
 
 
 class Sampler:
-    """One run of a solver: a network, a schedule and optionally a predictor that inserts learned points.
+    """One run of a solver on a network and a schedule, optionally with learned points.
 
     net: the denoiser.
     solver: the solver; the run uses ``solver.setup(net, sigmas, predictor)``.
     sigmas: noise levels [N], decreasing.
     afs: False, True, "data" or a function, see ``afs_direction``. Default False.
-    predictor: gives (r, scale_dir, scale_time) of an interval. Default: None, no learned points.
+    predictor: inserts one learned point per interval. Default: None, no learned points.
     cond: keyword arguments of net, for example class labels [B,L]. Default: none.
     observer: called with (i, sigma, x, denoised) after the evaluation at schedule point i.
     noise: returns standard normal noise like x, for stochastic solvers. Default: torch's generator.
-    sigmas_net: noise levels [N] to condition the network on at the points of the schedule (the
+    sigmas_cond: noise levels [N] to condition the network on at the points of the schedule (the
         decoupled times of LD3); the arithmetic uses sigmas. Default: sigmas.
     checkpointing: recompute the network's activations in the backward pass, so that memory does not
         grow with the number of evaluations. Default False.
     cached_evals: {i: (direction [B,C,H,W], bottleneck [B,8,8])}, evaluations at schedule point i
         that were already made at exactly this state; reused instead of calling the network.
 
-    ``nfe`` counts the network evaluations that were made.
+    ``nfe`` counts the network evaluations so far.
     """
 
     def __init__(
@@ -93,18 +107,18 @@ class Sampler:
         cond=None,
         observer=None,
         noise=None,
-        sigmas_net=None,
+        sigmas_cond=None,
         checkpointing=False,
         cached_evals=None,
     ):
         if not (isinstance(afs, bool) or afs == "data" or callable(afs)):
             raise UserError(f"afs={afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
         self.net, self.solver, self.sigmas = net, solver.setup(net, sigmas, predictor), sigmas
-        self.sigmas_net = None
-        if sigmas_net is not None:
-            self.sigmas_net = levels_tensor("sigmas_net", sigmas_net, sigmas.dtype).to(sigmas.device)
-            if self.sigmas_net.shape != sigmas.shape or not (self.sigmas_net > 0).all():
-                raise UserError(f"sigmas_net must be {len(sigmas)} positive numbers, one per noise level")
+        self.sigmas_cond = None
+        if sigmas_cond is not None:
+            self.sigmas_cond = levels_tensor("sigmas_cond", sigmas_cond, sigmas.dtype).to(sigmas.device)
+            if self.sigmas_cond.shape != sigmas.shape or not (self.sigmas_cond > 0).all():
+                raise UserError(f"sigmas_cond must be {len(sigmas)} positive numbers, one per noise level")
         self.afs, self.predictor, self.cond = afs, predictor, dict(cond or {})
         self.observer, self._noise, self.checkpointing = observer, noise, checkpointing
         self.cached_evals = dict(cached_evals or {})
@@ -118,7 +132,7 @@ class Sampler:
 
     @property
     def updates(self) -> int:
-        """Number of updates of the whole trajectory; a predictor doubles those of one-stage solvers."""
+        """Number of updates of the trajectory; a predictor doubles those of one-stage solvers."""
         return self.intervals * (2 if self.predictor is not None and self.solver.stages == 1 else 1)
 
     def tail(self, i: int) -> tuple["Sampler", int]:
@@ -131,7 +145,7 @@ class Sampler:
             return self, i
         run = copy.copy(self)
         run.sigmas, run.afs = self.sigmas[i:], False
-        run.sigmas_net = None if self.sigmas_net is None else self.sigmas_net[i:]
+        run.sigmas_cond = None if self.sigmas_cond is None else self.sigmas_cond[i:]
         run.solver = self.solver.setup(self.net, run.sigmas, self.predictor)
         return run, 0
 
@@ -141,7 +155,7 @@ class Sampler:
 
     @contextmanager
     def reading(self):
-        """Context that reads the network's bottleneck; needed around ``advance`` with a predictor."""
+        """Context that reads the network's bottleneck, needed for ``advance`` with a predictor."""
         if self.predictor is None or self.solver.own_schedule:
             yield
             return
@@ -150,7 +164,7 @@ class Sampler:
         self.reader = None
 
     def advance(self, state: State, i: int) -> State:
-        """One step of the solver, from schedule point i to the next (``solver.stride`` intervals further)."""
+        """One step of the solver: ``solver.stride`` intervals, from schedule point i on."""
         step, answer = self.solver.step(self, state, i), None
         while True:
             try:
@@ -160,9 +174,10 @@ class Sampler:
             answer = self.evaluate(request)
 
     def evaluate(self, request: Point | list[Point]):
-        """The direction d = (x - D) / sigma [B,C,H,W] at a point, or the directions at a list of points.
+        """The direction d = (x - D) / sigma [B,C,H,W] at a point, or a list of them at several.
 
         A list costs one call of the network. The observer is called for points of the schedule.
+        ``divisor`` says which sigma it is.
         """
         points = request if isinstance(request, list) else [request]
         learned = any(v is not None and v.requires_grad for p in points for v in (p.x, p.sigma, p.sigma_cond, p.shift))
@@ -171,15 +186,16 @@ class Sampler:
             directions = self._call_network(points) if known is None else [known]
         for point, d in zip(points, directions, strict=True):
             if self.observer is not None and point.index is not None:
-                self.observer(point.index, point.sigma, point.x, point.x - point.sigma * d)
+                sigma = self.divisor(point) if known is None else point.sigma
+                self.observer(point.index, point.sigma, point.x, point.x - sigma * d)
         return directions if points is request else directions[0]
 
     def known_direction(self, point: Point):
-        """The direction at a point that needs no call of the network: cached, or the analytical first step. Else None."""
+        """The direction at a point if it is cached or the analytical first step. Else None."""
         if point.index in self.cached_evals:
             return self.cached_evals[point.index][0]
         if point.index == 0 and self.afs:
-            return afs_direction(self.net, point.x, point.sigma, self.afs)
+            return afs_direction(self.net, point.x, point.sigma, self.afs, self.cond)
         return None
 
     def _call_network(self, points: list[Point]) -> list:
@@ -191,7 +207,15 @@ class Sampler:
             sigma = torch.cat([point.sigma_cond.expand(batch, 1, 1, 1) for point in points])
             shift = None if shift is None else torch.cat([point.shift for point in points])
         denoised = self.denoise(x, sigma, len(points), shift).split(batch)
-        return [(point.x - d) / point.sigma for point, d in zip(points, denoised, strict=True)]
+        return [(point.x - d) / self.divisor(point) for point, d in zip(points, denoised, strict=True)]
+
+    def divisor(self, point: Point) -> torch.Tensor:
+        """The noise level that x - D is divided by, a scalar or [B,1,1,1]: that of the point.
+
+        For solvers with direction_sigma="network" it is the network's, at points of the schedule.
+        """
+        told = self.solver.direction_sigma == "network" and point.index is not None
+        return point.sigma_cond if told else point.sigma
 
     def denoise(self, x, sigma, copies=1, shift=None):
         """The denoised images D(x; sigma), in the dtype of x.
@@ -201,7 +225,7 @@ class Sampler:
         copies: number of points of the batch that x holds, one after the other. Default 1.
         shift: [copies,E], added to the network's embedding of the noise level. Default None.
         """
-        self.nfe += copies * getattr(self.net, "evals_per_call", 1)
+        self.nfe += copies * member(self.net, "evals_per_call")
         cond = self.cond if copies == 1 else {name: _repeat(v, copies, len(x)) for name, v in self.cond.items()}
         net = self.net
         if shift is not None:
@@ -232,25 +256,26 @@ class Sampler:
         return point
 
     def sigma_cond(self, i, r=None):
-        """Noise level to condition the network on at schedule point i. None: the noise level of x itself.
+        """Noise level to condition the network on. None: the noise level of x itself.
 
-        r: for the intermediate point sigma_{i+1}^r sigma_i^(1-r), if given.
+        i: index of the schedule point.
+        r: if given, for the intermediate point sigma_{i+1}^r sigma_i^(1-r). Default None.
         """
-        levels = self.sigmas_net
+        levels = self.sigmas_cond
         if levels is None:
             return None
         return levels[i] if r is None else levels[i + 1] ** r * levels[i] ** (1 - r)
 
     def predict(self, x, i):
-        """The predictor's (r, scale_dir, scale_time) for the interval from point i, each [B,1,1,1]."""
-        if i == 0 and self.afs:  # no bottleneck without a call: zeros, as in the reference implementation
+        """The predictor's (r, scale_dir, scale_time) for the interval from i, each [B,1,1,1]."""
+        if i == 0 and self.afs:  # no call, no bottleneck: zeros, as in the published code
             feature = x.new_zeros(x.shape[0], BOTTLENECK_SIZE, BOTTLENECK_SIZE)
         elif i in self.cached_evals:
             feature = self.cached_evals[i][1]
         else:
             feature = self.reader.read(x.shape[0]).to(x)
         outputs = self.predictor(feature, self.sigma(i, x), self.sigma(i + 1, x))
-        # Latents of some diffusers pipelines are packed: they have fewer dimensions than images.
+        # Some diffusers pipelines pack their latents into fewer dimensions than images have.
         self.predicted = tuple(value.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) for value in outputs)
         return self.predicted
 
@@ -260,7 +285,7 @@ class Sampler:
 
 
 def _repeat(value, copies, rows):
-    """An entry of ``cond`` for several copies of the batch; entries without one row per sample are unchanged."""
+    """Repeat an entry of ``cond`` that has one row per sample; others are returned unchanged."""
     if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows // copies:
         return value.repeat(copies, *[1] * (value.ndim - 1))
     return value
@@ -280,8 +305,10 @@ def resolve_sigmas(
 ):
     """The schedule [N] of a run: ``sigmas`` if given, else that of ``get_schedule``.
 
-    sigma_min, sigma_max: the range; default: that of the network.
-    dtype: precision of the sampling, in which the noise levels must differ; default float32.
+    num_steps, schedule_type, schedule_rho, net, device, original_code: see ``get_schedule``.
+    sigma_min, sigma_max: the range. Default: that of the network.
+    sigmas: explicit noise levels [N], decreasing. Default None.
+    dtype: precision of the sampling; neighbouring noise levels must differ in it. Default float32.
     """
     if sigmas is not None:
         return _within_range(net, check_sigmas(sigmas, device, dtype))
@@ -292,13 +319,14 @@ def resolve_sigmas(
 
 
 def _within_range(net, sigmas):
-    """The schedule. UserError unless the network supports it, up to the rounding of a published table."""
+    """Return sigmas. UserError if they leave the network's range by more than ``RANGE_SLACK``."""
     least, most = getattr(net, "sigma_min", 0.0), getattr(net, "sigma_max", float("inf"))
     low, high = sigmas[-1].item(), sigmas[0].item()
     if low < least * (1 - RANGE_SLACK) or high > most * (1 + RANGE_SLACK):
         wrong = low if high <= most * (1 + RANGE_SLACK) else high
         raise UserError(
-            f"sigma={wrong:g} is outside the network's range, {least:g}..{most:g}; choose sigma_min, sigma_max or sigmas within it"
+            f"sigma={wrong:g} is outside the network's range, {least:g}..{most:g};"
+            " choose sigma_min, sigma_max or sigmas within it"
         )
     return sigmas
 
@@ -307,12 +335,12 @@ _SCHEDULE = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_m
 
 
 def check_predictor(predictor, net, solver: Solver, sigmas: torch.Tensor, settings: Mapping) -> None:
-    """Raises UserError if the settings of a run differ from those that the predictor was trained with.
+    """Raises UserError if the run differs from the settings that the predictor was trained with.
 
     sigmas: noise levels [N] of the run. An explicit list of the trained noise levels is accepted.
-    settings: "afs", and the settings of the schedule by name.
+    settings: "afs" and the schedule's settings, by name.
 
-    Only settings that the predictor states are compared (``AMEDPredictor.stated``).
+    Only settings recorded in the predictor's file are compared (``AMEDPredictor.stated``).
     """
     trained = {name: predictor.config[name] for name in getattr(predictor, "stated", ())}
     if "sampler_stu" in trained:
@@ -338,8 +366,8 @@ def check_predictor(predictor, net, solver: Solver, sigmas: torch.Tensor, settin
     name = different[0]
     values = [_short(values.get(name)) for values in (used, trained)]
     raise UserError(
-        f"{name}={values[0]}: the predictor was trained with {name}={values[1]} and works with that only;"
-        " leave it out, or choose another predictor"
+        f"{name}={values[0]}: the predictor was trained with {name}={values[1]} and works only with that;"
+        f" leave {name} out, or choose another predictor"
     )
 
 
@@ -362,7 +390,7 @@ def integrate(
     sigma_min: float | None = None,
     sigma_max: float | None = None,
     sigmas=None,
-    sigmas_net=None,
+    sigmas_cond=None,
     max_order: int | None = None,
     predict_x0: bool | None = None,
     lower_order_final: bool | None = None,
@@ -375,47 +403,48 @@ def integrate(
     checkpointing: bool = False,
     **solver_options,
 ):
-    """Solves the probability-flow ODE from noise to images.
+    """Solve the probability-flow ODE from noise to images.
 
     net: the denoiser, called as net(x, sigma, **cond).
-    latents: unit-variance noise [B,C,H,W], scaled here by the first sigma. All arithmetic has its
-        dtype.
+    latents: unit-variance noise [B,C,H,W]; multiplied here by the first sigma. Its dtype is that of
+        all arithmetic.
     solver: name in ``SOLVERS``.
     num_steps: number of time steps, one more than intervals.
     schedule_type, schedule_rho: kind of the schedule, see ``get_schedule``. Default: polynomial, 7.
     afs: analytical first step, see ``afs_direction``. Default False.
-    predictor: an AMEDPredictor, which inserts one learned evaluation per interval and works only
-        with the settings of its training; for the solver "span" a SpanSolver, which brings the
-        schedule and the first step. Default None.
+    predictor: an AMEDPredictor, which inserts one learned evaluation per interval. It works only
+        with the settings of its training. For the solver "span": a SpanSolver, which has its own
+        schedule and first step. Default None.
     cond: keyword arguments of net. Default: none.
     sigma_min, sigma_max: range of the schedule. Default: that of the network.
-    sigmas: explicit noise levels [N], decreasing, which replace the schedule. Default None.
-    sigmas_net: noise levels [N] to condition the network on. Default: the noise levels of the
-        states.
+    sigmas: explicit noise levels [N], decreasing, instead of a schedule. Default None.
+    sigmas_cond: noise levels [N] to condition the network on. Default: sigmas.
     max_order, predict_x0, lower_order_final: options that several solvers have. Default: those of
         the predictor's training, or of the solver.
-    denoise_to_zero: one more evaluation, at the last sigma. Default False.
+    denoise_to_zero: return the denoised image at the last sigma, for one more evaluation. Default
+        False.
     return_trajectory, return_info: see below. Default False.
-    callback: called with (i, sigma, x, denoised) in every interval, with the state and the denoised
-        image at its start.
+    callback: called with (i, sigma, x, denoised), the state and the denoised image at the start of
+        every interval. Default None.
     noise: returns standard normal noise like latents, for stochastic solvers. Default: torch's
         generator.
-    original_code: reproduce the published code where it deviates from its paper (docs/solvers.md
-        lists the places). Default: as in the predictor's training, or False.
+    original_code: reproduce the published code where it deviates from its paper (listed in
+        docs/solvers.md). Default: as in the predictor's training, or False.
     checkpointing: see ``Sampler``. Default False.
     solver_options: other options of the solver. Default: those of the predictor's training, or of
         the solver.
 
-    Gradients flow to latents, sigmas, sigmas_net and the parameters of a predictor, if they require
-    gradients. ``sample`` is the same without gradients.
+    Gradients flow to latents, sigmas, sigmas_cond and the parameters of a predictor, if these
+    require gradients. ``sample`` is the same without gradients.
 
-    Returns x [B,C,H,W]; with return_trajectory the states at all sigmas that the solver visits
-    [N,B,C,H,W] (and the denoised one); with return_info the pair (result, SampleInfo). Raises
-    UserError for unknown solvers and impossible settings.
+    Returns x [B,C,H,W]. With return_trajectory: the states at all sigmas that the solver visits
+    [N,B,C,H,W], and the denoised image if denoise_to_zero. With return_info: (result, SampleInfo).
+    Raises UserError for unknown solvers and impossible settings.
     """
     if not torch.is_tensor(latents) or not latents.is_floating_point():
         found = f"{latents.dtype}" if torch.is_tensor(latents) else type(latents).__name__
         raise UserError(f"sample: latents must be a floating-point tensor [B,C,H,W], got {found}")
+    sigmas_cond = solver_options.pop("sigmas_net", sigmas_cond)  # the former name
     trained = getattr(predictor, "config", {})
     original_code = bool(original_code or trained.get("original_code"))
     common = {"max_order": max_order, "predict_x0": predict_x0, "lower_order_final": lower_order_final}
@@ -425,8 +454,8 @@ def integrate(
     if method.own_schedule:
         method.check_predictor(predictor)
         predictor.check_network(net)
-        own = predictor.brings(num_steps, sigmas, sigmas_net, afs)
-        sigmas, sigmas_net, afs = own["sigmas"], own["sigmas_net"], own["afs"]
+        own = predictor.brings(num_steps, sigmas, sigmas_cond, afs)
+        sigmas, sigmas_cond, afs = own["sigmas"], own["sigmas_cond"], own["afs"]
     if sigmas is None and num_steps is None:
         raise UserError("sample: give num_steps or an explicit list of sigmas")
     schedule = (num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas)
@@ -444,11 +473,11 @@ def integrate(
         cond=cond,
         observer=callback,
         noise=noise,
-        sigmas_net=sigmas_net,
+        sigmas_cond=sigmas_cond,
         checkpointing=checkpointing,
     )
     info = SampleInfo(sigmas=times.detach())
-    state = State(latents * times[0].to(latents.dtype))
+    state = State(initial_state(net, latents, times[0].to(latents.dtype), cond))
     points = [state.x]
     with run.reading():
         i = 0

@@ -1,21 +1,22 @@
-"""The schedule file: optimised noise levels, and the solver and network that they are for.
+"""The schedule file: optimised noise levels, with the solver and network they were optimised for.
 
 A JSON object with these fields, all required:
 
     format          "amed-schedule-1"
-    sigmas          noise levels, decreasing and positive, from sigma_max to sigma_min of the samples
-    sigmas_net      noise levels to condition the network on at these points; null: sigmas
+    sigmas          noise levels, decreasing and positive
+    sigmas_cond     noise levels to condition the network on at these points; null: sigmas
     solver          name of the solver
-    solver_options  its options that were set
-    afs             false, true or "data": kind of the analytical first step
+    solver_options  options of the solver that were set, {name: value}; of these sampling uses
+                    those of the schedule itself (direction_sigma)
+    afs             kind of the analytical first step: false, true or "data"
     method          name of the optimisation method
-    settings        options of the method
-    network         name of the network
+    settings        options of the method, {name: value}
+    network         name of the network, or null
     network_hash    SHA-256 of its file, or null
     sigma_min, sigma_max   range of noise levels that the network supports
-    evaluations     network evaluations of the optimisation, per sample
-    seconds         its time
-    versions        of the code and of the libraries
+    evaluations     network evaluations that the optimisation took, per sample
+    seconds         time that the optimisation took
+    versions        versions of the code and of the libraries
 
 You may write such a file by hand: ``load_schedule`` checks it.
 """
@@ -25,28 +26,28 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from models.denoiser import member
+from solvers.former_names import with_current_names
 from solvers.sampler import AFS_KINDS, RANGE_SLACK
 from solvers.schedules import check_sigmas
+from solvers.solver import SOLVERS
 from torch_utils.errors import UserError
 from torch_utils.file_kind import explain
 from torch_utils.files import read_json, write_json
 
 FORMAT = "amed-schedule-1"
-
-
-MOST_LEVELS = 1000  # of a schedule file; time and memory of some solvers grow with its square
+MOST_LEVELS = 1000  # time and memory of some solvers grow with its square
 
 
 @dataclass
 class Schedule:
-    """The contents of a schedule file (fields: see the module). Raises UserError for impossible values."""
+    """The contents of a schedule file, field by field. Raises UserError for impossible values."""
 
     sigmas: list[float]
     solver: str
     method: str
     sigma_min: float
     sigma_max: float
-    sigmas_net: list[float] | None = None
+    sigmas_cond: list[float] | None = None
     solver_options: dict = field(default_factory=dict)
     afs: bool | str = False
     settings: dict = field(default_factory=dict)
@@ -58,20 +59,20 @@ class Schedule:
 
     def __post_init__(self):
         if isinstance(self.sigmas, list) and len(self.sigmas) > MOST_LEVELS:
-            raise UserError(f"sigmas has {len(self.sigmas)} noise levels; at most {MOST_LEVELS} are possible")
+            raise UserError(f"sigmas has {len(self.sigmas)} noise levels; at most {MOST_LEVELS} are allowed")
         self.sigmas = check_sigmas(_numbers("sigmas", self.sigmas)).tolist()
-        if self.sigmas_net is not None:
-            self.sigmas_net = _numbers("sigmas_net", self.sigmas_net)
-            if len(self.sigmas_net) != len(self.sigmas):
-                raise UserError(f"sigmas_net has {len(self.sigmas_net)} entries, but sigmas has {len(self.sigmas)}")
-            if min(self.sigmas_net) <= 0:
-                raise UserError(f"sigmas_net must be positive, got {min(self.sigmas_net)}")
+        if self.sigmas_cond is not None:
+            self.sigmas_cond = _numbers("sigmas_cond", self.sigmas_cond)
+            if len(self.sigmas_cond) != len(self.sigmas):
+                raise UserError(f"sigmas_cond has {len(self.sigmas_cond)} entries, but sigmas has {len(self.sigmas)}")
+            if min(self.sigmas_cond) <= 0:
+                raise UserError(f"sigmas_cond must be positive, got {min(self.sigmas_cond)}")
         for name in ("solver", "method"):
             if not isinstance(getattr(self, name), str):
-                raise UserError(f"{name} must be a text")
+                raise UserError(f"{name} must be text")
         for name in ("network", "network_hash"):
             if not isinstance(getattr(self, name), str | None):
-                raise UserError(f"{name} must be a text or null")
+                raise UserError(f"{name} must be text or null")
         for name in ("solver_options", "settings", "versions"):
             if not isinstance(getattr(self, name), dict):
                 raise UserError(f"{name} must be an object")
@@ -82,36 +83,41 @@ class Schedule:
             [self.sigma_min, self.sigma_max, self.evaluations, self.seconds],
         )
         if not 0 <= least < most or min(cost) < 0:
-            raise UserError("sigma_min must be below sigma_max, evaluations and seconds not negative")
+            raise UserError("sigma_min must be below sigma_max, evaluations and seconds must not be negative")
+
+    def own_options(self, solver: str) -> dict:
+        """Options of a solver that belong to the schedule, {name: value}: direction_sigma."""
+        known = SOLVERS[solver].options if solver in SOLVERS else {}
+        return {name: v for name, v in self.solver_options.items() if name in known and known[name].of_schedule}
 
     def warnings(self, net, solver: str | None = None, afs: bool | str | None = None) -> list[str]:
-        """One line for every difference from what the schedule was optimised for.
+        """List the differences from what the schedule was optimised for, one line each.
 
         net: the denoiser.
-        solver: name of the solver; default None, not compared.
-        afs: kind of the analytical first step; default None, not compared.
+        solver: name of the solver. Default: None, not compared.
+        afs: kind of the analytical first step. Default: None, not compared.
         """
         lines = []
         found = member(net, "weights_hash")
         if None not in (found, self.network_hash) and found != self.network_hash:
-            lines.append(f"the schedule was found for another network ('{self.network}', another SHA-256)")
+            lines.append(f"the schedule was optimised for another network ('{self.network}', another SHA-256)")
         if solver is not None and solver != self.solver:
-            lines.append(f"the schedule was found for the solver '{self.solver}', not for '{solver}'")
+            lines.append(f"the schedule was optimised for the solver '{self.solver}', not for '{solver}'")
         if afs is not None and afs != self.afs:
-            lines.append(f"the schedule was found for afs={self.afs}, not for afs={afs}")
+            lines.append(f"the schedule was optimised for afs={self.afs}, not for afs={afs}")
         least, most = getattr(net, "sigma_min", self.sigma_min), getattr(net, "sigma_max", self.sigma_max)
         if not all(
             math.isclose(a, b, rel_tol=RANGE_SLACK) for a, b in ((least, self.sigma_min), (most, self.sigma_max))
         ):
             lines.append(
-                f"the schedule was found for noise levels {self.sigma_min:g}..{self.sigma_max:g},"
+                f"the schedule was optimised for noise levels {self.sigma_min:g}..{self.sigma_max:g},"
                 f" but the network's are {least:g}..{most:g}"
             )
         return lines
 
 
 def _numbers(name: str, values) -> list[float]:
-    """The values as floats. Raises UserError unless they are a list of finite numbers."""
+    """Return the values as floats. Raises UserError unless they are a list of finite numbers."""
     if not isinstance(values, list | tuple) or any(
         isinstance(v, bool) or not isinstance(v, int | float) or not math.isfinite(v) for v in values
     ):
@@ -120,12 +126,12 @@ def _numbers(name: str, values) -> list[float]:
 
 
 def save_schedule(path: str | Path, schedule: Schedule) -> None:
-    """Writes a schedule file. After an error there is no partial file."""
+    """Write a schedule file. An error leaves no partial file."""
     write_json(path, {"format": FORMAT, **asdict(schedule)}, allow_nan=False)
 
 
 def load_schedule(path: str | Path) -> Schedule:
-    """Reads a schedule file. Raises UserError with its name if it is missing or invalid."""
+    """Read a schedule file. Raises UserError with its name if it is missing or invalid."""
     try:
         content = read_json(path)
     except OSError as error:
@@ -135,7 +141,7 @@ def load_schedule(path: str | Path) -> Schedule:
         raise UserError(f"{path} is not a schedule file: not valid JSON ({reason})") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f'{path} is not a schedule file of this version: it needs "format": "{FORMAT}"')
-    names = [f.name for f in fields(Schedule)]
+    content, names = with_current_names(content), [f.name for f in fields(Schedule)]
     for problem, wrong in (
         ("lacks the field", [name for name in names if name not in content]),
         ("has the unknown field", sorted(content.keys() - {*names, "format"})),

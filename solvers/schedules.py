@@ -1,4 +1,4 @@
-"""Time schedules: the noise levels from sigma_max to sigma_min where solvers evaluate the network."""
+"""Schedules: the noise levels from sigma_max to sigma_min where solvers evaluate the network."""
 
 import math
 
@@ -20,24 +20,23 @@ def _logsnr(u, lo, hi, rho, net, original_code):
 
 MOST_STEPS = 1_000_000  # far beyond any use; larger numbers would exhaust the memory
 
-
 # Smallest relative gap between neighbouring noise levels. A multistep solver divides differences of
-# network outputs by it; below these values the result is rounding noise.
+# network outputs by the gap; below these values the result is rounding noise.
 SMALLEST_GAPS = {torch.float32: 1e-5, torch.float64: 1e-14}
 
 
 def _time_uniform(u, lo, hi, rho, net, original_code):
-    """Uniform (rho = 1) in the time of the VP SDE with linear beta(t) (Song et al. 2021, Appendix C)."""
+    """Uniform (rho = 1) in the time of the VP SDE, linear beta (Song et al. 2021, Appendix C)."""
     return VPTime(lo, hi).sigma((1 + u * (VP_EPS ** (1 / rho) - 1)) ** rho)
 
 
 def _discrete(u, lo, hi, rho, net, original_code):
     """Uniform (rho = 1) in the time index of a network trained on a discrete noise table."""
     if net is None or not hasattr(net, "sigma_inv") or not hasattr(net, "sigma"):
-        raise UserError("schedule_type 'discrete' needs a network with a discrete noise table (latent diffusion)")
+        raise UserError("schedule_type=discrete needs a network with a discrete noise table (latent diffusion)")
     first = float(net.sigma_inv(torch.tensor(hi, dtype=torch.float64)))
     last = float(net.sigma_inv(torch.tensor(lo, dtype=torch.float64)))
-    # The published code takes the root of the last time only, which is right where the first time is 1.
+    # The published code takes the root of the last time only: right if the first time is 1.
     top = first if original_code else first ** (1 / rho)
     return net.sigma((top + u * (last ** (1 / rho) - top)) ** rho)
 
@@ -76,10 +75,10 @@ def get_schedule(
         raise UserError(f"unknown schedule_type '{schedule_type}'; choose from {', '.join(SCHEDULES)}")
     if isinstance(num_steps, bool) or not 2 <= _number("num_steps", num_steps) <= MOST_STEPS:
         raise UserError(
-            f"num_steps={num_steps}: a schedule needs at least 2 time stamps (a whole number, at most {MOST_STEPS})"
+            f"num_steps={num_steps}: a schedule needs at least 2 time steps (a whole number, at most {MOST_STEPS})"
         )
     if int(num_steps) != num_steps:
-        raise UserError(f"num_steps={num_steps}: a schedule needs at least 2 time stamps (a whole number)")
+        raise UserError(f"num_steps={num_steps}: a schedule needs at least 2 time steps (a whole number)")
     sigma_min, sigma_max = _number("sigma_min", sigma_min), _number("sigma_max", sigma_max)
     rho = _number("schedule_rho", schedule_rho)
     if not (math.isfinite(sigma_max) and 0 < sigma_min < sigma_max):
@@ -92,14 +91,14 @@ def get_schedule(
 
 
 def check_sigmas(sigmas, device=None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """An explicit schedule as a float64 tensor [N], with its gradients.
+    """Return an explicit schedule as a float64 tensor [N], with its gradients.
 
     sigmas: noise levels [N], a list or a tensor.
     device: of the result; default: that of sigmas.
     dtype: precision of the arithmetic that will use the schedule; default float32.
 
     Raises UserError unless the noise levels are finite, positive and strictly decreasing in this
-    precision, and no closer than ``SMALLEST_GAPS``.
+    precision, and at least ``SMALLEST_GAPS`` apart.
     """
     sigmas = levels_tensor("sigmas", sigmas)
     values = sigmas.detach().cpu()
@@ -126,7 +125,7 @@ def _some(values: torch.Tensor) -> str:
 
 
 def levels_tensor(name: str, values, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """The values as a tensor with their gradients. Raises UserError if they are not numbers."""
+    """Return the values as a tensor with their gradients. UserError if they are not numbers."""
     try:
         return torch.as_tensor(values, dtype=dtype)
     except (TypeError, ValueError, RuntimeError):
@@ -134,7 +133,7 @@ def levels_tensor(name: str, values, dtype: torch.dtype = torch.float64) -> torc
 
 
 def _number(name: str, value) -> float:
-    """A number of Python, numpy or torch as a float. Raises UserError for anything else."""
+    """Return a number of Python, numpy or torch as a float. UserError for anything else."""
     try:
         return float(None if isinstance(value, str) else value)
     except (TypeError, ValueError, RuntimeError):

@@ -2,13 +2,12 @@
 
 A solver turns directions d = (x - D) / sigma, the dx/dsigma of the probability-flow ODE, into
 steps. ``Solver.step`` is a generator: it yields each ``Point`` where it needs the network, receives
-the direction there, and returns the next state. The loop in solvers/sampler.py answers from the
-network. It also owns the schedule, AFS, the count of evaluations and the predictor. A solver is one
-of
+the direction there, and returns the next state. The loop in solvers/sampler.py calls the network.
+It also owns the schedule, AFS, the count of evaluations and the predictor. There are three kinds:
 
-* a one-stage solver: implements ``update``, called once per interval, or twice with a predictor;
-* a two-stage solver: evaluates once inside the interval and implements ``combine``;
-* any other: implements ``step`` itself.
+* one-stage solvers implement ``update``, called once per interval, or twice with a predictor;
+* two-stage solvers evaluate once inside the interval and implement ``combine``;
+* all others implement ``step`` themselves.
 
 A solver does not change while it samples.
 """
@@ -19,13 +18,14 @@ from dataclasses import dataclass
 
 import torch
 
+from models.denoiser import member
 from torch_utils.errors import UserError
 
 SOLVERS: dict[str, type["Solver"]] = {}
 
 
 def register(name: str):
-    """Class decorator: registers a solver under ``name``, for ``sample``, the flags and the documentation."""
+    """Class decorator: registers a solver as ``name``, for ``sample``, the flags and the docs."""
 
     def add(cls):
         cls.name = name
@@ -60,8 +60,8 @@ class Point:
     x: state [B,C,H,W].
     sigma: noise level of x, a scalar or [B,1,1,1].
     sigma_cond: noise level to condition the network on. Default: sigma.
-    index: i at point i of the schedule, where AFS, cached evaluations and the callback apply.
-        Default: None, a point of the step's own.
+    index: i if this is schedule point i; AFS, cached evaluations and the callback apply there.
+        Default: None, a point inside a step.
     shift: [1,E], added to the network's embedding of the noise level. Default: None.
     """
 
@@ -83,12 +83,15 @@ class Option:
     default: the value if it is not given.
     help: one line for the flag.
     aliases: further names of the flag, such as --solver_r.
+    of_schedule: whether it belongs to a schedule with ``sigmas_cond``. A schedule file brings it,
+        and predictors do not have it. Default False.
     """
 
     kind: type | tuple[str, ...]
     default: object
     help: str
     aliases: tuple[str, ...] = ()
+    of_schedule: bool = False
 
     @property
     def type(self) -> type:
@@ -96,7 +99,7 @@ class Option:
         return str if isinstance(self.kind, tuple) else self.kind
 
     def check(self, name, value):
-        """``value`` in the option's type. Raises UserError if it does not fit."""
+        """Convert ``value`` to the option's type. Raises UserError if it does not fit."""
         if value is None:
             return self.default
         if isinstance(self.kind, tuple):
@@ -110,7 +113,7 @@ class Option:
                 return self.kind(number)
         elif isinstance(value, self.kind):
             return value
-        wanted = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}[self.kind]
+        wanted = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[self.kind]
         raise UserError(f"{name}={value} must be {wanted}")
 
 
@@ -120,7 +123,7 @@ class Solver:
     name: str
     summary: str = ""  # one line for the documentation table
     options: dict[str, Option] = {}
-    learned_options: tuple[str, ...] = ()  # those that a predictor replaces
+    learned_options: tuple[str, ...] = ()  # options that a predictor replaces
     stages: int = 1  # network evaluations per interval without a predictor
     can_teach: bool = True
     can_learn: bool = True  # may a predictor be inserted?
@@ -131,6 +134,7 @@ class Solver:
     fingerprint: str | None = None  # SHA-256 of a file that the images depend on, after ``setup``; not with a predictor
     max_order: int = 1
     highest_order: int = 1  # the option max_order may be 1..highest_order
+    direction_sigma: str = "point"  # noise level that directions are divided by, see ``DIRECTION_SIGMA``
 
     def __init__(self, **values):
         unknown = sorted(set(values) - set(self.options))
@@ -149,7 +153,7 @@ class Solver:
 
     @property
     def one_step(self) -> bool:
-        """True if a step depends on the current state only, so that a trajectory can start anywhere."""
+        """True if a step depends on the current state only: a trajectory can start anywhere."""
         return self.keep == 1
 
     def check_predictor(self, predictor) -> None:
@@ -159,7 +163,7 @@ class Solver:
         if predictor is not None and not self.can_learn:
             raise UserError(f"no predictor can be inserted into the solver '{self.name}'")
         if getattr(predictor, "solver", self.name) != self.name:
-            raise UserError(f"this predictor is a student of the solver '{predictor.solver}', not of '{self.name}'")
+            raise UserError(f"this predictor was trained for the solver '{predictor.solver}', not for '{self.name}'")
 
     def setup(self, net, sigmas, predictor=None) -> "Solver":
         """Return this solver configured for a run (a copy if it stores anything).
@@ -173,8 +177,16 @@ class Solver:
         self.check_predictor(predictor)
         return self
 
+    def check_noise(self, net) -> None:
+        """Raises UserError if the noise of the network's process is not Gaussian."""
+        if member(net, "D") is not None:
+            raise UserError(
+                f"{self.name} adds Gaussian noise, but this PFGM++ network was trained with Student-t noise"
+                f" (D={member(net, 'D')}): choose a solver without fresh noise"
+            )
+
     def evaluations(self, intervals: int, afs=False, learned: bool = False) -> int:
-        """Calls of the network over a schedule.
+        """Number of network calls over a schedule.
 
         intervals: number of intervals of the schedule.
         afs: whether the first step is analytical; default False.
@@ -187,7 +199,7 @@ class Solver:
         return 1
 
     def output(self, x, d, sigma):
-        """What the solver remembers of an evaluation: by default the direction."""
+        """The output to remember of an evaluation; default: the direction d."""
         return d
 
     def update(self, x, history, sigma_next, index, total, scale=1.0):
@@ -203,7 +215,7 @@ class Solver:
         raise NotImplementedError
 
     def step(self, run, state: State, i: int) -> Generator:
-        """One step from point i of the schedule to the next. Returns the next ``State``.
+        """Generator of one step from schedule point i to the next. Returns the next ``State``.
 
         ``d = yield point`` gives the direction d [B,C,H,W] at a ``Point``; ``yield [point, ...]``
         gives the directions at several points, from one call of the network.
@@ -224,7 +236,7 @@ class Solver:
         return self.make_update(state, d_mid, mid, nxt, run.updates, scale_dir)
 
     def make_update(self, state, d, sigma, sigma_next, total, scale=1.0) -> State:
-        """Remembers the direction d at sigma and makes one ``update`` to sigma_next."""
+        """Remember the direction d at sigma and make one ``update`` to sigma_next."""
         history = (*state.history, (self.output(state.x, d, sigma), sigma))[-self.keep :]
         x = self.update(state.x, history, sigma_next, state.updates, total, scale)
         return State(x, history, state.updates + 1)
@@ -234,11 +246,24 @@ def order_option(default: int) -> Option:
     return Option(int, default, "order of the method")
 
 
+# If a schedule conditions the network on another noise level than that of the point (sigmas_cond),
+# a direction is (x - D) / sigma with the level of the point or with that of the network. The latter
+# treats the network as a predictor of noise, as Euler and iPNDM in the code of LD3 (Tong et al.
+# 2024) do.
+DIRECTION_SIGMA = Option(
+    ("point", "network"),
+    "point",
+    "with other noise levels for the network: a direction is (x - D) / the level of the point, or the network's",
+    of_schedule=True,
+)
+
+
 @register("euler")
 class Euler(Solver):
     """x + (t - s) d; DDIM (Song et al. 2021) in this parametrisation."""
 
     summary = "Euler / DDIM, order 1"
+    options = {"direction_sigma": DIRECTION_SIGMA}
 
     def update(self, x, history, sigma_next, index, total, scale=1.0):
         d, sigma = history[-1]
@@ -247,10 +272,10 @@ class Euler(Solver):
 
 @register("ipndm")
 class IPNDM(Solver):
-    """Adams-Bashforth with the weights of equal steps on any grid (Zhang & Chen 2023; Liu et al. 2022)."""
+    """Adams-Bashforth with the weights of equal steps (Zhang & Chen 2023; Liu et al. 2022)."""
 
     summary = "improved PNDM: linear multistep, order 1-4"
-    options = {"max_order": order_option(4)}
+    options = {"max_order": order_option(4), "direction_sigma": DIRECTION_SIGMA}
     highest_order = 4
     one_step = False
     WEIGHTS = (
@@ -274,7 +299,7 @@ EXPONENTIAL_OPTIONS = {
 
 
 def dynamic_threshold(denoised: torch.Tensor, quantile: float = 0.995) -> torch.Tensor:
-    """Clips each sample [B,...] to its own quantile of |x0| (at least 1) and rescales it to [-1, 1].
+    """Clip each sample [B,...] to its own quantile of |x0| (at least 1) and rescale to [-1, 1].
 
     Saharia et al. 2022, Section 2.3.
     """
@@ -284,18 +309,18 @@ def dynamic_threshold(denoised: torch.Tensor, quantile: float = 0.995) -> torch.
 
 
 def upper_quantile(values: torch.Tensor, quantile: float) -> torch.Tensor:
-    """Equals torch.quantile(values, quantile, dim=1) to the bit, for values [B,N] and a quantile near 1.
+    """torch.quantile(values, quantile, dim=1) to the bit, for values [B,N] and a quantile near 1.
 
-    It sorts only the largest values, which is about twenty times faster, and N has no limit.
+    It sorts only the largest values, which is about twenty times faster. N has no limit.
     """
-    rank = values.new_tensor(quantile, device="cpu") * (values.shape[1] - 1)  # in this dtype, as in torch.quantile
+    rank = values.new_tensor(quantile, device="cpu") * (values.shape[1] - 1)  # rounded as in torch.quantile
     below = int(rank)
     top = values.topk(values.shape[1] - below, dim=1).values
     return torch.lerp(top[:, -1], top[:, max(-2, -top.shape[1])], float(rank - below))
 
 
 def exponential_multistep(x, history, sigma_next, order, predict_x0, scale=1.0):
-    """Multistep DPM-Solver++ update (Lu et al. 2022, Algorithms 2 and 3) for x = x0 + sigma * noise.
+    """Multistep DPM-Solver++ update (Lu et al. 2022, Algorithms 2 and 3) for x = x0 + sigma noise.
 
     x: state [B,C,H,W] at the noise level of the newest entry of history.
     history: (model output, sigma), the newest last.
@@ -428,11 +453,11 @@ class AMED(TwoStageSolver):
 
 
 def make_solver(solver: str, explicit: dict | None = None, common: dict | None = None) -> Solver:
-    """The solver registered under a name.
+    """Make the solver registered as ``solver``.
 
-    solver: the name.
-    explicit: options that the solver must have; UserError if it does not.
-    common: options that are left out if the solver does not have them.
+    solver: name in ``SOLVERS``.
+    explicit: options {name: value}; one that the solver does not have is a UserError.
+    common: options {name: value}; those that the solver does not have are ignored.
     """
     if solver not in SOLVERS:
         raise UserError(f"unknown solver '{solver}'; choose from {', '.join(SOLVERS)}")
@@ -442,7 +467,7 @@ def make_solver(solver: str, explicit: dict | None = None, common: dict | None =
 
 
 def solver_options(solvers=None) -> dict[str, dict[str, Option]]:
-    """Every option of these solver classes (default: of all), {name of the option: {solver: Option}}."""
+    """The options of these solver classes (default: all), {option: {solver: Option}}."""
     found: dict[str, dict[str, Option]] = {}
     for solver in SOLVERS.values() if solvers is None else solvers:
         for name, option in solver.options.items():
@@ -465,9 +490,7 @@ def teachers(per_step: bool = False) -> list[str]:
     ]
 
 
-def check_teacher(solver: str) -> None:
-    """Raises UserError if this solver cannot be a per-step teacher."""
-    if solver not in teachers(per_step=True):
-        raise UserError(
-            f"the solver '{solver}' cannot be the teacher; choose from {', '.join(teachers(per_step=True))}"
-        )
+def check_teacher(solver: str, per_step: bool = True) -> None:
+    """Raises UserError if this solver is not one of ``teachers(per_step)``."""
+    if solver not in teachers(per_step):
+        raise UserError(f"the solver '{solver}' cannot be the teacher; choose from {', '.join(teachers(per_step))}")

@@ -5,7 +5,7 @@ import copy
 import torch
 
 from solvers.solver import Point, Solver, State, register
-from solvers.span_heads import slope_features
+from solvers.span_heads import direction_features
 from solvers.span_table import PRESETS, SpanSolver
 from torch_utils.errors import UserError
 
@@ -16,11 +16,11 @@ SpanStudent = SpanSolver  # the former name
 
 @register("span")
 class Span(Solver):
-    """The span solver: a learned table with its own schedule and first step (solvers/span_table.py).
+    """The span solver: a learned table with its own schedule and first step.
 
-    x_{i+1} = (1 + delta_i) x_i + scale_i (s_{i+1} - s_i) sum_j c_ij g_j over all directions so far,
-    g_j = (x_j - D(x_j, a_j s_j)) / s_j, with sum_j c_ij = 1. LD3, S4S, DyWeight, GS, EPD and AMED's
-    table are special cases.
+    x_{i+1} = (1 + delta_i) x_i + gain_i (s_{i+1} - s_i) sum_j c_ij g_j over all directions so far,
+    g_j = (x_j - D(x_j, a_j s_j)) / s_j, with sum_j c_ij = 1; see solvers/span_table.py. LD3, S4S,
+    DyWeight, GS, EPD and AMED's table are special cases.
     """
 
     summary = "span solver: learned schedule, times and coefficients; needs its table"
@@ -32,7 +32,7 @@ class Span(Solver):
 
     def check_predictor(self, predictor):
         if not isinstance(predictor, SpanSolver):
-            raise UserError("the solver 'span' needs its own trained student as predictor (SpanSolver)")
+            raise UserError("the solver 'span' needs a trained span solver as predictor (SpanSolver)")
 
     def setup(self, net, sigmas, predictor=None):
         solver = copy.copy(super().setup(net, sigmas, predictor))
@@ -40,7 +40,7 @@ class Span(Solver):
         return solver
 
     def step(self, run, state, i):
-        x, sigma, substeps = state.x, run.sigma(i, state.x), self.plan.inner[i]
+        x, sigma, substeps = state.x, run.sigma(i, state.x), self.plan.substeps[i]
         directions, known, levels = [d for d, _ in state.history], self.student.directions_before(i), [sigma]
         if self.student.nested or not substeps or not directions:
             directions.append((yield run.at(x, i, self._shift(known))))
@@ -54,9 +54,9 @@ class Span(Solver):
             points = self._points(x, sigma, directions, substeps, known)
             directions += yield [Point(x, sigma, run.sigma_cond(i), i, self._shift(known)), *points]
         levels += [point.sigma for point in points]
-        c, scale, contrast = self.plan.steps[i]
-        length = (scale * (self.plan.sigmas[i + 1] - self.plan.sigmas[i])).to(x.dtype)
-        x = (1 + contrast).to(x.dtype) * x + length * self._average(i, x, sigma, directions, known, c)
+        c, step_gain, state_gain = self.plan.steps[i]
+        length = (step_gain * (self.plan.sigmas[i + 1] - self.plan.sigmas[i])).to(x.dtype)
+        x = (1 + state_gain).to(x.dtype) * x + length * self._average(i, x, sigma, directions, known, c)
         history = (*state.history, *zip(directions[known:], levels, strict=True))
         return State(x, history, state.updates + 1)
 
@@ -65,7 +65,7 @@ class Span(Solver):
 
         x: state [B,C,H,W] at its start.
         sigma: noise level of x.
-        directions: all directions so far, which the points are reached along.
+        directions: all directions so far.
         substeps: (noise level, sigma_cond, coefficients) of each point.
         known: number of directions before this interval.
         """
@@ -76,7 +76,7 @@ class Span(Solver):
         ]
 
     def _shift(self, number):
-        """What the head "time" adds to the noise embedding for direction number ``number``, [1,E] or None."""
+        """The noise embedding offset [1,E] of the head "time" for direction ``number``, or None."""
         call, heads = number - self.student.analytic, self.student.heads
         return heads["time"](call, 1) if "time" in heads and call >= 0 else None
 
@@ -90,7 +90,7 @@ class Span(Solver):
         """
         heads = self.student.heads
         if "sample" in heads:
-            features = slope_features(x, sigma, directions[known], directions[known - 1] if known else None)
+            features = direction_features(x, sigma, directions[known], directions[known - 1] if known else None)
             change = heads["sample"](i, features)
             c = c.to(change) + change
         direction = combine(c, directions)

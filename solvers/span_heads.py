@@ -1,8 +1,7 @@
 """Optional heads of a span solver: small float32 networks beside the table.
 
-They depend on the sample or leave the span of the directions, which a table cannot do. All outputs
-are zero at first, so that new heads do not change the images. Train the table first, then its
-heads.
+Unlike a table, they depend on the sample or leave the span of the directions. All outputs are zero
+at first, so that new heads do not change the images. Train the table first, then the heads.
 """
 
 import math
@@ -21,25 +20,25 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1).to(torch.float32)
 
 
-def slope_features(x, sigma, slope, before) -> torch.Tensor:
+def direction_features(x, sigma, direction, before) -> torch.Tensor:
     """Inputs of the sample head, float32 [B,5].
 
-    They are the log of the root mean square of the direction, its cosines with the direction before
-    (0 without one) and with x, and mean and standard deviation of D = x - sigma slope.
+    These are the log of the root mean square of the direction, its cosines with the previous
+    direction (0 without one) and with x, and mean and standard deviation of D = x - sigma d.
 
     x: state [B,C,H,W].
     sigma: noise level of x.
-    slope: direction at x.
-    before: the direction before, or None.
+    direction: direction d at x.
+    before: the previous direction, or None.
     """
-    state, g, denoised = _flat(x), _flat(slope), _flat(x - sigma * slope)
+    state, g, denoised = _flat(x), _flat(direction), _flat(x - sigma * direction)
     turn = g.new_zeros(len(g)) if before is None else F.cosine_similarity(g, _flat(before))
     size = (g.norm(dim=1) / math.sqrt(g.shape[1])).clamp(min=1e-8).log()
     return torch.stack([size, turn, F.cosine_similarity(g, state), denoised.mean(1), denoised.std(1, correction=0)], 1)
 
 
 def _initialise(module: nn.Module, seed: int) -> None:
-    """Weights U(+-1 / sqrt(fan_in)) independent of torch's global generator; biases zero."""
+    """Set weights to U(+-1 / sqrt(fan_in)) without torch's global generator, and biases to zero."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in module.modules():
@@ -50,13 +49,13 @@ def _initialise(module: nn.Module, seed: int) -> None:
 
 
 class SampleHead(nn.Module):
-    """Coefficient net: offsets of the coefficients for every sample, V phi(features).
+    """Coefficient net: offsets V phi(features) of the coefficients, for every sample.
 
-    phi is a network 5 -> 16 -> 4 that all steps share, and V is zero at first. The coefficients
-    depend on the sample as in AMED and DLMS, but without the network's bottleneck.
+    phi is a network 5 -> 16 -> 4 that all steps share. V is zero at first. As in AMED and DLMS the
+    coefficients depend on the sample, but the network's bottleneck is not used.
 
-    free: per step, the number of learned offsets of its row.
-    first: per step, the number of entries before them.
+    free: number of learned offsets in the row of each step.
+    first: number of entries before the learned ones, for each step.
     """
 
     def __init__(self, free: list[int], first: list[int]):
@@ -68,9 +67,11 @@ class SampleHead(nn.Module):
         _initialise(self, 0)
 
     def forward(self, i: int, features: torch.Tensor) -> torch.Tensor:
-        """Offsets of the coefficients of step i: float64 (float32 on MPS) [B, number of directions], of sum zero.
+        """Offsets of the coefficients of step i, [B, number of directions], of sum zero.
 
-        features: [B,5], see ``slope_features``.
+        features: [B,5], see ``direction_features``.
+
+        Returns float64, or float32 on MPS, which has no float64.
         """
         own = self.code(F.silu(self.hidden(features))) @ self.mix[i].T
         if own.device.type != "mps":
@@ -81,17 +82,17 @@ class SampleHead(nn.Module):
 class SpatialHead(nn.Module):
     """Residual net: a direction outside the span for each of the last two steps.
 
-    Two 3x3 convolutions of the state, the denoised image and all directions; the second is zero at
+    Two 3x3 convolutions of the state, the denoised image and all directions. The second is zero at
     first.
 
     channels: number of image channels.
-    slopes: number of directions of each step that has this head.
+    directions: {step: number of its directions} for each step with this head.
     """
 
-    def __init__(self, channels: int, slopes: dict[int, int]):
+    def __init__(self, channels: int, directions: dict[int, int]):
         super().__init__()
         self.read, self.write = nn.ModuleDict(), nn.ModuleDict()
-        for i, count in slopes.items():
+        for i, count in directions.items():
             inputs = channels * (2 + count)
             self.read[str(i)] = nn.utils.skip_init(nn.Conv2d, inputs, LIFT_CHANNELS, 3, padding=1)
             self.write[str(i)] = nn.utils.skip_init(nn.Conv2d, LIFT_CHANNELS, channels, 3, padding=1)
@@ -99,21 +100,21 @@ class SpatialHead(nn.Module):
         for layer in self.write.values():
             nn.init.zeros_(layer.weight)
 
-    def forward(self, i: int, x, sigma, slopes: list, slope) -> torch.Tensor | None:
-        """The direction [B,C,H,W] for step i in the dtype of x; None for steps without this head.
+    def forward(self, i: int, x, sigma, directions: list, direction) -> torch.Tensor | None:
+        """The direction [B,C,H,W] to add in step i, in the dtype of x. None if it has no head.
 
         x: state [B,C,H,W] at noise level sigma.
-        slopes: all directions so far.
-        slope: the direction at x.
+        directions: all directions so far.
+        direction: the direction at x.
         """
         if str(i) not in self.read:
             return None
-        images = torch.cat([x / (1 + sigma**2).sqrt(), x - sigma * slope, *slopes], 1).to(torch.float32)
+        images = torch.cat([x / (1 + sigma**2).sqrt(), x - sigma * direction, *directions], 1).to(torch.float32)
         return self.write[str(i)](F.silu(self.read[str(i)](images))).to(x.dtype)
 
 
 class TimeHead(nn.Module):
-    """Embedding offset: a vector per call, added to the network's embedding of the noise level.
+    """Embedding offset: one vector per call, added to the network's embedding of the noise level.
 
     The time scale a_i moves this embedding along a curve; the vector moves it in any direction. It
     is zero at first. MTEO (arXiv 2603.22375) learns such vectors for every layer.

@@ -1,31 +1,31 @@
-"""The span solver: explicit linear samplers as one learned table, with its own schedule and first step.
+"""The table of the span solver: an explicit linear sampler as learned numbers.
 
-    student = SpanSolver.preset("full", num_steps=5, sigma_min=0.002, sigma_max=80.0)   # 4 calls with a first step
-    student.measure_gaussian(net)                       # only for first_step="gaussian"
-    x = student.run(net, latents)                       # [B,C,H,W], differentiable; latents: unit-variance noise
-    x = sample(net, latents, solver="span", predictor=student)      # the same without gradients; all options of the loop
-    for name, parameter in student.groups().items(): ...            # what is learned, by kind, for learning rates
-    save_predictor(student, path); load_predictor(path)             # training/checkpoint.py
+    span = SpanSolver.preset("full", num_steps=5, sigma_min=0.002, sigma_max=80.0)
+    span.measure_gaussian(net)             # only for first_step="gaussian"
+    x = span.run(net, latents)             # [B,C,H,W], with gradients; latents: unit-variance noise
+    x = sample(net, latents, solver="span", predictor=span)    # the same without gradients
+    span.groups()                          # the learned parameters, {group: parameter}
+    save_predictor(span, path); load_predictor(path)           # in training/checkpoint.py
 
 Any explicit linear sampler is defined by a small table: its noise levels, the noise level passed to
 the network at each, and the coefficients of the directions (``PRESETS`` names some). Between the
 noise levels s_0 > ... > s_N (num_steps = N + 1 time steps) a trajectory is
 
-    g_i     = (x_i - D(x_i, a_i s_i)) / s_i              direction; g_0 is analytical with a first step
-    x_{i+1} = (1 + delta_i) x_i + scale_i (s_{i+1} - s_i) sum_j c_ij g_j
+    g_i     = (x_i - D(x_i, a_i s_i)) / s_i       direction; g_0 is analytical with a first step
+    x_{i+1} = (1 + delta_i) x_i + gain_i (s_{i+1} - s_i) sum_j c_ij g_j
 
 with a sum over all directions so far and sum_j c_ij = 1. If an interval has more than one call,
 there are also directions at the intermediate points m_ik = s_{i+1}^r s_i^(1-r), 0 < r = r_ik < 1:
 
-    e_ik    = x_i + (m_ik - s_i) sum_j c_ikj g_j         g_ik = (e_ik - D(e_ik, a_ik m_ik)) / m_ik
+    e_ik    = x_i + (m_ik - s_i) sum_j c_ikj g_j  g_ik = (e_ik - D(e_ik, a_ik m_ik)) / m_ik
 
 Because each row sums to one, x_i has noise level exactly s_i for any learned coefficients, as long
-as delta_i = 0 and scale_i = 1. The learned scalars are offsets: c = c_theory(sigmas) + Delta.
-c_theory is a classical solver on the current noise levels, with gradient.
+as delta_i = 0 and gain_i = 1. The learned scalars are offsets: c = c_theory(sigmas) + Delta.
+c_theory are the coefficients of a classical solver on the current noise levels, with gradient.
 
 There are two layouts of an interval. "ab" and the other multistep bases call the network at x_i and
 the e_ik in one batch; the e_ik depend on the directions of earlier intervals. "midpoint" calls the
-network at x_i first and then at its K points e_ik in one batch, and steps along those.
+network at x_i first, then at the K points e_ik in one batch, and steps along those K directions.
 """
 
 import copy
@@ -40,6 +40,7 @@ from torch import nn
 from models.denoiser import embedding_layer
 from models.inputs import draw_condition, draw_noise
 from solvers.deis import gauss_legendre, lagrange_basis
+from solvers.former_names import FORMER_NAMES, current, with_current_names
 from solvers.sampler import integrate
 from solvers.schedules import check_sigmas, get_schedule
 from solvers.solver import State, make_solver
@@ -48,17 +49,17 @@ from torch_utils.errors import UserError
 from torch_utils.kinds import MOST_STEPS, check_kinds, check_steps, defaults_of, kinds_of
 from torch_utils.seeds import SeededGenerators
 
-GROUPS = ("labels", "inner", "time", "inner_time", "corrections", "scale", "contrast")
+GROUPS = ("knots", "substeps", "sigma_scale", "substep_sigma_scale", "coef_offset", "step_gain", "state_gain")
 
 
 BASES = ("ab", "midpoint", "euler", "ipndm", "deis", "dpmpp")
 FIRST_STEPS = ("none", "zero", "gaussian")
-LEAST_SHARE = 1e-6  # of ln(sigma_max / sigma_min) in every interval, so that no two noise levels coincide
+LEAST_SHARE = 1e-6  # smallest share of an interval in ln(sigma_max / sigma_min): noise levels never coincide
 
 
 @dataclass
 class SpanConfig:
-    """The configuration that a span solver carries."""
+    """The configuration of a span solver."""
 
     # network and preset
     dataset_name: str | None = None
@@ -68,89 +69,118 @@ class SpanConfig:
     preset: str | None = None  # its name in PRESETS
     # structure
     num_steps: int = 5  # time steps; there are num_steps - 1 intervals
-    parallel: int = 1  # K, the calls of the network in one batch
-    first_step: str = "zero"  # none; zero: x / sqrt(1 + sigma^2); gaussian: that of the data's mean and variance
+    parallel: int = 1  # K, the number of network calls in one batch
+    first_step: str = "zero"  # none; zero: x / sqrt(1 + sigma^2); gaussian: for the data's mean and variance
     image_shape: list[int] | None = None  # [C,H,W] of the mean that measure_gaussian found
-    base: str = "ab"  # the classical solver that gives the initial coefficients, one of BASES
-    max_order: int = 3  # its order
-    lower_order_final: bool = True  # its option, for dpmpp
+    base: str = "ab"  # the classical solver with the coefficients c_theory, one of BASES
+    max_order: int = 3  # order of that solver
+    lower_order_final: bool = True  # option of that solver, if it is dpmpp
     relative: bool = True  # c_theory on the current noise levels; False: always on the initial ones
-    window: int | None = None  # number of newest stages whose coefficients in a row are learned; None: all
+    window: int | None = None  # learn the coefficients of this number of newest stages; None: all
     # initial noise levels
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     schedule_type: str = "polynomial"
     schedule_rho: float = 7
-    sigmas: list[float] | None = None  # explicit ones, which replace num_steps, the range and the schedule
+    sigmas: list[float] | None = None  # explicit ones, instead of num_steps, the range and the schedule
     # learned groups, and their bounds
-    learn: list[str] = field(default_factory=lambda: ["labels", "time", "corrections", "contrast"])
-    time_bound: float | None = 0.3  # |ln a|; None: unbounded
-    scale_bound: float = 0.05  # |scale - 1|
-    scaled: int | None = None  # number of last intervals whose scale is learned; None: all
-    contrast_bound: float = 0.05  # |delta|
+    learn: list[str] = field(default_factory=lambda: ["knots", "sigma_scale", "coef_offset", "state_gain"])
+    sigma_scale_bound: float | None = 0.3  # |ln a|; None: unbounded
+    step_gain_bound: float = 0.05  # |step_gain - 1|
+    last_step_gains: int | None = None  # learn the step gain of this number of last intervals; None: all
+    state_gain_bound: float = 0.05  # |delta|
     # optional networks beside the table (solvers/span_heads.py); their outputs are zero at first
-    heads: list[str] = field(default_factory=list)  # "sample", "spatial", "time"
-    img_channels: int | None = None  # for spatial
-    embedding_width: int | None = None  # for time: width of the network's noise embedding
+    heads: list[str] = field(default_factory=list)  # names in HEADS
+    img_channels: int | None = None  # for "spatial"
+    embedding_width: int | None = None  # for "time": width of the network's noise embedding
 
 
-KINDS = kinds_of(SpanConfig)
+CONFIG_KINDS = kinds_of(SpanConfig)
+
+
+class _Config(dict):
+    """A configuration that can also be read by former names."""
+
+    def __missing__(self, name):
+        return self[FORMER_NAMES[name]]
+
+
+def current_config(config: Mapping) -> dict:
+    """The same configuration under current names."""
+    config = with_current_names(config)
+    if isinstance(config.get("learn"), list):
+        config["learn"] = [current(name) for name in config["learn"]]
+    return config
 
 
 PRESETS = {
-    # LD3 (Tong et al. 2024, "Learning to Discretize Denoising Diffusion ODEs"): schedule and decoupled
-    # times of a fixed solver. Delta = 0; D is conditioned on a_i s_i.
+    # LD3 (Tong et al. 2024, "Learning to Discretize Denoising Diffusion ODEs"): schedule and
+    # decoupled times of a fixed solver. Delta = 0; D is conditioned on a_i s_i.
     "ld3": {
-        **{"first_step": "none", "base": "dpmpp", "schedule_type": "logsnr", "learn": ["labels", "time"]},
-        **{"time_bound": None},
+        **{"first_step": "none", "base": "dpmpp", "schedule_type": "logsnr", "learn": ["knots", "sigma_scale"]},
+        **{"sigma_scale_bound": None},
     },
-    # S4S (Frankel et al. 2025): x_{i+1} = (t/s) x_i + (1 - t/s) sum of three b_j D_j. The b are free and
-    # start from those of DPM++; the times are those of LD3. The b do not depend on the noise levels, so
-    # S4S-Alt trains the two in turn. Here the coefficients of the three newest directions are learned,
-    # not those of the three newest images, and rows sum to one.
+    # S4S (Frankel et al. 2025): x_{i+1} = (t/s) x_i + (1 - t/s) sum of three b_j D_j. The b are
+    # free and start from those of DPM++; the times are those of LD3. The b do not depend on the
+    # noise levels, so S4S-Alt trains the two in turn. Here the coefficients of the three newest
+    # directions are learned, not those of the three newest images, and rows sum to one.
     "s4s": {
         **{"first_step": "none", "base": "dpmpp", "schedule_type": "logsnr", "relative": False, "window": 3},
-        **{"learn": ["labels", "time", "corrections"], "time_bound": None},
+        **{"learn": ["knots", "sigma_scale", "coef_offset"], "sigma_scale_bound": None},
     },
     # DyWeight (Zhao et al. 2025): x += (tau_{n+1} - t_n) sum of three W_nj g_j and
-    # t_{n+1} = t_n + (sum_j W_nj) (tau_{n+1} - t_n) on a fixed grid tau. With c = W / sum W these are
-    # learned noise levels t_n and rows that sum to one. The last noise level is fixed, so the free sum
-    # of the last row is the scale of the last interval.
+    # t_{n+1} = t_n + (sum_j W_nj) (tau_{n+1} - t_n) on a fixed grid tau. With c = W / sum W these
+    # are learned noise levels t_n and rows that sum to one. The last noise level is fixed, so the
+    # free sum of the last row is the step gain of the last interval.
     "dyweight": {
-        **{"first_step": "zero", "base": "ipndm", "relative": False, "window": 3, "time_bound": None},
-        **{"learn": ["labels", "time", "corrections", "scale"], "scaled": 1, "scale_bound": 0.5},
+        **{"first_step": "zero", "base": "ipndm", "relative": False, "window": 3, "sigma_scale_bound": None},
+        **{"learn": ["knots", "sigma_scale", "coef_offset", "step_gain"], "last_step_gains": 1, "step_gain_bound": 0.5},
     },
-    # Generalized solvers, GS (2025): x_{i+1} = sum_j A_ij x_j + sum_j C_ij D_j, DPM++(3M) on the learned
-    # grid plus offsets for all earlier points. The x_j and D_j lie in the span of x_0 and the g_j, up to
-    # the gain 1 + delta.
+    # Generalized solvers, GS (2025): x_{i+1} = sum_j A_ij x_j + sum_j C_ij D_j, DPM++(3M) on the
+    # learned grid plus offsets for all earlier points. The x_j and D_j lie in the span of x_0 and
+    # the g_j, up to the gain 1 + delta.
     "gs": {
         **{
             "first_step": "none",
             "base": "dpmpp",
             "schedule_type": "time_uniform",
             "schedule_rho": 1,
-            "time_bound": None,
+            "sigma_scale_bound": None,
         },
-        **{"learn": ["labels", "time", "corrections", "contrast"]},
+        **{"learn": ["knots", "sigma_scale", "coef_offset", "state_gain"]},
     },
-    # AMED-Solver (Zhou et al. 2024, eq. 8) without its network: e = x + (m - s) g, x += c (t - s) g_m,
-    # m = t^r s^(1-r), with one r, c and a per interval. Also AdaSDE with gamma = 0.
+    # AMED-Solver (Zhou et al. 2024, eq. 8) without its network: e = x + (m - s) g, x += c (t - s)
+    # g_m, m = t^r s^(1-r), with one r, c and a per interval. Also AdaSDE with gamma = 0.
     "amed-table": {
         **{"first_step": "zero", "base": "midpoint", "schedule_type": "time_uniform", "schedule_rho": 1},
-        **{"learn": ["inner", "inner_time", "scale"], "scale_bound": 0.05},
+        **{"learn": ["substeps", "substep_sigma_scale", "step_gain"], "step_gain_bound": 0.05},
     },
-    # EPD-Solver (Zhu et al. 2025): e_k = x + (m_k - s) g, x += (t - s) sum_k w_k c_k g_k, with its K calls
-    # in one batch. Here scale = sum_k w_k c_k and c = w_k c_k / scale, which may be negative.
+    # EPD-Solver (Zhu et al. 2025): e_k = x + (m_k - s) g, x += (t - s) sum_k w_k c_k g_k, with its
+    # K calls in one batch. Here step_gain = sum_k w_k c_k and c = w_k c_k / step_gain, which may be
+    # negative.
     "epd": {
         **{"first_step": "zero", "base": "midpoint", "parallel": 2, "schedule_type": "time_uniform", "schedule_rho": 1},
-        **{"learn": ["inner", "inner_time", "scale", "corrections"], "window": 1, "time_bound": 0.05},
+        **{
+            "learn": ["substeps", "substep_sigma_scale", "step_gain", "coef_offset"],
+            "window": 1,
+            "sigma_scale_bound": 0.05,
+        },
     },
     # Everything, relative to Adams-Bashforth of order 3 on the current noise levels.
     "full": {
-        **{"first_step": "gaussian", "learn": ["labels", "inner", "time", "inner_time", "corrections", "contrast"]},
-        **{"time_bound": 1.0},
+        **{
+            "first_step": "gaussian",
+            "learn": ["knots", "substeps", "sigma_scale", "substep_sigma_scale", "coef_offset", "state_gain"],
+        },
+        **{"sigma_scale_bound": 1.0},
     },
 }
+
+
+def _rename_parameters(solver, state: dict, prefix: str, *more) -> None:
+    """Rename the parameters of a state dict that has former names, before it is loaded."""
+    for name in [name for name in state if name.removeprefix(prefix) in FORMER_NAMES]:
+        state[prefix + FORMER_NAMES[name.removeprefix(prefix)]] = state.pop(name)
 
 
 @dataclass(frozen=True)
@@ -158,19 +188,19 @@ class Row:
     """The place of a row of coefficients.
 
     interval: i.
-    inner: number of the intermediate point that the row leads to; None: to s_{i+1}.
+    substep: k if the row leads to the intermediate point e_ik; None: to x_{i+1}.
     count: number of coefficients, one per direction so far, the oldest first.
-    first: index of the first coefficient that is learned.
+    first: index of the first learned coefficient.
     """
 
     interval: int
-    inner: int | None
+    substep: int | None
     count: int
     first: int
 
     @property
     def free(self) -> int:
-        """Number of learned offsets; the newest coefficient makes the sum one."""
+        """Number of learned offsets. The newest coefficient follows from the sum of one."""
         return max(self.count - 1 - self.first, 0)
 
 
@@ -179,15 +209,15 @@ class Plan:
     """The numbers of one trajectory, float64 on the CPU, with gradients.
 
     sigmas: noise levels [N + 1].
-    sigmas_net: noise levels [N + 1] to condition the network on.
-    steps: per interval (coefficients, scale, contrast).
-    inner: per interval, one (noise level, sigma_cond, coefficients) per intermediate point.
+    sigmas_cond: noise levels [N + 1] to condition the network on.
+    steps: per interval (coefficients, step gain, state gain).
+    substeps: per interval, one (noise level, sigma_cond, coefficients) per intermediate point.
     """
 
     sigmas: torch.Tensor
-    sigmas_net: torch.Tensor
+    sigmas_cond: torch.Tensor
     steps: list = field(default_factory=list)
-    inner: list = field(default_factory=list)
+    substeps: list = field(default_factory=list)
 
 
 class SpanSolver(nn.Module):
@@ -196,47 +226,49 @@ class SpanSolver(nn.Module):
     Keyword arguments are the fields of ``SpanConfig``; ``config`` holds all of them. The parameters
     stay float64 when the module is moved. Those of the groups in ``learn`` require gradients:
 
-        labels [N]        logits of each interval's share of ln(sigma_max / sigma_min); the ends are fixed
-        inner [I]         logits of r, of all intermediate points
-        time              ln a = time_bound tanh(time), of the calls at the points of the schedule
-        inner_time [I]    the same of the calls at intermediate points
-        corrections       Delta of all rows, one after the other, without their newest entry
-        scale [N]         scale = 1 + scale_bound tanh(scale), of the last ``scaled`` intervals
-        contrast          delta = contrast_bound tanh(contrast / contrast_bound), of the intervals that
-                          begin with a call
+        knots [N]      logits of each interval's share of ln(sigma_max / sigma_min)
+        substeps [I]   logits of r, of all intermediate points
+        sigma_scale    ln a = sigma_scale_bound tanh(sigma_scale), of the calls at schedule points
+        substep_sigma_scale [I]   the same for the calls at intermediate points
+        coef_offset    Delta of all rows in order, without their newest entry
+        step_gain      gain = 1 + step_gain_bound tanh(step_gain), of the last ``last_step_gains``
+                       intervals
+        state_gain     delta = state_gain_bound tanh(state_gain / state_gain_bound), of the
+                       intervals that begin with a call
 
     Raises UserError for impossible settings.
     """
 
-    kind = "span"  # in the file
+    kind = "span"  # in the predictor's file
     solver = "span"  # its name in SOLVERS
 
     def __init__(self, **config):
         super().__init__()
-        unknown = sorted(set(config) - set(KINDS))
+        config = current_config(config)
+        unknown = sorted(set(config) - set(CONFIG_KINDS))
         if unknown:
-            raise UserError(f"unknown setting of a span student '{unknown[0]}'; known: {', '.join(KINDS)}")
-        self.config = copy.deepcopy({**defaults_of(SpanConfig), **config})
+            raise UserError(f"unknown setting '{unknown[0]}' of a span solver; choose from {', '.join(CONFIG_KINDS)}")
+        self.config = _Config(copy.deepcopy({**defaults_of(SpanConfig), **config}))
         self.provenance: dict = {}
         initial = self._check()
         self.rows = self._make_rows()
         shares = (initial[:-1] / initial[1:]).log() / math.log(float(initial[0] / initial[-1]))
         if float(shares.min()) <= LEAST_SHARE:
-            raise UserError(f"sigmas: two of the noise levels nearly coincide: {initial.tolist()}")
-        points = sum(self.inner_points(i) for i in range(self.intervals))
+            raise UserError(f"sigmas: two noise levels nearly coincide: {initial.tolist()}; leave one of them out")
+        points = sum(self.substep_count(i) for i in range(self.intervals))
         ratios = [
-            (k + 1) / (self.inner_points(i) + 1) for i in range(self.intervals) for k in range(self.inner_points(i))
+            (k + 1) / (self.substep_count(i) + 1) for i in range(self.intervals) for k in range(self.substep_count(i))
         ]
         calls = self.intervals - self.analytic
+        gains = min(self.config["last_step_gains"] or self.intervals, self.intervals)
         start = {
-            "labels": ((shares - LEAST_SHARE) / (1 - len(shares) * LEAST_SHARE)).log(),
-            "inner": torch.tensor(ratios, dtype=torch.float64).logit(),
-            **{
-                name: torch.zeros(size, dtype=torch.float64) for name, size in (("time", calls), ("inner_time", points))
-            },
-            "corrections": torch.zeros(sum(row.free for row in self.rows), dtype=torch.float64),
-            "scale": torch.zeros(min(self.config["scaled"] or self.intervals, self.intervals), dtype=torch.float64),
-            "contrast": torch.zeros(calls, dtype=torch.float64),
+            "knots": ((shares - LEAST_SHARE) / (1 - len(shares) * LEAST_SHARE)).log(),
+            "substeps": torch.tensor(ratios, dtype=torch.float64).logit(),
+            "sigma_scale": torch.zeros(calls, dtype=torch.float64),
+            "substep_sigma_scale": torch.zeros(points, dtype=torch.float64),
+            "coef_offset": torch.zeros(sum(row.free for row in self.rows), dtype=torch.float64),
+            "step_gain": torch.zeros(gains, dtype=torch.float64),
+            "state_gain": torch.zeros(calls, dtype=torch.float64),
         }
         for name in GROUPS:
             setattr(self, name, nn.Parameter(start[name], requires_grad=name in self.config["learn"]))
@@ -245,14 +277,18 @@ class SpanSolver(nn.Module):
         self.register_buffer("variance", None)
         if self.config["image_shape"] is not None:
             self._set_gaussian(torch.zeros(self.config["image_shape"]), torch.zeros(()))
-        self._theory = None if self.config["relative"] else [row.detach() for row in self._base(*self._labels())]
+        self.register_load_state_dict_pre_hook(_rename_parameters)
+        self._theory = None if self.config["relative"] else [row.detach() for row in self._base(*self._levels())]
+
+    def __getattr__(self, name):
+        return super().__getattr__(current(name))
 
     @classmethod
     def preset(cls, name: str, **changes) -> "SpanSolver":
         """The span solver ``name`` of ``PRESETS``, with the given settings changed."""
         if name not in PRESETS:
-            raise UserError(f"unknown span student '{name}'; choose from {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], "preset": name, **changes})
+            raise UserError(f"unknown preset '{name}' of the span solver; choose from {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], "preset": name, **current_config(changes)})
 
     # Structure
 
@@ -261,11 +297,13 @@ class SpanSolver(nn.Module):
         c = self.config
         if torch.is_tensor(c["sigmas"]):
             c["sigmas"] = c["sigmas"].tolist()
-        check_kinds(c, KINDS)
+        check_kinds(c, CONFIG_KINDS)
         check_steps(c, "num_steps", "sigmas", "window")
         calls = (len(c["sigmas"]) if c["sigmas"] else c["num_steps"]) * c["parallel"]
         if calls > MOST_STEPS:
-            raise UserError(f"num_steps and parallel: {calls} calls are too many, at most {MOST_STEPS} are possible")
+            raise UserError(
+                f"num_steps and parallel: {calls} network calls are too many; at most {MOST_STEPS} are allowed"
+            )
         for name, known in (("base", BASES), ("first_step", FIRST_STEPS)):
             if c[name] not in known:
                 raise UserError(f"{name}={c[name]!r}: choose from {', '.join(known)}")
@@ -274,19 +312,19 @@ class SpanSolver(nn.Module):
             if wrong:
                 raise UserError(f"{name}: unknown '{wrong[0]}'; choose from {', '.join(known)}")
         if "spatial" in c["heads"] and not (isinstance(c["img_channels"], int) and c["img_channels"] > 0):
-            raise UserError("the spatial head needs img_channels, the channels of the images or latents")
+            raise UserError("the head 'spatial' needs img_channels, the number of channels of the images or latents")
         width = c["embedding_width"]
         if "time" in c["heads"] and not (isinstance(width, int) and width > 0):
-            raise UserError("the time head needs embedding_width, the length of the network's noise embedding")
-        for name, most in (("parallel", 16), ("window", None), ("scaled", None), ("max_order", 4)):
+            raise UserError("the head 'time' needs embedding_width, the length of the network's noise embedding")
+        for name, most in (("parallel", 16), ("window", None), ("last_step_gains", None), ("max_order", 4)):
             value = c[name]
             whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= (most or value)
-            if not (whole or (name in ("window", "scaled") and value is None)):
+            if not (whole or (name in ("window", "last_step_gains") and value is None)):
                 raise UserError(f"{name}={value!r} must be a whole number" + (f" in 1..{most}" if most else " above 0"))
         if c["parallel"] > 1 and c["base"] not in ("ab", "midpoint"):
             raise UserError(f"parallel={c['parallel']} needs base='ab' or 'midpoint', not '{c['base']}'")
-        for name, most in (("time_bound", math.inf), ("scale_bound", 1), ("contrast_bound", 1)):
-            if c[name] is None and name == "time_bound":
+        for name, most in (("sigma_scale_bound", math.inf), ("step_gain_bound", 1), ("state_gain_bound", 1)):
+            if c[name] is None and name == "sigma_scale_bound":
                 continue
             if not (isinstance(c[name], int | float) and 0 < c[name] < most):
                 raise UserError(f"{name}={c[name]!r} must be a number above 0" + ("" if most > 1 else " and below 1"))
@@ -309,30 +347,30 @@ class SpanSolver(nn.Module):
 
     @property
     def nested(self) -> bool:
-        """Whether the intermediate points depend on the direction at the start of their interval."""
+        """Whether intermediate points depend on the direction at the start of their interval."""
         return self.config["base"] == "midpoint"
 
-    def inner_points(self, i: int) -> int:
+    def substep_count(self, i: int) -> int:
         """Number of intermediate points of interval i."""
         if self.nested:
             return self.config["parallel"]
-        return self.config["parallel"] - 1 if i else 0  # without any direction there is only x_0
+        return self.config["parallel"] - 1 if i else 0  # there is no earlier direction in interval 0
 
     def directions_before(self, i: int) -> int:
         """Number of directions of the intervals before interval i."""
         return i + sum(self.inner_points(j) for j in range(i))
 
     def _make_rows(self) -> list[Row]:
-        """All rows in the order of ``corrections``: per interval its intermediate points, then its step."""
+        """All rows in the order of ``coef_offset``: per interval the points e_ik, then x_{i+1}."""
         rows, stages, window = [], [], self.config["window"]
 
-        def add(interval, inner):
+        def add(interval, substep):
             newest = stages[-1] if stages else 0
             first = 0 if window is None else sum(stage <= newest - window for stage in stages)
-            rows.append(Row(interval, inner, len(stages), first))
+            rows.append(Row(interval, substep, len(stages), first))
 
         for i in range(self.intervals):
-            points = self.inner_points(i)
+            points = self.substep_count(i)
             if self.nested:
                 stages.append(2 * i)
             for k in range(points):
@@ -342,7 +380,7 @@ class SpanSolver(nn.Module):
         return rows
 
     def _make_heads(self) -> nn.ModuleDict:
-        heads, steps = nn.ModuleDict(), [row for row in self.rows if row.inner is None]
+        heads, steps = nn.ModuleDict(), [row for row in self.rows if row.substep is None]
         if "sample" in self.config["heads"]:
             heads["sample"] = SampleHead([row.free for row in steps], [row.count - 1 - row.free for row in steps])
         if "spatial" in self.config["heads"]:
@@ -352,7 +390,7 @@ class SpanSolver(nn.Module):
         return heads
 
     def head_parameters(self) -> list[nn.Parameter]:
-        """The weights of the optional heads, float32; ``groups`` does not contain them."""
+        """Weights of the heads, float32. ``groups`` does not contain them."""
         return list(self.heads.parameters())
 
     def groups(self) -> dict[str, nn.Parameter]:
@@ -362,70 +400,71 @@ class SpanSolver(nn.Module):
 
     def scalars(self) -> int:
         """Number of learned degrees of freedom."""
-        groups = self.groups()  # a common summand of the logits changes nothing
-        return sum(value.numel() for value in groups.values()) - ("labels" in groups)
+        groups = self.groups()
+        # A constant added to all logits of ``knots`` changes nothing.
+        return sum(value.numel() for value in groups.values()) - ("knots" in groups)
 
     def evaluations(self) -> int:
-        """Network calls of one trajectory (guidance may double their cost)."""
-        return self.intervals - self.analytic + sum(self.inner_points(i) for i in range(self.intervals))
+        """Number of network calls per trajectory (guidance may double their cost)."""
+        return self.intervals - self.analytic + sum(self.substep_count(i) for i in range(self.intervals))
 
     def check_network(self, net) -> None:
-        """Raises UserError unless the heads fit the image channels and the noise embedding of net."""
+        """Raises UserError unless the heads fit the channels and the noise embedding of net."""
         own, channels = self.config["img_channels"], getattr(net, "img_channels", None)
         if "spatial" in self.heads and channels not in (None, own):
-            raise UserError(f"the student's head 'spatial' needs a network of {own} channels, this has {channels}")
+            raise UserError(f"the head 'spatial' of the span solver needs {own} channels, this network has {channels}")
         if "time" in self.heads:
             own, width = self.config["embedding_width"], embedding_layer(net).out_features
             if width != own:
-                raise UserError(f"the student's head 'time' needs a noise embedding of {own} numbers, this has {width}")
+                raise UserError(f"the head 'time' needs a noise embedding of {own} numbers, this network's has {width}")
 
     # Numbers
 
     def sigmas(self) -> torch.Tensor:
-        """The noise levels s_0 > ... > s_N, float64 [N + 1] on the CPU, with gradient; the ends are fixed."""
+        """The noise levels s_0 > ... > s_N, float64 [N + 1] on the CPU, with gradient."""
         high, low = float(self.config["sigma_max"]), float(self.config["sigma_min"])
-        shares = torch.softmax(self.labels.cpu(), 0) * (1 - self.intervals * LEAST_SHARE) + LEAST_SHARE
-        inner = high * (-math.log(high / low) * shares.cumsum(0)[:-1]).exp()
-        return torch.cat([inner.new_tensor([high]), inner, inner.new_tensor([low])])
+        shares = torch.softmax(self.knots.cpu(), 0) * (1 - self.intervals * LEAST_SHARE) + LEAST_SHARE
+        between = high * (-math.log(high / low) * shares.cumsum(0)[:-1]).exp()
+        return torch.cat([between.new_tensor([high]), between, between.new_tensor([low])])
 
-    def sigmas_net(self) -> torch.Tensor:
-        """The noise levels a_i s_i to condition the network on, float64 [N + 1] on the CPU, with gradient."""
-        return self._sigmas_net(self.sigmas())
+    def sigmas_cond(self) -> torch.Tensor:
+        """The noise levels a_i s_i to condition the network on, like ``sigmas``."""
+        return self._sigmas_cond(self.sigmas())
 
-    def _sigmas_net(self, sigmas):
+    def _sigmas_cond(self, sigmas):
         ones = sigmas.new_ones(1)
-        return sigmas * torch.cat([*([ones] if self.analytic else []), self._time_scale(self.time), ones])
+        return sigmas * torch.cat([*([ones] if self.analytic else []), self._sigma_factor(self.sigma_scale), ones])
 
-    def _time_scale(self, raw):
-        bound = self.config["time_bound"]
+    def _sigma_factor(self, raw):
+        bound = self.config["sigma_scale_bound"]
         return (raw.cpu() if bound is None else bound * torch.tanh(raw.cpu())).exp()
 
-    def _labels(self):
-        """(noise levels [N + 1], per interval those of its intermediate points)."""
-        sigmas, r = self.sigmas(), torch.sigmoid(self.inner.cpu())
-        inner, used = [], 0
+    def _levels(self):
+        """(noise levels [N + 1], list of the intermediate noise levels per interval)."""
+        sigmas, r = self.sigmas(), torch.sigmoid(self.substeps.cpu())
+        substeps, used = [], 0
         for i in range(self.intervals):
-            part = r[used : used + self.inner_points(i)]
-            inner.append(sigmas[i + 1] ** part * sigmas[i] ** (1 - part))
+            part = r[used : used + self.substep_count(i)]
+            substeps.append(sigmas[i + 1] ** part * sigmas[i] ** (1 - part))
             used += len(part)
-        return sigmas, inner
+        return sigmas, substeps
 
-    def _base(self, sigmas, inner) -> list[torch.Tensor]:
-        """The coefficients c_theory on these noise levels, one tensor [count] of sum one per row."""
+    def _base(self, sigmas, substeps) -> list[torch.Tensor]:
+        """The coefficients c_theory on these noise levels, one tensor [count] per row."""
         c = self.config
         if c["base"] == "midpoint":
-            parts = (1 if row.inner is not None else c["parallel"] for row in self.rows)
+            parts = (1 if row.substep is not None else c["parallel"] for row in self.rows)
             return [
                 sigmas.new_tensor([0.0] * (row.count - n) + [1 / n] * n)
                 for row, n in zip(self.rows, parts, strict=True)
             ]
         if c["base"] != "ab":
             return self._symbolic(sigmas)
-        nodes = [label for i in range(self.intervals) for label in (sigmas[i], *inner[i])]
+        nodes = [level for i in range(self.intervals) for level in (sigmas[i], *substeps[i])]
         rows = []
         for row in self.rows:
             start = sigmas[row.interval]
-            target = sigmas[row.interval + 1] if row.inner is None else inner[row.interval][row.inner]
+            target = sigmas[row.interval + 1] if row.substep is None else substeps[row.interval][row.substep]
             newest = nodes[max(row.count - c["max_order"], 0) : row.count]
             points, weights = gauss_legendre(start, target, 2)  # exact for cubics
             found = [(weights * basis).sum() / (target - start) for basis in lagrange_basis(points, newest)]
@@ -435,9 +474,8 @@ class SpanSolver(nn.Module):
     def _symbolic(self, sigmas) -> list[torch.Tensor]:
         """The rows of a registered linear solver.
 
-        It steps here with coordinates in the span of the directions, instead of images. A solver
-        that works with denoised images x - sigma g becomes one that works with directions in this
-        way.
+        The solver steps with coordinates in the span of the directions instead of images. This also
+        works for solvers that combine denoised images x - sigma g.
         """
         names = ("max_order", "lower_order_final")
         common = {name: self.config[name] for name in names} | {"thresholding": False}
@@ -450,12 +488,12 @@ class SpanSolver(nn.Module):
             rows.append(((state.x - before) / (sigmas[i + 1] - sigmas[i]))[: i + 1])
         return rows
 
-    def _coefficients(self, sigmas, inner) -> list[torch.Tensor]:
+    def _coefficients(self, sigmas, substeps) -> list[torch.Tensor]:
         """The coefficients c_theory + Delta of all rows."""
-        theory = self._base(sigmas, inner) if self._theory is None else self._theory
-        result, used, corrections = [], 0, self.corrections.cpu()
+        theory = self._base(sigmas, substeps) if self._theory is None else self._theory
+        result, used, offsets = [], 0, self.coef_offset.cpu()
         for row, base in zip(self.rows, theory, strict=True):
-            own = corrections[used : used + row.free]
+            own = offsets[used : used + row.free]
             used += row.free
             if row.free:
                 base = base + torch.cat([own.new_zeros(row.first), own, -own.sum().reshape(1)])
@@ -464,52 +502,53 @@ class SpanSolver(nn.Module):
 
     def plan(self) -> Plan:
         """All numbers of a trajectory, with gradient."""
-        sigmas, inner = self._labels()
-        plan = Plan(sigmas, self._sigmas_net(sigmas), inner=[[] for _ in range(self.intervals)])
-        scales = 1 + self.config["scale_bound"] * torch.tanh(self.scale.cpu())
-        scales = torch.cat([scales.new_ones(self.intervals - len(scales)), scales])
-        bound, own = self.config["contrast_bound"], self.contrast.cpu()
-        contrasts = torch.cat([own.new_zeros(self.intervals - len(own)), bound * torch.tanh(own / bound)])
-        times = self._time_scale(self.inner_time)
-        for row, c in zip(self.rows, self._coefficients(sigmas, inner), strict=True):
-            if row.inner is None:
-                plan.steps.append((c, scales[row.interval], contrasts[row.interval]))
+        sigmas, substeps = self._levels()
+        plan = Plan(sigmas, self._sigmas_cond(sigmas), substeps=[[] for _ in range(self.intervals)])
+        step_gains = 1 + self.config["step_gain_bound"] * torch.tanh(self.step_gain.cpu())
+        step_gains = torch.cat([step_gains.new_ones(self.intervals - len(step_gains)), step_gains])
+        bound, own = self.config["state_gain_bound"], self.state_gain.cpu()
+        state_gains = torch.cat([own.new_zeros(self.intervals - len(own)), bound * torch.tanh(own / bound)])
+        factors = self._sigma_factor(self.substep_sigma_scale)
+        for row, c in zip(self.rows, self._coefficients(sigmas, substeps), strict=True):
+            if row.substep is None:
+                plan.steps.append((c, step_gains[row.interval], state_gains[row.interval]))
             else:
-                label, used = inner[row.interval][row.inner], sum(map(len, plan.inner))
-                plan.inner[row.interval].append((label, times[used] * label, c))
+                level, used = substeps[row.interval][row.substep], sum(map(len, plan.substeps))
+                plan.substeps[row.interval].append((level, factors[used] * level, c))
         return plan
 
-    def coefficients(self, i: int, inner: int | None = None) -> torch.Tensor:
+    def coefficients(self, i: int, substep: int | None = None) -> torch.Tensor:
         """The coefficients of the step from s_i, float64 [number of directions], of sum one.
 
-        inner: number of an intermediate point of interval i, for its coefficients instead.
+        substep: k, for the coefficients of the intermediate point e_ik instead. Default None.
         """
         plan = self.plan()
-        return plan.steps[i][0] if inner is None else plan.inner[i][inner][2]
+        return plan.steps[i][0] if substep is None else plan.substeps[i][substep][2]
 
     @torch.no_grad()
     def table(self) -> dict:
         """All numbers as a dict for JSON.
 
-        "intervals" has one dict per interval: "sigma", "told" (the noise level that the network is
-        conditioned on; None if the direction is analytical), "contrast", "scale", "coefficients" of
-        the step, and "inner", a list of dicts with "sigma", "told" and "coefficients".
+        "intervals" has one dict per interval: "sigma", "sigma_cond" (the noise level that the
+        network is conditioned on; None if the direction is analytical), "state_gain", "step_gain",
+        "coefficients" of the step, and "substeps", a list of dicts with "sigma", "sigma_cond" and
+        "coefficients".
         """
         plan = self.plan()
         intervals = []
-        for i, (c, scale, contrast) in enumerate(plan.steps):
+        for i, (c, step_gain, state_gain) in enumerate(plan.steps):
             points = [
-                {"sigma": float(label), "told": float(sigma_cond), "coefficients": row.tolist()}
-                for label, sigma_cond, row in plan.inner[i]
+                {"sigma": float(level), "sigma_cond": float(sigma_cond), "coefficients": row.tolist()}
+                for level, sigma_cond, row in plan.substeps[i]
             ]
-            sigma_cond = None if i == 0 and self.analytic else float(plan.sigmas_net[i])
+            sigma_cond = None if i == 0 and self.analytic else float(plan.sigmas_cond[i])
             own = {
                 "sigma": float(plan.sigmas[i]),
-                "told": sigma_cond,
-                "contrast": float(contrast),
-                "scale": float(scale),
+                "sigma_cond": sigma_cond,
+                "state_gain": float(state_gain),
+                "step_gain": float(step_gain),
             }
-            intervals.append({**own, "coefficients": c.tolist(), "inner": points})
+            intervals.append({**own, "coefficients": c.tolist(), "substeps": points})
         names = ("preset", "first_step", "base", "parallel")
         result = {name: self.config[name] for name in names}
         result["heads"] = list(self.heads)  # with heads the table is not the whole solver
@@ -519,13 +558,13 @@ class SpanSolver(nn.Module):
     # The first step
 
     def first_direction(self, x, sigma):
-        """The analytical direction at the highest noise, for ``afs_direction``: x, result [B,C,H,W]."""
+        """The analytical direction [B,C,H,W] at x [B,C,H,W], for ``afs_direction``."""
         if self.config["first_step"] == "zero":
             return x / (1 + sigma**2).sqrt()
         if self.mean is None:
-            raise UserError("first_step=gaussian: call measure_gaussian(net) of the student before it samples")
+            raise UserError("first_step=gaussian: call measure_gaussian(net) of the span solver before sampling")
         if self.mean.shape != x.shape[1:]:
-            raise UserError(f"the student is for images of shape {list(self.mean.shape)}, not {list(x.shape[1:])}")
+            raise UserError(f"the span solver is for images of shape {list(self.mean.shape)}, not {list(x.shape[1:])}")
         mean, variance = (value.to(x.device, x.dtype) for value in (self.mean, self.variance))
         return (x - mean) * (sigma / (variance + sigma**2))
 
@@ -535,14 +574,14 @@ class SpanSolver(nn.Module):
 
     @torch.no_grad()
     def measure_gaussian(self, net, calls: int = 256, seed: int = 0, batch: int = 64, make_cond=None) -> None:
-        """Estimates mean image mu and variance v of the data from the network, for first_step="gaussian".
+        """Estimate the data's mean image mu and variance v with the network, for "gaussian".
 
         net: the denoiser.
-        calls: number of noise images at sigma_max to denoise; default 256.
-        seed: of the first image; default 0.
-        batch: images per call of the network; default 64.
-        make_cond: called with the generators of a batch, returns its cond; text-to-image networks
-            need prompts. Default: that of the network.
+        calls: number of noise images at sigma_max to denoise. Default 256.
+        seed: seed of the first image. Default 0.
+        batch: images per call of the network. Default 64.
+        make_cond: function from the generators of a batch to its cond; text-to-image networks need
+            prompts. Default: that of the network.
 
         For Gaussian data D = mu + v / (v + sigma^2) (x - mu). mu is the mean of D. v follows from
         the slope of D against x, by least squares over all pixels; a negative slope counts as 0. At
@@ -567,28 +606,26 @@ class SpanSolver(nn.Module):
 
     # Sampling
 
-    def brings(self, num_steps=None, sigmas=None, sigmas_net=None, afs=False) -> dict:
-        """The arguments sigmas, sigmas_net and afs of the sampler. Raises UserError if other values were given."""
-        own = {"sigmas": self.sigmas(), "sigmas_net": self.sigmas_net()}
-        for name, given in (("sigmas", sigmas), ("sigmas_net", sigmas_net)):
+    def brings(self, num_steps=None, sigmas=None, sigmas_cond=None, afs=False) -> dict:
+        """Return sigmas, sigmas_cond and afs for the sampler. UserError if others are given."""
+        own = {"sigmas": self.sigmas(), "sigmas_cond": self.sigmas_cond()}
+        for name, given in (("sigmas", sigmas), ("sigmas_cond", sigmas_cond)):
             if given is None:
                 continue
             given = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
             if given.shape != own[name].shape or not torch.allclose(given, own[name].detach(), rtol=1e-6, atol=0):
-                raise UserError(f"{name}: the student brings its own; leave the argument out")
+                raise UserError(f"{name}: the span solver has its own; leave {name} out")
         if num_steps not in (None, self.config["num_steps"]):
             raise UserError(
-                f"num_steps={num_steps}: the student has {self.config['num_steps']}; leave the argument out"
+                f"num_steps={num_steps}: the span solver has {self.config['num_steps']}; leave num_steps out"
             )
         if afs is not False and afs != self.afs:
-            raise UserError(
-                f"afs={afs}: the student has first_step={self.config['first_step']}; leave the argument out"
-            )
+            raise UserError(f"afs={afs}: the span solver has first_step={self.config['first_step']}; leave afs out")
         return {**own, "afs": self.first_direction if self.analytic else False}
 
     @property
     def afs(self) -> bool | str:
-        """The first step as a setting: False, True (mean zero) or "gaussian"."""
+        """The first step as a value of the option afs: False, True (mean zero) or "gaussian"."""
         return {"none": False, "zero": True, "gaussian": "gaussian"}[self.config["first_step"]]
 
     def run(self, net, latents, cond: Mapping | None = None, checkpointing=False, return_trajectory=False):
@@ -602,7 +639,7 @@ class SpanSolver(nn.Module):
         return integrate(net, latents, solver="span", predictor=self, cond=cond, **options)
 
     def _apply(self, fn, recurse=True):
-        """Moves the module but keeps float64. MPS has no float64, so the scalars stay on the CPU there."""
+        """Move the module but keep float64. For MPS, which has none, scalars stay on the CPU."""
         for child in self.children():
             child._apply(fn)
         device = fn(torch.empty(0)).device

@@ -1,4 +1,8 @@
-"""UniPC (Zhao et al. 2023, "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models")."""
+"""UniPC: multistep predictor-corrector.
+
+Zhao et al. 2023, "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion
+Models".
+"""
 
 import copy
 import math
@@ -30,15 +34,17 @@ class UniPC(DPMSolverPP):
     """UniPC multistep (Zhao et al. 2023), in data (predict_x0) or noise prediction.
 
     Every interval but the last predicts the next point, evaluates there and corrects the point with
-    this evaluation. The next interval uses the evaluation again, so the corrector is free. It
-    raises the order of accuracy to max_order + 1; the first interval and, under lower_order_final,
-    the last ones have a lower order. lower_order_final and thresholding are those of dpmpp. The
-    callback gets the predicted points, a trajectory has the corrected ones.
+    this evaluation. The next interval reuses the evaluation, so the corrector is free. It raises
+    the order of accuracy to max_order + 1. The first interval has a lower order, and so have the
+    last ones with lower_order_final. The callback gets the predicted points, a trajectory has the
+    corrected ones.
 
     variant: B(h) = h (bh1) or e^h - 1 (bh2). It matters only where the published code fixes a
         weight instead of solving for it: in the corrector of order 1 and the predictor of order 2.
-    original_code: on schedules of fewer than max_order intervals the last one has a corrector too,
-        which costs one evaluation more.
+        Default bh2.
+    predict_x0, lower_order_final, thresholding: see ``DPMSolverPP``.
+    original_code: with fewer than max_order intervals the last one has a corrector too, which costs
+        one more evaluation. Default False.
     """
 
     summary = "UniPC multistep predictor-corrector, order 1-3"
@@ -52,7 +58,7 @@ class UniPC(DPMSolverPP):
 
     def setup(self, net, sigmas, predictor=None):
         solver = copy.copy(super().setup(net, sigmas, predictor))
-        # Scalars on the CPU: float64 even if the device of x has none, and no wait for that device.
+        # Scalars on the CPU: some devices have no float64, and reading from a device waits for it.
         solver.grid = sigmas.to("cpu").to(torch.float64).unbind()
         return solver
 
@@ -73,7 +79,7 @@ class UniPC(DPMSolverPP):
         h = (cur / nxt).log()
         z = -h if self.predict_x0 else h
         newest = history[-1][0]
-        # Differences to the newest output, and their places: 0 is the start of the interval, 1 its end.
+        # Differences to the newest output, and their places: 0 is the interval's start, 1 its end.
         places = [(cur / self.grid[i - k]).log() / h for k in range(1, order)]
         differences = [history[-1 - k][0] - newest for k in range(1, order)]
         # The exact solution for a constant model output.
@@ -89,7 +95,7 @@ class UniPC(DPMSolverPP):
         if last and not self.corrects_last(run.intervals):
             return State(x, history, state.updates + 1)
         sigma = run.sigma(i + 1, x)
-        # The callback is called at the start of intervals only: the last point has no index.
+        # The callback is called at the start of an interval, so the last point has no index.
         d = yield Point(x, sigma, run.sigma_cond(i + 1), None if last else i + 1)
         output = self.output(x, d, sigma)
         corrected = extrapolate([*differences, output - newest], [*places, 1.0], fixed=order == 1)

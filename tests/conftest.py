@@ -15,7 +15,7 @@ if "mix_stderr" in inspect.signature(CliRunner).parameters:  # click 8.1: stderr
 
 @pytest.fixture(autouse=True)
 def registered_solvers():
-    """Tests may register and remove solvers: the table, its order included, is afterwards what it was."""
+    """Tests may register and remove solvers: afterwards the table and its order are as before."""
     before = dict(SOLVERS)
     yield
     SOLVERS.clear()

@@ -1,11 +1,12 @@
 """A test double of the part of ComfyUI that a sampler or schedule node touches.
 
-    import fake_comfy; fake_comfy.install()      # before the node is imported: `import comfy.samplers` now finds this
+    import fake_comfy; fake_comfy.install()      # before the node is imported
     model = fake_comfy.toy_model("eps")          # a MODEL, as a node gets it; or "flow"
     latent = fake_comfy.run(model, sampler, sigmas, torch.zeros(2, 4, 8, 8), seed=0, cfg=7.5)
 
-It keeps the conventions of noise, masks, guidance, callbacks and call signatures; it has no files, prompts or devices.
-``run`` is what the nodes SamplerCustom and SamplerCustomAdvanced do. The toy network is exact for Gaussian data.
+It keeps the conventions of noise, masks, guidance, callbacks and call signatures. It has no files,
+prompts or devices. ``run`` is what the nodes SamplerCustom and SamplerCustomAdvanced do. The toy
+network is exact for Gaussian data.
 """
 
 import math

@@ -1,7 +1,8 @@
-"""Real processes of the command lines, with faults: a launcher that forks them from one warm process, and the faults.
+"""Real processes of the command lines, and faults that are put into them.
 
-Every process is one that a shell could have started (own pid, files for its output, environment of torchrun where there
-are several), only without seconds of imports each. ``python fault_tools.py`` is the warm process.
+Every process is one that a shell could have started: own pid, files for its output, and the
+environment of torchrun where there are several. They are forked from one warm process
+(``python fault_tools.py``), which saves seconds of imports each.
 """
 
 import json
@@ -25,7 +26,7 @@ PROGRAMS |= {"denoiser": "tools.train_denoiser", "download": "fault_tools"}
 OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # In the tests
 
 
@@ -39,7 +40,7 @@ class Group:
     started: float = field(default_factory=time.monotonic)
 
     def wait(self, timeout: float = 400) -> list[int]:
-        """Exit codes as of ``subprocess`` (-9: killed). A run that hangs is killed and fails the test."""
+        """Exit codes as of ``subprocess`` (-9: killed). A run that hangs is killed and fails."""
         deadline = time.monotonic() + timeout
         while not all(self.launcher.poll(pid) is not None for pid in self.pids):
             if time.monotonic() > deadline:
@@ -169,16 +170,19 @@ def usage() -> dict:
     return {"mebibytes": pages * resource.getpagesize() / 2**20, "opened": opened}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Faults, in the process that they befall
 
 
 def inject(fault: dict) -> None:
     """Arms the faults that a dict describes; with "rank", on that rank only.
 
-    nan, boom, hang, slow: at call N of the network and later: NaN in row 0, an exception, no return, X s per call.
-    oom: network calls with more than N samples fail ("oom_kind": cuda or cpu). file_limit: no file beyond N bytes.
-    kill_in_write: SIGKILL in the middle of the N-th torch.save. grace: of peers that have to stop by themselves.
+    nan, boom, hang, slow: from call N of the network on: NaN in row 0, an exception, no return,
+        X seconds per call.
+    oom: network calls with more than N samples fail ("oom_kind": cuda or cpu).
+    file_limit: no file beyond N bytes.
+    kill_in_write: SIGKILL in the middle of the N-th torch.save.
+    grace: seconds that peers get to stop by themselves.
     usage: no fault, but a file that gets a line with ``usage()`` at every call of the network.
     """
     if "grace" in fault:
@@ -252,7 +256,7 @@ def _kill_in_write(number: int) -> None:
     torch.save = dying
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The warm process
 
 

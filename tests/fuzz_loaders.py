@@ -2,10 +2,11 @@
 
     python tests/fuzz_loaders.py --count=20000 --workers=2 --keep=found
 
-A file either loads or is refused with a UserError, in CPU seconds and a bounded memory; nothing in it is executed. What
-breaks that is a failure: another exception, a process that dies or takes too long, a file made, a program started, a
-connection opened. Case number i of a seed is always the same. --keep: failing files are written there. Files that once
-broke something are kept in tests/golden/fuzz and run first.
+A file either loads or is refused with a UserError, within limits of CPU time and memory. Nothing in
+it is executed. Failures are: another exception, a process that dies or takes too long, a file
+written, a program started, a connection opened. Case number i of a seed is always the same.
+--keep: folder for the files that failed. Files that once failed are kept in tests/golden/fuzz and
+run first.
 """
 
 import argparse
@@ -39,14 +40,19 @@ FORBIDDEN = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Po
 
 @dataclass(frozen=True)
 class Target:
-    """file: the name of a good file in the folder of ``make_files``; kind: how to damage it; load: what has to cope."""
+    """A kind of file to damage.
+
+    file: name of a good file in the folder of ``make_files``.
+    kind: how to damage it (see ``mutate``).
+    load: the function that has to cope with it.
+    """
 
     file: str
     kind: str
     load: Callable
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What reads the files. Whatever a command line would do next, short of computing, belongs to it.
 
 
@@ -222,7 +228,7 @@ def make_files(folder: Path) -> None:
     schedule = {
         "format": "amed-schedule-1",
         "sigmas": [80.0, 9.0, 0.002],
-        "sigmas_net": [80, 8, 0.01],
+        "sigmas_cond": [80, 8, 0.01],
         "solver": "ipndm",
     }
     schedule |= {"solver_options": {"max_order": 3}, "afs": "data", "method": "gits", "settings": {"coeff": 1.15}}
@@ -260,14 +266,14 @@ def make_files(folder: Path) -> None:
 
 
 def _pack_snapshot(source: Path, dest: Path) -> None:
-    """A pickled predictor of the original code as the data.pkl of a torch.save archive (it brings its tensors along)."""
+    """A pickled predictor of the original code with tensors: data.pkl of a torch.save file."""
     with zipfile.ZipFile(dest, "w") as archive:
         archive.writestr("archive/data.pkl", source.read_bytes())
         archive.writestr("archive/byteorder", "little")
         archive.writestr("archive/version", "3\n")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A worker: one process that tries case after case and dies of whatever goes beyond its limits
 
 
@@ -290,7 +296,7 @@ class Watch:
 
 
 def attempt(target: Target, data: bytes, folder: Path, watch: Watch) -> dict:
-    """Loads one file in ``folder``, which is the working directory; {"result": loaded | refused | failed, ...}."""
+    """Loads a file in ``folder``, the working directory; {"result": loaded|refused|failed, ...}."""
     from torch_utils.errors import UserError
 
     path = folder / target.file
@@ -323,7 +329,7 @@ def limit(cpu_seconds: int) -> None:
 
 
 def work(folder: Path, seed: int, first: int, end: int, step: int) -> None:
-    """Cases first, first + step, ... below end: one line of JSON when a case begins and one when it has ended."""
+    """Cases first, first + step, ... below end; a line of JSON when a case begins and ends."""
     import torch
 
     torch.set_num_threads(1)
@@ -352,12 +358,12 @@ def work(folder: Path, seed: int, first: int, end: int, step: int) -> None:
     print(json.dumps({"peak_mib": peak // 1024}), flush=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The parent
 
 
 def run_share(folder: Path, seed: int, first: int, end: int, step: int) -> list[dict]:
-    """The outcomes of a worker's cases; a worker that dies is a failure of its case and is replaced."""
+    """Outcomes of a worker's cases. A worker that dies fails its case and is replaced."""
     outcomes = []
     while first < end:
         command = [sys.executable, __file__, f"--folder={folder}", f"--seed={seed}", "--work"]

@@ -1,6 +1,6 @@
-"""Ways to damage a file, or to make it hostile: bytes, pickle instructions, JSON values, parts of zip archives.
+"""Ways to damage a file: bytes, pickle instructions, JSON values, parts of zip archives.
 
-``mutate(data, kind, random)`` gives other bytes, a function of the state of ``random`` alone.
+``mutate(data, kind, random)`` returns other bytes; they depend on the state of ``random`` alone.
 """
 
 import io
@@ -83,7 +83,7 @@ HOSTILE = (
 
 
 def mutate(data: bytes, kind: str, random) -> bytes:
-    """kind: pickle, zip, json, safetensors or bytes; a part of the changes is of plain bytes whatever the kind."""
+    """kind: pickle, zip, json, safetensors or bytes. Some changes are of plain bytes always."""
     own = {"pickle": _pickle, "zip": _zip, "json": _json, "safetensors": _safetensors}.get(kind)
     for _ in range(random.choice((1, 1, 1, 2, 3))):
         change = own if own is not None and random.random() < 0.65 else _bytes
@@ -91,7 +91,7 @@ def mutate(data: bytes, kind: str, random) -> bytes:
     return data
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def _bytes(data: bytes, random) -> bytes:
@@ -180,7 +180,7 @@ def _safetensors(data: bytes, random) -> bytes:
 
 
 def _zip(data: bytes, random) -> bytes:
-    """An archive with one part changed, renamed, doubled, packed, declared larger or made a link."""
+    """An archive with one part changed, renamed, doubled, packed, a link, or declared larger."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             parts = [(info.filename, archive.read(info)) for info in archive.infolist()]

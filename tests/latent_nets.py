@@ -14,7 +14,7 @@ TOLERANCE = 3e-5  # relative to the largest magnitude; what the reference allows
 
 @functools.cache
 def tiny_case(name: str) -> tuple[dict, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(facts, weights, inputs and outputs) of a miniature network, shared between tests: not to be changed."""
+    """(facts, weights, inputs and outputs) of a miniature network. Shared: do not change them."""
     folder = NETS / "tiny" / name
     return json.loads((folder / "config.json").read_text()), *map(
         _load_npz, (folder / "weights.npz", folder / "io.npz")
@@ -46,7 +46,7 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def same_settings(own: dict, official: dict) -> bool:
-    """Whether every setting of ``own`` is the official one; of class names, only the last part has to agree."""
+    """Whether ``own`` agrees with the official settings; of class names, in the last part."""
     return all(
         same_settings(value, official[key])
         if isinstance(value, dict)

@@ -1,4 +1,4 @@
-"""ADM networks with classifier guidance as denoisers, against the reference implementation's outputs."""
+"""ADM networks with classifier guidance against the reference implementation's outputs."""
 
 import math
 from functools import partial
@@ -10,7 +10,7 @@ from test_openai_unet import TOLERANCE, half_names, manifest, meta_weights, rela
 from torch.utils.checkpoint import checkpoint
 
 from models import build_denoiser
-from models.adm import PRESETS, ADMDenoiser, load_adm
+from models.adm import RELEASED_CONFIGS, ADMDenoiser, load_adm
 from models.denoiser import read_bottleneck
 from models.noise import CosineNoise, LinearNoise
 from solvers import get_schedule, sample
@@ -146,7 +146,7 @@ def test_linear_noise():
 
 
 def test_cosine_noise():
-    """Against the table of the 1000 training steps: products of 1 - beta, beta = 1 - f(u + 1/1000) / f(u)."""
+    """Against the products of 1 - beta over 1000 steps, beta = 1 - f(u + 1/1000) / f(u)."""
     u = np.arange(1001) / 1000
     f = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
     alphas_cumprod = np.cumprod(f[1:] / f[:-1])[:999]  # the last beta is cut off at 0.999 in the table
@@ -187,7 +187,7 @@ def test_sampling():
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(("what", "h", "tolerance"), [("state", 4e-3, 3e-3), ("sigma", 1e-3, 2e-2)])
 def test_gradients_pass_network_and_guidance(what, h, tolerance, checkpointing):
-    """Against differences, with guidance (of which the gradient is several times larger) and without."""
+    """Against finite differences, without guidance and with it (its gradient is much larger)."""
     slopes = []
     along, weights = torch.randn(2, *IO["x__2"].shape, generator=torch.Generator().manual_seed(0))
     for net in (guided(40), build_denoiser("adm", CONFIG, WEIGHTS)):
@@ -209,13 +209,13 @@ def test_gradients_pass_network_and_guidance(what, h, tolerance, checkpointing):
 
 @pytest.mark.parametrize("with_classifier", [False, True])
 def test_published_files(with_classifier):
-    """Through the public function, from the published settings to the full-size networks, without memory."""
+    """The public function builds the full-size networks as published, without memory."""
     model, classifier = manifest("256x256_diffusion"), manifest("256x256_classifier")
     weights = {f"model.{name}": value for name, value in meta_weights("256x256_diffusion").items()}
     if with_classifier:
         weights |= {f"classifier.{name}": value for name, value in meta_weights("256x256_classifier").items()}
     ours = {"model": model["init_kwargs"], "classifier": classifier["init_kwargs"]}
-    for config in (ours, PRESETS["imagenet256"]):
+    for config in (ours, RELEASED_CONFIGS["imagenet256"]):
         net = build_denoiser("adm", config, weights, "cg" if with_classifier else None, device="meta")
         assert (net.img_resolution, net.img_channels, net.label_dim) == (256, 3, 1000)
         assert half_names(net.model) == model["half_after_convert_to_fp16"]["keys"]
@@ -229,8 +229,8 @@ def test_published_files(with_classifier):
     [("imagenet64_adm", 296), ("imagenet128", 422), ("imagenet256", 554), ("imagenet512", 559)],
 )
 def test_presets(dataset_name, millions):
-    """Sizes of the networks as published; network and classifier agree on image size and classes."""
-    preset = PRESETS[dataset_name]
+    """The published sizes. Network and classifier agree on image size and classes."""
+    preset = RELEASED_CONFIGS[dataset_name]
     with torch.device("meta"):
         net = ADMDenoiser(**preset, guidance_rate=1.0)
     count = sum(value.numel() for value in net.model.parameters())

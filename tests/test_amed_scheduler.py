@@ -1,4 +1,4 @@
-"""AMEDScheduler inside diffusers pipelines against the own sampling loop with the same predictor and noise."""
+"""AMEDScheduler in diffusers pipelines against our sampling loop, same predictor and noise."""
 
 import runpy
 import subprocess
@@ -135,7 +135,7 @@ def test_without_guidance_and_with_other_predictions():
 
 
 def test_the_published_schedule():
-    """A predictor that was trained with original_code brings the noise levels of the published code."""
+    """A predictor trained with original_code has the noise levels of the published code."""
     net = load_diffusers(pipeline_folder("sd"), guidance_rate=RATE)
     schedule = {"num_steps": 4, "schedule_type": "discrete", "schedule_rho": 2, "sigma_max": 5.0}
     predictor = make_predictor("ipndm_v", **schedule, original_code=True)
@@ -239,7 +239,7 @@ def test_protocol():
 
 
 def test_latents_changed_from_outside():
-    """At the start of an interval the solver goes on from the changed latents; inside one they give D only."""
+    """The solver goes on from latents changed at the start of an interval; inside, they give D."""
     net = load_diffusers(pipeline_folder("ddpm"))
     predictor = make_predictor("euler", num_steps=3)
     scheduler = AMEDScheduler(predictor, net.pipeline.scheduler.config)
@@ -275,7 +275,7 @@ def test_mistakes():
     x = loop(net.pipeline.unet, scheduler, noise_like(net))
     with pytest.raises(UserError, match="set_timesteps before"):
         scheduler.step(x, scheduler.timesteps[0], x)
-    with pytest.raises(UserError, match="does not call scale_model_input: give"):
+    with pytest.raises(UserError, match="does not call scale_model_input: pass"):
         loop(net.pipeline.unet, AMEDScheduler(make_predictor(afs=True), config), x, scale=False)
     for settings, message in (
         ({"afs": "data"}, "statistics of the data"),
@@ -303,7 +303,7 @@ def test_detach():
 
 
 def test_solvers_do_not_need_diffusers():
-    """Importing the package neither imports diffusers nor fails without it; using the scheduler says what is missing."""
+    """The package imports without diffusers; using the scheduler says what is missing."""
     code = """
 import sys
 import solvers
@@ -372,7 +372,7 @@ def test_span_student(preset, first_step, heads, tmp_path):
     assert len(scheduler) == student.evaluations() == info.nfe / 2
     for _ in range(2):
         assert relative_error(run_pipeline(net, scheduler, noise), expected.float()) < TOLERANCE
-    with pytest.raises(UserError, match="parallel=1 only"):
+    with pytest.raises(UserError, match="only span solvers with parallel=1"):
         AMEDScheduler(SpanSolver(parallel=2), net.pipeline.scheduler.config)
     if "time" in heads:
         unet, wrong = net.pipeline.unet, SpanSolver(heads=["time"], embedding_width=4)

@@ -1,4 +1,4 @@
-"""First stages against the reference implementation's outputs and the parameter lists of the published files."""
+"""First stages against the reference's outputs and the parameter lists of published files."""
 
 import copy
 

@@ -1,9 +1,10 @@
-"""Every option of every command line, given wrongly: one line that names it and what to do, exit code 2, nothing written.
+"""Every option of every command line, given wrongly: one line that names it, and exit code 2.
 
-The options come from click itself. A new one has to be entered below, in ``SHARED`` if it means the same in all commands,
-else in its command's table: a list of wrong uses, each a value (``--option=value``) or a tuple of whole arguments.
-``GOOD`` completes a command, so that nothing but the option in question is wrong. Values of the wrong type, empty and
-missing ones are tried for all.
+Nothing may be written. The options come from click itself. A new one has to be entered below: in
+``SHARED`` if it means the same in all commands, else in the table of its command. The entry is a
+list of wrong uses, each a value (``--option=value``) or a tuple of whole arguments. ``GOOD``
+completes a command, so that only the option in question is wrong. Values of the wrong type, empty
+and missing ones are tried for all.
 """
 
 import importlib
@@ -36,7 +37,7 @@ ANY_TEXT = ["column", "model"]  # too long is no mistake of its own
 BOOL = CHOICE = []  # all there is to do wrong is of the wrong type
 FLAG = []
 FILE = ["missing.file", "empty"]  # "empty" is a folder
-TEXT_ONLY = ["captions.csv"]  # fine in itself, but digits is no text-to-image network
+TEXT_ONLY = ["captions.csv"]  # fine in itself, but digits is not a text-to-image network
 SIGMAS = ["1,2", "80", "1,x", "80,nan", "80,0", "80,-1", "inf,1", "1,1", "1e9,1", ",", "80,1e-9"]
 GUIDANCE = ["cfg", "nope"]
 SEED = [*NATURAL, str(1 << 80)]
@@ -48,7 +49,7 @@ def along(name, values, *with_them):
 
 
 def final(name, values):
-    """The same of an option of span students; beside another student it is out of place with any value."""
+    """The same for an option of the span solver; with another solver any value is refused."""
     return along(name, values, "--sampler_stu=span")
 
 
@@ -145,7 +146,7 @@ OWN = {
         "preset": ["ld3"],
         "heads": ["sample", *final("heads", ["nope", "sample,sample", ","])],
         "parallel": ["2", *final("parallel", COUNT)],
-        "time_bound": ["0.3", *final("time_bound", POSITIVE)],
+        "sigma_scale_bound": ["0.3", *final("sigma_scale_bound", POSITIVE)],
         "init": ["preset", *final("init", ["nope", "@", "ab@nope", "ab@polynomial:x", "ab@polynomial:0", "ab,"])],
         "init_pairs": ["4", *final("init_pairs", COUNT)],
         "init_trial": ["0.1", *final("init_trial", ["-0.1", "1.1", "nan"])],
@@ -161,7 +162,7 @@ OWN = {
         "pairs": ["4", *final("pairs", COUNT), ("--sampler_stu=span", "--batch=8", "--pairs=4")],
         "val_pairs": ["4", *final("val_pairs", COUNT), ("--sampler_stu=span", "--w_dist=1", "--val_pairs=1")],
         "teacher_set": ["x.safetensors"],
-        "lrs": ["labels=1", *final("lrs", ["nope=1", "labels", "labels=x", "labels=-1", "labels=nan"])],
+        "lrs": ["knots=1", *final("lrs", ["nope=1", "knots", "knots=x", "knots=-1", "knots=nan"])],
         "lr_final": ["0.1", *final("lr_final", ["-0.1", "1.1", "nan"])],
         "warmup": ["1", *final("warmup", NATURAL)],
         "clip": ["1", *final("clip", POSITIVE)],
@@ -418,7 +419,7 @@ def test_no_entry_is_left_over():
     assert not set(SHARED) - set().union(*known.values())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The place where they run
 
 
@@ -451,7 +452,7 @@ def place(tmp_path_factory):
     torch.manual_seed(0)
     config = {"dataset_name": "digits", "num_steps": 3, "afs": True}
     save_predictor(AMEDPredictor(**config), folder / "p.safetensors")
-    schedule = {"format": "amed-schedule-1", "sigmas": [80.0, 1.0, 0.002], "sigmas_net": None, "solver": "euler"}
+    schedule = {"format": "amed-schedule-1", "sigmas": [80.0, 1.0, 0.002], "sigmas_cond": None, "solver": "euler"}
     schedule |= {"solver_options": {}, "afs": False, "method": "hand", "settings": {}, "network": None, "versions": {}}
     schedule |= {"network_hash": None, "sigma_min": 0.002, "sigma_max": 80.0, "evaluations": 0, "seconds": 0.0}
     (folder / "schedule.json").write_text(json.dumps(schedule))
@@ -524,7 +525,7 @@ def test_the_same_from_a_shell(command, message, here):
 
 
 def test_a_good_command_is_good(here):
-    """What completes the wrong uses is right by itself, so that it is not the reason for their refusal."""
+    """The rest of the command is right, so it is not the reason for the refusal."""
     for command, arguments in GOOD.items():
         module, _, sub = command.partition(" ")
         if command == "clip_score calc":  # needs a network of its own

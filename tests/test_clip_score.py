@@ -38,7 +38,7 @@ SIZES = [(16, 16), (40, 23), (23, 41), (100, 100), (17, 16), (16, 33), (9, 9)]  
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A folder in the format of transformers. Large random weights, so that every pair has another similarity."""
+    """A folder as of transformers; large random weights give every pair its own score."""
     transformers = pytest.importorskip("transformers")
     folder = tmp_path_factory.mktemp("clip")
     (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(WORDS)}))
@@ -85,7 +85,7 @@ def prompts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cosines(model, images):
-    """Of every image with every caption [7,7]: Pillow, the numbers of the tokens, and the model's own features."""
+    """Every image with every caption [7,7], computed by Pillow and the model's own functions."""
     import transformers
 
     network = transformers.CLIPModel.from_pretrained(model).eval()
@@ -161,7 +161,7 @@ def run_as_rank(rank: int, port: int, arguments: list[str], stdout: Path) -> Non
 
 
 def launch_two(arguments: list[str], folder: Path) -> tuple[str, list[int]]:
-    """What two processes print, and their exit codes. They are forked: importing transformers takes seconds."""
+    """Output and exit codes of two forked processes (importing transformers takes seconds)."""
     context = multiprocessing.get_context("fork")
     outputs = [folder / f"stdout{rank}.txt" for rank in range(2)]
     with reserve_port() as held:
@@ -230,7 +230,7 @@ def test_torchrun(model, images, prompts, cosines, tmp_path):
 
 
 def test_captions_are_found_by_seed_number(model, images, cosines, tmp_path, capsys):
-    """Subfolders, other seeds, a caption file in another order, images without caption, captions without image."""
+    """Subfolders, other seeds, captions in another order, images and captions without partner."""
     folder = tmp_path / "samples"
     given = {1005: 2, 7: 0, 40: 4, 41: 6, 300: 1}  # seed: image
     for seed, image in given.items():
@@ -409,7 +409,7 @@ def test_damaged_models_are_one_line(model, tmp_path, what, message):
 
 
 def test_model_of_the_hub(model, tmp_path, monkeypatch):
-    """A repository without safetensors: one download of the settings, another of the older format, and no more."""
+    """A repository without safetensors: one download of the settings, one of the older format."""
     import huggingface_hub
 
     repository = tmp_path / "repository"

@@ -5,7 +5,7 @@ import torch
 from test_openai_unet import TOLERANCE, half_names, manifest, meta_weights, relative_error, tiny_case
 
 from models import build_denoiser
-from models.cm import PRESETS, CMDenoiser, load_cm
+from models.cm import RELEASED_CONFIGS, CMDenoiser, load_cm
 from models.denoiser import read_bottleneck
 from models.openai_unet import UNetModel
 from solvers import sample
@@ -63,7 +63,7 @@ def test_float16_torso(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_head_order(case):
-    """The legacy order loads the same weights and gives the wrong images that the reference data warns of."""
+    """The legacy order loads the same weights and gives the known wrong images."""
     facts, weights, io = tiny_case(case)
     net = build_denoiser("cm", {**facts["init_kwargs"], "use_new_attention_order": False}, weights)
     wrong = build_denoiser("cm", facts["init_kwargs"], weights)
@@ -75,11 +75,11 @@ def test_head_order(case):
     assert difference == pytest.approx(facts["max_abs_difference_if_head_first_order_is_used"], rel=1e-3)
 
 
-@pytest.mark.parametrize("dataset_name", PRESETS)
+@pytest.mark.parametrize("dataset_name", RELEASED_CONFIGS)
 def test_published_file(dataset_name):
-    """Through the public function, from the published settings to the full-size network, without memory."""
+    """The public function builds the full-size network as published, without memory."""
     weights = meta_weights("edm_bedroom256_ema")
-    for config in (manifest("edm_bedroom256_ema")["init_kwargs"], PRESETS[dataset_name]):
+    for config in (manifest("edm_bedroom256_ema")["init_kwargs"], RELEASED_CONFIGS[dataset_name]):
         net = build_denoiser("cm", config, weights, "uncond", 1, device="meta")
         assert (net.img_resolution, net.img_channels, net.label_dim) == (256, 3, 0)
         assert half_names(net.model) == manifest("edm_bedroom256_ema")["half_after_convert_to_fp16"]["keys"]

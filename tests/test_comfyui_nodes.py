@@ -1,4 +1,4 @@
-"""The custom-node folder in a stand-in of ComfyUI, loaded as ComfyUI loads it; and the export of tables."""
+"""The custom-node folder in a stand-in of ComfyUI; and the export of tables."""
 
 import importlib.util
 import json
@@ -62,7 +62,7 @@ class Patcher(fake_comfy.ModelPatcher):
 
 
 def test_interface(nodes):
-    """What ComfyUI reads of a node: types of inputs and outputs, the function, the menu."""
+    """What ComfyUI reads of a node."""
     assert set(nodes) == {"AMEDLoadPredictor", "AMEDLearnedSampler", "AMEDLearnedSigmas", "AMEDExactTimes"}
     for node in nodes.values():
         inputs = node.INPUT_TYPES()["required"]
@@ -75,7 +75,7 @@ def test_interface(nodes):
 
 @pytest.mark.parametrize("file", ["amed.safetensors", "span.safetensors"])
 def test_a_workflow(nodes, file):
-    """Loaded and run in inference mode, as ComfyUI runs every node; with whole and with exact time steps."""
+    """Loaded and run in inference mode, as in ComfyUI; with whole and with exact time steps."""
     with torch.inference_mode():
         (predictor,) = nodes["AMEDLoadPredictor"].load(file)
         assert not next(predictor.parameters()).is_inference()

@@ -1,4 +1,4 @@
-"""compare.py on a tiny network: what is measured, the cache, several processes, the page, mistakes."""
+"""compare.py on a tiny network: measurements, cache, several processes, page, mistakes."""
 
 import base64
 import csv
@@ -116,7 +116,7 @@ def calls(monkeypatch):
     return made
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is measured
 
 
@@ -239,7 +239,7 @@ def test_all_solvers_but_those_that_are_not_prepared(files, tmp_path, monkeypatc
     assert not (tmp_path / "no").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Methods and numbers of evaluations
 
 
@@ -334,9 +334,10 @@ def write_schedule(path, sigmas, **changes):
 
 
 def test_schedule_files_stand_at_their_own_evaluations(files, tmp_path, calls):
-    """One file for each NFE; the same images as sample.py --schedule, which is the row's command; cached by content."""
+    """One file per NFE. The row's command is sample.py --schedule and makes the same images."""
     write_schedule(tmp_path / "s" / "mine-2.json", [80, 1.7, 0.002])
-    write_schedule(tmp_path / "s" / "mine-4.json", [80, 9, 1.7, 0.3, 0.002], sigmas_net=[80, 8, 1.5, 0.25, 0.002])
+    told = {"sigmas_cond": [80, 8, 1.5, 0.25, 0.002], "solver_options": {"direction_sigma": "network"}}
+    write_schedule(tmp_path / "s" / "mine-4.json", [80, 9, 1.7, 0.3, 0.002], **told)
     pattern = f"{tmp_path / 's' / 'mine-{nfe}.json'}"
     arguments = ["--nfe=2,3,4", "--num_reference=0"]
     rows, output = run(files, tmp_path / "out", f"--solvers=euler:schedule={pattern},heun", *arguments)
@@ -344,7 +345,8 @@ def test_schedule_files_stand_at_their_own_evaluations(files, tmp_path, calls):
     assert [key for key in rows if key[0] == label] == [(label, 2), (label, 4)]
     assert f"{label}: no schedule file for NFE 3, skipped" in output and "Warning" not in output
     assert [rows[label, nfe]["nfe_requested"] for nfe in (2, 4)] == [[2], [4]]
-    assert rows[label, 4]["settings"] == "sigmas 80,9,1.7,0.3,0.002, sigmas_net 80,8,1.5,0.25,0.002"
+    levels = "sigmas 80,9,1.7,0.3,0.002, sigmas_cond 80,8,1.5,0.25,0.002"
+    assert rows[label, 4]["settings"] == f"{levels}, direction_sigma=network"
     line = next(line for line in output.splitlines() if line.startswith(f"| {label} |"))
     assert [bool(cell.strip()) for cell in line.split("|")[2:-1]] == [True, True]  # one line of the table, at 2 and 4
     for nfe in (2, 4):
@@ -377,18 +379,18 @@ def test_schedules_found_for_something_else_are_pointed_out(files, tmp_path):
     assert list(rows) == [("heun:s", 4), ("euler:s", 2), ("euler:afs=True:s", 1)]
     warnings = [line for line in output.splitlines() if line.startswith("Warning")]
     assert warnings == [
-        "Warning: heun:s: the schedule was found for another network ('other', another SHA-256)",
-        "Warning: heun:s: the schedule was found for the solver 'euler', not for 'heun'",
-        "Warning: euler:s: the schedule was found for afs=True, not for afs=False",
-        "Warning: euler:afs=True:s: the schedule was found for another network ('other', another SHA-256)",
-        "Warning: euler:afs=True:s: the schedule was found for afs=False, not for afs=True",
+        "Warning: heun:s: the schedule was optimised for another network ('other', another SHA-256)",
+        "Warning: heun:s: the schedule was optimised for the solver 'euler', not for 'heun'",
+        "Warning: euler:s: the schedule was optimised for afs=True, not for afs=False",
+        "Warning: euler:afs=True:s: the schedule was optimised for another network ('other', another SHA-256)",
+        "Warning: euler:afs=True:s: the schedule was optimised for afs=False, not for afs=True",
     ]
     names = [f"euler:schedule={tmp_path / folder / 's.json'}" for folder in "ab"]  # the same name twice: with folders
     rows, _ = run(files, tmp_path / "out", f"--solvers={','.join(names)}", "--num_reference=0")
     assert [label for label, _ in rows] == names
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The cache
 
 
@@ -485,7 +487,7 @@ def test_a_damaged_file_is_named(files, tmp_path):
     (path,) = (tmp_path / "cache").glob("euler-*")
     path.write_bytes(path.read_bytes()[:100])
     done = CliRunner().invoke(compare.main, flags(files, tmp_path, "--solvers=euler", "--nfe=2"))
-    assert done.exit_code == 2 and f"{path}: a damaged file" in done.output
+    assert done.exit_code == 2 and f"{path}: damaged cache file" in done.output
 
 
 def _one_of_two(rank: int, port: int, arguments: list[str], command, environment: pytest.MonkeyPatch) -> None:
@@ -553,7 +555,7 @@ def test_work_is_shared_evenly():
     assert max(sum(costs[index] for index in share) for share in shares) == 10  # the best possible
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is written
 
 
@@ -643,7 +645,7 @@ def test_markdown_has_methods_down_and_evaluations_across(baseline):
 
 
 def make_row(method, nfe, groups):
-    """A row whose scores are means over groups of equal size. groups [G]: the means of the groups."""
+    """A row whose scores are means over groups of equal size. groups [G]: the groups' means."""
     groups = np.asarray(groups, dtype=float)
     left_out = [np.delete(groups, g).mean() for g in range(len(groups))]
     row = {
@@ -677,7 +679,7 @@ ROWS = [
 
 
 def test_differences_are_paired():
-    """For means, the interval of scipy's paired t test; it is far narrower than that of one method."""
+    """For means it is scipy's paired t interval, far narrower than that of one method."""
     rows = {(row["method"], row["nfe"]): row for row in add_differences(ROWS, "base")}
     one, other = 9.9 + NOISE + SMALL, 10 + NOISE
     paired = scipy.stats.ttest_rel(one, other).confidence_interval(0.95)
@@ -737,7 +739,7 @@ def test_differences_to_a_baseline_in_every_file(files, baseline, tmp_path):
     assert float(lines["heun", 2]["fid_difference"]) == row["fid_difference"]
     assert float(lines["heun", 2]["pixel_difference_ci95"]) == row["pixel_difference_ci95"]
     facts = json.loads((tmp_path / "results.json").read_text())["facts"]
-    assert facts["baseline"] == "euler" and "negative is better" in output
+    assert facts["baseline"] == "euler" and "Negative is better" in output
     assert "fid_difference" not in old["heun", 2] and "minus that of" not in (folder / "results.md").read_text()
 
 
@@ -787,7 +789,7 @@ def test_plot(baseline):
     assert all((colours == shade).all(axis=1).any() for shade in ([31, 119, 180], [255, 127, 14], [44, 160, 44]))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mistakes
 
 
@@ -804,20 +806,20 @@ def test_plot(baseline):
         (["--solvers=dpmpp:afs=maybe"], "choose True, False or data"),
         (["--solvers=euler:schedule=/nowhere.json"], "cannot read the schedule /nowhere.json"),
         (["--solvers=euler:schedule=/no-{nfe}.json"], "no schedule file /no-2.json or /no-3.json"),
-        (["--solvers=euler:schedule=a.json:schedule_rho=3"], "schedule is the whole schedule: leave out"),
+        (["--solvers=euler:schedule=a.json:schedule_rho=3"], "schedule sets the whole schedule: leave out"),
         (["--solvers=amed"], "'amed' needs a trained predictor"),
         (["--solvers=none"], "nothing to compare"),
-        (["--nfe=0"], "no solver can spend 0 evaluations"),
+        (["--nfe=0"], "--nfe=0: must be 1 or more"),
         (["--nfe=3,x"], "whole numbers"),
         (["--num=3"], "too few images for --groups=2"),
         (["--baseline=heun"], "--baseline=heun: choose from the compared methods, euler"),
-        (["--num_reference=23"], "only --num=22 seeds"),
-        (["--num_reference=1"], "each of the --groups=2 needs one"),
+        (["--num_reference=23"], "must not exceed --num=22"),
+        (["--num_reference=1"], "each of the --groups=2 needs at least one"),
         (["--seed=4294967290"], "below 2^32"),
         (["--sigma_max=100"], "outside the network's range, 0.002..80"),
         (["--sigma_min=0.001"], "outside the network's range"),
         (["--sigma_min=90"], "0 < sigma_min < sigma_max"),
-        (["--sigmas=1,2"], "--sigmas is the whole schedule"),  # beside --nfe
+        (["--sigmas=1,2"], "--sigmas sets the whole schedule"),  # beside --nfe
         (["--schedule_rho=-1"], "'--schedule_rho': -1.0 is not in the range x>0"),
         (["--afs=data"], "mean and spread"),
         (["--solvers=euler:schedule_type=discrete"], "discrete noise table"),
@@ -851,7 +853,10 @@ def test_impossible_sigmas(files, tmp_path, sigmas, message):
 
 def test_a_schedule_of_another_range_or_beside_sigmas(files, tmp_path):
     write_schedule(tmp_path / "s.json", [40, 1.7, 0.002])
-    for more, message in (([], "different problems"), (["--sigmas=80,1"], "leave out one of the two")):
+    for more, message in (
+        ([], "set --sigma_max and --sigma_min for all"),
+        (["--sigmas=80,1"], "leave out one of the two"),
+    ):
         arguments = [flag for flag in flags(files, tmp_path / "out") if not (more and flag.startswith("--nfe"))]
         done = CliRunner().invoke(compare.main, [*arguments, f"--solvers=euler:schedule={tmp_path / 's.json'}", *more])
         assert done.exit_code == 2 and message in done.output and done.output.count("\n") == 1
@@ -859,7 +864,10 @@ def test_a_schedule_of_another_range_or_beside_sigmas(files, tmp_path):
 
 
 def test_a_predictor_of_another_problem_is_refused(files, tmp_path):
-    for change, message in (({"sigma_max": 40.0}, "different problems"), ({"dataset_name": "digits"}, "trained for")):
+    for change, message in (
+        ({"sigma_max": 40.0}, "set --sigma_max and --sigma_min for all"),
+        ({"dataset_name": "digits"}, "trained for"),
+    ):
         config = {"dataset_name": "custom", "img_resolution": 8, "num_steps": 3, "sampler_stu": "amed", **change}
         save_predictor(AMEDPredictor(**config), tmp_path / "p.safetensors")
         more = ["--solvers=none", f"--predictor_path={tmp_path / 'p.safetensors'}"]

@@ -103,7 +103,7 @@ def test_a_failure_leaves_no_file(tmp_path):
 
 
 def test_atomic_path_gives_the_usual_permissions(tmp_path):
-    """Also where the writer makes a file of its own that others may not read, as safetensors does."""
+    """Also if the writer makes a file that others may not read, as safetensors does."""
     (tmp_path / "plain").write_text("")
     with atomic_path(tmp_path / "file") as temporary:
         temporary.chmod(0o600)

@@ -37,8 +37,10 @@ def published_right(case):
 
 
 def needs_original(case):
-    """Everything can be asked for with original_code but this: coeff_order = 3 with max_order = 4 on five intervals,
-    which the published code reaches only when its two halves are given different orders."""
+    """coeff_order = 3 with max_order = 4 on five intervals is the one case without original_code.
+
+    The published code gets there only when its two halves are given different orders.
+    """
     return not (published_right(case) and case["max_order"] == 4 and case["num_steps"] > 5)
 
 
@@ -78,7 +80,7 @@ def test_golden_coefficients(case):
 
 
 def test_default_of_rhoab_goes_on_at_its_full_order():
-    """Where the published code reuses the coefficients of the fourth step, the default computes those of each step."""
+    """The published code reuses the coefficients of step four; the default computes each step's."""
     case = next(c for c in CASES if "stale_coefficients_from_step" in c and c["num_steps"] == 8)
     options = {k: case[k] for k in ("solver", "num_steps", "max_order", "deis_mode")}
     exact = sample(ToyNet(), common("latents2"), solver="heun", num_steps=120)
@@ -88,7 +90,7 @@ def test_default_of_rhoab_goes_on_at_its_full_order():
     assert float((good - exact).norm()) < 0.2 * float((published - exact).norm())
 
 
-# ---- exactness and accuracy ------------------------------------------------------------------------------------------
+# ---- exactness and accuracy ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -181,13 +183,13 @@ def test_related_rules_agree():
         )
 
 
-# ---- learned points --------------------------------------------------------------------------------------------------
+# ---- learned points ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("original_code", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_inserted_points_equal_a_finer_schedule(mode, original_code):
-    """original_code: the reused coefficients belong to schedules without learned points, so only tab can be compared."""
+    """Only tab is compared: the others reuse coefficients of schedules without learned points."""
     sigmas = grid(4, "polynomial")
     options = {"solver": "deis", "deis_mode": mode, "return_trajectory": True}
     for r in (0.5, 0.3):
@@ -251,7 +253,7 @@ def test_gradients_with_respect_to_the_points(options):
     assert torch.autograd.gradcheck(end, (r, scale), fast_mode=True)
 
 
-# ---- mistakes --------------------------------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

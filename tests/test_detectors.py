@@ -127,7 +127,7 @@ class Pixel(torch.nn.Module):
 
 
 def test_inception_sources_in_order(script, tmp_path, monkeypatch):
-    """TorchScript of the cache, state dict of the cache, TorchScript of the web, state dict of each mirror."""
+    """TorchScript in the cache, state dict in the cache, TorchScript online, state dict online."""
     cache = tmp_path / "cache"
     cache.mkdir()
     monkeypatch.setenv("AMED_CACHE", str(cache))

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers as denoisers: plain Euler against diffusers' own pipelines and schedulers on the same noise."""
+"""Pipelines of diffusers as denoisers: our Euler against their pipelines, on the same noise."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ def noise_like(net, batch=2, seed=0):
 
 
 def own_euler(net, noise, sigmas, cond):
-    """Euler down to 0: the last step to 0 gives the denoised image. float64, so that only the network is in float32."""
+    """Euler in float64 down to 0, where the last step gives the denoised image."""
     options = {"sigmas": sigmas, "denoise_to_zero": True, "return_info": True}
     x, info = sample(net, noise.double(), solver="euler", cond=cond, **options)
     return x.float(), info
@@ -76,7 +76,7 @@ def test_unconditional_euler(prediction):
 
 
 def test_unconditional_ddim_of_latents():
-    """DDIM works on x / sqrt(1 + sigma^2) and is the same method; its pipeline scales the noise by 1 instead of sigma_max."""
+    """DDIM is Euler on x / sqrt(1 + sigma^2); its pipeline scales noise by 1, not by sigma_max."""
     net = load_diffusers(pipeline_folder("ldm"), guidance_type="uncond")
     config = {**net.pipeline.scheduler.config, "timestep_spacing": "trailing"}
     scheduler = diffusers.DDIMScheduler.from_config(config)
@@ -206,7 +206,7 @@ def test_added_conditions_of_sdxl():
 
 @pytest.mark.parametrize("kind", ["ddpm", "sd3"])
 def test_sampling_with_a_predictor(kind):
-    """A transformer has no bottleneck: the predictor sees zeros, so that it depends on time only."""
+    """A transformer has no bottleneck: the predictor sees zeros and depends on time only."""
     net = load_diffusers(pipeline_folder(kind), guidance_type="none")
     cond = {} if kind == "ddpm" else net.make_cond(prompts=PROMPTS)
     torch.manual_seed(0)
@@ -275,7 +275,7 @@ def test_half_precision_weights(dtype):
         assert net.decode(y).dtype == torch.float32
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Noise tables
 
 
@@ -326,7 +326,7 @@ def test_flow_shift(kind):
         noise_process(scheduler.config)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files and mistakes
 
 
@@ -406,7 +406,7 @@ HALF = ("text_encoder", "unet", "vae")
 
 
 def copy_with_variant(kind, tmp_path, variant, only=None):
-    """A pipeline whose parts (all, or those of ``only``) were saved by diffusers with a variant and nothing else."""
+    """A pipeline whose parts (all, or those in ``only``) are saved as a variant only."""
     folder = copy_of(kind, tmp_path)
     whole = getattr(diffusers, json.loads((folder / "model_index.json").read_text())["_class_name"])
     half = tmp_path / "half"
@@ -420,7 +420,7 @@ def copy_with_variant(kind, tmp_path, variant, only=None):
 
 @pytest.mark.parametrize("variant, only", [("fp16", None), ("bf16", ("unet",)), ("mine", ("text_encoder", "vae"))])
 def test_a_folder_that_has_only_a_variant(tmp_path, variant, only):
-    """What has whole weights is loaded from them, what has not from the variant, rounded as it was saved."""
+    """Parts with whole weights are loaded from them, the others from the (rounded) variant."""
     folder = copy_with_variant("sd", tmp_path, variant, only)
     net, exact = load_diffusers(folder), load_diffusers(pipeline_folder("sd"))
     for part in HALF:

@@ -1,4 +1,4 @@
-"""DM-NonUniform: its weights against quadrature, its objective against a literal transcription, its schedules."""
+"""DM-NonUniform: weights against quadrature, objective against a transcription, schedules."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ LAMBDAS = np.array([-4.0, -2.5, -2.2, -0.9, -0.8, 1.5, 2.0, 2.1, 4.0, 6.0])
 
 
 def integral(lambdas, s, order, j):
-    """int e^lambda l_j over step s, where l_j is 1 at lambda_(s-j) and 0 at the other points of the step."""
+    """int e^lambda l_j over step s; l_j is 1 at lambda_(s-j) and 0 at the step's other points."""
     nodes = [lambdas[s - k] for k in range(order)]
 
     def integrand(at):
@@ -36,7 +36,7 @@ def test_weights_are_integrals_of_the_lagrange_basis(order):
 @pytest.mark.parametrize("kind", ["pixel", "latent"])
 @pytest.mark.parametrize("points", [5, 8, 10])
 def test_objective(kind, points):
-    """The bound written out for order 3, with the quadrature and with the error of variance-preserving models."""
+    """The bound for order 3 by quadrature, with the error of variance-preserving models."""
     lambdas = LAMBDAS[:points]
     n = points - 1
     alpha, noise = 1 / np.sqrt(1 + np.exp(-2 * lambdas)), 1 / np.sqrt(1 + np.exp(2 * lambdas))
@@ -57,7 +57,7 @@ def test_objective(kind, points):
 
 
 def test_first_order_is_best_on_equal_steps():
-    """The bound of order 1 is then sum(e^h - 1), which is convex: equal steps in lambda minimise it from any start."""
+    """The bound is sum(e^h - 1), which is convex: equal steps in lambda minimise it."""
     start = get_schedule(7, 0.002, 80)
     found = dmn_sigmas(7, 0.002, 80, max_order=1, initial=start)
     lambdas = -np.log(start.numpy())

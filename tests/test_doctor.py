@@ -17,7 +17,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 @pytest.mark.parametrize("name", doctor.EXPECTED)
 def test_the_known_images_are_right(name):
-    """iPNDM written out in float64 noise levels, with the coefficients of Adams-Bashforth (Zhang & Chen 2023, eq. 10)."""
+    """iPNDM in float64 with the coefficients of Adams-Bashforth (Zhang & Chen 2023, eq. 10)."""
     net = create_model(name)
     shape = (net.img_channels, net.img_resolution, net.img_resolution)
     x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in range(4)])

@@ -1,4 +1,4 @@
-"""Downloads against a local server that misbehaves on purpose: whatever happens, a file is whole or absent."""
+"""Downloads against a local server that misbehaves: a file is whole or absent, always."""
 
 import contextlib
 import hashlib
@@ -30,7 +30,7 @@ OTHER = hashlib.shake_256(b"another file").digest(3_000_017)
 
 
 class Server(ThreadingHTTPServer):
-    """Serves DATA under every path; the path's name says how it misbehaves. ``log`` holds (path, Range) per request."""
+    """Serves DATA under every path, whose name says how to misbehave. log: (path, Range) pairs."""
 
     daemon_threads = True
 
@@ -169,7 +169,7 @@ def test_a_broken_connection_is_continued(server, tmp_path):
 
 
 def test_many_breaks_with_progress_are_survived(server, tmp_path):
-    """Every reply breaks after half of the rest: more breaks than the attempts without progress that are allowed."""
+    """Replies break after half of the rest, more often than the limit without progress."""
     dest = tmp_path / "net.pkl"
     with pytest.raises(UserError, match="the connection broke"):  # the last piece never comes
         download_file([server.url("always_drops")], dest)
@@ -289,7 +289,7 @@ def test_what_comes_with_a_redirect_is_not_read(server, tmp_path):
 
 @pytest.fixture
 def https(server, monkeypatch):
-    """Addresses https://HOST/NAME, answered by the server; what TLS itself does is left to the library."""
+    """Addresses https://HOST/NAME, answered by the server. TLS itself is the library's."""
     send = requests.adapters.HTTPAdapter.send
 
     def plain_send(self, request, **options):
@@ -382,7 +382,7 @@ def test_a_lock_left_by_a_dead_process_does_not_block(server, tmp_path):
     assert_clean(dest)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Room on the disk, archives, checksums
 
 

@@ -1,4 +1,4 @@
-"""DPM-Solver-v3 and its statistics, against exact solutions, other solvers in a limit, and theory."""
+"""DPM-Solver-v3 and its statistics against exact solutions, other solvers and theory."""
 
 import math
 import os
@@ -49,7 +49,7 @@ class Base(torch.nn.Module):
 
 
 class Gaussian(Base):
-    """Data N(mean, variance), each pixel with its own: D is linear in x, and the ODE has a closed solution."""
+    """Data N(mean, variance) per pixel: D is linear in x, and the ODE has a closed solution."""
 
     mean = torch.tensor([[[0.3, -0.7], [1.1, 0.0]]], dtype=torch.float64)
     variance = torch.tensor([[[0.09, 2.9], [0.01, 0.25]]], dtype=torch.float64)
@@ -83,7 +83,7 @@ def quantities(statistics):
     return {name: getattr(statistics, name) for name in ("sigmas", "l", "s", "b")}
 
 
-# ---- limits in which it is another solver ----------------------------------------------------------------------------
+# ---- limits in which it is another solver --------------------------------------------------------
 
 
 class FullyWeighted(UniPC):
@@ -148,7 +148,7 @@ def predictor_only(x, sigmas, order, lower, predict_x0):
     return torch.stack(rows)
 
 
-# ---- the integrals ---------------------------------------------------------------------------------------------------
+# ---- the integrals -------------------------------------------------------------------------------
 
 
 def random_statistics(nodes=6, scale=0.7):
@@ -220,12 +220,15 @@ def test_weights_integrate_polynomials(places):
         assert not torch.allclose(reached[2], moments[2])
 
 
-# ---- exact on linear problems ----------------------------------------------------------------------------------------
+# ---- exact on linear problems --------------------------------------------------------------------
 
 
 def linear_statistics(kind, sigmas):
-    """Statistics of the Gaussian network in closed form. own: its l, for which f is constant; else another l, for which
-    f is an affine function of x that grows along the trajectories."""
+    """Statistics of the Gaussian network in closed form.
+
+    own: use its own l, for which f is constant; else another l, for which f is an affine function
+        of x that grows along the trajectories.
+    """
     net, sigma = Gaussian(), sigmas.reshape(-1, 1, 1, 1)
     share = sigma**2 / (net.variance + sigma**2)
     if kind == "own":
@@ -239,8 +242,10 @@ def linear_statistics(kind, sigmas):
 @pytest.mark.parametrize("schedule", [[50.0, 0.01], [50.0, 9.0, 2.0, 0.3, 0.01]])
 @pytest.mark.parametrize("kind", ["own", "data", "noise"])
 def test_linear_networks_are_solved_exactly(tmp_path, kind, schedule):
-    """Up to the interpolation of the statistics, whatever the steps, the order and the corrector: the error falls with the
-    square of the distance of the nodes at least."""
+    """Exact but for the interpolation, for any steps, order and corrector.
+
+    The error falls at least with the square of the distance of the nodes.
+    """
     net, x = Gaussian(), latents()
     exact = net.solution(x * 50.0, 50.0, 0.01)
     for options in ({}, {"max_order": 1}, {"corrector": "off"}, {"pseudo": True, "lower_order_final": False}):
@@ -269,7 +274,7 @@ def test_estimated_statistics_of_a_linear_network(tmp_path):
     assert errors[1] < 0.05 and errors[1] < errors[0] / 8, errors
 
 
-# ---- estimates -------------------------------------------------------------------------------------------------------
+# ---- estimates -----------------------------------------------------------------------------------
 
 
 def test_estimates_against_definitions():
@@ -360,7 +365,7 @@ def small_network():
 
 
 def test_finite_differences_of_a_real_network():
-    """In float32, with attention, against double backward differentiation, at high and low noise."""
+    """In float32, with attention, against double backward, at high and low noise."""
     net, x = small_network(), torch.randn(4, 1, 8, 8)
     for level in (40.0, 1.0, 0.01):
         sigma = torch.tensor(level)
@@ -374,7 +379,7 @@ def test_finite_differences_of_a_real_network():
         assert float((found - exact).norm() / exact.norm()) < 0.02, level
 
 
-# ---- order -----------------------------------------------------------------------------------------------------------
+# ---- order ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -417,7 +422,7 @@ def toy(tmp_path_factory):
     return path, x, exact
 
 
-# ---- evaluations and files -------------------------------------------------------------------------------------------
+# ---- evaluations and files -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("afs", [False, True])
@@ -528,7 +533,7 @@ def test_mistakes_are_explained(tmp_path, monkeypatch):
     assert "'sigmas' is missing" in attempt(Gaussian())
     good = linear_statistics("own", get_schedule(9, 0.01, 50.0, "logsnr"))
     for change, text in (
-        ({"s": good.s[:3]}, "do not go together"),
+        ({"s": good.s[:3]}, "do not match"),
         ({"b": good.b * math.nan}, "not finite"),
         ({"sigmas": good.sigmas.flip(0)}, "decrease"),
     ):
@@ -540,10 +545,10 @@ def test_mistakes_are_explained(tmp_path, monkeypatch):
     wide = Gaussian()
     wide.sigma_min = 0.002
     assert "sigma=0.005 is outside the range of the statistics" in attempt(wide, [50.0, 0.005])
-    assert "1x2x2 images, the network's are 3x16x16" in attempt(ToyNet())
+    assert "images of 1x2x2, those of the network have 3x16x16" in attempt(ToyNet())
     guided = Gaussian()
     guided.guidance_rate = 7.5
-    assert "guidance_rate None, and the network has 7.5" in attempt(guided)
+    assert "guidance_rate=None, the network has 7.5" in attempt(guided)
     solve(named(Gaussian(), "cd" * 32), path, schedule)  # the right one
     with pytest.raises(ValueError, match="corrector=maybe: choose from auto, same, pseudo, off"):
         solve(Gaussian(), path, schedule, corrector="maybe")
@@ -560,7 +565,7 @@ def test_a_new_file_is_seen(tmp_path):
 
 
 def test_tool(tmp_path, monkeypatch):
-    """Through the command line on the embedded network; then the solver finds the file by itself."""
+    """Through the command line on the embedded network; then the solver finds the file itself."""
     monkeypatch.chdir(tmp_path)
     options = ["--dataset_name=digits", "--nodes=4", "--samples=2", "--device=cpu"]
     done = CliRunner().invoke(model_statistics.main, options)

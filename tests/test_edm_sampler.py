@@ -1,4 +1,4 @@
-"""EDM's stochastic sampler: Heun without noise, Algorithm 2 line by line, the right distribution, noise per seed."""
+"""EDM's stochastic sampler: Heun without noise, Algorithm 2, the distribution, noise per seed."""
 
 import math
 
@@ -28,7 +28,7 @@ def draws(seed=7, batch=2, shape=(1, 2, 2)):
 
 
 def algorithm_2(net, x, sigmas, draw, S_churn, S_min=0.0, S_max=math.inf, S_noise=1.0):
-    """Karras et al. 2022, Algorithm 2, without noise before the last step; (result, noise levels of the evaluations)."""
+    """Karras et al. 2022, Algorithm 2, no noise before the last step; (result, noise levels)."""
     t, sigma_cond = [*sigmas.tolist(), 0.0], []
 
     def slope(x, t):
@@ -73,8 +73,11 @@ def test_algorithm_2(options):
 
 
 def response(stamps, **options):
-    """(mean, variance) of each pixel of the result for data N(mean, std^2), exactly: the result is affine in the start and
-    in every noise that is drawn, so that one run with unit impulses tells all."""
+    """Exact (mean, variance) of each pixel of the result for data N(mean, std^2).
+
+    The result is affine in the start and in every noise that is drawn, so one run with unit
+    impulses is enough.
+    """
     net, sigmas = Wide(), get_schedule(stamps, 0.05, 10.0)
     batch, drawn = stamps + 2, [1]
 
@@ -92,7 +95,7 @@ def response(stamps, **options):
 
 @pytest.mark.parametrize("churn", [0.05, 0.2, math.sqrt(2) - 1])  # gamma at 40 noise levels
 def test_distribution_of_samples_is_that_of_the_data(churn):
-    """The mean is exact, the variance up to the error of Heun's steps, which is of second order in them.
+    """The mean is exact, the variance up to Heun's second-order error.
 
     S_churn is the same for all numbers of steps, so that gamma shrinks with them.
     """
@@ -108,8 +111,11 @@ def test_distribution_of_samples_is_that_of_the_data(churn):
 
 
 def test_statistics_of_many_samples():
-    """80,000 pixels: the standard errors are std / sqrt(n) of the mean and variance sqrt(2 / n) of the variance; five of
-    them, and 1.5 % of variance for Heun's steps, are allowed."""
+    """80,000 pixels: mean and variance within five standard errors.
+
+    These are std / sqrt(n) for the mean and variance sqrt(2 / n) for the variance, which gets
+    1.5 % more for Heun's steps.
+    """
     net, sigmas, batch = Wide(), get_schedule(60, 0.05, 10.0), 20000
     draw = draws(batch=batch)
     start = (net.data_mean + (net.data_std**2 + 100.0) ** 0.5 * draw()) / 10.0
@@ -120,7 +126,7 @@ def test_statistics_of_many_samples():
 
 
 def test_afs_applies_at_the_raised_noise_level():
-    """The direction from the data's statistics is exact for Gaussian data, wherever it is asked for."""
+    """The direction from the data's statistics is exact for Gaussian data at any noise level."""
     settings = {"solver": "edm", "sigmas": grid(5, "polynomial"), "S_churn": 2.0, "return_info": True}
     paid, info = sample(Gaussian(), noise(), noise=draws(), **settings)
     free, free_info = sample(Gaussian(), noise(), noise=draws(), afs="data", **settings)

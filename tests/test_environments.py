@@ -1,4 +1,4 @@
-"""What other machines bring along: versions of packages, encodings without the letters that are printed, notebooks."""
+"""Other machines: versions of packages, encodings without the printed letters, notebooks."""
 
 import ast
 import importlib.metadata
@@ -21,7 +21,8 @@ PROGRAMS = sorted(
     + [path for folder in ("benchmarks", "models", "tools", "torch_utils") for path in (ROOT / folder).glob("*.py")]
     if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")
 )
-# Neither text files, nor names of files, nor the output are UTF-8, as with code page 1252 or without a locale.
+# Neither text files, nor names of files, nor the output are UTF-8, as with code page 1252 or
+# without a locale.
 POOR = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
 
 
@@ -30,7 +31,7 @@ def python(*arguments, **environment) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=os.environ | POOR | environment, capture_output=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Output
 
 
@@ -98,7 +99,7 @@ def test_training_and_sampling_in_a_folder_with_a_foreign_name(tmp_path):
     assert len(list(folder.rglob("images/**/*.png"))) == 2
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Notebooks
 
 
@@ -115,7 +116,7 @@ def test_the_backend_of_a_notebook_is_left_alone(tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Versions
 
 

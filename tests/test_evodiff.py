@@ -1,4 +1,4 @@
-"""EVODiff: limits and properties. tests/test_methods_golden.py has the numbers of the published code."""
+"""EVODiff: limits and properties. test_methods_golden.py has the published code's numbers."""
 
 import math
 
@@ -63,7 +63,7 @@ def test_one_evaluation_per_interval_at_the_points_of_the_schedule(intervals, af
 
 
 def test_samples_and_channels_do_not_mix():
-    """For a denoiser that works pixel by pixel: every channel of every sample as if it were alone."""
+    """For a denoiser that works pixel by pixel, every channel of every sample is as if alone."""
     x = latents()
     together = run(two_gaussians, x, GRID)
     for k in range(len(x)):
@@ -79,7 +79,7 @@ def constant(x, sigma):
 
 
 def test_constant_denoiser_on_equal_steps_is_exact_but_for_the_last_step():
-    """D = mu: then beta = 1 and both differences vanish, and Euler's step (which is exact) remains."""
+    """D = mu: beta = 1 and both differences vanish; Euler's step remains, which is exact."""
     x = latents()
     mean = constant(x, None)
     exact = torch.stack([mean + (10.0 * x - mean) * s / 10.0 for s in EVEN])
@@ -161,6 +161,6 @@ def test_converges_with_order_one():
 
 
 def test_published_last_step_leaves_a_distance():
-    """Its factor 1 - sqrt(s t) tends to 1 - sigma_min, not to 1: the limit of ever more steps is (1 - sigma_min) x."""
+    """Its factor 1 - sqrt(s t) tends to 1 - sigma_min: many steps lead to (1 - sigma_min) x."""
     exact, (found,) = distances((400,))
     torch.testing.assert_close(found, (1 - 0.4) * exact, rtol=0, atol=5e-3)

@@ -1,4 +1,4 @@
-"""The evolutionary search: its genomes, that it finds known optima, resuming, and its two objectives."""
+"""The evolutionary search: genomes, known optima, resuming, and its two objectives."""
 
 import itertools
 import json
@@ -117,7 +117,7 @@ def test_it_finds_the_optimum(reach):
 
 
 def test_generations():
-    """Every genome is tried once; the parents are the best of all generations; the first holds the customary ones."""
+    """Each genome is tried once. Parents are the best so far. Generation 0 has the usual ones."""
     search, tried, values = toy_search(), [], []
 
     def fitness(genome):
@@ -129,7 +129,8 @@ def test_generations():
     assert tried[:2] == search.customary
     best = [min(map(toy_fitness, tried[: 30 * (k + 1)])) for k in range(9)]
     assert best == sorted(best, reverse=True) and values == sorted(values, reverse=True) and best[-1] < best[0]
-    # The half of a later generation that mutates shares more with the elites than the random part does.
+    # The half of a later generation that mutates shares more with the elites than the random part
+    # does.
     elites = sorted(tried[:240], key=toy_fitness)[:8]
     shared = [max(len(set(genome) & set(elite)) for elite in elites) for genome in tried[240:]]
     assert np.mean(shared[:24]) > np.mean(shared[24:]) + 0.5
@@ -393,15 +394,15 @@ def test_fid_of_the_command_line_is_that_of_fid_py():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--num_steps=10",), "num_steps=10: the evolution chooses 2 to 9 points of its"),
+        (("--num_steps=10",), "num_steps=10: the evolution chooses 2 to 9 of grid_points=9"),
         (("--objective=fid", "--ref=nowhere.npz"), "--ref=nowhere.npz: no such file"),
         (("--objective=fid", "--detector=nowhere.pt"), "--detector=nowhere.pt"),
         (("--objective=fid", "--finalists=2"), "leave them out with objective=fid"),
-        (("--objective=fid", "--fid_samples=1"), "fid_samples of at least 2"),
+        (("--objective=fid", "--fid_samples=1"), "fid_samples >= 2"),
         (("--objective=lpips",), "'lpips' is not one of"),
-        (("--num_samples=0",), "num_samples of at least 1"),
-        (("--elites=0",), "1 or more elites"),
-        (("--population=1",), "population of 2 or more"),
+        (("--num_samples=0",), "num_samples >= 1"),
+        (("--elites=0",), "elites >= 1"),
+        (("--population=1",), "population >= 2"),
         (("--generations=-1",), "generations"),
         (("--mutation=0",), "mutation=0.0 must be a probability"),
         (("--mutation=nan",), "'--mutation': nan is not a number"),
@@ -418,7 +419,7 @@ def test_mistakes(tmp_path, arguments, message):
 
 
 def test_no_judge_in_the_library():
-    with pytest.raises(UserError, match="there is no judge of FID here"):
+    with pytest.raises(UserError, match="FID is not available here"):
         optimize(toy_problem(), "evolution", {**TINY, "objective": "fid"})
 
 

@@ -1,4 +1,4 @@
-"""Precision, memory format and compilation of networks: one graph, the same results, the bottleneck beside them."""
+"""Precision, memory format and compilation: one graph, the same results, the bottleneck too."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def tiny_network(case, guidance=None):
 
 
 def watched(net):
-    """Compiles ``net`` without generating code; the list gets a node count for every graph that is made."""
+    """Compiles ``net`` without code generation; the list gets each new graph's node count."""
     graphs = []
 
     def backend(graph, inputs):
@@ -127,7 +127,7 @@ def test_classifier_guidance_is_refused_in_one_line():
 
 
 def test_distillation_and_sampling_with_a_predictor():
-    """Gradients pass the compiled network; batches of any size give the same images from the graphs of the first."""
+    """Gradients pass the compiled network; any batch size uses the first graphs."""
     plain, net = create_model("digits"), create_model("digits")
     graphs = watched(net)
     gradients = []
@@ -192,7 +192,7 @@ def test_amp_surrounds_the_network_only(case):
 
 
 class OwnNetwork(Denoiser):
-    """A network of one's own that says nothing about mixed precision: the posterior mean of N(0, 1)."""
+    """A user's network without mixed precision: the posterior mean of N(0, 1)."""
 
     img_channels, img_resolution = 1, 4
 
@@ -218,7 +218,7 @@ def test_every_network_has_the_members_of_the_interface(case):
 
 
 def test_any_callable_is_a_network():
-    """A plain function has none of the members: it gets the defaults of the interface, and samples."""
+    """A plain function lacks all members: it gets the interface's defaults, and samples."""
 
     def net(x, sigma):
         return x / (1 + sigma**2)
@@ -235,7 +235,7 @@ def test_any_callable_is_a_network():
 
 @pytest.mark.parametrize(("case", "std"), [("edm_song_uncond", 0.5), ("cm_classcond", 0.5), ("adm_guided", None)])
 def test_scalings_give_the_network_inputs_and_targets_of_unit_variance(case, std):
-    """Karras et al. 2022, Appendix B.6, eq. 113 and 119, for data of standard deviation ``std``; None: the target is noise."""
+    """Karras et al. 2022, App. B.6, eq. 113 and 119. std of the data; None: the target is noise."""
     net, _, _ = tiny_network(case)
     sigma = torch.logspace(-2, 1.5, 20).reshape(-1, 1, 1, 1)
     c_skip, c_out, c_in, _ = net.scalings(sigma)

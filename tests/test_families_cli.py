@@ -1,4 +1,4 @@
-"""train.py and sample.py on a miniature checkpoint of every family, in its official format, and what they refuse."""
+"""train.py and sample.py on a miniature official checkpoint of every family, and refusals."""
 
 import importlib.util
 import json
@@ -67,7 +67,7 @@ def part(weights: dict, prefix: str) -> dict:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
-    """dataset_name -> checkpoint, with its description beside it; also "tokenizer", "captions" and "table"."""
+    """dataset_name -> checkpoint with its description; also "tokenizer", "captions" and "table"."""
     folder = tmp_path_factory.mktemp("checkpoints")
     files = {
         "lsun_bedroom": folder / "edm_bedroom256_ema.pt",
@@ -172,7 +172,7 @@ def direct(name: str, files):
 
 @pytest.mark.parametrize("name", EACH)
 def test_images_are_those_of_the_network_and_the_seed(name, files, tmp_path):
-    """Against the solver on the network of the family's own loader, with the condition of each seed."""
+    """Against the solver on the network of the family's own loader, with each seed's condition."""
     flags = [f"--dataset_name={name}", *network_flags(files, name, "sample"), *SETTINGS[name][1]]
     flags += ["--solver=euler", "--num_steps=3", "--seeds=1,3", "--batch=1", "--channels_last=False"]
     call(sample_cli.main, *flags, "--outdir", tmp_path)
@@ -199,7 +199,7 @@ def test_class_of_all_images(files, tmp_path):
     assert "class: 1 there, 2 now" in again
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Prompts
 
 
@@ -210,7 +210,7 @@ def sd_flags(files, *more) -> list:
 
 @TEXT
 def test_prompts_and_their_record(files, tmp_path):
-    """A caption belongs to its seed, whichever other seeds are drawn; the record says which texts were used."""
+    """A caption belongs to its seed, whatever the other seeds; the record names the texts."""
     call(sample_cli.main, *sd_flags(files, "--prompt", files["table"]), "--seeds=5,7", "--outdir", tmp_path / "table")
     call(sample_cli.main, *sd_flags(files, "--prompt=c d"), "--seeds=5-7", "--batch=2", "--outdir", tmp_path / "text")
     table, text = pictures(tmp_path / "table"), pictures(tmp_path / "text")
@@ -268,7 +268,7 @@ def judged(files):
 
 @TEXT
 def test_compare_with_prompts(files, judged, tmp_path, monkeypatch):
-    """The row's own command makes its images, with the caption of every seed; other texts are other results."""
+    """The row's command makes its images from the seeds' captions. Other texts, other results."""
     monkeypatch.setattr(comparison_report, "plots_html", lambda rows: "")
 
     def row(name, *flags):
@@ -310,10 +310,10 @@ def test_mistakes_about_prompts_in_comparisons(files, judged, tmp_path):
     ):
         assert message in call(compare_cli.main, *judged, *flags, f"--outdir={tmp_path / 'o'}", ok=False)
     digits = ["--dataset_name=digits", "--prompt=a"]
-    assert "digits is no text-to-image network" in call(
+    assert "digits is not a text-to-image network" in call(
         compare_cli.main, *digits, "--num=10", f"--outdir={tmp_path / 'o'}", ok=False
     )
-    assert "digits is no text-to-image network" in call(
+    assert "digits is not a text-to-image network" in call(
         optimize_cli.main, *digits, f"--dest={tmp_path / 'o'}", ok=False
     )
     assert not (tmp_path / "o").exists()
@@ -321,7 +321,7 @@ def test_mistakes_about_prompts_in_comparisons(files, judged, tmp_path):
 
 @TEXT
 def test_optimized_schedules_with_prompts(files, tmp_path, monkeypatch):
-    """Every sample draws a caption that depends on its seed alone; the file says which texts there were."""
+    """Every sample draws a caption by its seed alone; the file names the texts."""
     asked, make_cond = {}, StableDiffusionDenoiser.make_cond
 
     def noting(self, generator=None, labels=None, prompts=None, negative_prompt=""):
@@ -378,7 +378,7 @@ class CaptionNet(torch.nn.Module):
 
 
 def test_captions_are_drawn_by_the_sample_alone(monkeypatch):
-    """Neither the number of processes nor that of micro-batches changes which caption a sample gets."""
+    """Which caption a sample gets does not depend on processes and micro-batches."""
     prompts = [f"caption {number}" for number in range(50)]
 
     def drawn(world: int, rank: int, batch_gpu: int) -> list[str]:
@@ -398,7 +398,7 @@ def test_captions_are_drawn_by_the_sample_alone(monkeypatch):
     assert [first + second for first, second in zip(*halves, strict=True)] == whole
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mistakes
 
 
@@ -415,8 +415,13 @@ def test_captions_are_drawn_by_the_sample_alone(monkeypatch):
             "does not take guidance_type 'cg'; use none or uncond",
         ),
         ("lsun_bedroom", "lsun_bedroom", ["--class=0"], "this network is unconditional"),
-        ("lsun_bedroom", "lsun_bedroom", ["--prompt=a"], "--prompt: lsun_bedroom is no text-to-image network"),
-        ("lsun_bedroom", "lsun_bedroom", ["--tokenizer_path=a"], "--tokenizer_path: lsun_bedroom is no text-to-image"),
+        ("lsun_bedroom", "lsun_bedroom", ["--prompt=a"], "--prompt: lsun_bedroom is not a text-to-image network"),
+        (
+            "lsun_bedroom",
+            "lsun_bedroom",
+            ["--tokenizer_path=a"],
+            "--tokenizer_path: lsun_bedroom is not a text-to-image",
+        ),
         ("lsun_cat", "bare/adm.pt", [], "is not a U-Net of consistency models: it looks like a network of guided-diff"),
         ("imagenet256", "bare/cm.pt", [], "(ADM): it looks like a U-Net of consistency models"),
         ("ffhq_ldm", "bare/cm.pt", [], "is not a latent diffusion model: it looks like a U-Net of consistency models"),
@@ -455,7 +460,7 @@ def test_mistakes_take_one_line(name, model, flags, message, files, tmp_path):
     "flags, message",
     [
         (["--dataset_name=ms_coco"], "ms_coco needs texts: give --prompt_path"),
-        (["--dataset_name=digits", "--prompt_path=a.txt"], "--prompt_path: digits is no text-to-image network"),
+        (["--dataset_name=digits", "--prompt_path=a.txt"], "--prompt_path: digits is not a text-to-image network"),
         (["--dataset_name=ms_coco", "--prompt_path=none.csv"], "none.csv: no such file"),
         (["--dataset_name=diffusers"], "needs --model_path"),
     ],
@@ -465,7 +470,7 @@ def test_mistakes_in_training(flags, message, tmp_path):
     assert not (tmp_path / "e").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Networks of one's own
 
 
@@ -528,13 +533,13 @@ def test_diffusers_pipelines(files, tmp_path):
         assert sorted(pictures(folder / "o")) == [0, 1]
     start = ["--dataset_name=diffusers", "--solver=euler"]
     for flags, message in (
-        ([*start, plain, "--prompt=a"], "--prompt: diffusers is no text-to-image network"),
+        ([*start, plain, "--prompt=a"], "--prompt: diffusers is not a text-to-image network"),
         ([*start, text], "diffusers needs a text: give --prompt"),
         ([*start, text, "--prompt=a", "--tokenizer_path=b"], "brings its own: leave --tokenizer_path out"),
         (["--dataset_name=cifar10", "--solver=euler", plain], "use it with --dataset_name=diffusers"),
     ):
         assert message in call(sample_cli.main, *flags, f"--outdir={tmp_path / 'none'}", ok=False)
-    wrong = [(plain, [f"--prompt_path={captions}"], "is no text-to-image"), (text, [], "diffusers needs texts")]
+    wrong = [(plain, [f"--prompt_path={captions}"], "is not a text-to-image"), (text, [], "diffusers needs texts")]
     for model, flags, message in wrong:
         assert message in call(train_cli.main, *size, model, *flags, f"--outdir={tmp_path / 'none'}", ok=False)
     assert not (tmp_path / "none").exists()

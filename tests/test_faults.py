@@ -1,6 +1,6 @@
-"""Nothing lost, nothing hangs: real processes of the command lines with real faults (docs/reliability.md has the table).
+"""Nothing lost, nothing hangs: real commands with real faults (table: docs/reliability.md).
 
-The short versions run always; the long ones, with their numbers of repetitions, under ``-m slow``.
+The short versions always run; the long ones, with their numbers of repetitions, under ``-m slow``.
 """
 
 import hashlib
@@ -91,7 +91,7 @@ def stops(group) -> list[int]:
     return codes
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 1. train.py is killed
 
 
@@ -129,14 +129,14 @@ def assert_same_training(folder: Path, whole: Path) -> None:
 
 
 def continued(train, programs, folder: Path, iterations: int, **options):
-    """The run of a folder again: from its state, or from the start where it was killed before there was a run."""
+    """The run of a folder again: from its state, or from the start if it has no run yet."""
     if (folder / "training_options.json").exists():
         return programs.start("train", f"--resume={folder}", "--device=cpu", f"--outdir={folder}", **options)
     return train(folder, iterations, "--tick=0.012", **options)
 
 
 def kill_training(train, programs, tmp_path: Path, iterations: int, kills: int) -> int:
-    """Kills runs at random moments until it has happened ``kills`` times; returns how many runs that took."""
+    """Kills runs at random moments, ``kills`` times in all; returns how many runs that took."""
     whole, clock = tmp_path / "whole", time.monotonic()
     finished(train(whole, iterations, "--tick=0.012"))
     length = time.monotonic() - clock
@@ -192,7 +192,7 @@ def test_resume_means_the_newest_run_even_if_it_has_no_state_yet(train, programs
     assert load_newest_state(second)["iteration"] == 2
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 2. sample.py is killed
 
 
@@ -211,7 +211,7 @@ def pixels(folder: Path) -> dict[int, bytes]:
 
 
 def kill_sampling(sample, tmp_path: Path, count: int, kills: int, ranks: int = 2) -> None:
-    """Kills all ranks, or one of them, at random moments; each continuation makes what is missing and nothing else."""
+    """Kills one rank or all at random moments; each rerun makes only the missing images."""
     seeds, whole, clock = f"0-{count - 1}", tmp_path / "whole", time.monotonic()
     finished(sample(whole, seeds, ranks=ranks))
     length, clean, draw, done = time.monotonic() - clock, pixels(whole), random.Random(0), 0
@@ -275,7 +275,7 @@ def test_leftovers_of_killed_programs_go_after_an_hour(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".b.png-0123456789ab.part", "net.pkl.part"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3. One of several processes fails
 
 
@@ -431,7 +431,7 @@ def test_under_torchrun(program, net, tmp_path):
     assert "stopped because rank 1 failed: it died without a word" in err, err
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 3b. SIGTERM
 
 DENOISER = ("--model_channels=8", "--channel_mult=1", "--attn=", "--batch=8", "--grid=False", "--total_kimg=1000")
@@ -454,7 +454,7 @@ def test_a_signal_ends_sampling_with_whole_images(sample, tmp_path, ranks, numbe
         assert re.search("nterrupted by SIGTERM", group.texts())
     else:
         said = terminated(group, number)
-        assert said == f"Interrupted by {number.name}: the images that are done are kept; repeat the command to go on\n"
+        assert said == f"Interrupted by {number.name}: finished images are kept; repeat the command to continue\n"
     assert len(pixels(tmp_path)) >= 3 and not list(tmp_path.rglob("*.part"))
 
 
@@ -479,7 +479,7 @@ def test_sigterm_leaves_nothing_half_done(programs, tmp_path):
     assert not list(tmp_path.rglob("*.part"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 4. No room, no right to write
 
 UNSHARE = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
@@ -487,7 +487,7 @@ UNSHARE = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
 
 @pytest.fixture(scope="module")
 def small_disk(tmp_path_factory):
-    """(launcher whose programs see two file systems of their own, folder with 1 MiB, folder that is read-only)."""
+    """(launcher with file systems of its own, folder of 1 MiB, read-only folder)."""
     folder = tmp_path_factory.mktemp("disk")
     small, protected = folder / "small", folder / "protected"
     small.mkdir(), protected.mkdir()
@@ -574,12 +574,12 @@ def test_errors_of_the_disk_take_one_line_whatever_writes(tmp_path, number):
     assert (tmp_path / "file").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 5. Not a number
 
 
 def test_nan_in_training_on_one_rank(train, programs, tmp_path):
-    """All end at once, in the same iteration, with the state before it; without the fault the run goes on from there."""
+    """All ranks end in the same iteration, with the state before it; then the run goes on."""
     finished(train(tmp_path / "whole", 8, "--tick=0.012"))
     group = train(tmp_path / "run", 8, "--tick=0.012", ranks=2, fault={"nan": 40, "rank": 1})
     assert stops(group) == [2, 2]
@@ -597,14 +597,14 @@ def test_nan_in_training_on_one_rank(train, programs, tmp_path):
 
 
 def test_nan_in_sampling_names_the_seeds(sample, tmp_path):
-    """The first row of every later batch: the others of the batch are written, and a rerun makes the missing one."""
+    """Row 0 of every later batch: the other images are written, a rerun makes the missing one."""
     group = sample(tmp_path, "0-9", "--batch=4", fault={"nan": 3})
     assert "not finite (NaN or infinite) for seeds 4: not written" in one_line(group)
     assert sorted(pixels(tmp_path)) == [0, 1, 2, 3, 5, 6, 7]
     assert "sampled 3 images (7 skipped)" in finished(sample(tmp_path, "0-9", "--batch=4"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 6. Out of memory
 
 
@@ -631,7 +631,7 @@ def test_micro_batches_that_fit(train, tmp_path):
     assert load_newest_state(tmp_path / "auto")["options"]["batch_gpu"] == 2
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 7. Downloads (the servers that misbehave in other ways are in test_download.py)
 
 
@@ -668,7 +668,7 @@ def stalling(monkeypatch):
 
 
 def test_downloads_killed_and_shared(stalling, programs, tmp_path):
-    """One of two processes downloads and is killed: the other takes over where it was, and nobody sees half a file."""
+    """Of two processes the downloading one is killed: the other continues; no half file is seen."""
     dest, url = tmp_path / "net.pkl", stalling.url("plain")
     part = tmp_path / "net.pkl.part"
     first = programs.start("download", url, dest)
@@ -684,7 +684,7 @@ def test_downloads_killed_and_shared(stalling, programs, tmp_path):
     assert re.fullmatch(r"bytes=\d{6,}-", stalling.log[1][1])  # continued, not started again
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # 8. Long runs
 
 
@@ -713,7 +713,7 @@ def assert_flat(readings: Path, folder: Path, mebibytes: float, in_flight: int) 
 
 
 def assert_quiet(text: str) -> None:
-    """A run of less than 30 seconds has nothing to say of its progress, a longer one a line now and then."""
+    """A run below 30 seconds prints no progress, a longer one a line now and then."""
     assert "\r" not in text and text.count("\n") <= 20
 
 

@@ -1,4 +1,4 @@
-"""Features of the denoiser's encoder: which maps, that nothing of the network is changed, and the distance between them."""
+"""Encoder features of the denoiser: which maps, an unchanged network, and their distance."""
 
 from types import SimpleNamespace
 

@@ -126,7 +126,7 @@ def write_samples(folder):
 
 
 def test_companions_of_samples_do_not_count(tmp_path):
-    """A folder as sample.py writes it: the grid and the strips have other sizes and are no samples."""
+    """A folder as sample.py writes it: grid and strips have other sizes and are not samples."""
     folder = tmp_path / "samples"
     write_samples(folder)
     write_images(folder / "inters", 4, size=70)
@@ -183,7 +183,7 @@ def test_references_of_one_name_from_two_addresses_are_two(tmp_path, monkeypatch
 
 
 def test_published_copies_of_inception_agree(monkeypatch):
-    """A reference made with the TorchScript copy may be met by features of the state dict, but by nothing else."""
+    """A reference made with the TorchScript copy accepts features of the state dict, no others."""
     (script,) = detectors.TRUSTED_TORCHSCRIPT
     state = "6726825d" + 56 * "0"
     reference = Reference(np.zeros(2048), np.eye(2048), "inception", script, 10)
@@ -220,7 +220,7 @@ def test_few_images_give_a_warning_and_a_number(tmp_path, capsys):
     [(63, "Warning: .*singular"), (64, "Warning: .*singular"), (65, "Note: "), (9999, "Note: "), (10_000, "")],
 )
 def test_from_how_many_images_on_nothing_is_said(count, word, capsys):
-    """The covariance of N images has rank N - 1 at most, so 64 of them are too few for 64 features."""
+    """The covariance of N images has rank N - 1 at most: 64 are too few for 64 features."""
     warn_about_count(count, SimpleNamespace(feature_dim=64))
     assert re.match(word or "$", capsys.readouterr().err)
 

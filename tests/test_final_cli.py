@@ -53,11 +53,11 @@ def test_defaults_and_flags_reach_the_run(tiny, tmp_path):
     assert "00000-digits-5-3-span-full-deis" in done.output and not list(tmp_path.iterdir())
     flags = {
         "preset": "dyweight",
-        "time_bound": 0.4,
+        "sigma_scale_bound": 0.4,
         "afs": False,
         "sampler_tea": "ipndm",
         "schedule_tea": "logsnr",
-        "lrs": "labels=0.02",
+        "lrs": "knots=0.02",
         "loss": "l2",
         "lr_final": 0.5,
         "warmup": 2,
@@ -79,7 +79,7 @@ def test_defaults_and_flags_reach_the_run(tiny, tmp_path):
     student = load_predictor(path)
     assert (
         student.config["first_step"] == "none"
-        and student.config["time_bound"] == 0.4
+        and student.config["sigma_scale_bound"] == 0.4
         and student.config["preset"] == "dyweight"
         and student.evaluations() == 2
     )
@@ -108,7 +108,7 @@ def test_heads_and_loss_that_are_not_given_suit_the_network(tiny, tmp_path):
 
 
 def test_micro_batches_that_fit(tiny, tmp_path, monkeypatch):
-    """Networks that take two samples at most, then one with gradients: while the start is tried, or while it is trained."""
+    """Networks that take two samples at most, then one with gradients; at the start or later."""
     forward, most, graded = EDMDenoiser.forward, 2, 2
 
     def small(net, x, *arguments, **named):

@@ -1,4 +1,4 @@
-"""The Fréchet distance against scipy's matrix root and closed forms; the running statistics against numpy.cov."""
+"""Fréchet distance against scipy's root and closed forms; statistics against numpy.cov."""
 
 import numpy as np
 import pytest

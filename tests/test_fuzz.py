@@ -1,4 +1,4 @@
-"""The short run of tests/fuzz_loaders.py, the files that once broke something, and whether it would notice."""
+"""The short run of tests/fuzz_loaders.py, the files that once failed, and its sensitivity."""
 
 import os
 import random
@@ -32,7 +32,10 @@ def test_twenty_thousand_damaged_files(tmp_path):
 
 @pytest.mark.parametrize("case", sorted(CORPUS.iterdir()), ids=lambda path: path.name)
 def test_what_once_broke_something(case, tmp_path, monkeypatch):
-    """Named <seed>-<number>-<file of a target>, h for those that a person made; some of them load, now that what is wrong in them does no harm."""
+    """<seed>-<number>-<file of a target>, or h-... for files made by a person.
+
+    Some load by now, since what is wrong in them does no harm.
+    """
     target = next(t for t in TARGETS if t.file == case.name.split("-", 2)[2])
     place = tmp_path / "place"
     place.mkdir()

@@ -1,4 +1,4 @@
-"""GITS: the cost matrices and schedules of the public implementation, and that its schedules are the cheapest ones."""
+"""GITS: costs and schedules of the public implementation, and that these are the cheapest."""
 
 import itertools
 
@@ -167,7 +167,7 @@ def test_mistakes(monkeypatch):
         "'nope' cannot be the teacher": lambda: gits_cost(net, latents, "nope", 4),
         "skips points": lambda: gits_cost(net, latents, "skip", 5),
         "latents must be": lambda: gits_cost(net, latents[0], "euler", 4),
-        "no latents": lambda: gits_cost(net, [], "euler", 4),
+        "at least one batch": lambda: gits_cost(net, [], "euler", 4),
         "num_steps=1": lambda: gits_cost(net, latents, "euler", 1),
     }
 

@@ -61,7 +61,7 @@ sys.addaudithook(lambda event, arguments: Effects.seen.append(event) if event.st
 
 @pytest.fixture(autouse=True)
 def nothing_happens(tmp_path, monkeypatch):
-    """No test here may start a program, use the standard unpickler's names, open a connection or leave a file."""
+    """Fails if a test starts a program, unpickles a name, opens a connection or leaves a file."""
     monkeypatch.chdir(tmp_path)
     Effects.seen.clear()
     yield
@@ -74,12 +74,12 @@ def refuse(data, message=None, load=safe_load):
     assert len(str(caught.value)) < 2000 and "\n" not in str(caught.value)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The allow-list
 
 
 def test_the_list_has_exact_names_of_inert_things():
-    """Nothing on it can be called by the unpickler but our own builders; none reaches an attribute by a dot."""
+    """The unpickler can call only our own builders, and a dotted name reaches no attribute."""
     for (module, name), value in ALLOWED.items():
         assert "." not in name and "*" not in module + name
         assert isinstance(value, (safe_pickle._Builder, safe_pickle._PlainModule, safe_pickle._StorageType, str))
@@ -121,7 +121,7 @@ def test_names_that_are_no_text(name):
     refuse(b"\x80\x04\x8c\x02os" + name + b"\x93.")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The machine
 
 
@@ -149,7 +149,7 @@ def test_later_protocols_and_instructions_for_outside_data_are_refused():
 
 
 def test_instructions_are_the_known_ones():
-    """What a new version of pickle brings is not taken over unseen; calls go through the allow-list."""
+    """New pickle instructions are not accepted unseen; calls go through the allow-list."""
     known = {opcode.name for opcode in pickletools.opcodes}
     own = {name.removeprefix("_op_").upper() for name in vars(safe_pickle._Machine) if name.startswith("_op_")}
     plain = safe_pickle._LITERALS | safe_pickle._CONSTANTS.keys() | safe_pickle._NEW.keys()
@@ -201,7 +201,7 @@ def test_tricks_with_stack_and_memo():
     refuse(b"ctorch.nn.modules.activation\nSigmoid\n)\x81q\x00}X\x01\x00\x00\x00aK\x01sbh\x00}b.", "sets the state of")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bombs
 
 
@@ -247,7 +247,7 @@ def test_announced_lengths_are_not_believed(protocol):
 
 
 def test_nested_storages_know_only_storages():
-    """A storage inside a storage, an object inside a storage, and one whose bytes are a torch.save archive."""
+    """A storage or an object inside a storage, and one whose bytes are a torch.save archive."""
     storage = b"ctorch.storage\n_load_from_bytes\n"
 
     def nest(data):
@@ -268,7 +268,7 @@ def test_nested_storages_know_only_storages():
         refuse(b"\x80\x02" + nest(data) + b".", message)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Archives of torch.save
 
 
@@ -321,7 +321,7 @@ def test_weights_with_foreign_objects_stay_inert(tmp_path):
         read_weights(tmp_path / "bad.ckpt")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Arrays
 
 
@@ -377,7 +377,7 @@ def test_npz_bombs_and_ordinary_files(tmp_path):
         Reference.load(path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Images
 
 
@@ -421,7 +421,7 @@ def picture():
 
 
 def test_zip_datasets_are_read_in_place(tmp_path):
-    """Names that lead out of the archive are names only; links are not followed; nothing is unpacked to the disk."""
+    """Names that lead out are names only, links are not followed, nothing is unpacked to disk."""
     link = zipfile.ZipInfo("link.png")
     link.external_attr = 0o120777 << 16
     (tmp_path / "in").mkdir()
@@ -496,7 +496,7 @@ def test_downloaded_archives_give_one_plain_file(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.zip", "b.zip", "out"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Programs
 
 
@@ -556,7 +556,7 @@ def test_unsafe_errors_are_both_ours_and_pickles():
     assert issubclass(UnsafePickleError, UserError) and issubclass(UnsafePickleError, pickle.UnpicklingError)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a few bytes may cost: every kind is refused for one reason, at once
 
 SPACE = 1 << 20
@@ -681,7 +681,7 @@ def test_many_names_of_one_tensor(tmp_path):
 
 
 def packed(parts, method, announced=None):
-    """A zip archive; announced: the unpacked size that its directory states, whatever the truth is."""
+    """A zip archive; announced: the unpacked size that its directory states, true or not."""
     data = bytearray(archive_of(parts, compression=method))
     if announced is not None:
         at = data.find(b"PK\x01\x02")
@@ -693,7 +693,7 @@ def packed(parts, method, announced=None):
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_packings_without_a_limit_are_refused(method, tmp_path):
-    """zipfile unpacks these as a whole, whatever size they announce: 1.6 KB of them can hold 4 GiB."""
+    """zipfile unpacks these whole, whatever size they announce: 1.6 KB can hold 4 GiB."""
     zeros = npy("{'descr': '<f8', 'fortran_order': False, 'shape': (9,)}", bytes(72))
     for announced in (None, 200):
         path = tmp_path / "x.npz"
@@ -842,12 +842,12 @@ SPAN = [
         for name in ("num_steps", "parallel", "window", "max_order")
         for value in (2000, 1 << 40, "x", [1])
     ),
-    *({"learn": value} for value in ({"labels": 1}, 5, [5], "labels", ["labels"] * 3 + ["x"])),
+    *({"learn": value} for value in ({"knots": 1}, 5, [5], "knots", ["knots"] * 3 + ["x"])),
     *({"heads": value} for value in (5, {"time": 1}, [["time"]], "time")),
     *({"image_shape": value} for value in ([1 << 20] * 3, "abc", 5, [-1])),
     *({"img_channels": 1 << 20, "heads": ["spatial"]}, {"embedding_width": 1 << 30, "heads": ["time"]}),
     *({"sigmas": value} for value in ([1.0] * 5000, "x", [10**40, 1], {"a": 1})),
-    *({name: value} for name in ("sigma_min", "schedule_rho", "time_bound") for value in ("1", [1], True)),
+    *({name: value} for name in ("sigma_min", "schedule_rho", "sigma_scale_bound") for value in ("1", [1], True)),
 ]
 
 
@@ -861,13 +861,13 @@ def test_settings_of_span_files(changes, tmp_path):
 
 
 def test_span_files_with_many_time_steps(tmp_path):
-    """Whatever the labels say: 2,000 time stamps are too many, 16 calls per interval for 999 too."""
+    """Whatever the sigmas are: 2,000 steps are too many, 16 calls per interval for 999 too."""
     path = tmp_path / "student.safetensors"
     for steps, parallel in ((2000, 1), (999, 16)):
         save_predictor(SpanSolver(num_steps=4), path)
         tensors, metadata = read_safetensors(path.read_bytes(), str(path))
         config = json.loads(metadata["config"]) | {"num_steps": steps, "parallel": parallel}
-        tensors["labels"] = torch.zeros(steps - 1, dtype=torch.float64)
+        tensors["knots"] = torch.zeros(steps - 1, dtype=torch.float64)
         write_safetensors(path, tensors, metadata | {"config": json.dumps(config)})
         with at_once(), pytest.raises(UserError, match="at most 1000"):
             load_predictor(path)
@@ -888,7 +888,7 @@ def test_predictors_of_many_time_steps(changes, tmp_path):
     ids=range(6),
 )
 def test_json_beyond_measure(value, tmp_path):
-    """Numbers that Python cannot print or that no float64 holds, and depth, in every JSON that is read."""
+    """Numbers beyond Python's printing or float64, and depth, in every JSON that is read."""
     with pytest.raises(ValueError):
         parse_json(value)
     path = tmp_path / "net.pkl"

@@ -56,7 +56,7 @@ def pack(path: Path, files: dict[str, bytes], kind=zipfile.ZIP_STORED) -> Path:
     return path
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Formats
 
 
@@ -119,7 +119,7 @@ def test_animations_and_stacks_are_no_images():
     assert np.abs(decoded.mean(axis=(1, 2)) - [250, 10, 30]).max() < 6
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Modes and depths
 
 
@@ -270,7 +270,7 @@ def test_exif_orientation_is_applied(kind):
     np.testing.assert_array_equal(decode_image(damaged, "x", done), decode_image(plain, "x"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Colours of a set
 
 
@@ -306,7 +306,7 @@ def digits(count):
 
 
 def test_fid_of_mixed_formats_is_that_of_png(tmp_path):
-    """Half of them WebP, which has no grey: equal channels are grey for a detector of grey images."""
+    """Half are WebP, which has no grey: equal channels count as grey for a grey detector."""
     images = digits(20)
     png = put(tmp_path / "png", {f"{seed:06d}.png": encode(image) for seed, image in enumerate(images)})
     mixed = {}
@@ -326,7 +326,7 @@ def test_fid_of_mixed_formats_is_that_of_png(tmp_path):
         calculate_fid(tmp_path / "mixed", "digits")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What else lies in folders and archives
 
 
@@ -425,7 +425,7 @@ def test_a_hundred_thousand_files_are_listed_in_seconds(tmp_path, monkeypatch):
 
 
 def test_files_of_zips(tmp_path, capsys):
-    """Of two members of one name the later counts; a folder that contains all others is not a class; back-slashes are slashes."""
+    """Of equal names the last counts; a folder around all is not a class; backslashes are /."""
     with pytest.warns(UserWarning, match="Duplicate"), zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("a.png", encode(GREY))
         archive.writestr("a.png", encode(255 - GREY))
@@ -465,7 +465,7 @@ def test_compressions_that_unpack_without_limit_are_refused(tmp_path, kind):
 
 
 def test_what_is_unpacked_is_bounded(tmp_path):
-    """Members that share their bytes, and a file of labels far larger than that many images need."""
+    """Members that share their bytes, and a label file far larger than the images need."""
     data = bytearray(pack(tmp_path / "a.zip", {f"{i}.png": encode(GREY) for i in range(9)}).read_bytes())
     directory, size = data.find(b"PK\1\2"), len(encode(GREY))
     at = directory
@@ -480,7 +480,7 @@ def test_what_is_unpacked_is_bounded(tmp_path):
         ImageSource(tmp_path / "b.zip")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Samples of several runs
 
 
@@ -506,7 +506,7 @@ def test_companions_of_a_run_one_level_down(tmp_path, capsys):
     assert "2 files ignored: 1 grid.png of sample.py, 1 in inters/ of sample.py" in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Labels
 
 
@@ -576,7 +576,7 @@ def test_a_network_to_start_from_may_know_more_classes(tmp_path):
     np.testing.assert_array_equal(load_data(pack(tmp_path / "in.zip", files), True, gaps=True)[1], np.eye(5)[[2, 4]])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Signals
 
 

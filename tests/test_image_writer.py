@@ -82,7 +82,7 @@ def test_error_of_the_block_goes_first_and_queued_images_are_kept(tmp_path):
 
 
 def test_queue_is_bounded(tmp_path, monkeypatch):
-    """With the disk standing still, submit waits when one image is being written and ``capacity`` are queued."""
+    """If the disk hangs, submit waits with one image in writing and ``capacity`` in the queue."""
     writing, go, full, submitted = threading.Event(), threading.Event(), threading.Event(), []
 
     def stand_still(array, path):

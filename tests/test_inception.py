@@ -1,4 +1,4 @@
-"""Our Inception-v3 against another implementation's features, hand formulas and the published parameter count."""
+"""Inception-v3 against other features, formulas by hand and the published parameter count."""
 
 import copy
 from pathlib import Path
@@ -14,7 +14,7 @@ GOLDEN = Path(__file__).parent / "golden" / "inception" / "artificial-weights.np
 
 
 def artificial_state() -> dict[str, torch.Tensor]:
-    """Weights from a formula (no random generator, whose stream may change) that keep activations of order one."""
+    """Weights from a formula, whose values never change, that keep activations of order one."""
     state = {}
     with torch.device("meta"):
         names = InceptionV3().state_dict()
@@ -72,8 +72,9 @@ def test_features_equal_those_of_torch_fidelity(network):
 def test_number_of_parameters():
     with torch.device("meta"):
         model = InceptionV3()
-    # Keras documents 23,851,784 numbers for InceptionV3 with 1000 classes, 34,432 of them moving means and variances.
-    # It has no scale in its batch normalisation, this graph does (17,216 channels); and there are 1008 classes.
+    # Keras documents 23,851,784 numbers for InceptionV3 with 1000 classes, 34,432 of them moving
+    # means and variances. It has no scale in its batch normalisation, this graph does (17,216
+    # channels); and there are 1008 classes.
     statistics = sum(b.numel() for n, b in model.named_buffers() if not n.endswith("num_batches_tracked"))
     assert statistics == 34_432
     found = sum(p.numel() for p in model.parameters())
@@ -109,7 +110,7 @@ def test_resize_is_that_of_tensorflow_1(height, width, size):
 
 @pytest.mark.parametrize("block", ["Mixed_5b", "Mixed_6b", "Mixed_7b", "Mixed_7c"])
 def test_pooling_at_the_border(network, block):
-    """A map of ones stays one under a mean that leaves out the padding; only the last block takes the maximum."""
+    """A map of ones stays one if the mean leaves out the padding; the last block takes the max."""
     module = getattr(network, block)
     size = 4
     channels = module.branch_pool.conv.in_channels
@@ -128,7 +129,7 @@ def test_pooling_at_the_border(network, block):
 
 
 def wrapper_key(key: str) -> str:
-    """The name under which the module list of pytorch-fid keeps a layer, written out independently."""
+    """The name of a layer in the module list of pytorch-fid, written out independently."""
     blocks = [
         ["Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3"],
         ["Conv2d_3b_1x1", "Conv2d_4a_3x3"],

@@ -1,4 +1,4 @@
-"""iPNDM with variable steps: the published code's numbers, exactness on polynomials, orders, and its relatives."""
+"""Variable-step iPNDM: the published numbers, exactness on polynomials, orders, relatives."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_golden_float32(case):
 @pytest.mark.parametrize("published", [False, True])
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_exact_on_polynomials(order, published):
-    """A direction sigma^p with p below the order, given at unequal points; the published weights are so to order 2."""
+    """Exact for directions sigma^p, p below the order; the published weights only to order 2."""
 
     class Power(ToyNet):
         def forward(self, x, sigma):

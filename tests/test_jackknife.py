@@ -1,4 +1,4 @@
-"""The jackknife against scipy for a mean, and against closed-form truths for the Fréchet distance."""
+"""The jackknife against scipy for a mean and against true Fréchet distances."""
 
 import numpy as np
 import pytest
@@ -47,10 +47,10 @@ def distance(features) -> float:
 
 
 def study(one, other, truth):
-    """Repeat a comparison of two methods on the same noise and count how often the truth is covered.
+    """How often the intervals of a comparison of two methods on the same noise cover the truth.
 
-    Returns (coverage of the jackknife's interval, its mean half width, coverage of the interval from
-    the groups' own distances, mean half width of the interval of ``one`` alone).
+    Returns (coverage of the jackknife's interval, its mean half width, coverage of the interval
+    from the groups' own distances, mean half width of the interval of ``one`` alone).
     """
     rng, group = np.random.default_rng(0), np.arange(IMAGES) % GROUPS
     quantile, found = scipy.stats.t.ppf(0.975, GROUPS - 1), []

@@ -92,7 +92,7 @@ def test_the_result_is_that_of_the_own_loop(name):
 
 
 def test_a_part_of_the_schedule():
-    """From a level on it is the loop on the rest; up to a level the state there; one level does nothing."""
+    """From a level on, the loop on the rest; up to a level, the state there."""
     net, predictor = ToyNet(), amed("ipndm", num_steps=5)
     sigmas = learned_sigmas(predictor, net)
     x = noise() * sigmas[1]

@@ -1,4 +1,4 @@
-"""The rooms of the code: arrows between them run one way, no circles, and solvers are light to import."""
+"""Imports between the rooms of the code run one way, without circles; solvers import fast."""
 
 import ast
 import subprocess
@@ -29,7 +29,7 @@ MODULES = {
 
 
 def imports(module: str) -> set[tuple[str, bool]]:
-    """(module of ours, whether it is imported with the module itself) for every import statement."""
+    """(module of ours, whether importing this file imports it) for every import statement."""
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
     at_once = {id(node) for node in tree.body}
     found = set()

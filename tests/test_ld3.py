@@ -1,4 +1,4 @@
-"""LD3: its grids, gradients against differences, that it lowers errors on a problem whose solution is known, resuming."""
+"""LD3: grids, gradients against differences, errors on a known problem, resuming."""
 
 import os
 import subprocess
@@ -59,7 +59,7 @@ def trained(problem, **changes):
     return trainer
 
 
-# ---- the schedule and its parameters ---------------------------------------------------------------------------------
+# ---- the schedule and its parameters -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["lambda", "time"])
@@ -73,7 +73,7 @@ def test_the_start_is_the_initial_schedule(kind, mode):
 
 @pytest.mark.parametrize("mode", ["lambda", "time"])
 def test_any_parameters_give_a_schedule(mode):
-    """Descending, with pinned ends; what the network is told stays within half of the gap beside it."""
+    """Descending with fixed ends; sigma_cond stays within half of the gap beside its sigma."""
     generator = torch.Generator().manual_seed(0)
     initial = get_schedule(6, 0.002, 80)
     for spread in (0.1, 1.0, 10.0, 1000.0):
@@ -110,20 +110,20 @@ def test_nothing_learned_is_the_solver_itself(solver):
     expected = get_schedule(6, 0.002, 80).clone()
     expected[0], expected[-1] = 80, 0.002
     latents = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert found.sigmas == expected.tolist() and found.sigmas_net is None
+    assert found.sigmas == expected.tolist() and found.sigmas_cond is None
     grid = Grid(expected)
     sigmas, sigma_cond = (value.detach() for value in grid.levels())
-    x = sample(net, latents, solver=solver, sigmas=sigmas, sigmas_net=sigma_cond)
+    x = sample(net, latents, solver=solver, sigmas=sigmas, sigmas_cond=sigma_cond)
     torch.testing.assert_close(x, sample(net, latents, solver=solver, num_steps=6), rtol=0, atol=1e-9)
 
 
-# ---- gradients -------------------------------------------------------------------------------------------------------
+# ---- gradients -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("afs", [False, True])
 @pytest.mark.parametrize("solver", DIFFERENTIABLE)
 def test_gradients_equal_differences(solver, afs):
-    """Of a loss with respect to both kinds of parameters and to the noise, through a checkpointed network."""
+    """With respect to both kinds of parameters and the noise, through a checkpointed network."""
     net = ToyNet()
     latents = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     target = latents.flip(0) / 10
@@ -135,7 +135,7 @@ def test_gradients_equal_differences(solver, afs):
         sigmas, sigma_cond = grid.levels()
         settings = {
             "sigmas": sigmas,
-            "sigmas_net": sigma_cond,
+            "sigmas_cond": sigma_cond,
             "solver": solver,
             "afs": afs,
             "checkpointing": True,
@@ -186,7 +186,7 @@ def test_solvers_without_gradients_are_refused(solver, reason):
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_memory_does_not_grow_with_evaluations(checkpointing):
-    """Bytes that autograd keeps of one more evaluation, without checkpointing those of the network's activations."""
+    """Bytes that autograd keeps per evaluation, without those that checkpointing recomputes."""
     net, kept = create_model("digits"), []
     for num_steps in (3, 6):
         seen: dict[int, int] = {}
@@ -204,7 +204,7 @@ def test_memory_does_not_grow_with_evaluations(checkpointing):
     assert growth < 10 if checkpointing else growth > 100
 
 
-# ---- what it finds ---------------------------------------------------------------------------------------------------
+# ---- what it finds -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_memory_does_not_grow_with_evaluations(checkpointing):
     [("ipndm", {}), ("dpmpp", {"mode": "time"}), ("unipc", {"loss": "huber"}), ("heun", {"radius": 0})],
 )
 def test_errors_fall(solver, changes):
-    """The distance to the true solution, from other noise than that of the optimisation; from a start that is not good."""
+    """Distance to the true solution, on noise not optimised for, from a start that is not good."""
     this = problem(solver=solver)
     start = {"init": "time_uniform", "rounds": 12}
     found = optimize(this, "ld3", {**SMALL, **start, "solver_tea": "heun", "num_steps_tea": 40, **changes})
@@ -222,7 +222,7 @@ def test_errors_fall(solver, changes):
     errors = [
         float((sample(net, latents, solver=solver, **settings) - exact).square().mean().sqrt())
         for settings in (
-            {"sigmas": found.sigmas, "sigmas_net": found.sigmas_net},
+            {"sigmas": found.sigmas, "sigmas_cond": found.sigmas_cond},
             {"num_steps": 6, "schedule_type": "time_uniform", "schedule_rho": 1},
         )
     ]
@@ -230,8 +230,24 @@ def test_errors_fall(solver, changes):
     assert found.sigmas[0] == 80 and found.sigmas[-1] == 0.002 and found.evaluations > 0
 
 
+def test_directions_by_the_level_of_the_network():
+    """The search uses the option, and the file has it: it is better with it than without."""
+    losses = {}
+    for level in ("point", "network"):
+        option = {"direction_sigma": level}
+        this = problem(options=option)
+        trainer = trained(this, rounds=10, rounds_grid=0, lr_net=20.0)
+        levels = trainer.run()
+        assert optimize(this, "ld3", QUICK).solver_options == option
+        for used in ("point", "network"):
+            this.options = {"direction_sigma": used}
+            losses[level, used] = trainer.validate(*levels)
+    assert losses["point", "point"] < losses["point", "network"]
+    assert losses["network", "network"] < losses["network", "point"]
+
+
 def test_validation_decides():
-    """Steps that are far too long do not spoil the result: it is the start or better, and learning rates fall."""
+    """Much too long steps do no harm: the result is the start or better, and rates fall."""
     trainer = Trainer(problem(), options(lr=5.0, lr_net=50.0, patience=1, valid_every=1, radius=0))
     sigmas, sigma_cond = trainer.run()
     trainer.valid, loss = trainer.valid, trainer.validate(sigmas, sigma_cond)
@@ -274,7 +290,7 @@ def test_what_the_network_is_told_is_frozen_at_first():
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_evaluations(checkpointing):
-    """Teacher, three starts, per update forward, gradient and trial, and the validations; repetitions count."""
+    """Teacher, three starts, three parts of an update, and validations; repetitions count."""
     net = Mixture()
     small = {"num_train": 4, "num_valid": 2, "update_batch": 4, "rounds": 1, "num_steps_tea": 9, "loss": "l2"}
     found = optimize(problem(net=net), "ld3", {**small, "checkpointing": checkpointing})
@@ -301,7 +317,7 @@ def test_classes_and_latents(case):
     assert len(found.sigmas) == 4 and found.evaluations > 0
 
 
-# ---- interruptions and breakdowns ------------------------------------------------------------------------------------
+# ---- interruptions and breakdowns ----------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -326,7 +342,7 @@ def test_resume_is_identical(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="another lr "):
         optimize(problem(**this), "ld3", {**SMALL, "lr": 0.1})
     found = optimize(problem(**this), "ld3", SMALL)
-    assert (found.sigmas, found.sigmas_net) == (expected.sigmas, expected.sigmas_net)
+    assert (found.sigmas, found.sigmas_cond) == (expected.sigmas, expected.sigmas_cond)
     assert found.evaluations == expected.evaluations
     assert len(calls) == 12 + 2 + 2  # those of the rounds that were not complete are made again
 
@@ -371,7 +387,7 @@ def test_not_finite_sums_stop_everybody():
         trained(problem())._summed(torch.tensor([1.0, float("inf")]))
 
 
-# ---- command line ----------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 DIGITS = ("--method=ld3", "--dataset_name=digits", "--device=cpu")
 

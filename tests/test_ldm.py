@@ -1,4 +1,4 @@
-"""Unconditional latent diffusion against the reference implementation's outputs and the official parameter list."""
+"""Latent diffusion against the reference implementation and the official parameter list."""
 
 import types
 

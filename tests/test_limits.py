@@ -22,7 +22,7 @@ from torch_utils.safe_pickle import safe_load, safe_load_checkpoint
 MIB = 1 << 20
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files of torch.save
 
 
@@ -122,7 +122,7 @@ def test_views_of_storages_are_not_taken_for_the_whole(write, view):
 
 
 def overlapping_zip(count: int, size: int) -> bytes:
-    """A file of torch.save whose ``count`` storages of about ``size`` bytes lie within each other."""
+    """A torch.save file whose ``count`` storages of about ``size`` bytes overlap."""
     # Keys of three digits make headers of 40 bytes, so that all storages begin at a whole float.
     keys = [f"{number:03d}" for number in range(count)]
     blob, entries, lengths = bytes(size), [], {}
@@ -165,7 +165,7 @@ def test_parts_of_an_archive_that_lie_within_each_other(tmp_path):
         assert "\n" not in str(caught.value)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Images
 
 

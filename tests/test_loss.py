@@ -1,4 +1,4 @@
-"""Distillation: where intervals start, what the teacher does, where gradients go, and that training helps."""
+"""Distillation: start of each interval, teacher, gradients, and that training helps."""
 
 import pytest
 import torch
@@ -67,7 +67,7 @@ def test_where_intervals_start(student):
 @pytest.mark.parametrize("afs", [False, True])
 @pytest.mark.parametrize("student", sorted(set(STUDENTS) - ONE_STEP))
 def test_multistep_students_train_on_the_path_that_is_sampled(student, afs):
-    """Their own points, with their history across intervals: exactly the trajectory of ``sample``."""
+    """Student points and history across intervals give exactly the trajectory of ``sample``."""
     _, predictor, loss, x, targets = setup(sampler_stu=student, afs=afs)
     for _ in range(2):  # the second time must not remember the first
         starts, _ = walk(loss, predictor, x, targets)
@@ -123,7 +123,7 @@ def test_teacher_never_uses_afs():
 
 @pytest.mark.parametrize("student", STUDENTS)
 def test_gradients_under_afs(student):
-    """The first interval shows the predictor zeros: the weight that multiplies them learns nothing, its bias does."""
+    """In interval 0 the predictor sees zeros: their weight gets no gradient, the bias does."""
     _, predictor, loss, x, targets = setup(sampler_stu=student, afs=True)
     torch.nn.init.constant_(predictor.enc_layer0.bias, 0.1)  # zero bias and zero input would stop all of the encoder
     for k in range(3):
@@ -137,7 +137,7 @@ def test_gradients_under_afs(student):
 
 @pytest.mark.parametrize("student", ["amed", "ipndm", "dpmpp"])
 def test_gradient_equals_finite_differences(student):
-    """The gradient of an interval is its own: where it starts and the history it continues are constants."""
+    """The gradient stays in its interval: the start and the history are constants."""
     _, predictor, loss, x, targets = setup(sampler_stu=student)
     _, middle = loss.student_step(predictor, x, 0, targets[0])
     held = loss._state
@@ -188,7 +188,7 @@ def test_what_was_predicted_is_reported():
         ({"M": -1}, "M=-1"),
         ({"M": 1.5}, "M=1.5"),
         ({"sampler_stu": "heun"}, "sampler_stu=heun cannot take a predictor"),
-        ({"sampler_tea": "amed"}, "sampler_tea=amed cannot be a teacher"),
+        ({"sampler_tea": "amed"}, "'amed' cannot be the teacher"),
         ({"sampler_tea": "rk45"}, "unknown solver 'rk45'"),
         ({"num_steps": 1}, "at least 2"),
         ({"schedule_type": "cosine"}, "unknown schedule_type"),
@@ -205,7 +205,7 @@ def test_mistakes_are_explained(config, text):
 @pytest.mark.parametrize("teacher", ["heun", "ipndm", "dpmpp", "unipc"])
 @pytest.mark.parametrize("student", ["amed", "euler", "ipndm"])
 def test_what_the_teacher_evaluated_is_not_asked_again(student, teacher, afs):
-    """The same errors and gradients, with fewer calls of the network: one less wherever the teacher has evaluated the start."""
+    """The same errors and gradients; one call less where the teacher evaluated the start."""
     net, predictor, loss, x, _ = setup(sampler_stu=student, sampler_tea=teacher, afs=afs)
     taught = loss.run_teacher(x)
     torch.testing.assert_close(taught.targets, loss.teacher_trajectory(x), rtol=0, atol=0)
@@ -234,7 +234,7 @@ def test_what_the_teacher_evaluated_is_not_asked_again(student, teacher, afs):
 
 
 def test_checkpointing_leaves_the_gradients_alone_and_keeps_less():
-    """Recomputed activations: the same gradients to the last bit, and fewer bytes kept for the backward pass."""
+    """Recomputed activations: gradients equal to the bit, and fewer bytes for the backward pass."""
     kept, gradients = [], []
     for checkpointing in (False, True):
         _, predictor, loss, x, targets = setup(sampler_stu="amed")

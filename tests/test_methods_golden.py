@@ -1,4 +1,4 @@
-"""EVODiff, PFDiff and DPM-Solver-v3 against numbers of the authors' code (tests/golden/methods/README.md)."""
+"""EVODiff, PFDiff, DPM-Solver-v3 against their authors' code (tests/golden/methods)."""
 
 import json
 from pathlib import Path
@@ -98,7 +98,7 @@ def test_dpm_v3(case, statistics):
 
 @pytest.mark.parametrize("family", ["EDM CIFAR-10 settings", "latent-space settings", "guided settings"])
 def test_dpm_v3_chooses_the_published_settings(family):
-    """corrector and pseudo on auto, against the settings that the authors use in the cases above."""
+    """corrector and pseudo on auto, against the authors' settings in the cases above."""
     net = toy()
     net.latent, net.guided = family.startswith("latent"), family.startswith("guided")
     chosen = [case.values[0] for case in cases("dpm_v3") if case.values[0].get("why") == family]

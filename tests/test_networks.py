@@ -1,4 +1,4 @@
-"""The EDM networks beyond what the recorded networks cover: NCSN++ and the ends of the noise range."""
+"""EDM networks beyond the recorded ones: NCSN++ and the ends of the noise range."""
 
 import math
 
@@ -36,7 +36,7 @@ def outputs_of(net, names, *arguments):
 
 
 def test_residual_input_of_ncsnpp_keeps_the_variance():
-    """Song et al. 2021 rescale the sum of two branches by 1 / sqrt 2; the next branch begins there."""
+    """Song et al. 2021 rescale the sum of two branches by 1 / sqrt 2; the next begins there."""
     torch.manual_seed(0)
     net = EDMDenoiser(16, 3, **NCSNPP).eval()
     names = [name for name in net.model.enc if "down" in name or "aux" in name or "block" in name]

@@ -1,4 +1,4 @@
-"""Noise processes: one interface, the map between time and noise level is a bijection, and the derivative fits."""
+"""Noise processes: one interface, time <-> noise level is a bijection, correct derivative."""
 
 import pytest
 import torch

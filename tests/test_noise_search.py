@@ -71,12 +71,12 @@ def searched(tmp_path_factory):
     return folder, run(*SEARCH, "--outdir", folder)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is kept
 
 
 def test_the_best_of_all_candidates_is_kept(searched):
-    """Every candidate sampled here as an image of its own, and judged without the code under test."""
+    """Every candidate is sampled here as its own image and scored without the code under test."""
     folder, output = searched
     net, (classifier, _) = create_model("digits"), load_classifier(PRETRAINED / EMBEDDED["digits"])
     pictures, found = numbered(folder), choices(folder)
@@ -176,7 +176,7 @@ def test_default_folder(tmp_path, monkeypatch):
     assert (tmp_path / "samples" / "digits" / "euler_nfe2_best2" / "000000" / "000000.png").exists()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The parts
 
 
@@ -240,7 +240,7 @@ def drawn(seeds, **options) -> torch.Tensor:
 
 
 def test_candidates_share_the_class_and_begin_with_the_image_itself():
-    """With a solver that draws noise on its way; the first streams stay what they are when candidates are added."""
+    """With a solver that draws noise; more candidates do not change the first streams."""
     plain = drawn([4, 9, 2])
     three = drawn([4, 9, 2], candidates=3, batch=4).reshape(3, 3, 1, 4, 4)
     assert torch.equal(three[:, 0], plain)
@@ -259,7 +259,7 @@ def test_candidates_share_the_class_and_begin_with_the_image_itself():
     assert [round(image.mean().item()) for image in next(labelled).images] == [7, 7, 8, 8]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Verifiers
 
 
@@ -313,7 +313,7 @@ def test_classifier_of_a_file(tmp_path):
 
 
 def test_the_noisy_classifier_of_adm():
-    """The reference's classifier, called at the lowest noise level with the class that was asked for."""
+    """The reference's classifier, called at the lowest noise level with the given class."""
     facts, weights, _ = tiny_case("adm_guided")
     net = build_denoiser("adm", adm_config(facts), weights, "cg", 2.0)
     net.weights_hash = "0" * 64
@@ -360,15 +360,15 @@ def test_clip_without_its_package(monkeypatch):
         load_verifier("clip", SimpleNamespace(takes_prompts=True))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mistakes
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--candidates=0", "--verifier=classifier"), "--candidates=0: of every seed there must be at least 1"),
-        (("--candidates=4",), "--candidates=4: say how to choose among them"),
+        (("--candidates=0", "--verifier=classifier"), "--candidates=0: must be at least 1"),
+        (("--candidates=4",), "--candidates=4: add a score to choose by"),
         (("--verifier=classifier",), "has no effect without --candidates"),
         (("--candidates=2", "--verifier=nobody:f"), "cannot import the module 'nobody'"),
         (("--candidates=2", "--verifier=math:nothing"), "has no function 'nothing'"),

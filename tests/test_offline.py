@@ -11,8 +11,9 @@ from torch_utils.download import download_file, no_network, offline
 from torch_utils.errors import UserError
 
 REPO = Path(__file__).resolve().parents[1]
-# Prints every connection that Python opens, every name that it looks up and every datagram. (urllib3 makes a socket when it
-# is imported, to see whether this machine has IPv6; it is connected to nothing.)
+# Prints every connection that Python opens, every name that it looks up and every datagram.
+# (urllib3 makes a socket when it is imported, to see whether this machine has IPv6; it is connected
+# to nothing.)
 SPY = """
 import importlib, sys
 TALK = ("socket.connect", "socket.get", "socket.send")

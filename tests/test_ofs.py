@@ -1,4 +1,4 @@
-"""OFS: its bound against quadrature and against Euler's error for Gaussian data, and its schedules against all others."""
+"""OFS: its bound against quadrature and Euler's error, its schedules against all others."""
 
 import itertools
 
@@ -19,7 +19,7 @@ SMALL = {"num_steps_tea": 13, "num_warmup": 3}
 
 
 class GaussianNet(Denoiser):
-    """The exact denoiser of Gaussian data with mean ``mean`` and, in the two halves of the image, standard deviations."""
+    """The exact denoiser of N(mean, std^2); the two halves of the image have their own std."""
 
     img_channels, img_resolution = 1, 2
 
@@ -68,8 +68,10 @@ def test_costs_are_the_integrals(spread):
 
 
 def test_bound_bounds_euler_and_the_open_loop_does_not():
-    """For Gaussian data with no direction wider than the spread the bound holds for every schedule; with errors that
-    are not fed back it does not."""
+    """For Gaussian data the bound holds for every schedule, if no direction exceeds the spread.
+
+    With errors that are not fed back it does not.
+    """
     net, rng = GaussianNet(), np.random.default_rng(0)
     sigmas = torch.logspace(np.log10(80), np.log10(0.002), 101, dtype=torch.float64)
     latents = torch.randn(16, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -125,7 +127,7 @@ def test_schedule_is_the_cheapest_of_all(trajectories, afs):
 
 
 def test_afs_is_charged_for_what_it_takes_the_image_for():
-    """The published form is wrong about the mean of this data, the other one about its spread in the halves only."""
+    """The published form is wrong about this data's mean, the other about its halves' spread."""
     teacher = problem().teacher("ipndm", 13, "logsnr", 7.0)
     net = GaussianNet(mean=0.9)
     none, published, fitted = (
@@ -136,7 +138,7 @@ def test_afs_is_charged_for_what_it_takes_the_image_for():
 
 
 def test_noised_trajectories_do_not_repeat_the_teachers_noise():
-    """At the teacher's images with fresh noise: for exact Gaussian data the same distribution, but other samples."""
+    """Teacher images with fresh noise: for exact Gaussian data the same law, other samples."""
     task = problem()
     seeds = list(range(400))
     fine = task.teacher("ipndm", 81, "logsnr", 7.0)
@@ -182,7 +184,7 @@ def test_resume(tmp_path, monkeypatch):
     "options, changes, message",
     [
         ({"num_steps_tea": 4}, {}, "num_steps=5: OFS chooses 2 to 4"),
-        ({"num_warmup": 0}, {}, "num_warmup of at least 1"),
+        ({"num_warmup": 0}, {}, "num_warmup >= 1"),
         ({"spread": -1.0}, {}, "spread=-1.0"),
         ({"spread": float("nan")}, {}, "spread=nan"),
         ({"solver_tea": "edm"}, {}, "'edm' cannot be the teacher"),

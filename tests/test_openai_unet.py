@@ -1,4 +1,4 @@
-"""The shared U-Net against the published parameter lists and the reference implementation's outputs; its file reader."""
+"""The shared U-Net against published parameter lists and reference outputs; its reader."""
 
 import gzip
 import json
@@ -41,7 +41,7 @@ def manifest(name: str) -> dict:
 
 
 def meta_weights(name: str, prefix: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of an official file whose names begin with ``prefix``, without it and without memory."""
+    """Tensors of an official file under ``prefix``, which is cut off; they take no memory."""
     tensors = {key: shape for key, shape, _ in manifest(name)["tensors"] if key.startswith(prefix)}
     return {key.removeprefix(prefix): torch.empty(shape, device="meta") for key, shape in tensors.items()}
 
@@ -118,7 +118,7 @@ def latent_unet(case: str):
 
 @pytest.mark.parametrize("case, output", [("ldm_uncond_vq", "F__"), ("sd_cfg_kl", "F_stacked__")])
 def test_latent_networks_equal_the_reference(case, output):
-    """Outputs and bottleneck features of the networks as latent diffusion and Stable Diffusion use them."""
+    """Outputs and bottleneck features, as latent diffusion and Stable Diffusion use them."""
     net, io = latent_unet(case)
     features = []
     net.middle_block.register_forward_hook(lambda module, inputs, feature: features.append(feature))

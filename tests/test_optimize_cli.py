@@ -1,4 +1,4 @@
-"""optimize_schedule.py: files that the samplers can use, costs, resuming, mistakes; and how a method is added."""
+"""optimize_schedule.py: usable files, costs, resuming, mistakes; how to add a method."""
 
 import os
 import subprocess
@@ -142,8 +142,11 @@ def test_mistakes(tmp_path, arguments, message):
 
 
 def test_afs_counts_its_free_point():
-    """Ours: num_steps stamps with the free one among them. The published code adds it, if there is room, and here
-    there is none, since its teacher uses AFS as well (golden data, quirk 16)."""
+    """Ours: num_steps sigmas, the free one among them.
+
+    The published code adds the free one if there is room. Here there is none, since its teacher
+    uses AFS as well (golden data, quirk 16).
+    """
     options = {"num_steps_tea": 13, "num_warmup": 2, "schedule_type": "logsnr"}
     net = ToyNet()
     schedule = optimize(toy_problem(net=net, afs=True), "gits", options)
@@ -173,8 +176,8 @@ def test_a_stochastic_student_draws_from_the_seed(monkeypatch):
     monkeypatch.delattr(torch, "randn_like")
     options = {"num_steps_tea": 9, "num_warmup": 4}
     found = optimize(toy_problem(solver="edm", options={"S_churn": 30.0}, afs=True, num_steps=3), "gits", options)
-    # Latents for the costs and for the trials; then of all seven points in between two intervals of noise each; at last
-    # one image with the schedule found.
+    # Latents for the costs and for the trials; then of all seven points in between two intervals of
+    # noise each; at last one image with the schedule found.
     assert len(found.sigmas) == 3 and len(drawn) == 2 + 7 * 2 + 3
     assert all(torch.equal(noise, drawn[2 + index % 2]) for index, noise in enumerate(drawn[2:-3]))
     assert not torch.equal(drawn[2], drawn[1])
@@ -207,7 +210,7 @@ def test_a_method_is_one_entry_of_the_table(monkeypatch, tmp_path):
     monkeypatch.setitem(METHODS, "mine", Method("a test", run, {"power": Option(float, 3.0, "a number")}))
     schedule = optimize(toy_problem(), "mine", {"power": 2})
     expected = get_schedule(5, 0.002, 80, schedule_rho=2)
-    assert schedule.sigmas == expected.tolist() and schedule.sigmas_net == (1.1 * expected).tolist()
+    assert schedule.sigmas == expected.tolist() and schedule.sigmas_cond == (1.1 * expected).tolist()
     assert schedule.evaluations == 3 and schedule.settings["power"] == 2.0
     for method, options, message in (
         ("mine", {"x": 1}, "no option 'x'"),

@@ -1,4 +1,4 @@
-"""Dataclasses of options whose fields are flags: a new option of sampling is declared in one place."""
+"""Options as dataclass fields: a new option of sampling is declared in one place."""
 
 from dataclasses import dataclass, fields
 
@@ -7,13 +7,19 @@ import pytest
 from click.testing import CliRunner
 
 from models import create_model
-from sampling.flags import (
+from sampling.options import SampleOptions
+from sampling.settings import ComputeOptions, Settings, recorded_settings, settings_of
+from sampling.text import TextOptions
+from solvers.span_table import SpanSolver
+from tools.compare_options import CompareOptions
+from torch_utils.cli import Command
+from torch_utils.options import (
     ALWAYS,
     CHANGED,
     REQUIRED,
     changed,
     flag,
-    flags_of,
+    flags,
     given_flags,
     like,
     names_of_written,
@@ -21,12 +27,6 @@ from sampling.flags import (
     read_flags,
     recorded,
 )
-from sampling.options import SampleOptions
-from sampling.settings import ComputeOptions, Settings, recorded_settings, settings_of
-from sampling.text import TextOptions
-from solvers.span_table import SpanSolver
-from tools.compare_options import CompareOptions
-from torch_utils.cli import Command
 from training.checkpoint import save_predictor
 from training.predictor import AMEDPredictor
 
@@ -34,7 +34,7 @@ from training.predictor import AMEDPredictor
 @dataclass(frozen=True, kw_only=True)
 class Paint:
     colour: str = flag("Of the wall", "white", click.Choice(["white", "red"]), record=CHANGED)
-    layers: int | None = flag("How many", kind=click.IntRange(min=1), names=("--coats",), record=ALWAYS)
+    layers: int | None = flag("How many", kind=click.IntRange(min=1), called="coats", record=ALWAYS)
     matt: bool = flag("Without gloss", False)
 
 
@@ -42,7 +42,7 @@ class Paint:
 class House:
     paint: Paint = part(layers=None, colour={"help": "Of all walls"}, matt={"required": True})
     rooms: int = flag("Their number", REQUIRED)
-    doors: int = like(Paint, "layers", default=3, names=("--doors",), help="Their number")
+    doors: int = like(Paint, "layers", default=3, called="doors", help="Their number")
     written: frozenset[str] = names_of_written()
 
 
@@ -50,10 +50,10 @@ def call(cls, *arguments):
     seen = []
 
     @click.command(cls=Command)
-    @flags_of(cls)
+    @flags(cls)
     @click.pass_context
-    def command(ctx, **flags):
-        seen.append(read_flags(cls, flags, given_flags(ctx)))
+    def command(ctx, **values):
+        seen.append(read_flags(cls, values, given_flags(ctx)))
 
     done = CliRunner().invoke(command, list(arguments))
     return seen[0] if seen else done.output
@@ -103,7 +103,7 @@ class MoreCompute(ComputeOptions):
     "predictor", [None, AMEDPredictor(num_steps=4), SpanSolver(num_steps=4)], ids=["plain", "amed", "span"]
 )
 def test_one_line_makes_an_option_of_sampling(predictor, tmp_path):
-    """The flag, the record and the argument of the sampler follow from the field, whatever brings the other settings."""
+    """Flag, record and sampler argument follow from the field, wherever the rest comes from."""
     settings = call(MoreSettings, "--dataset_name=digits", "--solver=euler", "--shine=2")
     assert settings.shine == 2
     net = create_model("digits")

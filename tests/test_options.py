@@ -1,7 +1,7 @@
-"""Options declared once: flags, help and checks from a dataclass, and options of solvers in training."""
+"""Flags, help and checks from a dataclass; options of solvers in training."""
 
 import json
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 
 import click
 import pytest
@@ -17,7 +17,7 @@ from sampling.settings import Settings, settings_of
 from solvers import SOLVERS, Option, Solver, sample
 from torch_utils.cli import Command
 from torch_utils.errors import UserError
-from torch_utils.options import COUNT, check_options, flags, flags_of, option
+from torch_utils.options import COUNT, REQUIRED, check_options, flag, flags, flags_of
 from torch_utils.tensor_file import write_safetensors
 from training.checkpoint import load_predictor
 from training.loss import DistillationLoss
@@ -27,22 +27,22 @@ from training.predictor import AMEDPredictor
 
 @dataclass
 class First:
-    name: str = option(MISSING, "Name")
-    count: int = option(4, "How many", COUNT, "--number", changeable=True)
-    rate: float = option(0.5, "Rate", click.FloatRange(0, 1, max_open=True))
-    kind: str | None = option(None, "Kind", ("a", "b"))
+    name: str = flag("Name", REQUIRED, required=False)
+    count: int = flag("How many", 4, COUNT, aliases=("--number",), changeable=True)
+    rate: float = flag("Rate", 0.5, click.FloatRange(0, 1, max_open=True))
+    kind: str | None = flag("Kind", kind=("a", "b"))
     inner: int = 3  # not a flag
 
 
 @dataclass
 class Second(First):
     count: int = 2
-    extra: bool = option(True, "More")
+    extra: bool = flag("More", True)
 
 
 def test_flags_and_help_come_from_the_fields():
     @click.command(cls=Command)
-    @flags(First, second=Second)
+    @flags(First, {"second": Second})
     def command(**values):
         click.echo(json.dumps(values))
 

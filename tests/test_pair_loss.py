@@ -116,7 +116,7 @@ def test_energy_distance_against_loops():
 
 @pytest.mark.parametrize("shift", [0.0, 0.5, 2.0])
 def test_energy_distance_of_gaussians(shift):
-    """|X - Y| of N(0,1) and N(m,1) is a folded normal of scale sqrt(2). The samples are quantiles."""
+    """|X - Y| of N(0,1) and N(m,1) is a folded normal, scale sqrt(2). Samples: quantiles."""
     x = torch.special.ndtri((torch.arange(1000, dtype=torch.float64) + 0.5) / 1000)[:, None]
 
     def folded(m):
@@ -126,7 +126,7 @@ def test_energy_distance_of_gaussians(shift):
 
 
 def test_gradient_of_the_distribution_term():
-    """With the batch itself as the queue, the gradient is that of the energy distance (its form with all pairs)."""
+    """With the batch as the queue: the gradient of the energy distance in its all-pairs form."""
     net = ToyNet(torch.float32)
     term = DistributionTerm(net, 0.2, queue=64)
     term.set_bank([(images(6, 1), {}), (images(6, 2), {})])

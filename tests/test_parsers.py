@@ -1,4 +1,4 @@
-"""Everything that reads text or files of the user, on inputs that Hypothesis makes up: right, or refused in one line."""
+"""Everything that reads the user's text or files, on Hypothesis inputs: right or refused."""
 
 import csv
 import io
@@ -51,7 +51,7 @@ json_values = st.recursive(
 
 
 def or_refused(function, *arguments):
-    """The result, or None where it is refused; any exception but a UserError of one line is an error of the test."""
+    """The result, None if it is refused with a one-line UserError; other exceptions fail."""
     try:
         return function(*arguments)
     except UserError as error:
@@ -67,7 +67,7 @@ def converted(kind, text):
         raise UserError(error.message) from None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Texts of the command lines
 
 
@@ -175,7 +175,7 @@ def test_names_of_images(name):
     assert seed is None or (seed >= 0 and str(seed) in name)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Addresses
 
 
@@ -185,7 +185,7 @@ def test_names_of_images(name):
     st.text(max_size=25),
 )
 def test_addresses_offline(monkeypatch_module, scheme, rest):
-    """Whatever an address looks like, the file for it lies in the cache folder and nothing is asked for."""
+    """For any address, the file is in the cache folder and there is no request."""
     monkeypatch_module.setenv("AMED_OFFLINE", "1")
     assert or_refused(find_reference, scheme + rest) is None
     folder = monkeypatch_module.folder
@@ -210,11 +210,11 @@ def monkeypatch_module(tmp_path_factory):
         yield patch
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files
 
 SCHEDULE = {
-    **{"format": FORMAT, "sigmas": [80.0, 1.0, 0.002], "sigmas_net": None, "solver": "ipndm", "solver_options": {}},
+    **{"format": FORMAT, "sigmas": [80.0, 1.0, 0.002], "sigmas_cond": None, "solver": "ipndm", "solver_options": {}},
     **{"afs": False, "method": "gits", "settings": {}, "network": None, "network_hash": None, "sigma_min": 0.002},
     **{"sigma_max": 80.0, "evaluations": 0, "seconds": 0.0, "versions": {}},
 }
@@ -228,7 +228,7 @@ def test_schedule_files(tmp_path, changes):
     found = or_refused(load_schedule, path)
     if found is not None:
         assert check_sigmas(found.sigmas) is not None and (
-            found.sigmas_net is None or len(found.sigmas_net) == len(found.sigmas)
+            found.sigmas_cond is None or len(found.sigmas_cond) == len(found.sigmas)
         )
     assert load_schedule_is_strict(tmp_path, changes) or not changes
 

@@ -1,4 +1,4 @@
-"""PFDiff: where it evaluates and how often, its reduction to Adams-Bashforth, exactness and orders."""
+"""PFDiff: where it evaluates and how often, its Adams-Bashforth limit, exactness, orders."""
 
 import pytest
 import torch
@@ -86,7 +86,10 @@ def test_equal_steps_are_adams_bashforth_on_the_evaluated_points():
 
 
 def test_unequal_steps_are_a_two_slope_method_on_the_evaluated_points():
-    """e_{m+2} = e_m + (s_{m+2} - s_m) (c g_m + (1 - c) g_{m-2}) with c = (s_{m+2} - s_{m-1}) / (s_{m+2} - s_m)."""
+    """e_{m+2} = e_m + (s_{m+2} - s_m) (c g_m + (1 - c) g_{m-2}).
+
+    c = (s_{m+2} - s_{m-1}) / (s_{m+2} - s_m).
+    """
     s = grid(11, "polynomial")
     x, seen = observed(ToyNet(), common("latents2"), sigmas=s)
     for before, (m, _, e, g), (_, _, following, _) in zip(seen, seen[1:], seen[2:], strict=False):

@@ -1,4 +1,4 @@
-"""Runs and their folders: commands at the same time, settings that do not belong together, folders from strangers."""
+"""Runs and their folders: commands in parallel, mixed settings, folders from strangers."""
 
 import json
 import signal
@@ -74,7 +74,7 @@ def seeds_of(folder: Path) -> set[int]:
     return {int(path.stem) for path in folder.rglob("[0-9]*.png")}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Noise levels
 
 
@@ -133,7 +133,7 @@ def test_searches_notice_a_network_that_breaks_down(method, options):
         optimize(Problem(Broken(), "euler", 4), method, options)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Predictors
 
 CALL = {"solver": "ipndm", "num_steps": 4, "max_order": 2, "afs": True, "schedule_type": "logsnr"}
@@ -179,7 +179,7 @@ def test_other_options_of_the_solver_count_too():
     sample(ToyNet(torch.float32), noise(), solver="euler", num_steps=9, predictor=AMEDPredictor())  # states nothing
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One output folder
 
 
@@ -318,7 +318,7 @@ def test_schedule_files_are_bounded():
     assert len(str(refused.value)) < 400
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Other folders
 
 
@@ -336,7 +336,7 @@ def test_other_programs_hold_their_folder_too(tmp_path, program, flags, lock):
     assert not list(tmp_path.iterdir())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Runs of strangers
 
 
@@ -392,7 +392,7 @@ def test_statistics_of_strangers_are_read_line_by_line(tmp_path):
     assert (tmp_path / "stats.jsonl").read_text() == '{"iteration": 1}\n'
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # All programs
 
 

@@ -27,7 +27,7 @@ AMED = json.loads((FIXTURES / "amed_expected.json").read_text())
 HOSTILE = sorted((FIXTURES / "malicious").glob("*.pkl"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The real structure
 
 
@@ -96,7 +96,7 @@ def test_file_objects(tmp_path):
     assert load_edm_network(io.BytesIO((FIXTURES / "edm_song_ema.pkl").read_bytes())).img_resolution == 16
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Hostile files
 
 
@@ -194,7 +194,7 @@ def test_misuse_of_allowed_names(body, message):
 
 
 def _storage_stream(count: int, stored: int, kind: str = "FloatStorage") -> bytes:
-    """A nested storage that announces ``count`` elements and holds ``stored``, as the older torch.save writes it."""
+    """A nested storage that announces ``count`` elements and holds ``stored`` (old torch.save)."""
     system = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
     head = b"".join(pickle.dumps(v, 2) for v in (0x1950A86A20F9469CFC6C, 1001, system))
     number = pickle.dumps(count, 2)[2:-1]
@@ -304,12 +304,12 @@ def test_missing_file_and_folder(tmp_path):
         safe_load(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # torch.save of objects
 
 
 def make_original_predictor(monkeypatch):
-    """(content, weights): objects as the original training code pickles them, from modules made up here."""
+    """(content, weights): objects pickled as by the original code, from made-up modules."""
 
     def module(name, **members):
         fake = types.ModuleType(name)
@@ -444,7 +444,7 @@ def test_zip_bombs(tmp_path):
         safe_load(tmp_path / "c.pt")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # EDM networks
 
 

@@ -1,4 +1,4 @@
-"""sample.py, through the real script: images per seed, reruns, predictors, several processes, mistakes."""
+"""sample.py as a script: images per seed, reruns, predictors, several processes, mistakes."""
 
 import dataclasses
 import json
@@ -90,7 +90,7 @@ def predictor_file(tmp_path_factory, net):
     return path
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is written
 
 
@@ -138,7 +138,7 @@ def test_batch_size_does_not_change_an_image(baseline, tmp_path, options):
 
 
 def test_two_processes_give_the_images_of_one(baseline, tmp_path):
-    """Also under torchrun: a continued folder, a grid of the images of both processes, one summary for all."""
+    """Under torchrun too: a continued folder, one grid of all images, one summary."""
     call_here(*EULER, "--seeds=2-3", "--outdir", tmp_path)
     done = call(
         *(*EULER, "--seeds=0-8", "--batch=2", "--grid=True", "--outdir", tmp_path),
@@ -158,7 +158,7 @@ def test_default_folder_and_seed_subfolders(tmp_path):
 
 
 def test_every_plain_solver_and_its_nfe(tmp_path):
-    """NFE: intervals, twice that for two-stage rules, one less with AFS, one more for denoise_to_zero."""
+    """NFE: intervals, doubled for two-stage solvers, -1 with AFS, +1 for denoise_to_zero."""
     expected = {"euler": 3, "heun": 6, "dpm": 6, "dpmpp": 3, "ipndm": 3}
     for solver, nfe in expected.items():
         flags = ["--dataset_name=digits", "--solver", solver, "--num_steps=4", "--seeds=0", "--subdirs=False"]
@@ -189,7 +189,7 @@ def test_solver_options_and_precision_reach_the_sampler(tmp_path, net):
     assert 0 < difference.mean() < 5
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reruns
 
 
@@ -239,12 +239,12 @@ def test_images_of_unknown_origin_are_respected(tmp_path):
     (tmp_path / "000000").mkdir()
     (tmp_path / "000000" / "000001.png").write_bytes(b"mine")
     done = CliRunner().invoke(cli.main, [*EULER, "--outdir", str(tmp_path), "--seeds=0-3", "--device=cpu"])
-    assert done.exit_code == 2 and "nobody knows how they were made" in done.output
+    assert done.exit_code == 2 and "so their settings are unknown" in done.output
     assert [path.name for path in tmp_path.rglob("*.*")] == ["000001.png"]
     assert (tmp_path / "000000" / "000001.png").read_bytes() == b"mine"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Predictors
 
 
@@ -288,7 +288,7 @@ def test_warns_about_another_network(predictor_file, tmp_path):
     assert done.exit_code == 0 and "trained on other weights" in done.output
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Mistakes
 
 
@@ -397,12 +397,12 @@ def test_errors_of_the_background_writer_reach_the_user(tmp_path):
     assert done.exit_code == 2 and "cannot write" in done.output and "Traceback" not in done.output
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Speed: compilation, FID without files
 
 
 def test_compilation_is_part_of_the_record(tmp_path, monkeypatch):
-    """The code is not generated here (tests/test_execution.py does): what counts is what the folder says."""
+    """No code is generated here (see test_execution.py); the folder's record counts."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     call_here(*EULER, "--seeds=0-1", "--outdir", tmp_path, "--compile")
     assert json.loads((tmp_path / "sampling.json").read_text())["settings"]["compile"] == "default"
@@ -450,11 +450,11 @@ def test_streamed_fid_needs_no_files(streamed, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--fid_ref=digits", "--grid=True"), "--grid: with --fid_ref nothing is written"),
+        (("--fid_ref=digits", "--grid=True"), "--grid: with --fid_ref no images are written"),
         (("--fid_ref=digits", "--seeds=4"), "covariance needs at least 2"),
         (("--fid_ref=nowhere.npz",), "no such file"),
-        (("--save_images=False",), "--save_images goes with --fid_ref"),
-        (("--fid_json=x.json",), "--fid_json goes with --fid_ref"),
+        (("--save_images=False",), "--save_images has no effect without --fid_ref"),
+        (("--fid_json=x.json",), "--fid_json has no effect without --fid_ref"),
     ],
 )
 def test_refused_with_streamed_fid(flags, message):
@@ -462,7 +462,7 @@ def test_refused_with_streamed_fid(flags, message):
     assert done.exit_code == 2 and message in done.output
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The library function
 
 

@@ -1,4 +1,4 @@
-"""The schedule file: it comes back as it was written, bad ones get one clear line, and it stands in for --sigmas."""
+"""The schedule file: it reads back as written, gives clear errors, and replaces --sigmas."""
 
 import importlib
 import json
@@ -8,11 +8,12 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from sampling.flags import flags_of, given_flags, schedule_file_flag, use_schedule
+from sampling.flags import schedule_file_flag, use_schedule
 from sampling.settings import Settings
 from solvers.schedule_file import FORMAT, Schedule, load_schedule, save_schedule
 from torch_utils.cli import Command
 from torch_utils.errors import UserError
+from torch_utils.options import flags, given_flags
 from training.checkpoint import load_predictor
 
 SIGMAS = [80.0, 1 / 3, 0.002]
@@ -25,7 +26,7 @@ def make(**changes):
         "method": "gits",
         "sigma_min": 0.002,
         "sigma_max": 80.0,
-        "sigmas_net": [79.0, 0.35, 0.0021],
+        "sigmas_cond": [79.0, 0.35, 0.0021],
         "solver_options": {"max_order": 3},
         "afs": "data",
         "settings": {"coeff": 1.15, "metric": "dev"},
@@ -42,8 +43,8 @@ def test_round_trip(tmp_path):
     path = tmp_path / "new" / "s.json"
     save_schedule(path, make())
     assert load_schedule(path) == make() and load_schedule(str(path)).sigmas == SIGMAS
-    save_schedule(path, make(sigmas_net=None, network_hash=None, afs=True))
-    assert load_schedule(path) == make(sigmas_net=None, network_hash=None, afs=True)
+    save_schedule(path, make(sigmas_cond=None, network_hash=None, afs=True))
+    assert load_schedule(path) == make(sigmas_cond=None, network_hash=None, afs=True)
     assert [entry.name for entry in path.parent.iterdir()] == ["s.json"]
     assert json.loads(path.read_text())["format"] == FORMAT
 
@@ -68,15 +69,15 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         ("sigmas", [80, "1", 0.1], "must be finite numbers"),
         ("sigmas", [80, float("nan"), 0.1], "must be finite numbers"),
         ("sigmas", [[80, 1], [2, 1]], "must be finite numbers"),
-        ("sigmas_net", [79, 0.3], "sigmas_net has 2 entries, but sigmas has 3"),
-        ("sigmas_net", [79, 0.3, -1], "sigmas_net must be positive"),
-        ("solver", None, "solver must be a text"),
-        ("network_hash", 3, "network_hash must be a text or null"),
+        ("sigmas_cond", [79, 0.3], "sigmas_cond has 2 entries, but sigmas has 3"),
+        ("sigmas_cond", [79, 0.3, -1], "sigmas_cond must be positive"),
+        ("solver", None, "solver must be text"),
+        ("network_hash", 3, "network_hash must be text or null"),
         ("settings", [], "settings must be an object"),
         ("afs", "yes", "afs must be"),
         ("afs", 1, "afs must be"),
         ("sigma_min", 100, "sigma_min must be below sigma_max"),
-        ("evaluations", -1, "not negative"),
+        ("evaluations", -1, "must not be negative"),
         ("seconds", True, "must be finite numbers"),
         ("format", "amed-schedule-99", '"format": "amed-schedule-1"'),
         ("surprise", 1, "unknown field 'surprise'"),
@@ -124,7 +125,7 @@ def test_warnings():
     for name, share in (("sigma_min", 1.005), ("sigma_max", 0.995)):
         ends = {"sigma_min": 0.002, "sigma_max": 80.0, "weights_hash": None}
         (line,) = make().warnings(SimpleNamespace(**ends | {name: ends[name] * share}), "ipndm")
-        assert line.startswith("the schedule was found for noise levels 0.002..80,")
+        assert line.startswith("the schedule was optimised for noise levels 0.002..80,")
         rounded = SimpleNamespace(**ends | {name: ends[name] * (1 + (share - 1) / 10)})
         assert make().warnings(rounded, "ipndm") == []
     other = SimpleNamespace(weights_hash="cd" * 32, sigma_min=0.03, sigma_max=14.6)
@@ -140,7 +141,7 @@ def run_flags(*arguments):
     seen = {}
 
     @click.command(cls=Command)
-    @flags_of(Settings)
+    @flags(Settings)
     @schedule_file_flag
     @click.pass_context
     def command(ctx, **options):
@@ -161,6 +162,32 @@ def test_flag(tmp_path):
     assert seen["schedule"] is None and seen["options"]["sigmas"] == [3, 2, 1] and seen["given"] == {"sigmas"}
 
 
+def test_an_option_of_the_schedule_comes_with_the_file(tmp_path):
+    """direction_sigma does, max_order does not, and solvers without the option do not get it."""
+    schedule = make(solver_options={"max_order": 3, "direction_sigma": "network"})
+    assert schedule.own_options("euler") == {"direction_sigma": "network"} and schedule.own_options("dpmpp") == {}
+    save_schedule(tmp_path / "s.json", schedule)
+
+    def recorded(*flags, out="images"):
+        out = tmp_path / out
+        more = ("--dataset_name=digits", "--seeds=0", f"--outdir={out}")
+        done = run("sample", *more, *flags)
+        assert done.exit_code == 0, done.output
+        return json.loads((out / "sampling.json").read_text())["settings"], next(out.rglob("*.png")).read_bytes()
+
+    file = f"--schedule={tmp_path / 's.json'}"
+    settings, image = recorded(file, "--solver=ipndm")
+    assert settings["direction_sigma"] == "network" and settings["max_order"] == 4
+    other, plain = recorded(file, "--solver=ipndm", "--direction_sigma=point", out="point")
+    assert other["direction_sigma"] == "point" and plain != image
+    record = tmp_path / "point" / "sampling.json"  # a record of before says nothing of it, and may be continued
+    content = json.loads(record.read_text())
+    del content["settings"]["direction_sigma"]
+    record.write_text(json.dumps(content))
+    assert recorded(file, "--solver=ipndm", "--direction_sigma=point", out="point")[1] == plain
+    assert "direction_sigma" not in recorded(file, "--solver=dpmpp", out="dpmpp")[0]
+
+
 def test_flag_mistakes(tmp_path):
     save_schedule(tmp_path / "s.json", make())
     for arguments, message in (
@@ -177,19 +204,19 @@ def run(script, *arguments):
 
 
 def test_the_schedule_of_a_file_reaches_sampling_and_training(tmp_path):
-    """The noise levels unchanged, what the network is told besides, and a warning for another solver or network."""
+    """The noise levels unchanged, sigma_cond, and a warning for another solver or network."""
     sigmas, sigma_cond = [80.0, 5.0, 0.002], [79.0, 5.1, 0.002]
     path = tmp_path / "s.json"
-    save_schedule(path, make(sigmas=sigmas, sigmas_net=sigma_cond, network_hash="0" * 64))
+    save_schedule(path, make(sigmas=sigmas, sigmas_cond=sigma_cond, network_hash="0" * 64))
     common = ["--dataset_name=digits", f"--schedule={path}"]
     done = run("sample", *common, "--solver=euler", "--seeds=0-1", f"--outdir={tmp_path / 'images'}")
     assert done.exit_code == 0, done.output
-    assert "found for another network" in done.output and "for the solver 'ipndm', not for 'euler'" in done.output
+    assert "optimised for another network" in done.output and "for the solver 'ipndm', not for 'euler'" in done.output
     recorded = json.loads((tmp_path / "images" / "sampling.json").read_text())["settings"]
-    assert recorded["sigmas"] == sigmas and recorded["sigmas_net"] == sigma_cond
+    assert recorded["sigmas"] == sigmas and recorded["sigmas_cond"] == sigma_cond
     refused = run("train", *common, f"--outdir={tmp_path / 'exps'}", "--sampler_stu=euler")
-    assert refused.exit_code == 2 and "which training cannot do" in refused.output
-    save_schedule(path, make(sigmas=sigmas, sigmas_net=None))
+    assert refused.exit_code == 2 and "which training cannot use" in refused.output
+    save_schedule(path, make(sigmas=sigmas, sigmas_cond=None))
     wanted = ["--sampler_stu=ipndm", "--sampler_tea=ipndm", "--batch=2", "--total_kimg=0.002", "--M=0", "--afs=False"]
     done = run("train", *common, *wanted, f"--outdir={tmp_path / 'exps'}")
     assert done.exit_code == 0, done.output
@@ -197,4 +224,4 @@ def test_the_schedule_of_a_file_reaches_sampling_and_training(tmp_path):
     assert load_predictor(predictor).config["sigmas"] == sigmas
     for script, more in (("sample", ["--solver=euler"]), ("train", [])):
         done = run(script, *common, *more, "--num_steps=4")
-        assert done.exit_code == 2 and "--schedule is the whole schedule: leave out --num_steps" in done.output
+        assert done.exit_code == 2 and "--schedule sets the whole schedule: leave out --num_steps" in done.output

@@ -1,4 +1,4 @@
-"""AMEDScheduler as a guest of diffusers: its own suite of checks for schedulers, saving, copying, and its other pipelines."""
+"""AMEDScheduler as a guest of diffusers: the checks of its suite, files, copies, pipelines."""
 
 import copy
 import gc
@@ -119,7 +119,7 @@ def test_compatibles(scheduler, monkeypatch):
 
 
 def test_step_shape_and_output(scheduler):
-    """Two steps with the same sample at times that are not in the schedule; tuple and object are equal."""
+    """Two steps with one sample at times outside the schedule; tuple and object are equal."""
     sample = torch.ones(2, 3, 8, 8)
     scheduler.set_timesteps(N)
     with pytest.warns(UserWarning, match="got the time 0, which is none of its times"):
@@ -180,7 +180,7 @@ def test_indices_and_levels(scheduler):
 
 
 def gaussian_run(scheduler, start, own_loop):
-    """A run on exact outputs for data N(0, 0.5^2); from its step ``start``, where the state is x0 + sigma noise."""
+    """A run on exact outputs for data N(0, 0.5^2), from its step ``start``."""
     scheduler.set_timesteps(len(scheduler))
     generator = torch.Generator().manual_seed(0)
     clean, noise = (torch.randn(4, 1, 8, 8, generator=generator) for _ in range(2))
@@ -198,7 +198,7 @@ def gaussian_run(scheduler, start, own_loop):
 
 @pytest.mark.parametrize("kind", ["dpmpp", "amed", "euler", "full", "amed-table"])
 def test_a_start_inside_the_schedule(kind):
-    """At a step inside an interval or not: the run ends at clean images of the right spread, near the original."""
+    """The run ends at clean images of the right spread, near the original."""
     ends = {"sigma_min": 0.03, "sigma_max": 14.6}
     if kind in ("full", "amed-table"):
         predictor = SpanSolver.preset(kind, num_steps=15, first_step="none", **ends)
@@ -221,7 +221,7 @@ def test_a_start_inside_the_schedule(kind):
 
 
 def test_the_rest_of_a_schedule_is_the_loop_on_it(sd):
-    """From a point of the schedule on, the run is that of the sampling loop on the rest of the noise levels."""
+    """From a schedule point on, the run is that of the loop on the rest of the noise levels."""
     for solver in ("dpmpp", "ipndm", "amed"):
         predictor = make_predictor(solver)
         scheduler = AMEDScheduler(predictor, sd.pipeline.scheduler.config, sd.pipeline.unet)
@@ -530,7 +530,7 @@ def test_compiled_network(how):
 
 
 def test_network_that_is_moved_between_calls(sd):
-    """What enable_model_cpu_offload does: another forward, which moves the network, set between the calls."""
+    """As enable_model_cpu_offload does: another forward, which moves the network."""
     predictor, unet = make_predictor(num_steps=3), sd.pipeline.unet
     scheduler = attached(sd, predictor)
     expected, _ = own_sample(sd, predictor, noise_like(sd), sd.make_cond(prompts=PROMPTS), False)

@@ -1,4 +1,4 @@
-"""Stable Diffusion against the reference implementation's outputs and the official parameter list."""
+"""Stable Diffusion against the reference implementation and the official parameter list."""
 
 import json
 import sys
@@ -118,12 +118,12 @@ def test_full_size_parameter_list():
     assert same_settings(STABLE_DIFFUSION_1_5, facts["init_kwargs"])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Text
 
 
 class ClipLayer(nn.Module):
-    """A layer of CLIP's text transformer by its definition (Radford et al. 2021), with the official names."""
+    """A layer of CLIP's text transformer by definition (Radford et al. 2021), official names."""
 
     def __init__(self, config):
         super().__init__()
@@ -189,7 +189,7 @@ class WordTokenizer:
 
 @pytest.fixture(params=["text_model level", "no such level"])
 def stand_in(request, monkeypatch):
-    """The part of transformers that is used, in both layouts of CLIPTextModel that its versions have."""
+    """The used part of transformers, in both layouts of CLIPTextModel."""
     module = types.ModuleType("transformers")
     module.CLIPTextConfig = types.SimpleNamespace
     module.CLIPTextModel = NestedClipText if request.param == "text_model level" else ClipText
@@ -283,7 +283,7 @@ def test_prompts_need_transformers(monkeypatch):
         net.cond_stage_model.encode(io["clip_tokens"])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files and mistakes
 
 
@@ -343,7 +343,7 @@ def test_mistakes_end_in_one_line(tmp_path):
 
 
 def test_text_settings():
-    """Names of the text model's arguments in a configuration replace those of CLIP ViT-L/14; others are not its own."""
+    """Arguments of the text model in a configuration replace those of CLIP ViT-L/14."""
     net, _, _ = build()
     assert (
         net.cond_stage_model.config["num_hidden_layers"] == 2 and net.cond_stage_model.config.keys() == CLIP_TEXT.keys()

@@ -1,4 +1,4 @@
-"""Every open golden case of the solvers: numbers produced by the public reference implementation (see tests/golden)."""
+"""Every golden case of the solvers: numbers of the public reference (see tests/golden)."""
 
 import numpy as np
 import pytest
@@ -131,7 +131,7 @@ def test_schedules(case):
 
 @pytest.mark.parametrize("case", [c for c in SCHED_JSON["cases"] if "schedule_type" in c], ids=lambda c: c["id"])
 def test_two_point_schedules(case):
-    """The reference recomputes each training interval as a schedule of two stamps: its ends must be the stamps."""
+    """The reference recomputes each training interval as a two-point schedule; its ends stay."""
     key = f"{case['id']}.pairs_n05.f64"
     if key not in SCHED.files:
         return
@@ -250,6 +250,22 @@ def test_two_training_iterations(case):
                 compare_parameters(predictor, f"{tag}.param.", w0)
             x = x_next
     compare_parameters(predictor, f"{key}.end_it1.param.", w0)
+
+
+@pytest.mark.parametrize("solver", ["ipndm", "euler"])
+@pytest.mark.parametrize("case", ["0", "1"])
+def test_ld3_with_other_levels_for_the_network(case, solver):
+    """Samples of vinhsuhi/LD3 9e4a66f, which divides by the level that the network gets."""
+    data, golden = np.load(GOLDEN / "dyweight.npz"), np.load(GOLDEN / "ld3.npz")
+    net, latents = ToyNet(means=torch.from_numpy(data["means"]).double()), torch.from_numpy(data["latents"]).double()
+    levels = {"sigmas": golden[f"{case}.sigmas"], "sigmas_cond": golden[f"{case}.told"]}
+    published = {"solver": solver, "direction_sigma": "network", **levels}
+    denoised = []
+    x = sample(net, latents, callback=lambda i, sigma, x, d: denoised.append((x, d)), **published)
+    close(x, golden[f"{case}.{solver}"])
+    assert (sample(net, latents, solver=solver, **levels) - x).abs().max() > 0.01 * x.abs().max()
+    for i, (state, image) in enumerate(denoised):  # the callback gets the network's answer itself
+        close(image, net(state, torch.tensor(levels["sigmas_cond"][i])))
 
 
 def compare_parameters(predictor, prefix, w0):

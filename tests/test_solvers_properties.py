@@ -1,4 +1,4 @@
-"""What every solver must satisfy, checked against closed-form solutions and theory instead of recorded numbers."""
+"""What every solver must satisfy, against closed-form solutions and theory."""
 
 import functools
 import math
@@ -17,7 +17,8 @@ from training.predictor import AMEDPredictor
 torch.set_num_threads(1)
 HI, LO = 1.2, 0.4  # a range where every method is in its asymptotic regime at a hundred steps
 PLAIN = [name for name, solver in SOLVERS.items() if not solver.needs_predictor]
-NEEDS = {"dpm_v3": {"statistics": "data"}}  # options without which a solver cannot run on these networks
+# Options that a solver needs on these networks, or to draw no noise from torch's generator.
+NEEDS = {"dpm_v3": {"statistics": "data"}, "sde": {"noise": lambda: torch.zeros((), dtype=torch.float64)}}
 LEARNING = [name for name, solver in SOLVERS.items() if solver.can_learn]
 
 
@@ -39,7 +40,7 @@ class Analytic(torch.nn.Module):
 
 
 class Gaussian(Analytic):
-    """Data N(mu, std^2): the ODE has the solution x(t) = mu + (x0 - mu) sqrt((std^2 + t^2) / (std^2 + t0^2))."""
+    """Data N(mu, std^2): x(t) = mu + (x0 - mu) sqrt((std^2 + t^2) / (std^2 + t0^2))."""
 
     def __init__(self, std=1.2):
         super().__init__()
@@ -57,7 +58,7 @@ class Gaussian(Analytic):
 
 
 class TwoGaussians(Analytic):
-    """Data (N(-1, std^2) + N(1, std^2)) / 2 in every pixel; nonlinear, solved here by a fine Runge-Kutta method."""
+    """Data (N(-1, std^2) + N(1, std^2)) / 2 per pixel, solved by a fine Runge-Kutta method."""
 
     std = 0.6
 
@@ -122,7 +123,7 @@ def final_errors(make, counts, kind, solver, **options):
 
 
 def errors_after_exact_start(make, counts, kind, solver):
-    """Errors of a multistep method that is given its first points exactly: its own order, not that of its start."""
+    """Errors of a multistep method from exact first points: its own order, not its start's."""
     errors = []
     for count in counts:
         net, sigmas, exact = make(), grid(count, kind), exact_states(make, count, kind)
@@ -163,7 +164,7 @@ DPMPP = {"thresholding": False}
 
 
 class RepairedDPMSolverPP(DPMSolverPP):
-    """With the factor 2 that the published third-order formula lacks in front of its second difference."""
+    """With the factor 2 that the published order 3 lacks in front of its second difference."""
 
     def update(self, x, history, sigma_next, index, total, scale=1.0):
         x = super().update(x, history, sigma_next, index, total, scale)
@@ -185,7 +186,8 @@ def test_order_of_dpmpp(order, predict_x0, make):
     if order < 3:
         assert order_of(errors, counts) == pytest.approx(order, abs=0.15)
         return
-    # The published third-order update weighs its second difference by half, which makes it a second-order method.
+    # The published third-order update weighs its second difference by half, which makes it a
+    # second-order method.
     assert order_of(errors, counts) < 2.5
     repaired = RepairedDPMSolverPP(lower_order_final=False, **options)
     assert order_of(errors_after_exact_start(make, counts, "polynomial", repaired), counts) == pytest.approx(
@@ -197,7 +199,7 @@ def test_order_of_dpmpp(order, predict_x0, make):
 @pytest.mark.parametrize("predict_x0", [True, False])
 @pytest.mark.parametrize("order", [1, 2])
 def test_order_of_dpmpp_from_noise(order, predict_x0, lower_order_final):
-    """The first-order update at the start, and that at the end, cost one error of second order each."""
+    """The first-order steps at the start and at the end each cost a second-order error."""
     counts = (50, 100, 200)
     options = {**DPMPP, "max_order": order, "predict_x0": predict_x0, "lower_order_final": lower_order_final}
     errors = final_errors(Gaussian, counts, "logsnr", "dpmpp", **options)
@@ -215,7 +217,7 @@ def test_order_of_ipndm_on_equal_steps(order, make):
 
 
 def test_ipndm_on_unequal_steps():
-    """Its weights are those of equal steps: order 2 on a smooth grid, whose neighbouring steps differ by O(h^2)."""
+    """Its weights assume equal steps: order 2 on a smooth grid, whose steps differ by O(h^2)."""
     counts = (80, 160, 320)
     for order in (2, 3, 4):
         errors = errors_after_exact_start(TwoGaussians, counts, "logsnr", make_solver("ipndm", {"max_order": order}))
@@ -241,7 +243,7 @@ def test_order_with_a_constant_predictor(solver, r, options, order, make):
 
 
 def test_inserted_point_equals_a_finer_schedule():
-    """A plugin with r = 1/2 on a geometric schedule is the plain solver with every interval halved."""
+    """A plugin with r = 1/2 on a geometric schedule equals the solver on halved intervals."""
     sigmas = grid(6, "logsnr")
     for solver in ("euler", "ipndm", "dpmpp"):
         inserted = sample(ToyNet(), common("latents2"), solver=solver, sigmas=sigmas, predictor=Constant(0.5))
@@ -259,7 +261,7 @@ def test_inserted_point_equals_a_finer_schedule():
         torch.testing.assert_close(inserted, x, rtol=0, atol=1e-11)
 
 
-# ---- evaluations -----------------------------------------------------------------------------------------------------
+# ---- evaluations ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("afs", [False, True, "data"])
@@ -335,11 +337,11 @@ def test_decoupled_noise_levels_change_only_what_the_network_is_told(solver):
 
     options = {"solver": solver, "sigmas": sigmas, **(DPMPP if solver in ("dpmpp", "unipc") else {})}
     expected = sample(Gaussian(), noise(), denoise_to_zero=True, **options)
-    found = sample(Undoing(), noise(), denoise_to_zero=True, sigmas_net=sigma_cond, **options)
+    found = sample(Undoing(), noise(), denoise_to_zero=True, sigmas_cond=sigma_cond, **options)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
-    changed = sample(Gaussian(), noise(), denoise_to_zero=True, sigmas_net=sigma_cond, **options)
+    changed = sample(Gaussian(), noise(), denoise_to_zero=True, sigmas_cond=sigma_cond, **options)
     assert not torch.allclose(changed, expected)
-    same = sample(Gaussian(), noise(), denoise_to_zero=True, sigmas_net=sigmas.tolist(), **options)
+    same = sample(Gaussian(), noise(), denoise_to_zero=True, sigmas_cond=sigmas.tolist(), **options)
     torch.testing.assert_close(same, expected, rtol=0, atol=1e-14)
 
 
@@ -347,7 +349,7 @@ def test_decoupled_noise_levels_change_only_what_the_network_is_told(solver):
 def test_every_call_gets_its_own_decoupled_level(solver):
     """The last step to zero included; none of these levels is one of the schedule."""
     net, sigma_cond = ToyNet(), [70.0, 11.0, 2.0, 0.003]
-    options = {"sigmas": [80.0, 9.0, 1.0, 0.002], "sigmas_net": sigma_cond, "denoise_to_zero": True}
+    options = {"sigmas": [80.0, 9.0, 1.0, 0.002], "sigmas_cond": sigma_cond, "denoise_to_zero": True}
     sample(net, common("latents2"), solver=solver, **options)
     assert [float(call) for call in net.calls] == sigma_cond
 
@@ -365,7 +367,7 @@ def test_noise_levels_may_leave_the_range_by_rounding_only():
 
 @pytest.mark.parametrize("rho", [0.5, 1, 2, 7])
 def test_a_discrete_schedule_runs_from_end_to_end(rho):
-    """Uniform in the rho-th root of the time, as the polynomial one is in that of the noise level."""
+    """Uniform in the rho-th root of time, as polynomial is in that of the noise level."""
     net = ToyNet(discrete=True)
     highest, lowest = (float(net.sigma(torch.tensor(t, dtype=torch.float64))) for t in (0.64, 0.01))
     sigmas = get_schedule(6, lowest, highest, "discrete", rho, net)
@@ -374,7 +376,7 @@ def test_a_discrete_schedule_runs_from_end_to_end(rho):
     torch.testing.assert_close(roots.diff(), roots.diff().mean().expand(5), rtol=1e-9, atol=0)
 
 
-# ---- the free first step ---------------------------------------------------------------------------------------------
+# ---- the free first step -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solver", PLAIN)
@@ -386,7 +388,7 @@ def test_afs_from_data_statistics_is_exact_for_gaussian_data(solver):
 
 
 def test_plain_afs_is_the_published_formula():
-    """x / sqrt(1 + sigma^2); for unit Gaussian data it is longer than the exact one by sqrt(1 + sigma^-2)."""
+    """x / sqrt(1 + sigma^2); unit Gaussian data: sqrt(1 + sigma^-2) times the exact length."""
     net = Gaussian(std=1.0)
     net.data_mean = torch.zeros_like(net.data_mean)
     net.sigma_max = 3.0
@@ -411,7 +413,7 @@ def test_afs_reaches_the_predictor_as_zeros():
     assert seen[1].any()
 
 
-# ---- what sample returns ---------------------------------------------------------------------------------------------
+# ---- what sample returns -------------------------------------------------------------------------
 
 
 def test_callback_sees_states_and_denoised_images():
@@ -438,7 +440,7 @@ ENDS_DIFFERENTLY = {"unipc", "dpm_v3", "evodiff", "pfdiff"}
 
 @pytest.mark.parametrize("solver", [name for name in PLAIN if name not in ENDS_DIFFERENTLY])
 def test_trajectory_rows_are_the_results_of_shorter_schedules(solver):
-    options = {"lower_order_final": False, "solver": solver}
+    options = {"lower_order_final": False, "solver": solver, **NEEDS.get(solver, {})}
     sigmas = grid(5, "logsnr")
     trajectory = sample(ToyNet(), common("latents2"), sigmas=sigmas, return_trajectory=True, **options)
     assert torch.equal(trajectory[0], common("latents2") * sigmas[0])
@@ -524,7 +526,7 @@ def test_cond_is_passed_on_at_every_call():
     assert net.seen == ({"class_labels": 5},) * 5
 
 
-# ---- rules -----------------------------------------------------------------------------------------------------------
+# ---- rules ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -572,7 +574,7 @@ def test_related_rules_agree():
     torch.testing.assert_close(run("dpm", r=1.0), run("heun"), rtol=0, atol=1e-12)
 
 
-# ---- mistakes --------------------------------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------------
 
 
 MISTAKES = [
@@ -596,8 +598,8 @@ MISTAKES = [
     ({"sigmas": [1.0, 0.001]}, "sigma=0.001 is outside the network's range"),
     ({"sigma_max": 81}, "sigma=81 is outside the network's range"),
     ({"sigmas": [[2.0, 1.0]]}, "two noise levels"),
-    ({"sigmas": [1.2, 0.5], "sigmas_net": [1.2]}, "sigmas_net must be 2 positive numbers"),
-    ({"sigmas": [1.2, 0.5], "sigmas_net": [1.2, 0.0]}, "sigmas_net must be 2 positive numbers"),
+    ({"sigmas": [1.2, 0.5], "sigmas_cond": [1.2]}, "sigmas_cond must be 2 positive numbers"),
+    ({"sigmas": [1.2, 0.5], "sigmas_cond": [1.2, 0.0]}, "sigmas_cond must be 2 positive numbers"),
     ({"solver": "ipndm", "max_order": 0}, "supports 1..4"),
     ({"solver": "ipndm", "max_order": 5}, "supports 1..4"),
     ({"solver": "ipndm", "max_order": 2.5}, "whole number"),
@@ -613,7 +615,7 @@ MISTAKES = [
     ({"solver": "amed"}, "needs a trained predictor"),
     ({"solver": "heun", "predictor": Constant(0.5)}, "no predictor"),
     ({"afs": "yes"}, "afs='yes'"),
-    ({"afs": "data"}, "afs='data' needs"),
+    ({"afs": "data"}, "afs='data': this network has no mean"),
 ]
 
 
@@ -629,7 +631,7 @@ def test_mistakes_are_explained(change, text):
 
 
 def test_a_schedule_that_would_rise_is_refused():
-    """time_uniform is not monotone when sigma_min is large: better an error than samples of noise."""
+    """time_uniform is not monotone for large sigma_min: an error, not samples of noise."""
     with pytest.raises(ValueError, match="strictly decreasing"):
         get_schedule(6, 0.2, 80, "time_uniform", 1)
 
@@ -645,7 +647,7 @@ def test_a_schedule_that_would_rise_is_refused():
         ({"sigmas": ["a", "b"]}, "sigmas must be a list of numbers, got .'a', 'b'"),
         ({"sigmas": "80,1"}, "sigmas must be a list of numbers"),
         ({"sigmas": [80, None]}, "sigmas must be a list of numbers"),
-        ({"sigmas_net": "a"}, "sigmas_net must be a list of numbers"),
+        ({"sigmas_cond": "a"}, "sigmas_cond must be a list of numbers"),
         ({"sigma_min": "a"}, "sigma_min='a' must be a number"),
         ({"sigma_max": [80, 70]}, "sigma_max=.* must be a number"),
         ({"schedule_rho": None}, "schedule_rho=None must be a number"),

@@ -1,4 +1,4 @@
-"""The span solver: against the solvers and published formulas that it contains, closed forms and finite differences."""
+"""The span solver against solvers and formulas it contains, closed forms and differences."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from models import create_model
 from sampling.generate import generate_images
 from sampling.settings import Settings, settings_of
 from solvers import Sampler, get_schedule, integrate, make_solver, sample
-from solvers.span_heads import SpatialHead, slope_features
+from solvers.span_heads import SpatialHead, direction_features
 from solvers.span_table import GROUPS, PRESETS, SpanSolver
 from tools import report as comparison_report
 from torch_utils.errors import UserError
@@ -60,7 +60,7 @@ class Embedding(torch.nn.Module):
 
 
 class EmbeddedToy(ToyNet):
-    """A toy network with a noise embedding: its first number is a contrast, its second a brightness."""
+    """A toy network with a noise embedding: its numbers are a contrast and a brightness."""
 
     def __init__(self, dtype=torch.float64):
         super().__init__(dtype)
@@ -97,7 +97,7 @@ class Zero(torch.nn.Module):
         return torch.zeros_like(x)
 
 
-# ---- what it contains ------------------------------------------------------------------------------------------------
+# ---- what it contains ----------------------------------------------------------------------------
 
 THEORIES = [
     ({"base": "euler"}, {"solver": "euler"}),
@@ -126,16 +126,16 @@ def test_without_corrections_it_is_the_theory(config, plain, first_step):
 @pytest.mark.parametrize("base", ["ab", "dpmpp"])
 def test_ld3_is_its_base_on_labels_with_decoupled_times(base):
     student = shaken(SpanSolver.preset("ld3", base=base, num_steps=6, sigma_max=60.0))
-    assert set(student.groups()) == {"labels", "time"}
+    assert set(student.groups()) == {"knots", "sigma_scale"}
     plain = {"ab": {"solver": "ipndm_v", "max_order": 3}, "dpmpp": {"solver": "dpmpp", "thresholding": False}}[base]
-    sigmas, sigma_cond = student.sigmas().detach(), student.sigmas_net().detach()
+    sigmas, sigma_cond = student.sigmas().detach(), student.sigmas_cond().detach()
     assert not torch.allclose(sigmas[:-1], sigma_cond[:-1], rtol=1e-3)
-    expected = sample(ToyNet(), latents(), sigmas=sigmas, sigmas_net=sigma_cond, **plain)
+    expected = sample(ToyNet(), latents(), sigmas=sigmas, sigmas_cond=sigma_cond, **plain)
     torch.testing.assert_close(student.run(ToyNet(), latents()).detach(), expected, **EXACT)
 
 
 class Table(torch.nn.Module):
-    """A predictor with constant outputs for every interval, told apart by their first noise level."""
+    """A predictor with constant outputs per interval, looked up by its first noise level."""
 
     def __init__(self, sigmas, r, c, a):
         super().__init__()
@@ -152,7 +152,7 @@ def test_amed_table_is_amed_with_constant_outputs(first_step):
     generator = torch.Generator().manual_seed(3)
     r, c, a = (torch.rand(4, generator=generator, dtype=torch.float64) for _ in range(3))
     c, a = 1 + 0.08 * (c - 0.5), (0.5 * (a - 0.5)).exp()
-    set_(student, inner=r.logit(), scale=((c - 1) / 0.05).atanh(), inner_time=(a.log() / 0.3).atanh())
+    set_(student, substeps=r.logit(), step_gain=((c - 1) / 0.05).atanh(), substep_sigma_scale=(a.log() / 0.3).atanh())
     sigmas = get_schedule(5, 0.002, 80.0, "time_uniform", 1)
     expected, info = sample(
         ToyNet(),
@@ -173,13 +173,13 @@ def test_epd_is_its_formulas():
     student = shaken(SpanSolver.preset("epd", num_steps=4))
     net, x = ToyNet(), latents()
     sigmas = get_schedule(4, 0.002, 80.0, "time_uniform", 1)
-    r = torch.sigmoid(student.inner).detach().reshape(3, 2)
-    a = (0.05 * torch.tanh(student.inner_time)).exp().detach().reshape(3, 2)
-    scale = 1 + 0.05 * torch.tanh(student.scale.detach())
+    r = torch.sigmoid(student.substeps).detach().reshape(3, 2)
+    a = (0.05 * torch.tanh(student.substep_sigma_scale)).exp().detach().reshape(3, 2)
+    scale = 1 + 0.05 * torch.tanh(student.step_gain.detach())
     x = x * sigmas[0]
     for i, (s, t) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
         d = x / (1 + s**2).sqrt() if i == 0 else (x - net(x, s)) / s
-        first = 0.5 + student.corrections.detach()[i]
+        first = 0.5 + student.coef_offset.detach()[i]
         total = 0
         for k, weight in enumerate((first, 1 - first)):
             m = t ** r[i, k] * s ** (1 - r[i, k])
@@ -206,14 +206,14 @@ def test_dyweight_is_its_formulas_on_the_labels_that_they_imply():
     corrections = []
     for w, base in zip(weights, (theory[min(n, 2)] for n in range(5)), strict=True):
         corrections += reversed((w / w.sum() - torch.tensor(base, dtype=torch.float64))[1:].tolist())
-    set_(student, time=a[1:].log(), corrections=corrections)
+    set_(student, sigma_scale=a[1:].log(), coef_offset=corrections)
     torch.testing.assert_close(student.run(ToyNet(), latents()).detach(), x, **EXACT)
 
 
 @pytest.mark.parametrize(("case", "first_step"), [("dyweight.0", "zero"), ("dyweight.1", "none")])
 @pytest.mark.parametrize("last_sum", [1.0, 0.97])
 def test_dyweight_is_its_authors_sampler(case, first_step, last_sum):
-    """Samples of Westlake-AGI-Lab/DyWeight 620534e, also where its last row of weights does not sum to one."""
+    """Samples of Westlake-AGI-Lab/DyWeight 620534e, also if the last row does not sum to one."""
     z, net = np.load(GOLDEN / "dyweight.npz"), ToyNet()
     net.means, x = torch.from_numpy(z["means"]).double(), torch.from_numpy(z["latents"]).double()
     weights, times = torch.from_numpy(z[f"{case}.W"]), torch.from_numpy(z[f"{case}.t_scale"])
@@ -225,26 +225,28 @@ def test_dyweight_is_its_authors_sampler(case, first_step, last_sum):
     for row in student.rows:
         own = weights[row.interval, : row.count] / weights[row.interval].sum()
         changes.append((own - student.coefficients(row.interval).detach())[row.first : row.first + row.free])
-    set_(student, corrections=torch.cat(changes), time=times.log())
-    assert student.groups()["scale"].numel() == 1
-    set_(student, scale=[math.atanh((last_sum - 1) / student.config["scale_bound"])])  # one number: of the last row
+    set_(student, coef_offset=torch.cat(changes), sigma_scale=times.log())
+    assert student.groups()["step_gain"].numel() == 1
+    set_(
+        student, step_gain=[math.atanh((last_sum - 1) / student.config["step_gain_bound"])]
+    )  # one number: of the last row
     expected = torch.from_numpy(z[f"{case}.{'final' if last_sum == 1 else 'unpinned'}"])
     torch.testing.assert_close(student.run(net, x).detach(), expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
 
 
 def test_scales_of_the_last_intervals_only():
-    student = shaken(SpanSolver(learn=["scale"], scaled=2, num_steps=6))
+    student = shaken(SpanSolver(learn=["step_gain"], last_step_gains=2, num_steps=6))
     scales = torch.stack([scale for _, scale, _ in student.plan().steps]).detach()
     assert student.scalars() == 2 and bool((scales[:3] == 1).all()) and bool((scales[3:] != 1).all())
-    with pytest.raises(UserError, match="scaled=0 must be a whole number above 0"):
-        SpanSolver(scaled=0)
+    with pytest.raises(UserError, match="last_step_gains=0 must be a whole number above 0"):
+        SpanSolver(last_step_gains=0)
 
 
 def test_gs_and_s4s_are_in_the_span():
-    """A step from free weights b on denoised images, with a free gain on x, is a row of a dense student."""
+    """A step of free weights b on denoised images with a gain on x is a row of a dense table."""
     net, sigmas, x = ToyNet(), torch.tensor(GRID, dtype=torch.float64), latents() * GRID[0]
     generator = torch.Generator().manual_seed(5)
-    student = SpanSolver.preset("gs", sigmas=GRID, learn=["corrections", "contrast"])
+    student = SpanSolver.preset("gs", sigmas=GRID, learn=["coef_offset", "state_gain"])
     images, theory = [], student.plan().steps
     eye, coordinates, rows = torch.eye(6, dtype=torch.float64), torch.zeros(6, dtype=torch.float64), []
     in_span = []  # D_j = x_j - s_j g_j in coordinates on the slopes
@@ -257,11 +259,11 @@ def test_gs_and_s4s_are_in_the_span():
         after = t / s * coordinates + (1 - t / s) * sum(w * d for w, d in zip(b, in_span[-3:], strict=True))
         rows.append(((after - coordinates) / (t - s))[: i + 1])
         coordinates = after
-    set_(student, corrections=torch.cat([(row - c)[:-1] for row, (c, _, _) in zip(rows, theory, strict=True)]))
+    set_(student, coef_offset=torch.cat([(row - c)[:-1] for row, (c, _, _) in zip(rows, theory, strict=True)]))
     torch.testing.assert_close(student.run(ToyNet(), latents()).detach(), x, rtol=0, atol=1e-9)
 
 
-# ---- theory ----------------------------------------------------------------------------------------------------------
+# ---- theory --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -301,7 +303,7 @@ def test_translation_of_the_data_is_that_of_the_images(structure, first_step):
         student._set_gaussian(shift, torch.tensor(0.5))
     moved = sample(Gauss(shift), latents() + shift / high, solver="span", predictor=student)
     torch.testing.assert_close(moved, plain + shift, rtol=0, atol=1e-9)
-    student = shaken(SpanSolver(**structure, num_steps=5, first_step=first_step, learn=["contrast"]))
+    student = shaken(SpanSolver(**structure, num_steps=5, first_step=first_step, learn=["state_gain"]))
     if first_step == "gaussian":
         student._set_gaussian(shift, torch.tensor(0.5))
     moved = sample(Gauss(shift), latents() + shift / high, solver="span", predictor=student)
@@ -311,13 +313,13 @@ def test_translation_of_the_data_is_that_of_the_images(structure, first_step):
 @pytest.mark.parametrize("name", PRESETS)
 def test_labels_are_the_noise_levels(name):
     """With D = 0 every state is x_0 s_i / s_0, whatever is learned but delta and scale."""
-    learn = [group for group in GROUPS if group not in ("scale", "contrast")]
+    learn = [group for group in GROUPS if group not in ("step_gain", "state_gain")]
     student = shaken(SpanSolver.preset(name, num_steps=5, first_step="none", learn=learn), 0.5)
     states = student.run(Zero(), latents(), return_trajectory=True)
     expected = latents() * student.sigmas().reshape(-1, 1, 1, 1, 1)
     torch.testing.assert_close(states, expected, **EXACT)
     plan = student.plan()
-    rows = [c for c, _, _ in plan.steps] + [c for points in plan.inner for _, _, c in points]
+    rows = [c for c, _, _ in plan.steps] + [c for points in plan.substeps for _, _, c in points]
     torch.testing.assert_close(
         torch.stack([c.sum() for c in rows]), torch.ones(len(rows), dtype=torch.float64), **EXACT
     )
@@ -364,7 +366,7 @@ def test_a_measured_variance_is_never_negative(slope, variance):
     assert student.run(Linear(torch.zeros(3, 16, 16, dtype=torch.float64)), latents()).isfinite().all()
 
 
-# ---- labels and numbers ----------------------------------------------------------------------------------------------
+# ---- labels and numbers --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", ["polynomial", "logsnr", "time_uniform", None])
@@ -375,19 +377,19 @@ def test_initial_labels_are_those_asked_for(schedule):
     torch.testing.assert_close(
         student.sigmas().detach(), torch.as_tensor(expected, dtype=torch.float64), rtol=1e-10, atol=0
     )
-    torch.testing.assert_close(student.sigmas_net(), student.sigmas(), rtol=0, atol=0)
+    torch.testing.assert_close(student.sigmas_cond(), student.sigmas(), rtol=0, atol=0)
     assert student.config["sigma_max"] == 60.0 and student.config["num_steps"] == 7
 
 
 @pytest.mark.parametrize("size", [0.1, 3.0, 100.0])
 def test_labels_descend_between_fixed_ends_whatever_the_parameters(size):
     for seed in range(20):
-        student = shaken(SpanSolver(num_steps=9, parallel=2, learn=["labels", "inner", "time"]), size, seed)
-        sigmas, inner = student._labels()
+        student = shaken(SpanSolver(num_steps=9, parallel=2, learn=["knots", "substeps", "sigma_scale"]), size, seed)
+        sigmas, inner = student._levels()
         assert (sigmas[0], sigmas[-1]) == (80.0, 0.002) and bool((sigmas[1:] < sigmas[:-1]).all())
         for i, points in enumerate(inner):
             assert all(sigmas[i + 1] <= label <= sigmas[i] for label in points)
-        assert bool((student.sigmas_net() / sigmas).log().abs().max() <= 0.3 + 1e-12)
+        assert bool((student.sigmas_cond() / sigmas).log().abs().max() <= 0.3 + 1e-12)
 
 
 def test_numbers_of_scalars_and_evaluations():
@@ -463,26 +465,28 @@ def test_the_table_is_the_whole_solver():
     mix = lambda row: sum(c * slope for c, slope in zip(row, slopes, strict=True))  # noqa: E731
     for step, end in zip(table["intervals"], table["sigmas"][1:], strict=True):
         s = step["sigma"]
-        points = [(x + (p["sigma"] - s) * mix(p["coefficients"]), p["sigma"], p["told"]) for p in step["inner"]]
-        if step["told"] is None:
+        points = [
+            (x + (p["sigma"] - s) * mix(p["coefficients"]), p["sigma"], p["sigma_cond"]) for p in step["substeps"]
+        ]
+        if step["sigma_cond"] is None:
             slopes.append(x / math.sqrt(1 + s * s))
         else:
-            points.insert(0, (x, s, step["told"]))
+            points.insert(0, (x, s, step["sigma_cond"]))
         slopes += [
             (y - net(y, torch.tensor(sigma_cond, dtype=torch.float64))) / level for y, level, sigma_cond in points
         ]
-        x = (1 + step["contrast"]) * x + step["scale"] * (end - s) * mix(step["coefficients"])
+        x = (1 + step["state_gain"]) * x + step["step_gain"] * (end - s) * mix(step["coefficients"])
     torch.testing.assert_close(student.run(ToyNet(), latents()).detach(), x, **EXACT)
 
 
-# ---- learning --------------------------------------------------------------------------------------------------------
+# ---- learning ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "config",
     [
         {"parallel": 2, "learn": list(GROUPS)},
-        {"base": "dpmpp", "learn": list(GROUPS), "first_step": "none", "time_bound": None},
+        {"base": "dpmpp", "learn": list(GROUPS), "first_step": "none", "sigma_scale_bound": None},
         {"base": "midpoint", "parallel": 2, "learn": list(GROUPS)},
         {"base": "ipndm", "relative": False, "learn": list(GROUPS)},
     ],
@@ -496,13 +500,13 @@ def test_gradients_against_finite_differences(config):
         return (student.run(ToyNet(), latents(), checkpointing=checkpointing) * probe).sum()
 
     groups = student.groups()
-    wanted = set(GROUPS) - (set() if config.get("parallel") else {"inner", "inner_time"})
+    wanted = set(GROUPS) - (set() if config.get("parallel") else {"substeps", "substep_sigma_scale"})
     assert set(groups) == wanted
     gradients = dict(zip(groups, torch.autograd.grad(value(), list(groups.values())), strict=True))
     again = dict(zip(groups, torch.autograd.grad(value(True), list(groups.values())), strict=True))
     for name, parameter in groups.items():
         torch.testing.assert_close(again[name], gradients[name], rtol=1e-9, atol=1e-9)
-        assert float(gradients[name].abs().min()) > 0 or name == "corrections"
+        assert float(gradients[name].abs().min()) > 0 or name == "coef_offset"
         way = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
         found = []
         for step in (1e-6, -2e-6):
@@ -524,20 +528,20 @@ def test_free_coefficients_do_not_follow_the_labels_and_relative_ones_do():
 
 def test_the_window_limits_the_corrections():
     student = shaken(SpanSolver(num_steps=7, window=2, max_order=1))
-    assert student.corrections.numel() == 5  # all steps but the first have one
+    assert student.coef_offset.numel() == 5  # all steps but the first have one
     row = student.coefficients(4).detach()
     assert torch.equal(row[:3], torch.zeros(3, dtype=torch.float64)) and float(row[3:].abs().min()) > 0
     epd = SpanSolver.preset("epd", num_steps=4)  # of each interval one weight of two
-    assert epd.corrections.numel() == 3
+    assert epd.coef_offset.numel() == 3
 
 
 def test_only_what_is_learned_has_gradients():
     student = SpanSolver.preset("ld3", num_steps=5)
     student.run(ToyNet(), latents()).sum().backward()
-    assert {name for name, value in student.named_parameters() if value.grad is not None} == {"labels", "time"}
+    assert {name for name, value in student.named_parameters() if value.grad is not None} == {"knots", "sigma_scale"}
 
 
-# ---- heads -----------------------------------------------------------------------------------------------------------
+# ---- heads ---------------------------------------------------------------------------------------
 
 STRUCTURES = [{}, {"parallel": 2}, {"base": "midpoint", "parallel": 2}, {"first_step": "none", "window": 2}]
 
@@ -612,7 +616,7 @@ def test_the_sample_head_keeps_rows_of_sum_one_and_the_spatial_one_the_first_ste
 
 @pytest.mark.parametrize("structure", STRUCTURES, ids=str)
 def test_the_time_head_shifts_the_embedding_of_its_own_call(structure):
-    """Against the closed form: a shift (c, b) of one call makes its denoised image (1 + c) D + b, and no other's."""
+    """Against a closed form: shifting call j by (c, b) changes only D_j, to (1 + c) D_j + b."""
     plain = shaken(SpanSolver(num_steps=4, **structure))
     student = SpanSolver(num_steps=4, heads=["time"], embedding_width=2, **structure)
     student.load_state_dict(plain.state_dict(), strict=False)
@@ -645,23 +649,23 @@ def test_the_time_head_shifts_the_embedding_of_its_own_call(structure):
 
 def test_features_of_slopes_by_hand():
     x, g, before = (torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(k)).double() for k in range(3))
-    found = slope_features(x, torch.tensor(2.0), g, before)[1].tolist()
+    found = direction_features(x, torch.tensor(2.0), g, before)[1].tolist()
     a, b, c = (v[1].flatten().numpy() for v in (x, g, before))
     image = a - 2 * b
     cosine = [float(u @ v / (u @ u * (v @ v)) ** 0.5) for u, v in ((b, c), (b, a))]
     expected = [0.5 * math.log((b * b).mean()), *cosine, image.mean(), image.std()]
     assert found == pytest.approx(expected, rel=1e-5)
-    assert slope_features(x, torch.tensor(2.0), g, None)[:, 1].tolist() == [0, 0]
+    assert direction_features(x, torch.tensor(2.0), g, None)[:, 1].tolist() == [0, 0]
 
 
 def test_noise_levels_given_beside_those_of_the_solver_have_to_be_the_same():
     student = shaken(SpanSolver(num_steps=5))
-    own = {"sigmas": student.sigmas().detach(), "sigmas_net": student.sigmas_net().detach()}
+    own = {"sigmas": student.sigmas().detach(), "sigmas_cond": student.sigmas_cond().detach()}
     for name, levels in own.items():
         found = student.brings(**{name: (levels * (1 + 1e-8)).tolist()})  # as a file may have rounded them
         assert torch.equal(found[name], getattr(student, name)())
         for other in (levels * 1.001, levels[:-1]):
-            with pytest.raises(UserError, match=f"{name}: the student brings its own"):
+            with pytest.raises(UserError, match=f"{name}: the span solver has its own"):
                 student.brings(**{name: other.tolist()})
 
 
@@ -675,7 +679,7 @@ def test_a_time_head_learns_alone(structure):
 
 def test_features_of_a_sample_without_slope_are_finite():
     x = torch.ones(2, 3, 4, 4, dtype=torch.float64)
-    assert slope_features(x, torch.tensor(2.0), torch.zeros_like(x), torch.zeros_like(x)).isfinite().all()
+    assert direction_features(x, torch.tensor(2.0), torch.zeros_like(x), torch.zeros_like(x)).isfinite().all()
 
 
 def test_the_spatial_head_sees_the_state_at_unit_size():
@@ -695,7 +699,7 @@ def test_the_spatial_head_sees_the_state_at_unit_size():
         torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-5)
 
 
-# ---- files and command lines -----------------------------------------------------------------------------------------
+# ---- files and command lines ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -743,17 +747,17 @@ def test_files_that_are_no_students(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"surprise": 1}, "unknown setting of a span student 'surprise'"),
+        ({"surprise": 1}, "unknown setting 'surprise' of a span solver"),
         ({"base": "heun"}, "base='heun': choose from ab"),
         ({"first_step": True}, "first_step=True"),
-        ({"learn": ["labels", "x"]}, "learn: unknown 'x'"),
+        ({"learn": ["knots", "x"]}, "learn: unknown 'x'"),
         ({"parallel": 0}, "parallel=0"),
         ({"parallel": 2, "base": "dpmpp"}, "needs base='ab'"),
         ({"window": 0}, "window=0"),
         ({"max_order": 5}, "max_order=5"),
-        ({"time_bound": 0}, "time_bound=0"),
-        ({"contrast_bound": None}, "contrast_bound=None"),
-        ({"num_steps": 1}, "at least 2 time stamps"),
+        ({"sigma_scale_bound": 0}, "sigma_scale_bound=0"),
+        ({"state_gain_bound": None}, "state_gain_bound=None"),
+        ({"num_steps": 1}, "at least 2 time steps"),
         ({"sigma_min": 90.0}, "0 < sigma_min < sigma_max"),
         ({"heads": ["tail"]}, "heads: unknown 'tail'"),
         ({"heads": ["spatial"]}, "needs img_channels"),
@@ -767,7 +771,7 @@ def test_impossible_settings(config, message):
     with pytest.raises(UserError, match=message) as caught:
         SpanSolver(**config)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="unknown span student 'x'"):
+    with pytest.raises(UserError, match="unknown preset 'x' of the span solver"):
         SpanSolver.preset("x")
 
 
@@ -776,21 +780,24 @@ def test_students_and_solvers_that_do_not_belong_together():
     for options, message in (
         ({"solver": "span"}, "'span' needs"),
         ({"solver": "span", "predictor": AMEDPredictor()}, "SpanSolver"),
-        ({"solver": "ipndm", "predictor": student}, "student of the solver 'span'"),
+        ({"solver": "ipndm", "predictor": student}, "trained for the solver 'span', not for 'ipndm'"),
         ({"solver": "heun", "predictor": student}, "no predictor can be inserted"),
         ({"solver": "span", "predictor": student, "num_steps": 5}, "num_steps=5"),
-        ({"solver": "span", "predictor": student, "sigmas": [80.0, 3.0, 0.2, 0.002]}, "sigmas: the student brings"),
+        (
+            {"solver": "span", "predictor": student, "sigmas": [80.0, 3.0, 0.2, 0.002]},
+            "sigmas: the span solver has its own",
+        ),
         ({"solver": "span", "predictor": student, "afs": "data"}, "afs=data"),
         ({"solver": "span", "predictor": SpanSolver(sigma_max=90.0)}, "outside the network's range"),
         (
             {"solver": "span", "predictor": SpanSolver(heads=["spatial"], img_channels=1)},
-            "needs a network of 1 channels",
+            "needs 1 channels, this network has 3",
         ),
         ({"solver": "span", "predictor": SpanSolver(heads=["time"], embedding_width=2)}, "leave the head 'time' out"),
     ):
         with pytest.raises(UserError, match=message):
             integrate(ToyNet(), latents(), **{"num_steps": 4, **options} if options["solver"] != "span" else options)
-    with pytest.raises(UserError, match="needs a noise embedding of 3 numbers, this has 2"):
+    with pytest.raises(UserError, match="needs a noise embedding of 3 numbers, this network's has 2"):
         sample(EmbeddedToy(), latents(), solver="span", predictor=SpanSolver(heads=["time"], embedding_width=3))
     with pytest.raises(UserError, match="'amed' needs"):
         Sampler(ToyNet(), make_solver("amed"), get_schedule(4, 0.002, 80.0))
@@ -824,7 +831,7 @@ def test_sample_py(digits, tmp_path):
     assert (settings["solver"], settings["afs"], settings["num_steps"]) == ("span", "gaussian", 4) and record[
         "nfe"
     ] == 2
-    assert settings["sigmas"] == student.sigmas().tolist() and settings["sigmas_net"] == student.sigmas_net().tolist()
+    assert settings["sigmas"] == student.sigmas().tolist() and settings["sigmas_cond"] == student.sigmas_cond().tolist()
     seeds = [batch.images for batch in generate_images(net, [0, 1, 2], predictor=student, solver="span", device="cpu")]
     again = student.run(net, SeededGenerators([0, 1, 2]).randn((1, 32, 32)))
     torch.testing.assert_close(seeds[0], again.detach(), rtol=0, atol=1e-5)

@@ -1,4 +1,4 @@
-"""The comparison of learned solvers: what is recorded, what may stand in one table, and its intervals."""
+"""The comparison of learned solvers: records, what one table may hold, intervals."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def row_of(method="full", nfe=3, seed=0, value=2.0, groups=True, part="main"):
     return {**own, "images": 1000, "current": groups, **scores}
 
 
-# ---- evaluations -----------------------------------------------------------------------------------------------------
+# ---- evaluations ---------------------------------------------------------------------------------
 
 
 def test_a_row_that_spent_other_evaluations_is_not_recorded(tmp_path, rows_at):
@@ -81,15 +81,17 @@ def test_every_row_spends_the_evaluations_of_its_column():
 
 
 def test_calls_in_one_batch_count_as_one_call_in_a_row():
-    """EPD's authors count its two parallel calls as one: an interval is two calls for them, three evaluations here."""
+    """EPD's authors count two parallel calls as one: two calls per interval, three here."""
     student = SpanSolver.preset("epd", num_steps=4)
     found = students.budget({"pairs": 384, "val_pairs": 64}, student)
     assert (student.evaluations(), found["calls"], found["pairs"]) == (8, 5, 448)
     assert found["parameters"] == 6 + 6 + 3 + 3  # places, times, scales, one weight per interval
-    assert students.budget({}, SpanSolver.preset("full", num_steps=5, learn=["labels", "time"]))["parameters"] == 6
+    assert (
+        students.budget({}, SpanSolver.preset("full", num_steps=5, learn=["knots", "sigma_scale"]))["parameters"] == 6
+    )
 
 
-# ---- measuring again -------------------------------------------------------------------------------------------------
+# ---- measuring again -----------------------------------------------------------------------------
 
 
 def test_an_earlier_row_is_measured_again_and_a_current_one_is_not(tmp_path, rows_at):
@@ -130,7 +132,7 @@ def test_a_table_samples_as_the_student_it_is_of(preset, changes):
     assert again.evaluations() == student.evaluations()
 
 
-# ---- tables ----------------------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------------------
 
 
 def test_earlier_rows_are_marked_and_not_mixed_with_those_of_today():
@@ -148,7 +150,7 @@ def test_earlier_rows_are_marked_and_not_mixed_with_those_of_today():
     assert "**" not in "\n".join(report_students.main_table(rows, "fid", 2))
 
 
-# ---- intervals -------------------------------------------------------------------------------------------------------
+# ---- intervals -----------------------------------------------------------------------------------
 
 
 def measured(images, target, seed):
@@ -162,9 +164,10 @@ def measured(images, target, seed):
 
 @pytest.mark.parametrize("training_seeds", [1, 3])
 def test_intervals_hold_the_known_difference_nineteen_times_of_twenty(training_seeds):
-    """Two methods with Gaussian images, so that the difference of their distances to the target is known.
+    """Two methods with Gaussian images, so that the difference of their distances is known.
 
-    The images of one noise differ little between the methods. Each training seed moves a method's mean a little.
+    The images of one noise differ little between the methods. Each training seed moves a method's
+    mean a little.
     """
     generator = torch.Generator().manual_seed(0)
     dim, num, moved = 4, 200, 0.05 if training_seeds > 1 else 0.0

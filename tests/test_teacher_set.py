@@ -121,7 +121,7 @@ def test_states_of_normal_data_are_found_exactly_between_few_levels():
 
 def test_what_cannot_be_a_teacher(tmp_path):
     for name in ("edm", "span", "amed", "nothing"):
-        with pytest.raises(UserError, match=f"sampler_tea={name} cannot make teacher pairs"):
+        with pytest.raises(UserError, match=f"'{name}' cannot be the teacher"):
             dataclasses.replace(SETTINGS, solver=name)
     for change in ({"num_steps": 2}, {"pairs": 0}):
         with pytest.raises(UserError, match="at least"):

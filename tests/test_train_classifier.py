@@ -1,4 +1,4 @@
-"""tools/train_classifier.py through the command line: one epoch on random labelled images, and mistakes."""
+"""tools/train_classifier.py: one epoch on random labelled images, and mistakes."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""tools/train_denoiser.py on a handful of made-up images: what it writes, resuming, several processes, mistakes."""
+"""tools/train_denoiser.py on a few made-up images: files, resuming, processes, mistakes."""
 
 import io
 import json
@@ -27,7 +27,7 @@ SMALL = {"model_channels": 8, "channel_mult": "1,2", "attn": "", "batch": 16, "d
 
 
 def write_images(path, labels=False, shape=(16, 16), count=64):
-    """A zip of grey images, black with one bright block each; returns them as float64 in [-1, 1]."""
+    """A zip of grey images, black with one bright block each; returns float64 in [-1, 1]."""
     rng = np.random.RandomState(0)
     images = np.zeros((count, *shape), dtype=np.uint8)
     with zipfile.ZipFile(path, "w") as archive:
@@ -164,7 +164,8 @@ def test_processes_share_the_batches_of_one(monkeypatch):
     assert stream[:20] != stream[20:40]
 
 
-# Trains with the flags given; continues by the half with a loss that is once infinite, with a finite gradient, on rank 1.
+# Trains with the flags given; continues by the half with a loss that is once infinite, with a
+# finite gradient, on rank 1.
 DRIVER = """
 import math, sys
 from pathlib import Path
@@ -392,7 +393,7 @@ def test_fine_tuning_at_a_schedule(pretrained, tmp_path, monkeypatch):
 
 
 def test_starts_from_the_given_weights(pretrained, tmp_path):
-    """Also of the embedded network, whose architecture is another one; the learning rate is a small one."""
+    """Also of the embedded network, which is built differently; the learning rate is small."""
     done = fine_tune(pretrained, tmp_path, total_kimg=0.016, lr=1e-9, dropout=0.1)
     assert done.exit_code == 0, done.output
     before, after = (load_edm_network(path) for path in (pretrained[1], only(tmp_path / "run", "*.safetensors")))
@@ -429,7 +430,7 @@ def test_the_levels_that_a_solver_asks_for(solver, more, expected):
     ("schedule", "options", "text"),
     [
         ({"sigmas": (100.0, 1.0)}, {}, "sigma=100 is outside the network's range"),
-        ({"sigmas_net": [80.0, 4.0, 0.6, 0.002]}, {}, "cannot be trained on"),
+        ({"sigmas_cond": [80.0, 4.0, 0.6, 0.002]}, {}, "cannot be trained on"),
         ({"solver": "nope"}, {}, "unknown solver 'nope'"),
         ({"solver": "amed"}, {}, "needs a trained predictor"),
         ({}, {"p_mean": -1}, "leave out --p_mean"),
@@ -451,4 +452,4 @@ def test_schedules_and_networks_that_do_not_fit(pretrained, tmp_path, schedule, 
 def test_a_schedule_of_another_network_is_noted(pretrained, tmp_path):
     path = write_schedule(tmp_path / "s.json", network="digits", network_hash="0" * 64)
     done = fine_tune(pretrained, tmp_path, schedule=path, total_kimg=0.016)
-    assert done.exit_code == 0 and "Warning: the schedule was found for another network ('digits'" in done.output
+    assert done.exit_code == 0 and "Warning: the schedule was optimised for another network ('digits'" in done.output

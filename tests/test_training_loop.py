@@ -1,4 +1,4 @@
-"""Distillation iterations against the reference's numbers; micro-batches, continuing, run folders and failures."""
+"""Distillation against the reference's numbers; micro-batches, continuing, failures."""
 
 import json
 import multiprocessing
@@ -123,7 +123,7 @@ def test_initial_predictor_depends_on_the_seed_alone():
 
 
 def test_a_cache_of_trajectories_asks_the_teacher_once():
-    """The first pass is what it is without a cache; the second has the same samples and no call of the teacher."""
+    """The first pass is as without a cache; the second has equal samples and no teacher calls."""
     nets = [ToyNet(torch.float32) for _ in range(2)]
     plain, cached = (
         Distiller(net, {"num_steps": 3}, batch=2, teacher_cache=n) for net, n in zip(nets, (None, 4), strict=True)
@@ -384,7 +384,7 @@ def test_find_run(tmp_path):
     "change, message",
     [
         ({"sampler_stu": "heun"}, "cannot take a predictor"),
-        ({"sampler_tea": "amed"}, "cannot be a teacher"),
+        ({"sampler_tea": "amed"}, "cannot be the teacher"),
         ({"sampler_stu": "nothing"}, "unknown solver"),
         ({"num_steps": 1}, "at least 2"),
         ({"M": -1}, "M=-1"),

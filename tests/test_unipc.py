@@ -1,4 +1,4 @@
-"""UniPC: the published code's numbers, orders of accuracy, exactness on polynomials, and where the evaluations go."""
+"""UniPC: the published numbers, orders, exactness on polynomials, where it evaluates."""
 
 import copy
 import math
@@ -37,7 +37,7 @@ def check_golden(case, dtype, tolerance, **options):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c["id"])
 def test_golden(case):
-    """original_code makes no difference where there are at least max_order intervals, as in all of them."""
+    """original_code changes nothing with at least max_order intervals, as in all cases."""
     original = int(case["id"][1:]) % 2 == 0
     check_golden(case, torch.float64, 1e-8, variant=case["variant"], original_code=original)
 
@@ -47,11 +47,11 @@ def test_golden_float32(case):
     check_golden(case, torch.float32, 2e-3, variant=case["variant"])
 
 
-# ---- accuracy --------------------------------------------------------------------------------------------------------
+# ---- accuracy ------------------------------------------------------------------------------------
 
 
 def exact_start(net, solver, sigmas, exact, known):
-    """The state at point ``known`` when everything up to it is exact, its own evaluation included."""
+    """The state at point ``known``, with everything up to it exact, its evaluation included."""
     history = tuple(
         (solver.output(exact[k], (exact[k] - net(exact[k], sigmas[k])) / sigmas[k], sigmas[k]), sigmas[k])
         for k in range(known + 1)
@@ -77,8 +77,11 @@ def errors_after_exact_start(make, counts, solver):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_order(order, variant, predict_x0, make):
-    """Predictor of order p, corrector of order p + 1: globally p + 1, although the evaluation after the correction is
-    saved and the last interval has no corrector, which costs one error of order p + 1."""
+    """Predictor of order p, corrector of order p + 1: globally p + 1.
+
+    The evaluation after the correction is saved, and the last interval has no corrector, which
+    costs one error of order p + 1.
+    """
     counts = (80, 160, 320)
     options = {"max_order": order, "variant": variant, "predict_x0": predict_x0, "thresholding": False}
     solver = make_solver("unipc", {**options, "lower_order_final": False})
@@ -88,8 +91,10 @@ def test_order(order, variant, predict_x0, make):
 @pytest.mark.parametrize("predict_x0", [True, False])
 @pytest.mark.parametrize(("order", "lower_order_final", "expected"), [(2, False, 3), (3, False, 3), (3, True, 2)])
 def test_order_from_noise(order, lower_order_final, expected, predict_x0):
-    """The first interval is a corrected Euler step, one error of third order; under lower_order_final the last is an Euler
-    step without a corrector, one of second order."""
+    """The first interval is a corrected Euler step, one error of third order.
+
+    Under lower_order_final the last is an Euler step without a corrector, one of second order.
+    """
     counts = (50, 100, 200)
     options = {"max_order": order, "lower_order_final": lower_order_final, "predict_x0": predict_x0}
     errors = final_errors(Gaussian, counts, "logsnr", "unipc", thresholding=False, **options)
@@ -97,7 +102,7 @@ def test_order_from_noise(order, lower_order_final, expected, predict_x0):
 
 
 class Polynomial(torch.nn.Module):
-    """Denoiser whose output (predict_x0) or direction is a given polynomial of s = ln sigma, whatever x is."""
+    """Its output (predict_x0) or direction is a polynomial of s = ln sigma, whatever x is."""
 
     def __init__(self, coefficients, predict_x0):
         super().__init__()
@@ -108,7 +113,7 @@ class Polynomial(torch.nn.Module):
         return torch.full_like(x, value) if self.predict_x0 else x - sigma * value
 
     def solution(self, start, sigmas):
-        """dx/ds = x - q(s), or dx/ds = e^s q(s): the particular solutions are sums of derivatives of q."""
+        """dx/ds = x - q(s) or e^s q(s): particular solutions are sums of derivatives of q."""
         derivatives = [self.q.deriv(k) if k else self.q for k in range(self.q.degree() + 1)]
         sign = 1 if self.predict_x0 else -1
         particular = sum(sign**k * d for k, d in enumerate(derivatives))(sigmas.log().numpy())
@@ -124,8 +129,11 @@ class Polynomial(torch.nn.Module):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("order", [2, 3])
 def test_exact_on_polynomials(order, variant, predict_x0):
-    """The corrector of order p integrates model outputs of degree p in ln sigma exactly, the third-order predictor,
-    alone on the last interval, those of degree 2; the second-order predictor is the one with a fixed weight."""
+    """Degrees of polynomials in ln sigma that a step integrates exactly.
+
+    Corrector of order p: degree p of the model output. Third-order predictor, alone on the last
+    interval: degree 2. The second-order predictor has a fixed weight.
+    """
     options = {"max_order": order, "variant": variant, "predict_x0": predict_x0, "thresholding": False}
     solver = make_solver("unipc", {**options, "lower_order_final": False})
     sigmas = torch.tensor([40.0, 22.0, 9.0, 3.0, 0.4, 0.1], dtype=torch.float64)
@@ -143,7 +151,7 @@ def test_exact_on_polynomials(order, variant, predict_x0):
 
 @pytest.mark.parametrize("z", [-3.0, -1.001, -0.999, -0.3, -0.02, 0.02, 0.3, 0.999, 1.001, 3.0])
 def test_phi_functions_do_not_cancel(z):
-    """By quadrature: phi_k = int_0^1 e^((1 - s) z) s^(k - 1) / (k - 1)! ds has positive terms only."""
+    """By quadrature: phi_k = int_0^1 e^((1 - s) z) s^(k - 1) / (k - 1)! ds has positive terms."""
     points, weights = np.polynomial.legendre.leggauss(40)
     s, weights = (1 + points) / 2, weights / 2
     expected = [(weights * np.exp((1 - s) * z) * s ** (k - 1)).sum() / math.factorial(k - 1) for k in range(1, 5)]
@@ -167,14 +175,14 @@ def test_variants_differ_only_where_a_weight_is_fixed():
     assert fixed[1] == pytest.approx([math.expm1(-0.7) / 2 / -0.4], rel=1e-14)
 
 
-# ---- evaluations -----------------------------------------------------------------------------------------------------
+# ---- evaluations ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("afs", [False, True, "data"])
 @pytest.mark.parametrize("original_code", [False, True])
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_evaluations(order, original_code, afs):
-    """original_code: the last of fewer than max_order intervals has a corrector and so an evaluation more."""
+    """original_code with fewer than max_order intervals: a last corrector, one more evaluation."""
     for intervals in (1, 2, 3, 5):
         net = Gaussian()
         options = {"max_order": order, "original_code": original_code}
@@ -199,7 +207,7 @@ def test_the_corrector_of_the_published_code_on_few_intervals():
 @pytest.mark.parametrize("afs", [False, True])
 @pytest.mark.parametrize("original_code", [False, True])
 def test_callback_and_trajectory(original_code, afs):
-    """One call per point in order, the last excluded; it sees the predicted points, the trajectory has the corrected."""
+    """A call per point but the last. It sees predicted points; the trajectory is corrected."""
     seen = []
 
     def callback(*call):
@@ -236,7 +244,7 @@ def test_a_rule_is_not_changed_by_sampling():
     assert vars(solver) == before
 
 
-# ---- mistakes --------------------------------------------------------------------------------------------------------
+# ---- mistakes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

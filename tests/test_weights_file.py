@@ -1,4 +1,4 @@
-"""Reading weights from foreign checkpoints: nothing in them is imported or called, and the file is mapped, not copied."""
+"""Weights from foreign checkpoints: no import, no call, and the file is mapped, not copied."""
 
 import contextlib
 import io
@@ -42,7 +42,7 @@ class Call:
 
 @pytest.fixture
 def foreign(tmp_path, monkeypatch):
-    """A module whose import leaves a mark, importable while a file is read; its classes, to be pickled."""
+    """A module whose import leaves a mark, importable while reading; its classes, to pickle."""
     source = tmp_path / "path" / "foreign_training.py"
     source.parent.mkdir()
     source.write_text(f"open({str(tmp_path / 'MARK_import')!r}, 'w')\nclass Callback: pass\n")
@@ -74,7 +74,7 @@ def foreign(tmp_path, monkeypatch):
 
 
 def lightning(foreign, tmp_path):
-    """A checkpoint as PyTorch-Lightning writes it, with every way in which objects of classes are pickled."""
+    """A PyTorch-Lightning checkpoint with every way in which objects of classes are pickled."""
     slots = foreign.Slots()
     slots.value = 5
     return {

@@ -169,7 +169,7 @@ def write_tiny(name: str, path: Path) -> Path:
 
 
 def test_digits():
-    """The embedded network removes noise from a picture better than the best constant factor does."""
+    """The embedded network denoises a picture better than the best constant factor."""
     net = create_model("digits", guidance_type="uncond", guidance_rate=1)
     path = zoo.resolve("digits")
     assert (net.dataset_name, Path(net.source_path)) == ("digits", path)
@@ -296,7 +296,12 @@ def test_list_command():
 def test_cards_agree_with_the_published_settings(name):
     """The space that is sampled, the classes and the range of noise, of networks without memory."""
     card = zoo.CARDS[name]
-    presets = {"cm": cm.PRESETS, "adm": adm.PRESETS, "ldm": ldm.PRESETS, "sd": {"ms_coco": sd.STABLE_DIFFUSION_1_5}}
+    presets = {
+        "cm": cm.RELEASED_CONFIGS,
+        "adm": adm.RELEASED_CONFIGS,
+        "ldm": ldm.RELEASED_CONFIGS,
+        "sd": {"ms_coco": sd.STABLE_DIFFUSION_1_5},
+    }
     classes = {"cm": cm.CMDenoiser, "adm": adm.ADMDenoiser, "ldm": ldm.LDMDenoiser, "sd": sd.StableDiffusionDenoiser}
     net = build_empty(classes[card.family], presets[card.family][name], name)
     assert (net.img_channels, net.img_resolution, net.label_dim) == (card.channels, card.resolution, card.label_dim)
@@ -313,7 +318,7 @@ def test_networks_of_the_original_code_are_there():
         assert all(url.rpartition("/")[2] in (card.file, "lsun_bedrooms.zip", "ffhq.zip") for url in card.urls)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Downloaded files
 
 
@@ -424,7 +429,7 @@ def test_classes_of_a_batch():
 
 
 def test_the_list_of_coco_captions(tmp_path, monkeypatch):
-    """coco30k stands for a file that is fetched once; anything else is a prompt or a file already."""
+    """coco30k stands for a file fetched once; anything else is a prompt or a file already."""
     asked = []
 
     def download(urls, dest, **more):

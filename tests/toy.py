@@ -1,4 +1,4 @@
-"""The analytic denoiser of the golden solver data: five Gaussians whose exact posterior mean is known in closed form."""
+"""The analytic denoiser of the golden data: five Gaussians, exact posterior mean."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ class Feature(torch.nn.Module):
 
 
 class ToyNet(torch.nn.Module):
-    """D(x, sigma) for a mixture of five Gaussians of std 0.25; records the noise levels it is called with.
+    """D(x, sigma) for five Gaussians of std 0.25; records the noise levels it is called with.
 
     means: [5,C,H,W], those of the golden solver data by default.
     """

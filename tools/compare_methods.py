@@ -1,11 +1,12 @@
-"""A fair comparison of samplers: the same network, the same seeds, the same range of noise, evaluations really spent.
+"""The methods of a comparison: same network, seeds and range of noise levels.
 
-A *method* is a solver with its customary schedule and options (``PRESETS``) or with the noise levels of schedule files, or
-a trained predictor. A *job* is a method at one number of evaluations. The seeds are dealt out to groups (seed first + i belongs to group i mod groups), and one
-group of one job is the unit of work: stored as soon as it is done, so that a killed run goes on and ranks share the
-work. A finished job is one small file; the images themselves are never written.
+A *method* is a solver with its customary schedule and options (``PRESETS``) or with the noise
+levels of schedule files, or a trained predictor. A *job* is a method at one number of evaluations.
+Seeds are split into interleaved groups (seed first + i is in group i mod groups). Results are
+cached per (job, group), so an interrupted comparison resumes where it stopped, and ranks share the
+work. A finished job is one small file; its images are never written.
 
-compare.py is the command line, tools/report.py writes the table and the page.
+compare.py is the command line. tools/report.py writes the table and the page.
 """
 
 import sys
@@ -15,18 +16,17 @@ from pathlib import Path
 import click
 import torch
 
-from sampling.flags import flag_kind
 from sampling.settings import NetworkSettings, Settings, settings_of
 from solvers import SOLVERS, check_sigmas
 from tools.compare_options import CompareOptions
 from torch_utils import distributed
 from torch_utils.cli import PATH
 from torch_utils.errors import UserError
-from torch_utils.options import click_type
+from torch_utils.options import click_type, flag_kind, flags_of
 from training.checkpoint import find_predictor, load_predictor
 
-# The customary schedule and options of each solver, from its paper or the code published with it; a solver that is not
-# named here takes the defaults (polynomial, rho 7). All of them can be changed on the command line.
+# The customary schedule and options of each solver, from its paper or published code. A solver
+# without an entry takes the defaults (polynomial, rho 7). The command line can change them all.
 POLYNOMIAL = {"schedule_type": "polynomial", "schedule_rho": 7.0}  # Karras et al. 2022
 
 
@@ -40,7 +40,7 @@ PRESETS = {
     "dpm": LOGSNR,
     "dpmpp": LOGSNR | {"max_order": 3},
     "unipc": LOGSNR | {"max_order": 3},
-    # tAB3: a polynomial of degree 3 through 4 points; steps uniform in the square root of time (Zhang & Chen 2023).
+    # tAB3: polynomial of degree 3 through 4 points, uniform in sqrt(time) (Zhang & Chen 2023).
     "deis": {"schedule_type": "time_uniform", "schedule_rho": 2.0, "max_order": 4, "deis_mode": "tab"},
     "ipndm": POLYNOMIAL | {"max_order": 4},
     "ipndm_v": POLYNOMIAL | {"max_order": 4},
@@ -50,27 +50,29 @@ PRESETS = {
 }
 
 
-# What all methods share, or the number of evaluations decides.
+# Settings that all methods share or that follow from the number of evaluations.
 SHARED = {entry.name for entry in fields(NetworkSettings)} | {"solver", "num_steps", "sigma_min", "sigma_max", "sigmas"}
-SCHEDULE_SETTINGS = {  # what a method may say besides the options of its solver, and how that is read
-    **{
-        entry.name: flag_kind(entry)
-        for entry in fields(Settings)
-        if "flag" in entry.metadata and entry.name not in SHARED
-    },
+SCHEDULE_SETTINGS = {  # settings that a method may have besides the options of its solver, and their types
+    **{name: flag_kind(Settings, name) for name in flags_of(Settings) if name not in SHARED},
     "schedule_rho": click.FLOAT,
     "original_code": click.BOOL,  # of the solver and of the schedule
 }
 
 
-SCHEDULE_FILE, NFE_MARK = "schedule", "{nfe}"  # a further setting of a method: a file, or a pattern of files
+SCHEDULE_FILE, NFE_MARK = "schedule", "{nfe}"  # one more setting of a method: a file or a pattern of files
 
 
 @dataclass(frozen=True)
 class Method:
-    """What is compared. settings: all but the number of steps where there is no predictor. named: asked for by name, not
-    as one of all solvers. schedule: the file with its noise levels, with {nfe} in the place of the evaluations if there are
-    several; they are read when the jobs are made."""
+    """A method to compare.
+
+    label: its name in the table.
+    settings: without a predictor, all but the number of steps.
+    predictor, predictor_file: the trained predictor and its file. Default None.
+    named: the user named it, instead of ``all`` solvers. Default True.
+    schedule: file with its noise levels, read when the jobs are made; {nfe} in its name stands for
+        the number of evaluations. Default None.
+    """
 
     label: str
     settings: Settings
@@ -88,17 +90,20 @@ def _parse_value(method: str, name: str, text: str, kind):
 
 
 def parse_method(text: str, common: dict, everywhere: dict) -> Method:
-    """ "dpmpp:max_order=2:afs=data" -> the method: preset, then ``everywhere`` (flags for all), then what the text says.
+    """The method of a text like "dpmpp:max_order=2:afs=data".
 
-    common: what all settings share (dataset_name, sigma_min, guidance, ...). Raises UserError on unknown solvers and
-    options, values that do not fit and impossible combinations.
+    text: solver:option=value:...; its options win over ``everywhere``, which wins over ``PRESETS``.
+    common: settings that all methods share (dataset_name, sigma_min, guidance, ...).
+    everywhere: settings that flags give to all methods.
+
+    Raises UserError on unknown solvers and options, wrong values and impossible combinations.
     """
     solver, *parts = text.strip().split(":")
     if solver not in SOLVERS:
         raise UserError(f"--solvers: unknown solver '{solver}'; choose from {', '.join(SOLVERS)}")
     method = SOLVERS[solver]
     if method.needs_predictor:
-        raise UserError(f"--solvers: '{solver}' needs a trained predictor: leave it out and give --predictor_path")
+        raise UserError(f"--solvers: '{solver}' needs a trained predictor: leave it out, and give --predictor_path")
     own = {}
     for part in parts:
         name, equals, value = part.partition("=")
@@ -122,27 +127,27 @@ def parse_method(text: str, common: dict, everywhere: dict) -> Method:
     given = common.get("sigmas") is not None
     whole = "--sigmas" if given else SCHEDULE_FILE
     if (given or file is not None) and {"schedule_type", "schedule_rho"} & own.keys():
-        raise UserError(f"--solvers={text}: {whole} is the whole schedule: leave out its schedule_type, schedule_rho")
+        raise UserError(f"--solvers={text}: {whole} sets the whole schedule: leave out schedule_type and schedule_rho")
     if given and file is not None:
-        raise UserError(f"--solvers={text}: --sigmas is the schedule of all methods; leave out one of the two")
+        raise UserError(f"--solvers={text}: --sigmas sets the schedule of all methods; leave out one of the two")
     schedule = {name: values.pop(name) for name in tuple(values) if name in SCHEDULE_SETTINGS}
     settings = Settings(solver=solver, **common, **schedule, options=values)
     method = Method(text.strip(), settings, schedule=file)
     try:
-        method.settings.make_solver()  # refuses what does not go together
+        method.settings.make_solver()  # raises UserError if the options do not go together
     except UserError as error:
         raise UserError(f"--solvers={text}: {error}") from None
     return method
 
 
 def _guidance(network: NetworkSettings) -> tuple[str, float]:
-    """In one form: without guidance its strength has no meaning, and "uncond" is the network as it is."""
+    """Kind and strength; ("none", 0) without guidance, where "uncond" means the plain network."""
     kind, rate = network.guidance_type, network.guidance_rate
     return ("none", 0.0) if kind in (None, "none", "uncond") else (kind, float(rate or 0))
 
 
 def predictor_method(path: str, network: NetworkSettings) -> Method:
-    """The method of a trained predictor, with the settings that it brings along."""
+    """The method of a trained predictor, with the settings that it was trained for."""
     file = find_predictor(path)
     predictor = load_predictor(file)
     settings = settings_of(predictor, Settings(**vars(network)))
@@ -151,7 +156,7 @@ def predictor_method(path: str, network: NetworkSettings) -> Method:
     brought = _guidance(settings)
     if brought != _guidance(network):
         raise UserError(
-            f"{file}: trained under guidance_type {brought[0]}, rate {brought[1]:g}; all methods share one network:"
+            f"{file}: trained with guidance_type {brought[0]}, rate {brought[1]:g}, but all methods share one network:"
             f" give --guidance_type={brought[0]} --guidance_rate={brought[1]:g}, or leave the predictor out"
         )
     return Method(_label(predictor, settings.solver), settings, predictor, file)
@@ -165,17 +170,17 @@ def _label(predictor, solver: str) -> str:
 
 
 def choose_steps(settings: Settings, net, nfe: int) -> tuple[Settings, int]:
-    """(the settings with the number of steps that costs ``nfe`` evaluations, what they really cost).
+    """The settings with the number of steps that costs ``nfe`` evaluations, and their actual cost.
 
-    Where no number of steps costs exactly that: the nearest below, or the cheapest there is. Of several numbers of steps
-    with one cost the largest.
+    If no number of steps costs exactly this, takes the nearest cost below, or else the cheapest. Of
+    several numbers of steps with the same cost, takes the largest.
     """
     best, refusal = None, UserError(f"--nfe={nfe}: {settings.solver} cannot spend so few evaluations")
-    for intervals in range(1, 8 * nfe + 9):  # no rule covers more than a few intervals per evaluation
+    for intervals in range(1, 8 * nfe + 9):  # no solver covers more than a few intervals per evaluation
         candidate = replace(settings, num_steps=intervals + 1)
         try:
             cost = candidate.evaluations(net)
-        except UserError as error:  # a number of steps that this rule or schedule does not take
+        except UserError as error:  # this solver or schedule does not allow the number of steps
             refusal = error
             continue
         if cost <= nfe or best is None:
@@ -196,16 +201,16 @@ def parse_nfe(text: str) -> list[int]:
     try:
         values = sorted({int(part) for part in text.split(",")})
     except ValueError:
-        raise UserError(f"--nfe={text}: write whole numbers like 3,4,5,6,8,10") from None
+        raise UserError(f"--nfe={text}: must be whole numbers like 3,4,5,6,8,10") from None
     if values[0] < 1:
-        raise UserError(f"--nfe={text}: no solver can spend {values[0]} evaluations; choose 1 or more")
+        raise UserError(f"--nfe={text}: must be 1 or more")
     return values
 
 
 def make_methods(options: CompareOptions) -> list[Method]:
-    """All methods that the flags name. Raises UserError where they make no sense; asks no network."""
+    """All methods that the flags name, without calling a network. UserError if they are wrong."""
     if options.network.dataset_name is None:
-        raise UserError("say which network: --dataset_name=digits, cifar10, ... (or custom with --model_path)")
+        raise UserError("no network given: add --dataset_name=digits, cifar10, ... (or custom with --model_path)")
     sigmas = options.sigmas
     if sigmas is not None:
         extra = [
@@ -214,7 +219,7 @@ def make_methods(options: CompareOptions) -> list[Method]:
             if name in options.written
         ]
         if extra:
-            raise UserError(f"--sigmas is the whole schedule and its length the NFE: leave out --{extra[0]}")
+            raise UserError(f"--sigmas sets the whole schedule and the NFE: leave out --{extra[0]}")
         sigmas = check_sigmas(sigmas).tolist()
     common = options.common() | {"sigmas": sigmas, "num_steps": None if sigmas is None else len(sigmas)}
     everywhere = {name: getattr(options, name) for name in ("schedule_type", "schedule_rho", "afs")}
@@ -233,12 +238,12 @@ def make_methods(options: CompareOptions) -> list[Method]:
     for path in dict.fromkeys(split_list(options.predictor_path)):
         methods.append(predictor_method(path, options.network))
     if not methods:
-        raise UserError("nothing to compare: name --solvers or --predictor_path")
+        raise UserError("nothing to compare: give --solvers or --predictor_path")
     return methods
 
 
 def name_schedules(methods: list[Method]) -> list[Method]:
-    """Schedule files go by their names without folder and ending, unless that makes two methods one."""
+    """Shortens the names of schedule files in labels, unless two labels would become equal."""
 
     def short(method: Method) -> str:
         full = f":{SCHEDULE_FILE}={method.schedule}"

@@ -1,4 +1,4 @@
-"""A fair comparison of samplers: images, distances and speed of every job, cached per group of seeds."""
+"""A comparison of samplers: images, distances and speed of every job, cached per group of seeds."""
 
 import hashlib
 import itertools
@@ -17,7 +17,6 @@ from evaluation.fid import choose_detector, find_reference
 from evaluation.frechet import FeatureStatistics, Reference, frechet_distance
 from evaluation.jackknife import Estimate, jackknife
 from models import zoo
-from sampling.flags import changed
 from sampling.folder import format_seeds
 from sampling.generate import Batch, generate_images
 from sampling.settings import Settings, check_network, open_network, recorded_settings
@@ -31,20 +30,27 @@ from torch_utils.errors import UserError
 from torch_utils.files import check_destination
 from torch_utils.images import to_uint8
 from torch_utils.memory import explained_oom
+from torch_utils.options import changed
 from torch_utils.progress import progress_bar
 from torch_utils.version import code_version
 
 REFERENCE_SOLVER = {"solver": "heun", **POLYNOMIAL}
 
 
-# Scores of a row and their headings; less is better for all of them.
+# Scores of a row and their headings. Smaller is better for all.
 SCORES = {"fid": "FID", "pixel": "distance (pixels)", "feature": "distance (features)"}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A method at one number of evaluations. requested: the evaluations asked for that led here; key: of the cache;
-    schedule: the schedule file that the noise levels are from."""
+    """A method at one number of evaluations.
+
+    method, settings: what is sampled.
+    nfe: network evaluations per image.
+    requested: the values of --nfe that led to this job.
+    key: identifies the job in the cache.
+    schedule: file that the noise levels come from. Default None.
+    """
 
     method: Method
     settings: Settings
@@ -64,10 +70,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Protocol:
-    """Which seeds are sampled and how they are grouped.
+    """Which seeds are sampled, and how they are grouped.
 
-    first, num: the seeds first .. first + num - 1, all of which count for the FID. num_reference: of the first so many
-    the distance to the reference solution is taken. shown: so many are pictured.
+    first, num: the seeds are first .. first + num - 1. All count for the FID.
+    groups: number of groups; seed first + i is in group i mod groups.
+    num_reference: the distance to the reference solution uses this many of the first seeds.
+    shown: number of seeds whose images the page shows.
     """
 
     first: int
@@ -83,20 +91,20 @@ class Protocol:
                 f" (--num={2 * self.groups} or more)"
             )
         if self.num_reference > self.num:
-            raise UserError(f"--num_reference={self.num_reference}: there are only --num={self.num} seeds")
+            raise UserError(f"--num_reference={self.num_reference}: must not exceed --num={self.num}")
         if 0 < self.num_reference < self.groups:
             raise UserError(
-                f"--num_reference={self.num_reference}: each of the --groups={self.groups} needs one at least; 0 switches"
-                " the distances off"
+                f"--num_reference={self.num_reference}: each of the --groups={self.groups} needs at least one seed; use"
+                " --num_reference=0 for no distances"
             )
         if self.first + self.num > 1 << 32:
-            raise UserError(f"--seed={self.first}: seeds are below 2^32")
+            raise UserError(f"--seed={self.first}: all seeds must be below 2^32")
 
     def seeds(self, group: int) -> range:
         return range(self.first + group, self.first + self.num, self.groups)
 
     def count(self, group: int, first_seeds: int) -> int:
-        """How many of the first so many seeds belong to a group; they are its first ones."""
+        """How many of the first ``first_seeds`` seeds belong to a group. They come first in it."""
         return len(range(group, first_seeds, self.groups))
 
     def merge(self, parts: list[np.ndarray]) -> np.ndarray:
@@ -108,7 +116,10 @@ class Protocol:
 
 
 def pool_moments(parts: list[tuple[int, np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean [D] and unbiased covariance [D,D] of the union of disjoint sets, from the (count, mean, covariance) of each."""
+    """Mean [D] and unbiased covariance [D,D] of the union of disjoint sets.
+
+    parts: (count, mean, covariance) of each set.
+    """
     total = sum(count for count, _, _ in parts)
     mu = sum(count * mean for count, mean, _ in parts) / total
     scatter = sum((n - 1) * sigma + n * np.outer(mean - mu, mean - mu) for n, mean, sigma in parts)
@@ -116,12 +127,12 @@ def pool_moments(parts: list[tuple[int, np.ndarray, np.ndarray]]) -> tuple[np.nd
 
 
 def without_each_group(parts: list) -> Iterator[list]:
-    """For every group the parts of all others."""
+    """For every group, the parts of all other groups."""
     return (parts[:group] + parts[group + 1 :] for group in range(len(parts)))
 
 
 def difference(row: dict, other: dict, score: str) -> Estimate | None:
-    """The paired difference ``row`` minus ``other`` in a score; None if one of them lacks it."""
+    """The paired difference ``row`` minus ``other`` in a score; None if a row lacks the score."""
     if row[score] is None or other[score] is None:
         return None
     left_out = np.subtract(row[f"{score}_left_out"], other[f"{score}_left_out"])
@@ -129,9 +140,9 @@ def difference(row: dict, other: dict, score: str) -> Estimate | None:
 
 
 def add_differences(rows: list[dict], baseline: str) -> list[dict]:
-    """The rows with their paired differences to the baseline at the same evaluations.
+    """The rows with their paired differences to the baseline at the same number of evaluations.
 
-    baseline: its method's label. The differences are None where the baseline has no such row.
+    baseline: label of its method. If it has no row at an NFE, the differences there are None.
     """
     found = {row["nfe"]: row for row in rows if row["method"] == baseline}
 
@@ -153,7 +164,7 @@ def rms(difference: torch.Tensor) -> np.ndarray:
 
 
 def _visible(images: torch.Tensor) -> torch.Tensor:
-    """What a picture shows of them: float32 within [-1, 1]; few steps may leave that range far behind."""
+    """The images as a picture shows them: float32, clipped to [-1, 1]."""
     return images.float().clamp(-1, 1).cpu()
 
 
@@ -165,15 +176,21 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         return read_npz(path)
     except UserError as exc:
-        raise UserError(f"{path}: a damaged file of the cache ({exc}); delete it and run again") from None
+        raise UserError(f"{path}: damaged cache file ({exc}); delete it and run again") from None
 
 
 class Comparison:
     """The network, the detector, the protocol and the cache of one comparison.
 
-    target: the statistics that FIDs are taken to. prompts: of text-to-image networks, as for ``generate_images``.
-    reference: settings of the converged solution that distances are taken to. record: what every result depends on besides
-    its own settings.
+    net, detector: the network, and the detector of the features.
+    target: reference statistics of the FID.
+    protocol: seeds and groups.
+    options: flags of the run.
+    device: where to compute.
+    prompts: as in ``generate_images``. Default None.
+
+    Attributes: ``reference``, the settings of the converged solution; ``record``, what every result
+    depends on besides its own settings.
     """
 
     def __init__(
@@ -203,15 +220,15 @@ class Comparison:
             "solution": solution if protocol.num_reference else None,
             "detector": detector.digest,
             "target": hashlib.sha256(target.mu.tobytes() + target.sigma.tobytes()).hexdigest(),
-            "intervals": "jackknife",  # the files of before lack what it needs
+            "intervals": "jackknife",  # older files lack its values
         }
         dealt = [protocol.first, protocol.groups, protocol.num_reference]
         self.solution_key = digest_of([solution, dealt, detector.digest])[:16]
 
     def _recorded(self, settings: Settings, predictor_file) -> dict:
-        """What the images of these settings depend on; of the schedule its noise levels only."""
+        """What the images of these settings depend on; of the schedule, only its noise levels."""
         recorded = recorded_settings(settings, self.net, predictor_file, self.options.text, self.options.compute)
-        recorded["class"] = None  # drawn for every seed, as sample.py does without --class
+        recorded["class"] = None  # drawn by the seed, as in sample.py without --class
         return {name: value for name, value in recorded.items() if name not in SCHEDULE_NAMES}
 
     def _ends(self, settings: Settings) -> tuple[float, float]:
@@ -220,15 +237,15 @@ class Comparison:
         return float(sigmas[0]), float(sigmas[-1])
 
     def make_job(self, method: Method, settings: Settings, nfe: int, requested=(), schedule=None) -> Job:
-        """Raises UserError where the method cannot be compared with the others."""
+        """The job. Raises UserError if the method cannot be compared with the others."""
         ends = self._ends(settings)
         if not np.allclose(ends, self.range, rtol=1e-6, atol=0):
             raise UserError(
-                f"'{method.label}' runs from sigma {ends[0]:g} to {ends[1]:g} and the others from {self.range[0]:g} to"
-                f" {self.range[1]:g}: these are different problems; give --sigma_max and --sigma_min, or leave it out"
+                f"'{method.label}' runs from sigma {ends[0]:g} to {ends[1]:g}, the others from {self.range[0]:g} to"
+                f" {self.range[1]:g}: set --sigma_max and --sigma_min for all, or leave the method out"
             )
         check_network(self.net, settings, method.predictor, self.device)
-        recorded = self._recorded(settings, method.predictor_file)  # refuses what the rule is not prepared for
+        recorded = self._recorded(settings, method.predictor_file)  # checks the solver, too
         key = digest_of([recorded, nfe, self.record])[:16]
         return Job(method, settings, nfe, tuple(requested), key, schedule)
 
@@ -246,7 +263,7 @@ class Comparison:
     # Work
 
     def generate(self, label: str, settings: Settings, nfe: int, predictor, seeds) -> Iterator[tuple]:
-        """(Batch, its images as the PNG files of sample.py would have them, uint8 [B,C,H,W], seconds), per batch."""
+        """Samples in batches: (Batch, images [B,C,H,W] uint8 as sample.py writes them, seconds)."""
         batches = generate_images(
             self.net,
             seeds,
@@ -283,21 +300,21 @@ class Comparison:
         return time.perf_counter()
 
     def try_out(self, job: Job) -> None:
-        """One image: what cannot work is said before hours were spent on the rest."""
+        """Samples one image, to fail before hours are spent on the other jobs."""
         for _, images, _ in self.generate(
             job.method.label, job.settings, job.nfe, job.method.predictor, [self.protocol.first]
         ):
             self.detector(images)
 
     def warm_up(self, job: Job) -> None:
-        """A GPU chooses its kernels in the first call of a shape; that is no part of the sampler's speed."""
+        """Samples one batch, since a GPU chooses its kernels in the first call of a shape."""
         if self.device.type == "cuda":
             seeds = self.protocol.seeds(0)[: self.batch]
             for _ in self.generate(job.method.label, job.settings, job.nfe, job.method.predictor, seeds):
                 pass
 
     def solve(self, group: int) -> None:
-        """The reference solution of the group's first seeds: images, float32 in [-1, 1], and their features."""
+        """Stores the reference solution of a group: float32 images in [-1, 1], and features."""
         seeds = self.protocol.seeds(group)[: self.protocol.count(group, self.protocol.num_reference)]
         images, features = [], []
         for result, quantised, _ in self.generate("the reference", self.reference, self.reference_nfe, None, seeds):
@@ -308,7 +325,7 @@ class Comparison:
         )
 
     def measure(self, job: Job, group: int) -> None:
-        """One unit of work: everything that is known of one group of a job, in one file."""
+        """Measures one group of a job and stores the results in one file."""
         protocol, seeds = self.protocol, self.protocol.seeds(group)
         near = 0 if job.stochastic else protocol.count(group, protocol.num_reference)
         shown = protocol.count(group, protocol.shown)
@@ -350,7 +367,7 @@ class Comparison:
         return f"{self.device.type}, {torch.get_num_threads()} threads"
 
     def finish(self, job: Job) -> None:
-        """One file from those of the groups, which then go: the covariances of large detectors take space."""
+        """Joins the files of the groups into one and removes them: covariances are large."""
         groups = range(self.protocol.groups)
         parts = [read_arrays(self.part_file(job, group)) for group in groups]
         moments = [(int(part["count"]), part["mu"], part["sigma"]) for part in parts]
@@ -372,7 +389,7 @@ class Comparison:
     # Results
 
     def row(self, job: Job) -> dict:
-        """A line of the table, from the file of a finished job."""
+        """A row of the table, from the file of a finished job."""
         found, groups = read_arrays(self.result_file(job)), self.protocol.groups
         row = {"method": job.method.label, "nfe": job.nfe, "nfe_requested": list(job.requested)}
         row |= self._score("fid", float(found["fid"]), found["fid_left_out"])
@@ -394,7 +411,7 @@ class Comparison:
 
     @staticmethod
     def _score(name: str, whole: float | None, left_out) -> dict:
-        """One score's fields of a row. left_out [groups]: the score without one group of seeds."""
+        """The fields of one score in a row. left_out [groups]: the score without each group."""
         estimate = None if whole is None else jackknife(whole, left_out)
         return {
             name: whole,
@@ -404,11 +421,11 @@ class Comparison:
         }
 
     def pictures(self, job: Job) -> np.ndarray:
-        """uint8 [N,H,W,C] of the pictured seeds, in their order."""
+        """Images of the seeds that the page shows, uint8 [N,H,W,C]."""
         return read_arrays(self.result_file(job))["pictures"].transpose(0, 2, 3, 1)
 
     def reference_pictures(self) -> np.ndarray | None:
-        """The same seeds solved to convergence, as far as they were."""
+        """The reference solution of the same seeds, as far as it was computed; None: not at all."""
         files = [self.solution_file(group) for group in range(self.protocol.groups)]
         if not self.protocol.num_reference or not all(file.is_file() for file in files):
             return None
@@ -416,7 +433,7 @@ class Comparison:
         return to_uint8(torch.from_numpy(images[: self.protocol.shown]))
 
     def sample_command(self, job: Job) -> str:
-        """The call of sample.py that makes these images."""
+        """The call of sample.py that makes the images of a job."""
         settings = job.settings
         flags = {"dataset_name": settings.dataset_name}
         if job.method.predictor_file is not None:
@@ -430,7 +447,7 @@ class Comparison:
             else:
                 flags |= {name: getattr(settings, name) for name in SCHEDULE_NAMES}
             flags |= {"afs": settings.afs or None, **settings.options}
-            flags |= changed(settings, but=(*flags, *SCHEDULE_NAMES, "sigmas", "sigmas_net", "options"))
+            flags |= changed(settings, but=(*flags, *SCHEDULE_NAMES, "sigmas", "sigmas_cond", "options"))
         flags |= changed(self.options.text) | changed(self.options.compute, but=("channels_last", "device"))
         flags["seeds"] = f"{self.protocol.first}-{self.protocol.first + self.protocol.num - 1}"
         given = (f"--{name}={shlex.quote(_short(value))}" for name, value in flags.items() if value is not None)
@@ -445,22 +462,22 @@ def describe_settings(settings: Settings) -> str:
     """The schedule and options of a job in a few words."""
     if settings.sigmas is not None:
         words = ["sigmas " + ",".join(f"{sigma:g}" for sigma in settings.sigmas)]
-        if settings.sigmas_net is not None:
-            words += ["sigmas_net " + ",".join(f"{sigma:g}" for sigma in settings.sigmas_net)]
+        if settings.sigmas_cond is not None:
+            words += ["sigmas_cond " + ",".join(f"{sigma:g}" for sigma in settings.sigmas_cond)]
     else:
         rho = "" if settings.schedule_type == "logsnr" else f" rho {settings.schedule_rho:g}"
         words = [f"{settings.schedule_type}{rho}, {settings.num_steps - 1} intervals"]
     words += [f"{name}={_short(value)}" for name, value in settings.options.items()]
     words += [f"afs={settings.afs}"] if settings.afs else []
-    others = changed(settings, but=(*SHARED, *SCHEDULE_NAMES, "sigmas_net", "options", "afs"))
+    others = changed(settings, but=(*SHARED, *SCHEDULE_NAMES, "sigmas_cond", "options", "afs"))
     words += [name if value is True else f"{name}={_short(value)}" for name, value in others.items()]
     return ", ".join(words)
 
 
 def make_jobs(comparison: Comparison, methods: list[Method], nfes: list[int]) -> list[Job]:
-    """Every method at every number of evaluations that it can spend, each once.
+    """Every method at every number of evaluations that it can spend, without repetitions.
 
-    Of "all" solvers those are left out, with a word, that this network or this machine is not prepared for.
+    Of --solvers=all, those that do not work with this network or machine are left out, with a note.
     """
     jobs: dict[str, Job] = {}
     refusal = None
@@ -482,14 +499,13 @@ def make_jobs(comparison: Comparison, methods: list[Method], nfes: list[int]) ->
 
 
 def _scheduled_jobs(comparison: Comparison, method: Method, nfes: list[int]) -> list[Job]:
-    """A job for every schedule file of a method, at the evaluations that the file takes; files of a pattern that are not
-    there are skipped, with a word."""
+    """A job per schedule file of a method. Missing files of a pattern are skipped, with a note."""
     files = {method.schedule: None}
     if NFE_MARK in method.schedule:
         files = {method.schedule.replace(NFE_MARK, str(nfe)): nfe for nfe in nfes}
         missing = [nfe for file, nfe in files.items() if not Path(file).is_file()]
         if len(missing) == len(files):
-            raise UserError(f"'{method.label}': there is no schedule file {' or '.join(files)}")
+            raise UserError(f"'{method.label}': no schedule file {' or '.join(files)}")
         if missing:
             skipped = ",".join(map(str, missing))
             distributed.print0(f"{method.label}: no schedule file for NFE {skipped}, skipped", file=sys.stderr)
@@ -499,7 +515,8 @@ def _scheduled_jobs(comparison: Comparison, method: Method, nfes: list[int]) -> 
         schedule = load_schedule(file)
         settings = method.settings
         warnings |= dict.fromkeys(schedule.warnings(comparison.net, settings.solver, settings.afs))
-        levels = {"sigmas": schedule.sigmas, "sigmas_net": schedule.sigmas_net, "num_steps": len(schedule.sigmas)}
+        levels = {"sigmas": schedule.sigmas, "sigmas_cond": schedule.sigmas_cond, "num_steps": len(schedule.sigmas)}
+        levels["options"] = {**schedule.own_options(settings.solver), **settings.options}
         settings = replace(settings, **levels)
         spent = _spent(comparison, method, settings)
         requested = (spent,) if nfe is None and spent in nfes else (nfe,) if nfe is not None else ()
@@ -512,7 +529,7 @@ def _scheduled_jobs(comparison: Comparison, method: Method, nfes: list[int]) -> 
 def _spent(comparison: Comparison, method: Method, settings: Settings) -> int:
     spent = settings.evaluations(comparison.net, method.predictor)
     if spent < 1:
-        raise UserError(f"'{method.label}' would spend no evaluation at all: give it more noise levels")
+        raise UserError(f"'{method.label}' would not evaluate the network: give it more noise levels")
     return spent
 
 
@@ -526,7 +543,7 @@ def _jobs_of(comparison: Comparison, method: Method, nfes: list[int]) -> list[Jo
 
 
 def _distinguish(jobs: list[Job]) -> list[Job]:
-    """Two predictors of one kind and cost are told apart by their folders, or else by as much of their paths as it takes."""
+    """Adds the folder, or more of the path, to the labels of predictors that would be equal."""
     names = (lambda file: file.parent.name, lambda file: f"{file.parent.name}/{file.name}", str)
     kinds = [job.method.label for job in jobs]
     for name in names:
@@ -539,7 +556,10 @@ def _distinguish(jobs: list[Job]) -> list[Job]:
 
 
 def share_out(costs: list[float], processes: int) -> list[list[int]]:
-    """Indices of the pieces of work for each process: the largest first, each to who has the least so far."""
+    """Indices of the pieces of work for each process.
+
+    Takes the pieces by decreasing cost; each goes to the process with the least work so far.
+    """
     loads, shares = [0.0] * processes, [[] for _ in range(processes)]
     for index in sorted(range(len(costs)), key=lambda i: -costs[i]):
         least = loads.index(min(loads))
@@ -549,7 +569,7 @@ def share_out(costs: list[float], processes: int) -> list[list[int]]:
 
 
 def prepare(options: CompareOptions, device: torch.device) -> tuple[Comparison, list[Job]]:
-    """Everything that can be wrong is found here, before anything is written."""
+    """The comparison and its jobs. Finds all mistakes before anything is written."""
     if options.num_reference is None:
         options = replace(options, num_reference=min(256, options.num))
     protocol = Protocol(options.seed, options.num, options.groups, options.num_reference)
@@ -570,7 +590,7 @@ def prepare(options: CompareOptions, device: torch.device) -> tuple[Comparison, 
     options.text.prepare(net, options.network.dataset_name, prompts)
     target = find_reference(options.reference_name)
     detector = choose_detector(options.detector, target, device, options.trust)
-    # As many columns as fit beside each other; fewer of large images, which the page carries along.
+    # As many columns as fit side by side; fewer of large images, which the page embeds.
     protocol = replace(protocol, shown=min(protocol.num, 16, max(4, 2**16 // net.img_resolution**2)))
     comparison = Comparison(net, detector, target, protocol, options, device, prompts)
     jobs = make_jobs(comparison, methods, nfes)
@@ -581,9 +601,9 @@ def prepare(options: CompareOptions, device: torch.device) -> tuple[Comparison, 
 
 
 def compute(comparison: Comparison, jobs: list[Job]) -> int:
-    """Does what the cache lacks, shared over the processes; returns how many jobs that were."""
+    """Computes what the cache lacks, shared by the processes. Returns the number of jobs."""
     rank, processes, groups = distributed.rank(), distributed.world_size(), range(comparison.protocol.groups)
-    # One process looks, since files appear while the others would.
+    # Only one process looks, since files may appear between the looks of several.
     pending = [not comparison.result_file(job).is_file() for job in jobs]
     pending = [job for job, missing in zip(jobs, distributed.broadcast_object(pending), strict=True) if missing]
     units = [(job, group) for job, group in itertools.product(pending, groups)]

@@ -1,11 +1,11 @@
 """Makes a dataset zip in EDM's layout: 00000/img00000000.png, ..., and the labels in dataset.json, all uncompressed.
 
-Example: python tools/dataset_tool.py --source=mnist_train.npz --dest=datasets/mnist-train.zip --resolution=32
-         --transform=pad
+Example: python tools/dataset_tool.py --source=mnist_train.npz --dest=datasets/mnist-train.zip
+         --resolution=32 --transform=pad
 
-Labels are those of the source's dataset.json; without one, folders of the first level (cat/, dog/) are the classes, in
-the order of their names, which are then written to dataset.json as "class_names". docs/images.md tells which files
-count and how they are read.
+Labels are those of the source's dataset.json; without one, folders of the first level (cat/, dog/)
+are the classes, in the order of their names, which are then written to dataset.json as
+"class_names". docs/images.md tells which files count and how they are read.
 """
 
 import io
@@ -49,7 +49,9 @@ def parse_resolution(text: str | None) -> tuple[int, int] | None:
 
 
 class ArraySource:
-    """The images [N,H,W] or [N,H,W,C], uint8, and integer labels [N] of an npz file, read like an ImageSource."""
+    """The images [N,H,W] or [N,H,W,C], uint8, and integer labels [N] of an npz file, read like an
+    ImageSource.
+    """
 
     def __init__(self, path: Path):
         self.path = path
@@ -102,7 +104,8 @@ def open_source(path: str | Path) -> ArraySource | ImageSource:
 def find_labels(source: ArraySource | ImageSource, renumber: bool) -> tuple[list[int] | None, list[str] | None]:
     """The label of each image and the names of the classes, as far as there are any; says where they come from.
 
-    renumber: number the labels 0, 1, 2, ... in their order; the old ones become the names of classes that have none.
+    renumber: number the labels 0, 1, 2, ... in their order; the old ones become the names of
+        classes that have none.
     """
     labels, names = source.labels, source.class_names
     if labels is None and isinstance(source, ImageSource) and (found := source.class_folders()) is not None:
@@ -126,9 +129,9 @@ def find_labels(source: ArraySource | ImageSource, renumber: bool) -> tuple[list
 def make_transform(kind: str, size: tuple[int, int] | None) -> Callable[[np.ndarray, str], np.ndarray]:
     """uint8 [H,W,C] -> uint8 [H',W',C] with (W', H') = size.
 
-    none         the image must have that size already
-    pad          zeros all round (an odd remainder goes right and below); the image must not be larger
-    center-crop  the largest centred part of the right shape, resized with a Lanczos filter
+    none         the image must have that size already pad          zeros all round (an odd
+    remainder goes right and below); the image must not be larger center-crop  the largest centred
+    part of the right shape, resized with a Lanczos filter
     """
     if kind != "none" and size is None:
         raise UserError(f"--transform={kind} needs --resolution")

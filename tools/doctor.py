@@ -30,7 +30,7 @@ LOW_DISK_GIB = 2
 VARIABLES = ("AMED_CACHE", "AMED_OFFLINE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 Finding = tuple[str, str]
 
-# Images of seeds 0-3 by iPNDM (order 4) with 6 time stamps: means of the quadrants (rows of an image, then columns) over
+# Images of seeds 0-3 by iPNDM (order 4) with 6 time steps: means of the quadrants (rows of an image, then columns) over
 # the channels, in [-1, 1]. From a run in float32 on a CPU; tests/test_doctor.py computes them with loops of its own.
 PROBE = {"solver": "ipndm", "num_steps": 6, "max_order": 4}
 EXPECTED = {

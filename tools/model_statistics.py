@@ -3,8 +3,9 @@
     python -m tools.model_statistics --dataset_name=digits
     python sample.py --dataset_name=digits --solver=dpm_v3 --schedule_type=logsnr --num_steps=6
 
-No images are needed: the network is asked at states on its own trajectories from noise. Per node and sample this costs
-five evaluations, on digits with the default numbers a minute or two of one CPU core.
+No images are needed: the network is asked at states on its own trajectories from noise. Per node
+and sample this costs five evaluations, on digits with the default numbers a minute or two of one
+CPU core.
 """
 
 import math
@@ -20,6 +21,7 @@ if not __package__:  # run as a file: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import create_model
+from models.denoiser import member
 from models.inputs import draw_condition, draw_noise
 from solvers import get_schedule, sample
 from solvers.dpm_solver_v3 import Statistics, guidance_rate, node_slopes, save_statistics, statistics_path
@@ -39,8 +41,9 @@ MAX_S = 2.0  # f grows or decays like a power of sigma between -2 and 2 in the l
 class Derivative:
     """Directional derivatives of D(x; sigma), by forward-mode differentiation or central differences.
 
-    kind: forward; finite; auto: forward on a GPU if the network supports it, else finite. (On a CPU, forward mode takes
-    about four times as long as the two evaluations of a central difference.) ``used`` says which one it came to.
+    kind: forward; finite; auto: forward on a GPU if the network supports it, else finite. (On a
+    CPU, forward mode takes about four times as long as the two evaluations of a central
+    difference.) ``used`` says which one it came to.
     """
 
     def __init__(self, net, kind: str, device_type: str):
@@ -48,7 +51,9 @@ class Derivative:
         self.used = "finite" if kind == "auto" and device_type != "cuda" else kind
 
     def __call__(self, x, sigma, x_tangent, sigma_tangent, cond):
-        """d/dh D(x + h x_tangent; sigma + h sigma_tangent) at h = 0. The tangents are of the size of the noise, sigma."""
+        """d/dh D(x + h x_tangent; sigma + h sigma_tangent) at h = 0. The tangents are of the size
+        of the noise, sigma.
+        """
 
         def denoise(x, sigma):
             return self.net(x, sigma, **cond)
@@ -72,7 +77,9 @@ class Derivative:
 
 
 class Moments:
-    """Mean and scatter over the samples of several quantities per pixel, in float64, batch by batch."""
+    """Mean and scatter over the samples of several quantities per pixel, in float64, batch by
+    batch.
+    """
 
     def __init__(self):
         self.count, self.mean, self.scatter = 0, 0.0, 0.0
@@ -93,8 +100,9 @@ class Moments:
 def regress(l, slope, mean, covariance, sigma: float, shrink: float):  # noqa: E741 (the paper's letter)
     """(s, b) of the best line df/dlambda = s f + b per pixel.
 
-    l, slope: [C,H,W], l and dl/dlambda; mean [3,C,H,W], covariance [3,3,C,H,W]: of x, D and dD/dlambda. With N = x - D and
-    dx/dlambda = -N, f = (1 - l) x - D and df/dlambda = -(1 - l) N - dD/dlambda - x dl/dlambda.
+    l, slope: [C,H,W], l and dl/dlambda; mean [3,C,H,W], covariance [3,3,C,H,W]: of x, D and
+    dD/dlambda. With N = x - D and dx/dlambda = -N, f = (1 - l) x - D and df/dlambda = -(1 - l) N -
+    dD/dlambda - x dl/dlambda.
 
     s is drawn towards zero where f varies less than in most pixels (``shrink`` of the mean variance
     is added to its own), or hardly at all. There, few samples say nothing about s, and exp(int s)
@@ -127,8 +135,9 @@ def estimate_statistics(
 ) -> Statistics:
     """The statistics of a denoiser at ``nodes`` noise levels over its whole range, equidistant in ln sigma.
 
-    samples: trajectories from noise, by DPM-Solver++ of order 2 over the nodes. Every one has a Rademacher probe v of
-    its own, the same at all nodes, so that the error of l is smooth over them: l is the mean of 1 - v (dD/dx v).
+    samples: trajectories from noise, by DPM-Solver++ of order 2 over the nodes. Every one has a
+    Rademacher probe v of its own, the same at all nodes, so that the error of l is smooth over
+    them: l is the mean of 1 - v (dD/dx v).
 
     Raises UserError where ``derivatives`` is forward and the network does not support it.
     """
@@ -166,8 +175,8 @@ def estimate_statistics(
         for i, of in enumerate(moments)
     ]
     metadata = {
-        "network_hash": getattr(net, "weights_hash", None),
-        "dataset_name": getattr(net, "dataset_name", None),
+        "network_hash": member(net, "weights_hash"),
+        "dataset_name": member(net, "dataset_name"),
         "guidance_rate": guidance_rate(net),
         "nodes": nodes,
         "samples": samples,
@@ -206,8 +215,9 @@ def main(
 ):
     """Estimate the model statistics of the solver dpm_v3, from noise and the network alone.
 
-    Costs about five evaluations of the network per node and sample: on digits with the defaults a minute or two on one
-    CPU core. The paper has 120 or more nodes and 1024 or more samples, which a large network deserves on a GPU.
+    Costs about five evaluations of the network per node and sample: on digits with the defaults a
+    minute or two on one CPU core. The paper has 120 or more nodes and 1024 or more samples, which a
+    large network deserves on a GPU.
     """
     device = distributed.pick_device(device)
     if dest is not None and Path(dest).suffix != ".safetensors":

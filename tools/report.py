@@ -1,4 +1,4 @@
-"""What compare.py writes: results.csv, results.json, results.md (for a README) and one self-contained page, index.html."""
+"""The results of compare.py: results.csv, results.json, results.md, and a page, index.html."""
 
 import base64
 import csv
@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 
 from evaluation.jackknife import CONFIDENCE
-from sampling.flags import recorded
 from tools.compare_run import SCORES, Comparison, Job, add_differences, describe_settings, difference
 from torch_utils.errors import MissingExtra
 from torch_utils.files import atomic_path
 from torch_utils.images import image_grid
+from torch_utils.options import recorded
 from torch_utils.plots import new_figure
 
 DIGITS = {"fid": 2, "pixel": 4, "feature": 4}
@@ -39,7 +39,7 @@ STYLE = """body{font:15px sans-serif;margin:2em;max-width:1600px}table{border-co
 td,th{border:1px solid #ccc;padding:3px 8px;text-align:left;vertical-align:middle}th{background:#eee}
 #results th{cursor:pointer}#results td{white-space:nowrap}code{font-size:12px}
 img.strip{image-rendering:pixelated;display:block}img.plot{max-width:48%}small{color:#555}"""
-# Sorts by the column that is clicked, the other way round the second time; empty cells stay at the end.
+# Sorts by the clicked column, in reverse order on the second click. Empty cells stay at the end.
 SCRIPT = """document.querySelectorAll('#results th').forEach((head, column) => head.addEventListener('click', () => {
 const body = document.querySelector('#results tbody'), up = head.dataset.up = head.dataset.up === '1' ? '0' : '1';
 const value = row => row.cells[column].dataset.value, number = text => text !== '' && !isNaN(text);
@@ -84,57 +84,59 @@ def make_facts(comparison: Comparison, command: str) -> dict:
 
 
 def make_notes(comparison: Comparison, rows: list[dict]) -> list[str]:
-    """What the numbers mean, and what they do not."""
+    """What the numbers mean, and their limits."""
     protocol, detector = comparison.protocol, comparison.detector
     share, baseline = round(100 * CONFIDENCE), comparison.options.baseline
     notes = [
-        "NFE: network evaluations per image really spent. Where a method cannot spend what was asked for, it has the row"
-        " of the nearest number below (or of its least).",
-        f"FID: of all {protocol.num} images to the reference statistics, in the features of '{detector.name}'"
+        "NFE: network evaluations spent per image. A method that cannot spend the requested number has the row of the"
+        " nearest number below, or of its smallest.",
+        f"FID: all {protocol.num} images against the reference statistics, features of '{detector.name}'"
         + ("." if detector.name == "inception" else "; not comparable with Inception FIDs."),
-        f"±: half the {share}% confidence interval, Student's t with {protocol.groups - 1} degrees of freedom times the"
-        f" standard error of the jackknife, which computes each score without one of the {protocol.groups} groups of seeds"
-        " at a time. It tells the chance of the seeds, not the bias of the FID.",
-        "Bold: better than every other method at the same NFE, by more than the interval of the paired difference."
+        f"±: half the {share}% confidence interval: Student's t with {protocol.groups - 1} degrees of freedom times the"
+        f" standard error of the jackknife, which leaves out one of the {protocol.groups} groups of seeds at a time. It"
+        " covers the choice of the seeds, not the bias of the FID.",
+        "Bold: better than every other method at the same NFE by more than the interval of the paired difference."
         + (
-            f" Differences to '{baseline}': row minus baseline at the same NFE and seeds; negative is better, bold if the"
-            " whole interval is below zero. The jackknife's estimate of the bias is subtracted, so they may differ a little"
+            f" Differences to '{baseline}': row minus baseline at the same NFE and seeds. Negative is better, bold if the"
+            " whole interval is below zero. The jackknife's estimate of the bias is subtracted, so they may differ slightly"
             " from the difference of two cells."
             if baseline
             else ""
         ),
-        "Images/s: images divided by the time of their generation alone, per process; "
+        "Images/s: images per second of sampling, per process; "
         + " | ".join(dict.fromkeys(row["timed_on"] for row in rows))
         + ".",
     ]
     if protocol.num_reference:
         notes.append(
             f"Distance: mean over the first {protocol.num_reference} seeds of the root mean square difference to the"
-            " reference solution from the same noise; in pixels (images clipped to [-1, 1], not rounded) and in the"
-            " detector's features (of the 8-bit images). Methods that draw noise have none."
+            " reference solution from the same noise, in pixels (images clipped to [-1, 1], not rounded) and in the"
+            " detector's features (of the 8-bit images). Stochastic methods do not have one."
         )
     if protocol.num <= detector.feature_dim:
         notes.append(
-            f"{protocol.num} images for {detector.feature_dim} features: all FIDs are far too large, and their intervals"
-            " and differences rough."
+            f"{protocol.num} images for {detector.feature_dim} features: all FIDs are far too large; their intervals and"
+            " differences are rough."
         )
     elif protocol.num < 10_000:
-        notes.append(f"FID of {protocol.num} images is biased upwards; compare it only with FIDs of as many images.")
+        notes.append(
+            f"The FID of {protocol.num} images is biased upwards; compare it only with FIDs of the same number of images."
+        )
     versions = list(dict.fromkeys(row["code"] for row in rows))
     if versions != [comparison.code]:
         notes.append(
-            f"Some rows were computed by other versions of the code ({', '.join(versions)}; now {comparison.code}): delete"
-            " their files in the folder cache and run again to have all from one."
+            f"Some rows were computed by other versions of the code ({', '.join(versions)}; now {comparison.code}). To"
+            " compute all rows with one version, delete their files in the folder cache and run again."
         )
     return notes
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Tables
 
 
 def with_interval(row: dict, score: str, digits: int | None = None, sign: str = "") -> str:
-    """ "1.234 ± 0.056", empty where there is no such score."""
+    """The text "1.234 ± 0.056"; empty without such a score."""
     if row[score] is None:
         return ""
     digits = DIGITS[score.removesuffix("_difference")] if digits is None else digits
@@ -147,13 +149,13 @@ def beats_baseline(row: dict, score: str) -> bool:
 
 
 def beats_all(row: dict, rows: list[dict], score: str) -> bool:
-    """Whether a row beats every other one at the same NFE by more than the paired interval."""
+    """Whether a row beats all others at the same NFE by more than the paired interval."""
     others = [r for r in rows if r["nfe"] == row["nfe"] and r is not row and r[score] is not None]
     return bool(others) and all(difference(row, other, score).below_zero for other in others)
 
 
 def csv_text(rows: list[dict]) -> str:
-    """One line per row, all its fields; lists are joined by spaces, nothing stands for None."""
+    """One line per row with all its fields. Lists are joined by spaces; None is empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -163,7 +165,7 @@ def csv_text(rows: list[dict]) -> str:
 
 
 def pivot(rows: list[dict], score: str, cell: Callable[[dict], str]) -> str:
-    """Markdown table, a line per method and a column per NFE, of the rows that have the score."""
+    """Markdown table of a score: a line per method, a column per NFE."""
     rows = [row for row in rows if row[score] is not None]
     nfes = sorted({row["nfe"] for row in rows})
     found = {(row["method"], row["nfe"]): row for row in rows}
@@ -199,7 +201,7 @@ def markdown_text(rows: list[dict], facts: dict, notes: list[str]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The page
 
 
@@ -210,7 +212,7 @@ def embed(png: bytes, alt: str, kind: str, width: int | None = None) -> str:
 
 
 def strip(images: np.ndarray, alt: str) -> str:
-    """uint8 [N,H,W,C] -> an <img> of all beside each other; small images are shown larger."""
+    """uint8 [N,H,W,C] -> an <img> of all images side by side; small images are enlarged."""
     row = image_grid(images, columns=len(images))
     buffer = io.BytesIO()
     Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row).save(buffer, format="PNG", optimize=True)
@@ -218,7 +220,7 @@ def strip(images: np.ndarray, alt: str) -> str:
 
 
 def plot(rows: list[dict], score: str) -> bytes:
-    """PNG of a score over the evaluations, a line per method, with its intervals. Raises MissingExtra."""
+    """PNG of a score over NFE, one line with intervals per method. Raises MissingExtra."""
     figure = new_figure("a plot", figsize=(8, 5.5), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     for index, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
@@ -229,7 +231,7 @@ def plot(rows: list[dict], score: str) -> bytes:
             x, y, interval = zip(*points, strict=True)
             style = {"color": f"C{index % 10}", "marker": "osv^D*"[index // 10 % 6], "linestyle": "-:"[index // 10 % 2]}
             axes.errorbar(x, y, yerr=interval, label=method, capsize=2, markersize=4, linewidth=1.2, **style)
-    if any(row[score] for row in rows):  # a distance may be zero everywhere: that of the reference itself
+    if any(row[score] for row in rows):  # the distance of the reference solution to itself is zero everywhere
         axes.set_yscale("log")
     axes.set_xticks(sorted({row["nfe"] for row in rows}))
     axes.set_xlabel("network evaluations per image")
@@ -242,7 +244,7 @@ def plot(rows: list[dict], score: str) -> bytes:
 
 
 def plots_html(rows: list[dict]) -> str:
-    """The plots as <img>, or a sentence that says why there are none; that is printed as well, if it is a failure."""
+    """The plots as <img>, or a sentence that says why they are missing (a failure is printed)."""
     try:
         drawn = [
             embed(plot(rows, score), f"{title} over NFE", "plot")
@@ -251,7 +253,7 @@ def plots_html(rows: list[dict]) -> str:
         ]
     except MissingExtra as error:
         return f"<p>No plots: {html.escape(str(error))}</p>"
-    except Exception as error:  # whatever matplotlib finds wrong with its fonts, its cache or its settings
+    except Exception as error:  # matplotlib may fail because of its fonts, cache or settings
         reason = " ".join(f"matplotlib failed ({type(error).__name__}: {error})".split())
         print(f"Warning: no plots in the page: {reason}", file=sys.stderr, flush=True)
         return f"<p>No plots: {html.escape(reason)}</p>"
@@ -259,7 +261,7 @@ def plots_html(rows: list[dict]) -> str:
 
 
 def table_html(rows: list[dict], baseline: str | None = None) -> str:
-    """The table of the page. baseline: label of the method that the differences are taken to."""
+    """The table of the page. baseline: label of the method that differences refer to."""
     columns = dict(COLUMNS)
     if baseline is not None:
         columns = {}
@@ -291,7 +293,7 @@ def table_html(rows: list[dict], baseline: str | None = None) -> str:
 
 
 def pictures_html(comparison: Comparison, jobs: list[Job], rows: list[dict]) -> str:
-    """For every number of evaluations the same seeds, one method below the other, the reference solution first."""
+    """For every NFE the same seeds, one method per row, the reference solution first."""
     solution = comparison.reference_pictures()
     parts = []
     for nfe in sorted({job.nfe for job in jobs}):
@@ -308,7 +310,7 @@ def pictures_html(comparison: Comparison, jobs: list[Job], rows: list[dict]) -> 
 
 
 def page(rows: list[dict], facts: dict, notes: list[str], plots: str, pictures: str) -> str:
-    """The whole page; it asks for nothing outside itself."""
+    """The whole page, without links to other files."""
     about = "".join(
         f"<tr><th>{html.escape(k)}</th><td><code>{html.escape(str(v))}</code></td></tr>" for k, v in facts.items()
     )
@@ -324,7 +326,7 @@ def page(rows: list[dict], facts: dict, notes: list[str], plots: str, pictures: 
 {plots}
 <h2>The same seeds side by side</h2>
 {pictures}
-<h2>To repeat this</h2>
+<h2>How to repeat this comparison</h2>
 <table>{about}</table>
 <script>{SCRIPT}</script>
 </body></html>
@@ -332,7 +334,7 @@ def page(rows: list[dict], facts: dict, notes: list[str], plots: str, pictures: 
 
 
 def write_report(comparison: Comparison, jobs: list[Job], command: str) -> str:
-    """Writes the four files into the comparison's folder; returns the text of results.md."""
+    """Writes the four files into the folder of the comparison. Returns the text of results.md."""
     rows = [comparison.row(job) for job in jobs]
     if comparison.options.baseline is not None:
         rows = add_differences(rows, comparison.options.baseline)
@@ -341,9 +343,9 @@ def write_report(comparison: Comparison, jobs: list[Job], command: str) -> str:
 
     def write(name: str, text: str) -> None:
         with atomic_path(comparison.folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files may not be UTF-8
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may not be UTF-8
 
-    # The tables first: they are there whatever happens to the plots.
+    # The tables first, so that they exist even if the plots fail.
     write("results.csv", csv_text(rows))
     write("results.json", json.dumps({"facts": facts, "notes": notes, "rows": rows}, indent=2) + "\n")
     write("results.md", markdown)

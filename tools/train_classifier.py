@@ -1,6 +1,7 @@
 """Trains a small classifier whose pooled features serve as a detector for the Fréchet distance.
 
-The embedded one: python tools/train_classifier.py --data=datasets/mnist-train.zip --test=datasets/mnist-test.zip
+The embedded one: python tools/train_classifier.py --data=datasets/mnist-train.zip
+                  --test=datasets/mnist-test.zip
                   --dest=models/pretrained/digits-features.safetensors
 """
 
@@ -35,7 +36,9 @@ def load_labelled(path: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def augment(images: torch.Tensor, shift: int, flip: bool) -> torch.Tensor:
-    """Each image moved by up to ``shift`` pixels each way (zeros come in); half of them mirrored if ``flip``."""
+    """Each image moved by up to ``shift`` pixels each way (zeros come in); half of them mirrored if
+    ``flip``.
+    """
     batch, _, height, width = images.shape
     padded = F.pad(images, [shift] * 4)
     rows = torch.randint(2 * shift + 1, [batch, 1]) + torch.arange(height)

@@ -30,6 +30,7 @@ import torch
 from click.core import ParameterSource
 from torch.nn.parallel import DistributedDataParallel
 
+from models.denoiser import rms_of_extra
 from models.edm import EDMDenoiser, load_edm_network, save_edm_safetensors
 from models.edm_unet import count_parameters
 from models.inputs import draw_inputs
@@ -75,10 +76,12 @@ ARCHITECTURES = {
 }
 
 
-def edm_loss(net, images, labels, generator, p_mean, p_std, sigma_data, levels=None):
+def edm_loss(net, images, labels, generator, p_mean, p_std, sigma_data, levels=None, extra_dims=None):
     """EDM's weighted denoising loss (eq. 8 and Table 1), per element [B,C,H,W]; ln sigma ~ N(p_mean, p_std^2).
 
     levels: noise levels of which one is drawn for each image instead, all with the same probability.
+    extra_dims: extra dimensions D of PFGM++; the noise is then Student-t with D degrees of freedom.
+        Default None, Gaussian noise.
     """
     shape = [images.shape[0], 1, 1, 1]
     if levels is None:
@@ -86,7 +89,10 @@ def edm_loss(net, images, labels, generator, p_mean, p_std, sigma_data, levels=N
     else:
         drawn = torch.randint(len(levels), shape, generator=generator)
         sigma = torch.tensor(levels, dtype=torch.float32)[drawn].to(images.device)
-    noise = torch.randn(images.shape, generator=generator).to(images.device) * sigma
+    noise = torch.randn(images.shape, generator=generator)
+    if extra_dims is not None:
+        noise = noise / rms_of_extra(torch.randn(len(images), extra_dims, generator=generator))
+    noise = noise.to(images.device) * sigma
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
     return weight * (net(images + noise, sigma, class_labels=labels) - images) ** 2
 
@@ -216,9 +222,9 @@ def evaluated_levels(net, schedule: Schedule) -> tuple[float, ...]:
     net: on the CPU.
     Raises UserError where the schedule cannot be used with this network, or not be trained on.
     """
-    if schedule.sigmas_net is not None:
+    if schedule.sigmas_cond is not None:
         raise UserError(
-            "its network is told other noise levels (sigmas_net) than there are: it cannot be trained on them"
+            "its network is told other noise levels (sigmas_cond) than there are: it cannot be trained on them"
         )
     asked = []
     handle = net.register_forward_pre_hook(lambda module, arguments: asked.append(float(arguments[1])))
@@ -308,7 +314,7 @@ class DenoiserTrainer(BaseTrainer):
         images, labels = self.batches.get(self.iteration, generator, self.device)
         self.optimizer.zero_grad(set_to_none=True)
         sigma_data, levels = self.net.sigma_data, self.levels
-        loss = edm_loss(self._ddp, images, labels, generator, p_mean, p_std, sigma_data, levels).mean()
+        loss = edm_loss(self._ddp, images, labels, generator, p_mean, p_std, sigma_data, levels, self.net.D).mean()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         mean_loss = self._agreed(loss.detach(), norm)
@@ -529,13 +535,20 @@ def parse_ints(text, option):
 @click.option("--channels_last", type=bool, default=True, show_default=True)
 @click.option("--xflip", type=bool, default=False, help="Random horizontal flips", show_default=True)
 @click.option("--cond", type=bool, default=False, help="Class-conditional", show_default=True)
+@click.option(
+    "--extra_dims",
+    type=click.IntRange(0, 1 << 20),
+    default=0,
+    help="Extra dimensions D of PFGM++; 0 = EDM's Gaussian noise",
+    show_default=True,
+)
 @click.option("--seed", type=SEED, default=0, show_default=True)
 @click.option("--snap", type=Number(0), default=100, help="kimg between snapshots, 0 = end", show_default=True)
 @click.option("--grid", type=bool, default=True, help="Sample a grid at each snapshot", show_default=True)
 @click.option("--resume", type=bool, default=False, help="Continue the run in --outdir", show_default=True)
 @click.option("--device", default=None, help="cpu, cuda, mps; default: the best there is")
 @click.pass_context
-def main(ctx, arch, model_channels, channel_mult, num_blocks, attn, dropout, device, **options):
+def main(ctx, arch, model_channels, channel_mult, num_blocks, attn, dropout, extra_dims, device, **options):
     """Train a small EDM denoiser on a zip or folder of images, or fine-tune one (--init), also for the few noise levels
     of a schedule (--schedule)."""
     net_config = {
@@ -554,6 +567,8 @@ def main(ctx, arch, model_channels, channel_mult, num_blocks, attn, dropout, dev
             if name in given:
                 raise UserError(f"--init brings its architecture: leave out --{name}")
         net_config = {"dropout": dropout} if "dropout" in given else {}
+    if extra_dims or "extra_dims" in given:
+        net_config |= {"pfgmpp": extra_dims > 0, "D": max(extra_dims, 1)}
     if options["schedule"] is not None:
         for name in ("p_mean", "p_std"):
             if name in given:

@@ -6,7 +6,7 @@ from dataclasses import MISSING, fields
 
 from torch_utils.errors import UserError, brief
 
-MOST_STEPS = 1000  # time stamps, or calls of the network in a trajectory; few-step solvers have about ten
+MOST_STEPS = 1000  # time steps, or calls of the network in a trajectory; few-step solvers have about ten
 
 
 def fits(value, kind) -> bool:

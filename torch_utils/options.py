@@ -1,30 +1,37 @@
 """Options declared once: the field of a dataclass makes the flag, its help text and the check of its value.
 
-    @dataclass
+    @dataclass(frozen=True, kw_only=True)
     class Options:
-        batch: int = option(512, "Samples per iteration", click.IntRange(min=1))
-        amp: str = option("none", "Autocast of the network", ("none", "bf16"))
+        text: TextOptions = part()
+        batch: int = flag("Images per network call", 64, click.IntRange(min=1))
+        amp: str = flag("Autocast of the network", "none", ("none", "bf16"), record=ALWAYS)
 
     @click.command(cls=Command)
     @flags(Options)
-    def main(**values): ...
+    @click.pass_context
+    def main(ctx, **values):
+        options = read_flags(Options, values, given_flags(ctx))
 
     check_options(Options(batch=0))  # UserError: batch=0 must be a whole number of at least 1
 
 A subclass that only changes a default writes ``batch: int = 32``; help text and type are inherited.
-Fields without ``option`` are not flags.
+Fields without ``flag`` are not flags.
 """
 
 import typing
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from types import NoneType
 
 import click
+from click.core import ParameterSource
 
 from torch_utils.cli import PATH, Number
 from torch_utils.errors import UserError
 from torch_utils.kinds import check_kinds, fits, kinds_of
 
-_KEY = "option"
+REQUIRED = MISSING
+ALWAYS, CHANGED = "always", "changed"
 POSITIVE = Number(0, min_open=True)
 COUNT = click.IntRange(min=1)
 
@@ -62,28 +69,75 @@ class Flag:
     """What a field says about its flag.
 
     help: text for the user.
-    type: click type, which also checks the value; None: the annotation of the field, bool or str.
+    kind: click type, which also checks the value; None: the annotation of the field, bool or str.
+    called: its name on the command line and in records; None: that of the field.
     aliases: further names on the command line.
     changeable: whether a run that is continued may have another value.
+    record: whether the value is in the record of a run: ALWAYS, or if it is not the default (CHANGED).
+    record_as: function from the value to what the record has.
     more: further arguments of ``click.option``.
     """
 
     help: str
-    type: click.ParamType | None
-    aliases: tuple[str, ...]
-    changeable: bool
-    more: dict
+    kind: click.ParamType | None = None
+    called: str | None = None
+    aliases: tuple[str, ...] = ()
+    changeable: bool = False
+    record: str | None = None
+    record_as: Callable | None = None
+    more: dict = field(default_factory=dict)
+
+    def with_changes(self, **changes) -> "Flag":
+        own = {name: changes.pop(name) for name in [*changes] if name in _OWN}
+        if isinstance(own.get("kind"), tuple):
+            own["kind"] = click.Choice(own["kind"])
+        elif own.get("kind") is not None:
+            own["kind"] = click.types.convert_type(own["kind"])
+        return replace(self, **own, more=self.more | changes)
 
 
-def option(default, help, kind=None, *aliases, changeable=False, **more):
-    """The dataclass field of an option; ``default`` MISSING makes it a required one. See ``Flag``.
+_OWN = {entry.name for entry in fields(Flag)} - {"more"}
+
+
+def flag(help, default=None, kind=None, **arguments):
+    """A field of a dataclass that is a flag of a command line as well; REQUIRED as default: the user has to give it.
 
     kind: click type, or a tuple of words to choose from; None for bool and plain text.
+    arguments: other fields of ``Flag``, and further arguments of ``click.option``.
     """
-    if kind is not None:
-        kind = click.Choice(kind) if isinstance(kind, tuple) else click.types.convert_type(kind)
-    flag = Flag(help, kind, aliases, changeable, more)
-    return field(default=default, metadata={_KEY: flag})
+    return field(default=default, metadata={"flag": Flag(help).with_changes(kind=kind, **arguments)})
+
+
+def like(cls, name: str, **changes):
+    """A field with the flag of another dataclass's field; changes: to the arguments of ``flag``."""
+    (known,) = (entry for entry in fields(cls) if entry.name == name)
+    default = changes.pop("default", known.default)
+    return field(default=default, metadata={"flag": known.metadata["flag"].with_changes(**changes)})
+
+
+def part(**changes):
+    """A field that is a dataclass of options itself.
+
+    changes: by the name of its field the other arguments of a flag, or None where the command line lacks it.
+    """
+    return field(metadata={"changes": changes})
+
+
+def derived(read: Callable | None = None, *, flags: Callable | None = None, record=None, **default):
+    """A field that is no single flag.
+
+    read(values, given): its value, from the flags by name and the names of those that the user wrote
+        (None: who calls ``read_flags`` knows it).
+    flags: decorator with the flags that it is read from.
+    record: as of ``Flag``.
+    default: ``default`` or ``default_factory``, if it has one.
+    """
+    return field(**default, metadata={"read": read, "flags": flags, "record": record})
+
+
+def names_of_written():
+    """A field with the names of the flags that the user wrote."""
+    return derived(lambda values, given: frozenset(given), default=frozenset())
 
 
 def click_type(kind):
@@ -98,40 +152,106 @@ def flags_of(cls) -> dict[str, Flag]:
     found = {}
     for name in kinds_of(cls):
         for base in cls.__mro__:
-            flag = vars(base).get("__dataclass_fields__", {}).get(name)
-            if flag is not None and _KEY in flag.metadata:
-                found[name] = flag.metadata[_KEY]
+            entry = vars(base).get("__dataclass_fields__", {}).get(name)
+            if entry is not None and "flag" in entry.metadata:
+                found[name] = entry.metadata["flag"]
                 break
     return found
 
 
-def flags(cls, **others):
-    """Decorator: one click option for each option of a dataclass, then for those that only others have.
+def flag_kind(cls, name: str) -> click.ParamType:
+    """The click type of an option of a dataclass."""
+    annotation = kinds_of(cls)[name]
+    of_field = next((kind for kind in typing.get_args(annotation) if kind is not NoneType), annotation)
+    return flags_of(cls)[name].kind or click.types.convert_type(of_field)
+
+
+def _click_option(cls, name: str, flag: Flag) -> Callable:
+    default = _defaults(cls)[name]
+    arguments = {"default": default, "show_default": default is not None} | flag.more
+    if default is REQUIRED or arguments.get("required"):
+        arguments = {"required": True} | flag.more
+    kind = flag.kind or flag_kind(cls, name)
+    return click.option(f"--{flag.called or name}", *flag.aliases, name, help=flag.help, type=kind, **arguments)
+
+
+def _defaults(cls) -> dict:
+    return {entry.name: entry.default for entry in fields(cls)}
+
+
+def flags(cls, others: dict | None = None, **changes) -> Callable:
+    """Decorator: the flags of all options of a dataclass, in the order of its fields.
 
     others: further dataclasses by label. The help text of an option that only one of them has
-    begins with its label, and a default that differs from that of ``cls`` is named.
+        begins with its label, and a default that differs from that of ``cls`` is named.
+    changes: as of ``part``.
     """
-    defaults = {field.name: field.default for field in fields(cls)}
-    options = {name: (flag, flag.help, defaults[name], cls) for name, flag in flags_of(cls).items()}
-    for label, other in others.items():
-        own = {field.name: field.default for field in fields(other)}
+    own, defaults, found = flags_of(cls), _defaults(cls), []
+    more = []
+    for label, other in (others or {}).items():
         for name, flag in flags_of(other).items():
-            if name not in options:
-                options[name] = flag, f"{label}: {flag.help}", own[name], other
-            elif own[name] not in (None, MISSING, defaults[name]):
-                first, text, default, owner = options[name]
-                options[name] = first, f"{text} ({label}: {own[name]})", default, owner
+            default = _defaults(other)[name]
+            if name not in own:
+                more.append(_click_option(other, name, flag.with_changes(help=f"{label}: {flag.help}")))
+            elif default not in (None, MISSING, defaults[name]):
+                changes[name] = {"help": f"{own[name].help} ({label}: {default})"}
+    for entry in fields(cls):
+        change = changes.get(entry.name, {})
+        if change is None:
+            continue
+        if entry.metadata.get("flags") is not None:
+            found.append(entry.metadata["flags"])
+        elif is_dataclass(entry.type):
+            found.append(flags(entry.type, **entry.metadata.get("changes", {})))
+        elif entry.name in own:
+            found.append(_click_option(cls, entry.name, own[entry.name].with_changes(**change)))
 
-    def add(command):
-        for name, (flag, text, default, owner) in reversed(options.items()):
-            default = None if default is MISSING else default
-            more = {"default": default, "show_default": default is not None, **flag.more}
-            kind = kinds_of(owner)[name]
-            kind = flag.type or next(iter(typing.get_args(kind)), kind)
-            command = click.option(name, f"--{name}", *flag.aliases, type=kind, help=text, **more)(command)
+    def decorate(command):
+        for add in reversed(found + more):
+            command = add(command)
         return command
 
-    return add
+    return decorate
+
+
+def given_flags(ctx: click.Context) -> set[str]:
+    """Names of the flags that the user wrote."""
+    return {name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
+
+
+def read_flags(cls, values: dict, given: set[str], **more):
+    """The dataclass with the values of its flags. more: fields that are known already."""
+    for entry in fields(cls):
+        if entry.name in more:
+            continue
+        if entry.metadata.get("read") is not None:
+            more[entry.name] = entry.metadata["read"](values, given)
+        elif is_dataclass(entry.type):
+            left_out = [name for name, change in entry.metadata.get("changes", {}).items() if change is None]
+            defaults = {name: _defaults(entry.type)[name] for name in left_out}
+            more[entry.name] = read_flags(entry.type, values, given, **defaults)
+        elif "flag" in entry.metadata:
+            more[entry.name] = values[entry.name]
+    return cls(**more)
+
+
+def changed(options, but=()) -> dict:
+    """The fields of a dataclass that differ from their defaults, by name; but: names to leave out."""
+    values = {name: getattr(options, name) for name in _defaults(type(options)) if name not in but}
+    return {name: value for name, value in values.items() if value != _defaults(type(options))[name]}
+
+
+def recorded(*parts) -> dict:
+    """What dataclasses of options add to the record of a run, by the names of the flags."""
+    found = {}
+    for options in parts:
+        flags = flags_of(type(options))
+        for entry in fields(options):
+            flag = flags.get(entry.name, Flag("", record=entry.metadata.get("record")))
+            value = getattr(options, entry.name)
+            if flag.record == ALWAYS or (flag.record == CHANGED and value != entry.default):
+                found[flag.called or entry.name] = value if flag.record_as is None else flag.record_as(value)
+    return found
 
 
 def check_options(options) -> None:
@@ -140,16 +260,16 @@ def check_options(options) -> None:
     for name, flag in flags_of(type(options)).items():
         value = getattr(options, name)
         check_kinds({name: value}, kinds)
-        if flag.type is None or (value is None and fits(None, kinds[name])):
+        if flag.kind is None or (value is None and fits(None, kinds[name])):
             continue
-        if isinstance(flag.type, click.Choice):
-            if value not in flag.type.choices:
-                raise UserError(f"{name}={value}: choose from {', '.join(flag.type.choices)}")
+        if isinstance(flag.kind, click.Choice):
+            if value not in flag.kind.choices:
+                raise UserError(f"{name}={value}: choose from {', '.join(flag.kind.choices)}")
             continue
         try:
-            flag.type.convert(value, None, None)
+            flag.kind.convert(value, None, None)
         except click.BadParameter as error:
-            wanted = _range_text(flag.type)
+            wanted = _range_text(flag.kind)
             reason = f"{name}={value!r}: {error.message}" if wanted is None else f"{name}={value} must be {wanted}"
             raise UserError(reason) from None
 

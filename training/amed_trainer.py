@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from models.denoiser import member
 from models.inputs import draw_inputs
 from solvers.sampler import afs_direction
 from solvers.schedule_file import Schedule
@@ -91,7 +92,7 @@ class Distiller(BaseTrainer):
     @property
     def evaluations(self) -> int:
         """NFE of the student, by the cost of the network's calls."""
-        return self.predictor.evaluations() * getattr(self.net, "evals_per_call", 1)
+        return self.predictor.evaluations() * member(self.net, "evals_per_call")
 
     def draw(self) -> list[tuple[torch.Tensor, dict]]:
         """(unit-variance noise, condition) of each micro-batch of the current iteration."""
@@ -194,7 +195,7 @@ class AMEDRun(Run):
         steps = f"{len(distiller.losses)} x {distiller.chunk}" if len(distiller.losses) > 1 else f"{distiller.chunk}"
         return [
             f"{config['sampler_stu']} taught by {config['sampler_tea']} (M={config['M']}) on {options.dataset_name} "
-            f"({Path(net.source_path).name}), {config['num_steps']} time stamps, NFE {distiller.evaluations}",
+            f"({Path(net.source_path).name}), {config['num_steps']} time steps, NFE {distiller.evaluations}",
             f"noise levels {numbers(distiller.sigmas)}; seed {options.seed}",
             f"batch {options.batch} ({steps} on each of {world} processes), {self.total} iterations, {distiller.device}",
         ]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from solvers.span_table import KINDS as SPAN_KINDS
-from solvers.span_table import SpanSolver
+from solvers.former_names import with_current_names
+from solvers.span_table import CONFIG_KINDS, SpanSolver, current_config
 from torch_utils.errors import UserError, brief
 from torch_utils.kinds import check_kinds
 from torch_utils.safe_pickle import PersistentObject, open_binary, safe_load
@@ -20,7 +20,7 @@ from training.predictor import AMEDPredictor
 from training.run_folder import numbered_runs
 
 FORMAT = "amed-predictor"
-KINDS = {"amed": AMEDPredictor, SpanSolver.kind: SpanSolver}  # a file that names no kind holds an AMEDPredictor
+PREDICTORS = {"amed": AMEDPredictor, SpanSolver.kind: SpanSolver}  # a file that names no kind holds an AMEDPredictor
 
 # Constructor arguments of the original predictor, under the same names here.
 _ORIGINAL_KEYS = (
@@ -67,10 +67,10 @@ def load_predictor(path) -> AMEDPredictor | SpanSolver:
         else:
             config, tensors = _original_snapshot(safe_load(file), name)
             kind, provenance = "amed", {"converted_from": Path(name).name}
-    if kind not in KINDS:
-        raise UserError(f"{name}: unknown kind of predictor '{kind}'; known: {', '.join(KINDS)}")
+    if kind not in PREDICTORS:
+        raise UserError(f"{name}: unknown kind of predictor '{kind}'; known: {', '.join(PREDICTORS)}")
     (_check_sizes if kind == "amed" else _check_table)(config, tensors, name)
-    return _build(KINDS[kind], config, tensors, provenance, name)
+    return _build(PREDICTORS[kind], config, tensors, provenance, name)
 
 
 def _check_sizes(config: dict, tensors: dict[str, torch.Tensor], name: str) -> None:
@@ -83,12 +83,12 @@ def _check_sizes(config: dict, tensors: dict[str, torch.Tensor], name: str) -> N
 def _check_table(config: dict, tensors: dict[str, torch.Tensor], name: str) -> None:
     """The same for a span student: nothing of a size that only its configuration claims is built."""
     try:
-        check_kinds(config, SPAN_KINDS)
+        check_kinds(current_config(config), CONFIG_KINDS)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    sizes = {key: list(value.shape) for key, value in tensors.items()}
-    if [config.get("num_steps")] != [length + 1 for length in sizes.get("labels", [])]:
-        raise UserError(f"{name}: its 'num_steps' does not belong to its weights (labels)")
+    sizes = {key: list(value.shape) for key, value in with_current_names(tensors).items()}
+    if [config.get("num_steps")] != [length + 1 for length in sizes.get("knots", [])]:
+        raise UserError(f"{name}: its 'num_steps' does not belong to its weights (knots)")
     channels = {size[0] for key, size in sizes.items() if key.startswith("heads.spatial.write.") and len(size) == 4}
     if "spatial" in (config.get("heads") or []) and {config.get("img_channels")} != channels:
         raise UserError(f"{name}: its 'img_channels' does not belong to its weights (heads)")

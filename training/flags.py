@@ -13,7 +13,7 @@ FILES = {  # options that name files, or parts of the hub
     name
     for kind in OBJECTIVES.values()
     for name, flag in flags_of(kind).items()
-    if flag.type is PATH and flag.changeable
+    if flag.kind is PATH and flag.changeable
 }
 
 

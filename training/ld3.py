@@ -92,7 +92,7 @@ class Grid:
             self.v.data = (offset / self._room(gaps)).clamp(-1, 1)
 
     def levels(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sigmas, sigmas_net), each float64 [N] on the CPU, with gradients to u and v."""
+        """(sigmas, sigmas_cond), each float64 [N] on the CPU, with gradients to u and v."""
         shares = self._least + (1 - self._least * len(self.u)) * self.u.softmax(0)
         gaps = self._span * shares
         inner = self._start + gaps.cumsum(0)[:-1]
@@ -158,7 +158,7 @@ def check_gradients(problem, sigmas: torch.Tensor) -> None:
 
     def output(logs):
         settings = {"solver": problem.solver, "afs": problem.afs, **problem.options}
-        x = integrate(net, latents, sigmas=logs[0].exp(), sigmas_net=logs[1].exp(), **settings)
+        x = integrate(net, latents, sigmas=logs[0].exp(), sigmas_cond=logs[1].exp(), **settings)
         return (x * torch.linspace(1, 2, 32, dtype=torch.float64).reshape(x.shape)).sum()
 
     point = torch.stack([sigmas, sigmas]).cpu().log()
@@ -252,7 +252,7 @@ class Trainer(BaseTrainer):
             x,
             solver=problem.solver,
             sigmas=sigmas,
-            sigmas_net=sigma_cond,
+            sigmas_cond=sigma_cond,
             afs=problem.afs,
             cond=pairs.cond,
             checkpointing=self.options["checkpointing"],
@@ -335,7 +335,7 @@ class Trainer(BaseTrainer):
         return [torch.optim.RMSprop([self.grid.u], lr, momentum=MOMENTUM), torch.optim.SGD([self.grid.v], lr_net)]
 
     def levels(self):
-        """The current (sigmas, sigmas_net), the latter None where it is the same."""
+        """The current (sigmas, sigmas_cond), the latter None where it is the same."""
         sigmas, sigma_cond = self.grid.levels()
         return sigmas, sigma_cond if self.decoupled or self.grid.v.any() else None
 
@@ -400,7 +400,7 @@ class Trainer(BaseTrainer):
             bar.update()
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(sigmas, sigmas_net or None), the best ones found."""
+        """(sigmas, sigmas_cond or None), the best ones found."""
         problem, options = self.problem, self.options
         self.deal()
         with distributed.together():
@@ -483,7 +483,7 @@ class Trainer(BaseTrainer):
 
 
 def initial_schedules(problem, init: str) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """The (sigmas, sigmas_net or None) to start from, with the problem's ends: one, or those of which ``auto`` chooses."""
+    """The (sigmas, sigmas_cond or None) to start from, with the problem's ends: one, or those of which ``auto`` chooses."""
 
     def pinned(sigmas, sigma_cond=None):
         sigmas = torch.as_tensor(sigmas, dtype=torch.float64).cpu().clone()
@@ -494,7 +494,7 @@ def initial_schedules(problem, init: str) -> list[tuple[torch.Tensor, torch.Tens
         schedule = load_schedule(init)
         if len(schedule.sigmas) != problem.num_steps:
             raise UserError(f"{init} has {len(schedule.sigmas)} noise levels instead of num_steps={problem.num_steps}")
-        return [pinned(schedule.sigmas, schedule.sigmas_net)]
+        return [pinned(schedule.sigmas, schedule.sigmas_cond)]
     found = []
     for name in INITIAL if init == "auto" else [init]:
         if init == "auto" and name == "discrete" and not hasattr(problem.net, "sigma_inv"):
@@ -533,7 +533,7 @@ def check_options(problem, options: dict) -> None:
 
 
 def ld3_schedule(problem, **options) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(sigmas, sigmas_net or None) for a ``Problem``, float64 [num_steps]; options: all of ``OPTIONS``.
+    """(sigmas, sigmas_cond or None) for a ``Problem``, float64 [num_steps]; options: all of ``OPTIONS``.
 
     The ends are those of the problem; the validation loss is never above that of the start. Raises UserError on
     impossible settings, on solvers without gradients, and where losses are not finite before anything better was found.

@@ -8,7 +8,7 @@ import torch
 
 from models.denoiser import read_bottleneck
 from solvers import SOLVERS, Sampler, Solver, State, get_schedule, make_solver, refine, resolve_sigmas
-from solvers.solver import teachers
+from solvers.solver import check_teacher
 from torch_utils.errors import UserError
 from training.predictor import DEFAULTS
 
@@ -22,8 +22,7 @@ def make_solvers(config: dict) -> tuple[Solver, Solver]:
     teacher = make_solver(config["sampler_tea"], common={**config, "max_order": order})
     if not student.can_learn:
         raise UserError(f"sampler_stu={config['sampler_stu']} cannot take a predictor")
-    if teacher.name not in teachers(per_step=True):
-        raise UserError(f"sampler_tea={config['sampler_tea']} cannot be a teacher")
+    check_teacher(teacher.name)
     return student, teacher
 
 

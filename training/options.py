@@ -1,7 +1,7 @@
 """The options of a training run, and the small languages that some are written in."""
 
 import math
-from dataclasses import MISSING, asdict, dataclass, make_dataclass, replace
+from dataclasses import asdict, dataclass, make_dataclass, replace
 
 import click
 import torch
@@ -11,23 +11,23 @@ from models.compile import AUTOCAST, COMPILE_MODES
 from models.denoiser import member
 from models.inputs import draw_inputs
 from solvers import SOLVERS
+from solvers.former_names import current, with_current_names
 from solvers.schedules import SCHEDULES, check_sigmas, get_schedule
 from solvers.search.problem import Problem
-from solvers.solver import Option, teachers
+from solvers.solver import Option, check_teacher, teachers
 from solvers.span_table import BASES, GROUPS, PRESETS, SpanSolver
 from torch_utils.cli import PATH, SEED, Number
 from torch_utils.errors import UserError
 from torch_utils.kinds import check_kinds, kinds_of
 from torch_utils.memory import AUTO, BatchSize
-from torch_utils.options import COUNT, POSITIVE, AFSType, SigmaList, check_options, click_type, option
+from torch_utils.options import COUNT, POSITIVE, REQUIRED, AFSType, SigmaList, check_options, click_type, flag
 from training.loss import make_solvers
 from training.predictor import DEFAULTS, AMEDPredictor, solver_settings, trainable_options
 from training.sample_loss import DenoiserFeatures, parse_loss
 from training.schedule_search import run_dmn
-from training.teacher import TeacherSettings, check_pair_teacher
+from training.teacher import TeacherSettings
 
 STUDENTS = tuple(name for name, solver in SOLVERS.items() if solver.can_learn)
-TEACHERS = tuple(name for name, solver in SOLVERS.items() if solver.can_teach)
 
 
 @dataclass
@@ -39,74 +39,73 @@ class RunOptions:
     not change.
     """
 
-    dataset_name: str = option(MISSING, "Network: digits, cifar10, ffhq, ... ('python -m models.zoo list')")
-    model_path: str | None = option(
-        None,
+    dataset_name: str = flag(
+        "Network: digits, cifar10, ffhq, ... ('python -m models.zoo list')", REQUIRED, required=False
+    )
+    model_path: str | None = flag(
         "File of the network, instead of the downloaded or embedded one; diffusers: a folder or hub id",
-        PATH,
+        kind=PATH,
         changeable=True,
         metavar="FILE",
     )
-    num_steps: int = option(
-        4, "Time stamps; the student evaluates 2 (N - 1) times, one less with AFS", click.IntRange(min=2)
+    num_steps: int = flag(
+        "Time steps; the student evaluates 2 (N - 1) times, one less with AFS", 4, click.IntRange(min=2)
     )
-    sampler_stu: str = option("amed", "Student solver", tuple(dict.fromkeys([*STUDENTS, "span"])))
-    sampler_tea: str = option("heun", "Teacher solver", tuple(dict.fromkeys([*TEACHERS, *teachers()])))
-    guidance_type: str | None = option(None, "Guidance of the network", ("cg", "cfg", "uncond", "none"))
-    guidance_rate: float | None = option(
-        None, "Strength of the guidance (default: 7.5 for cfg, 1 for cg, else 0)", Number()
+    sampler_stu: str = flag("Student solver", "amed", tuple(dict.fromkeys([*STUDENTS, "span"])))
+    sampler_tea: str = flag("Teacher solver", "heun", tuple(teachers()))
+    guidance_type: str | None = flag("Guidance of the network", kind=("cg", "cfg", "uncond", "none"))
+    guidance_rate: float | None = flag(
+        "Strength of the guidance (default: 7.5 for cfg, 1 for cg, else 0)", kind=Number()
     )
-    schedule_type: str = option("polynomial", "Time schedule", tuple(SCHEDULES))
-    schedule_rho: float = option(7, "Exponent of the schedule", POSITIVE)
-    sigma_min: float | None = option(None, "Lowest noise level (default: the network's)", POSITIVE)
-    sigma_max: float | None = option(None, "Highest noise level (default: the network's)", POSITIVE)
-    sigmas: list[float] | None = option(
-        None, "Explicit noise levels, descending; they replace num_steps and schedule_*", SigmaList()
+    schedule_type: str = flag("Time schedule", "polynomial", tuple(SCHEDULES))
+    schedule_rho: float = flag("Exponent of the schedule", 7, POSITIVE)
+    sigma_min: float | None = flag("Lowest noise level (default: the network's)", kind=POSITIVE)
+    sigma_max: float | None = flag("Highest noise level (default: the network's)", kind=POSITIVE)
+    sigmas: list[float] | None = flag(
+        "Explicit noise levels, descending; they replace num_steps and schedule_*", kind=SigmaList()
     )
-    afs: bool | str = option(
-        True, "Analytical first step; 'data' uses the mean and spread of the training data", AFSType()
+    afs: bool | str = flag(
+        "Analytical first step; 'data' uses the mean and spread of the training data", True, AFSType()
     )
-    prompt_path: str | None = option(
-        None,
+    prompt_path: str | None = flag(
         "Captions for text-to-image networks, a .csv or .txt file, or coco30k; one is drawn per sample",
-        PATH,
+        kind=PATH,
         changeable=True,
         metavar="FILE",
     )
-    tokenizer_path: str | None = option(
-        None, "Tokenizer of Stable Diffusion (default: from the hub)", PATH, changeable=True, metavar="DIR"
+    tokenizer_path: str | None = flag(
+        "Tokenizer of Stable Diffusion (default: from the hub)", kind=PATH, changeable=True, metavar="DIR"
     )
-    total_kimg: float = option(10, "Length of the training, in thousands of samples", POSITIVE, changeable=True)
-    batch: int = option(512, "Samples per iteration, over all processes", COUNT)
-    batch_gpu: int | str | None = option(
-        None,
+    total_kimg: float = flag("Length of the training, in thousands of samples", 10, POSITIVE, changeable=True)
+    batch: int = flag("Samples per iteration, over all processes", 512, COUNT)
+    batch_gpu: int | str | None = flag(
         "Samples per network call (default: all of a process's share; auto: as many as fit into memory)",
-        BatchSize(),
-        "--batch-gpu",
+        kind=BatchSize(),
+        aliases=("--batch-gpu",),
         changeable=True,
     )
-    checkpointing: bool = option(
-        False, "Less memory: activations of the network are computed again for the gradient", changeable=True
+    checkpointing: bool = flag(
+        "Less memory: activations of the network are computed again for the gradient", False, changeable=True
     )
-    seed: int | None = option(None, "Random seed (default: a random one, recorded)", SEED)
-    amp: str = option("none", "Autocast of the network", tuple(AUTOCAST))
-    compile: str = option(  # a CUDA graph would overwrite activations that gradients need
-        "none",
+    seed: int | None = flag("Random seed (default: a random one, recorded)", kind=SEED)
+    amp: str = flag("Autocast of the network", "none", tuple(AUTOCAST))
+    compile: str = flag(  # a CUDA graph would overwrite activations that gradients need
         "torch.compile of the network (--compile is --compile=default); minutes to start",
+        "none",
         COMPILE_MODES[:2],
         is_flag=False,
         flag_value="default",
     )
-    channels_last: bool | None = option(None, "Memory format of the network (default: True on the CPU in float32)")
-    bench: bool = option(True, "cuDNN benchmarking", changeable=True)
-    outdir: str = option("./exps", "Folder of all runs", PATH, metavar="DIR")
-    desc: str | None = option(None, "Text to add to the name of the run's folder")
-    nosubdir: bool = option(False, "Write into outdir itself", is_flag=True)
-    tick: float = option(1, "kimg between lines of statistics", POSITIVE, changeable=True)
-    snap: int | None = option(
-        None, "Ticks between snapshots of the predictor (default: only at the end)", COUNT, changeable=True
+    channels_last: bool | None = flag("Memory format of the network (default: True on the CPU in float32)")
+    bench: bool = flag("cuDNN benchmarking", True, changeable=True)
+    outdir: str = flag("Folder of all runs", "./exps", PATH, metavar="DIR")
+    desc: str | None = flag("Text to add to the name of the run's folder")
+    nosubdir: bool = flag("Write into outdir itself", False, is_flag=True)
+    tick: float = flag("kimg between lines of statistics", 1, POSITIVE, changeable=True)
+    snap: int | None = flag(
+        "Ticks between snapshots of the predictor (default: only at the end)", kind=COUNT, changeable=True
     )
-    dump: int = option(1, "Ticks between training states", COUNT, changeable=True)
+    dump: int = flag("Ticks between training states", 1, COUNT, changeable=True)
 
     def __post_init__(self):
         card = zoo.CARDS.get(self.dataset_name)
@@ -119,6 +118,7 @@ class RunOptions:
 
     @classmethod
     def from_dict(cls, values: dict):
+        values = with_current_names(values)
         unknown = sorted(set(values) - set(kinds_of(cls)))
         if unknown:
             raise UserError(f"unknown training option '{unknown[0]}'")
@@ -157,7 +157,7 @@ class RunOptions:
             raise UserError(f"{self.dataset_name} needs texts: give --prompt_path, a .txt or .csv file of captions")
         for name in ("prompt_path", "tokenizer_path"):
             if not needed and getattr(self, name) is not None:
-                raise UserError(f"--{name}: {self.dataset_name} is no text-to-image network; leave it out")
+                raise UserError(f"--{name}: {self.dataset_name} is not a text-to-image network; leave it out")
 
     def guess_evals_per_call(self) -> int:
         """What a call of the network costs, as far as the guidance tells."""
@@ -172,7 +172,7 @@ def _solver_option(users: dict[str, Option]):
     same = all(default == defaults[0] for default in defaults)
     own = "" if same else f" (default: {', '.join(f'{name} {user.default}' for name, user in users.items())})"
     text = f"{', '.join(users)}: {first.help}{own}"
-    field = option(first.default if same else None, text, click_type(first.kind), *first.aliases)
+    field = flag(text, first.default if same else None, click_type(first.kind), aliases=first.aliases)
     return first.type | None, field
 
 
@@ -190,21 +190,18 @@ SolverOptions = make_dataclass(
 class AMEDOptions(SolverOptions):
     """Every option of train.py that the training of a predictor depends on."""
 
-    max_order: int | None = option(
-        DEFAULTS["max_order"],
+    max_order: int | None = flag(
         f"{', '.join(TRAINABLE['max_order'])}: order of the method",
+        DEFAULTS["max_order"],
         click.IntRange(1, max(SOLVERS[name].highest_order for name in TRAINABLE["max_order"])),
     )
-    M: int = option(1, "Points the teacher adds to every interval", click.IntRange(min=0))
-    scale_dir: float = option(0.01, "Directions are scaled by up to 1 +- this", Number(0, 1, max_open=True))
-    scale_time: float = option(
-        0.0, "Noise levels shown to the network, by up to 1 +- this", Number(0, 1, max_open=True)
-    )
-    lr: float = option(5e-3, "Learning rate of Adam", POSITIVE)
-    teacher_cache: int | None = option(
-        None,
+    M: int = flag("Points the teacher adds to every interval", 1, click.IntRange(min=0))
+    scale_dir: float = flag("Directions are scaled by up to 1 +- this", 0.01, Number(0, 1, max_open=True))
+    scale_time: float = flag("Noise levels shown to the network, by up to 1 +- this", 0.0, Number(0, 1, max_open=True))
+    lr: float = flag("Learning rate of Adam", 5e-3, POSITIVE)
+    teacher_cache: int | None = flag(
         "Trajectories of the teacher that are kept and used again, a multiple of the batch (default: always new ones)",
-        COUNT,
+        kind=COUNT,
     )
 
     def predictor_config(self, img_resolution: int | None = None) -> dict:
@@ -215,7 +212,7 @@ class AMEDOptions(SolverOptions):
 
     def check(self, world_size: int) -> None:
         """Raises UserError for settings that no network could make work; DistillationLoss checks the rest."""
-        if self.sampler_tea in teachers() and self.sampler_tea not in TEACHERS:
+        if self.sampler_tea in set(teachers()) - set(teachers(per_step=True)):
             raise UserError(f"--sampler_tea={self.sampler_tea} can only make the pairs of --objective=final")
         make_solvers(self.to_dict())
         super().check(world_size)
@@ -254,29 +251,29 @@ class AMEDOptions(SolverOptions):
 
 
 RATES = {
-    "labels": 2e-2,
-    "inner": 1e-2,
-    "time": 2e-2,
-    "inner_time": 1e-2,
-    "corrections": 3e-2,
-    "scale": 1e-2,
-    "contrast": 1e-3,
+    "knots": 2e-2,
+    "substeps": 1e-2,
+    "sigma_scale": 2e-2,
+    "substep_sigma_scale": 1e-2,
+    "coef_offset": 3e-2,
+    "step_gain": 1e-2,
+    "state_gain": 1e-3,
     "heads": 3e-3,
     "shifts": 1e-2,
 }
 # Rates of a preset that differ from ``RATES``: the best in validation on two networks (docs/span_solver.md, "Choices
-# for the restrictions"). scale of dyweight: within its bound it moves as fast as a correction.
+# for the restrictions"). step_gain of dyweight: within its bound it moves as fast as a coefficient offset.
 PRESET_RATES = {
-    "amed-table": {"inner": 0.1, "inner_time": 0.1, "scale": 0.1},
-    "epd": {"inner": 0.1, "inner_time": 0.1, "scale": 0.1, "corrections": 0.1},
-    "dyweight": {"scale": 6e-2},
+    "amed-table": {"substeps": 0.1, "substep_sigma_scale": 0.1, "step_gain": 0.1},
+    "epd": {"substeps": 0.1, "substep_sigma_scale": 0.1, "step_gain": 0.1, "coef_offset": 0.1},
+    "dyweight": {"step_gain": 6e-2},
 }
 
 
-KINDS = (*GROUPS, "heads", "shifts")
+LEARNED = (*GROUPS, "heads", "shifts")  # what may have a learning rate or a phase of its own
 DEFAULT_HEADS = ("spatial", "time")  # of the preset "full", if nothing else is said
 DEFAULT_LOSS = "features+0.2*huber"
-GRID_GROUPS = ("labels", "inner", "time", "inner_time")
+GRID_GROUPS = ("knots", "substeps", "sigma_scale", "substep_sigma_scale")
 INITIAL_BASES = ("ab", "dpmpp", "ipndm")
 INITIAL_GRIDS = ("polynomial:7", "polynomial:4", "logsnr", "time_uniform:1")
 
@@ -286,7 +283,7 @@ class SpanOptions(RunOptions):
     """Every option of train.py under ``--objective=final``.
 
     None stands for what suits the preset or the network: ``heads`` and ``loss`` (``resolved``), ``afs``,
-    ``parallel``, ``time_bound`` and the initial noise levels (the preset's, or found by trial: ``starts``).
+    ``parallel``, ``sigma_scale_bound`` and the initial noise levels (the preset's, or found by trial: ``starts``).
     Rates that ``lrs`` leaves out are those of ``PRESET_RATES``, else of ``RATES``.
     """
 
@@ -299,55 +296,51 @@ class SpanOptions(RunOptions):
     schedule_type: str | None = None
     schedule_rho: float | None = None
     sampler_tea: str = "deis"
-    preset: str = option("full", "kind of span student, what it learns", tuple(PRESETS))
-    heads: str | None = option(
-        None,
+    preset: str = flag("kind of span student, what it learns", "full", tuple(PRESETS))
+    heads: str | None = flag(
         "networks beside the table, of sample,spatial,time, or none (default: spatial,time for full)",
         metavar="NAME,...",
     )
-    parallel: int | None = option(
-        None, "calls of the network in one batch, per interval (default: the preset's)", COUNT
+    parallel: int | None = flag("calls of the network in one batch, per interval (default: the preset's)", kind=COUNT)
+    sigma_scale_bound: float | None = flag(
+        "bound of |ln a| of the sigma scales (default: the preset's)", kind=POSITIVE, aliases=("--time_bound",)
     )
-    time_bound: float | None = option(None, "bound of |ln a| of the time scales (default: the preset's)", POSITIVE)
-    init: str | None = option(
-        None, "starts that are tried, base@grid,... or preset (default: several for full)", metavar="LIST"
+    init: str | None = flag(
+        "starts that are tried, base@grid,... or preset (default: several for full)", metavar="LIST"
     )
-    init_pairs: int = option(16, "pairs that each start is tried on", COUNT)
-    init_trial: float = option(0.1, "share of the run that the three best of them are trained for first", Number(0, 1))
-    loss: str | None = option(
-        None,
+    init_pairs: int = flag("pairs that each start is tried on", 16, COUNT)
+    init_trial: float = flag("share of the run that the three best of them are trained for first", 0.1, Number(0, 1))
+    loss: str | None = flag(
         "weighted sum of l2, huber, features, lpips, module:function (default: features+0.2*huber)",
         metavar="W*TERM+...",
     )
-    feature_sigma: float = option(0.2, "noise level at which the denoiser's features are compared", POSITIVE)
-    w_dist: float = option(0.0, "weight of the energy distance between the distributions of features", Number(0))
-    w_anchor: float = option(
-        0.0, "weight of the distance to the teacher's states at the beginning of the run", Number(0)
+    feature_sigma: float = flag("noise level at which the denoiser's features are compared", 0.2, POSITIVE)
+    w_dist: float = flag("weight of the energy distance between the distributions of features", 0.0, Number(0))
+    w_anchor: float = flag("weight of the distance to the teacher's states at the beginning of the run", 0.0, Number(0))
+    anchor: float = flag("share of the run over which that weight falls to 0", 0.2, Number(0, 1))
+    w_delta: float = flag("weight of the squared offsets of the coefficients", 0.0, Number(0))
+    num_steps_tea: int = flag("time steps of the teacher", 31, click.IntRange(min=3))
+    schedule_tea: str = flag("schedule of the teacher", "polynomial", tuple(SCHEDULES))
+    rho_tea: float = flag("exponent of that schedule", 7.0, POSITIVE)
+    pairs: int = flag("teacher pairs to train on", 1024, COUNT)
+    val_pairs: int = flag("teacher pairs to validate with", 128, COUNT)
+    teacher_set: str | None = flag(
+        "file that keeps them (default: one in outdir/teacher-sets)", kind=PATH, changeable=True, metavar="FILE"
     )
-    anchor: float = option(0.2, "share of the run over which that weight falls to 0", Number(0, 1))
-    w_delta: float = option(0.0, "weight of the squared corrections of the coefficients", Number(0))
-    num_steps_tea: int = option(31, "time stamps of the teacher", click.IntRange(min=3))
-    schedule_tea: str = option("polynomial", "schedule of the teacher", tuple(SCHEDULES))
-    rho_tea: float = option(7.0, "exponent of that schedule", POSITIVE)
-    pairs: int = option(1024, "teacher pairs to train on", COUNT)
-    val_pairs: int = option(128, "teacher pairs to validate with", COUNT)
-    teacher_set: str | None = option(
-        None, "file that keeps them (default: one in outdir/teacher-sets)", PATH, changeable=True, metavar="FILE"
-    )
-    lrs: str = option("", "learning rates of groups, labels=0.01,corrections=0.02,...", metavar="GROUP=RATE,...")
-    lr_final: float = option(0.02, "share of the rates that is left at the end", Number(0, 1))
-    warmup: int = option(10, "iterations over which the rates rise", click.IntRange(min=0))
-    clip: float = option(1.0, "largest norm of the gradient", POSITIVE)
-    ema: float = option(0.98, "decay of the average that is validated and saved", Number(0, 1, max_open=True))
-    val_every: int = option(25, "iterations between validations", COUNT)
-    phases: str | None = option(None, "what is trained when, labels+time:0.2,all:0.8", metavar="GROUPS:SHARE,...")
-    phase_rounds: int = option(1, "how often the phases take turns", COUNT)
+    lrs: str = flag("learning rates of groups, knots=0.01,coef_offset=0.02,...", "", metavar="GROUP=RATE,...")
+    lr_final: float = flag("share of the rates that is left at the end", 0.02, Number(0, 1))
+    warmup: int = flag("iterations over which the rates rise", 10, click.IntRange(min=0))
+    clip: float = flag("largest norm of the gradient", 1.0, POSITIVE)
+    ema: float = flag("decay of the average that is validated and saved", 0.98, Number(0, 1, max_open=True))
+    val_every: int = flag("iterations between validations", 25, COUNT)
+    phases: str | None = flag("what is trained when, knots+sigma_scale:0.2,all:0.8", metavar="GROUPS:SHARE,...")
+    phase_rounds: int = flag("how often the phases take turns", 1, COUNT)
 
     def check(self, world_size: int) -> None:
         """Raises UserError for settings that no network could make work."""
         if self.objective != "final" or self.sampler_stu != "span":
             raise UserError(f"objective={self.objective} with sampler_stu={self.sampler_stu}: it trains a span student")
-        check_pair_teacher(self.sampler_tea)
+        check_teacher(self.sampler_tea, per_step=False)
         super().check(world_size)
         if self.w_dist and self.val_pairs < 2:
             raise UserError("w_dist needs val_pairs of at least 2")
@@ -370,7 +363,7 @@ class SpanOptions(RunOptions):
         """The configuration of the untrained student; more: what a start changes."""
         own = {name: getattr(self, name) for name in ("dataset_name", "guidance_type", "guidance_rate", "num_steps")}
         own |= {"sigma_min": sigma_min, "sigma_max": sigma_max, "preset": self.preset}
-        for name in ("parallel", "time_bound", "schedule_type", "schedule_rho", "sigmas"):
+        for name in ("parallel", "sigma_scale_bound", "schedule_type", "schedule_rho", "sigmas"):
             if getattr(self, name) is not None:
                 own[name] = getattr(self, name)
         if self.head_names():
@@ -406,9 +399,7 @@ class SpanOptions(RunOptions):
         if not learned(student):
             raise UserError(f"preset={self.preset} with num_steps={self.num_steps} has nothing to learn")
         if student.evaluations() < 1:
-            raise UserError(
-                f"num_steps={self.num_steps}: the student would not call the network: give more time stamps"
-            )
+            raise UserError(f"num_steps={self.num_steps}: the student would not call the network: give more time steps")
         return student
 
     def starts(self) -> list[tuple[str | None, str | None]]:
@@ -470,12 +461,13 @@ class SpanOptions(RunOptions):
         given = {}
         for part in filter(None, (piece.strip() for piece in self.lrs.split(","))):
             name, _, value = part.partition("=")
+            name = current(name)
             try:
                 rate = float(value)
             except ValueError:
                 rate = math.nan
-            if name not in KINDS or not (math.isfinite(rate) and rate >= 0):
-                raise UserError(f"--lrs: '{part}' should be group=rate, with a group of {', '.join(KINDS)}")
+            if name not in LEARNED or not (math.isfinite(rate) and rate >= 0):
+                raise UserError(f"--lrs: '{part}' should be group=rate, with a group of {', '.join(LEARNED)}")
             if name not in learned(student):
                 raise UserError(f"--lrs: the preset {self.preset} does not learn '{name}'; leave it out")
             given[name] = rate
@@ -489,14 +481,14 @@ class SpanOptions(RunOptions):
         """(groups that are trained, share of the run), one after the other; the shares sum to one.
 
         phases: comma-separated ``group+group:share``, where "all" is every group; all of them phase_rounds times over.
-        Default: everything at once, but grid and corrections in turn for S4S, as published.
+        Default: everything at once, but grid and coefficients in turn for S4S, as published.
         """
         names, text, rounds = set(learned(student)), self.phases, self.phase_rounds
         if text is None:
             text = "all:1"
             grid = sorted(names & set(GRID_GROUPS))
-            if self.preset == "s4s" and "corrections" in names and grid:
-                text, rounds = f"{'+'.join(grid)}:1,corrections+heads+shifts:1", 4 if rounds == 1 else rounds
+            if self.preset == "s4s" and "coef_offset" in names and grid:
+                text, rounds = f"{'+'.join(grid)}:1,coef_offset+heads+shifts:1", 4 if rounds == 1 else rounds
         return parse_phases(text, rounds, names)
 
     def teacher(self, sigma_min: float, sigma_max: float) -> TeacherSettings:
@@ -544,11 +536,13 @@ def parse_phases(text: str, rounds: int, names: set[str]) -> list[tuple[frozense
         except ValueError:
             value = math.nan
         if not colon or not (math.isfinite(value) and value > 0):
-            raise UserError(f"--phases={text}: '{part.strip()}' should be groups:share, for example labels+time:0.2")
-        groups = set(kinds.split("+"))
-        unknown = sorted(groups - set(KINDS) - {"all"})
+            raise UserError(
+                f"--phases={text}: '{part.strip()}' should be groups:share, for example knots+sigma_scale:0.2"
+            )
+        groups = {current(name) for name in kinds.split("+")}
+        unknown = sorted(groups - set(LEARNED) - {"all"})
         if unknown:
-            raise UserError(f"--phases={text}: unknown group '{unknown[0]}'; choose from all, {', '.join(KINDS)}")
+            raise UserError(f"--phases={text}: unknown group '{unknown[0]}'; choose from all, {', '.join(LEARNED)}")
         groups = names if "all" in groups else groups & names
         if not groups:
             raise UserError(

@@ -52,14 +52,16 @@ _WIDEST = 1 << 16  # of any layer
 
 def trainable_options() -> dict[str, dict[str, Option]]:
     """The options of all solvers that can be student or teacher, {name: {solver: Option}}."""
-    return solver_options(solver for solver in SOLVERS.values() if solver.can_learn or solver.can_teach)
+    found = solver_options(solver for solver in SOLVERS.values() if solver.can_learn or solver.can_teach)
+    return {name: users for name, users in found.items() if not any(option.of_schedule for option in users.values())}
 
 
 def solver_settings(config: Mapping) -> dict:
     """The options that a student and its teacher have under this configuration, defaults included."""
     student, teacher = (SOLVERS.get(config[role], Solver) for role in ("sampler_stu", "sampler_tea"))
     own = {name: option for name, option in student.options.items() if name not in student.learned_options}
-    return {name: config.get(name, option.default) for name, option in {**teacher.options, **own}.items()}
+    options = {name: option for name, option in {**teacher.options, **own}.items() if not option.of_schedule}
+    return {name: config.get(name, option.default) for name, option in options.items()}
 
 
 class AMEDPredictor(nn.Module):

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+from models.denoiser import member
 from solvers.sampler import resolve_sigmas, sample
 from solvers.schedule_file import Schedule
 from solvers.schedules import SCHEDULES
-from solvers.search.dmn import HIGHEST_ORDER, KINDS, dmn_sigmas
+from solvers.search.dmn import HIGHEST_ORDER, NETWORK_KINDS, dmn_sigmas
 from solvers.search.evolution import EVOLUTION_OPTIONS, evolution_sigmas
 from solvers.search.gits import METRICS, gits_cost, gits_indices, insert_afs_point, teacher_trajectory
 from solvers.search.ofs import OFS_OPTIONS, ofs_sigmas
@@ -108,7 +109,7 @@ def run_gits(
 def run_dmn(problem: Problem, *, kind) -> Found:
     """DM-NonUniform, for the order of the solver."""
     if kind == "auto":
-        kind = "latent" if getattr(problem.net, "latent", False) else "pixel"
+        kind = "latent" if member(problem.net, "latent") else "pixel"
     solver = problem.make_solver()
     exponential = hasattr(solver, "lower_order_final")
     return Found(
@@ -152,7 +153,7 @@ METHODS: dict[str, Method] = {
     "dmn": Method(
         "DM-NonUniform: least error bound of a multistep exponential integrator; asks nothing of the network",
         run_dmn,
-        {"kind": Option(("auto", *KINDS), "auto", "assumed error of the network")},
+        {"kind": Option(("auto", *NETWORK_KINDS), "auto", "assumed error of the network")},
     ),
     "ofs": Method(
         "OFS: least upper bound of Euler's error along the trajectories of a teacher; for solvers of first order",
@@ -173,7 +174,7 @@ def counting(problem: Problem):
     """Context in which the network's evaluations are added to ``problem.evaluations``, one for each sample."""
 
     def count(module, inputs, output):
-        problem.evaluations += len(output) * getattr(problem.net, "evals_per_call", 1)
+        problem.evaluations += len(output) * member(problem.net, "evals_per_call")
 
     handle = problem.net.register_forward_hook(count)
     try:
@@ -192,7 +193,7 @@ def try_schedule(problem: Problem, found: Found) -> None:
         latents,
         solver=problem.solver,
         sigmas=found.sigmas,
-        sigmas_net=found.sigmas_net,
+        sigmas_cond=found.sigmas_cond,
         afs=problem.afs,
         cond=cond,
         noise=problem.fresh_noise(seeds),
@@ -223,7 +224,7 @@ def optimize(problem: Problem, method: str, options: dict | None = None, version
         "afs": problem.afs,
         "sigma_min": problem.sigma_min,
         "sigma_max": problem.sigma_max,
-        "network": getattr(problem.net, "weights_hash", None),
+        "network": member(problem.net, "weights_hash"),
         "processes": distributed.world_size(),
     }
     with counting(problem):
@@ -235,14 +236,14 @@ def optimize(problem: Problem, method: str, options: dict | None = None, version
     least, most = getattr(problem.net, "sigma_min", problem.sigma_min), getattr(problem.net, "sigma_max", None)
     return Schedule(
         sigmas=found.sigmas.tolist(),
-        sigmas_net=None if found.sigmas_net is None else found.sigmas_net.tolist(),
+        sigmas_cond=None if found.sigmas_cond is None else found.sigmas_cond.tolist(),
         solver=problem.solver,
         solver_options=dict(problem.options),
         afs=problem.afs,
         method=method,
         settings=settings,
-        network=getattr(problem.net, "dataset_name", None),
-        network_hash=getattr(problem.net, "weights_hash", None),
+        network=member(problem.net, "dataset_name"),
+        network_hash=member(problem.net, "weights_hash"),
         sigma_min=float(least),
         sigma_max=float(problem.sigma_max if most is None else most),
         evaluations=evaluations,

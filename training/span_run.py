@@ -162,7 +162,7 @@ class SpanRun(Run):
         config = trainer.student.config
         return [
             f"span student ({options.preset}, base {config['base']}) taught by {options.sampler_tea} on "
-            f"{options.dataset_name} ({Path(net.source_path).name}), {config['num_steps']} time stamps, "
+            f"{options.dataset_name} ({Path(net.source_path).name}), {config['num_steps']} time steps, "
             f"NFE {trainer.evaluations}, {_size(trainer.student)}",
             f"noise levels {numbers(trainer.student.sigmas().detach())}; seed {options.seed}",
             f"loss {options.loss}, {options.pairs} pairs, batch {options.batch} ({trainer.chunk} per call, {world} "

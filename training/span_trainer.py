@@ -148,10 +148,10 @@ class SpanTrainer(BaseTrainer):
         for parameter, gradient in zip(parameters, sums[:-1].split(sizes), strict=True):
             parameter.grad = gradient.view_as(parameter).to(parameter, copy=True)
         loss = float(sums[-1])
-        if self.options.w_delta and "corrections" in trained:
-            (corrections,) = self.groups["corrections"]
-            loss += self.options.w_delta * float(corrections.detach().square().sum())
-            corrections.grad += 2 * self.options.w_delta * corrections.detach()
+        if self.options.w_delta and "coef_offset" in trained:
+            (offsets,) = self.groups["coef_offset"]
+            loss += self.options.w_delta * float(offsets.detach().square().sum())
+            offsets.grad += 2 * self.options.w_delta * offsets.detach()
         if self.distribution is not None:
             found = torch.cat(distributed.gather_objects(torch.cat(vectors).cpu())).to(self.device)
             if found.isfinite().all():
@@ -224,7 +224,10 @@ class SpanTrainer(BaseTrainer):
 
     def state(self, copied: bool = True) -> dict:
         queue = None if self.distribution is None else self.distribution.queue
-        more = {"student_config": copy.deepcopy(self.student.config), "queue": None if queue is None else queue.cpu()}
+        more = {
+            "student_config": copy.deepcopy(dict(self.student.config)),
+            "queue": None if queue is None else queue.cpu(),
+        }
         return super().state(copied) | more
 
     def load_state(self, state: dict) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from models.denoiser import member
 from models.inputs import draw_inputs
 from solvers.sampler import sample
-from solvers.solver import SOLVERS, teachers
+from solvers.solver import SOLVERS, check_teacher
 from torch_utils import distributed
 from torch_utils.distributed import on_main, together
 from torch_utils.errors import UserError
@@ -21,12 +22,6 @@ from torch_utils.tensor_file import json_entry, read_safetensors, write_safetens
 
 FORMAT = "teacher-set"
 LEVELS = 12  # noise levels at which states are kept
-
-
-def check_pair_teacher(solver: str) -> None:
-    """Raises UserError if this solver cannot make the pairs of a teacher set."""
-    if solver not in teachers():
-        raise UserError(f"sampler_tea={solver} cannot make teacher pairs: choose from {', '.join(teachers())}")
 
 
 @dataclass(frozen=True)
@@ -50,9 +45,9 @@ class TeacherSettings:
     states: bool = False
 
     def __post_init__(self):
-        check_pair_teacher(self.solver)
+        check_teacher(self.solver, per_step=False)
         if self.num_steps < 3:
-            raise UserError(f"num_steps_tea={self.num_steps}: a teacher needs at least 3 time stamps")
+            raise UserError(f"num_steps_tea={self.num_steps}: a teacher needs at least 3 time steps")
         for name in ("pairs", "validation"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
@@ -107,7 +102,7 @@ def _seeds(settings: TeacherSettings, indices: Sequence[int]) -> list[int]:
 
 def identity_of(net, settings: TeacherSettings, more: dict | None = None) -> dict:
     """What a file has to agree with: the settings, the network, and ``more`` (guidance, precision, prompts)."""
-    return {**asdict(settings), "network_hash": getattr(net, "weights_hash", None), **(more or {})}
+    return {**asdict(settings), "network_hash": member(net, "weights_hash"), **(more or {})}
 
 
 def file_of(folder: str | Path, identity: dict) -> Path:
@@ -129,7 +124,7 @@ def teacher_set(
     found = on_main(_read, path, identity)
     if found is None:
         if log is not None:
-            log(f"computing {settings.count} pairs: {settings.solver}, {settings.num_steps} time stamps")
+            log(f"computing {settings.count} pairs: {settings.solver}, {settings.num_steps} time steps")
         found = _compute(net, settings, prompts, batch, device)
         digest = _digest(found)
         metadata = {"format": FORMAT, "identity": json.dumps(identity), "digest": digest}
@@ -173,7 +168,7 @@ def _compute(net, settings: TeacherSettings, prompts, batch: int, device) -> dic
             if not states[-1].isfinite().all():
                 raise UserError(f"the teacher {settings.solver} makes images that are not finite: choose another")
             if settings.states and len(states) != settings.num_steps:
-                raise UserError(f"the teacher {settings.solver} skips time stamps: choose another, or --w_anchor=0")
+                raise UserError(f"the teacher {settings.solver} skips time steps: choose another, or --w_anchor=0")
             levels = info.sigmas.cpu()
             mine[start] = (states[-1].float().cpu(), states[rows].float().cpu() if settings.states else None)
             bar.update()

@@ -1,4 +1,4 @@
-"""ComfyUI nodes for learned solvers: put this folder into ComfyUI's custom_nodes (docs/comfyui.md)."""
+"""ComfyUI nodes for learned solvers (docs/comfyui.md says how to install them)."""
 
 from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 

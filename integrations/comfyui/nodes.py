@@ -1,4 +1,4 @@
-"""Nodes that load a predictor and give its SAMPLER and SIGMAS. The solver is that of the package amed-solver."""
+"""Nodes that load a predictor and give its SAMPLER and SIGMAS, with the package amed-solver."""
 
 import importlib
 import os
@@ -96,7 +96,10 @@ class LearnedSigmas:
 
 
 class ExactTimes:
-    """The model with fractional time steps, as in training. Otherwise its noise levels are rounded to whole steps."""
+    """The model with fractional time steps, as in training.
+
+    Otherwise its noise levels are rounded to whole steps.
+    """
 
     RETURN_TYPES = ("MODEL",)
     FUNCTION = "patch"

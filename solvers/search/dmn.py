@@ -1,9 +1,9 @@
-"""DM-NonUniform: time steps that minimise a bound on the error of a multistep exponential integrator.
+"""DM-NonUniform: time steps with the least error bound of a multistep exponential integrator.
 
-Xue et al. 2024, "Accelerating Diffusion Sampling with Optimized Time Steps". Nothing is asked of
-the network: its error at noise level sigma is assumed known up to a factor. Everything is in lambda
-= -ln sigma, in which the data-prediction solvers (DPM-Solver++, UniPC) integrate e^lambda D exactly
-for a polynomial D.
+Xue et al. 2024, "Accelerating Diffusion Sampling with Optimized Time Steps". The network is not
+called: its error at noise level sigma is assumed, up to a factor. The variable is lambda = -ln
+sigma. In it the data-prediction solvers (DPM-Solver++, UniPC) integrate e^lambda D exactly if D is
+a polynomial.
 """
 
 import warnings
@@ -14,19 +14,20 @@ import torch
 from solvers.schedules import check_sigmas, get_schedule
 from torch_utils.errors import UserError
 
-KINDS = ("pixel", "latent")
+NETWORK_KINDS = ("pixel", "latent")
 HIGHEST_ORDER = 3
-SMALLEST_GAP = 1e-3  # of the mean gap in lambda: the weights have a pole where two points meet
-FEW_INTERVALS = (
-    7  # up to here the errors of the first steps are added as if they were independent (the paper's setting)
-)
+SMALLEST_GAP = 1e-3  # share of the mean gap in lambda: the weights have a pole where two points meet
+FEW_INTERVALS = 7  # up to this number the errors of the first steps count as independent (the paper's setting)
 
 
 def step_weights(lambdas: np.ndarray, s: int, order: int) -> np.ndarray:
-    """Weights of the network's outputs in step s: int e^lambda l_j(lambda) over [lambda_s, lambda_s+1], [order].
+    """Weights [order] of the network's outputs in step s, newest first.
 
-    l_j: the Lagrange basis on the last ``order`` (1 to 3) points, of which lambda_s comes first
-        here.
+    The integrals of e^lambda l_j(lambda) from lambda_s to lambda_s+1, with l_j the Lagrange basis.
+
+    lambdas: points [N+1], increasing.
+    s: index of the step.
+    order: number of outputs that the step uses, 1 to 3.
     """
     h = lambdas[s + 1] - lambdas[s]
     # Moments int_0^h e^u u^m du, u = lambda - lambda_s.
@@ -49,18 +50,25 @@ def step_weights(lambdas: np.ndarray, s: int, order: int) -> np.ndarray:
 
 
 def error_prior(lambdas: np.ndarray, kind: str) -> np.ndarray:
-    """The assumed error of D at each point up to a factor: sigma (pixel), sigma^2 / sqrt(1 + sigma^2) (latent)."""
+    """The assumed error of D at each point, up to a factor.
+
+    lambdas: points [N+1].
+    kind: "pixel": sigma. "latent": sigma^2 / sqrt(1 + sigma^2).
+    """
     sigmas = np.exp(-lambdas)
     return sigmas if kind == "pixel" else sigmas**2 / np.sqrt(1 + sigmas**2)
 
 
 def error_bound(lambdas: np.ndarray, kind: str = "pixel", max_order: int = 3, lower_order_final: bool = True) -> float:
-    """The objective: a bound on the final error, up to a factor, for increasing lambdas [N+1].
+    """The objective: a bound on the final error, up to a factor.
 
-    Steps of order 1 and all steps from the fourth on (from the second on for more than
-    FEW_INTERVALS intervals) add up worst-case: what one evaluation contributes to several steps is
-    summed with its sign before the absolute value is taken. The steps before contribute the root of
-    the sum of their squares.
+    Steps of order 1, and with up to FEW_INTERVALS intervals the first three steps, contribute the
+    root of the sum of squares of their terms. For all other steps the terms of one evaluation are
+    added with their signs, and then the absolute values of all evaluations.
+
+    lambdas: points [N+1], increasing.
+    kind: see ``error_prior``. Default pixel.
+    max_order, lower_order_final: options of the solver. Default 3, True.
     """
     intervals = len(lambdas) - 1
     prior = error_prior(lambdas, kind)
@@ -89,21 +97,24 @@ def dmn_sigmas(
     initial=None,
     net=None,
 ) -> torch.Tensor:
-    """The noise levels with the least error bound, from sigma_max down to sigma_min, float64 [num_steps].
+    """The noise levels with the least error bound, float64 [num_steps].
 
-    kind: "pixel" or "latent", the assumed error of the network (``error_prior``). max_order (1 to
-    3; a higher one counts as 3), lower_order_final: of the solver that the schedule is for.
-    initial: where to start, a schedule [num_steps];
-    default: uniform in ln sigma for pixels, in the network's time for latents (its noise table if
-    net has one). The problem is not convex, so the result depends on it; it is never worse than the
-    start.
+    num_steps: number of time steps.
+    sigma_min, sigma_max: the range.
+    kind: the assumed error of the network, see ``error_prior``. Default pixel.
+    max_order: order of the solver that the schedule is for; above 3 it counts as 3. Default 3.
+    lower_order_final: option of that solver. Default True.
+    initial: schedule [num_steps] to start from. The problem is not convex, so the result depends on
+        it; the result is never worse. Default: uniform in ln sigma for pixels, in the network's
+        time for latents.
+    net: the denoiser, for its noise table. Default None.
 
-    Raises UserError on impossible values.
+    Raises UserError for impossible values.
     """
     from scipy.optimize import LinearConstraint, minimize
 
-    if kind not in KINDS:
-        raise UserError(f"kind='{kind}': choose from {', '.join(KINDS)}")
+    if kind not in NETWORK_KINDS:
+        raise UserError(f"kind='{kind}': choose from {', '.join(NETWORK_KINDS)}")
     if max_order < 1:
         raise UserError(f"max_order={max_order} must be at least 1")
     if initial is None:
@@ -128,7 +139,7 @@ def dmn_sigmas(
         offset = np.zeros(intervals)
         offset[0], offset[-1] = -ends[0], ends[1]  # the gaps are gaps @ inner + offset
         constraint = LinearConstraint(gaps, SMALLEST_GAP * unit - offset, np.inf, keep_feasible=True)
-        with warnings.catch_warnings():  # the quasi-Newton update has nothing to learn from the last, tiny steps
+        with warnings.catch_warnings():  # the last steps are too small for a quasi-Newton update
             warnings.filterwarnings("ignore", "delta_grad == 0.0", UserWarning)
             found = minimize(objective, best, method="trust-constr", constraints=constraint).x
         widths = gaps @ found + offset

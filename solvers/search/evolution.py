@@ -1,15 +1,16 @@
-"""Evolutionary search of a schedule, after AutoDiffusion (Li et al. 2023, arXiv 2309.10438; its search of time steps).
+"""Evolutionary search of a schedule, after the search of time steps in AutoDiffusion.
 
-A genome is a set of points of a fine grid of noise levels, even in ln sigma; the ends of the range
-are in all of them. The first generation holds customary schedules, mutants of them and random sets;
-every later one mutants and crossings of the best genomes seen so far, and random sets. Nothing is
-asked of the solver: it may be stochastic or not differentiable.
+Li et al. 2023, arXiv 2309.10438. A genome is a set of points of a fine grid of noise levels, evenly
+spaced in ln sigma. It always contains both ends of the range. The first generation consists of
+common schedules, their mutants and random sets. Every later one consists of mutants and crossings
+of the best genomes so far, and random sets. The solver may be stochastic or not differentiable.
 
-Where this is not the published search: a crossing keeps what both parents share and fills up with
-points of one of them (there a point inherited twice silently became one evaluation less); and
-besides FID, which takes thousands of images for each candidate, is biased upwards and noisy for
-few, and is the measure by which the result will be judged, there is the distance to a teacher's
-solutions of the same noise, a far steadier judge of some hundred samples.
+Two differences from the published search:
+* A crossing keeps the points that both parents share, and adds points of either parent. In the
+  published one a point inherited from both silently cost an evaluation.
+* The default objective is the distance to a teacher's solutions of the same noise. Some hundred
+  samples are enough for it. FID needs thousands of images per candidate, is biased upwards and
+  noisy for fewer, and is usually the measure that the result is evaluated by.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,43 +29,52 @@ from torch_utils.errors import UserError
 OBJECTIVES = ("distance", "fid")
 CUSTOMARY = (("polynomial", 7), ("time_uniform", 1), ("logsnr", 1))
 MUTANTS, CROSSINGS = 0.5, 0.3  # shares of a generation; the rest is random
-FIRST_RATE = 0.1  # mutation of the customary schedules
-ATTEMPTS = 100  # at a genome that is new
+FIRST_RATE = 0.1  # mutation rate of the common schedules
+ATTEMPTS = 100  # to find a new genome
 
 EVOLUTION_OPTIONS = {
-    "objective": Option(OBJECTIVES, "distance", "what is made small: distance to the teacher's samples, or FID"),
-    "finalists": Option(int, 0, "after a search by distance, take the best of so many by FID; 0: do not"),
-    "num_samples": Option(int, 256, "samples of every candidate for the distance"),
-    "fid_samples": Option(int, 5000, "images of every candidate for FID"),
+    "objective": Option(OBJECTIVES, "distance", "what to minimise: the distance to the teacher's samples, or FID"),
+    "finalists": Option(
+        int, 0, "after a search by distance, choose among this number of best schedules by FID; 0: off"
+    ),
+    "num_samples": Option(int, 256, "samples per candidate for the distance"),
+    "fid_samples": Option(int, 5000, "images per candidate for FID"),
     "ref": Option(str, "auto", "reference of FID: name, npz or URL; auto: the network's"),
     "detector": Option(str, "auto", "feature network of FID; auto: the reference's"),
     "solver_tea": Option(str, "heun", "solver of the teacher"),
-    "num_steps_tea": Option(int, 51, "its time stamps"),
-    "schedule_type": Option(tuple(SCHEDULES), "polynomial", "its schedule"),
-    "schedule_rho": Option(float, 7.0, "its exponent"),
+    "num_steps_tea": Option(int, 51, "time steps of the teacher"),
+    "schedule_type": Option(tuple(SCHEDULES), "polynomial", "schedule of the teacher"),
+    "schedule_rho": Option(float, 7.0, "exponent of the teacher's schedule"),
     "grid_points": Option(int, 256, "points of the grid from which the schedule is chosen"),
-    "population": Option(int, 50, "candidates of a generation"),
+    "population": Option(int, 50, "candidates per generation"),
     "generations": Option(int, 10, "generations after the first"),
-    "elites": Option(int, 10, "parents: so many of the best seen"),
-    "mutation": Option(float, 0.25, "probability that a point of a mutant is another one"),
-    "reach": Option(int, 0, "how many grid points away that may be; 0: anywhere, as published"),
+    "elites": Option(int, 10, "number of best candidates that become parents"),
+    "mutation": Option(float, 0.25, "probability that a point of a mutant moves"),
+    "reach": Option(int, 0, "how many grid points it may move; 0: anywhere, as published"),
 }
 
-Genome = tuple[int, ...]  # increasing indices into the grid, from 0 to its last
+Genome = tuple[int, ...]  # increasing indices into the grid, from 0 to the last
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Genomes
 
 
 def random_genome(length: int, size: int, rng: np.random.Generator) -> Genome:
-    """``length`` of the ``size`` points of the grid, the first and the last among them."""
+    """``length`` points of the grid of ``size`` points, with the first and the last."""
     inner = rng.choice(np.arange(1, size - 1), length - 2, replace=False)
     return (0, *sorted(inner.tolist()), size - 1)
 
 
 def mutate(genome: Genome, rate: float, size: int, rng: np.random.Generator, reach: int = 0) -> Genome:
-    """Every inner point is with probability ``rate`` replaced by a free one (at most ``reach`` away, if that is not 0)."""
+    """Replace every inner point by a free one with probability ``rate``.
+
+    genome: the points.
+    rate: probability, 0 to 1.
+    size: number of points of the grid.
+    rng: source of random numbers.
+    reach: largest distance in grid points between the two. Default: 0, no limit.
+    """
     points = set(genome)
     for point in genome[1:-1]:
         if rng.random() < rate:
@@ -77,7 +87,7 @@ def mutate(genome: Genome, rate: float, size: int, rng: np.random.Generator, rea
 
 
 def cross(a: Genome, b: Genome, rng: np.random.Generator) -> Genome:
-    """A child of two parents of one length: what they share, and random points of those that one of them has."""
+    """The child of two genomes of one length: the points they share, and random ones of either."""
     common = set(a) & set(b)
     others = sorted(set(a) ^ set(b))
     chosen = rng.choice(len(others), len(a) - len(common), replace=False) if others else []
@@ -85,7 +95,7 @@ def cross(a: Genome, b: Genome, rng: np.random.Generator) -> Genome:
 
 
 def snap(sigmas: torch.Tensor, grid: torch.Tensor) -> Genome:
-    """The points of the grid nearest in ln sigma, moved apart where two would fall together; the ends are its ends."""
+    """The genome nearest to sigmas [N] in ln sigma, with both ends and without double points."""
     distance = (sigmas.log()[:, None] - grid.log()[None]).abs()
     points = [0]
     for k, nearest in enumerate(distance.argmin(dim=1).tolist()[1:-1], start=1):
@@ -93,18 +103,22 @@ def snap(sigmas: torch.Tensor, grid: torch.Tensor) -> Genome:
     return (*points, len(grid) - 1)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The search
 
 
 @dataclass
 class Evolution:
-    """The search, as far as it has come; the randomness of a generation depends on (seed, its number) only.
+    """The state of the search. Its random numbers depend on the seed and the generation only.
 
-    length, size: points of a genome and of the grid; customary: genomes to start from; the rest:
-        EVOLUTION_OPTIONS.
-    seen: the value of every genome that was tried (not finite: discarded), in the order of trial;
-    pending: those of generation number ``generation`` that were not tried yet.
+    length: number of points of a genome.
+    size: number of points of the grid.
+    customary: genomes to start from.
+    population, generations, elites, mutation, reach: see EVOLUTION_OPTIONS.
+    seed: of all random numbers. Default 0.
+    seen: {genome: value} in the order of evaluation; values that are not finite are discarded.
+    pending: genomes of the current generation that are not evaluated yet.
+    generation: number of the current generation, from 0; -1: not started.
     """
 
     length: int
@@ -123,18 +137,20 @@ class Evolution:
     def __post_init__(self):
         if not 2 <= self.length <= self.size:
             raise UserError(
-                f"num_steps={self.length}: the evolution chooses 2 to {self.size} points of its"
-                f" grid_points={self.size}: give num_steps in that range, or more grid_points"
+                f"num_steps={self.length}: the evolution chooses 2 to {self.size} of"
+                f" grid_points={self.size}; give num_steps in this range, or more grid_points"
             )
         if self.population < 2 or self.elites < 1 or self.generations < 0 or self.reach < 0:
-            raise UserError(
-                "the evolution needs a population of 2 or more, 1 or more elites, generations and reach of 0 or more"
-            )
+            raise UserError("the evolution needs population >= 2, elites >= 1, generations >= 0 and reach >= 0")
         if not 0 < self.mutation <= 1:
             raise UserError(f"mutation={self.mutation} must be a probability above 0")
 
     def run(self, fitness: Callable[[Genome], float], after=lambda: None) -> None:
-        """To the end of the last generation. fitness: small is good; after(): called after every trial."""
+        """Evaluate all generations that are left.
+
+        fitness: function from a genome to its value; smaller is better.
+        after: called after every evaluation. Default: nothing.
+        """
         while True:
             while self.pending:
                 value = fitness(self.pending[0])
@@ -142,7 +158,7 @@ class Evolution:
                 after()
             if self.seen and not self.ranked():
                 raise UserError(
-                    f"none of {len(self.seen)} schedules gave finite images: the solver or the network breaks down"
+                    f"none of {len(self.seen)} schedules gave finite images: check the solver and the network"
                 )
             if self.generation >= self.generations:
                 return
@@ -150,12 +166,12 @@ class Evolution:
             self.pending = self.breed()
 
     def ranked(self) -> list[Genome]:
-        """The genomes tried with a finite value, the best first."""
+        """The genomes with finite values, the best first."""
         finite = [(value, genome) for genome, value in self.seen.items() if np.isfinite(value)]
         return [genome for _, genome in sorted(finite)]
 
     def breed(self) -> list[Genome]:
-        """New genomes, different from each other and from those seen: at most ``population``, fewer where there are none."""
+        """Make a generation: up to ``population`` different genomes that were not seen before."""
         rng = np.random.default_rng([self.seed, self.generation])
         parents = self.ranked()[: self.elites]
         new: dict[Genome, None] = {}
@@ -188,7 +204,7 @@ class Evolution:
         return list(new)
 
     def state(self) -> dict:
-        """What a later run continues from, of tensors and numbers."""
+        """The state to resume from, as tensors and numbers."""
         pending = torch.tensor(self.pending, dtype=torch.int64).reshape(-1, self.length)
         return {"seen": pack(self.seen), "pending": pending, "generation": self.generation}
 
@@ -198,7 +214,7 @@ class Evolution:
 
 
 def pack(values: dict[Genome, float]) -> dict[str, torch.Tensor]:
-    """A table of genomes as tensors."""
+    """Convert {genome: value} to tensors; ``unpack`` is the inverse."""
     return {
         "genomes": torch.tensor(list(values), dtype=torch.int64),
         "values": torch.tensor(list(values.values()), dtype=torch.float64),
@@ -209,15 +225,17 @@ def unpack(tensors: dict[str, torch.Tensor]) -> dict[Genome, float]:
     return dict(zip(map(tuple, tensors["genomes"].tolist()), tensors["values"].tolist(), strict=True))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What a schedule is worth
+# --------------------------------------------------------------------------------------------------
+# The objectives
 
 
 class Judges:
-    """Both objectives of the schedules of one ``solvers.search.problem.Problem``.
+    """Both objectives. The processes share the batches, and all get the same values.
 
-    teacher: keywords of ``sample``. Every process works on its share of the batches; all of them
-        get the same values.
+    problem: the network and solver, a ``solvers.search.problem.Problem``.
+    grid: noise levels that genomes index.
+    teacher: keywords of ``sample`` for the teacher.
+    num_samples, fid_samples: samples per candidate for the distance and for FID.
     """
 
     def __init__(self, problem, grid: torch.Tensor, teacher: dict, num_samples: int, fid_samples: int):
@@ -243,7 +261,7 @@ class Judges:
         )
 
     def targets(self) -> list[torch.Tensor]:
-        """The teacher's samples [B,C,H,W] of this process's batches."""
+        """The teacher's samples [B,C,H,W] for the batches of this process."""
         if self._targets is None:
             with together():
                 self._targets = []
@@ -256,19 +274,19 @@ class Judges:
         return self._targets
 
     def distance(self, genome: Genome) -> float:
-        """Root mean square difference per pixel to the teacher's sample of the same noise, averaged over the samples."""
+        """Root mean square difference per pixel to the teacher's sample, averaged over samples."""
         targets, rows = self.targets(), []
         with together():
             for seeds, target in zip(self.share(self.num_samples), targets, strict=True):
                 gap = self.samples_of(genome, seeds) - target
                 rows.append(gap.flatten(1).square().mean(dim=1).sqrt().tolist())
-        # Added up in the order of the batches, so that the sum does not depend on the number of processes.
+        # Sum in the order of the batches, so that the number of processes does not matter.
         parts = distributed.gather_objects(rows)
         ordered = [row for turn in range(len(parts[0])) for part in parts for row in part[turn : turn + 1]]
         return float(np.mean(np.concatenate(ordered)))
 
     def fid(self, genome: Genome) -> float:
-        """FID of the decoded images; NaN where an image is not finite."""
+        """FID of the decoded images; NaN if an image is not finite."""
         broken = []
 
         def images() -> Iterator[torch.Tensor]:
@@ -299,20 +317,20 @@ def evolution_sigmas(
     grid_points,
     **settings,
 ) -> torch.Tensor:
-    """The best noise levels that the search finds, float64 [num_steps]; rank 0 prints what they are worth.
+    """The best noise levels that the search finds, float64 [num_steps]. Rank 0 prints their values.
 
-    problem: a ``solvers.search.problem.Problem``; the rest: EVOLUTION_OPTIONS. A run that was
-    interrupted goes on after the last candidate. Raises UserError on impossible settings, and where
-    no candidate gives finite images.
+    problem: a ``solvers.search.problem.Problem``.
+    All others: see EVOLUTION_OPTIONS.
+
+    An interrupted run resumes after the last candidate. Raises UserError for impossible settings,
+    and if no candidate gives finite images.
     """
     uses_fid = objective == "fid" or finalists > 0
     check_teacher(solver_tea)
     if objective == "fid" and finalists:
-        raise UserError("finalists are judged by FID after a search by distance: leave them out with objective=fid")
+        raise UserError("finalists are compared by FID after a search by distance: leave them out with objective=fid")
     if num_samples < 1 or fid_samples < 2 or finalists < 0:
-        raise UserError(
-            "the evolution needs a num_samples of at least 1, fid_samples of at least 2, finalists of at least 0"
-        )
+        raise UserError("the evolution needs num_samples >= 1, fid_samples >= 2 and finalists >= 0")
     ends = (problem.sigma_min, problem.sigma_max)
     grid = get_schedule(max(grid_points, 2), *ends, "logsnr")
     customary = [get_schedule(problem.num_steps, *ends, *kind) for kind in CUSTOMARY]
@@ -323,15 +341,14 @@ def evolution_sigmas(
         seed=problem.seed,
         **settings,
     )
-    problem.make_solver().setup(
-        problem.net, grid[[*range(problem.num_steps - 1), -1]]
-    )  # what it is not prepared for is said now
+    # Setting up the solver now gives its errors before the search.
+    problem.make_solver().setup(problem.net, grid[[*range(problem.num_steps - 1), -1]])
     teacher = problem.teacher(solver_tea, num_steps_tea, schedule_type, schedule_rho)
     resolve_sigmas(problem.net, num_steps_tea, schedule_type, schedule_rho, *ends)
     judges = Judges(problem, grid, teacher, num_samples, fid_samples)
     if uses_fid:
         if problem.make_judge is None:
-            raise UserError("there is no judge of FID here: optimise by distance, or use optimize_schedule.py")
+            raise UserError("FID is not available here: use objective=distance, or optimize_schedule.py")
         judges.judge = problem.make_judge(ref, detector, fid_samples)
     finals = search(problem, evolution, judges, objective, finalists)
     best = evolution.ranked()[0]
@@ -347,10 +364,11 @@ def evolution_sigmas(
 
 
 def search(problem, evolution: Evolution, judges: Judges, objective: str, finalists: int) -> dict[Genome, float]:
-    """Runs the evolution, from where an interrupted run left it, and returns the FIDs of the finalists."""
+    """Run the evolution, or resume it, and return the FIDs of the finalists."""
     with together():
         state = problem.load_state()
-    state = distributed.broadcast_object(state)  # if they died between two files, the first process's one counts
+    # The files of the processes may differ after a kill between two of them. That of rank 0 counts.
+    state = distributed.broadcast_object(state)
     finals: dict[Genome, float] = {}
     if state is not None:
         evolution.load_state(state["search"])
@@ -372,5 +390,5 @@ def search(problem, evolution: Evolution, judges: Judges, objective: str, finali
                 finals[genome] = judges.fid(genome)
                 after(finals)
     if finals and not np.isfinite(list(finals.values())).any():
-        raise UserError("the FID of no finalist is finite")
+        raise UserError("the FID of all finalists is not finite: check the solver and the network")
     return finals

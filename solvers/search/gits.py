@@ -1,9 +1,9 @@
-"""GITS: the time schedule by dynamic programming over the points of a teacher's trajectory.
+"""GITS: a schedule by dynamic programming over the points of a teacher's trajectory.
 
-Chen et al. 2024, "On the Trajectory Regularity of ODE-based Diffusion Sampling". What one Euler
-jump from point i of a fine grid to point j would cost is measured along trajectories of a teacher;
-the cheapest chain of a given number of jumps is then found exactly. The result is an ordinary
-schedule for any solver.
+Chen et al. 2024, "On the Trajectory Regularity of ODE-based Diffusion Sampling". The cost of an
+Euler jump between any two points of a fine grid is measured on trajectories of a teacher. Then the
+cheapest chain with a given number of jumps is found exactly. The result is an ordinary schedule for
+any solver.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,7 +19,7 @@ METRICS = ("dev", "l1", "l2")
 
 
 def chord_distance(points, start, end):
-    """Distance of points [...,B,D] from the straight line through start and end, both [B,D]; [...,B]."""
+    """Distances [...,B] of points [...,B,D] from the straight line through start and end [B,D]."""
     chord = end - start
     unit = chord / chord.norm(dim=-1, keepdim=True)
     offset = points - end
@@ -27,14 +27,13 @@ def chord_distance(points, start, end):
 
 
 def jump_costs(states, offsets, sigmas, metric: str = "dev") -> torch.Tensor:
-    """The mean cost of an Euler jump from point i to point j > i, float64 [T,T] on the CPU; 0 for j <= i.
+    """The mean costs of Euler jumps from point i to j > i, float64 [T,T] on the CPU; 0 for j <= i.
 
     states: the teacher's trajectory [T,B,...].
     offsets: x - D at its points [T-1,B,...], the direction times sigma.
     sigmas: noise levels [T].
-    metric: l1 or l2, the norm of the difference to the teacher's x_j; dev, the distance of the
-        jump's end from the chord of the trajectory, less that of x_j (it may be negative). Default
-        dev.
+    metric: l1 or l2: norm of the difference to the teacher's x_j. dev: distance of the jump's end
+        from the chord of the trajectory, minus that of x_j; may be negative. Default dev.
     """
     if metric not in METRICS:
         raise UserError(f"unknown metric '{metric}'; choose from {', '.join(METRICS)}")
@@ -43,7 +42,7 @@ def jump_costs(states, offsets, sigmas, metric: str = "dev") -> torch.Tensor:
     cost = torch.zeros(len(states), len(states), dtype=torch.float64)
     if metric == "dev":
         of_states = chord_distance(states, states[0], states[-1])
-    for i in range(len(states) - 1):  # one row at a time: no more memory than the trajectory takes
+    for i in range(len(states) - 1):  # one row at a time, to save memory
         shrink = (sigmas[i + 1 :] / sigmas[i] - 1).reshape(-1, 1, 1)
         jumps = states[i] + shrink * offsets[i]
         if metric == "dev":
@@ -55,10 +54,15 @@ def jump_costs(states, offsets, sigmas, metric: str = "dev") -> torch.Tensor:
 
 
 def teacher_trajectory(net, latents, solver: str, **settings):
-    """(states [T,B,C,H,W], x - D [T-1,B,C,H,W] at all but the last of them, sigmas [T]) of a plain solver.
+    """The trajectory of a plain solver: (states, x - D, sigmas).
 
-    latents: unit-variance noise [B,C,H,W]; settings: keywords of ``sample``. Raises UserError for a
-    solver whose directions at the points of its grid are not those of a deterministic trajectory.
+    net: the denoiser.
+    latents: unit-variance noise [B,C,H,W].
+    solver: name of the solver.
+    settings: keywords of ``sample``.
+
+    Returns states [T,B,C,H,W], x - D at all but the last [T-1,B,C,H,W] and sigmas [T]. Raises
+    UserError if the solver does not visit all points of its schedule.
     """
     offsets = []
     states, info = sample(
@@ -71,7 +75,7 @@ def teacher_trajectory(net, latents, solver: str, **settings):
         **settings,
     )
     if not len(states) == len(info.sigmas) == len(offsets) + 1:
-        raise UserError(f"the solver '{solver}' skips points of its schedule: it cannot be the teacher")
+        raise UserError(f"the solver '{solver}' skips points of its schedule: choose another teacher")
     return states, torch.stack(offsets), info.sigmas
 
 
@@ -87,14 +91,21 @@ def gits_cost(
     original_code: bool = False,
     **settings,
 ) -> torch.Tensor:
-    """The cost matrix of GITS over the teacher's grid of T points, averaged over all samples; float64 [T,T].
+    """The cost matrix of GITS, averaged over all samples, float64 [T,T].
 
-    latents: unit-variance noise [rounds,batch,C,H,W], or any iterable of batches; one batch is in
-    memory at a time. solver, num_steps (T) and settings (schedule_type, sigma_min, max_order, ...):
-    the teacher, as in ``sample``. metric: dev, l1 or l2 (``jump_costs``). cond: passed on to net in
-    every round. afs: whether the schedule is meant for AFS; the teacher never uses it, except under
-    original_code, where the published code applies it to both. Raises UserError on unknown names
-    and solvers that cannot teach.
+    net: the denoiser.
+    latents: unit-variance noise [rounds,B,C,H,W], or any iterable of batches; one batch is in
+        memory at a time.
+    solver: name of the teacher's solver. Default ipndm.
+    num_steps: T, number of time steps of the teacher. Default 61.
+    metric: dev, l1 or l2, see ``jump_costs``. Default dev.
+    cond: keyword arguments of net, the same for every batch. Default: none.
+    afs: kind of AFS that the schedule is for. Only with original_code the teacher uses it too.
+        Default False.
+    original_code: reproduce the published code. Default False.
+    settings: further keywords of ``sample`` for the teacher.
+
+    Raises UserError for unknown names and solvers that cannot be the teacher.
     """
     check_teacher(solver)
     settings = {**settings, "afs": afs if original_code else False, "original_code": original_code}
@@ -106,23 +117,28 @@ def gits_cost(
         total = total + len(batch) * jump_costs(*trajectory, metric)
         count += len(batch)
     if not count:
-        raise UserError("gits_cost: no latents were given")
+        raise UserError("gits_cost: latents must have at least one batch")
     return total / count
 
 
 def gits_indices(cost, num_steps: int, coeff: float = 1.15, second: int = 1, method: str = "GITS") -> list[int]:
-    """The cheapest chain of num_steps points from the first to the last of the teacher's grid, as indices into it.
+    """The cheapest chain of points from the first to the last of the teacher's grid, as indices.
 
-    cost: [T,T], from i to j > i. coeff > 0: the m-th jump (from 0) weighs coeff^m, so values above
-    1 make errors late in the sampling dearer. second: the second point is at least this one (unless
-    it is the last). Among equal chains the one with the smallest indices is taken. Raises
-    UserError, in the name of ``method``, where there is no such chain or cost is not finite.
+    cost: costs [T,T] of the jumps from i to j > i.
+    num_steps: number of points of the chain.
+    coeff: jump m (from 0) is weighted by coeff^m, coeff > 0. Values above 1 give late errors more
+        weight. Default 1.15.
+    second: smallest index of the second point, unless that is the last point. Default 1.
+    method: name of the method for error messages. Default GITS.
+
+    Of equally cheap chains the one with the smallest indices is returned. Raises UserError if there
+    is no such chain or a cost is not finite.
     """
     cost = torch.as_tensor(cost).detach().to("cpu", torch.float64).numpy()
     if cost.ndim != 2 or cost.shape[0] != cost.shape[1] or len(cost) < 2:
         raise UserError(f"gits_indices: the cost matrix must be [T,T] with T >= 2, not [{_shape(cost)}]")
     if not np.isfinite(cost).all():
-        raise UserError(f"the cost matrix of {method} is not finite: the teacher's trajectory broke down")
+        raise UserError(f"the cost matrix of {method} is not finite: check the teacher and the network")
     if not coeff > 0 or not np.isfinite(coeff):
         raise UserError(f"coeff={coeff} must be a positive number")
     if int(num_steps) != num_steps or not 2 <= num_steps <= len(cost):
@@ -132,7 +148,7 @@ def gits_indices(cost, num_steps: int, coeff: float = 1.15, second: int = 1, met
         )
     jumps = np.where(np.triu(np.ones(cost.shape, bool), 1), cost, np.inf)
     jumps[0, 1 : min(second, len(cost) - 1)] = np.inf
-    value = jumps[:, -1]  # the cost of the rest of the chain from each point; one jump
+    value = jumps[:, -1]  # cost of the rest of the chain from each point, first with one jump
     choices = []
     for _ in range(num_steps - 2):
         total = jumps + coeff * value
@@ -152,12 +168,20 @@ def gits_indices(cost, num_steps: int, coeff: float = 1.15, second: int = 1, met
 def insert_afs_point(
     net, latents, targets, sigmas, indices: list[int], *, solver: str, noise=None, **settings
 ) -> list[int]:
-    """``indices`` with one more point between the first two, which costs nothing under AFS.
+    """Insert the best point between the first two indices. It costs no evaluation with AFS.
 
-    All points of the teacher's grid between them are tried with the student (solver and settings as
-    in ``sample``), and the one whose samples end nearest to the teacher's (mean L2 distance to
-    targets [B,C,H,W]) is taken. Without a point between them the list is returned as it is. noise:
-    gives, for every trial anew, the ``noise`` of a stochastic student.
+    All points of the teacher's grid between the two are tried. The best one has samples with the
+    least mean L2 distance to targets. If there is no point between the two, the list is returned
+    unchanged.
+
+    net: the denoiser.
+    latents: unit-variance noise [B,C,H,W].
+    targets: the teacher's samples [B,C,H,W].
+    sigmas: noise levels [T] of the teacher's grid.
+    indices: the chain of points.
+    solver: name of the solver that the schedule is for.
+    noise: called before every trial, returns the ``noise`` of a stochastic solver. Default None.
+    settings: further keywords of ``sample``.
     """
     best, least = list(indices), float("inf")
     for k in range(indices[0] + 1, indices[1]):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from models.inputs import draw_inputs, draw_noise
 from solvers.sampler import afs_direction, resolve_sigmas
-from solvers.solver import SOLVERS, Solver, make_solver
+from solvers.solver import EXPONENTIAL_OPTIONS, SOLVERS, Solver, make_solver
 from torch_utils import distributed
 from torch_utils.distributed import together
 from torch_utils.errors import UserError
@@ -21,7 +21,7 @@ from torch_utils.safe_pickle import safe_load
 from torch_utils.seeds import SeededGenerators, stream_seeds
 from torch_utils.tensor_file import write_state
 
-SHARED_OPTIONS = ("max_order", "predict_x0", "lower_order_final", "thresholding")  # a teacher takes the student's
+SHARED_OPTIONS = ("max_order", *EXPONENTIAL_OPTIONS)  # the teacher uses them too
 
 
 @dataclass
@@ -29,11 +29,11 @@ class Found:
     """Result of a method.
 
     sigmas: noise levels [N], decreasing.
-    sigmas_net: noise levels [N] to condition the network on. Default: sigmas.
+    sigmas_cond: noise levels [N] to condition the network on. Default: sigmas.
     """
 
     sigmas: torch.Tensor
-    sigmas_net: torch.Tensor | None = None
+    sigmas_cond: torch.Tensor | None = None
 
 
 @dataclass
@@ -53,8 +53,11 @@ class Problem:
     negative_prompt: for the unconditional side. Default: that of the network.
     device: of the computation. Default: the CPU.
     state_path: file for the state of an interrupted method. Default: None, no file.
-    make_judge: (ref, detector) -> judge(batches), the FID of the decoded images [B,C,H,W] of all
-        processes together. Default: None, not available.
+    make_judge: function from (ref, detector, number of images) to a function from batches of
+        decoded images [B,C,H,W] to their FID over all processes. Default: None, no FID.
+    evaluations: network evaluations of this process, per sample, with those before a resume.
+    seconds: time spent before a resume.
+    identity: settings that a saved state must agree with, set by ``optimize``.
     """
 
     net: torch.nn.Module
@@ -72,33 +75,32 @@ class Problem:
     device: torch.device | str = "cpu"
     state_path: Path | None = None
     make_judge: Callable | None = None
-    evaluations: int = 0  # of the network by this process, counted per sample; with those before a resume
-    seconds: float = 0.0  # spent before a resume
-    identity: dict = field(default_factory=dict)  # what a state has to agree with, filled in by ``optimize``
+    evaluations: int = 0
+    seconds: float = 0.0
+    identity: dict = field(default_factory=dict)
 
     def __post_init__(self):
         solver = self.make_solver()
         if solver.needs_predictor:
-            raise UserError(f"the solver '{self.solver}' needs a trained predictor: choose a plain one")
+            raise UserError(f"the solver '{self.solver}' needs a trained predictor: choose a plain solver")
         if self.num_steps < 2:
-            raise UserError(f"num_steps={self.num_steps}: a schedule needs at least 2 time stamps")
+            raise UserError(f"num_steps={self.num_steps}: a schedule needs at least 2 time steps")
         if self.batch < 1:
             raise UserError(f"batch={self.batch} must be at least 1")
-        if self.afs:  # a network that cannot do it says so before anything is computed
+        # The next calls give errors of the settings before anything is computed.
+        if self.afs:
             afs_direction(
                 self.net, torch.zeros(1, 1, 1, 1, device=self.device), torch.ones((), device=self.device), self.afs
             )
         self.sigma_min = self.net.sigma_min if self.sigma_min is None else self.sigma_min
         self.sigma_max = self.net.sigma_max if self.sigma_max is None else self.sigma_max
-        sigmas = resolve_sigmas(
-            self.net, 2, "logsnr", 1, self.sigma_min, self.sigma_max
-        )  # says what is wrong with them
-        if self.options:  # a file that an option names is looked at now
+        sigmas = resolve_sigmas(self.net, 2, "logsnr", 1, self.sigma_min, self.sigma_max)
+        if self.options:  # some of them name a file
             solver.setup(self.net, sigmas)
         self._started = time.perf_counter()
 
     def make_solver(self) -> Solver:
-        """The solver with its options. Raises UserError if they do not go together."""
+        """Make the solver with its options. Raises UserError for impossible ones."""
         return make_solver(self.solver, self.options)
 
     def shared_options(self, solver_tea: str) -> dict:
@@ -107,15 +109,15 @@ class Problem:
         shared = {
             name: value for name, value in self.options.items() if name in SHARED_OPTIONS and name in teacher.options
         }
-        if shared.get("max_order") is not None:  # a teacher that has no such high order takes its highest
+        if shared.get("max_order") is not None:
             shared["max_order"] = min(shared["max_order"], teacher.highest_order)
         return shared
 
     def batches(self, samples: int) -> list[list[int]]:
         """The seeds of ``samples`` samples, batch by batch.
 
-        They differ from those of ``sample.py``, so that the schedule is not fitted to the images
-        that evaluate it.
+        They differ from those of ``sample.py``, so that a schedule is not fitted to the images that
+        evaluate it.
         """
         seeds = stream_seeds(self.seed, 0, samples)
         return [seeds[start : start + self.batch] for start in range(0, samples, self.batch)]
@@ -128,7 +130,7 @@ class Problem:
         return latents.to(self.device, dtype), cond
 
     def texts(self) -> dict:
-        """The record of the prompts: a text, or the number of captions and their SHA-256."""
+        """The record of the prompts: the prompt, or the number of captions and their SHA-256."""
         if self.prompts is None:
             return {}
         digest = hashlib.sha256(json.dumps(list(self.prompts)).encode()).hexdigest()
@@ -136,12 +138,12 @@ class Problem:
         return {"prompt": self.prompts[0] if len(self.prompts) == 1 else many, "negative_prompt": self.negative_prompt}
 
     def fresh_noise(self, seeds: list[int]) -> Callable[[], torch.Tensor]:
-        """A source of noise [B,C,H,W] that differs from ``noise`` and depends on the seeds only."""
+        """A source of noise [B,C,H,W] that depends on the seeds only and differs from ``noise``."""
         generators = SeededGenerators([stream_seeds(seed, 0, 1)[0] for seed in seeds])
         return lambda: draw_noise(self.net, generators)
 
     def teacher(self, solver_tea, num_steps_tea, schedule_type, schedule_rho, **more) -> dict:
-        """Keywords of ``sample`` for a teacher over the range of the schedule, with the SHARED_OPTIONS."""
+        """Keywords of ``sample`` for a teacher, with this range and the SHARED_OPTIONS."""
         return {
             "solver": solver_tea,
             "num_steps": num_steps_tea,
@@ -158,7 +160,7 @@ class Problem:
 
         samples: number of samples.
         size: rows and columns of the cost.
-        cost_of: seeds -> the mean cost of a batch.
+        cost_of: function from the seeds of a batch to its mean cost.
 
         The processes of torchrun share the batches. An interrupted run resumes after its last
         batch.
@@ -177,10 +179,10 @@ class Problem:
     def progress(self, total: int, unit: str, done: int = 0) -> tqdm:
         return progress_bar(total, initial=done, unit=unit)
 
-    # A long method saves its state and resumes from it. Every process of torchrun has its own state.
+    # A long method saves its state and resumes from it. Every process of torchrun has its own.
 
     def load_state(self) -> dict | None:
-        """The last state that ``save_state`` wrote in an interrupted run. None if there is none."""
+        """The last state that ``save_state`` wrote in an interrupted run, or None."""
         path = self._state_file()
         if path is None or not path.exists():
             return None
@@ -201,7 +203,7 @@ class Problem:
         return state
 
     def save_state(self, state: dict) -> None:
-        """Saves a dict of tensors, numbers and texts for ``load_state``."""
+        """Save a dict of tensors, numbers and strings for ``load_state``."""
         path = self._state_file()
         if path is None:
             return
