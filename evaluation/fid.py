@@ -10,7 +10,7 @@ from urllib.parse import urlparse
 import numpy as np
 import torch
 
-from evaluation.detectors import KNOWN, FeatureDetector, cache_dir, is_published_inception, load_detector
+from evaluation.detectors import KNOWN, FeatureDetector, is_published_inception, load_detector
 from evaluation.frechet import FeatureStatistics, Reference, frechet_distance
 from evaluation.reading import compute_statistics
 from models import zoo
@@ -21,6 +21,7 @@ from torch_utils.errors import UserError
 from torch_utils.images import ImageSource
 from torch_utils.memory import explained_oom
 from torch_utils.progress import progress_bar
+from torch_utils.remote import cache_dir
 
 _USUAL_COUNT = 10_000  # below this the bias of FID makes figures of different sample sizes incomparable
 

@@ -86,7 +86,7 @@ def create_model(
         device=device,
     )
     net.dataset_name = dataset_name
-    net.source_path = str(path)
+    net.source_path = model_path if zoo.is_remote(model_path) else str(path)
     net.weights_hash = _hash_files(path, classifier, config)
     return prepare_network(net.eval().requires_grad_(False))
 

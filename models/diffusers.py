@@ -24,6 +24,7 @@ from torch_utils.errors import MissingExtra, UserError
 from torch_utils.files import sha256_of
 from torch_utils.hub import import_transformers, read_json, refuse_code_in_configs, refuse_other_files
 from torch_utils.prompts import batch_of_prompts
+from torch_utils.remote import is_remote
 
 EXTRA = "diffusers"
 
@@ -498,6 +499,10 @@ def _reading(source, function, *arguments, **options):
 
 
 def _local_folder(diffusers, source, allow_pickle: bool) -> Path:
+    if is_remote(source):
+        if re.fullmatch(r"hf:[\w.-]+/[\w.-]+", source) is None:
+            raise UserError(f"{source}: a pipeline is a folder, or hf:owner/name")
+        source = source.removeprefix("hf:")
     path = Path(source)
     if path.is_dir():
         return path

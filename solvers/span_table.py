@@ -358,7 +358,7 @@ class SpanSolver(nn.Module):
 
     def directions_before(self, i: int) -> int:
         """Number of directions of the intervals before interval i."""
-        return i + sum(self.inner_points(j) for j in range(i))
+        return i + sum(self.substep_count(j) for j in range(i))
 
     def _make_rows(self) -> list[Row]:
         """All rows in the order of ``coef_offset``: per interval the points e_ik, then x_{i+1}."""

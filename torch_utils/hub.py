@@ -22,13 +22,21 @@ def import_transformers(purpose: str, extra: str = "text"):
     return transformers
 
 
-def hub_folder(name: str, patterns: Sequence[str], problem: str, remedy: str) -> str:
-    """Where these files of a repository of the Hugging Face hub are, or get, downloaded to. Needs transformers, of which
-    huggingface_hub is a part. Raises UserError, "problem (reason); remedy"; when ``offline``, unless its cache has them."""
-    from huggingface_hub import snapshot_download
+def hub_folder(name: str, patterns: Sequence[str], problem: str, remedy: str, revision: str | None = None) -> str:
+    """The folder with files of a repository of the Hugging Face hub, downloaded to its cache.
 
+    name: id of the repository.
+    patterns: of the files.
+    problem, remedy: UserError is "problem (reason); remedy"; when ``offline``, unless the cache has
+        the files.
+    revision: branch, tag or commit. Default: the newest.
+    """
     try:
-        return snapshot_download(name, allow_patterns=list(patterns), local_files_only=offline())
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise MissingExtra("huggingface_hub", "hub", "a repository of the Hugging Face hub") from None
+    try:
+        return snapshot_download(name, revision=revision, allow_patterns=list(patterns), local_files_only=offline())
     except (OSError, ValueError) as exc:
         raise UserError(f"{problem} ({first_line(exc)}); {remedy}") from None
 

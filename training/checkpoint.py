@@ -14,6 +14,7 @@ from solvers.former_names import with_current_names
 from solvers.span_table import CONFIG_KINDS, SpanSolver, current_config
 from torch_utils.errors import UserError, brief
 from torch_utils.kinds import check_kinds
+from torch_utils.remote import fetch, is_remote
 from torch_utils.safe_pickle import PersistentObject, open_binary, safe_load
 from torch_utils.tensor_file import is_safetensors, json_entry, read_safetensors, write_safetensors
 from training.predictor import AMEDPredictor
@@ -153,6 +154,8 @@ def _original_snapshot(content, name: str) -> tuple[dict, dict[str, torch.Tensor
 # ----------------------------------------------------------------------------------------------------------------------
 # Finding
 
+# Of a predictor in a repository of the hub: as tools.share, train.py and a pipeline's scheduler write it.
+REMOTE_NAMES = ("predictor.safetensors", "predictor-[0-9]*.safetensors", "*/predictor.safetensors")
 _FILE_NAMES = (r"predictor-(\d+)\.safetensors", r"network-snapshot-(\d+)\.pkl", r"network-snapshot-(\d+)\.pt")
 
 
@@ -163,9 +166,11 @@ def find_predictor(predictor_path, exps="./exps") -> Path:
     with the largest kimg in its name is taken. Raises UserError where nothing, or more than one thing, is meant.
     """
     text = str(predictor_path).strip()
+    if is_remote(text):
+        return fetch(text, REMOTE_NAMES)
     exps = Path(exps)
     if not text:
-        raise UserError("predictor_path is empty: give an experiment number, a folder or a file")
+        raise UserError("predictor_path is empty: give an experiment number, a folder, a file, or an address")
     if re.fullmatch(r"[0-9]{1,9}", text):
         numbered = numbered_runs(exps)
         matches = [folder for number, folder in numbered if number == int(text)]
@@ -183,11 +188,13 @@ def find_predictor(predictor_path, exps="./exps") -> Path:
     if path.is_dir():
         return _newest(path)
     if not path.is_file():
-        raise UserError(f"there is no predictor at {path}; give an experiment number, a folder or a file")
+        raise UserError(f"there is no predictor at {path}; give an experiment number, a folder, a file, or an address")
     return path
 
 
 def _newest(folder: Path) -> Path:
+    if (folder / REMOTE_NAMES[0]).is_file():  # shared, or in the folder of a scheduler
+        return folder / REMOTE_NAMES[0]
     found = []
     for path in folder.iterdir():
         for preference, pattern in enumerate(_FILE_NAMES):
