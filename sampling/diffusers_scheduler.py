@@ -77,7 +77,7 @@ class _Walk:
     def __init__(self, run: Sampler, x, start: _Call | None = None):
         self.run, self._lone = run, False
         if start is not None and start.inside:
-            # The evaluations before this point were not made, so an Euler step leads to the end of the interval.
+            # The evaluations before this point were not made: an Euler step to the interval's end.
             self._lone, self.state, self.interval = True, State(x), start.interval
             self.point = Point(x, start.sigma.to(x), start.sigma_cond.to(x))
             return
@@ -142,7 +142,7 @@ class _Walk:
         self._proceed()
 
     def __deepcopy__(self, memo):
-        """The copy repeats the current step with the same answers, because a generator cannot be copied."""
+        """The copy repeats the current step, because a generator cannot be copied."""
         walk = object.__new__(_Walk)
         memo[id(self)] = walk
         walk.run = copy.deepcopy(self.run, memo)
@@ -161,7 +161,7 @@ class _Walk:
 
 
 class _FeatureGraph:
-    """A compiled network that returns its bottleneck as well. Its hook has to be in place when it is called.
+    """A compiled network that returns its bottleneck as well, while its hook is in place.
 
     network: the U-Net.
     compile_like: compiles a function.
@@ -215,7 +215,9 @@ class _AMEDScheduler:
         self._sigmas: torch.Tensor | None = None
         self._calls: list[_Call] = []
         self._timesteps = self.num_inference_steps = self._begin_index = self._returned = None
+        self.process = self._walk = self._mu = self._output = None
         self._asked = self._controlnets = False
+        self._index = 0
         if predictor is not None and not self.config.get("use_dynamic_shifting"):
             self._plan(None, "cpu")  # else the noise levels depend on the size of the image
         if network is not None:
@@ -234,7 +236,7 @@ class _AMEDScheduler:
 
     def register_to_config(self, **settings) -> None:
         super().register_to_config(**settings)
-        self._internal_dict._predictor = self.predictor  # for ``from_config``; not an entry, as it is not JSON
+        self._internal_dict._predictor = self.predictor  # for ``from_config``; no entry, which is JSON
 
     @classmethod
     def from_config(cls, config, return_unused_kwargs=False, predictor=None, network=None, **changes):
@@ -328,7 +330,7 @@ class _AMEDScheduler:
         self._network = self._reader = self._graph = self._run = None
 
     def _hook(self) -> None:
-        """Puts the hooks on the network. They hold no reference to this scheduler, and go with it."""
+        """Puts the hooks on the network. They go when this scheduler goes."""
         network = self._network
         if network is None or self._hooks is not None:
             return
@@ -353,7 +355,7 @@ class _AMEDScheduler:
             hooks.callback(_embedding(network).register_forward_hook(_weak(self._add_shift)).remove)
 
     def _hook_compiled(self, hooks, inner, attribute, compile_like) -> None:
-        """The same for a compiled network: its graph knows no hooks, so the call around the graph is replaced.
+        """The same for a compiled network, whose graph ignores hooks: replaces the call of the graph.
 
         inner: the network itself.
         attribute: of the network, where the compiled function is.
@@ -424,9 +426,10 @@ class _AMEDScheduler:
         return _replaced(arguments, named, place, lambda _: times)
 
     def _hook_controlnets(self) -> None:
-        """Gives the times of the samples to ControlNets too. They are called before the U-Net, and not known here.
+        """Gives the times of the samples to ControlNets too, which are not known here.
 
-        The first call of a run is at the same time for all samples, so this is early enough.
+        They are called before the U-Net. The first call of a run has one time for all samples, so
+        this is early enough.
         """
         if self._controlnets:
             return
@@ -486,7 +489,10 @@ class _AMEDScheduler:
 
     @property
     def sigmas(self) -> torch.Tensor:
-        """Noise levels [n + 1] of the latents before each call, and 0; of flow models t = sigma / (1 + sigma)."""
+        """Noise levels [n + 1] of the latents before each call, and 0.
+
+        For flow models they are t = sigma / (1 + sigma), as in diffusers.
+        """
         levels = torch.stack([self._level(k)[0] for k in range(len(self._calls))]).cpu()
         if is_flow(self.config):
             levels = levels / (1 + levels)
@@ -517,7 +523,7 @@ class _AMEDScheduler:
         return None if self._start is None or self._returned is None else self._index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Starts the run at this step, as image-to-image pipelines do. ``add_noise`` gives the latents for it."""
+        """Starts the run at this step; ``add_noise`` then gives the latents for it."""
         if not 0 <= begin_index < len(self):
             raise UserError(f"AMEDScheduler cannot begin at step {begin_index}: it has the steps 0..{len(self) - 1}")
         self._begin_index = self._index = int(begin_index)
@@ -603,7 +609,7 @@ class _AMEDScheduler:
         """Whether a time, in training steps or in [0, 1], is that of the next step."""
         time = float(torch.as_tensor(time).flatten()[0])
         known = (float(self._timesteps[self._index]), self._planned[self._index])
-        return _is_one_of(time, known) or _is_one_of(time * self.config["num_train_timesteps"], known)
+        return _is_one_of(time, known) or _is_one_of(time * self.config.get("num_train_timesteps", 1000), known)
 
     def _match(self, time) -> int | None:
         """The number of the step with this time, or None."""
@@ -868,7 +874,7 @@ def _weak(method):
 
 def _compilation(network):
     """(the network itself, the attribute with the compiled function, a function that compiles another), or None."""
-    if isinstance(network, torch._dynamo.eval_frame.OptimizedModule):  # torch.compile(unet)
+    if hasattr(network, "_orig_mod"):  # torch.compile(unet)
         return network._orig_mod, "forward", network.dynamo_ctx
     call = network._compiled_call_impl  # unet.compile()
     if call is None:

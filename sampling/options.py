@@ -89,7 +89,9 @@ class SampleOptions:
     """
 
     predictor_path: str | None = flag(
-        "Trained predictor: experiment number, folder or file", kind=PATH, metavar="N|DIR|FILE"
+        "Trained predictor: experiment number, folder, file, https address or hf:owner/name",
+        kind=PATH,
+        metavar="N|DIR|FILE|URL",
     )
     settings: Settings = part()
     schedule: Schedule | None = derived(flags=schedule_file_flag, default=None)

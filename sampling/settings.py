@@ -41,7 +41,7 @@ class ComputeOptions:
     """The file of the network, its device and precision."""
 
     model_path: str | None = flag(
-        "File of the network (default: embedded or downloaded); diffusers: a folder or hub id",
+        "File of the network, https address or hf:owner/name (default: embedded or downloaded); diffusers: a folder or hub id",
         kind=PATH,
         metavar="FILE",
     )

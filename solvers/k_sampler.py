@@ -63,6 +63,8 @@ def sample_learned(model, x, sigmas=None, extra_args=None, callback=None, disabl
         return x
     net = _Network(model, levels, extra_args, len(x))
     run = _run_of(predictor, net, x.device, x.dtype)
+    if run.solver.own_schedule:
+        predictor.check_network(net)
     known = levels.outside(run.sigmas.double())
     first, last = (0, run.intervals) if sigmas is None else _place(sigmas, known)
     given = known if sigmas is None else sigmas
@@ -193,6 +195,7 @@ class _Network:
     def __init__(self, model, levels: _Levels, extra_args: dict, batch: int):
         self.model, self.levels, self.extra_args, self.batch = model, levels, extra_args, batch
         self.reader: _ComfyReader | None = None
+        self.noise_embedding = _embedding(model)  # for the head "time" of a span solver
         for name in ("sigma_min", "sigma_max", "sigma", "sigma_inv"):
             if hasattr(levels, name):
                 setattr(self, name, getattr(levels, name))
@@ -217,6 +220,16 @@ def _chain(model):
         seen.add(id(part))
         yield part
         part = next((inner for name in _LAYERS if (inner := getattr(part, name, None)) is not None), None)
+
+
+def _embedding(model):
+    """The linear layer whose output tells the U-Net inside the model its noise level, or None."""
+    for part in _chain(model):
+        for name in ("noise_embedding", "time_embed", "time_embedding"):
+            layer = getattr(part, name, None)
+            if isinstance(layer, torch.nn.Module):
+                return [inner for inner in layer.modules() if hasattr(inner, "out_features")][-1]
+    return None
 
 
 class _ComfyReader(BottleneckReader):

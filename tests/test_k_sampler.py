@@ -10,6 +10,7 @@ import pytest
 import torch
 from toy import ToyNet
 
+from models import create_model
 from solvers import sample
 from solvers.k_sampler import learned_sigmas, sample_learned
 from solvers.span_table import SpanSolver
@@ -114,6 +115,30 @@ def test_a_part_of_the_schedule():
         sample_learned(net, x, [14.61, 5.0, 0.03], predictor=predictor)
     with pytest.raises(UserError, match="neither the predictor nor the model says sigma_min and sigma_max"):
         learned_sigmas(amed(sigma_min=None, sigma_max=None), lambda x, sigma: x)
+
+
+def test_the_head_time_acts_inside_the_network():
+    """On the layer of the embedding, wherever the wrapper keeps it."""
+    net = create_model("digits")
+    student = span(heads=["time"], embedding_width=net.noise_embedding.out_features, sigma_min=0.002, sigma_max=80.0)
+    with torch.no_grad():
+        for value in student.head_parameters():
+            value.normal_(generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    expected = sample(net, latents, solver="span", predictor=student)
+    without = sample(net, latents, solver="span", predictor=span(sigma_min=0.002, sigma_max=80.0))
+    assert not torch.allclose(expected, without, atol=1e-2)
+
+    class Model:
+        inner_model = net
+
+        def __call__(self, x, sigma):
+            return net(x, sigma)
+
+    found = sample_learned(Model(), latents * 80, disable=True, predictor=student)
+    assert torch.allclose(found, expected, atol=1e-4)
+    with pytest.raises(UserError, match="noise embedding"):
+        sample_learned(lambda x, sigma: net(x, sigma), latents * 80, disable=True, predictor=student)
 
 
 @pytest.fixture(scope="module")

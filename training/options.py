@@ -43,7 +43,8 @@ class RunOptions:
         "Network: digits, cifar10, ffhq, ... ('python -m models.zoo list')", REQUIRED, required=False
     )
     model_path: str | None = flag(
-        "File of the network, instead of the downloaded or embedded one; diffusers: a folder or hub id",
+        "File of the network, https address or hf:owner/name, instead of the downloaded or embedded one; diffusers: a folder"
+        " or hub id",
         kind=PATH,
         changeable=True,
         metavar="FILE",
