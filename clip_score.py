@@ -1,4 +1,4 @@
-"""CLIP score: how well images fit the captions they were made from.
+r"""CLIP score: how well images fit the captions they were made from.
 
     python clip_score.py calc --images=samples/ms_coco/dpmpp_nfe8 --prompts=captions.csv
     python clip_score.py calc --images=samples.zip --prompts=captions.txt \

@@ -1,4 +1,4 @@
-"""Compares samplers: FID, distance to the converged solution, speed, and network evaluations spent.
+r"""Compares samplers: FID, distance to the converged solution, speed, evaluations spent.
 
     python compare.py --dataset_name=digits --solvers=euler,heun,dpmpp,ipndm --nfe=3,5,10 --num=5000
     python compare.py --dataset_name=digits --solvers=dpmpp,dpmpp:max_order=2:afs=data \
@@ -8,11 +8,12 @@
     python compare.py --dataset_name=digits --solvers=ipndm,dpmpp,unipc --nfe=5,6 --baseline=ipndm
     torchrun --standalone --nproc_per_node=8 compare.py ... --num_images=50000
 
-All methods use the same network, seeds and range of noise levels. A solver uses its customary
-schedule and options (listed in tools/compare_run.py). --schedule_type, --schedule_rho and --afs
-change them for all solvers, solver:option=value for one. Results are cached in the output folder:
-adding a method computes only that method, and an interrupted run resumes where it stopped. Under
-torchrun write --num as --num_images, since torchrun has an option --num of its own.
+All methods use the same network, seeds and range of noise levels. A solver uses the settings
+recommended for the network, else those of its paper (solvers/recommended.py). --schedule_type,
+--schedule_rho and --afs change them for all solvers, solver:option=value for one. Results are
+cached in the output folder: adding a method computes only that method, and an interrupted run
+resumes where it stopped. Under torchrun write --num as --num_images, since torchrun has an option
+--num of its own.
 
 Writes results.csv, results.json, results.md and index.html, which shows everything on one page.
 """
@@ -36,9 +37,7 @@ from torch_utils.session import session
 @offline_flag
 @click.pass_context
 def main(ctx, **values):
-    """Compares solvers and trained predictors on one network, the same seeds and the same noise
-    range.
-    """
+    """Compares solvers and trained predictors on one network, with the same seeds."""
     given = given_flags(ctx)
     options = read_flags(CompareOptions, values, given)
     command = " ".join(

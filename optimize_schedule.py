@@ -1,4 +1,4 @@
-"""Optimises a time schedule for a network and a solver: at which noise levels to evaluate.
+r"""Optimises a time schedule for a network and a solver: at which noise levels to evaluate.
 
     python optimize_schedule.py --method=gits --dataset_name=digits --num_steps=6 --solver=ipndm \
         --dest=schedule.json

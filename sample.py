@@ -1,4 +1,4 @@
-"""Samples images from noise, with a trained predictor or with any plain solver.
+r"""Samples images from noise, with a trained predictor or with any plain solver.
 
     python sample.py --predictor_path=7                                   # exps/00007-*
     python sample.py --dataset_name=digits --solver=ipndm --num_steps=6 --grid=True
@@ -17,6 +17,7 @@ write --r as --solver_r, since torchrun has an option --r of its own.
 import click
 
 from sampling.flags import use_schedule
+from sampling.listing import list_flag
 from sampling.options import SampleOptions
 from sampling.run import run
 from torch_utils.cli import Command, offline_flag
@@ -28,6 +29,7 @@ from torch_utils.session import session
 @click.command(cls=Command, may_be_empty=("prompt", "negative_prompt"))
 @flags(SampleOptions)
 @click.option("--use_fp16", type=bool, default=False, show_default=True, help="The same as --amp=fp16")
+@list_flag
 @offline_flag
 @click.pass_context
 def main(ctx, **values):

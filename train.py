@@ -38,6 +38,12 @@ from training.span_run import train_span
     type=click.Choice(list(OBJECTIVES)),
     help="per_step: compare each interval with the teacher's; final: compare the final samples (default for span)",
 )
+@click.option(
+    "--nfe",
+    type=click.IntRange(min=1),
+    help="Network evaluations of the student, instead of --num_steps; what no other flag says is then recommended for"
+    " the network (solvers/recommended.py)",
+)
 @schedule_file_flag
 @click.option("--device", help="cpu, cuda or mps (default: the fastest available)")
 @click.option(
@@ -46,7 +52,7 @@ from training.span_run import train_span
 @click.option("-n", "--dry-run", "--dry_run", "dry_run", is_flag=True, help="Print the options and quit")
 @offline_flag
 @click.pass_context
-def main(ctx, device, resume, dry_run, **values):
+def main(ctx, device, resume, dry_run, nfe, **values):
     """Trains an AMED predictor or a span solver for a pretrained network."""
     given = {name for name in values if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     schedule = use_schedule(values, given)
@@ -57,7 +63,9 @@ def main(ctx, device, resume, dry_run, **values):
     with session(device) as device:
         folder = None
         if resume is None:
-            options = new_options(values, given)
+            options = new_options(values, given, nfe)
+        elif nfe is not None:
+            raise UserError("--nfe is that of the run; leave it out with --resume")
         else:
             folder = on_main(find_run, resume, values["outdir"])
             options = continued_options(on_main(stored_options, folder), values, given, folder)

@@ -36,6 +36,6 @@ solvers=${SOLVERS:-euler,heun,dpm,dpmpp:thresholding=False,unipc:thresholding=Fa
 if ! compgen -G "src/digits/dpm_v3-*.safetensors" >/dev/null; then "$PYTHON" -m tools.model_statistics --dataset_name=digits; fi
 run=("$PYTHON")
 if [ "${NPROC:-1}" -gt 1 ]; then run=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC"); fi
-"${run[@]}" compare.py --dataset_name=digits --nfe="${NFE:-3,4,5,6,8,10}" --num_images="${NUM:-1000}" --groups=5 --num_reference=256 \
+"${run[@]}" compare.py --dataset_name=digits --presets=published --nfe="${NFE:-3,4,5,6,8,10}" --num_images="${NUM:-1000}" --groups=5 --num_reference=256 \
     --solvers="$solvers,ipndm:$TUNED,dpmpp:$TUNED:thresholding=False" \
     --predictor_path="$(IFS=,; echo "${predictors[*]}")" --outdir="$OUT"

@@ -2,11 +2,12 @@
 
     python -m benchmarks.demo_settings --dataset_name=digits --part=reference # the converged solution's own score
     python -m benchmarks.demo_settings --dataset_name=digits --part=plain     # solver x schedule x free first step
+    python -m benchmarks.demo_settings --dataset_name=digits --part=few       # more solvers at 3, 4, 5, 6 and 8 evaluations
     python -m benchmarks.demo_settings --dataset_name=digits --part=teachers  # the teachers themselves, M = 1, 2, 4
     python -m benchmarks.demo_settings --dataset_name=digits --part=amed      # from the paper's settings to the demo's
     python -m benchmarks.demo_settings --dataset_name=digits --part=demo --kimg=1.5 --seed=1   # the demo's, other seeds
 
-Five evaluations everywhere but for the teachers. Every row is appended to benchmarks/<dataset_name>_settings.jsonl as
+Five evaluations everywhere but for the teachers and the part "few". Every row is appended to benchmarks/<dataset_name>_settings.jsonl as
 soon as it is measured and not measured again. Scores: Fréchet distance of ``--num`` images in the features of the
 network's own classifier, and mean distance (root mean square over pixels in [-1, 1]) to Heun with 51 stamps from the
 same noise.
@@ -25,7 +26,7 @@ from evaluation.frechet import FeatureStatistics, Reference, frechet_distance
 from models import create_model, zoo
 from models.inputs import draw_noise
 from solvers import sample
-from tools.demo import HALVES
+from solvers.recommended import training_recipe
 from torch_utils.cli import Command
 from torch_utils.images import to_uint8
 from torch_utils.remote import cache_dir
@@ -66,6 +67,29 @@ def plain_jobs():
                 yield {**solver, "num_steps": stamps, "schedule_type": schedule, "schedule_rho": rho, "afs": afs}
 
 
+def few_jobs():
+    """Other solvers, orders and numbers of evaluations, where the plain part and benchmarks/students.py have none."""
+    uniform, bent, five, seven = ("time_uniform", 1), ("time_uniform", 2), ("polynomial", 5), ("polynomial", 7)
+    orders = [
+        ({"solver": "ipndm", "max_order": 4}, (five, seven)),
+        ({"solver": "ipndm", "max_order": 2}, (uniform,)),
+        ({"solver": "dpmpp", "max_order": 2, "thresholding": False}, (uniform, seven)),
+    ]
+    simple = [
+        ({"solver": "euler"}, (uniform, five)),
+        ({"solver": "heun"}, (uniform, seven)),
+        ({"solver": "dpm"}, (bent,)),
+    ]
+    for solvers, numbers in ((orders, (3, 4, 6, 8)), (simple, (5, 3, 6, 8, 4))):
+        for nfe in numbers:
+            for solver, grids in solvers:
+                for schedule, rho in grids:
+                    stamps, afs = nfe + 2, "data"
+                    if solver["solver"] in ("heun", "dpm"):
+                        stamps, afs = ((nfe + 1) // 2 + 1, "data") if nfe % 2 else (nfe // 2 + 1, False)
+                    yield {**solver, "num_steps": stamps, "schedule_type": schedule, "schedule_rho": rho, "afs": afs}
+
+
 def cumulative(base, *changes):
     """The base settings, then one change after the other on top."""
     yield base
@@ -103,10 +127,9 @@ def cifar10_jobs():
 
 def demo_jobs(dataset_name):
     """The learned methods of the demo, for repeats with other training seeds."""
-    for settings in HALVES[dataset_name].learned.values():
-        if settings["sampler_stu"] == "span":  # benchmarks/students.py has its repeats
-            continue
-        yield {key: value for key, value in settings.items() if key not in ("total_kimg", "batch", "seed")}
+    for student in ("amed", "ipndm"):  # benchmarks/students.py has the repeats of the span solver
+        recipe, _ = training_recipe(dataset_name, student)
+        yield {key: value for key, value in recipe.items() if key not in ("total_kimg", "batch")} | {"num_steps": 4}
 
 
 def teacher_jobs():
@@ -198,7 +221,7 @@ class Bench:
 
 @click.command(cls=Command)
 @click.option("--dataset_name", type=click.Choice(list(EMBEDDED)), required=True)
-@click.option("--part", type=click.Choice(["reference", "plain", "teachers", "amed", "demo"]), required=True)
+@click.option("--part", type=click.Choice(["reference", "plain", "few", "teachers", "amed", "demo"]), required=True)
 @click.option("--num", type=click.IntRange(2), default=256, show_default=True, help="Validation images")
 @click.option("--kimg", type=float, default=0.5, show_default=True, help="Length of each training")
 @click.option("--batch", type=int, default=16, show_default=True, help="Batch of each training")
@@ -214,12 +237,19 @@ def main(dataset_name, part, num, kimg, batch, seed):
     jobs = {
         "reference": lambda: [REFERENCE],
         "plain": plain_jobs,
+        "few": few_jobs,
         "teachers": teacher_jobs,
         "amed": {"digits": digits_jobs, "cifar10-small": cifar10_jobs}[dataset_name],
         "demo": lambda: demo_jobs(dataset_name),
     }[part]
     for job in jobs():
-        key = {"part": part, "network": bench.net.weights_hash[:16], "num": num, **training, "settings": job}
+        key = {
+            "part": "plain" if part == "few" else part,
+            "network": bench.net.weights_hash[:16],
+            "num": num,
+            **training,
+            "settings": job,
+        }
         if any(all(row.get(k) == v for k, v in key.items()) for row in known):
             continue
         scores = bench.learned(job, **training) if learned else bench.plain(job)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.report_students            # benchmarks/students.md, docs/students.png, docs/span_tables_*.png
 
-It also renews the tables between the markers in README.md and docs/span_solver.md. Needs matplotlib (extra "plot") for the
+It also renews the tables between the markers in docs/span_solver.md. Needs matplotlib (extra "plot") for the
 figures.
 
 Intervals are 95 % intervals of the paired difference of two methods, which sample the same seeds.
@@ -357,8 +357,7 @@ def document_parts(networks):
         parts[f"{network} choices"] = lambda rows=rows: "\n".join(choice_table(rows))
         parts[f"{network} ablations"] = lambda rows=rows: "\n".join(ablation_table(rows)).strip()
     parts["marks"] = lambda: "\n".join(explained())
-    readme, document = ROOT / "README.md", ROOT / "docs" / "span_solver.md"
-    return {readme: {name: parts[name] for name in parts if name == "cifar10-small fid"}, document: parts}
+    return {ROOT / "docs" / "span_solver.md": parts}
 
 
 def draw_scores(networks, dest):

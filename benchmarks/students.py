@@ -60,10 +60,10 @@ from evaluation.fid import choose_images, image_statistics
 from evaluation.frechet import Reference
 from evaluation.precision_recall import precision_recall
 from solvers import sample
+from solvers.recommended import training_recipe
 from solvers.schedule_file import load_schedule
 from solvers.solver import DIRECTION_SIGMA
 from solvers.span_table import Plan, SpanSolver
-from tools.demo import HALVES
 from torch_utils.cli import Command
 from torch_utils.images import ImageSource, image_grid, load_array, save_image, to_uint8
 from training.checkpoint import find_predictor, load_predictor
@@ -222,8 +222,8 @@ def flags(settings):
 
 
 def amed_flags(dataset_name, nfe, name):
-    """AMED as it was tuned for the demo, at another number of evaluations."""
-    tuned = {k: v for k, v in HALVES[dataset_name].learned[name].items() if k != "seed"}
+    """AMED as it is recommended for the network, at another number of evaluations."""
+    tuned, _ = training_recipe(dataset_name, "amed" if name == "AMED-Solver" else "ipndm")
     steps = _two_per_interval(nfe)
     return {"dataset_name": dataset_name, **tuned, **steps}
 

@@ -1,4 +1,4 @@
-"""CLIP (Radford et al. 2021): how well images and captions fit, by transformers' CLIPModel."""
+"""CLIP (Radford et al. 2021): similarity of images and captions, by transformers' CLIPModel."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ from torch_utils.hub import (
 DEFAULT_CLIP = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"
 
 
-# In the order of transformers' preference; a repository often has the same weights in several of them.
+# In the order of transformers' preference; a repository often has the same weights several times.
 _WEIGHTS = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
 
 
@@ -32,18 +32,22 @@ _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 class ClipNetwork:
-    """A CLIP model with its tokenizer and its own image preprocessing, in float32.
+    """A CLIP model with its tokenizer and image preprocessing, in float32.
 
-    model     a folder in the format of transformers, or a hub id, which is downloaded into the hub's cache
-    amp       compute in half precision: float16 on a GPU, bfloat16 on the CPU
+    model: a folder in the format of transformers, or a hub id, which is downloaded to the hub's
+        cache. Default DEFAULT_CLIP.
+    device: where the model runs. Default: the CPU.
+    amp: compute in float16 on a GPU, bfloat16 on the CPU. Default False.
 
-    model, revision, digest   what results are labelled with: the name, the hub's commit (None for a folder), and the
-                              SHA-256 of the weights' file (of the digests of its parts, where there are several)
-    preprocessing             the settings of the image processor
-    image_size                (height, width) that the network sees
+    Attributes for the record of results:
 
-    Raises UserError for a model that is not there, cannot be reached, is incomplete, or is no CLIP. Under torchrun
-    call it inside ``distributed.local_main_first()``, as it may download.
+    revision: commit of the hub; None for a folder.
+    digest: SHA-256 of the weights file, or of the list of digests if there are several.
+    preprocessing: settings of the image processor.
+    image_size: (height, width) of the network's input.
+
+    Under torchrun use ``distributed.local_main_first()``, because this may download. Raises
+    UserError if the model does not exist, cannot be reached, is incomplete, or is not CLIP.
     """
 
     def __init__(self, model: str | Path = DEFAULT_CLIP, device: torch.device | str = "cpu", amp: bool = False):
@@ -62,7 +66,7 @@ class ClipNetwork:
             if config.get("model_type") != "clip":
                 kind = config.get("model_type")
                 raise UserError(f"--model={self.model}: its config.json is of the type '{kind}', expected 'clip'")
-            # Named after its backend since transformers 5 has one for torchvision as well.
+            # Transformers 5 has one processor per backend, and names them after it.
             processor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
             self._processor = self._load("preprocessor_config.json", lambda: processor.from_pretrained(folder))
             self._tokenizer = self._load("tokenizer", lambda: transformers.CLIPTokenizer.from_pretrained(folder))
@@ -72,7 +76,7 @@ class ClipNetwork:
                     folder, output_loading_info=True, weights_only=True, local_files_only=True
                 ),
             )
-        if report["missing_keys"]:  # these would be random numbers
+        if report["missing_keys"]:  # transformers fills them with random numbers
             lost = sorted(report["missing_keys"])
             raise UserError(
                 f"--model={self.model}: its weights are those of another network ({len(lost)} missing, first {lost[0]})"
@@ -91,24 +95,27 @@ class ClipNetwork:
             )
 
     def prepare(self, image: np.ndarray) -> np.ndarray:
-        """uint8 [C,H,W], grey or RGB, of any size -> float32 [3,S,S], resized, cropped and normalised. Thread-safe."""
+        """Resize, crop and normalise an image: uint8 [C,H,W], grey or RGB -> float32 [3,S,S].
+
+        It can be called from several threads.
+        """
         rgb = np.ascontiguousarray(np.broadcast_to(image, (3, *image.shape[1:])).transpose(1, 2, 0))
         return self._processor(images=Image.fromarray(rgb), return_tensors="np")["pixel_values"][0].astype(np.float32)
 
     def tokenize(self, captions: Sequence[str]) -> torch.Tensor:
-        """int64 [B,T], cut or padded to the length T of the text transformer, so that T is the same in every batch."""
+        """Token ids, int64 [B,T], cut or padded to the length T of the text transformer."""
         length = self._network.config.text_config.max_position_embeddings
         options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
         return self._tokenizer(list(captions), **options)["input_ids"]
 
     @torch.inference_mode()
     def similarity(self, images: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
-        """Cosine of the angle between the embeddings of prepared images [B,3,S,S] and of B captions: float64 [B]."""
+        """Cosine similarities, float64 [B], of prepared images [B,3,S,S] and B captions."""
         if len(images) != len(captions):
             raise ValueError(f"{len(images)} images for {len(captions)} captions")
         network = self._network
-        # The causal attention makes the padding invisible to the end-of-text token, whose output is used. TF32 is off,
-        # as its rounding depends on the batch size.
+        # No attention mask is needed: attention is causal, and the output of the end-of-text token,
+        # which comes before the padding, is used. The rounding of TF32 depends on the batch size.
         with (
             torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32),
             torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False),
@@ -128,7 +135,7 @@ class ClipNetwork:
 
     def _check_tokenizer(self) -> None:
         text, end = self._network.config.text_config, self._tokenizer.eos_token_id
-        # Old configurations say 2, and mean the largest number that occurs.
+        # Old configurations have 2, which stands for the largest token id.
         if len(self._tokenizer) > text.vocab_size or (text.eos_token_id not in (2, end)):
             raise UserError(
                 f"--model={self.model}: the tokenizer is not this network's ({len(self._tokenizer)} tokens, end {end};"
@@ -137,9 +144,9 @@ class ClipNetwork:
 
 
 def clip_folder(model: str) -> tuple[str, str | None]:
-    """The folder of a model, and the commit if it came from the hub. Raises UserError where files are missing.
+    """(folder of a model, its commit on the hub or None). Raises UserError if files are missing.
 
-    With AMED_OFFLINE=1 (or HF_HUB_OFFLINE=1) nothing is asked of the hub: what its cache holds is used.
+    With AMED_OFFLINE=1 (or HF_HUB_OFFLINE=1) only the cache of the hub is used.
     """
     revision = None
     folder = Path(model)
@@ -151,7 +158,7 @@ def clip_folder(model: str) -> tuple[str, str | None]:
     for name in ("config.json", "preprocessor_config.json"):
         if not (folder / name).is_file():
             raise UserError(
-                f"--model={model}: no CLIP model in the format of transformers, it has no {name}; give another"
+                f"--model={model}: not a CLIP model in the format of transformers: {name} is missing; give another"
             )
     if not has_tokenizer(folder):
         raise UserError(f"--model={model}: it has neither tokenizer.json nor vocab.json and merges.txt")
@@ -161,7 +168,7 @@ def clip_folder(model: str) -> tuple[str, str | None]:
 
 
 def _from_hub(model: str, patterns: Sequence[str]) -> str:
-    problem = f"--model={model}: no such folder, and the model cannot be had from the Hugging Face hub"
+    problem = f"--model={model}: no such folder, and the model cannot be loaded from the Hugging Face hub"
     return hub_folder(model, patterns, problem, "check the name and the network, or give a local folder")
 
 
@@ -179,7 +186,7 @@ def _digest(files: list[Path]) -> str:
 
 @contextmanager
 def _quiet(transformers) -> Iterator[None]:
-    """No progress bars and no reports while loading: what matters of them becomes an error here."""
+    """Context without progress bars and reports of transformers; the caller checks the result."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

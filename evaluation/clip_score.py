@@ -1,4 +1,4 @@
-"""CLIP score: the mean cosine similarity between images and the captions they were made from."""
+"""CLIP score: the mean cosine similarity between images and their captions."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from torch_utils.memory import explained_oom
 from torch_utils.progress import progress_bar
 from torch_utils.prompts import Captions, read_captions
 
-_EXAMPLES = 5  # how many of the images that were left out are named
+_EXAMPLES = 5  # number of ignored images that are named
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,24 @@ class ClipResult:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Images that have a caption, in the order of their seed numbers (or names); and the names of the others."""
+    """Images with captions, in the order of their seed numbers or names.
 
-    indices: list[int]  # into the ImageSource
+    indices: indices into the ImageSource.
+    captions: their captions.
+    without_caption: names of images without a caption.
+    without_number: names of images that are not named after a seed number.
+    """
+
+    indices: list[int]
     captions: list[str]
     without_caption: list[str]
     without_number: list[str]
 
 
 def pair(source: ImageSource, captions: Captions) -> Pairs:
-    """Gives each image the caption that names it; where none is named, that of its seed number.
+    """Find the caption of each image: by file name if the captions have names, else by seed number.
 
-    Raises UserError for two images of one number, for no pair, and where the captions name other images.
+    Raises UserError if no image has a caption, or two images have the same number.
     """
     named = captions.by_name
     if named and not named.keys().isdisjoint(source.names):
@@ -71,14 +77,17 @@ def pair(source: ImageSource, captions: Captions) -> Pairs:
     if named is not None and captions.by_row:
         examples = f"such as {next(iter(named))}" if named else "some of them more than once"
         raise UserError(
-            f"{source.path}: none of the images has a caption: the captions name theirs, {examples}; leave that column out"
-            " if the rows are in the order of the seed numbers"
+            f"{source.path}: none of the images has a caption: the captions have file names, {examples}; remove that"
+            " column if the rows are in the order of the seed numbers"
         )
     return pair_by_seed(source, captions.by_seed)
 
 
 def pair_by_seed(source: ImageSource, prompts: Mapping[int, str]) -> Pairs:
-    """Gives each image the caption of its seed number. Raises UserError for two images of one number, or no pair."""
+    """Find the caption of each image by its seed number.
+
+    Raises UserError if no image has a caption, or two images have the same number.
+    """
     found, unnumbered = source.by_seed()
     if not found:
         raise UserError(f"{source.path}: no image is named after its seed number, like 000123.png ({unnumbered[0]})")
@@ -94,7 +103,7 @@ def pair_by_seed(source: ImageSource, prompts: Mapping[int, str]) -> Pairs:
 
 
 def choose_pairs(count: int, num: int | None, seed: int) -> Sequence[int]:
-    """All of ``count`` pairs, or ``num`` random ones that depend on ``seed`` only."""
+    """Indices of all ``count`` pairs, or of ``num`` random ones, which depend on the seed only."""
     if num is None or num == count:
         return range(count)
     if num > count:
@@ -104,7 +113,7 @@ def choose_pairs(count: int, num: int | None, seed: int) -> Sequence[int]:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """What ``read_batches`` reads: images as the network takes them, prepared by its threads."""
+    """Source for ``read_batches`` whose threads also prepare the images for the network."""
 
     source: ImageSource
     network: ClipNetwork
@@ -120,7 +129,7 @@ class _Prepared:
 def image_similarities(
     source: ImageSource, indices: Sequence[int], captions: Sequence[str], network: ClipNetwork, batch: int
 ) -> np.ndarray:
-    """The cosine of each pair, float64 [N], computed by all ranks, with a progress bar."""
+    """Cosine similarity of each pair, float64 [N], computed by all ranks, with a progress bar."""
     own = slice(distributed.rank(), None, distributed.world_size())
     indices_here, captions_here = indices[own], captions[own]
     cosines: list[float] = []
@@ -133,7 +142,7 @@ def image_similarities(
                 texts = captions_here[len(cosines) : len(cosines) + len(images)]
                 cosines.extend(network.similarity(images, texts).tolist())
                 bar.update(len(images))
-    except Exception as exc:  # raised by agree(), on every rank
+    except Exception as exc:  # agree() raises it on every rank
         error = exc
     distributed.agree(error)
     source.report_conversions(shared=True)
@@ -155,7 +164,18 @@ def calculate_clip_score(
     device: torch.device | str = "cpu",
     amp: bool = False,
 ) -> ClipResult:
-    """CLIP score of a folder or zip of images. Images that have no caption are named on stderr and left out."""
+    """CLIP score of a folder or zip of images. Images without captions are reported and ignored.
+
+    images: the folder or zip.
+    prompts: file of captions, or "coco30k".
+    model: see ``ClipNetwork``.
+    column: column of the captions in a table. Default: found by its name.
+    num: number of random pairs to use. Default: all.
+    seed: seed of their choice. Default 0.
+    batch: images per call of the network. Default 64.
+    device: where the network runs. Default: the CPU.
+    amp: see ``ClipNetwork``. Default False.
+    """
     captions = read_captions(zoo.resolve_prompts(prompts), column)
     source = ImageSource(images, uniform=False)
     source.check_one_run()

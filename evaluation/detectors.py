@@ -1,13 +1,13 @@
 """Networks that turn images into features for the Fréchet distance.
 
-inception   Inception-v3 as in Heusel et al. 2017, the network that EDM evaluates with; 2048 features of images of any
-            size. Either NVIDIA's TorchScript port (checked by its SHA-256) or, where that is not to be had, the
-            published state dict in our own implementation (evaluation/inception.py); kept in a cache folder.
+inception   Inception-v3 as in Heusel et al. 2017 and EDM; 2048 features of images of any size.
+            NVIDIA's TorchScript port (checked by its SHA-256), or if that cannot be downloaded the
+            published state dict in evaluation/inception.py. Kept in a cache folder.
 digits, cifar10-small
-            embedded small classifiers of 32x32 images, 64 features each. Their distances are not comparable with
-            Inception FIDs.
-PATH        a TorchScript file (.pt), an Inception state dict (.pth), or a classifier from tools/train_classifier.py
-            (.safetensors)
+            embedded small classifiers of 32x32 images, 64 features each. Their distances are not
+            comparable with Inception FIDs.
+PATH        a TorchScript file (.pt), an Inception state dict (.pth), or a classifier from
+            tools/train_classifier.py (.safetensors)
 """
 
 import json
@@ -31,17 +31,17 @@ from torch_utils.tensor_file import json_entry
 
 CLASSIFIER_FORMAT = "amed-classifier-1"
 
-# Classifiers in this repository, each named after the network whose images it judges.
+# Classifiers in this repository, named after the network with the same kind of images.
 EMBEDDED = {"digits": "digits-features.safetensors", "cifar10-small": "cifar10-small-features.safetensors"}
 KNOWN = ("inception", *EMBEDDED)
 
 _INCEPTION_FILE = "inception-2015-12-05.pt"
 _INCEPTION_URLS = ["https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"]
 _INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
-# TorchScript is a program: only files with these digests are run without being asked to (--trust).
+# TorchScript is a program: only files with these digests are run without --trust.
 TRUSTED_TORCHSCRIPT = {_INCEPTION_SHA256: "inception"}
 
-# One file under two names. Of its SHA-256 the first digits are known, from the names; weights alone execute nothing.
+# One file under two names, which contain the first digits of its SHA-256.
 _STATE_FILE = "pt_inception-2015-12-05-6726825d.pth"
 _STATE_URLS = [
     f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{_STATE_FILE}",
@@ -51,12 +51,12 @@ _STATE_SHA256_PREFIX = "6726825d"
 
 
 def is_published_inception(digest: str) -> bool:
-    """Whether a file with this SHA-256 is one of the published copies of the network; all give the same features."""
+    """Whether this is the SHA-256 of a published copy of Inception; all give the same features."""
     return digest in TRUSTED_TORCHSCRIPT or digest.startswith(_STATE_SHA256_PREFIX)
 
 
 class _Classifier(torch.nn.Module):
-    """Keeps its arguments, which are what a file needs beside the weights."""
+    """Base class; ``config`` has the constructor arguments, which are stored with the weights."""
 
     def __init__(self, img_channels: int, img_resolution: int, num_classes: int, feature_dim: int, width: int):
         super().__init__()
@@ -70,9 +70,14 @@ class _Classifier(torch.nn.Module):
 
 
 class ConvClassifier(_Classifier):
-    """A small convolutional classifier of C x R x R images; ``features`` are pooled before the last, linear layer.
+    """A small convolutional classifier. ``forward``: images [B,C,R,R] in [0, 1] -> logits.
 
-    forward: [B,C,R,R] in [0, 1] -> logits [B, num_classes]; features: -> [B, feature_dim].
+    ``features`` [B, feature_dim] are pooled before the last, linear layer.
+
+    img_channels, img_resolution: C and R.
+    num_classes: number of logits.
+    feature_dim: number of features. Default 64.
+    width: channels of the first layer. Default 16.
     """
 
     def __init__(self, img_channels: int, img_resolution: int, num_classes: int, feature_dim=64, width=16):
@@ -94,7 +99,7 @@ class ConvClassifier(_Classifier):
 
 
 class _ResidualBlock(torch.nn.Module):
-    """x + two normalised 3x3 convolutions; the first may halve the resolution."""
+    """x + two normalised 3x3 convolutions; the first one has the stride."""
 
     def __init__(self, channels_in: int, channels_out: int, stride: int):
         super().__init__()
@@ -110,8 +115,11 @@ class _ResidualBlock(torch.nn.Module):
 
 
 class ResidualClassifier(_Classifier):
-    """A second kind of classifier, for a second opinion: residual blocks under group normalisation, and features that are
-    a linear map of pooled ones, so of either sign. Interface and arguments of ConvClassifier; width: a multiple of 4."""
+    """A classifier with residual blocks, to check results of the other one.
+
+    Its features are a linear map of pooled ones, so they have both signs. Arguments as in
+    ``ConvClassifier``; width is a multiple of 4.
+    """
 
     def __init__(self, img_channels: int, img_resolution: int, num_classes: int, feature_dim=64, width=16):
         super().__init__(img_channels, img_resolution, num_classes, feature_dim, width)
@@ -134,7 +142,7 @@ ARCHITECTURES = {"conv": ConvClassifier, "residual": ResidualClassifier}
 
 
 def save_classifier(model: torch.nn.Module, path: str | Path, **provenance) -> None:
-    """safetensors with the configuration and ``provenance`` (accuracy, seed, ...) in the metadata."""
+    """Write a safetensors file; ``provenance`` (accuracy, seed, ...) becomes metadata."""
     architecture = next(name for name, kind in ARCHITECTURES.items() if type(model) is kind)
     metadata = {"format": CLASSIFIER_FORMAT, "architecture": architecture, "config": json.dumps(model.config)}
     metadata.update({key: str(value) for key, value in provenance.items()})
@@ -143,17 +151,17 @@ def save_classifier(model: torch.nn.Module, path: str | Path, **provenance) -> N
 
 
 def load_classifier(path: str | Path) -> tuple[torch.nn.Module, dict[str, str]]:
-    """The classifier in evaluation mode, and the file's metadata."""
+    """Load (classifier in evaluation mode, metadata of the file). UserError if it is unusable."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != CLASSIFIER_FORMAT:
                 raise UserError(f"{path}: not a classifier from tools/train_classifier.py")
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
         config = json_entry(metadata, "config", str(path))
         if not all(type(value) is int and 0 < value < 1 << 20 for value in config.values()):
             raise UserError(f"{path}: not a usable classifier file (its sizes are not whole numbers)")
-        architecture = metadata.get("architecture", "conv")  # older files do not say
+        architecture = metadata.get("architecture", "conv")  # missing in older files
         if architecture not in ARCHITECTURES:
             raise UserError(f"{path}: unknown architecture '{architecture[:40]}'; known: {', '.join(ARCHITECTURES)}")
         model = build_empty(ARCHITECTURES[architecture], config, "a classifier", len(state))
@@ -166,11 +174,12 @@ def load_classifier(path: str | Path) -> tuple[torch.nn.Module, dict[str, str]]:
 
 
 class FeatureDetector:
-    """uint8 images [B,C,H,W] -> float32 features [B, feature_dim].
+    """Base class: uint8 images [B,C,H,W] -> float32 features [B, feature_dim].
 
-    name            what results are labelled with
-    file, digest    name and SHA-256 of the weights' file
-    img_channels, img_resolution   what images must have; None = anything
+    name: name in results.
+    file, digest: name and SHA-256 of the weights file.
+    feature_dim: number of features.
+    img_channels, img_resolution: required shape of images; None: any.
     """
 
     name: str
@@ -181,7 +190,7 @@ class FeatureDetector:
     img_resolution: int | None = None
 
     def check(self, shape: tuple[int, int, int], where: str) -> None:
-        """Raises UserError when images of ``shape`` [C,H,W] do not suit; ``where`` names them."""
+        """Raises UserError for images of a wrong ``shape`` (C, H, W); ``where``: their name."""
         channels, height, width = shape
         size = self.img_resolution
         if size is not None and (height, width) != (size, size):
@@ -208,7 +217,7 @@ class FeatureDetector:
 
 
 def _on(device: torch.device, images: torch.Tensor) -> torch.Tensor:
-    """The bytes of images on the device; from pinned memory, while the device still works on what came before."""
+    """Copy images to the device; from pinned memory without waiting for it."""
     return images.to(device, non_blocking=device.type == "cuda" and images.is_pinned())
 
 
@@ -230,9 +239,10 @@ class ClassifierDetector(FeatureDetector):
 
 
 class TorchScriptDetector(FeatureDetector):
-    """A TorchScript network called with RGB images in 0..255; grey-scale images are repeated to three channels.
+    """A TorchScript network for RGB images in 0..255; grey images are repeated to three channels.
 
-    ``return_features=True`` is passed where the network knows it: then Inception gives its 2048 pooled features.
+    If the network has the argument ``return_features``, it is True: Inception then returns its 2048
+    pooled features.
     """
 
     def __init__(self, path: Path, device: torch.device, name: str | None = None):
@@ -254,13 +264,13 @@ class TorchScriptDetector(FeatureDetector):
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         if images.shape[1] == 1:
             images = images.repeat([1, 3, 1, 1])
-        # Without TF32, whose rounding depends on the batch size.
+        # The rounding of TF32 depends on the batch size.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
             return self._model(_on(self._device, images), **self._options)
 
 
 class InceptionDetector(FeatureDetector):
-    """Our Inception-v3 with the weights of a state dict; grey-scale images are repeated to three channels."""
+    """Inception-v3 of evaluation/inception.py; grey images are repeated to three channels."""
 
     feature_dim = FEATURE_DIM
 
@@ -277,12 +287,11 @@ class InceptionDetector(FeatureDetector):
 
 
 def _download_state(dest: Path) -> Path:
-    """The state dict, under its name only once the known part of its SHA-256 was checked."""
+    """Download the state dict to dest. It gets this name only after its SHA-256 was checked."""
     if dest.exists():
         if not sha256_of(dest).startswith(_STATE_SHA256_PREFIX):
             raise UserError(
-                f"{dest}: its SHA-256 does not begin with {_STATE_SHA256_PREFIX}: move it away, and it will be"
-                " downloaded again"
+                f"{dest}: its SHA-256 does not begin with {_STATE_SHA256_PREFIX}: move it away to download it again"
             )
         return dest
     unchecked = dest.with_name(f"{dest.name}.unchecked")
@@ -311,20 +320,25 @@ def _load_inception(device: torch.device) -> FeatureDetector:
             _INCEPTION_URLS, script, sha256=_INCEPTION_SHA256, desc="Inception-v3", hint="pass --detector=PATH"
         )
     except UserError as exc:
-        if script.exists():  # something else is there under this name
+        if script.exists():  # another file has this name
             raise
         try:
             return InceptionDetector(_download_state(state), device)
         except UserError as second:
-            raise UserError(f"{exc}; nor could its state dict be used instead: {second}") from None
+            raise UserError(f"{exc}; its state dict cannot be used either: {second}") from None
     return TorchScriptDetector(script, device, name="inception")
 
 
 def load_detector(name_or_path: str | Path, device: torch.device | str = "cpu", trust: bool = False) -> FeatureDetector:
-    """'inception', a name in EMBEDDED, or the path of a .pt (TorchScript), .pth (Inception) or .safetensors (classifier) file.
+    """Load a feature detector.
 
-    A TorchScript file is a program. One that is not known by its SHA-256 is refused unless ``trust``.
-    Under torchrun call this inside ``distributed.local_main_first()``, as it may download.
+    name_or_path: a name in KNOWN, or the path of a TorchScript file (.pt), an Inception state dict
+        (.pth) or a classifier (.safetensors).
+    device: where it runs. Default: the CPU.
+    trust: run a TorchScript file of unknown SHA-256; it is a program. Default False.
+
+    Under torchrun use ``distributed.local_main_first()``, because this may download. Raises
+    UserError for unknown names and unusable files.
     """
     device = torch.device(device)
     if name_or_path == "inception":
@@ -343,7 +357,7 @@ def load_detector(name_or_path: str | Path, device: torch.device | str = "cpu", 
     if path.suffix != ".pt":
         raise UserError(
             f"--detector={path}: expected TorchScript (.pt), an Inception state dict (.pth) or a classifier"
-            " (.safetensors); pickled networks carry code and are not read"
+            " (.safetensors); pickled networks contain code and are not read"
         )
     if kind := explain(path, ""):
         raise UserError(f"{path}: not a TorchScript file ({kind})")
@@ -351,6 +365,6 @@ def load_detector(name_or_path: str | Path, device: torch.device | str = "cpu", 
     if digest not in TRUSTED_TORCHSCRIPT and not trust:
         raise UserError(
             f"--detector={path}: unknown TorchScript file (SHA-256 {digest[:16]}...). TorchScript is a program; if you"
-            " trust where it came from, add --trust=True"
+            " trust its source, add --trust=True"
         )
     return TorchScriptDetector(path, device, name=TRUSTED_TORCHSCRIPT.get(digest))

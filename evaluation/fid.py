@@ -1,4 +1,4 @@
-"""Frechet inception distance of a set of images to reference statistics (EDM's protocol and file format)."""
+"""Fréchet inception distance (FID) of images to reference statistics, with EDM's file format."""
 
 import hashlib
 import sys
@@ -23,11 +23,21 @@ from torch_utils.memory import explained_oom
 from torch_utils.progress import progress_bar
 from torch_utils.remote import cache_dir
 
-_USUAL_COUNT = 10_000  # below this the bias of FID makes figures of different sample sizes incomparable
+_USUAL_COUNT = 10_000  # below this number the bias of FID depends strongly on the number of images
 
 
 @dataclass(frozen=True)
 class FIDResult:
+    """FID, and what it was measured with.
+
+    fid: the distance.
+    images: number of images.
+    detector, detector_file, detector_sha256: name, weights file and its SHA-256.
+    ref, ref_images: reference as given, and its number of images or None.
+    source: the images as given.
+    seed: seed of the choice of images; None: all were used.
+    """
+
     fid: float
     images: int
     detector: str
@@ -44,7 +54,10 @@ class FIDResult:
 
 
 def find_reference(ref: str) -> Reference:
-    """Statistics by name of a network of the zoo, path or URL (kept in the cache folder)."""
+    """The reference statistics of a network of the zoo, a path or a URL (kept in the cache folder).
+
+    Raises UserError if they do not exist or are unusable.
+    """
     if ref in zoo.CARDS:
         return Reference.load(zoo.resolve_fid_ref(ref))
     if ref.startswith(("http://", "https://")):
@@ -52,7 +65,7 @@ def find_reference(ref: str) -> Reference:
             last = Path(urlparse(ref).path).name[-100:] or "reference.npz"
         except ValueError as exc:
             raise UserError(f"--ref={ref}: not a usable address ({exc})") from None
-        # Files of one name from two addresses are two files.
+        # Two addresses may have files of the same name.
         name = f"{hashlib.sha256(ref.encode('utf-8', 'replace')).hexdigest()[:12]}-{last}"
         path = cache_dir() / "fid-refs" / name
         with distributed.local_main_first():
@@ -69,7 +82,15 @@ def find_reference(ref: str) -> Reference:
 def choose_detector(
     name: str | None, reference: Reference | None, device: torch.device, trust: bool = False
 ) -> FeatureDetector:
-    """The detector asked for, else the reference's, else Inception; refuses one that does not fit the reference."""
+    """The feature detector for a reference.
+
+    name: name or file of the detector. Default: that of the reference, or Inception.
+    reference: its statistics, or None.
+    device: where the detector runs.
+    trust: also run unknown TorchScript files. Default False.
+
+    Raises UserError if the detector is not that of the reference.
+    """
     stored = reference.detector if reference is not None else None
     if name is None and stored not in (None, *KNOWN):
         raise UserError(f"the reference was made with the detector '{stored}'; pass its file as --detector=PATH")
@@ -92,7 +113,7 @@ def choose_detector(
     if len(reference.mu) != detector.feature_dim:
         raise UserError(
             f"--ref has {len(reference.mu)} features and the detector '{detector.name}' {detector.feature_dim};"
-            " choose the detector that made the reference"
+            " choose the detector of the reference"
         )
     return detector
 
@@ -102,11 +123,11 @@ def _same_weights(stored: str | None, digest: str) -> bool:
 
 
 def choose_images(source: ImageSource, num: int | None, seed: int) -> Sequence[int]:
-    """All indices, or ``num`` random ones that depend on the names and ``seed`` only."""
+    """Indices of all images, or of ``num`` random ones, which depend on the names and the seed."""
     if num is None:
         num = len(source)
     if num > len(source):
-        raise UserError(f"--num={num}: {source.path} holds only {len(source)} images")
+        raise UserError(f"--num={num}: {source.path} has only {len(source)} images")
     if num < 2:
         raise UserError(f"{source.path}: {num} image is too few; a covariance needs at least 2")
     if num == len(source):
@@ -123,8 +144,17 @@ def image_statistics(
     feature_cache: str | Path | None = None,
     workers: int | None = None,
 ) -> FeatureStatistics:
-    """Statistics over all ranks, with a progress bar, and from or into ``feature_cache``."""
-    # Networks that take both repeat grey to RGB themselves: the same features, and sets may be mixed.
+    """Feature statistics of images over all processes, with a progress bar.
+
+    source: the images.
+    indices: which of them.
+    detector: the feature detector.
+    batch: images per call of the detector.
+    device: where the detector runs.
+    feature_cache: npz file to read features from, or to write them to. Default: none.
+    workers: see ``read_batches``. Default None.
+    """
+    # Detectors for RGB repeat grey images to three channels, so that sets may be mixed.
     source.expect(detector.img_channels or 3, f"which is what the detector '{detector.name}' takes")
     detector.check(source.shape, source.where(0))
     if feature_cache is not None:
@@ -153,7 +183,10 @@ def image_statistics(
 def _from_cache(
     path: Path, source: ImageSource, indices: Sequence[int], detector: FeatureDetector
 ) -> FeatureStatistics | None:
-    """Rank 0 looks; all ranks learn together whether every image is there, unchanged and from the same detector."""
+    """The statistics from a cache that has all images unchanged and of this detector, or None.
+
+    Rank 0 reads the file; all ranks get the same answer.
+    """
     rows, error = None, None
     if distributed.rank() == 0 and path.exists():
         try:
@@ -162,7 +195,7 @@ def _from_cache(
             if features.shape != (len(keys), detector.feature_dim) or features.dtype.kind != "f":
                 raise ValueError(f"features {list(features.shape)} of {len(keys)} images")
         except (ValueError, KeyError, TypeError) as exc:
-            error = UserError(f"--feature-cache={path}: not a feature cache ({exc}); name another file or delete it")
+            error = UserError(f"--feature-cache={path}: not a feature cache ({exc}); give another file or delete it")
         else:
             known = {str(key): row for row, key in enumerate(keys)} if digest == detector.digest else {}
             wanted = [known.get(source.fingerprint(int(index))) for index in indices]
@@ -203,7 +236,19 @@ def calculate_fid(
     trust: bool = False,
     workers: int | None = None,
 ) -> FIDResult | None:
-    """FID of a folder or zip of images; the result on rank 0, None on the others. Warnings go to stderr."""
+    """FID of a folder or zip of images. Warnings go to stderr.
+
+    images: the folder or zip.
+    ref: reference, see ``find_reference``.
+    num: number of random images to use. Default: all.
+    seed: seed of their choice. Default 0.
+    batch: images per call of the detector. Default 250.
+    detector, trust: see ``choose_detector``.
+    feature_cache, workers: see ``image_statistics``.
+    device: where the detector runs. Default: the CPU.
+
+    Returns the result on rank 0, None on the others.
+    """
     device = torch.device(device)
     reference = find_reference(str(ref))
     source = ImageSource(images)
@@ -233,27 +278,31 @@ def _result(statistics: FeatureStatistics, reference: Reference, network: Featur
 
 
 class StreamedFID:
-    """FID of images that come from a sampler and need not be written; every process of a torchrun makes one.
+    """FID of images straight from a sampler. Each process of torchrun makes one object.
 
-    count: how many images there will be on all processes, for the warnings. Raises UserError for an unknown reference and
-    a detector that does not suit it.
+    ref: reference, see ``find_reference``.
+    count: number of images of all processes together, for the warnings.
+    detector: see ``choose_detector``.
+    device: where the detector runs. Default: the CPU.
+
+    Raises UserError for an unknown reference, or a detector that is not that of the reference.
     """
 
     def __init__(self, ref: str, count: int, detector: str | None = None, device: torch.device | str = "cpu"):
         self.ref, device = ref, torch.device(device)
         if count < 2:
-            raise UserError(f"the FID of {count} image: a covariance needs at least 2")
+            raise UserError(f"FID of {count} image is not defined: a covariance needs at least 2")
         self.reference = find_reference(ref)
         self.detector = choose_detector(detector, self.reference, device)
         self.statistics = FeatureStatistics(self.detector.feature_dim, device)
         warn_about_count(count, self.detector)
 
     def append(self, pixels: torch.Tensor) -> None:
-        """pixels: uint8 [B,C,H,W], on any device."""
+        """Add images, uint8 [B,C,H,W] on any device."""
         self.statistics.append(self.detector(pixels))
 
     def result(self, source: str) -> FIDResult | None:
-        """Adds up what the processes have; the result on rank 0, None on the others. source: what to record as such."""
+        """FID of all images on rank 0, None on the other ranks; source: for the record."""
         self.statistics.all_reduce()
         if distributed.rank() != 0:
             return None
@@ -267,5 +316,5 @@ def warn_about_count(count: int, detector: FeatureDetector) -> None:
         message = f"{count} images for {detector.feature_dim} features: the covariance is singular"
         print(f"Warning: {message} and the FID far too large", file=sys.stderr)
     elif count < _USUAL_COUNT:
-        message = f"FID of {count} images is biased upwards; compare it only with FIDs of as many images"
+        message = f"FID of {count} images is biased upwards; compare it only with FIDs of {count} images"
         print(f"Note: {message} (published figures: 50000)", file=sys.stderr)

@@ -1,7 +1,8 @@
-"""The Fréchet distance between two sets of features (Heusel et al. 2017), computed in float64 without a matrix root.
+"""The Fréchet distance between two sets of features (Heusel et al. 2017), in float64.
 
-FID = |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), where the trace of the root is the sum of the roots of the
-eigenvalues of A^T S2 A for any A with S1 = A A^T: a symmetric matrix, so nothing complex ever appears.
+FID = |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). The trace of the matrix root is the sum of the
+roots of the eigenvalues of A^T S2 A, for any A with S1 = A A^T. This matrix is symmetric, so that
+no complex numbers occur.
 """
 
 from dataclasses import dataclass
@@ -15,14 +16,17 @@ from torch_utils import distributed
 from torch_utils.arrays import read_npz, write_npz
 from torch_utils.errors import UserError
 
-_ROUNDING = 10 * np.finfo(np.float64).eps  # eigenvalues below this share of the largest are noise of the zero ones
-_LONGEST_TEXT = 4096  # bytes of the name of a detector in a file
+_ROUNDING = 10 * np.finfo(np.float64).eps  # eigenvalues below this share of the largest count as zero
+_LONGEST_TEXT = 4096  # longest name of a detector in a file, in bytes
 
 
 def frechet_distance(mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray) -> float:
-    """Squared Fréchet distance of two Gaussians with means [D] and covariances [D,D], which may be singular.
+    """Squared Fréchet distance of two Gaussians.
 
-    Raises UserError on shapes that do not fit, on numbers that are not finite and on asymmetric covariances.
+    mu1, mu2: means [D].
+    sigma1, sigma2: covariances [D,D]; they may be singular.
+
+    Raises UserError for wrong shapes, numbers that are not finite and asymmetric covariances.
     """
     mu1, sigma1 = _checked(mu1, sigma1, "first")
     mu2, sigma2 = _checked(mu2, sigma2, "second")
@@ -41,7 +45,7 @@ def _checked(mu, sigma, which: str) -> tuple[np.ndarray, np.ndarray]:
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise UserError(f"the {which} statistics have mean {list(mu.shape)} and covariance {list(sigma.shape)}")
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise UserError(f"the {which} statistics hold numbers that are not finite; were the images or features broken?")
+        raise UserError(f"the {which} statistics have numbers that are not finite; check the images and the detector")
     if np.abs(sigma - sigma.T).max() > 1e-6 * np.abs(sigma).max():
         raise UserError(f"the {which} covariance is not symmetric")
     return mu, (sigma + sigma.T) / 2
@@ -62,7 +66,7 @@ def _trace_of_root(sigma1: np.ndarray, sigma2: np.ndarray) -> float:
 
 
 def _factor_of_singular(sigma: np.ndarray) -> np.ndarray:
-    """A [D,rank] with A A^T = sigma, where Cholesky's method finds a pivot that is not positive."""
+    """A [D,rank] with A A^T = sigma, for matrices without a Cholesky factor."""
     values, vectors = np.linalg.eigh(sigma)
     keep = values > _ROUNDING * max(values[-1], 0.0)
     return vectors[:, keep] * np.sqrt(values[keep])
@@ -70,7 +74,12 @@ def _factor_of_singular(sigma: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Reference:
-    """Saved statistics: mean [D], covariance [D,D], and what is known of their making."""
+    """Saved statistics of features.
+
+    mu, sigma: mean [D] and covariance [D,D].
+    detector, detector_sha256: name and SHA-256 of the detector. Default: unknown.
+    num: number of images. Default: unknown.
+    """
 
     mu: np.ndarray
     sigma: np.ndarray
@@ -79,21 +88,21 @@ class Reference:
     num: int | None = None
 
     def save(self, path: str | Path) -> None:
-        """An npz with EDM's names ``mu`` and ``sigma`` (float64), and the other fields that are known."""
+        """Write an npz with EDM's entries ``mu`` and ``sigma`` (float64) and the known fields."""
         extra = {"detector": self.detector, "detector_sha256": self.detector_sha256, "num": self.num}
         extra = {key: np.asarray(value) for key, value in extra.items() if value is not None}
         write_npz(path, mu=self.mu, sigma=self.sigma, **extra)
 
     @classmethod
     def load(cls, path: str | Path) -> "Reference":
-        """Reads our files and EDM's. Raises UserError, naming the file."""
+        """Read a file of ``save`` or of EDM. Raises UserError with its name if it is unusable."""
         data = read_npz(path, ("mu", "sigma", "detector", "detector_sha256", "num"))
         if not {"mu", "sigma"} <= data.keys():
             raise UserError(f"{path}: not FID statistics (an npz with mu and sigma); make them with fid.py ref")
         try:
             wide = [key for key in ("detector", "detector_sha256") if key in data and data[key].nbytes > _LONGEST_TEXT]
             if wide:
-                raise ValueError(f"its '{wide[0]}' is no name but {data[wide[0]].nbytes} bytes")
+                raise ValueError(f"its '{wide[0]}' is not a name but {data[wide[0]].nbytes} bytes")
             known = {
                 key: kind(data[key].item())
                 for key, kind in (("detector", str), ("detector_sha256", str), ("num", int))
@@ -101,11 +110,15 @@ class Reference:
             }
             return cls(*_checked(data["mu"], data["sigma"], "stored"), **known)
         except (TypeError, ValueError, ArithmeticError) as error:  # a UserError is a ValueError
-            raise UserError(f"{path}: no usable FID statistics ({error}); make them anew with fid.py ref") from None
+            raise UserError(f"{path}: unusable FID statistics ({error}); make them again with fid.py ref") from None
 
 
 class FeatureStatistics:
-    """Running float64 sums over features, from which mean and covariance follow; ranks add up theirs in one message."""
+    """Mean and covariance of features from running float64 sums, which processes can add up.
+
+    dim: number of features D.
+    device: where the sums are kept. Default: the CPU.
+    """
 
     def __init__(self, dim: int, device: torch.device | str = "cpu"):
         device = torch.device("cpu") if torch.device(device).type == "mps" else device  # MPS has no float64
@@ -119,7 +132,7 @@ class FeatureStatistics:
         return int(self._sums[0].item())
 
     def append(self, features: torch.Tensor) -> None:
-        """features [B,D]."""
+        """Add features [B,D]."""
         if features.ndim != 2 or features.shape[1] != self.dim:
             raise ValueError(f"expected features [B,{self.dim}], got {list(features.shape)}")
         features = features.detach().to("cpu") if features.device.type == "mps" else features.detach()
@@ -129,8 +142,8 @@ class FeatureStatistics:
         self._sums[1 + self.dim :].view(self.dim, self.dim).addmm_(features.T, features)
 
     def all_reduce(self) -> "FeatureStatistics":
-        """Adds up the sums of all ranks, in place, on every rank."""
-        distributed.wait_for_all()  # shares may take very different times
+        """Add up the sums of all ranks in place, on every rank."""
+        distributed.wait_for_all()  # some ranks may take much longer than others
         distributed.all_reduce_sum(self._sums)
         return self
 

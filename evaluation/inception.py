@@ -1,18 +1,19 @@
-"""Inception-v3 as the Fréchet inception distance uses it: the TensorFlow graph of 2015-12-05, from its state dict.
+"""Inception-v3 of the Fréchet inception distance: the TensorFlow graph of 2015-12-05.
 
-Szegedy et al. 2016 (arXiv 1512.00567) describe the network, Heusel et al. 2017 (arXiv 1706.08500) the distance. The
-parameters carry the names of the published conversion ``pt_inception-2015-12-05-6726825d.pth`` (those of torchvision's
-``inception_v3`` without its auxiliary classifier, and 1008 classes). What differs from torchvision's network:
+Szegedy et al. 2016 (arXiv 1512.00567) describe the network, Heusel et al. 2017 (arXiv 1706.08500)
+the distance. The parameters have the names of the published conversion
+``pt_inception-2015-12-05-6726825d.pth``: those of torchvision's ``inception_v3`` without its
+auxiliary classifier, and with 1008 classes. The differences from torchvision's network are:
 
 - the average pools of the blocks A and C, and of the first E, do not count the padding;
 - the second E pools by maximum;
-- images are resized to 299x299 as TensorFlow 1 did (source position = position * in / out, no half-pixel shift, no
-  antialiasing) and scaled by (x - 128) / 128.
+- images are resized to 299x299 as in TensorFlow 1 (source position = position * in / out, no
+  half-pixel shift, no antialiasing) and scaled by (x - 128) / 128.
 
-Verified: with the same, artificial weights the features equal those of two independent implementations, torch-fidelity
-0.4.0 (resizing included) and pytorch-fid 0.3.0, which load the published file under these names (relative difference
-below 2e-6). Not verified, as the published weights were not at hand: a figure with the real weights, and the whole
-SHA-256 of their file, of which only the first 8 digits are known (they are in its name).
+Verified with artificial weights: the features equal those of torch-fidelity 0.4.0 (resizing
+included) and pytorch-fid 0.3.0, which load the published file under these names (relative
+difference below 2e-6). Not verified: values with the published weights, and the whole SHA-256 of
+their file. Its first 8 digits are in the file's name.
 """
 
 import re
@@ -29,7 +30,7 @@ from torch_utils.tensor_file import read_weights
 FEATURE_DIM = 2048
 _CLASSES = 1008
 _SIZE = 299
-_COUNTER = ".num_batches_tracked"  # of BatchNorm: without meaning here and absent from some files
+_COUNTER = ".num_batches_tracked"  # counter of BatchNorm: not used, and missing in some files
 
 
 class ConvBN(nn.Module):
@@ -45,7 +46,7 @@ class ConvBN(nn.Module):
 
 
 def _square(channels_in: int, channels_out: int, size: int) -> ConvBN:
-    """``size`` x ``size``, same height and width out as in."""
+    """``size`` x ``size`` convolution that keeps height and width."""
     return ConvBN(channels_in, channels_out, size, padding=size // 2)
 
 
@@ -58,7 +59,7 @@ def _column(channels_in: int, channels_out: int, size: int) -> ConvBN:
 
 
 def _average(x: torch.Tensor) -> torch.Tensor:
-    """3x3 means over what lies inside the image, as TensorFlow pools with "SAME" padding."""
+    """3x3 means without the padding, as TensorFlow pools with "SAME" padding."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -138,7 +139,7 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """8x8 maps; channels_in -> 2048. ``max_pool``: what the last block of this graph has in place of the average."""
+    """8x8 maps; channels_in -> 2048. max_pool: maximum instead of average, as in the last block."""
 
     def __init__(self, channels_in: int, max_pool: bool):
         super().__init__()
@@ -163,9 +164,9 @@ class BlockE(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """forward: RGB images [B,3,H,W] in 0..255, any size, any real dtype -> pooled features float32 [B,2048].
+    """RGB images [B,3,H,W] in 0..255, any size and dtype -> pooled features, float32 [B,2048].
 
-    ``fc``, the classifier of the graph, is kept for its weights (the inception score); the features do not use it.
+    The features do not use ``fc``, the classifier of the graph.
     """
 
     def __init__(self):
@@ -200,7 +201,10 @@ class InceptionV3(nn.Module):
 
 
 def resize_tf1(images: torch.Tensor, size: int) -> torch.Tensor:
-    """Bilinear [B,C,H,W] -> [B,C,size,size] as tf.image.resize_bilinear of TensorFlow 1 with align_corners=False."""
+    """Bilinear resize [B,C,H,W] -> [B,C,size,size].
+
+    Equals tf.image.resize_bilinear of TensorFlow 1 with align_corners=False.
+    """
     for dim in (2, 3):
         length = images.shape[dim]
         if length == size:
@@ -216,10 +220,10 @@ def resize_tf1(images: torch.Tensor, size: int) -> torch.Tensor:
     return images
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # State dicts
 
-# Where the wrapper of the package pytorch-fid keeps the same layers: blocks.<block>.<place>; the gaps are pools.
+# The same layers in the wrapper of the package pytorch-fid: blocks.<block>.<place>; gaps are pools.
 _WRAPPER = {
     "0": {"0": "Conv2d_1a_3x3", "1": "Conv2d_2a_3x3", "2": "Conv2d_2b_3x3"},
     "1": {"0": "Conv2d_3b_1x1", "1": "Conv2d_4a_3x3"},
@@ -229,10 +233,10 @@ _WRAPPER = {
 
 
 def canonical_key(key: str) -> str:
-    """The name that this module gives to a parameter of one of the known layouts; unknown names come back unchanged.
+    """The name in this module of a parameter in a known layout; others are returned unchanged.
 
-    Known: the published names, with or without a prefix (``module.``, ``model.``, ``inception.``), and those of the
-    wrapper of pytorch-fid (``blocks.2.0.branch1x1.conv.weight``).
+    Known layouts: the published names, with or without a prefix (``module.``, ``model.``,
+    ``inception.``), and those of the wrapper of pytorch-fid (``blocks.2.0.branch1x1.conv.weight``).
     """
     key = re.sub(r"^(module\.|model\.|inception\.)+", "", key)
     match = re.match(r"blocks\.(\d+)\.(\d+)\.(.+)", key)
@@ -241,7 +245,14 @@ def canonical_key(key: str) -> str:
 
 
 def load_state(model: InceptionV3, state: Mapping[str, torch.Tensor], where: str) -> None:
-    """Fills ``model``; the unused ``fc`` and BatchNorm's counters may be absent. UserError, naming ``where``, else."""
+    """Load a state dict into model; ``fc`` and BatchNorm's counters may be missing.
+
+    model: the network.
+    state: {name: tensor} in a layout of ``canonical_key``.
+    where: name of the file for errors.
+
+    Raises UserError if names or shapes differ.
+    """
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{where}: not a state dict (names -> tensors)")
     given = {canonical_key(key): value for key, value in state.items()}
@@ -250,7 +261,7 @@ def load_state(model: InceptionV3, state: Mapping[str, torch.Tensor], where: str
     missing = [key for key in expected if key not in given and not key.startswith("fc.")]
     unknown = [key for key in given if key not in expected]
     if missing or unknown:
-        detail = f"lacks {missing[0]}" if missing else f"has the unknown {unknown[0]}"
+        detail = f"missing {missing[0]}" if missing else f"unknown {unknown[0]}"
         raise UserError(f"{where}: not a state dict of the FID's Inception-v3: {detail}")
     for key, value in given.items():
         if value.shape != expected[key].shape:
@@ -259,12 +270,12 @@ def load_state(model: InceptionV3, state: Mapping[str, torch.Tensor], where: str
 
 
 def load_inception(path: str | Path) -> InceptionV3:
-    """The network of a ``.pth`` state dict, in evaluation mode. Nothing in the file is executed."""
+    """Load a ``.pth`` state dict, in evaluation mode. No code of the file is run."""
     state = read_weights(path)
     with torch.device("meta"):
         model = InceptionV3()
     model = model.to_empty(device="cpu")
-    for module in model.modules():  # what the file may lack
+    for module in model.modules():  # these may be missing in the file
         if isinstance(module, nn.BatchNorm2d):
             module.num_batches_tracked.zero_()
     nn.init.zeros_(model.fc.weight)

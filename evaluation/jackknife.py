@@ -20,9 +20,9 @@ CONFIDENCE = 0.95
 class Estimate:
     """A value with its uncertainty.
 
-    value       the statistic of all seeds, minus its estimated bias
-    error       standard error
-    half_width  half the width of the confidence interval around ``value``
+    value: the statistic of all seeds, minus its estimated bias.
+    error: standard error.
+    half_width: half the width of the confidence interval around ``value``.
     """
 
     value: float
@@ -38,13 +38,14 @@ class Estimate:
 def jackknife(whole: float, left_out: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
     """Estimate a statistic from its value on all seeds and its values with one group left out.
 
-    whole       the statistic of all seeds
-    left_out    [G], G >= 2: the statistic of all seeds but those of group g; groups of about one size
-    confidence  of the interval, which is Student's t with G - 1 degrees of freedom
+    whole: the statistic of all seeds.
+    left_out: [G], G >= 2, the statistic of all seeds except those of group g. The groups should
+        have about equal sizes.
+    confidence: level of the interval (Student's t, G - 1 degrees of freedom). Default 0.95.
 
     For the paired difference of two methods, pass the difference of their values and the
-    differences of their left-out values, group by group. Both methods must have been run with the
-    same seeds in the same groups: what a seed does to both methods alike then cancels.
+    differences of their left-out values, group by group. Both methods need the same seeds in the
+    same groups; then the common effect of a seed cancels.
     """
     left_out = np.asarray(left_out, dtype=np.float64)
     groups = len(left_out)

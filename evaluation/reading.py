@@ -31,9 +31,9 @@ class _Chunks(torch.utils.data.Dataset):
         return len(self.chunks)
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor | UserError, dict[str, int]]:
-        """The images, and how many of them were changed in which way.
+        """(images, {kind of conversion: number of images}).
 
-        A UserError is returned: raised in another process, it would come back with the traceback in its message.
+        A UserError is returned, because raising it in a worker adds the traceback to its message.
         """
         done = Counter()
         try:
@@ -44,9 +44,9 @@ class _Chunks(torch.utils.data.Dataset):
 
 
 def choose_workers(device: torch.device | str, source: ImageSource, batch: int) -> int:
-    """Processes that decode images: 0 (threads) where the network is slower than one process can read, on the CPU.
+    """Number of processes to decode images. 0: threads, on the CPU, where the network is slower.
 
-    Batches come through shared memory, of which containers may have little: a fourth of it is used at most.
+    Batches use shared memory, and containers may have little. At most a fourth of it is used.
     """
     shared = Path("/dev/shm")
     if torch.device(device).type != "cuda" or not shared.is_dir():
@@ -65,10 +65,13 @@ def read_batches(
     device: torch.device | str = "cpu",
     workers: int | None = None,
 ) -> Iterator[torch.Tensor]:
-    """uint8 [B,C,H,W] batches of the images ``indices`` in their order, decoded ahead of their use.
+    """Read batches of images, uint8 [B,C,H,W], decoded in advance.
 
-    workers: processes that decode (0: threads of this one; None: see ``choose_workers``). For a CUDA ``device`` the
-    batches lie in pinned memory, from where they are copied without waiting. At most a few batches per worker wait.
+    source: the images.
+    indices: which of them, in this order.
+    batch: images per batch.
+    device: where they are used. For CUDA the batches are in pinned memory. Default: the CPU.
+    workers: number of processes that decode; 0: threads. Default: see ``choose_workers``.
     """
     chunks = _Chunks(source, indices, batch)
     pinned = torch.device(device).type == "cuda"
@@ -119,11 +122,14 @@ def compute_statistics(
 ) -> FeatureStatistics:
     """Statistics of the features of images, summed over all ranks.
 
-    images     an ImageSource, of which each rank takes a strided share (of ``indices`` if given), or an iterable of
-               uint8 batches [B,C,H,W]: the batches of *this* rank, for instance straight from a sampler
-    detector   a evaluation.detectors.FeatureDetector (anything with ``feature_dim`` that maps a batch to [B,D])
-    workers    as of ``read_batches``
-    on_batch   called with the features of each batch (progress bars, caches)
+    images: an ImageSource, which the ranks share; or an iterable of uint8 batches [B,C,H,W] of
+        *this* rank, for instance straight from a sampler.
+    detector: an ``evaluation.detectors.FeatureDetector``, or any function from a batch to [B,D]
+        with ``feature_dim``.
+    indices: which images of an ImageSource. Default: all.
+    batch, workers: see ``read_batches``. Default 250, None.
+    device: where the statistics are computed. Default: the CPU.
+    on_batch: called with the features of each batch. Default None.
     """
     statistics = FeatureStatistics(detector.feature_dim, device)
     if isinstance(images, ImageSource):

@@ -1,25 +1,24 @@
-"""Verifiers: what judges generated images, so that the best of several can be kept (sampling/search.py).
+"""Verifiers: scores of generated images, to keep the best of several (sampling/search.py).
 
-classifier          log-probability of the class that was asked for; of the likeliest class for networks without classes.
-                    By the embedded classifier of that kind of images (digits, cifar10-small), or by the network's own
-                    noisy classifier at the lowest noise level (ADM under guidance_type "cg").
-classifier:FILE     the same by a classifier of tools/train_classifier.py
-clip, clip:ID|DIR   cosine between the CLIP embeddings of image and prompt (evaluation/clip.py), for text-to-image networks
-MODULE:FUNCTION     a function of one's own, called with one batch after the other as
+classifier          log-probability of the image's class, or of the most likely class for networks
+                    without classes. Uses the embedded classifier (digits, cifar10-small), or the
+                    network's noisy classifier at the lowest noise level (ADM with guidance "cg").
+classifier:FILE     the same, with a classifier of tools/train_classifier.py
+clip, clip:ID|DIR   cosine similarity of image and prompt (evaluation/clip.py)
+MODULE:FUNCTION     your own function; MODULE is imported from the current folder or the installed
+                    packages. The function is called for every batch:
 
                         function(images, *, seeds, classes, prompts) -> [B]
 
-                    images: uint8 [B,C,H,W] on the CPU, the pixels that a PNG file would have; seeds: list of B ints;
-                    classes: list of B ints, None for networks without classes; prompts: list of B texts, None for networks
-                    without text. The result, a tensor, an array or a list, is one finite number per image; higher is
-                    better. It should depend on the image alone and not on its place in the batch. MODULE is imported
-                    from the current folder or from what is installed.
+                    images: uint8 [B,C,H,W] on the CPU, the pixels of the PNG files.
+                    seeds: list of B ints.
+                    classes: list of B ints; None for networks without classes.
+                    prompts: list of B strings; None for networks without prompts.
 
-Every verifier here is called in that way.
+                    It returns a tensor, array or list with one finite number per image; higher is
+                    better. The number should depend on the image only, not on its batch.
 """
 
-import importlib
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -30,25 +29,31 @@ from evaluation.detectors import EMBEDDED, PRETRAINED, load_classifier
 from models.denoiser import member
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
+from torch_utils.functions import find_function
 
 FORMS = "classifier[:FILE], clip[:ID|DIR] or MODULE:FUNCTION"
 
 
 class Verifier:
-    """name: as the user gave it; digest: SHA-256 of what it judges by (weights, or the file of a function), or None."""
+    """Base class.
+
+    name: as given by the user.
+    digest: SHA-256 of the weights, or of the file of a function; None: unknown.
+    """
 
     name: str
     digest: str | None = None
 
     def __call__(self, images: torch.Tensor, *, seeds, classes, prompts) -> torch.Tensor:
-        """One number per image, higher is better; arguments: see the module."""
+        """One number per image, higher is better; arguments as in the module's docstring."""
         raise NotImplementedError
 
 
 class ClassifierVerifier(Verifier):
-    """logits: uint8 images [B,C,H,W] -> [B, num_classes].
+    """Log-probability of a class. (The probability of all good images is rounded to 1.)
 
-    The log-probability and not the probability, which is rounded to 1 for all good images alike.
+    name, digest: see ``Verifier``.
+    logits: function from uint8 images [B,C,H,W] to [B, num_classes].
     """
 
     def __init__(self, name: str, digest: str, logits: Callable[[torch.Tensor], torch.Tensor]):
@@ -72,7 +77,7 @@ class ClipVerifier(Verifier):
 
 
 class FunctionVerifier(Verifier):
-    """The digest is that of the module's file; what it imports may change unseen."""
+    """A function of the user; the digest is that of its module's file, without its imports."""
 
     def __init__(self, name: str, function: Callable, file: str | None):
         self.name, self._function = name, function
@@ -83,17 +88,21 @@ class FunctionVerifier(Verifier):
 
 
 def load_verifier(text: str, net, device: torch.device | str = "cpu") -> Verifier:
-    """The verifier that ``text`` names (see the module) for the images of a network.
+    """Load a verifier for the images of a network.
 
-    Raises UserError for unknown ones and for those that cannot judge this network's images. Under torchrun call it inside
-    ``distributed.local_main_first()``: CLIP may be downloaded.
+    text: the verifier, see the module.
+    net: the denoiser.
+    device: where the verifier runs. Default: the CPU.
+
+    Under torchrun use ``distributed.local_main_first()``, because CLIP may be downloaded. Raises
+    UserError for unknown verifiers, and for those that do not fit the network's images.
     """
     kind, _, argument = text.partition(":")
     if kind == "classifier":
         return _classifier(text, argument, net, device)
     if kind == "clip":
         return _clip(text, argument or DEFAULT_CLIP, net, device)
-    return FunctionVerifier(text, *find_function(text))
+    return FunctionVerifier(text, *find_function(text, "--verifier", FORMS))
 
 
 def _classifier(text: str, file: str, net, device) -> ClassifierVerifier:
@@ -109,22 +118,22 @@ def _classifier(text: str, file: str, net, device) -> ClassifierVerifier:
     path = Path(file) if file else PRETRAINED / embedded
     try:
         model, _ = load_classifier(path)
-    except UserError as error:  # it does not know by which flag the file was named
+    except UserError as error:
         raise UserError(f"--verifier={text}: {error}; give a file of tools/train_classifier.py") from None
     shape, known = (net.img_channels, net.img_resolution), model.config
     if shape != (known["img_channels"], known["img_resolution"]):
         raise UserError(
-            f"--verifier={text}: it judges {known['img_channels']}x{known['img_resolution']}x{known['img_resolution']}"
-            f" images, the network makes {shape[0]}x{shape[1]}x{shape[1]}"
+            f"--verifier={text} is for images of {known['img_channels']}x{known['img_resolution']}"
+            f"x{known['img_resolution']}, those of the network have {shape[0]}x{shape[1]}x{shape[1]}"
         )
     if net.label_dim not in (0, known["num_classes"]):
-        raise UserError(f"--verifier={text}: it knows {known['num_classes']} classes, the network has {net.label_dim}")
+        raise UserError(f"--verifier={text} has {known['num_classes']} classes, the network has {net.label_dim}")
     model = model.to(device)
     return ClassifierVerifier(text, sha256_of(path), lambda images: model(images.to(device).float() / 255))
 
 
 def _to_range(images: torch.Tensor, device) -> torch.Tensor:
-    """uint8 -> float32 in [-1, 1], as networks are trained on them."""
+    """Convert uint8 images to float32 in [-1, 1], the range of denoisers."""
     return images.to(device).float() / 127.5 - 1
 
 
@@ -135,29 +144,8 @@ def _clip(text: str, model: str, net, device) -> ClipVerifier:
         )
     try:
         return ClipVerifier(text, ClipNetwork(model, device))
-    except UserError as error:  # there the model is a flag of its own
+    except UserError as error:  # it names the flag of clip_score.py
         raise UserError(str(error).replace(f"--model={model}", f"--verifier=clip:{model}")) from None
-
-
-def find_function(text: str) -> tuple[Callable, str | None]:
-    """The function at "module:function", importable from the current folder too, and the file of its module (None if that
-    is built in). UserError where there is none."""
-    module_name, _, name = text.partition(":")
-    if not module_name or not name.isidentifier():
-        raise UserError(f"--verifier={text}: choose {FORMS}")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(
-            f"--verifier={text}: cannot import the module '{module_name}' ({error}); choose {FORMS}"
-        ) from None
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise UserError(f"--verifier={text}: the module '{module_name}' has no function '{name}'; choose {FORMS}")
-    return function, getattr(module, "__file__", None)
 
 
 def judge(
@@ -167,10 +155,15 @@ def judge(
     labels: torch.Tensor | None = None,
     prompts: Sequence[str] | None = None,
 ) -> torch.Tensor:
-    """The verifier's numbers for one batch, float64 [B] on the CPU.
+    """Scores of a batch, float64 [B] on the CPU.
 
-    images: uint8 [B,C,H,W] on the CPU; labels: as networks take them, int64 [B] or one-hot [B,L]. Raises UserError where
-    the verifier gives anything but one finite number per image.
+    verifier: the verifier.
+    images: uint8 [B,C,H,W] on the CPU.
+    seeds: B seeds.
+    labels: class labels of the network, int64 [B] or one-hot [B,L]. Default None.
+    prompts: B prompts. Default None.
+
+    Raises UserError unless the verifier returns one finite number per image.
     """
     if labels is not None:
         labels = (labels.argmax(dim=1) if labels.ndim == 2 else labels).tolist()
@@ -179,13 +172,13 @@ def judge(
         scores = torch.as_tensor(scores).detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError):
         kind = type(scores).__name__
-        raise UserError(f"--verifier={verifier.name} gave a {kind} and not one number per image") from None
+        raise UserError(f"--verifier={verifier.name} returned a {kind} instead of one number per image") from None
     if scores.shape != (len(images),):
         raise UserError(
-            f"--verifier={verifier.name} gave numbers of shape {list(scores.shape)} for {len(images)} images;"
+            f"--verifier={verifier.name} returned numbers of shape {list(scores.shape)} for {len(images)} images;"
             f" expected [{len(images)}]"
         )
     bad = scores.isfinite().logical_not().nonzero().flatten().tolist()
     if bad:
-        raise UserError(f"--verifier={verifier.name} gave {scores[bad[0]]:g} for an image of seed {seeds[bad[0]]}")
+        raise UserError(f"--verifier={verifier.name} returned {scores[bad[0]]:g} for an image of seed {seeds[bad[0]]}")
     return scores

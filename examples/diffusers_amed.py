@@ -1,4 +1,4 @@
-"""Images from a diffusers pipeline in a few evaluations, with a trained predictor.
+r"""Images from a diffusers pipeline in a few evaluations, with a trained predictor.
 
     python examples/diffusers_amed.py --pipeline=stable-diffusion-v1-5/stable-diffusion-v1-5 \
         --predictor=7 --prompt="a photo of a red fox in the snow" --seeds=0-3 --outdir=foxes

@@ -1,7 +1,7 @@
 """Denoisers: network architectures, their loaders, and the table of pretrained networks.
 
-The two functions here are the way in: ``create_model`` for a network of the table (or a file of one's own) and
-``build_denoiser`` for hyper-parameters and weights that are in memory already.
+``create_model`` loads a network of the table, or a file of your own. ``build_denoiser`` takes a
+configuration and weights that are in memory already.
 """
 
 import hashlib
@@ -12,18 +12,22 @@ from pathlib import Path
 
 import torch
 
+import amed  # noqa: F401 (its docstring says why)
 from models.building import Family, check_guidance
 from models.denoiser import Denoiser
+from models.wrapped import load_own, wrap
 from torch_utils.errors import UserError
+from torch_utils.functions import names_function
+from torch_utils.remote import is_remote
 
-__all__ = ["Denoiser", "build_denoiser", "create_model", "use_tokenizer"]
+__all__ = ["Denoiser", "build_denoiser", "create_model", "use_tokenizer", "wrap"]
 
 
 def families() -> dict[str, Family]:
-    """All families of networks by name, loaded when first asked for: solvers need the interface alone."""
-    from models import adm, cm, edm, ldm, sd
+    """All families of networks, {name: Family}. Imported here because solvers do not need them."""
+    from models import adm, cm, edm, ldm, mr, sd
 
-    return {family.name: family for family in (edm.FAMILY, cm.FAMILY, adm.FAMILY, ldm.FAMILY, sd.FAMILY)}
+    return {family.name: family for family in (edm.FAMILY, cm.FAMILY, adm.FAMILY, ldm.FAMILY, sd.FAMILY, mr.FAMILY)}
 
 
 def __getattr__(name):
@@ -39,20 +43,28 @@ def create_model(
     guidance_rate: float | None = None,
     device: str | torch.device = "cpu",
 ) -> Denoiser:
-    """A pretrained denoiser, frozen and in evaluation mode, on ``device``.
+    """Load a pretrained denoiser, frozen and in evaluation mode.
 
-    dataset_name: a name of ``models.zoo``, "custom" for any network at ``model_path``, or "diffusers", where that is a
-    folder or a hub id. Without ``model_path`` the file is the embedded one or is downloaded to ``./src/<dataset_name>/``;
-    every process of a torchrun has to call this. A network of other sizes than the published ones is described by
-    ``<model_path>.json`` (``models.zoo.read_sidecar``); without it, "custom" is an EDM network. Under guidance_type "cg"
-    the classifier lies beside ``model_path``, under its published name. guidance_type: None is the network's default;
-    guidance_rate: None is 7.5 under "cfg" (diffusers: the pipeline's default) and 1 under "cg".
+    dataset_name: a name of ``models.zoo``; "custom" for any network at model_path; "diffusers" for
+        a diffusers pipeline.
+    model_path: file of the network. For "custom" it may be "module:function", your own function
+        that returns a ``Denoiser``. For "diffusers" it is a folder or a hub id.
+        ``<model_path>.json`` describes a network of other sizes than the published ones
+        (``models.zoo.read_sidecar``); without it, "custom" is an EDM network. Default: the embedded
+        file, or the published one, which is downloaded to ``./src/<dataset_name>/``.
+    guidance_type: "cfg", "cg", "uncond" or "none". "cg" needs the classifier beside model_path,
+        under its published name. Default: that of the network.
+    guidance_rate: strength of the guidance. Default: 7.5 for "cfg" (that of the pipeline for
+        "diffusers"), 1 for "cg".
+    device: where the weights are put. Default: the CPU.
 
-    On the CPU its convolution weights lie channels last (``models.compile.prepare_network`` changes that, the precision, and
-    whether it is compiled). The result also has ``dataset_name``, ``source_path`` and ``weights_hash``: the SHA-256 of the file, or of the list of
-    hashes where a classifier or a description belongs to the network.
+    All processes of torchrun must call this. The result has ``dataset_name``, ``source_path`` and
+    ``weights_hash``: the SHA-256 of the file, or of the list of hashes if a classifier or a
+    description belongs to the network. ``models.compile.prepare_network`` changes its precision,
+    memory format (channels last on the CPU) and compilation.
 
-    Raises UserError for unknown names, guidance that the network does not take, and files that are not this network.
+    Raises UserError for unknown names, guidance that the network does not support, and files that
+    are not this network.
     """
     from models import zoo
     from models.compile import prepare_network
@@ -64,6 +76,14 @@ def create_model(
         if not model_path:
             raise UserError("dataset_name 'diffusers' needs --model_path, the folder or the hub id of a pipeline")
         return load_diffusers(model_path, guidance_type, guidance_rate, device)
+    remote = is_remote(model_path)
+    if model_path and not remote and names_function(str(model_path)) and not Path(model_path).exists():
+        if card is not None:
+            raise UserError(f"--model_path={model_path} is code of your own: use it with --dataset_name={zoo.CUSTOM}")
+        check_guidance(("none",), guidance_type, guidance_rate, "a network of your own")
+        net = load_own(str(model_path), device)
+        net.dataset_name = dataset_name
+        return prepare_network(net)
     if card is not None:
         kind = guidance_type or card.guidance[0]
         check_guidance(card.guidance, kind, guidance_rate, f"dataset_name '{dataset_name}'")
@@ -71,7 +91,7 @@ def create_model(
     family, config = zoo.read_sidecar(path) or (card.family if card else "edm", None)
     known = families()
     if family not in known or card is not None and family != card.family:
-        expected = f"dataset_name '{dataset_name}' is of family {card.family}" if card else f"use {', '.join(known)}"
+        expected = f"dataset_name '{dataset_name}' has family '{card.family}'" if card else f"use {', '.join(known)}"
         raise UserError(f"{path}.json names the network family '{family}': {expected}")
     classifier = None
     if guidance_type == "cg" and guidance_rate != 0:
@@ -86,16 +106,21 @@ def create_model(
         device=device,
     )
     net.dataset_name = dataset_name
-    net.source_path = model_path if zoo.is_remote(model_path) else str(path)
+    net.source_path = model_path if remote else str(path)
     net.weights_hash = _hash_files(path, classifier, config)
     return prepare_network(net.eval().requires_grad_(False))
 
 
 def use_tokenizer(net: Denoiser, folder: str | Path) -> None:
-    """Gives a text-to-image network the tokenizer in a local folder (vocab.json and merges.txt), or of a hub id."""
+    """Set the tokenizer of a text-to-image network.
+
+    folder: a local folder with vocab.json and merges.txt, or a hub id.
+
+    Raises UserError if the network does not need a tokenizer.
+    """
     encoder = getattr(net, "cond_stage_model", None)
     if encoder is None:
-        raise UserError("this network does not need a tokenizer, or brings its own: leave --tokenizer_path out")
+        raise UserError("this network needs no tokenizer, or has its own: leave --tokenizer_path out")
     encoder.tokenizer = str(folder)
 
 
@@ -107,13 +132,15 @@ def build_denoiser(
     guidance_rate: float | None = None,
     device: str | torch.device = "cpu",
 ) -> Denoiser:
-    """A denoiser of a known family from its constructor arguments and its weights, frozen and in evaluation mode.
+    """Build a denoiser from its configuration and weights, frozen and in evaluation mode.
 
-    config: the constructor arguments under the names of the original code. state_dict: tensors under the names of the
-    official checkpoints; every name and shape has to fit. The tensors are copied, as float32 (the torso of a U-Net as
-    float16 where config says use_fp16).
+    family: name of the family.
+    config: constructor arguments under the names of the original code.
+    state_dict: tensors under the names of the official checkpoints; every name and shape must fit.
+        They are copied as float32; with use_fp16 in config, the torso of a U-Net as float16.
+    guidance_type, guidance_rate, device: see ``create_model``.
 
-    Raises UserError for unknown families, unusable arguments, and weights that do not belong to them.
+    Raises UserError for unknown families, unusable arguments, and weights that do not fit them.
     """
     known = families()
     if family not in known:

@@ -26,7 +26,8 @@ from models.openai_unet import (
 from torch_utils.errors import UserError
 from torch_utils.tensor_file import read_weights
 
-# The settings published with <size>x<size>_diffusion.pt and <size>x<size>_classifier.pt (README of guided-diffusion).
+# The settings published with <size>x<size>_diffusion.pt and <size>x<size>_classifier.pt (README of
+# guided-diffusion).
 _COMMON = {
     "num_channels": 256,
     "num_res_blocks": 2,
@@ -74,19 +75,18 @@ _NOISE = {"linear": LinearNoise, "cosine": CosineNoise}
 
 
 class ADMDenoiser(TimeOfProcess, PixelUNetDenoiser):
-    """D(x; sigma) = x - sigma F(x / sqrt(1 + sigma^2); step), clamped to [-1, 1]; F predicts the noise.
+    """D(x; sigma) = x - sigma F(x / sqrt(1 + sigma^2); step), clamped to [-1, 1]; F is the noise.
 
-    model: arguments of ``unet_arguments``. Of a network with learned sigma, the second half of the
-        output is dropped.
-    classifier: arguments of ``classifier_arguments``; needed with guidance only.
+    model: arguments of ``unet_arguments``. If the network also predicts a variance, that half of
+        its output is dropped.
+    classifier: arguments of ``classifier_arguments``; needed for guidance only. Default None.
     noise_schedule: "linear" (default) or "cosine".
-    guidance_rate: s, with F replaced by
-        F - s sigma / sqrt(1 + sigma^2) grad ln p(class_labels | x_in; step), the gradient of the
-        classifier with respect to its input x_in (Algorithm 2 of the paper). None or 0 (default): no
-        guidance. Gradients flow through this term. A call counts as one evaluation, because the
-        classifier costs a tenth of the network.
+    guidance_rate: s; F becomes F - s sigma / sqrt(1 + sigma^2) grad ln p(class_labels | x_in;
+        step), with the gradient of the classifier with respect to its input x_in (Algorithm 2 of
+        the paper). Gradients flow through this term. A call still counts as one evaluation, because
+        the classifier costs a tenth of the network. Default: None or 0, no guidance.
 
-    ``class_labels`` of ``forward``: [B] int64. ``clip_denoised``: False leaves out the clamp.
+    ``forward`` takes class_labels, int64 [B]. Set ``clip_denoised`` to False for no clamp.
     """
 
     def __init__(
@@ -110,9 +110,9 @@ class ADMDenoiser(TimeOfProcess, PixelUNetDenoiser):
             self.classifier = EncoderUNetModel(**classifier_arguments(classifier))
             self.label_dim = self.classifier.out_channels
             if self.label_dim != (self.model.num_classes or self.label_dim):
-                raise UserError(f"the classifier knows {self.label_dim} classes, the network {self.model.num_classes}")
+                raise UserError(f"the classifier has {self.label_dim} classes, the network {self.model.num_classes}")
         self.clip_denoised = True
-        with torch.device("cpu"):  # also when the network is built on the meta device
+        with torch.device("cpu"):  # even if the network is built on the meta device
             self.process = _NOISE[noise_schedule]()
             self.sigma_min, self.sigma_max = self.process.sigma_min, self.process.sigma_max
 
@@ -124,13 +124,16 @@ class ADMDenoiser(TimeOfProcess, PixelUNetDenoiser):
     def classifier_gradient(self, x_in: torch.Tensor, step: torch.Tensor, class_labels: torch.Tensor) -> torch.Tensor:
         """Gradient of the log-probability of the labels with respect to the classifier's input.
 
-        x_in: [B,C,H,W]. The result has its shape, and is differentiable where x_in is.
+        x_in: input of the classifier [B,C,H,W].
         step: timesteps [B] or [1].
         class_labels: int64 [B] or [1].
+
+        Returns [B,C,H,W], with gradients if x_in has them.
         """
         further = torch.is_grad_enabled() and x_in.requires_grad
-        # The fused kernels of attention have no second derivative. Activation checkpoints around the whole call would be
-        # recomputed here already; what the classifier saves is not given to them.
+        # The fused kernels of attention have no second derivative. The hooks hide the tensors that
+        # the classifier saves from activation checkpoints around this call, which would otherwise
+        # be recomputed by the gradient below.
         attention = sdpa_kernel(SDPBackend.MATH) if further else nullcontext()
         with torch.enable_grad(), attention, saved_tensors_hooks(lambda kept: kept, lambda kept: kept):
             if not further:
@@ -167,13 +170,15 @@ class ADMDenoiser(TimeOfProcess, PixelUNetDenoiser):
 def build_adm(config: Mapping, state_dict, guidance_type, guidance_rate, device) -> ADMDenoiser:
     """The builder of the family "adm".
 
-    config: {"model": ..., "classifier": ..., "noise_schedule": ...}, the last two optional. guidance_type "cg" has the rate
-    1 unless one is given; without guidance, or with rate 0, the classifier is neither built nor needed.
+    config: {"model": ..., "classifier": ..., "noise_schedule": ...}; the last two are optional.
+    state_dict: weights ``model.*`` and, for guidance, ``classifier.*``.
+    guidance_type: "cg" for guidance by the classifier. Without it, the classifier is not built.
+    guidance_rate: rate of "cg"; 0 is no guidance. Default 1.
     """
     _check_parts(config)
     rate = (1.0 if guidance_rate is None else float(guidance_rate)) if guidance_type == "cg" else 0.0
     if not (math.isfinite(rate) and rate >= 0):
-        raise UserError(f"guidance_rate {rate:g} has to be a number from 0 up")
+        raise UserError(f"guidance_rate {rate:g} must be 0 or more")
     net = build_empty(ADMDenoiser, {**config, "guidance_rate": rate}, "an ADM network", len(state_dict))
     allowed = ("none", "cg") if net.model.num_classes else ("none", "uncond", "cg")
     check_guidance(allowed, guidance_type, guidance_rate, "this network")
@@ -185,7 +190,7 @@ def build_adm(config: Mapping, state_dict, guidance_type, guidance_rate, device)
 
 def _check_parts(config: Mapping) -> None:
     if not isinstance(config.get("model"), Mapping) or not isinstance(config.get("classifier") or {}, Mapping):
-        raise UserError("the configuration of an ADM network has the entries 'model' and, optionally, 'classifier'")
+        raise UserError("the configuration of an ADM network needs the entry 'model' and may have 'classifier'")
 
 
 def load_adm(
@@ -199,12 +204,18 @@ def load_adm(
     guidance_rate: float | None = None,
     device: str | torch.device = "cpu",
 ) -> ADMDenoiser:
-    """The denoiser of official ``.pt`` files, frozen and in evaluation mode.
+    """Load the denoiser of official ``.pt`` files, frozen and in evaluation mode.
 
-    path_classifier: only read under guidance_type "cg" with a rate other than 0. dataset_name: picks the published
-    settings; the unconditional variant of a network is recognised by its tensors. config: replaces the settings (as for
-    ``build_denoiser``). use_fp16: None runs the torsos in float16 where the settings say so and the device is a GPU.
-    Raises UserError for a file that is damaged or holds another network, and for guidance without a classifier.
+    path_model: file of the network.
+    path_classifier: file of the classifier, for guidance_type "cg". Default None.
+    dataset_name: chooses the published settings; unconditional variants are recognised by their
+        tensors. Default imagenet256.
+    config: settings instead of the published ones, see ``build_denoiser``. Default None.
+    use_fp16: run the torsos in float16. Default: as in the settings on a GPU, else False.
+    guidance_type, guidance_rate, device: see ``create_model``.
+
+    Raises UserError if a file is damaged or contains another network, and for guidance without a
+    classifier.
     """
     config = choose_settings(RELEASED_CONFIGS, dataset_name, config)
     _check_parts(config)

@@ -1,7 +1,8 @@
 """First stages of latent diffusion (Rombach et al. 2022, appendix G): images to latents and back.
 
-Modules and parameters are named as in the CompVis checkpoints, for stand-alone files and for the ``first_stage_model.*``
-part of a diffusion checkpoint. The constructors take the ``params`` of the published configurations.
+Modules and parameters are named as in the CompVis checkpoints, both stand-alone files and the
+``first_stage_model.*`` part of a diffusion checkpoint. The constructors take the ``params`` of the
+published configurations.
 """
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from models.openai_unet import Upsample
 from torch_utils.errors import UserError
 
-# A distance table of codes by positions at full size would be gigabytes; this many positions are looked up at a time.
+# Positions quantised at a time: the distances of all positions to all codes would take gigabytes.
 _LOOKUP_ROWS = 4096
 
 
@@ -59,11 +60,11 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # the published weights expect padding at the right and bottom only
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # the published weights expect padding at right and bottom only
 
 
 class Level(nn.Module):
-    """Blocks of one resolution, each with an attention or none, then a change of resolution or none."""
+    """Blocks of one resolution, with or without attention, then maybe a change of resolution."""
 
     def __init__(self, in_channels: int, out_channels: int, blocks: int, attention: bool, dropout: float):
         super().__init__()
@@ -95,7 +96,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images [B, in_channels, R, R] -> [B, z_channels (twice that with double_z), R/f, R/f], f = 2^(levels - 1)."""
+    """[B, in_channels, R, R] -> [B, z_channels (double_z: twice), R/f, R/f], f = 2^(levels - 1)."""
 
     def __init__(
         self,
@@ -107,7 +108,7 @@ class Encoder(nn.Module):
         in_channels,
         resolution,
         z_channels,
-        out_ch=None,  # of the decoder, which shares the configuration
+        out_ch=None,  # for the decoder, which has the same configuration
         double_z=True,
         dropout=0.0,
     ):
@@ -145,7 +146,7 @@ class Decoder(nn.Module):
         out_ch,
         resolution,
         z_channels,
-        in_channels=None,  # of the encoder, as is the next
+        in_channels=None,  # for the encoder, like the next
         double_z=None,
         dropout=0.0,
     ):
@@ -172,14 +173,18 @@ class Decoder(nn.Module):
 
 
 class Codebook(nn.Module):
-    """Vector quantisation (van den Oord et al. 2017): each position becomes the nearest of ``n_embed`` vectors."""
+    """Vector quantisation (van den Oord et al. 2017): each position becomes the nearest code.
+
+    n_embed: number of codes.
+    embed_dim: channels of a code.
+    """
 
     def __init__(self, n_embed: int, embed_dim: int):
         super().__init__()
         self.embedding = nn.Embedding(n_embed, embed_dim)
 
     def indices(self, z: torch.Tensor) -> torch.Tensor:
-        """[B,C,h,w] -> int64 [B,h,w]."""
+        """Index of the nearest code at each position: [B,C,h,w] -> int64 [B,h,w]."""
         codes = self.embedding.weight
         half_squares = codes.square().sum(1) / 2
         flat = z.movedim(1, -1).reshape(-1, z.shape[1])
@@ -194,15 +199,18 @@ class Codebook(nn.Module):
 
 
 class FirstStage(nn.Module):
-    """encode: images in [-1, 1] [B, in_channels, R, R] -> latents; decode: back. Latents are not scaled here.
+    """Base class. ``encode`` maps images [B,in_channels,R,R] in [-1,1] to latents, ``decode`` back.
 
-    latent_channels: of what diffusion models are trained on; downsample_factor: R over the latent's side.
+    Latents are not scaled here.
+
+    latent_channels: number of channels of the latents.
+    downsample_factor: R divided by the resolution of the latents.
     """
 
     def __init__(self, ddconfig: dict, embed_dim: int, moments: int):
         super().__init__()
         if bool(ddconfig.get("double_z", True)) != (moments == 2):
-            raise UserError(f"double_z={ddconfig.get('double_z')} does not go with a {type(self).__name__}")
+            raise UserError(f"double_z={ddconfig.get('double_z')} is not possible with {type(self).__name__}")
         self.latent_channels = embed_dim
         self.downsample_factor = 1 << (len(ddconfig["ch_mult"]) - 1)
         self.encoder = Encoder(**ddconfig)
@@ -210,8 +218,11 @@ class FirstStage(nn.Module):
 
 
 class VQModel(FirstStage):
-    """Vector-quantised first stage. As in the published ``VQModelInterface``, latents are taken before the quantiser,
-    which is the first step of decoding. lossconfig, ckpt_path and monitor concern training and are not used."""
+    """Vector-quantised first stage; the quantiser is the first step of decoding.
+
+    The published ``VQModelInterface`` does the same. lossconfig, ckpt_path and monitor are for
+    training and not used.
+    """
 
     def __init__(self, ddconfig, embed_dim, n_embed, lossconfig=None, ckpt_path=None, monitor=None):
         super().__init__(ddconfig, embed_dim, moments=1)
@@ -227,7 +238,7 @@ class VQModel(FirstStage):
 
 
 class AutoencoderKL(FirstStage):
-    """First stage with a Gaussian posterior. lossconfig, ckpt_path and monitor concern training and are not used."""
+    """First stage with a Gaussian posterior; lossconfig, ckpt_path and monitor are not used."""
 
     def __init__(self, ddconfig, embed_dim, lossconfig=None, ckpt_path=None, monitor=None):
         super().__init__(ddconfig, embed_dim, moments=2)
@@ -240,7 +251,7 @@ class AutoencoderKL(FirstStage):
         return mean, (log_variance.clamp(-30, 20) / 2).exp()
 
     def encode(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """The posterior mean, or with unit-variance ``noise`` of the latents' shape a sample."""
+        """The posterior mean, or a sample if unit-variance noise [B,C,h,w] is given."""
         mean, std = self.posterior(images)
         return mean if noise is None else mean + std * noise
 
@@ -252,8 +263,13 @@ FIRST_STAGES = {"VQModelInterface": VQModel, "VQModel": VQModel, "AutoencoderKL"
 
 
 def build_first_stage(config: dict) -> FirstStage:
-    """From the ``first_stage_config`` of a published configuration: ``target``, whose last part is a name of
-    FIRST_STAGES (nothing is imported by it), and ``params``. Raises UserError for another target."""
+    """Build the first stage of a published configuration.
+
+    config: ``first_stage_config`` with "target", whose last part is a name of FIRST_STAGES (nothing
+        is imported), and "params".
+
+    Raises UserError for any other target.
+    """
     name = str(config["target"]).rpartition(".")[2]
     if name not in FIRST_STAGES:
         raise UserError(f"first stage '{name}' is unknown; known: {', '.join(FIRST_STAGES)}")

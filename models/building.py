@@ -1,4 +1,4 @@
-"""Building a network from constructor arguments and weights that come from a file."""
+"""Building a network from the constructor arguments and weights of a file."""
 
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -15,15 +15,15 @@ from torch_utils.errors import UserError, brief
 
 @dataclass(frozen=True)
 class Family:
-    """A family of networks: how to build one from weights in memory, and how to read its checkpoints.
+    """A family of networks: how to build one from weights in memory, and how to read its files.
 
     name: its name in ``build_denoiser`` and in ``<checkpoint>.json``.
-    build: function (config, state_dict, guidance_type, guidance_rate, device) that returns the
-        denoiser with copies of the weights on the device; it uses ``build_empty``,
-        ``load_weights`` and ``check_guidance``.
-    load: function of a path and the keywords guidance_type, guidance_rate and device. It may also
-        take config (constructor arguments instead of the published ones), dataset_name and
-        path_classifier.
+    build: function (config, state_dict, guidance_type, guidance_rate, device) -> denoiser with
+        copies of the weights on the device. Uses ``build_empty``, ``load_weights`` and
+        ``check_guidance``.
+    load: function (path, guidance_type, guidance_rate, device) -> denoiser of a checkpoint. It may
+        also have the keywords config (constructor arguments instead of the published ones),
+        dataset_name and path_classifier.
     """
 
     name: str
@@ -35,9 +35,9 @@ class Family:
         return self.build(config, state_dict, guidance_type, guidance_rate, device).eval().requires_grad_(False)
 
 
-_LONGEST_LIST = 32  # of a list among a network's arguments: levels, resolutions, taps of a filter
-_LARGEST_SIZE = 1 << 20  # of any whole number among them
-_PARTS_PER_TENSOR, _LEAST_PARTS = 4, 1000  # modules and parameters; networks have about two for each of their tensors
+_LONGEST_LIST = 32  # longest list among a network's arguments: levels, resolutions, taps of a filter
+_LARGEST_SIZE = 1 << 20  # largest whole number among them
+_PARTS_PER_TENSOR, _LEAST_PARTS = 4, 1000  # limit of modules and parameters; networks have about two per tensor
 
 
 def _check_arguments(config, what: str) -> None:
@@ -51,14 +51,14 @@ def _check_arguments(config, what: str) -> None:
         parts = value if isinstance(value, list | tuple) else [value]
         sizes = [part for part in parts if isinstance(part, int)]
         if len(parts) > _LONGEST_LIST or any(abs(size) > _LARGEST_SIZE for size in sizes):
-            raise UserError(f"these are not the arguments of {what}: {brief(name)}={brief(value)} is too much")
+            raise UserError(f"these are not the arguments of {what}: {brief(name)}={brief(value)} is too large")
 
 
 @contextmanager
 def _as_many_parts_as(tensors: int, what: str):
-    """Stops a constructor that makes far more modules and parameters than there are weights.
+    """Context that stops a constructor with far more modules and parameters than weights.
 
-    Products of small arguments can be huge.
+    The product of small arguments can be huge.
     """
     left = parts = _PARTS_PER_TENSOR * tensors + _LEAST_PARTS
 
@@ -80,15 +80,17 @@ def _as_many_parts_as(tensors: int, what: str):
 def build_empty(constructor: Callable, config: Mapping, what: str, tensors: int = 10_000) -> torch.nn.Module:
     """Return ``constructor(**config)`` on the meta device, without memory for the weights.
 
-    what: name of the network for the message.
-    tensors: number of weights in the checkpoint; limits the size of what is built.
+    constructor: class of the network.
+    config: its arguments.
+    what: name of the network for error messages.
+    tensors: number of tensors in the checkpoint, which limits the size of the network.
 
-    Raises UserError where the constructor refuses the arguments.
+    Raises UserError if the constructor does not accept the arguments.
     """
     _check_arguments(config, what)
     try:
         with torch.device("meta"), _as_many_parts_as(tensors, what):
-            return constructor(**config)  # the initial values would be overwritten anyway
+            return constructor(**config)
     except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, MemoryError) as exc:
         if isinstance(exc, UserError) and str(exc).startswith("these are not"):
             raise
@@ -96,10 +98,14 @@ def build_empty(constructor: Callable, config: Mapping, what: str, tensors: int 
 
 
 def load_weights(net: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], device: str | torch.device) -> None:
-    """Copy the tensors of ``state_dict`` into ``net``, on ``device`` and in the dtype of net's tensors.
+    """Copy the tensors of ``state_dict`` into ``net``, in the dtypes of net's tensors.
 
-    net: a network from ``build_empty``. One tensor is copied at a time, so a memory-mapped
-    ``state_dict`` is never in memory as a whole. Raises UserError where names or shapes differ.
+    net: a network from ``build_empty``.
+    state_dict: {name: tensor}. One tensor is copied at a time, so that a memory-mapped file is
+        never in memory as a whole.
+    device: where the weights are put.
+
+    Raises UserError if names or shapes differ.
     """
     expected = net.state_dict()
     check_weights(expected, state_dict)
@@ -108,7 +114,7 @@ def load_weights(net: torch.nn.Module, state_dict: Mapping[str, torch.Tensor], d
 
 
 def check_guidance(allowed: tuple[str, ...], kind: str | None, rate: float | None, owner: str) -> None:
-    """Raises UserError for a guidance type that ``owner`` does not take, or a rate without effect."""
+    """Raises UserError if ``owner`` does not take the guidance type, or the rate has no effect."""
     kind = kind or "none"
     if kind not in allowed:
         raise UserError(f"{owner} does not take guidance_type '{kind}'; use {' or '.join(allowed)}")
@@ -117,7 +123,7 @@ def check_guidance(allowed: tuple[str, ...], kind: str | None, rate: float | Non
 
 
 def check_weights(expected: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
-    """Raises UserError where names or shapes differ; the message names a few of them."""
+    """Raises UserError if names or shapes differ; the message names a few of them."""
     shapes = [
         f"{name[:200]} {list(given[name].shape)} instead of {list(expected[name].shape)}"
         for name in expected

@@ -1,4 +1,4 @@
-"""U-Nets of the consistency-models code base (Song et al. 2023): EDM networks, trained for the paper, as denoisers."""
+"""EDM networks of the consistency-models code (Song et al. 2023) as denoisers."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,11 +36,11 @@ RELEASED_CONFIGS = {"lsun_bedroom": _LSUN256, "lsun_cat": _LSUN256}
 class CMDenoiser(PixelUNetDenoiser):
     """D(x; sigma) = c_skip x + c_out F(c_in x; 250 ln sigma), with the scalings of EDM.
 
-    The constructor takes the arguments of ``unet_arguments``. ``class_labels``: [B] int64.
+    config: arguments of ``unet_arguments``.
 
-    The published networks use flash attention, which orders the channels of ``qkv`` as q, k, v, then
-    heads, whatever ``use_new_attention_order`` says. The legacy order loads the same weights without
-    an error and gives wrong images.
+    ``forward`` takes class_labels, int64 [B]. The published networks use flash attention, which
+    orders the channels of ``qkv`` as q, k, v, then heads, whatever ``use_new_attention_order`` is.
+    The legacy order loads the same weights without an error and gives wrong images.
     """
 
     sigma_data = 0.5
@@ -73,11 +73,15 @@ def load_cm(
     guidance_rate: float | None = None,
     device: str | torch.device = "cpu",
 ) -> CMDenoiser:
-    """The denoiser of an official ``.pt`` file, frozen and in evaluation mode.
+    """Load the denoiser of an official ``.pt`` file, frozen and in evaluation mode.
 
-    dataset_name: picks the published settings; config: replaces them (as for ``build_denoiser``). use_fp16: None runs the
-    torso in float16 where the settings say so and the device is a GPU. Raises UserError for a file that is damaged or
-    holds another network.
+    path: the file.
+    dataset_name: chooses the published settings. Default lsun_bedroom.
+    config: settings instead of the published ones, see ``build_denoiser``. Default None.
+    use_fp16: run the torso in float16. Default: as in the settings on a GPU, else False.
+    guidance_type, guidance_rate, device: see ``create_model``.
+
+    Raises UserError if the file is damaged or contains another network.
     """
     arguments = choose_precision(choose_settings(RELEASED_CONFIGS, dataset_name, config), use_fp16, device)
     weights = read_weights(path)

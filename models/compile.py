@@ -1,10 +1,10 @@
 """Speed and precision of a network: autocast, memory format, torch.compile.
 
-The command lines call ``prepare_network``. A compiled denoiser is one graph without breaks. It takes
-one noise level per sample and returns the bottleneck as a second output.
+The command lines call ``prepare_network``. A compiled denoiser is one graph without breaks. Its
+inputs have one noise level per sample, and it returns the bottleneck as a second output.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +14,8 @@ from models.denoiser import BottleneckReader, Denoiser, add_shift, bottleneck_ma
 from torch_utils.errors import UserError
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# The modes of torch.compile. The last two record CUDA graphs, for small batches, whose kernels are shorter than their launch.
+# Modes of torch.compile. The last two record CUDA graphs. They help small batches, whose kernels
+# take less time than their launch.
 COMPILE_MODES = ("none", "default", "reduce-overhead", "max-autotune")
 _CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 
@@ -22,15 +23,16 @@ _CUDA_GRAPHS = ("reduce-overhead", "max-autotune")
 def prepare_network(
     net: Denoiser, amp: str = "none", channels_last: bool | None = None, compile_mode: str = "none"
 ) -> Denoiser:
-    """Set precision, memory format and compilation of a loaded network, in place; return it.
+    """Set precision, memory format and compilation of a loaded network in place, and return it.
 
-    amp: a key of AUTOCAST. It applies to the network only, not to the arithmetic of the solvers.
-    channels_last: memory format. None is True on the CPU in float32, where it makes the network a
-        fifth faster, and False elsewhere: under bf16 it makes the CPU a fifth slower
-        (benchmarks/forward_pass.py), and group normalisation on CUDA does not support it.
-    compile_mode: one of COMPILE_MODES.
+    net: the denoiser.
+    amp: mixed precision of the network, a key of AUTOCAST; solvers keep their own. Default none.
+    channels_last: memory format. Default: True on the CPU in float32, which is a fifth faster, and
+        False elsewhere. On the CPU in bf16 it is a fifth slower (benchmarks/forward_pass.py), and
+        group normalisation on CUDA does not support it.
+    compile_mode: one of COMPILE_MODES. Default none.
 
-    Raises UserError for other values, and for ``amp`` where the network cannot (``can_autocast``).
+    Raises UserError for other values, and if the network cannot run in mixed precision.
     """
     if amp not in AUTOCAST:
         raise UserError(f"amp={amp}: choose from {', '.join(AUTOCAST)}")
@@ -46,8 +48,48 @@ def prepare_network(
     return net
 
 
+def skippable_layers(net: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
+    """(block, part) of every layer that ``skipping`` can leave out, in the order of execution.
+
+    A layer is a residual or an attention block, numbered as in AutoDiffusion (Li et al. 2023).
+    """
+    return [(block, part) for block in net.modules() for part in getattr(block, "parts", ())]
+
+
+@contextmanager
+def skipping(net: torch.nn.Module, layers: Iterable[int]):
+    """Context in which a U-Net leaves out some layers.
+
+    A residual block becomes its shortcut, with resampling and 1x1 convolution where it has them; an
+    attention block becomes the identity.
+
+    net: a denoiser or a U-Net, not compiled.
+    layers: numbers of layers, from 0; see ``skippable_layers``.
+
+    Raises UserError for numbers that the network does not have.
+    """
+    known, chosen = skippable_layers(net), set(layers)
+    wrong = sorted(number for number in chosen if not 0 <= number < len(known))
+    if wrong:
+        raise UserError(f"layer {wrong[0]} cannot be left out: this network has layers 0..{len(known) - 1}")
+    if chosen and getattr(net, "compiled", None) is not None:
+        raise UserError("layers of a compiled network cannot be left out: leave --compile out")
+    blocks = {known[number][0] for number in chosen}
+    try:
+        for block in blocks:
+            block.omitted = frozenset(known[number][1] for number in chosen if known[number][0] is block)
+        yield
+    finally:
+        for block in blocks:
+            del block.omitted
+
+
 class CompiledForward:
     """The compiled ``forward`` of a denoiser; called by the denoiser as (x, sigma, cond).
+
+    net: the denoiser.
+    mode: one of COMPILE_MODES. Default "default".
+    backend: backend of torch.compile. Default inductor.
 
     A batch smaller than the largest one so far is padded with copies of its last sample. That costs
     less than another graph, and the last batch of a run is usually smaller than the others.
@@ -57,9 +99,10 @@ class CompiledForward:
         self.net, self.mode, self.batch = net, mode, 0
         self._reader: BottleneckReader | None = None
         self._feature = self._shift = None
-        if hasattr(net, "sigma_inv"):  # tables that the first call puts on the device would make the second a new graph
+        # The first call puts tables on the device. Inside the graph this would cost a second graph.
+        if hasattr(net, "sigma_inv"):
             net.sigma_inv(torch.ones(1, device=next(net.parameters()).device))
-        # Put there before anything is compiled, so that they become part of the graph.
+        # Hooks that exist before compilation become part of the graph.
         net.bottleneck.register_forward_hook(self._keep)
         if net.noise_embedding is not None:
             net.noise_embedding.register_forward_hook(self._add)
@@ -73,7 +116,7 @@ class CompiledForward:
         return output if self._shift is None else add_shift(output, self._shift)
 
     def _both(self, x, sigma, cond, shift) -> tuple[torch.Tensor, torch.Tensor]:
-        """(denoised image [B,C,H,W], bottleneck map [B,8,8]); shift: of the noise embedding, or None."""
+        """(denoised images [B,C,H,W], bottleneck map [B,8,8]); shift as in ``call_shifted``."""
         self._shift = shift
         image = self.net.forward(x, sigma, **cond)
         feature, self._feature = self._feature, None
@@ -82,7 +125,7 @@ class CompiledForward:
 
     @contextmanager
     def shown_to(self, reader: BottleneckReader):
-        """Within the context ``reader`` gets the map of every call."""
+        """Context in which ``reader`` gets the map of every call."""
         self._reader = reader
         try:
             yield
@@ -90,7 +133,7 @@ class CompiledForward:
             self._reader = None
 
     def arguments(self, x: torch.Tensor, sigma, cond: Mapping, shift: torch.Tensor | None) -> tuple:
-        """Inputs of the graph, always of one type and size: another one costs minutes of compilation."""
+        """Inputs of the graph, always of one type and size, to avoid minutes of compilation."""
         count = x.shape[0]
         missing = max(self.batch - count, 0)
         self.batch = count + missing
@@ -117,5 +160,5 @@ class CompiledForward:
             raise UserError(f"--compile={self.mode}: torch.compile failed ({reason}); leave --compile out") from exc
         if self._reader is not None:
             self._reader.keep(feature[: len(x)].clone() if recorded else feature[: len(x)])
-        # The next run of a CUDA graph overwrites its results, which solvers keep.
+        # The next run of a CUDA graph overwrites its results, but solvers keep them.
         return image[: len(x)].clone() if recorded else image[: len(x)]

@@ -1,7 +1,7 @@
 """The interface of all networks: D(x; sigma), an estimate of the clean image.
 
-Every family of pretrained networks is adapted to this call, in variance-exploding coordinates:
-x = image + sigma * noise. Solvers, distillation and evaluation use nothing else of a network.
+Every family of pretrained networks is adapted to this interface, in variance-exploding coordinates:
+x = image + sigma * noise. Solvers, distillation and evaluation use only this interface.
 """
 
 import inspect
@@ -21,27 +21,27 @@ class Denoiser(torch.nn.Module):
     Subclasses implement ``forward(x, sigma, **cond)`` with x [B,C,H,W] and sigma a scalar, [B] or
     [B,1,1,1]; the result is float32, of x's shape. Every denoiser has these attributes:
 
-    sigma_min, sigma_max: floats, the noise range that the network supports.
-    img_channels, img_resolution: of the space that is sampled (of the latents, for latent models).
+    sigma_min, sigma_max: range of noise levels that the network supports.
+    img_channels, img_resolution: shape of the samples (images, or latents of latent models).
     label_dim: number of classes, 0 for unconditional networks.
     bottleneck: the submodule whose output is the U-Net bottleneck.
     noise_embedding: the linear layer whose output [B or 1, E] conditions the blocks on the noise
         level, or None.
-    evals_per_call: network evaluations that one call costs.
+    evals_per_call: number of network evaluations per call.
     latent: whether samples are latents, which ``decode`` turns into images.
-    guided: whether a classifier or the difference of two evaluations steers D.
-    guidance_rate: strength of the guidance; None where the network takes no guidance.
+    guided: whether D is guided by a classifier or by a second evaluation.
+    guidance_rate: strength of the guidance; None if the network does not support guidance.
     takes_prompts: whether ``make_cond`` needs prompts.
     data_mean, data_std: statistics of the training data, an image [C,H,W] and a number, or None.
     D: extra dimensions of PFGM++, whose noise is Student-t with D degrees of freedom; None for
         Gaussian noise.
     can_autocast: whether the network can run in mixed precision.
-    autocast: dtype of its matrix work (torch.bfloat16, torch.float16), or None for its own dtype.
+    autocast: dtype of matrix products (torch.bfloat16, torch.float16), or None for its own dtype.
     compiled: a ``models.compile.CompiledForward`` that replaces ``forward``, or None.
     dataset_name, source_path, weights_hash: name, file and SHA-256 of a network that was loaded
         with ``create_model``; else None.
 
-    ``sigma(t)`` and ``sigma_inv(sigma)`` exist only for networks with a time of their own
+    Networks that were trained with a time t also have ``sigma(t)`` and ``sigma_inv(sigma)``
     (``models.noise.TimeOfProcess``).
     """
 
@@ -71,21 +71,21 @@ class Denoiser(torch.nn.Module):
 
     @property
     def bottleneck(self) -> torch.nn.Module:
-        raise NotImplementedError(f"{type(self).__name__} does not say where its bottleneck is")
+        raise NotImplementedError(f"{type(self).__name__} has no bottleneck: define this property")
 
     @property
     def noise_embedding(self) -> torch.nn.Module | None:
         return None
 
     def make_cond(self, generator=None, labels=None) -> dict:
-        """Keyword arguments of ``forward`` for one batch.
+        """Keyword arguments of ``forward`` for one batch; an empty dict for unconditional networks.
 
-        generator: ``torch_utils.seeds.SeededGenerators`` of the batch; class labels are drawn from it.
-        labels: class indices, an int for the whole batch or a sequence of B ints, instead of the draw.
+        generator: ``torch_utils.seeds.SeededGenerators`` of the batch, to draw classes from.
+            Default None.
+        labels: class of all images, or one class per image. Default: None, drawn at random.
 
         Text-to-image networks also take prompts (one string for the whole batch, or a sequence of
         B) and negative_prompt (one string, for the unconditional side of the guidance).
-        Unconditional networks return an empty dict.
         """
         return {}
 
@@ -97,12 +97,12 @@ class Denoiser(torch.nn.Module):
     def draw_latents(self, generators, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Starting noise [B,C,H,W] of a batch, on the CPU: x = prior mean + sigma_max * noise.
 
-        Standard normal z for D = None. Else z / rms(e) with e ~ N(0, I_D), which is Student-t with
-        D degrees of freedom, the perturbation kernel of PFGM++ (Xu et al. 2023). z is drawn first,
-        so a seed has the same z for every D.
-
         generators: ``torch_utils.seeds.SeededGenerators`` of the batch.
-        dtype: in which the noise is drawn; default float32.
+        dtype: dtype in which the noise is drawn. Default float32.
+
+        For D = None the noise is standard normal z. Else it is z / rms(e) with e ~ N(0, I_D). That
+        is Student-t with D degrees of freedom, the perturbation kernel of PFGM++ (Xu et al. 2023).
+        z is drawn first, so a seed has the same z for every D.
         """
         z = generators.randn((self.img_channels, self.img_resolution, self.img_resolution), dtype)
         return z if member(self, "D") is None else z / rms_of_extra(generators.randn((self.D,), dtype))
@@ -112,16 +112,16 @@ class Denoiser(torch.nn.Module):
         return 0.0
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        """Samples to images in [-1, 1]; the identity for pixel models."""
+        """Turn samples into images in [-1, 1]; the identity for pixel models."""
         return x
 
     def mixed_precision(self, device: torch.device) -> torch.autocast:
-        """Context in which matrix work runs in the dtype ``autocast``."""
+        """Context in which matrix products run in the dtype ``autocast``."""
         return torch.autocast(device.type, dtype=self.autocast, enabled=self.autocast is not None)
 
 
 def member(net, name: str):
-    """``net.name``; where a network of one's own does not have it, what ``Denoiser`` has by default.
+    """``net.name``, or the default of ``Denoiser`` if net does not have it.
 
     For functions that accept any callable D(x, sigma, **cond). Elsewhere networks are denoisers.
     """
@@ -137,7 +137,7 @@ def rms_of_extra(extra: torch.Tensor) -> torch.Tensor:
 
 
 class PreconditionedDenoiser(Denoiser):
-    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise) around a network F (Karras et al. 2022, eq. 7).
+    """D(x; sigma) = c_skip x + c_out F(c_in x; c_noise), F the network (Karras et al. 2022, eq. 7).
 
     Subclasses implement ``scalings`` and ``predict``. ``predict`` runs under ``autocast``; the
     arithmetic around it is float32.
@@ -146,11 +146,17 @@ class PreconditionedDenoiser(Denoiser):
     can_autocast = True
 
     def scalings(self, sigma: torch.Tensor) -> tuple:
-        """(c_skip, c_out, c_in, c_noise) for sigma [B,1,1,1] or [1,1,1,1]; c_noise in any shape."""
+        """(c_skip, c_out, c_in, c_noise) for sigma [B or 1,1,1,1]; c_noise in any shape."""
         raise NotImplementedError
 
     def predict(self, x: torch.Tensor, c_noise: torch.Tensor, sigma: torch.Tensor, **cond) -> torch.Tensor:
-        """F for the network's input x [B,C,H,W] = c_in x; c_noise: [B] or [1]; sigma: [B or 1,1,1,1]."""
+        """The network's output F [B,C,H,W].
+
+        x: input of the network, c_in times the state [B,C,H,W].
+        c_noise: [B] or [1].
+        sigma: noise level, [B or 1,1,1,1].
+        cond: as for ``forward``.
+        """
         raise NotImplementedError
 
     def forward(self, x, sigma, *args, **cond):
@@ -161,12 +167,12 @@ class PreconditionedDenoiser(Denoiser):
         return self.combine(c_skip, x, c_out, output.to(torch.float32))
 
     def combine(self, c_skip, x: torch.Tensor, c_out, output: torch.Tensor) -> torch.Tensor:
-        """D from the state x and the network's output, both float32 [B,C,H,W]."""
+        """D = c_skip x + c_out output; x and output float32 [B,C,H,W]."""
         return torch.addcmul(c_skip * x, c_out, output)
 
 
 def standard_inputs(x: torch.Tensor, sigma) -> tuple[torch.Tensor, torch.Tensor]:
-    """x as float32 [B,C,H,W], and sigma (a number, [B] or [B,1,1,1]) as float32 [B or 1,1,1,1]."""
+    """Convert x to float32, and sigma (a number, [B] or [B,1,1,1]) to float32 [B or 1,1,1,1]."""
     return x.to(torch.float32), torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
 
 
@@ -179,8 +185,8 @@ def edm_scalings(sigma: torch.Tensor, sigma_data: float) -> tuple[torch.Tensor, 
 def bottleneck_map(feature, batch: int) -> torch.Tensor:
     """Input of the predictor, [batch,8,8]: the channel mean of the bottleneck, without gradient.
 
-    feature: output [B',C,H,W] of the bottleneck module, or a tuple that begins with it. Under
-        guidance B' is a multiple of the batch; the conditional rows, which come last, are used.
+    feature: output [B',C,H,W] of the bottleneck module, or a tuple that begins with it. With
+        guidance B' is a multiple of the batch; the conditional rows come last and are used.
     batch: number of images.
     """
     feature = (feature[0] if isinstance(feature, tuple) else feature).detach()
@@ -192,6 +198,13 @@ def bottleneck_map(feature, batch: int) -> torch.Tensor:
     return feature
 
 
+class NoFeature(torch.nn.Module):
+    """The bottleneck of networks without one: zeros, so that a predictor uses noise levels only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.new_zeros(len(x), 1, BOTTLENECK_SIZE, BOTTLENECK_SIZE)
+
+
 class BottleneckReader:
     """Holds the bottleneck feature of the latest call of a denoiser."""
 
@@ -199,13 +212,13 @@ class BottleneckReader:
         self._feature = None
 
     def keep(self, feature) -> None:
-        """feature: the bottleneck module's output, or the finished map [B,8,8]."""
+        """Store the output of the bottleneck module, or the finished map [B,8,8]."""
         self._feature = feature
 
     def read(self, batch: int) -> torch.Tensor:
         """The map of the latest call, [batch,8,8]; see ``bottleneck_map``."""
         if self._feature is None:
-            raise RuntimeError("the denoiser's bottleneck module was not run by the latest call")
+            raise RuntimeError("the latest call of the denoiser did not run its bottleneck module")
         feature, self._feature = self._feature, None
         is_map = isinstance(feature, torch.Tensor) and feature.ndim == 3
         return feature.detach() if is_map else bottleneck_map(feature, batch)
@@ -213,10 +226,10 @@ class BottleneckReader:
 
 @contextmanager
 def read_bottleneck(net: torch.nn.Module):
-    """Yields a BottleneckReader attached to ``net`` and detaches it afterwards.
+    """Context with a BottleneckReader that reads every call of net.
 
-    A hook on ``net.bottleneck`` reads the feature. A compiled graph ignores hooks, so it returns the
-    map itself.
+    A hook on ``net.bottleneck`` reads the feature. A compiled graph ignores hooks, so it returns
+    the map itself.
     """
     reader = BottleneckReader()
     compiled = member(net, "compiled")
@@ -232,17 +245,17 @@ def read_bottleneck(net: torch.nn.Module):
 
 
 def add_shift(embedding: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """The noise embedding [B' or 1, E] plus shift [1, E] or [B, E]; under guidance B' = k B."""
+    """The noise embedding [B' or 1, E] plus shift [1, E] or [B, E]; with guidance B' = k B."""
     if len(shift) > 1:
         shift = shift.repeat(len(embedding) // len(shift), 1)
     return embedding + shift.to(embedding.dtype)
 
 
 def embedding_layer(net: torch.nn.Module) -> torch.nn.Module:
-    """``net.noise_embedding``; raises UserError where the network has none."""
+    """``net.noise_embedding``. Raises UserError if the network has none."""
     layer = member(net, "noise_embedding")
     if layer is None:
-        raise UserError(f"{type(net).__name__} does not say where its noise embedding is: leave the head 'time' out")
+        raise UserError(f"{type(net).__name__} has no noise_embedding: leave the head 'time' out")
     return layer
 
 
@@ -251,7 +264,7 @@ def call_shifted(net: torch.nn.Module, shift: torch.Tensor, x, sigma, **cond) ->
 
     shift: [1, E] or [B, E]; gradients flow to it.
 
-    Raises UserError where the network has no ``noise_embedding``.
+    Raises UserError if the network has no ``noise_embedding``.
     """
     layer, compiled = embedding_layer(net), member(net, "compiled")
     if compiled is not None:

@@ -1,7 +1,8 @@
-"""Pipelines of the diffusers library as denoisers: unconditional U-Nets, Stable Diffusion 1.x/2.x and XL, SD3 and Flux.
+"""Pipelines of the diffusers library as denoisers.
 
-diffusers and transformers are optional and imported when a pipeline is loaded. Weights are read from safetensors, and no
-code that comes with a pipeline is run.
+Unconditional U-Nets, Stable Diffusion 1.x, 2.x, XL and 3, and Flux. diffusers and transformers are
+optional and imported when a pipeline is loaded. Weights are read from safetensors. No code of a
+pipeline's files is run.
 """
 
 import hashlib
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from models.building import check_guidance
-from models.denoiser import BOTTLENECK_SIZE, Denoiser, standard_inputs
+from models.denoiser import Denoiser, NoFeature, standard_inputs
 from models.edm import EDMDenoiser
 from models.ldm import DECODE_BATCH
 from models.noise import RectifiedFlow, TimeOfProcess, VariancePreserving
@@ -27,16 +28,12 @@ from torch_utils.prompts import batch_of_prompts
 from torch_utils.remote import is_remote
 
 EXTRA = "diffusers"
-
-
 _FIRST_STAGES = ("vae", "vqvae")
-
-
-_ZERO_SNR_ALPHA = 2.0**-24  # stands for a = 0 at the last time, where sigma would be infinite; diffusers' own choice
+_ZERO_SNR_ALPHA = 2.0**-24  # instead of a = 0 at the last time, where sigma is infinite; as in diffusers
 
 
 def import_diffusers(purpose: str):
-    """The package, or MissingExtra."""
+    """The package diffusers. Raises MissingExtra if it is not installed."""
     try:
         import diffusers
     except ImportError:
@@ -54,11 +51,12 @@ def noise_process(
 ) -> VariancePreserving | RectifiedFlow:
     """The noise process of a diffusers scheduler, from its configuration.
 
-    config: of a scheduler of any class.
-    tokens: number of tokens of an image, for flow schedulers whose shift depends on it.
-    mu: the shift parameter that the pipeline made of ``tokens``, instead of them.
+    config: configuration of a scheduler of any class.
+    tokens: number of tokens of an image, for flow schedulers whose shift depends on it. Default
+        None.
+    mu: shift parameter that the pipeline computed from the number of tokens. Default: from tokens.
 
-    Raises UserError for schedulers of another kind.
+    Raises UserError for unsupported schedulers.
     """
     if is_flow(config):
         if config.get("invert_sigmas"):
@@ -95,18 +93,14 @@ def _flow_shift(config: Mapping, tokens: int | None, mu: float | None) -> float:
     return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
 
 
-class NoFeature(torch.nn.Module):
-    """The bottleneck of a network without one: zeros, so that a predictor sees the noise levels only."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.new_zeros(len(x), 1, BOTTLENECK_SIZE, BOTTLENECK_SIZE)
-
-
 class DiffusersDenoiser(TimeOfProcess, Denoiser):
-    """D(x; sigma) from the network of a loaded pipeline. ``pipeline`` remains usable; its modules are those of this one.
+    """D(x; sigma) from the network of a loaded pipeline.
 
-    Subclasses name the entry of the pipeline that is the network, and implement ``predict``. Input
-    and output are scaled by ``process``, which the diffusers scheduler uses as well.
+    pipeline: the pipeline; it remains usable and shares its modules.
+    guidance_type, guidance_rate: see ``load_diffusers``.
+
+    Subclasses set ``network_name``, the entry of the pipeline with the network, and implement
+    ``predict``. ``process`` scales input and output.
     """
 
     can_autocast = True
@@ -140,7 +134,7 @@ class DiffusersDenoiser(TimeOfProcess, Denoiser):
         return getattr(getattr(self.network, "time_embedding", None), "linear_2", None)
 
     def space(self) -> tuple[int, int]:
-        """(channels, resolution) of what is sampled. Raises UserError for networks of another kind."""
+        """(channels, resolution) of the samples. Raises UserError for unsupported networks."""
         config = self.network.config
         channels, size = config.in_channels, config.sample_size
         if isinstance(size, (list, tuple)):
@@ -148,7 +142,7 @@ class DiffusersDenoiser(TimeOfProcess, Denoiser):
                 raise UserError(f"the network is for images of {size[0]}x{size[1]}; only square ones are supported")
             size = size[0]
         if size is None:
-            raise UserError("the network's configuration does not say its sample_size")
+            raise UserError("the network's configuration has no sample_size")
         if self.first_stage_name is not None:
             latent = self.parts[self.first_stage_name].config.latent_channels
             if latent != channels:
@@ -161,16 +155,16 @@ class DiffusersDenoiser(TimeOfProcess, Denoiser):
         return int(channels), int(size)
 
     def tokens(self) -> int | None:
-        """How many tokens a transformer makes of an image."""
+        """Number of tokens of an image, for transformers."""
         return None
 
     def choose_guidance(self, kind: str | None, rate: float | None) -> float:
-        """The guidance rate; UserError for a type that this pipeline does not take."""
+        """The guidance rate. Raises UserError if the pipeline does not take this guidance type."""
         check_guidance(("none",) if self.label_dim else ("none", "uncond"), kind, rate, "an unconditional pipeline")
         return 1.0
 
     def predict(self, x: torch.Tensor, times: torch.Tensor, **cond) -> torch.Tensor:
-        """The network's output for its own input x [B,C,H,W] and times [B]."""
+        """The network's output for its input x [B,C,H,W] and times [B]."""
         raise NotImplementedError
 
     def forward(self, x, sigma, **cond):
@@ -184,7 +178,7 @@ class DiffusersDenoiser(TimeOfProcess, Denoiser):
         return self.process.denoised(x, sigma, output.to(torch.float32))
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        """Latents [B,C,h,w] to images [B,3,H,W], about [-1, 1]; the identity for pixel models."""
+        """Decode latents [B,C,h,w] to images [B,3,H,W], about [-1, 1]; pixel models: identity."""
         if self.first_stage_name is None:
             if missing := [name for name in _FIRST_STAGES if name in self.pipeline.components]:
                 raise UserError(f"this pipeline was saved without its {missing[0]}: its latents cannot become images")
@@ -202,7 +196,7 @@ class DiffusersDenoiser(TimeOfProcess, Denoiser):
 
 
 class UnconditionalPipeline(DiffusersDenoiser):
-    """DDPMPipeline, DDIMPipeline and LDMPipeline: a UNet2DModel, with class_labels [B] where it has classes."""
+    """DDPMPipeline, DDIMPipeline and LDMPipeline: a UNet2DModel, maybe with class_labels [B]."""
 
     def space(self):
         config = self.network.config
@@ -217,28 +211,29 @@ class UnconditionalPipeline(DiffusersDenoiser):
 
     def predict(self, x, times, class_labels=None):
         if self.label_dim and class_labels is None:
-            raise UserError("this network is class-conditional: pass class_labels, as make_cond gives them")
+            raise UserError("this network is class-conditional: pass class_labels, made with make_cond")
         output = self.network(x, times, class_labels=class_labels).sample
-        return output[:, : x.shape[1]]  # some predict a variance as well, which the ODE does not need
+        return output[:, : x.shape[1]]  # some networks also predict a variance, which the ODE does not need
 
 
 class TextPipeline(DiffusersDenoiser):
-    """Networks conditioned on text under classifier-free guidance: u + rate (c - u).
+    """Text-conditional networks with classifier-free guidance: u + rate (c - u).
 
-    The cond of forward: the tensors of ``names``, [B,...] or [1,...] for the whole batch, and with guidance those of the
-    unconditional side under "unconditional_<name>". Both sides go through the network in one call on 2B samples, the
-    unconditional ones first. With rate 1 only c is computed, and a call costs one evaluation.
+    ``forward`` takes the tensors of ``names``, [B,...] or [1,...] for the whole batch, and with
+    guidance those of the unconditional side as "unconditional_<name>". One call on 2B samples
+    computes both sides, the unconditional ones first. With rate 1 only c is computed, and a call
+    costs one evaluation.
     """
 
     names = ("condition",)
-    encoders = ("text_encoder",)  # what prompts need; SD3 can do without its third one
-    default_rate = 7.5  # what the diffusers pipeline uses
+    encoders = ("text_encoder",)  # needed for prompts; the third one of SD3 is not
+    default_rate = 7.5  # that of the diffusers pipeline
 
     def choose_guidance(self, kind, rate):
         check_guidance(("cfg", "none"), kind or "cfg", rate, "a text-to-image pipeline")
         rate = 1.0 if kind == "none" else self.default_rate if rate is None else float(rate)
         if not (math.isfinite(rate) and rate >= 0):
-            raise UserError(f"guidance_rate {rate:g} has to be a number from 0 up")
+            raise UserError(f"guidance_rate {rate:g} must be 0 or more")
         return rate
 
     @property
@@ -251,11 +246,15 @@ class TextPipeline(DiffusersDenoiser):
         return 2 if self.guided else 1
 
     def make_cond(self, generator=None, labels=None, prompts=None, negative_prompt: str | None = None) -> dict:
-        """prompts: one string for the whole batch, or a sequence of B; negative_prompt: the unconditional side (None: what
-        the pipeline takes by default).
+        """Text conditions of a batch, as keyword arguments of ``forward``.
 
-        Raises UserError without prompts, with another number of them than ``generator`` has seeds, and for a pipeline
-        without text encoders.
+        generator: gives the number of images. Default None.
+        labels: must be None.
+        prompts: one string for the whole batch, or a sequence of B strings.
+        negative_prompt: prompt of the unconditional side. Default: that of the pipeline.
+
+        Raises UserError without prompts, for a wrong number of them, and for a pipeline without
+        text encoders.
         """
         prompts = batch_of_prompts(prompts, None if generator is None else len(generator.seeds), labels)
         missing = [name for name in self.encoders if getattr(self.pipeline, name, None) is None]
@@ -270,7 +269,7 @@ class TextPipeline(DiffusersDenoiser):
         return cond
 
     def encode(self, prompts: list[str], negative: list[str] | None) -> tuple[tuple, tuple]:
-        """The tensors of ``names`` for the prompts and, if guided, for the unconditional side."""
+        """The tensors of ``names`` for the prompts and, with guidance, the unconditional side."""
         device = next(self.network.parameters()).device
         own, other = self.pipeline.encode_prompt(
             prompts, device, 1, do_classifier_free_guidance=self.guided, negative_prompt=negative
@@ -286,7 +285,7 @@ class TextPipeline(DiffusersDenoiser):
         for name in self.names:
             value = cond.get(prefix + name)
             if value is None:
-                raise UserError(f"this network needs '{prefix + name}', as make_cond(prompts=...) gives it")
+                raise UserError(f"this network needs '{prefix + name}': make it with make_cond(prompts=...)")
             if value.shape[0] not in (1, len(x)):
                 raise UserError(f"'{prefix + name}' has {value.shape[0]} rows for a batch of {len(x)}")
             side[name] = value.to(x.dtype).expand(len(x), *value.shape[1:])
@@ -304,8 +303,12 @@ class TextPipeline(DiffusersDenoiser):
 
 
 class StableDiffusionXL(TextPipeline):
-    """Both text encoders side by side, and the added conditions: the pooled text, and time_ids [B,6], the original size,
-    the place of the crop and the target size in pixels (Podell et al. 2023, Section 2.2)."""
+    """Stable Diffusion XL: two text encoders, pooled text and sizes.
+
+    Podell et al. 2023, Section 2.2.
+
+    time_ids [B,6]: original size, place of the crop and target size, in pixels.
+    """
 
     names = ("condition", "pooled", "time_ids")
     encoders = ("text_encoder", "text_encoder_2")
@@ -350,9 +353,9 @@ class StableDiffusion3(TextPipeline):
 
 
 class Flux(TextPipeline):
-    """The flow transformer of Flux.1, which sees 2x2 patches of the latents as tokens.
+    """The flow transformer of Flux.1; its tokens are 2x2 patches of the latents.
 
-    Networks that were distilled with guidance (guidance_embeds, such as "dev") take the rate as an
+    Networks that were distilled with guidance (guidance_embeds, such as "dev") have the rate as an
     input and are called once. The others (such as "schnell") are not guided unless you give a rate.
     """
 
@@ -407,7 +410,7 @@ class Flux(TextPipeline):
         return F.pixel_shuffle(output.mT.unflatten(2, (rows, columns)), 2)
 
 
-# Pipeline class -> (denoiser, the class that its network has to be of).
+# {class of the pipeline: (denoiser, class of its network)}
 PIPELINES = {
     "DDPMPipeline": (UnconditionalPipeline, "UNet2DModel"),
     "DDIMPipeline": (UnconditionalPipeline, "UNet2DModel"),
@@ -419,9 +422,7 @@ PIPELINES = {
 }
 
 
-_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # not needed here, and large
-
-
+_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # large parts that are not loaded
 _INDEX = "model_index.json"
 
 
@@ -434,16 +435,20 @@ def load_diffusers(
     *,
     allow_pickle: bool = False,
 ) -> DiffusersDenoiser:
-    """The denoiser of a diffusers pipeline, frozen and in evaluation mode, on ``device``.
+    """Load the denoiser of a diffusers pipeline, frozen and in evaluation mode.
 
-    path_or_hub_id: a folder that ``save_pretrained`` wrote, or an id of the Hugging Face hub, whose files are downloaded
-    to its usual cache (every process of a torchrun has to call this). guidance_type: "cfg" (default) or "none" for text,
-    "uncond" or "none" otherwise; guidance_rate in diffusers' meaning, by default the pipeline's. dtype: of the weights;
-    images and noise levels stay in float32. allow_pickle: also read weights that are not in safetensors (as data only).
+    path_or_hub_id: a folder of ``save_pretrained``, or an id of the Hugging Face hub, which is
+        downloaded to the usual cache. All processes of torchrun must call this.
+    guidance_type: "cfg" (default) or "none" for text-to-image, "uncond" or "none" otherwise.
+    guidance_rate: strength of the guidance, as in diffusers. Default: that of the pipeline.
+    device: where the weights are put. Default: the CPU.
+    dtype: dtype of the weights; images and noise levels stay in float32. Default float32.
+    allow_pickle: also read weights that are not in safetensors, as data only. Default False.
 
-    The result also has ``dataset_name``, ``source_path`` and ``weights_hash``, the SHA-256 of the network's weights file
-    (of the list of their hashes where there are several). Raises MissingExtra without the packages, UserError for
-    folders that are no pipeline, pipelines that are not supported, and guidance that they cannot do.
+    The result has ``dataset_name``, ``source_path`` and ``weights_hash``: the SHA-256 of the
+    weights file, or of the list of hashes if there are several. Raises MissingExtra without the
+    packages, and UserError for folders that are not pipelines, unsupported pipelines, and guidance
+    that they do not support.
     """
     diffusers = import_diffusers("a diffusers pipeline")
     folder = _local_folder(diffusers, path_or_hub_id, allow_pickle)
@@ -455,11 +460,11 @@ def load_diffusers(
     _refuse_code(folder, index, path_or_hub_id)
     weights = _part_weights(folder, index, allow_pickle)
     refuse_other_files(path for _, paths in weights.values() for path in paths)
-    # What was saved without a part is loaded without it, which has to be said.
+    # Parts that were not saved must be given as None.
     given = {part: None for part, entry in index.items() if part in _UNUSED or entry == [None, None]}
     if "safety_checker" in given:
         given["requires_safety_checker"] = False
-    # First stages overflow in float16, and they run once per image only.
+    # First stages overflow in float16. They run only once per image.
     dtypes = {"default": dtype} | {part: torch.float32 for part in _FIRST_STAGES if part in index}
     options = {
         "use_safetensors": None if allow_pickle else True,
@@ -468,7 +473,7 @@ def load_diffusers(
         "low_cpu_mem_usage": diffusers.utils.is_accelerate_available(),
     }
     for part, (variant, _) in weights.items():
-        if variant is not None:  # diffusers itself takes one variant for all parts that have it
+        if variant is not None:  # diffusers uses one variant for all parts
             library, kind = index[part]
             load = getattr(libraries[library], kind).from_pretrained
             more = options | {"variant": variant, "dtype": dtypes.get(part, dtype)}
@@ -485,12 +490,12 @@ def load_diffusers(
     net.dataset_name = "diffusers"
     net.source_path = str(path_or_hub_id)
     part = folder / net.network_name
-    net.weights_hash = _hash_weights(part if part.is_dir() else folder)  # old pipelines have no folders
+    net.weights_hash = _hash_weights(part if part.is_dir() else folder)  # old pipelines have no subfolders
     return net.to(device).eval().requires_grad_(False)
 
 
 def _reading(source, function, *arguments, **options):
-    """``function`` of diffusers, with its complaints about files as UserError."""
+    """Call a function of diffusers; its errors about files become UserError."""
     try:
         return function(*arguments, **options)
     except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError) as error:
@@ -509,17 +514,17 @@ def _local_folder(diffusers, source, allow_pickle: bool) -> Path:
     if path.exists():
         raise UserError(f"{source} is a file; give the folder of a diffusers pipeline (with {_INDEX}), or a hub id")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise UserError(f"there is no folder {source}, and it is not a hub id (owner/name)")
+        raise UserError(f"{source} is neither an existing folder nor a hub id (owner/name)")
     with distributed.local_main_first():
         offline_only = {"local_files_only": True} if offline() else {}
         config = _reading(source, diffusers.DiffusionPipeline.load_config, str(source), **offline_only)
-        _check_index(config, source)  # before gigabytes are downloaded
+        _check_index(config, source)  # before the download of gigabytes
         options = {"use_safetensors": None if allow_pickle else True, "trust_remote_code": False, **offline_only}
         return _download(diffusers, str(source), config, allow_pickle, options)
 
 
 def _download(diffusers, hub_id: str, index: Mapping, allow_pickle: bool, options: dict) -> Path:
-    """The folder of a pipeline of the hub, with the weights in half precision if there are no others."""
+    """Download a pipeline of the hub, in half precision if there are no other weights."""
     folder, problem = None, None
     for variant in ({}, {"variant": "fp16"}):
         try:
@@ -531,7 +536,7 @@ def _download(diffusers, hub_id: str, index: Mapping, allow_pickle: bool, option
             return folder
     if folder is None:
         raise problem
-    return folder  # incomplete, which is explained when it is loaded
+    return folder  # incomplete; loading it raises an error that explains it
 
 
 def _read_index(folder: Path, source) -> tuple[str, dict]:
@@ -543,31 +548,34 @@ def _read_index(folder: Path, source) -> tuple[str, dict]:
 
 
 def _check_index(index, source) -> str:
-    """The name of the pipeline's class. Raises UserError unless it and all its parts are known, library code."""
+    """The class name of a pipeline. Raises UserError unless all its parts are library classes."""
     name = index.get("_class_name") if isinstance(index, dict) else None
     if not isinstance(name, str) or name not in PIPELINES:
         raise UserError(f"{source} is a {name}, which is not supported; supported: {', '.join(PIPELINES)}")
     denoiser, expected = PIPELINES[name]
     for part, entry in index.items():
         if part.startswith("_") or part in _UNUSED or entry is None or isinstance(entry, (bool, int, float)):
-            continue  # notes, and settings of the pipeline
+            continue  # notes and settings
         library, kind = entry if isinstance(entry, list) and len(entry) == 2 else (str(entry)[:40], "")
         if library not in (None, "diffusers", "transformers"):
             raise UserError(f"{source}: its '{part}' is code from '{library}', which is not run")
         if re.match("Auto(?!encoder)|Rag|Timm", str(kind)):  # may choose code or weights from elsewhere
-            raise UserError(f"{source}: its '{part}' is a {kind}; only definite classes are supported")
-        if str(kind).endswith("Pipeline"):  # with an index of its own, which nobody has looked at
+            raise UserError(f"{source}: its '{part}' is a {kind}, which may choose any class; it is not supported")
+        if str(kind).endswith("Pipeline"):  # it has an index of its own, which was not checked
             raise UserError(f"{source}: its '{part}' is a whole pipeline, which is not supported")
     if index.get("scheduler") in (None, [None, None]):
-        raise UserError(f"{source} was saved without its scheduler, which describes the noise of the network")
+        raise UserError(f"{source} was saved without its scheduler, which defines the noise of the network")
     found = index.get(denoiser.network_name)
     if not isinstance(found, list) or found[-1] != expected:
-        raise UserError(f"{source}: its {denoiser.network_name} is {found}, but has to be a {expected}")
+        raise UserError(f"{source}: its {denoiser.network_name} is {found}, but must be a {expected}")
     return name
 
 
 def _refuse_code(folder: Path, index: Mapping, source) -> None:
-    """diffusers takes <part>/<library>.py for the library, whatever its name is, and asks for trust_remote_code only then."""
+    """Raises UserError if a part comes with code.
+
+    diffusers would import <part>/<library>.py instead of the library.
+    """
     for part in index:
         if code := next((folder / part).rglob("*.py"), None):
             raise UserError(f"{source}: its '{part}' brings code ({code.name}), which is not run; remove the file")
@@ -575,21 +583,21 @@ def _refuse_code(folder: Path, index: Mapping, source) -> None:
     refuse_code_in_configs([folder, *(folder / part for part in parts)], source)
 
 
-# diffusion_pytorch_model.safetensors, model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, and the order of
-# the last one's endings until 2024
+# diffusion_pytorch_model.safetensors, model.fp16.safetensors,
+# model.fp16-00001-of-00002.safetensors, and model-00001-of-00002.fp16.safetensors (until 2024)
 _WEIGHTS_NAME = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+)?"
     r"(?:\.(?P<old_variant>\w+))?\.(?P<format>safetensors|bin)"
 )
 
 
-_VARIANTS = (None, "fp32", "ema", "bf16", "fp16")  # the best first; any other one after them
+_VARIANTS = (None, "fp32", "ema", "bf16", "fp16")  # the best first; others come after these
 
 
 def _find_weights(folder: Path, allow_pickle: bool) -> tuple[str | None, list[Path]]:
-    """(variant, files) of the weights to load from the folder of a part; no files where there are none.
+    """(variant, files) of the weights to load from the folder of a part; (None, []) without any.
 
-    allow_pickle: take files that are not safetensors if there are only those.
+    allow_pickle: use files that are not safetensors if there are no others.
     """
     found = {}
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -605,7 +613,7 @@ def _find_weights(folder: Path, allow_pickle: bool) -> tuple[str | None, list[Pa
 
 
 def _part_weights(folder: Path, index: Mapping, allow_pickle: bool) -> dict[str, tuple[str | None, list[Path]]]:
-    """``_find_weights`` for each part of a pipeline that has weights and a folder of its own."""
+    """``_find_weights`` for each part of a pipeline with weights and a subfolder."""
     parts = [
         part
         for part, entry in index.items()

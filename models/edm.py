@@ -1,4 +1,4 @@
-"""EDM networks: the preconditioning of Karras et al. 2022 (Table 1, column "ours") around one of the U-Nets."""
+"""EDM networks: a U-Net with the preconditioning of Karras et al. 2022 (Table 1, column "Ours")."""
 
 import json
 
@@ -14,16 +14,20 @@ from torch_utils.tensor_file import is_safetensors, json_entry, read_safetensors
 
 
 def class_indices(labels, count: int | None, label_dim: int) -> torch.Tensor:
-    """Class labels, one for all images or one per image, as int64 [count].
+    """Convert class labels to int64 [count].
 
-    Raises UserError where a label is not in 0..label_dim - 1.
+    labels: one class for all images, or one per image.
+    count: number of images; None: that of the labels.
+    label_dim: number of classes.
+
+    Raises UserError if a label is not in 0..label_dim - 1, or their number is wrong.
     """
     given = torch.as_tensor(labels)
     indices = given.to(torch.int64)
     wrong = indices[(indices < 0) | (indices >= label_dim) | (indices != given)]
     if wrong.numel():
         bad = given[indices == wrong.flatten()[0]].flatten()[0].item()
-        raise UserError(f"class {bad} is out of range: this network knows 0..{label_dim - 1}")
+        raise UserError(f"class {bad} is out of range: this network has classes 0..{label_dim - 1}")
     if indices.ndim == 0:
         return indices.expand(count if count is not None else 1)
     if count is not None and indices.shape != (count,):
@@ -34,11 +38,10 @@ def class_indices(labels, count: int | None, label_dim: int) -> torch.Tensor:
 class EDMDenoiser(PreconditionedDenoiser):
     """D(x; sigma) = c_skip x + c_out F(c_in x; ln(sigma) / 4).
 
-    The constructor takes the arguments of the official ``EDMPrecond`` (``init_kwargs`` of a
-    checkpoint), and the two that PFGM++ adds: ``pfgmpp`` says whether ``D`` counts (see
-    ``Denoiser.D``). The rest goes to the U-Net. Parameters are named ``model.*``,
-    as in the official files. The sampling range is limited to 0.002 .. 80, as in the paper's
-    samplers, even where the file states a wider one.
+    The arguments are those of the official ``EDMPrecond`` (``init_kwargs`` of a checkpoint), and
+    two of PFGM++: pfgmpp, whether D is used, and D, see ``Denoiser.D``. All others go to the U-Net.
+    Parameters are named ``model.*``, as in the official files. The sampling range is limited to
+    0.002 .. 80, as in the paper's samplers, even if the file has a wider one.
     """
 
     def __init__(
@@ -119,17 +122,19 @@ class EDMDenoiser(PreconditionedDenoiser):
         return self.model(x, c_noise, class_labels=class_labels, augment_labels=augment_labels)
 
 
-_LARGEST = 1 << 14  # pixels
+_LARGEST = 1 << 14  # largest resolution in pixels
 _STATISTICS = ("data_mean", "data_std")  # tensors of a file that are not weights
 
 
 def load_edm_network(path_or_file) -> EDMDenoiser:
-    """An EDM network from an official ``.pkl`` (or ``torch.save`` of one), or a ``.safetensors`` file of this project.
+    """Load an EDM network, on the CPU, float32, frozen and in evaluation mode.
 
-    path_or_file: a path, or a binary file object. Nothing in the file is executed: the network is rebuilt from this
-    project's code by class name and constructor arguments. Returned on the CPU, float32, in eval mode, its parameters
-    without gradients.
-    Raises UnsafePickleError where a pickle asks for more than data, UserError where the file holds something else.
+    path_or_file: path or binary file object of an official ``.pkl``, of a file that ``torch.save``
+        made of one, or of a ``.safetensors`` file of this project. No code of the file is run: the
+        network is built by this project's code from class name and constructor arguments.
+
+    Raises UnsafePickleError if a pickle contains more than data, and UserError if the file contains
+    something else.
     """
     with open_binary(path_or_file) as (file, name):
         start = file.tell()
@@ -143,23 +148,26 @@ def load_edm_network(path_or_file) -> EDMDenoiser:
         if "ema" not in content:
             entries = list(content.items())[:8]
             found = ", ".join(f"{brief(key)} ({_describe(value)})" for key, value in entries) or "nothing"
-            raise UserError(f"{name} holds no EDM network: there is no entry 'ema', but {found[:300]}")
+            raise UserError(f"{name} is not an EDM network: the entry 'ema' is missing; found {found[:300]}")
         stored = content["ema"]
     if not isinstance(stored, PersistentObject) or stored.class_name != "EDMPrecond":
-        raise UserError(f"{name} holds no EDM network (EDMPrecond): found {_describe(stored)}")
+        raise UserError(f"{name} is not an EDM network (EDMPrecond): found {_describe(stored)}")
     return _build(stored.init_kwargs, stored.state_dict(), name)
 
 
 def load_edm_safetensors(path) -> EDMDenoiser:
-    """The network of a file made by ``save_edm_safetensors``. Raises UserError where it is another kind of file."""
+    """Load a file of ``save_edm_safetensors``. Raises UserError for any other file."""
     with open_binary(path) as (file, name):
         return _from_safetensors(file.read(), name)
 
 
 def save_edm_safetensors(net: EDMDenoiser, path, extra_metadata: dict | None = None) -> None:
-    """Writes weights (official names), constructor arguments and data statistics; atomically.
+    """Write weights (official names), constructor arguments and data statistics, atomically.
 
-    extra_metadata: more entries of the metadata; values that are not strings are stored as JSON.
+    net: the network.
+    path: the ``.safetensors`` file.
+    extra_metadata: further entries of the metadata; values that are not strings are stored as JSON.
+        Default: none.
     """
     extra = extra_metadata or {}
     extra = {key: value if isinstance(value, str) else json.dumps(value) for key, value in extra.items()}
@@ -193,12 +201,12 @@ def _from_safetensors(data: bytes, name: str) -> EDMDenoiser:
 def _build(config: dict, state: dict[str, torch.Tensor], name: str) -> EDMDenoiser:
     """The network with these arguments and weights.
 
-    It is built without memory first, so that arguments that do not fit the weights cost nothing.
+    It is built without memory first, so that wrong arguments cost nothing.
     """
     try:
         net = build_empty(EDMDenoiser, config, "an EDM network", len(state))
         if not (0 < net.img_resolution <= _LARGEST and 0 < net.sigma_min < net.sigma_max and 0 < net.sigma_data < 1e6):
-            raise UserError("its resolution or its noise levels are impossible")
+            raise UserError("its resolution or noise levels are impossible")
         check_weights(net.state_dict(), state)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
@@ -224,7 +232,7 @@ def build_edm(config, state_dict, guidance_type, guidance_rate, device) -> EDMDe
 
 
 def load_edm(path, *, config, dataset_name, guidance_type, guidance_rate, device) -> EDMDenoiser:
-    """The denoiser of a file: an official pickle, one of this project, or weights described by ``config``."""
+    """Load the denoiser of an official pickle, a file of this project, or weights with a config."""
     if config is not None:
         try:
             return FAMILY.create(config, read_weights(path), guidance_type, guidance_rate, device)

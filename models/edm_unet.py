@@ -1,9 +1,10 @@
 """The U-Nets of EDM, with the parameter names of the official checkpoints.
 
-``SongUNet`` covers DDPM++ and NCSN++ (Song et al. 2021, "Score-Based Generative Modeling through SDEs") and
-``DhariwalUNet`` covers ADM (Dhariwal & Nichol 2021), both in the form of Karras et al. 2022, "Elucidating the Design Space of
-Diffusion-Based Generative Models", Appendix F.2. They take a pre-scaled image, a noise label [B] and optional labels, and
-return the raw network output; the preconditioning is in ``models/edm.py``.
+``SongUNet`` is DDPM++ and NCSN++ (Song et al. 2021, "Score-Based Generative Modeling through
+SDEs"). ``DhariwalUNet`` is ADM (Dhariwal & Nichol 2021). Both have the form of Karras et al. 2022,
+"Elucidating the Design Space of Diffusion-Based Generative Models", Appendix F.2. They take a
+scaled image, a noise label [B] and optional class labels, and return the raw network output.
+``models/edm.py`` has the preconditioning.
 """
 
 import math
@@ -41,9 +42,9 @@ class Linear(nn.Module):
 
 
 class Conv2d(nn.Module):
-    """Convolution with an optional factor-two resampling by a fixed separable filter, before it (or fused with it).
+    """Convolution, optionally after (or fused with) a factor-two resampling by a separable filter.
 
-    ``kernel=0`` means resampling only.
+    kernel: size of the convolution; 0: resampling only.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Conv2d(nn.Module):
         self.register_buffer("resample_filter", taps[None, None] if up or down else None)
 
     def _resample(self, x, padding):
-        if self._box and not padding:  # the same as the convolutions below: every pixel four times, the mean of four
+        if self._box and not padding:  # equal to the convolutions below
             return F.interpolate(x, scale_factor=2, mode="nearest") if self.up else F.avg_pool2d(x, 2)
         channels = x.shape[1]
         taps = self.resample_filter.to(x.dtype)
@@ -89,7 +90,7 @@ class Conv2d(nn.Module):
         half = 0 if weight is None else weight.shape[-1] // 2
         filter_pad = (self.resample_filter.shape[-1] - 1) // 2 if self.resample_filter is not None else 0
         if self.fused_resample and weight is not None and (self.up or self.down):
-            # One wide padding for both operations: what the resampling does not use up goes to the convolution.
+            # One wide padding for both operations, as in the official code.
             if self.up:
                 x = self._resample(x, max(filter_pad - half, 0))
                 return F.conv2d(x, weight, bias, padding=max(half - filter_pad, 0))
@@ -101,7 +102,7 @@ class Conv2d(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation with at least four channels per group; ValueError where the groups cannot be equal."""
+    """Group normalisation with at least four channels per group; ValueError for unequal groups."""
 
     def __init__(self, num_channels, num_groups=32, min_channels_per_group=4, eps=1e-5):
         super().__init__()
@@ -117,12 +118,15 @@ class GroupNorm(nn.Module):
 
 
 class PositionalEmbedding(nn.Module):
-    """Sinusoids of a scalar: [B] -> [B, num_channels], cosines first. ``endpoint``: the last frequency is 1/max_positions."""
+    """Sinusoids of a scalar: [B] -> [B, num_channels], cosines first.
+
+    endpoint: the last frequency is 1 / max_positions. Default False.
+    """
 
     def __init__(self, num_channels, max_positions=10000, endpoint=False):
         super().__init__()
         if num_channels % 2:
-            raise ValueError(f"an embedding of {num_channels} channels: cosines and sines need an even number")
+            raise ValueError(f"an embedding of {num_channels} channels is not possible: the number must be even")
         self.num_channels = num_channels
         self.max_positions = max_positions
         self.endpoint = endpoint
@@ -148,6 +152,8 @@ class FourierEmbedding(nn.Module):
 
 class UNetBlock(nn.Module):
     """Residual block with noise embedding, optional resampling and optional self-attention."""
+
+    omitted: frozenset = frozenset()  # parts to leave out, see ``models.compile.skipping``
 
     def __init__(
         self,
@@ -197,6 +203,10 @@ class UNetBlock(nn.Module):
             self.qkv = Conv2d(out_channels, 3 * out_channels, 1, **init_attn)
             self.proj = Conv2d(out_channels, out_channels, 1, **init_zero)
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return ("residual", "attention") if self.num_heads else ("residual",)
+
     def _attend(self, x):
         batch, channels, height, width = x.shape
         # The official layout interleaves q, k, v within each head: [heads, channels per head, 3].
@@ -208,6 +218,12 @@ class UNetBlock(nn.Module):
 
     def forward(self, x, emb):
         shortcut = x if self.skip is None else self.skip(x)
+        x = shortcut if "residual" in self.omitted else self._residual(x, shortcut, emb)
+        if self.num_heads and "attention" not in self.omitted:
+            x = (self._attend(x) + x) * self.skip_scale
+        return x
+
+    def _residual(self, x, shortcut, emb):
         x = self.conv0(F.silu(self.norm0(x)))
         params = self.affine(emb)[:, :, None, None].to(x.dtype)
         if self.adaptive_scale:
@@ -216,10 +232,7 @@ class UNetBlock(nn.Module):
         else:
             x = F.silu(self.norm1(x + params))
         x = self.conv1(F.dropout(x, p=self.dropout, training=self.training))
-        x = (x + shortcut) * self.skip_scale
-        if self.num_heads:
-            x = (self._attend(x) + x) * self.skip_scale
-        return x
+        return (x + shortcut) * self.skip_scale
 
 
 def _last_block(encoder: nn.ModuleDict) -> nn.Module:
@@ -227,7 +240,7 @@ def _last_block(encoder: nn.ModuleDict) -> nn.Module:
 
 
 class SongUNet(nn.Module):
-    """DDPM++ (positional embedding, standard encoder/decoder) and NCSN++ (Fourier embedding, residual encoder) U-Nets."""
+    """DDPM++ (positional embedding, standard encoder) or NCSN++ (Fourier, residual encoder)."""
 
     def __init__(
         self,
@@ -383,7 +396,7 @@ class SongUNet(nn.Module):
 
 
 class DhariwalUNet(nn.Module):
-    """ADM U-Net as trained by EDM on ImageNet-64 (scale-shift normalisation, 64 channels per attention head)."""
+    """ADM as trained by EDM on ImageNet-64: scale-shift norm, 64 channels per attention head."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Inputs of a denoiser: noise and a condition that depend on the seeds of the samples alone."""
+"""Inputs of a denoiser: noise and condition, which depend only on the seeds of the samples."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,12 +9,12 @@ from torch_utils.seeds import SeededGenerators
 
 
 def draw_noise(net, generators: SeededGenerators, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Starting noise [B,C,H,W] of the network's samples, on the CPU; see ``Denoiser.draw_latents``."""
+    """Starting noise [B,C,H,W] of a batch, on the CPU; see ``Denoiser.draw_latents``."""
     return member(net, "draw_latents")(generators, dtype)
 
 
 def initial_state(net, latents: torch.Tensor, sigma, cond: Mapping | None = None) -> torch.Tensor:
-    """State [B,C,H,W] at the first noise level: latents * sigma around the network's prior mean.
+    """State [B,C,H,W] at the first noise level: the network's prior mean plus latents * sigma.
 
     latents: starting noise [B,C,H,W].
     sigma: the first noise level.
@@ -31,12 +31,14 @@ def draw_condition(
     labels: int | Sequence[int] | None = None,
     negative_prompt: str | None = None,
 ) -> dict:
-    """Condition of B samples, as keyword arguments of ``net``; an empty dict if it takes none.
+    """Condition of B samples, as keyword arguments of net; empty for unconditional networks.
 
-    generators: of the B samples. Those of ``draw_noise``, if noise was drawn before.
-    prompts: texts of which every sample draws one; text-to-image networks need them. Default: None.
-    labels: class of all samples, or B classes. Default: None, every sample draws one.
-    negative_prompt: text of the unconditional side. Default: None, that of the network.
+    net: the denoiser.
+    generators: generators of the B samples; the same as for ``draw_noise``, which comes first.
+    prompts: list of prompts, from which every sample draws one. Needed by text-to-image networks.
+        Default None.
+    labels: class of all samples, or one class per sample. Default: None, drawn at random.
+    negative_prompt: prompt of the unconditional side. Default: that of the network.
     """
     if not hasattr(net, "make_cond"):
         return {}
@@ -51,10 +53,14 @@ def draw_condition(
 def draw_inputs(
     net, seeds: Sequence[int], prompts=None, dtype: torch.dtype = torch.float32, device="cpu", **condition
 ) -> tuple[torch.Tensor, dict]:
-    """(unit-variance noise [B,C,H,W] on the device, condition) of B seeds.
+    """(starting noise [B,C,H,W] on the device, condition) of B seeds.
 
-    prompts, condition: of ``draw_condition``.
-    dtype: in which the noise is drawn; float32 and float64 are different noise. Default: float32.
+    net: the denoiser.
+    seeds: one per sample.
+    prompts, condition: see ``draw_condition``.
+    dtype: dtype in which the noise is drawn; float32 and float64 give different noise. Default
+        float32.
+    device: where the noise is put. Default: the CPU.
     """
     generators = SeededGenerators(seeds)
     latents = draw_noise(net, generators, dtype).to(device)

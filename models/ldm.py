@@ -1,7 +1,8 @@
-"""Latent diffusion (Rombach et al. 2022) in the CompVis checkpoint layout, as denoisers in sigma space.
+"""Latent diffusion (Rombach et al. 2022) in the CompVis checkpoint layout, as denoisers.
 
-The networks predict the noise of a variance-preserving process, x_t = sqrt(a_t) z + sqrt(1 - a_t) eps, at discrete times.
-With sigma = sqrt((1 - a) / a) and x = x_t / sqrt(a) this is D(x; sigma) = x - sigma eps(x / sqrt(1 + sigma^2), t(sigma)).
+The networks predict the noise eps of a variance-preserving process at discrete times,
+x_t = sqrt(a_t) z + sqrt(1 - a_t) eps. With sigma = sqrt((1 - a) / a) and x = x_t / sqrt(a) the
+denoiser is D(x; sigma) = x - sigma eps(x / sqrt(1 + sigma^2), t(sigma)).
 """
 
 import math
@@ -39,7 +40,8 @@ _VQ_F4 = {
 }
 
 
-# The published unconditional models on 64x64x3 latents of VQ-f4: LSUN bedrooms, FFHQ and CelebA-HQ, all of 256x256.
+# The published unconditional models on 64x64x3 latents of VQ-f4: LSUN bedrooms, FFHQ and CelebA-HQ,
+# all at 256x256.
 VQ_F4_LDM = {
     "linear_start": 0.0015,
     "linear_end": 0.0195,
@@ -74,19 +76,20 @@ _TRAINING_ONLY = (
 )
 
 
-DECODE_BATCH = 8  # images decoded at a time: their feature maps, not the latents, fill the memory
+DECODE_BATCH = 8  # images decoded at a time, because their feature maps are large
 
 
 class LatentDenoiser(TimeOfProcess, PreconditionedDenoiser):
-    """What the families of latent diffusion share: time, U-Net, first stage.
+    """Base class of latent diffusion: time, U-Net and first stage.
 
-    The constructor takes the arguments of the published ``LatentDiffusion`` configurations; ``target`` entries only
-    choose among the classes of this code. Parameters are named ``model.diffusion_model.*`` and ``first_stage_model.*``
-    as in the official files. ``forward`` and all sigmas are about latents; ``decode`` and ``encode`` lead to images.
+    The arguments are those of the published ``LatentDiffusion`` configurations; ``target`` entries
+    only choose among the classes of this code. Parameters are named ``model.diffusion_model.*`` and
+    ``first_stage_model.*``, as in the official files. ``forward`` and all noise levels are those of
+    latents; ``decode`` and ``encode`` convert to and from images.
 
-    use_ema: which of the two sets of weights ``select_weights`` takes from a checkpoint.
-    scale_by_std: the scale factor of the latents was measured in training; it is a tensor of the
-        checkpoint.
+    use_ema: whether ``select_weights`` takes the moving averages of a checkpoint. Default True.
+    scale_by_std: whether the scale factor of the latents is a tensor of the checkpoint, measured in
+        training. Default False.
     """
 
     latent = True
@@ -125,10 +128,10 @@ class LatentDenoiser(TimeOfProcess, PreconditionedDenoiser):
         self.img_channels = int(channels)
         self.scale_factor = float(scale_factor)
         if not (math.isfinite(self.scale_factor) and self.scale_factor > 0):
-            raise UserError(f"scale_factor {scale_factor} has to be a positive number")
+            raise UserError(f"scale_factor {scale_factor} must be a positive number")
         self.scale_by_std = bool(scale_by_std)
         self.use_ema = bool(use_ema)
-        with torch.device("cpu"):  # also when the network is built on the meta device
+        with torch.device("cpu"):  # even if the network is built on the meta device
             self.process = DiscreteTime.of_scaled_linear_betas(linear_start, linear_end, timesteps)
             self.sigma_min, self.sigma_max = self.process.sigma_min, self.process.sigma_max
         self.model = torch.nn.ModuleDict({"diffusion_model": UNetModel(**unet_config["params"])})
@@ -151,11 +154,11 @@ class LatentDenoiser(TimeOfProcess, PreconditionedDenoiser):
         return self.unet.time_embed[-1]
 
     def convert_torso(self, dtype: torch.dtype) -> None:
-        """float16, bfloat16 or float32 weights between the first and the last layers of the U-Net."""
+        """Set the dtype (float16, bfloat16, float32) between the U-Net's first and last layers."""
         self.unet.convert_torso(dtype)
 
     def predict_noise(self, x: torch.Tensor, timesteps: torch.Tensor, **cond) -> torch.Tensor:
-        """The network's output for x [B,C,H,W] of unit variance and timesteps [B]."""
+        """The network's output [B,C,H,W] for x [B,C,H,W] of unit variance and timesteps [B]."""
         raise NotImplementedError
 
     def scalings(self, sigma):
@@ -165,32 +168,30 @@ class LatentDenoiser(TimeOfProcess, PreconditionedDenoiser):
         return self.predict_noise(x / (1 + sigma**2).sqrt(), c_noise.expand(len(x)), **cond)
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
-        """Latents [B,C,h,w] to images [B,3,H,W], about [-1, 1]."""
+        """Decode latents [B,C,h,w] to images [B,3,H,W], about [-1, 1]."""
         parts = (x.to(torch.float32) / self.scale_factor).split(DECODE_BATCH)
         return torch.cat([self.first_stage_model.decode(part) for part in parts])
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [B,3,H,W] in [-1, 1] to latents (for KL first stages, the mean of the posterior)."""
+        """Encode images [B,3,H,W] in [-1, 1] to latents [B,C,h,w]; KL: the posterior mean."""
         parts = images.to(torch.float32).split(DECODE_BATCH)
         return self.scale_factor * torch.cat([self.first_stage_model.encode(part) for part in parts])
 
     def select_weights(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The tensors of a checkpoint that belong to this network, under the names of this module.
+        """The tensors of a checkpoint for this network, under the names of this module.
 
         Tables of the noise process (the only tensors without a dot in their names) and tensors of
         the training are left out. A tensor ``scale_factor`` replaces the configured number. With
-        ``use_ema`` the moving averages replace ``model.*``: ``model_ema.*`` holds each parameter
-        under its name after "model.", without dots. Raises UserError where they are missing.
+        ``use_ema`` the moving averages replace ``model.*``: ``model_ema.*`` has each parameter
+        under its name after "model.", without dots. Raises UserError if they are missing.
         """
         measured = state_dict.get("scale_factor")
         if measured is not None:
             if measured.numel() != 1 or not (math.isfinite(measured.item()) and measured.item() > 0):
-                raise UserError("the checkpoint's scale_factor is no positive number")
+                raise UserError("the checkpoint's scale_factor is not a positive number")
             self.scale_factor = float(measured)
         elif self.scale_by_std:
-            raise UserError(
-                "the checkpoint lacks the scale_factor that scale_by_std speaks of; give the number instead"
-            )
+            raise UserError("scale_by_std needs a tensor scale_factor in the checkpoint; give scale_factor instead")
         training = ("model_ema.", "first_stage_model.loss.")
         chosen = {name: value for name, value in state_dict.items() if "." in name and not name.startswith(training)}
         if not self.use_ema:
@@ -218,7 +219,7 @@ class LDMDenoiser(LatentDenoiser):
 
 
 def build_ldm(config, state_dict, guidance_type=None, guidance_rate=None, device="cpu") -> LDMDenoiser:
-    """The builder of the family "ldm". guidance_type: "uncond" or "none", which are the same."""
+    """The builder of the family "ldm"; guidance_type may be "uncond" or "none", without effect."""
     check_guidance(("none", "uncond"), guidance_type, guidance_rate, "an unconditional latent diffusion model")
     net = build_empty(LDMDenoiser, config, "an unconditional latent diffusion model", len(state_dict))
     load_weights(net, net.select_weights(state_dict), device)
@@ -234,18 +235,22 @@ def load_ldm(
     guidance_rate: float | None = None,
     device: str | torch.device = "cpu",
 ) -> LDMDenoiser:
-    """The denoiser of an official ``model.ckpt`` (or the same in safetensors), frozen and in evaluation mode.
+    """Load the denoiser of an official ``model.ckpt``, frozen and in evaluation mode.
 
-    dataset_name: picks the published settings; config: replaces them (as for ``build_denoiser``). A file without moving
-    averages, as pruning leaves it, is taken to hold them in place of the plain weights. Raises UserError for a file
-    that is damaged or holds another network.
+    path: the file, or the same in safetensors. If it has no moving averages, as after pruning, its
+        weights are taken to be the averages.
+    dataset_name: chooses the published settings. Default lsun_bedroom_ldm.
+    config: settings instead of the published ones, see ``build_denoiser``. Default None.
+    guidance_type, guidance_rate, device: see ``create_model``.
+
+    Raises UserError if the file is damaged or contains another network.
     """
     config = choose_settings(RELEASED_CONFIGS, dataset_name, config)
     return load_latent(FAMILY, LATENT_DIFFUSION, path, config, guidance_type, guidance_rate, device)
 
 
 def load_latent(family: Family, kind, path, config, guidance_type, guidance_rate, device) -> LatentDenoiser:
-    """The denoiser of a checkpoint of one of the latent families; ``kind`` is its name in ``check_family``."""
+    """Load a checkpoint of one of the latent families; kind: its name in ``check_family``."""
     weights = read_weights(path)
     check_family(path, weights, kind)
     averaged = any(name.startswith("model_ema.diffusion_model") for name in weights)

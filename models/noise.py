@@ -1,4 +1,4 @@
-"""Noise processes: the map between the time t that a network was trained with and the noise level sigma.
+"""Noise processes: maps between the time t that a network was trained with and the noise level.
 
 Every process has the interface of ``NoiseProcess``. The arithmetic keeps the dtype of its input.
 """
@@ -10,13 +10,13 @@ import torch
 from torch_utils.errors import UserError
 
 VP_EPS = 1e-3  # the time of sigma_min; sigma_max is at time 1
-_STEPS = 1000  # time steps of the training of pixel networks
+_STEPS = 1000  # number of training times of pixel networks
 
 
 class NoiseProcess:
-    """Base class: the monotone map between time t and noise level sigma. All methods are elementwise.
+    """Base class: a monotone map between time t and noise level sigma. All methods are elementwise.
 
-    sigma_min, sigma_max: floats, the range of noise levels to sample in.
+    sigma_min, sigma_max: range of noise levels for sampling.
     """
 
     sigma_min: float
@@ -31,12 +31,12 @@ class NoiseProcess:
         raise NotImplementedError
 
     def timestep(self, sigma: torch.Tensor) -> torch.Tensor:
-        """Time input of the network for a noise level: t in the units that the network was trained with."""
+        """Time input of the network for a noise level, in the units of its training."""
         raise NotImplementedError
 
 
 class TimeOfProcess:
-    """Mix-in for denoisers: time t <-> sigma of the ``process`` that the network was trained on."""
+    """Mix-in for denoisers: t <-> sigma of the ``process`` that the network was trained on."""
 
     process: NoiseProcess
 
@@ -75,7 +75,7 @@ class VPTime(NoiseProcess):
 
 
 def _interpolate(x: torch.Tensor, xs: torch.Tensor, ys: torch.Tensor) -> torch.Tensor:
-    """Piecewise linear through the points (xs, ys), xs ascending; the outer pieces continue beyond them."""
+    """Piecewise linear through the points (xs, ys), xs ascending; extrapolates beyond them."""
     left = (torch.searchsorted(xs, x.contiguous()) - 1).clamp(0, len(xs) - 2)
     return ys[left] + (x - xs[left]) * (ys[left + 1] - ys[left]) / (xs[left + 1] - xs[left])
 
@@ -94,13 +94,14 @@ class DiscreteTime(NoiseProcess):
     """
 
     def __init__(self, alphas_cumprod: torch.Tensor):
-        steps = len(alphas_cumprod)
-        log_alphas = alphas_cumprod.to(torch.float32).log() / 2
-        times = torch.linspace(0, 1, steps + 1, dtype=torch.float32)[1:]
+        self._use_table(alphas_cumprod.to(torch.float32).log() / 2)
+
+    def _use_table(self, log_alphas: torch.Tensor) -> None:
+        """Set the table log sqrt(a) [N] and the range of noise levels."""
+        steps = len(log_alphas)
+        times = torch.linspace(0, 1, steps + 1, dtype=log_alphas.dtype)[1:]
         if steps < 2 or not (log_alphas.isfinite().all() and log_alphas[0] <= 0 and (log_alphas.diff() < 0).all()):
-            raise UserError(
-                "the noise table is unusable: the share of the image has to fall from step to step, above 0"
-            )
+            raise UserError("the noise table is unusable: alphas_cumprod must decrease and stay in (0, 1]")
         self._tables = torch.stack([times, log_alphas])
         self._copies: dict = {}
         self.sigma_min, self.sigma_max = self.sigma(torch.tensor([1 / steps, 1], dtype=torch.float64)).tolist()
@@ -117,7 +118,7 @@ class DiscreteTime(NoiseProcess):
     def _with_tables(self, value) -> tuple[torch.Tensor, torch.Tensor]:
         """``value`` as a floating-point tensor, and the tables with its device and dtype."""
         value = torch.as_tensor(value)
-        if not value.is_floating_point():  # a table of integers would be zeros
+        if not value.is_floating_point():  # a table converted to integers would be zeros
             value = value.to(torch.get_default_dtype())
         key = (value.device, value.dtype)
         if key not in self._copies:
@@ -136,12 +137,67 @@ class DiscreteTime(NoiseProcess):
         return len(self) * self.sigma_inv(sigma) - 1
 
 
-class LinearNoise(NoiseProcess):
-    """Variance-preserving SDE with linear beta(t), t in 0.001 .. 1: the continuous limit of 1000 steps.
+class MeanReverting(DiscreteTime):
+    """The mean-reverting process of IR-SDE (Luo et al. 2023), for images in [-1, 1].
 
-    sigma(t)^2 = exp(beta_d t^2 / 2 + beta_min t) - 1 (Song et al. 2021, Appendix C). The timestep is
-    999 t. The order of operations is that of the reference implementation: in float32 the smallest
-    t depend on it by 0.1 %, so this is not ``VPTime``.
+    x_t = mu + alpha (x_0 - mu) + lambda sqrt(1 - alpha^2) noise around the degraded image mu, with
+    alpha = exp(-theta_bar(t)) and lambda = 2 max_sigma / 255. x = mu + (x_t - mu) / alpha has the
+    noise level sigma = lambda sqrt(1 / alpha^2 - 1). The timestep is T t.
+
+    max_sigma: standard deviation of the stationary noise, for images in 0..255.
+    T: number of time steps. Default 100.
+    schedule: schedule of theta: "cosine" (default), "linear" or "constant".
+    eps: alpha at the last time step. Default 0.005.
+    original_code: theta_bar includes the first theta, as in the MR sampler's own table (Li et al.
+        2025). The networks were trained without it. Default False.
+    """
+
+    THETAS = ("cosine", "linear", "constant")
+
+    def __init__(
+        self, max_sigma: float, T: int = 100, schedule: str = "cosine", eps: float = 0.005, original_code=False
+    ):
+        if schedule not in self.THETAS:
+            raise UserError(f"schedule '{schedule}' of theta is unknown; choose from {', '.join(self.THETAS)}")
+        if not (T >= 2 and 0 < eps < 1 and max_sigma > 0):
+            raise UserError(f"max_sigma={max_sigma}, T={T}, eps={eps}: need max_sigma > 0, T >= 2 and 0 < eps < 1")
+        self.scale = 2 * max_sigma / 255
+        self._use_table(self.alphas(T, schedule, eps, original_code)[1:].log())
+
+    @classmethod
+    def alphas(cls, T: int, schedule: str, eps: float, original_code: bool = False) -> torch.Tensor:
+        """alpha at the time steps 0..T, float64 [T + 1]."""
+        if schedule == "cosine":
+            t = torch.arange(T + 3, dtype=torch.float64) / (T + 2)
+            curve = torch.cos((t + 0.008) / 1.008 * math.pi / 2).square()
+            thetas = 1 - (curve / curve[0])[1:-1]  # as published; these are not the betas of this curve
+        elif schedule == "linear":
+            thetas = torch.linspace(0.1 / (T + 1), 20 / (T + 1), T + 1, dtype=torch.float64)
+        else:
+            thetas = torch.ones(T + 1, dtype=torch.float64)
+        total = thetas.cumsum(0) - (0 if original_code else thetas[0])
+        return (total / total[-1] * math.log(eps)).exp()
+
+    def sigma(self, t):
+        return self.scale * super().sigma(t)
+
+    def sigma_inv(self, sigma):
+        return super().sigma_inv(torch.as_tensor(sigma) / self.scale)
+
+    def timestep(self, sigma):
+        return len(self) * self.sigma_inv(sigma)
+
+    def alpha(self, sigma):
+        """Factor of the image in x_t at a noise level."""
+        return self.scale / (self.scale**2 + sigma**2).sqrt()
+
+
+class LinearNoise(NoiseProcess):
+    """Variance-preserving SDE with linear beta(t), t in 0.001 .. 1: the limit of 1000 steps.
+
+    sigma(t)^2 = exp(beta_d t^2 / 2 + beta_min t) - 1 (Song et al. 2021, Appendix C). The timestep
+    is 999 t. The order of operations is that of the original code. In float32 it changes the
+    smallest t by 0.1 %, so ``VPTime`` cannot be used here.
     """
 
     beta_d, beta_min = 19.9, 0.1
@@ -162,8 +218,8 @@ class LinearNoise(NoiseProcess):
 class CosineNoise(NoiseProcess):
     """a(t) proportional to cos^2((t + 0.008) / 1.008 pi / 2) (Nichol & Dhariwal 2021, eq. 17).
 
-    The timestep is 1000 t - 1. sigma_max is 80, as in Karras et al. 2022 for the same network: the
-    last of the 1000 steps have far higher noise levels.
+    The timestep is 1000 t - 1. sigma_max is 80, as in Karras et al. 2022 for the same network,
+    although the last of the 1000 steps have far higher noise levels.
     """
 
     shift = 0.008
@@ -185,12 +241,33 @@ class CosineNoise(NoiseProcess):
         return _STEPS * self.sigma_inv(sigma) - 1
 
 
-class VariancePreserving(DiscreteTime):
-    """``DiscreteTime`` with the network's input and output for it, as in diffusers.
+def vp_scale(sigma):
+    """c_in of a variance-preserving network: its input is x / sqrt(1 + sigma^2)."""
+    return (1 + sigma**2) ** -0.5
 
-    alphas_cumprod: [N], as for ``DiscreteTime``.
-    prediction: the network's output: "epsilon" (the noise), "v_prediction"
-        (sqrt(a) noise - sqrt(1 - a) x0; Salimans & Ho 2022, Appendix D) or "sample" (x0).
+
+def vp_denoised(prediction: str, x, sigma, output):
+    """D(x; sigma) from the output of a variance-preserving network.
+
+    prediction: one of ``VariancePreserving.PREDICTIONS``.
+    x: state [B,C,H,W], not scaled.
+    sigma: noise level of x.
+    output: output of the network [B,C,H,W].
+    """
+    if prediction == "epsilon":
+        return x - sigma * output
+    if prediction == "sample":
+        return output
+    return x / (1 + sigma**2) - sigma * (1 + sigma**2) ** -0.5 * output
+
+
+class VariancePreserving(DiscreteTime):
+    """``DiscreteTime`` with input scaling and prediction type, as in diffusers.
+
+    alphas_cumprod: [N], see ``DiscreteTime``.
+    prediction: kind of the network's output: "epsilon" (the noise), "sample" (x0) or
+        "v_prediction" (sqrt(a) noise - sqrt(1 - a) x0; Salimans & Ho 2022, Appendix D). Default
+        epsilon.
     """
 
     PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -206,28 +283,24 @@ class VariancePreserving(DiscreteTime):
         return self.sigma((timestep + 1) / len(self))
 
     def scale(self, sigma):
-        """c_in: the network's input is ``scale`` times x."""
-        return (1 + sigma**2) ** -0.5
+        """c_in, the factor of x at the network's input."""
+        return vp_scale(sigma)
 
     def denoised(self, x, sigma, output):
         """D(x; sigma) from the network's output."""
-        if self.prediction == "epsilon":
-            return x - sigma * output
-        if self.prediction == "sample":
-            return output
-        return x / (1 + sigma**2) - sigma * (1 + sigma**2) ** -0.5 * output
+        return vp_denoised(self.prediction, x, sigma, output)
 
 
 class RectifiedFlow(NoiseProcess):
     """Rectified flow, y_t = (1 - t) x0 + t noise, of networks that predict noise - x0.
 
     Liu et al. 2022; Esser et al. 2024. x = y_t / (1 - t) has noise level sigma = t / (1 - t), so
-    y = x / (1 + sigma) and the timestep is N sigma / (1 + sigma). ``sigma`` and ``sigma_inv`` are
-    functions of u in (0, 1), the time before the shift: t = shift u / (1 + (shift - 1) u), hence
+    y = x / (1 + sigma) and the timestep is N sigma / (1 + sigma). ``sigma`` and ``sigma_inv`` use
+    the time u in (0, 1) before the shift: t = shift u / (1 + (shift - 1) u), hence
     sigma = shift u / (1 - u). At u = 1 sigma is infinite, so the range is u = 1/N .. 1 - 1/N.
 
-    steps: N, default 1000.
-    shift: of Esser et al. 2024, Section 5.3.2; 1 (default) is none.
+    steps: N. Default 1000.
+    shift: see Esser et al. 2024, Section 5.3.2. Default: 1, no shift.
     """
 
     def __init__(self, steps: int = 1000, shift: float = 1.0):

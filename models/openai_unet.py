@@ -1,9 +1,10 @@
-"""The U-Net of guided-diffusion and its descendants, with the parameter names of the official checkpoints.
+"""The U-Net of guided-diffusion and its descendants, with the official parameter names.
 
-One network with switches serves ADM (Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis"), consistency
-models (Song et al. 2023), latent diffusion and Stable Diffusion (Rombach et al. 2022); its encoder half with attention
-pooling is ADM's noisy classifier. Constructor arguments keep the names of those code bases. The networks take a scaled
-image and a time [B]; what surrounds them is in ``models/cm.py``, ``models/adm.py`` and the latent families' files.
+One network with options is the U-Net of ADM (Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on
+Image Synthesis"), consistency models (Song et al. 2023), latent diffusion and Stable Diffusion
+(Rombach et al. 2022). Its encoder with attention pooling is ADM's noisy classifier. Constructor
+arguments have the names of the original code. The networks take a scaled image and a time [B].
+``models/cm.py``, ``models/adm.py``, ``models/ldm.py`` and ``models/sd.py`` make denoisers of them.
 """
 
 import math
@@ -20,22 +21,22 @@ from models.denoiser import PreconditionedDenoiser
 from models.edm import EDMDenoiser
 from torch_utils.errors import UserError
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Parts
 
 
 def timestep_embedding(timesteps: torch.Tensor, dim: int, max_period: float = 10000.0) -> torch.Tensor:
-    """Sinusoidal features of times [B], fractions allowed: [B, dim], cosines first (Vaswani et al. 2017), float32."""
+    """Sinusoidal features [B,dim] of times [B], cosines first, float32 (Vaswani et al. 2017)."""
     half = dim // 2
-    # In float32 and in this order of operations, as the networks were trained: times reach 1500, where the rounding
-    # of the frequencies is visible in the output.
+    # Float32 and this order of operations, as in training: at times up to 1500 the rounding of the
+    # frequencies is visible in the output.
     steps = torch.arange(half, dtype=torch.float32, device=timesteps.device)
     angles = timesteps.float()[:, None] * torch.exp(-math.log(max_period) * steps / half)
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group normalisation computed in float32 whatever the dtype of its input, which the result has again."""
+    """Group normalisation in float32; the result has the dtype of the input."""
 
     def forward(self, x):
         weight, bias = self.weight.float(), self.bias.float()
@@ -70,10 +71,13 @@ class Downsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block; the embedding enters as a shift, or as scale and shift of the second normalisation.
+    """Residual block; the embedding is a shift, or scale and shift of the second normalisation.
 
-    resample: a module without parameters that both branches pass through (``resblock_updown``), or None.
+    resample: module without parameters in both branches (``resblock_updown``). Default None.
     """
+
+    parts = ("residual",)
+    omitted: frozenset = frozenset()  # parts to leave out, see ``models.compile.skipping``
 
     def __init__(self, channels, emb_channels, dropout, out_channels=None, use_scale_shift_norm=False, resample=None):
         super().__init__()
@@ -95,6 +99,8 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if out_channels == channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x, emb):
+        if self.omitted:
+            return self.skip_connection(x if self.resample is None else self.resample(x))
         norm, activation, conv = self.in_layers
         h = activation(norm(x))
         if self.resample is not None:
@@ -111,10 +117,11 @@ class ResBlock(nn.Module):
 
 
 def attend(qkv: torch.Tensor, heads: int, qkv_first: bool) -> torch.Tensor:
-    """Self-attention over tokens; qkv [B,3C,N] -> [B,C,N].
+    """Self-attention over tokens: qkv [B,3C,N] -> [B,C,N].
 
-    qkv_first: the 3C channels are q, k and v, each split into heads (the "new" order of guided-diffusion, and flash
-    attention in consistency models); otherwise heads, each split into q, k and v (the "legacy" order).
+    qkv_first: True: the 3C channels are q, k and v, each split into heads (the "new" order of
+        guided-diffusion, and flash attention in consistency models). False: they are heads, each
+        split into q, k and v (the "legacy" order).
     """
     split = (3, heads, -1) if qkv_first else (heads, 3, -1)
     q, k, v = qkv.unflatten(1, split).transpose(-1, -2).contiguous().unbind(1 if qkv_first else 2)
@@ -122,7 +129,14 @@ def attend(qkv: torch.Tensor, heads: int, qkv_first: bool) -> torch.Tensor:
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the positions of a feature map. qkv_dims: 1 or 2, for Conv1d or Conv2d projections."""
+    """Self-attention over the positions of a feature map.
+
+    qkv_first: see ``attend``.
+    qkv_dims: 1 or 2, for Conv1d or Conv2d projections. Default 1.
+    """
+
+    parts = ("attention",)
+    omitted: frozenset = frozenset()
 
     def __init__(self, channels: int, num_heads: int, qkv_first: bool = False, qkv_dims: int = 1):
         super().__init__()
@@ -135,13 +149,15 @@ class AttentionBlock(nn.Module):
         self.proj_out = conv(channels, channels, 1)
 
     def forward(self, x):
+        if self.omitted:
+            return x
         tokens = x.flatten(2) if self.qkv_dims == 1 else x
         h = attend(self.qkv(self.norm(tokens)).flatten(2), self.num_heads, self.qkv_first)
         return x + self.proj_out(h.reshape(tokens.shape)).reshape(x.shape)
 
 
 class AttentionPool2d(nn.Module):
-    """Attention pooling of CLIP (Radford et al. 2021): [B,C,S,S] -> [B,out_channels], read at the mean's token."""
+    """Attention pooling of CLIP (Radford et al. 2021): [B,C,S,S] -> [B,out_channels]."""
 
     def __init__(self, size: int, channels: int, head_channels: int, out_channels: int):
         super().__init__()
@@ -157,7 +173,7 @@ class AttentionPool2d(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of tokens [B,N,C] to a context [B,M,context_dim], or to themselves without one."""
+    """Attention of tokens [B,N,C] to a context [B,M,context_dim], or to themselves."""
 
     def __init__(self, channels: int, num_heads: int, context_dim: int | None = None, dropout: float = 0.0):
         super().__init__()
@@ -198,7 +214,7 @@ class FeedForward(nn.Module):
 
 
 class BasicTransformerBlock(nn.Module):
-    """Self-attention, cross-attention and feed-forward on tokens [B,N,C], each residual behind a layer norm."""
+    """Self-attention, cross-attention and feed-forward on tokens [B,N,C], with layer norms."""
 
     def __init__(self, channels: int, num_heads: int, context_dim: int | None = None, dropout: float = 0.0):
         super().__init__()
@@ -216,10 +232,14 @@ class BasicTransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """Transformer blocks over the positions of a feature map, with cross-attention to a context [B,M,context_dim].
+    """Transformer blocks over the positions of a feature map, with cross-attention to a context.
 
-    use_linear: Linear instead of 1x1 Conv2d projections (Stable Diffusion 2).
+    context_dim: width of the context [B,M,context_dim]. Default: None, self-attention.
+    use_linear: Linear instead of 1x1 Conv2d projections (Stable Diffusion 2). Default False.
     """
+
+    parts = ("attention",)
+    omitted: frozenset = frozenset()
 
     def __init__(self, channels, num_heads, depth=1, context_dim=None, dropout=0.0, use_linear=False):
         super().__init__()
@@ -232,6 +252,8 @@ class SpatialTransformer(nn.Module):
         self.proj_out = nn.Linear(channels, channels) if use_linear else nn.Conv2d(channels, channels, 1)
 
     def forward(self, x, context=None):
+        if self.omitted:
+            return x
         context = None if context is None else context.to(x.dtype)
         h = self.norm(x)
         h = self.proj_in(h.flatten(2).mT).mT if self.use_linear else self.proj_in(h).flatten(2)
@@ -243,9 +265,10 @@ class SpatialTransformer(nn.Module):
 
 
 class TimestepEmbedSequential(nn.Sequential):
-    """Layers in a row, each given what it takes: the embedding (ResBlock), the context (SpatialTransformer) or neither.
+    """Layers in a row. A ResBlock also gets the embedding, a SpatialTransformer the context.
 
-    use_checkpoint: recompute activations in the backward pass. Per layer, so that forward hooks here run once.
+    use_checkpoint: recompute activations in the backward pass. Per layer, so that forward hooks of
+        this module run once. Default False.
     """
 
     use_checkpoint = False
@@ -260,21 +283,33 @@ class TimestepEmbedSequential(nn.Sequential):
         return x
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Networks
 
 
 class _Encoder(nn.Module):
-    """Time embedding, input blocks and middle block: what the U-Net and the classifier have in common.
+    """Base class of the U-Net and the classifier: time embedding, input blocks and middle block.
 
-    channel_mult: width of each level over model_channels. attention_resolutions: *downsampling factors* (not pixels) that
-    get attention, next to the middle. num_heads or num_head_channels: the latter wins unless it is -1.
-    num_heads_upsample: heads of the output blocks where num_heads counts. use_new_attention_order: see ``attend``;
-    qkv_dims: see ``AttentionBlock``. use_spatial_transformer, transformer_depth, context_dim, use_linear_in_transformer:
-    SpatialTransformer instead of AttentionBlock. resblock_updown: resampling inside residual blocks; else by Upsample and
-    Downsample, with convolutions if conv_resample. use_fp16: torso in float16, see ``convert_torso``. use_checkpoint:
-    less memory for more time where gradients are taken. image_size, dims, legacy: accepted as in the original code;
-    image_size matters to the classifier only, dims has to be 2, and both values of legacy give the same network.
+    The arguments are those of the original code:
+
+    image_size: resolution in pixels; used by the classifier only.
+    model_channels, channel_mult: base width, and the width of each level as a multiple of it.
+    num_res_blocks: residual blocks per level.
+    attention_resolutions: *downsampling factors* (not pixels) of levels with attention; the middle
+        block always has it.
+    num_heads, num_head_channels: number or width of attention heads; num_heads is used if
+        num_head_channels is -1 (default).
+    num_heads_upsample: num_heads of the output blocks. Default: num_heads.
+    use_new_attention_order: see ``attend``.
+    qkv_dims: see ``AttentionBlock``.
+    use_spatial_transformer: SpatialTransformer instead of AttentionBlock, with transformer_depth,
+        context_dim and use_linear_in_transformer. Default False.
+    resblock_updown: resample inside residual blocks. Default: Upsample and Downsample, with
+        convolutions if conv_resample.
+    use_fp16: torso in float16, see ``convert_torso``. Default False.
+    use_checkpoint: less memory and more time for gradients. Default False.
+    dims: must be 2.
+    legacy: not used; both values give the same network.
     """
 
     def __init__(
@@ -305,15 +340,15 @@ class _Encoder(nn.Module):
     ):
         super().__init__()
         if dims != 2:
-            raise UserError(f"dims={dims}: this U-Net is made for images, dims=2")
+            raise UserError(f"dims={dims}: this U-Net is for images, dims=2")
         if (context_dim is not None) != bool(use_spatial_transformer):
-            raise UserError("context_dim and use_spatial_transformer have to be given together")
+            raise UserError("context_dim and use_spatial_transformer must be given together")
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.image_size = image_size
         self.num_classes = num_classes
         self.model_channels = model_channels
-        self.dtype = torch.float32  # of the torso
+        self.dtype = torch.float32  # that of the torso
         self._widths = [int(mult * model_channels) for mult in channel_mult]
         self._attention_factors = {int(factor) for factor in attention_resolutions}
         self.num_res_blocks = num_res_blocks
@@ -360,20 +395,20 @@ class _Encoder(nn.Module):
         heads = num_heads if self.num_head_channels == -1 else channels // self.num_head_channels
         if heads < 1 or channels % heads or self.num_head_channels * heads not in (channels, -heads):
             raise UserError(
-                f"{channels} channels of attention do not divide into num_heads={num_heads}, "
+                f"{channels} channels of attention are not divisible into num_heads={num_heads}, "
                 f"num_head_channels={self.num_head_channels}"
             )
         return self._attention_block(channels, num_heads=heads)
 
     def _stage(self, channels: int, out_channels: int, factor: int, num_heads: int) -> list[nn.Module]:
-        """A residual block and, at the levels that have it, attention."""
+        """A residual block, with attention at the levels that have it."""
         layers = [self._res_block(channels, out_channels=out_channels)]
         if factor in self._attention_factors:
             layers.append(self._attention(out_channels, num_heads))
         return layers
 
     def _resample(self, kind: type, channels: int) -> nn.Module:
-        """Upsample or Downsample, by itself or inside a residual block (resblock_updown)."""
+        """Upsample or Downsample, inside a residual block if resblock_updown."""
         if self._resample_conv is None:
             return self._res_block(channels, resample=kind(channels, use_conv=False))
         return kind(channels, use_conv=self._resample_conv)
@@ -386,10 +421,11 @@ class _Encoder(nn.Module):
             self.convert_torso(torch.float16)
 
     def convert_torso(self, dtype: torch.dtype) -> None:
-        """Runs the input, middle and output blocks in ``dtype`` (float16, bfloat16 or float32).
+        """Run the input, middle and output blocks in ``dtype`` (float16, bfloat16 or float32).
 
-        As in guided-diffusion's ``convert_to_fp16``, their convolutions change; normalisations, embeddings and the output
-        layers stay float32. Spatial transformers change too, except for their group norm.
+        As in guided-diffusion's ``convert_to_fp16``, convolutions change; normalisations,
+        embeddings and the output layers stay float32. Spatial transformers change too, except for
+        their group norm.
         """
         self.dtype = dtype
         for name, part in self.named_modules():
@@ -417,11 +453,14 @@ class _Encoder(nn.Module):
 
 
 class UNetModel(_Encoder):
-    """The U-Net; arguments as in ``_Encoder``.
+    """The U-Net; arguments as in ``_Encoder``. ``middle_block`` is the bottleneck.
 
-    forward(x, timesteps, context, y): x [B,in_channels,H,W] with H and W multiples of the total downsampling; timesteps
-    [B] or [1]; context [B,M,context_dim] for spatial transformers; y [B] class indices of a class-conditional network.
-    Returns [B,out_channels,H,W] in x's dtype. ``middle_block`` is the bottleneck.
+    ``forward`` returns [B,out_channels,H,W] in the dtype of x:
+
+    x: [B,in_channels,H,W]; H and W are multiples of the total downsampling.
+    timesteps: [B] or [1].
+    context: [B,M,context_dim], for spatial transformers. Default None.
+    y: class indices [B] of a class-conditional network. Default None.
     """
 
     def __init__(self, *, num_heads_upsample: int = -1, use_fp16: bool = False, use_checkpoint: bool = False, **kwargs):
@@ -451,15 +490,18 @@ class UNetModel(_Encoder):
 
 
 class EncoderUNetModel(_Encoder):
-    """ADM's noisy classifier: the U-Net's encoder and an attention pooling head; arguments as in ``_Encoder``.
+    """ADM's noisy classifier: encoder and attention pooling; arguments as in ``_Encoder``.
 
-    forward(x, timesteps): x [B,in_channels,image_size,image_size], timesteps [B] or [1]; returns logits [B,out_channels].
+    ``forward`` returns logits [B,out_channels]:
+
+    x: [B,in_channels,image_size,image_size].
+    timesteps: [B] or [1].
     """
 
     def __init__(self, *, pool: str = "attention", use_fp16: bool = False, use_checkpoint: bool = False, **kwargs):
         super().__init__(**kwargs)
         if pool != "attention":
-            raise UserError(f"pool='{pool}': the published classifiers pool by 'attention', the only kind known here")
+            raise UserError(f"pool='{pool}' is not supported; use 'attention', as the published classifiers do")
         if self.num_head_channels < 1:
             raise UserError("the attention pooling of a classifier needs num_head_channels")
         channels, size = self._widths[-1], self.image_size // 2 ** (len(self._widths) - 1)
@@ -475,7 +517,7 @@ class EncoderUNetModel(_Encoder):
 class PixelUNetDenoiser(PreconditionedDenoiser):
     """Base class of the denoisers around a ``UNetModel`` on pixels.
 
-    ``autocast`` comes on top of ``convert_torso``, which changes the dtype of the weights.
+    ``convert_torso`` changes the dtype of the weights; ``autocast`` can be used with it.
     """
 
     def __init__(self, model: UNetModel):
@@ -494,16 +536,16 @@ class PixelUNetDenoiser(PreconditionedDenoiser):
         return self.model.time_embed[-1]
 
     def convert_torso(self, dtype: torch.dtype) -> None:
-        """float16 (as published), bfloat16 or float32 weights between the first and the last layers."""
+        """Set the dtype (float16, bfloat16, float32) between the first and the last layers."""
         self.model.convert_torso(dtype)
 
     def make_cond(self, generator=None, labels=None) -> dict:
-        """As EDM's, with class indices [B] int64 instead of one-hot rows."""
+        """As for EDM, with class indices int64 [B] instead of one-hot rows."""
         cond = EDMDenoiser.make_cond(self, generator, labels)
         return {name: one_hot.argmax(dim=1) for name, one_hot in cond.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Settings and files of the published networks
 
 ADM = "a network of guided-diffusion (ADM)"
@@ -521,15 +563,18 @@ _PREFIXES = {
     ("down_blocks.", "conv_in."): DIFFUSERS,
 }
 
-# Published networks of these image sizes differ in the widths of their levels (guided-diffusion, script_util.py).
+# channel_mult of the published networks by image size (guided-diffusion, script_util.py).
 _CHANNEL_MULT = {64: (1, 2, 3, 4), 128: (1, 1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4), 512: (0.5, 1, 1, 2, 2, 4, 4)}
 
 
 def unet_arguments(config: Mapping) -> dict:
-    """Arguments of ``UNetModel`` from the command-line settings that pixel networks were published with.
+    """Arguments of ``UNetModel`` from the published settings of a pixel network.
 
-    config: num_channels, class_cond, learn_sigma, attention_resolutions in pixels ("32,16,8"), ... as printed next to the
-    checkpoints; or arguments of ``UNetModel``, which come back unchanged. Raises UserError for unusable settings.
+    config: settings as published with the checkpoints: num_channels, class_cond, learn_sigma,
+        attention_resolutions in pixels ("32,16,8"), and others. Arguments of ``UNetModel`` are
+        returned unchanged.
+
+    Raises UserError for unusable settings.
     """
     if "num_channels" not in config:
         return dict(config)
@@ -545,7 +590,7 @@ def unet_arguments(config: Mapping) -> dict:
 
 
 def classifier_arguments(config: Mapping) -> dict:
-    """The same for ``EncoderUNetModel``: classifier_width, classifier_depth, ..."""
+    """The same for ``EncoderUNetModel``, from classifier_width, classifier_depth and others."""
     if "classifier_width" not in config:
         return dict(config)
     rest = {name.removeprefix("classifier_"): value for name, value in config.items()}
@@ -561,7 +606,7 @@ def classifier_arguments(config: Mapping) -> dict:
 
 
 def _levels(settings: dict) -> dict:
-    """image_size, attention_resolutions as downsampling factors, and channel_mult; taken out of ``settings``."""
+    """Pop image_size, attention_resolutions (as downsampling factors) and channel_mult."""
     size, mult = settings.pop("image_size", None), settings.pop("channel_mult", "")
     resolutions = settings.pop("attention_resolutions", "32,16,8")
     if not mult and size not in tuple(_CHANNEL_MULT):
@@ -577,21 +622,21 @@ def _levels(settings: dict) -> dict:
 
 
 def choose_settings(presets: Mapping[str, Mapping], dataset_name: str, config: Mapping | None) -> Mapping:
-    """config, or the published settings of dataset_name where it is None. Raises UserError where there are none."""
+    """Return config, or the published settings if it is None. UserError if there are none."""
     if config is None and dataset_name not in presets:
         raise UserError(f"no settings for dataset_name '{dataset_name}'; known: {', '.join(presets)}, or pass config")
     return presets[dataset_name] if config is None else config
 
 
 def choose_precision(arguments: Mapping, use_fp16: bool | None, device: str | torch.device) -> dict:
-    """arguments with use_fp16 set; None means: as published on a GPU, float32 elsewhere."""
+    """Set use_fp16 in arguments. None: as published on a GPU, False elsewhere."""
     if use_fp16 is None:
         use_fp16 = bool(arguments.get("use_fp16")) and torch.device(device).type == "cuda"
     return {**arguments, "use_fp16": use_fp16}
 
 
 def check_family(path: str | Path, state_dict: Mapping[str, torch.Tensor], expected: str) -> None:
-    """Raises UserError where the names in a checkpoint say that it is not ``expected``, a name of ``guess_family``."""
+    """Raises UserError if ``guess_family`` of a checkpoint is not ``expected``."""
     found = guess_family(state_dict)
     if found != expected:
         raise UserError(
@@ -601,7 +646,7 @@ def check_family(path: str | Path, state_dict: Mapping[str, torch.Tensor], expec
 
 
 def guess_family(state_dict: Mapping[str, torch.Tensor]) -> str | None:
-    """In words, what these tensors belong to; None where the names say nothing."""
+    """The kind of network that has tensors of these names, in words. None: unknown."""
     for prefixes, family in _PREFIXES.items():
         if any(name.startswith(prefixes) for name in state_dict):
             return family

@@ -1,6 +1,6 @@
-"""Stable Diffusion 1.x (Rombach et al. 2022) with classifier-free guidance (Ho & Salimans 2022), in its official layout.
+"""Stable Diffusion 1.x (Rombach et al. 2022) with classifier-free guidance (Ho & Salimans 2022).
 
-Text is turned into contexts by ``TextEncoder``, apart from the denoiser, whose forward takes contexts.
+``TextEncoder`` turns prompts into contexts. The denoiser's ``forward`` takes contexts.
 """
 
 import math
@@ -17,9 +17,9 @@ from torch_utils.errors import UserError
 from torch_utils.hub import TOKENIZER_FILES, first_line, has_tokenizer, hub_folder, import_transformers
 from torch_utils.prompts import batch_of_prompts
 
-GUIDANCE_RATE = 7.5  # of the published samples
+GUIDANCE_RATE = 7.5  # that of the published samples
 
-# CLIP ViT-L/14 (Radford et al. 2021), whose text half Stable Diffusion 1.x contains.
+# The text encoder of CLIP ViT-L/14 (Radford et al. 2021).
 CLIP_TEXT = {
     "vocab_size": 49408,
     "hidden_size": 768,
@@ -81,7 +81,7 @@ STABLE_DIFFUSION_1_5 = {
 
 
 class ClipTextWeights(torch.nn.Module):
-    """The parameters of CLIP's text transformer under the names that checkpoints spell; it computes nothing itself."""
+    """The parameters of CLIP's text transformer under the names of checkpoints; no computation."""
 
     def __init__(self, config: Mapping):
         super().__init__()
@@ -110,11 +110,13 @@ class ClipTextWeights(torch.nn.Module):
 
 
 class TextEncoder(torch.nn.Module):
-    """Prompts to contexts [B, tokens, width]: the last hidden states of CLIP's text transformer, after its final norm.
+    """Prompts -> contexts [B, tokens, width], the last hidden states of CLIP's text transformer.
 
-    config: the entries of CLIP_TEXT that differ. The weights are here, under the official names; the transformer around
-    them is transformers' CLIPTextModel, built when first needed. tokenizer: a folder or hub id for transformers'
-    CLIPTokenizer; may be set later.
+    config: entries that differ from CLIP_TEXT.
+    tokenizer: folder or hub id of the CLIPTokenizer; may be set later. Default CLIP_TOKENIZER.
+
+    This module has the weights under their official names. The computation is that of transformers'
+    CLIPTextModel, built when first needed.
     """
 
     def __init__(self, config: Mapping, tokenizer: str = CLIP_TOKENIZER):
@@ -122,11 +124,14 @@ class TextEncoder(torch.nn.Module):
         self.config = CLIP_TEXT | {key: value for key, value in config.items() if key in CLIP_TEXT}
         self.transformer = ClipTextWeights(self.config)
         self.tokenizer = str(tokenizer)
-        self._tokenizer: tuple = (None, None)  # (source, what was loaded from it)
-        self._built: dict[str, torch.nn.Module] = {}  # no submodule: its parameters are those of ``transformer``
+        self._tokenizer: tuple = (None, None)  # (source, loaded tokenizer)
+        self._built: dict[str, torch.nn.Module] = {}  # not a submodule: its parameters are those of ``transformer``
 
     def tokenize(self, prompts: Sequence[str]) -> torch.Tensor:
-        """int64 [B, max_position_embeddings], padded; longer prompts are cut. Raises UserError without a tokenizer."""
+        """Token ids, int64 [B, max_position_embeddings], padded or cut.
+
+        Raises UserError if the tokenizer cannot be loaded or is not that of the network.
+        """
         if self._tokenizer[0] != self.tokenizer:
             transformers = import_transformers("turning prompts into tokens")
             folder = _tokenizer_folder(self.tokenizer)
@@ -144,7 +149,7 @@ class TextEncoder(torch.nn.Module):
 
     @torch.no_grad()
     def encode(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Token ids [B,T], T up to max_position_embeddings, to float32 [B,T,width] on the device of the weights."""
+        """Contexts of token ids [B,T], float32 [B,T,width] on the device of the weights."""
         if "model" not in self._built:
             self._built["model"] = self._build()
         device = next(self.parameters()).device
@@ -166,7 +171,7 @@ class TextEncoder(torch.nn.Module):
             strict=True,
             assign=True,
         )
-        for name, _ in list(model.named_buffers()):  # the numbers of the positions, which no file has to bring
+        for name, _ in list(model.named_buffers()):  # position_ids, which files need not contain
             owner, _, attribute = name.rpartition(".")
             if attribute != "position_ids":
                 raise RuntimeError(f"this version of transformers has an unknown buffer in CLIPTextModel: {name}")
@@ -176,10 +181,10 @@ class TextEncoder(torch.nn.Module):
 
 
 def _tokenizer_folder(source: str) -> str:
-    """``source`` if it is a folder, else where that repository of the Hugging Face hub is, or gets, downloaded to."""
+    """The folder of a tokenizer: ``source``, or the local copy of that hub repository."""
     folder = source
     if not Path(source).is_dir():
-        problem = f"no CLIP tokenizer '{source}': it is no folder, and no repository that can be reached"
+        problem = f"no CLIP tokenizer '{source}': it is not a folder, and the hub repository cannot be reached"
         folder = hub_folder(source, TOKENIZER_FILES, problem, "give a folder with vocab.json and merges.txt")
     if not has_tokenizer(folder):
         raise UserError(f"no CLIP tokenizer in {folder}: it has neither tokenizer.json nor vocab.json and merges.txt")
@@ -187,26 +192,31 @@ def _tokenizer_folder(source: str) -> str:
 
 
 class StableDiffusionDenoiser(LatentDenoiser):
-    """Text-conditional latent diffusion under classifier-free guidance.
+    """Text-conditional latent diffusion with classifier-free guidance.
 
-    The noise is u + rate (c - u), with c and u the network's outputs for the two contexts; both come from one call on
-    2B samples, the unconditional ones first. With rate 1 only c is computed, and a call costs one evaluation.
+    The noise is u + rate (c - u), with c and u the network's outputs for the two contexts. Both
+    come from one call on 2B samples, the unconditional ones first. With rate 1 only c is computed,
+    and a call costs one evaluation.
 
-    forward(x, sigma, condition, unconditional_condition): contexts [B,T,W], or [1,T,W] for the whole batch; the second
-    is not used with rate 1. ``cond_stage_model`` is the text encoder behind ``make_cond``.
+    cond_stage_config: configuration of the text encoder ``cond_stage_model``.
+    guidance_rate: rate. Default 7.5.
+    config: see ``LatentDenoiser``.
+
+    ``forward`` takes condition and, unless rate is 1, unconditional_condition: contexts [B,T,W], or
+    [1,T,W] for the whole batch.
     """
 
     def __init__(self, *, cond_stage_config, guidance_rate: float = GUIDANCE_RATE, **config):
         super().__init__(**config)
         if not isinstance(cond_stage_config, Mapping):
-            raise UserError(f"cond_stage_config is {cond_stage_config!r}, which is not that of a text encoder")
+            raise UserError(f"cond_stage_config={cond_stage_config!r} is not the configuration of a text encoder")
         self.cond_stage_model = TextEncoder(
             cond_stage_config.get("text_config") or cond_stage_config.get("params") or {}
         )
         self.context_dim = config["unet_config"]["params"]["context_dim"]
         self.guidance_rate = float(guidance_rate)
         if not (math.isfinite(self.guidance_rate) and self.guidance_rate >= 0):
-            raise UserError(f"guidance_rate {guidance_rate:g} has to be a number from 0 up")
+            raise UserError(f"guidance_rate {guidance_rate:g} must be 0 or more")
 
     @property
     def evals_per_call(self) -> int:
@@ -217,21 +227,26 @@ class StableDiffusionDenoiser(LatentDenoiser):
         return self.guidance_rate != 1
 
     def make_cond(self, generator=None, labels=None, prompts=None, negative_prompt: str = "") -> dict:
-        """prompts: one string for the whole batch, or a sequence of B; negative_prompt: the unconditional side.
+        """Contexts of a batch, as keyword arguments of ``forward``.
 
-        Raises UserError without prompts, or with another number of them than ``generator`` has seeds; MissingExtra
-        without the package transformers.
+        generator: gives the number of images. Default None.
+        labels: must be None.
+        prompts: one string for the whole batch, or a sequence of B strings.
+        negative_prompt: prompt of the unconditional side. Default: empty.
+
+        Raises UserError without prompts or for a wrong number of them, and MissingExtra without the
+        package transformers.
         """
         prompts = batch_of_prompts(prompts, None if generator is None else len(generator.seeds), labels)
         cond = {"condition": self.cond_stage_model(prompts)}
         if self.guided:
-            other = self.cond_stage_model([negative_prompt])  # once: it is the same text for everybody
+            other = self.cond_stage_model([negative_prompt])
             cond["unconditional_condition"] = other.expand_as(cond["condition"])
         return cond
 
     def _context(self, name: str, value: torch.Tensor | None, batch: int) -> torch.Tensor:
         if value is None:
-            raise UserError(f"Stable Diffusion needs '{name}', a context as make_cond(prompts=...) gives it")
+            raise UserError(f"Stable Diffusion needs '{name}', a context: make it with make_cond(prompts=...)")
         if value.ndim != 3 or value.shape[0] not in (1, batch) or value.shape[2] != self.context_dim:
             raise UserError(f"'{name}' has shape {list(value.shape)}, not [{batch}, tokens, {self.context_dim}]")
         return value.expand(batch, -1, -1)
@@ -244,20 +259,20 @@ class StableDiffusionDenoiser(LatentDenoiser):
         if other.shape != condition.shape:
             raise UserError(
                 f"'condition' has {condition.shape[1]} tokens and 'unconditional_condition' {other.shape[1]}; "
-                "they have to be as many"
+                "the numbers must be equal"
             )
         noise = self.unet(torch.cat([x, x]), torch.cat([timesteps, timesteps]), context=torch.cat([other, condition]))
         unconditional, conditional = noise.to(torch.float32).chunk(2)
         return torch.lerp(unconditional, conditional, self.guidance_rate)
 
     def select_weights(self, state_dict):
-        # Versions of transformers before 4.31 stored the numbers of the positions, 0, 1, 2, ..., next to the weights.
+        # Versions of transformers before 4.31 stored position_ids 0, 1, 2, ... with the weights.
         chosen = super().select_weights(state_dict)
         return {name: value for name, value in chosen.items() if not name.endswith(".embeddings.position_ids")}
 
 
 def build_sd(config, state_dict, guidance_type=None, guidance_rate=None, device="cpu") -> StableDiffusionDenoiser:
-    """The builder of the family "sd". guidance_type: "cfg" (the default, with rate 7.5), or "none", which is rate 1."""
+    """The builder of the family "sd"; guidance_type: "cfg" (default, rate 7.5), "none" (rate 1)."""
     check_guidance(("cfg", "none"), guidance_type or "cfg", guidance_rate, "Stable Diffusion")
     rate = GUIDANCE_RATE if guidance_rate is None else guidance_rate
     rate = 1.0 if guidance_type == "none" else rate
@@ -277,11 +292,15 @@ def load_sd(
     tokenizer: str | Path = CLIP_TOKENIZER,
     device: str | torch.device = "cpu",
 ) -> StableDiffusionDenoiser:
-    """The denoiser of an official checkpoint of Stable Diffusion 1.x, frozen and in evaluation mode.
+    """Load the denoiser of an official checkpoint, frozen and in evaluation mode.
 
-    config: replaces the published settings (as for ``build_denoiser``). tokenizer: a folder with vocab.json and
-    merges.txt, or a hub id; it is read with the first prompt. Raises UserError for a file that is damaged or holds
-    another network.
+    path: file of Stable Diffusion 1.x.
+    config: settings instead of the published ones, see ``build_denoiser``. Default None.
+    guidance_type, guidance_rate, device: see ``create_model``.
+    tokenizer: folder with vocab.json and merges.txt, or a hub id; read at the first prompt.
+        Default CLIP_TOKENIZER.
+
+    Raises UserError if the file is damaged or contains another network.
     """
     config = STABLE_DIFFUSION_1_5 if config is None else config
     net = load_latent(FAMILY, STABLE_DIFFUSION, path, config, guidance_type, guidance_rate, device)

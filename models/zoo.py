@@ -1,6 +1,6 @@
-"""The table of pretrained networks: what each one is, where its file comes from and under which licence.
+"""The table of pretrained networks: settings, addresses of the files, and licences.
 
-``python -m models.zoo list`` prints it, ``python -m models.zoo verify`` checks the files that were downloaded.
+``python -m models.zoo list`` prints it. ``python -m models.zoo verify`` checks downloaded files.
 """
 
 from dataclasses import dataclass
@@ -11,32 +11,44 @@ import click
 from torch_utils import distributed
 from torch_utils.cli import Group
 from torch_utils.download import download_file, download_member, known_sha256, recorded_sha256
-from torch_utils.errors import UserError, parse_json
+from torch_utils.errors import UserError, did_you_mean, parse_json
 from torch_utils.files import sha256_of
 from torch_utils.remote import fetch, is_remote
 
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
+PREDICTORS = Path(__file__).resolve().parent / "predictors"  # trained, for the embedded networks
 _NVIDIA = "https://nvlabs-fi-cdn.nvidia.com/edm"
 _OPENAI = "https://openaipublic.blob.core.windows.net"
 _ADM_REFERENCES = f"{_OPENAI}/diffusion/jul-2021/ref_batches"
 _COMPVIS = "https://ommer-lab.com/files/latent-diffusion"
-# The list that the AMED authors sample for Stable Diffusion.
+# The captions that the AMED authors use for Stable Diffusion.
 _TEXT_TO_IMAGE_BENCHMARK = "https://github.com/boomb0om/text2image-benchmark/releases/download/v0.0.1"
 _COCO_30K_FILE = "MS-COCO_val2014_30k_captions.csv"
-COCO_30K = "coco30k"  # in the place of a prompt
+COCO_30K = "coco30k"  # stands for these captions as a prompt
 
 
 @dataclass(frozen=True)
 class Card:
     """One pretrained network.
 
-    resolution, channels: of the space that is sampled (latents, for latent models). urls, fid_refs: addresses of the
-    weights and of the FID reference statistics (mu, sigma), official first, then mirrors; no urls where the files are
-    embedded in ``models/pretrained``, no fid_refs where nobody published any. member: the name of the weights inside the
-    zip archive that urls are of. other_files: names under which the weights are found as well, if a user put them there.
-    companion: a second file that classifier guidance needs. guidance: the values of guidance_type it accepts, the first
-    one being the default. sigma_min, sigma_max: the range that is sampled. page: where a person can download the file, if
-    no program can.
+    name: the dataset_name.
+    family: name of its family.
+    file: name of the weights file.
+    resolution, channels: shape of the samples (images, or latents of latent models).
+    label_dim: number of classes, 0 for unconditional networks.
+    licence: licence of the weights.
+    fid_file: name of the FID reference statistics (mu, sigma). Default: none are published.
+    urls: addresses of the weights, official first, then mirrors. Default: none, the files are
+        embedded in ``models/pretrained``.
+    fid_refs: addresses of the FID reference statistics. Default: none.
+    guidance: possible values of guidance_type, the default first.
+    sigma_min, sigma_max: range of noise levels for sampling.
+    notes: text for the table.
+    member: name of the weights inside the zip archive at urls. Default: not an archive.
+    other_files: further names of the weights file that a user may have. Default: none.
+    companion, companion_urls: a second file for classifier guidance, and its addresses. Default:
+        none.
+    page: page to download the file from by hand, if there is no direct address. Default: none.
     """
 
     name: str
@@ -69,7 +81,7 @@ class Card:
 
     @property
     def folder(self) -> Path:
-        """Where the files are, or will be downloaded to: relative to the working directory unless embedded."""
+        """Folder of the files, relative to the working directory unless embedded."""
         return PRETRAINED if self.embedded else Path("src") / self.name
 
     def downloads(self) -> list[tuple[str, Path]]:
@@ -97,7 +109,7 @@ def _edm(name: str, weights: str, fid_file: str, resolution: int, label_dim: int
 
 
 def _pfgmpp(name: str, folder: str, resolution: int, label_dim: int, fid_file: str, notes: str) -> Card:
-    """A network published with Xu et al. 2023 (PFGM++), a training state with the averaged weights."""
+    """A network published with Xu et al. 2023 (PFGM++): a training state with averaged weights."""
     return Card(
         name=name,
         family="edm",
@@ -130,6 +142,27 @@ def _cm(animal_or_room: str) -> Card:
         fid_refs=(f"{_ADM_REFERENCES}/lsun/{animal_or_room}/{reference}",),
         guidance=("none", "uncond"),
         notes="EDM network of the consistency-models paper",
+    )
+
+
+def _restoration(name: str, file: str, notes: str, max_sigma: int) -> Card:
+    """A network published with Luo et al. 2023 (IR-SDE, Refusion).
+
+    max_sigma: of its noise process, of images in 0..255; the range grows with it.
+    """
+    return Card(
+        name=name,
+        family="mr",
+        file=file,
+        resolution=256,
+        channels=3,
+        label_dim=0,
+        licence="MIT",
+        guidance=("none", "uncond"),
+        notes=notes,
+        sigma_min=0.000147330942 * max_sigma,
+        sigma_max=1.568607946 * max_sigma,
+        page="https://github.com/Algolzw/image-restoration-sde (Google Drive)",
     )
 
 
@@ -190,7 +223,7 @@ CARDS: dict[str, Card] = {
             licence="Apache-2.0",
             fid_file="digits-fid.npz",
             guidance=("none", "uncond"),
-            notes="handwritten digits, embedded; its FID is taken in the features of its own small classifier",
+            notes="handwritten digits, embedded; FID uses the features of its own small classifier",
         ),
         Card(
             name="cifar10-small",
@@ -202,7 +235,7 @@ CARDS: dict[str, Card] = {
             licence="Apache-2.0",
             fid_file="cifar10-small-fid.npz",
             guidance=("none", "uncond"),
-            notes="a small network of natural images, embedded; its FID is taken in the features of its own classifier",
+            notes="a small network for natural images, embedded; FID uses the features of its own classifier",
         ),
         _edm("cifar10", "edm-cifar10-32x32-uncond-vp.pkl", "cifar10-32x32.npz", 32, 0, "DDPM++"),
         _edm("cifar10_cond", "edm-cifar10-32x32-cond-vp.pkl", "cifar10-32x32.npz", 32, 10, "DDPM++, class-conditional"),
@@ -245,6 +278,12 @@ CARDS: dict[str, Card] = {
         _ldm(
             "ffhq_ldm", "ffhq.zip", "", "latents of 256x256 images; no mirror is known, no FID reference is published"
         ),
+        _restoration("ir_sde_deraining", "ir-sde-deraining.pth", "IR-SDE: removes rain", 10),
+        _restoration("ir_sde_deblurring", "ir-sde-deblurring.pth", "IR-SDE: removes motion blur", 10),
+        _restoration("ir_sde_inpainting", "ir-sde-inpainting.pth", "IR-SDE: fills in missing parts", 30),
+        _restoration("ir_sde_sisr", "ir-sde-sisr.pth", "IR-SDE: four times larger, of bicubically enlarged images", 30),
+        _restoration("ir_sde_deshadow", "ir-sde-deshadow.pth", "IR-SDE: removes shadows", 30),
+        _restoration("refusion", "refusion.pth", "Refusion, NAFNet: any of its tasks", 50),
         Card(
             name="ms_coco",
             family="sd",
@@ -260,8 +299,8 @@ CARDS: dict[str, Card] = {
             guidance=("cfg", "none"),
             sigma_min=0.0291675,
             sigma_max=14.6146,
-            notes="Stable Diffusion 1.5, latents of 512x512 images; from the community mirror, as the original place "
-            "(runwayml) is gone; no FID reference is published",
+            notes="Stable Diffusion 1.5, latents of 512x512 images; from the community mirror, because the original "
+            "repository (runwayml) was removed; no FID reference is published",
             other_files=("v1-5-pruned-emaonly.ckpt",),
         ),
     )
@@ -269,7 +308,7 @@ CARDS: dict[str, Card] = {
 
 
 REMOTE_NAMES = ("network.safetensors", "[!p]*.safetensors")  # of a network in a repository of the hub
-CUSTOM = "custom"  # any network of the user's own; needs a model_path and is not compared with a card
+CUSTOM = "custom"  # any network of the user, at model_path; it has no card
 DIFFUSERS = "diffusers"  # a pipeline in diffusers format: model_path is its folder or hub id
 
 
@@ -278,26 +317,30 @@ def get_card(dataset_name: str) -> Card:
     if dataset_name in CARDS:
         return CARDS[dataset_name]
     raise UserError(
-        f"dataset_name '{dataset_name}' is unknown; use one of {', '.join(CARDS)}, or with --model_path {CUSTOM} for a "
-        f"network of your own and {DIFFUSERS} for a diffusers pipeline"
+        f"dataset_name '{dataset_name}' is unknown{did_you_mean(dataset_name, [*CARDS, CUSTOM, DIFFUSERS])}"
+        f" ({CUSTOM} and {DIFFUSERS} with --model_path: a network of your own, a pipeline)"
     )
 
 
 def find_card(dataset_name: str) -> Card | None:
-    """The card of a network, None for the names that have none. Raises UserError for an unknown name."""
+    """The card of a network; None for CUSTOM and DIFFUSERS. UserError for an unknown name."""
     return None if dataset_name in (CUSTOM, DIFFUSERS) else get_card(dataset_name)
 
 
 def resolve(dataset_name: str, model_path: str | Path | None = None) -> Path:
-    """The weights file of a network: ``model_path`` if given, else the embedded or downloaded one.
+    """The weights file of a network, downloaded if necessary.
 
-    Downloads go to ``./src/<dataset_name>/``; under torchrun the first process of each machine downloads and the others
-    wait, so all processes have to call this. The SHA-256 of a downloaded file is kept beside it at the first use. Raises
-    UserError where there is no such file and it cannot be downloaded, and where it is not the file of the first use.
+    dataset_name: name of the network.
+    model_path: the file itself. Default: the embedded file, or the one in
+        ``./src/<dataset_name>/``, downloaded at the first use.
+
+    All processes of torchrun must call this: the first one of each machine downloads, the others
+    wait. The SHA-256 of a downloaded file is recorded beside it at the first use. Raises UserError
+    if the file does not exist and cannot be downloaded, or has changed since the first use.
     """
     card = find_card(dataset_name)
     if card is None and not model_path:
-        raise UserError(f"dataset_name '{dataset_name}' needs --model_path, the file of a network")
+        raise UserError(f"dataset_name '{dataset_name}' needs --model_path, the file of a network or MODULE:FUNCTION")
     if is_remote(model_path):
         return fetch(model_path, REMOTE_NAMES, description=True)
     if model_path:
@@ -313,7 +356,7 @@ def resolve(dataset_name: str, model_path: str | Path | None = None) -> Path:
 
 
 def resolve_companion(dataset_name: str, model_path: str | Path | None = None) -> Path | None:
-    """The second file of a network; None for networks without one. It lies beside ``model_path`` under its own name."""
+    """The second file of a network, beside ``model_path`` if that is given, or None."""
     card = find_card(dataset_name)
     if card is None or not card.companion:
         return None
@@ -322,15 +365,13 @@ def resolve_companion(dataset_name: str, model_path: str | Path | None = None) -
     if model_path:
         path = Path(model_path).with_name(card.companion)
         if not path.is_file():
-            raise UserError(
-                f"guidance_type 'cg' needs the classifier as well: put {card.companion} beside {model_path}"
-            )
+            raise UserError(f"guidance_type 'cg' also needs the classifier: put {card.companion} beside {model_path}")
         return path
     return _fetch(card, card.companion, card.companion_urls, "pass --model_path, with the classifier beside that file")
 
 
 def resolve_fid_ref(dataset_name: str) -> Path:
-    """The FID reference statistics (npz) that belong to a network; downloaded like ``resolve`` does."""
+    """The FID reference statistics (npz) of a network, downloaded if necessary."""
     card = get_card(dataset_name)
     if not card.fid_file:
         raise UserError(
@@ -341,8 +382,10 @@ def resolve_fid_ref(dataset_name: str) -> Path:
 
 
 def resolve_prompts(prompt: str | None) -> str | None:
-    """``prompt`` as it is, or the file of the 30,000 captions of MS-COCO (validation set of 2014) that COCO_30K names;
-    it is downloaded to ``./src/ms_coco/`` like networks are."""
+    """Return ``prompt``, or for COCO_30K the file of 30,000 captions of MS-COCO (val2014).
+
+    The file is downloaded to ``./src/ms_coco/`` if necessary.
+    """
     if prompt != COCO_30K:
         return prompt
     address = f"{_TEXT_TO_IMAGE_BENCHMARK}/{_COCO_30K_FILE}"
@@ -367,11 +410,11 @@ def _fetch(card: Card, name: str, urls: tuple[str, ...], hint: str, member: str 
 
 
 def read_sidecar(path: Path) -> tuple[str, dict] | None:
-    """(family, constructor arguments) of a network that differs from the published ones in its sizes.
+    """(family, constructor arguments) of a network of other sizes than the published ones.
 
-    They stand in ``<checkpoint>.json`` beside the checkpoint, {"family": ..., "config": {...}}, config being what
-    ``models.build_denoiser`` takes: the arguments under the names of the original code. None where there is no such
-    file; UserError where it is not readable or says something else.
+    They are read from ``<checkpoint>.json`` beside the checkpoint: {"family": ..., "config": {...}}
+    with the config of ``models.build_denoiser``. Returns None without such a file. Raises UserError
+    if it is damaged or has other contents.
     """
     file = path.with_name(path.name + ".json")
     if not file.is_file():
@@ -389,7 +432,7 @@ def read_sidecar(path: Path) -> tuple[str, dict] | None:
 
 
 def format_table() -> str:
-    """The table as text: one line per network, then where each file comes from and where it is looked for."""
+    """The table as text: one line per network, then the address and the place of each file."""
     rows = [("dataset_name", "family", "sampled", "classes", "guidance", "sigma", "licence", "state", "notes")]
     for card in CARDS.values():
         there = any((card.folder / name).is_file() for name in (card.file, *card.other_files))
@@ -420,7 +463,10 @@ def format_table() -> str:
 
 
 def verify(card: Card) -> list[tuple[str, Path]]:
-    """(state, place) of the files of a card that are there or should be: "ok", "differs", "missing", "not recorded"."""
+    """Check the files of a card. Returns (state, path) of each file that exists or is recorded.
+
+    The states are "ok", "differs", "missing" and "not recorded".
+    """
     states = []
     places = [card.folder / name for name in (card.file, *card.other_files, card.companion, card.fid_file) if name]
     for path in [] if card.embedded else places:
@@ -435,7 +481,7 @@ def verify(card: Card) -> list[tuple[str, Path]]:
 
 @click.group(cls=Group)
 def main():
-    """The pretrained networks that this code knows."""
+    """The table of pretrained networks."""
 
 
 @main.command("list")
@@ -447,14 +493,14 @@ def list_command():
 @main.command("verify")
 @click.argument("name", required=False)
 def verify_command(name):
-    """Compare downloaded files with the SHA-256 that was recorded at their first use; of one network, or of all."""
+    """Compare the files of one or all networks with the SHA-256 recorded at their first use."""
     states = [state for card in ([get_card(name)] if name else CARDS.values()) for state in verify(card)]
     for state, path in states:
         click.echo(f"{state:<12}  {path}")
     bad = sum(state in ("differs", "missing") for state, _ in states)
-    click.echo(f"{len(states)} files of {name or 'all networks'} looked at, {bad} missing or different")
+    click.echo(f"{len(states)} files of {name or 'all networks'} checked, {bad} missing or different")
     if bad:
-        raise UserError("move away what differs, and it will be downloaded again at its next use")
+        raise UserError("move the files that differ away: they are downloaded again at the next use")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,3 @@
 """Sampling: settings, images from seeds, the output folder, one run."""
+
+import amed  # noqa: F401 (its docstring says why)

@@ -43,7 +43,7 @@ _DEFAULTS = {
     "prediction_type": "epsilon",
     "rescale_betas_zero_snr": False,
 }
-# Two times are the same within this, relative and absolute: pipelines pass them rounded to bfloat16.
+# Relative and absolute difference of two equal times: pipelines may round them to bfloat16.
 _SAME_TIME = (4e-3, 1e-3)
 
 
@@ -355,7 +355,7 @@ class _AMEDScheduler:
             hooks.callback(_embedding(network).register_forward_hook(_weak(self._add_shift)).remove)
 
     def _hook_compiled(self, hooks, inner, attribute, compile_like) -> None:
-        """The same for a compiled network, whose graph ignores hooks: replaces the call of the graph.
+        """The same for a compiled network, whose graph ignores hooks: replaces its call.
 
         inner: the network itself.
         attribute: of the network, where the compiled function is.
@@ -417,7 +417,7 @@ class _AMEDScheduler:
         return self._with_times(arguments, named, place)
 
     def _with_times(self, arguments, named, place):
-        """The arguments of a call with the times of the samples, or None if its batch is another one."""
+        """The arguments of a call with the times of the samples. None if its batch differs."""
         x = arguments[0] if arguments else named["sample"]
         rows, batch = len(x), len(self._times)
         if rows % batch:
@@ -530,7 +530,7 @@ class _AMEDScheduler:
         self._times = self._timesteps[self._index :][:1]
 
     def index_for_timestep(self, timestep, schedule_timesteps=None) -> int:
-        """Number of the step with the time nearest to ``timestep``; the second one where several have it.
+        """Number of the step with the time nearest to ``timestep``; of several, the second.
 
         schedule_timesteps: times to search in. Default: ``timesteps``.
         """
@@ -622,7 +622,7 @@ class _AMEDScheduler:
         return min(found, key=lambda k: abs(self._planned[k] - time)) if found else None
 
     def _begin(self, sample: torch.Tensor, k: int) -> None:
-        """To the point of step k for these latents; again if a pipeline prepares its first input twice."""
+        """Goes to the point of step k for these latents."""
         dtype = torch.float32 if sample.device.type == "mps" else torch.float64  # MPS has no float64
         # Some pipelines do not pass their device to set_timesteps.
         self._run.sigmas = self._run.sigmas.to(sample.device, dtype)
@@ -633,7 +633,7 @@ class _AMEDScheduler:
         self._times = self._timesteps[k : k + 1]
 
     def _first_step(self, timestep) -> int:
-        """The step at which a run begins, from ``set_begin_index`` or from the time of the first call."""
+        """The step at which a run begins, from ``set_begin_index`` or from its first time."""
         if self._begin_index is not None:
             return self._begin_index
         found = None if timestep is None or self._is_now(timestep) else self._match(timestep)
@@ -748,7 +748,7 @@ class _AMEDScheduler:
         self._check_guidance(model_output)
 
     def _check_guidance(self, guided) -> None:
-        """Points out a guidance rate other than the trained one, as far as the network's first call shows it.
+        """Points out a guidance rate other than the trained one, if the first call shows it.
 
         guided: the output [B,...] that the pipeline made of the network's.
         """
@@ -814,7 +814,7 @@ class _AMEDScheduler:
 
 
 def _complete(config, settings: dict) -> dict:
-    """The entries to register, with defaults where the configuration describes a variance-preserving process."""
+    """The entries to register, with defaults for a variance-preserving process."""
     given = {**(config or {}), **settings}
     unstated = given.pop("_use_default_values", ())
     given = {name: v for name, v in given.items() if not name.startswith("_") or name == "_diffusers_version"}
@@ -873,7 +873,11 @@ def _weak(method):
 
 
 def _compilation(network):
-    """(the network itself, the attribute with the compiled function, a function that compiles another), or None."""
+    """How a network was compiled, or None.
+
+    Returns the network itself, the attribute with the compiled function, and a function that
+    compiles another one in the same way.
+    """
     if hasattr(network, "_orig_mod"):  # torch.compile(unet)
         return network._orig_mod, "forward", network.dynamo_ctx
     call = network._compiled_call_impl  # unet.compile()

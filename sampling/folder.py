@@ -139,6 +139,18 @@ def prepare_folder(
     return todo
 
 
+def default_folder(
+    dataset_name: str, solver: str, nfe: int, inserted: bool = False, candidates: int | None = None
+) -> Path:
+    """Where images go if the user names no folder: ``samples/<dataset_name>/<solver>_nfe<NFE>``.
+
+    inserted: whether a predictor is inserted into a plain solver, which is named after it.
+    candidates: images per seed of a search; default: no search.
+    """
+    plugin, best_of = "-plugin" if inserted else "", "" if candidates is None else f"_best{candidates}"
+    return Path("samples") / dataset_name / f"{solver}{plugin}_nfe{nfe}{best_of}"
+
+
 class Place:
     """The output folder during a run. Only the first process of a run uses it.
 
@@ -257,7 +269,17 @@ def _difference(old: dict, new: dict) -> str:
     names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
     if "sigmas" in names:  # name the flags instead
         names += [name for name in SCHEDULE_NAMES if old.get(name) != new.get(name)]
-    first = ("predictor_sha256", "network_sha256", "solver", *SCHEDULE_NAMES)
+    if "predictor_sha256" in names:
+        if None in (old.get("predictor_sha256"), new.get("predictor_sha256")):
+            return (
+                "without a predictor there, with one now"
+                if new.get("predictor_sha256")
+                else "with a predictor there, without one now"
+            )
+        return "by another predictor"
+    if "network_sha256" in names:
+        return "with other weights of the network"
+    first = ("solver", *SCHEDULE_NAMES)
     for name in [*(name for name in first if name in names), *names]:
         return f"{name}: {_short(old.get(name))} there, {_short(new.get(name))} now"
     return ""

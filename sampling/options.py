@@ -43,8 +43,8 @@ class OutputOptions:
     """What is written where: images, or only their FID."""
 
     outdir: str | None = flag(
-        "Output folder (default: samples/<dataset_name>/<solver>_nfe<NFE>[_best<N>], or a folder beside it if that"
-        " holds images of other settings)",
+        "Output folder (default: samples/<dataset_name>/<solver>[-plugin]_nfe<NFE>[_best<N>], or a folder beside it if"
+        " that holds images of other settings)",
         kind=PATH,
         metavar="DIR",
     )
@@ -89,9 +89,9 @@ class SampleOptions:
     """
 
     predictor_path: str | None = flag(
-        "Trained predictor: experiment number, folder, file, https address or hf:owner/name",
+        "Trained predictor: a name of --list, experiment number, folder, file, https address or hf:owner/name",
         kind=PATH,
-        metavar="N|DIR|FILE|URL",
+        metavar="NAME|N|DIR|FILE|URL",
     )
     settings: Settings = part()
     schedule: Schedule | None = derived(flags=schedule_file_flag, default=None)

@@ -13,11 +13,19 @@ import torch
 
 from evaluation.fid import StreamedFID
 from evaluation.verifiers import Verifier, judge, load_verifier
-from sampling.folder import Folder, begin_folder, format_seeds, write_grid
+from sampling.folder import Folder, begin_folder, default_folder, format_seeds, write_grid
 from sampling.generate import Batch, generate_fitting, generate_images, prompts_of, until_stopped
 from sampling.options import SampleOptions
 from sampling.search import ScoreFile, keep_best
-from sampling.settings import Settings, check_network, open_network, open_predictor, recorded_settings
+from sampling.settings import (
+    Settings,
+    check_network,
+    open_network,
+    open_predictor,
+    recorded_settings,
+    remembered_network,
+)
+from solvers import SOLVERS
 from torch_utils import distributed
 from torch_utils.errors import UserError
 from torch_utils.files import write_json
@@ -135,9 +143,15 @@ def run(options: SampleOptions, device: torch.device) -> None:
     output, seeds = options.output, parse_seeds(options.seeds)
     options.check()
     settings, predictor, predictor_file = open_predictor(options.predictor_path, options.settings, options.written)
-    options = replace(options, text=options.text.resolve())
+    compute = remembered_network(predictor_file, settings, options.compute)
+    options = replace(options, text=options.text.resolve(), compute=compute)
     prompts = options.text.read(settings.dataset_name, seeds)
     net = open_network(settings, options.compute, device, options.class_idx)
+    source = None
+    if predictor is None and settings.nfe is not None:
+        asked = settings.nfe
+        settings, source = settings.for_network(net, options.written)
+        distributed.print0(f"{asked} evaluations: {settings.flags()} ({source})")
     check_network(net, settings, predictor, device)
     warnings = settings.warnings()
     if options.schedule is not None:
@@ -147,12 +161,14 @@ def run(options: SampleOptions, device: torch.device) -> None:
     options.text.prepare(net, settings.dataset_name, prompts)
     verifier, candidates = open_verifier(options.search.verifier, net, device), options.search.candidates or 1
     record = describe_run(settings, options, net, predictor, predictor_file, verifier, device)
+    record |= {} if source is None else {"recommended": source}
     stream = None
     if output.fid_ref is not None:
         stream = StreamedFID(output.fid_ref, len(seeds), output.fid_detector, device)
     nfe = settings.evaluations(net, predictor)
-    best_of = "" if verifier is None else f"_best{candidates}"
-    default = Path("samples") / settings.dataset_name / f"{settings.solver}_nfe{nfe}{best_of}"
+    inserted = predictor is not None and not SOLVERS[settings.solver].needs_predictor
+    searched = None if verifier is None else candidates
+    default = default_folder(settings.dataset_name, settings.solver, nfe, inserted, searched)
     folder = Folder(Path(output.outdir or default), output.subdirs, output.return_inters)
     distributed.barrier()  # nothing is written before every process has passed all checks
     with ExitStack() as locks:

@@ -1,7 +1,7 @@
 """One run of optimize_schedule.py: its options, the FID of a schedule, and the search."""
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -13,6 +13,7 @@ from sampling.flags import solver_flags, solver_option_names
 from sampling.settings import ComputeOptions, NetworkSettings, Settings, open_network
 from sampling.text import PROMPT_HELP, TextOptions
 from solvers import make_solver
+from solvers.recommended import num_steps_for
 from solvers.schedule_file import Schedule, save_schedule
 from solvers.search.problem import Problem
 from torch_utils import distributed
@@ -23,7 +24,7 @@ from torch_utils.files import check_destination
 from torch_utils.images import to_uint8
 from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom
-from torch_utils.options import REQUIRED, click_type, derived, flag, like, part
+from torch_utils.options import REQUIRED, click_type, derived, flag, like, names_of_written, part
 from torch_utils.version import code_version
 from training.schedule_search import METHODS, optimize
 
@@ -61,6 +62,7 @@ class ScheduleOptions:
     method: str = flag("Search method", "gits", click.Choice(list(METHODS)))
     network: NetworkSettings = part(dataset_name={"required": True})
     solver: str = like(Settings, "solver", default="ipndm", help="Solver the schedule is for")
+    nfe: int | None = like(Settings, "nfe", help="Network evaluations per image, instead of --num_steps")
     num_steps: int = like(Settings, "num_steps")
     sigma_min: float | None = like(Settings, "sigma_min")
     sigma_max: float | None = like(Settings, "sigma_max")
@@ -73,6 +75,7 @@ class ScheduleOptions:
     dest: str = flag("File to write (.json)", REQUIRED, PATH, metavar="FILE")
     overwrite: bool = flag("Replace the file if it exists", False)
     compute: ComputeOptions = part(compile=None, channels_last=None)
+    written: frozenset[str] = names_of_written()
 
     def solver_options(self) -> dict:
         """The solver's options that the user wrote. UserError for options that nothing uses."""
@@ -127,6 +130,8 @@ def describe(schedule: Schedule, dest: Path) -> str:
 def run(options: ScheduleOptions, device: torch.device) -> None:
     """Searches for a schedule and writes it. Every process of a torchrun calls it."""
     solver_options, method_options = options.solver_options(), options.method_options()
+    if options.nfe is not None and "num_steps" in options.written:
+        raise UserError(f"--nfe={options.nfe} chooses the number of steps: leave out --nfe or --num_steps")
     dest, dataset_name = Path(options.dest), options.network.dataset_name
     distributed.barrier()  # no process checks for the file while a faster one may be writing it
     check_destination(dest, "--dest")
@@ -136,6 +141,9 @@ def run(options: ScheduleOptions, device: torch.device) -> None:
     prompts = text.read(dataset_name, [])
     net = open_network(options.network, options.compute, device, options.class_idx)
     text.prepare(net, dataset_name, prompts)
+    if options.nfe is not None:
+        settings = {"solver": options.solver, "afs": options.afs, **solver_options}
+        options = replace(options, num_steps=num_steps_for(net, options.nfe, settings))
     problem = Problem(
         net=net,
         options=solver_options,

@@ -8,21 +8,24 @@ from pathlib import Path
 import click
 import torch
 
-from models import create_model
+from models import create_model, zoo
 from models.compile import AUTOCAST, COMPILE_MODES, prepare_network
 from models.denoiser import member
 from sampling.flags import solver_flags, solver_option_names
 from solvers import SOLVERS, make_solver, resolve_sigmas
+from solvers.recommended import DEFAULT_NFE, recommend
 from solvers.sampler import afs_direction, check_predictor
 from solvers.schedules import SCHEDULE_NAMES, SCHEDULES
 from solvers.span_table import SpanSolver
 from torch_utils import distributed
 from torch_utils.cli import PATH, Number
 from torch_utils.errors import UserError
-from torch_utils.files import sha256_of
+from torch_utils.files import read_json, sha256_of
+from torch_utils.functions import names_function
 from torch_utils.options import ALWAYS, CHANGED, POSITIVE, AFSType, SigmaList, derived, flag, like, recorded
 from torch_utils.seeds import SeededGenerators
 from training.checkpoint import find_predictor, load_predictor
+from training.run_folder import OPTIONS_FILE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,8 @@ class ComputeOptions:
     """The file of the network, its device and precision."""
 
     model_path: str | None = flag(
-        "File of the network, https address or hf:owner/name (default: embedded or downloaded); diffusers: a folder or hub id",
+        "File of the network, https address or hf:owner/name (default: embedded or downloaded); diffusers: a folder or"
+        " hub id; custom: also MODULE:FUNCTION of your own code, which is run",
         kind=PATH,
         metavar="FILE",
     )
@@ -79,7 +83,14 @@ class Settings(NetworkSettings):
         metavar="NAME",
         record=ALWAYS,
     )
-    num_steps: int | None = flag("Number of noise levels, intervals + 1", 6, click.IntRange(min=2), record=ALWAYS)
+    nfe: int | None = flag(
+        "Network evaluations per image; the network's recommended settings fill in what no other flag sets"
+        f" (default: {DEFAULT_NFE}, unless another flag sets the noise levels)",
+        kind=click.IntRange(min=1),
+    )
+    num_steps: int | None = flag(
+        "Number of noise levels, intervals + 1, instead of --nfe", 6, click.IntRange(min=2), record=ALWAYS
+    )
     schedule_type: str = flag("Time schedule", "polynomial", click.Choice(list(SCHEDULES)), record=ALWAYS)
     schedule_rho: float = flag("Exponent of the schedule", 7, POSITIVE, record=ALWAYS)
     sigma_min: float | None = flag("Last noise level (default: the network's)", kind=POSITIVE, record=ALWAYS)
@@ -113,7 +124,9 @@ class Settings(NetworkSettings):
 
     def arguments(self) -> dict:
         """Keyword arguments of ``solvers.sample``."""
-        others = {"options", *(entry.name for entry in fields(NetworkSettings))}
+        others = {"options", "nfe", *(entry.name for entry in fields(NetworkSettings))}
+        if self.sigmas is not None:
+            others |= set(SCHEDULE_NAMES)
         return {name: value for name, value in vars(self).items() if name not in others} | self.options
 
     def warnings(self) -> list[str]:
@@ -131,6 +144,32 @@ class Settings(NetworkSettings):
         names = (*SCHEDULE_NAMES, "sigmas", "original_code")
         return resolve_sigmas(net, **{name: getattr(self, name) for name in names})
 
+    def for_network(self, net, written: frozenset[str] = frozenset(), tuned: bool = True) -> tuple["Settings", str]:
+        """(the settings that are recommended for ``nfe`` evaluations on this network, where they come from).
+
+        net: the denoiser.
+        written: names of the flags that the user wrote; they win.
+        tuned: as of ``recommend``.
+        """
+        given = {name: getattr(self, name) for name in RECOMMENDABLE if name in written} | self.options
+        if self.original_code and (self.solver is None or "original_code" in SOLVERS[self.solver].options):
+            given["original_code"] = True
+        found = recommend(net, self.nfe, self.solver, given, tuned)
+        values = dict(found.settings)
+        values.pop("original_code", None)
+        own = {name: values.pop(name) for name in ("solver", "num_steps", *RECOMMENDABLE) if name in values}
+        return replace(self, **own, options=values, nfe=None), found.source
+
+    def flags(self) -> str:
+        """The settings of a plain solver as flags of sample.py, without those that keep their default."""
+        shown = {name: getattr(self, name) for name in ("solver", "num_steps", *RECOMMENDABLE)}
+        if self.schedule_type == "logsnr":
+            del shown["schedule_rho"]
+        shown = {name: value for name, value in shown.items() if value is not False} | self.options
+        return " ".join(
+            f"--{name}={value:g}" if isinstance(value, float) else f"--{name}={value}" for name, value in shown.items()
+        )
+
     def evaluations(self, net, predictor=None) -> int:
         """Network evaluations per image with these settings."""
         if predictor is not None:
@@ -140,14 +179,28 @@ class Settings(NetworkSettings):
         return (calls + bool(self.denoise_to_zero)) * member(net, "evals_per_call")
 
 
+RECOMMENDABLE = ("schedule_type", "schedule_rho", "afs", "denoise_to_zero")  # besides solver, steps and options
+
+
 def plain_settings(asked: Settings, written: frozenset[str]) -> Settings:
     """Settings without a predictor.
 
     asked: what the flags say.
     written: names of the flags that the user wrote.
+
+    Where the result has ``nfe``, the rest is left to ``Settings.for_network``.
     """
-    if asked.dataset_name is None or asked.solver is None:
-        raise UserError("nothing to sample: give --predictor_path, or --dataset_name together with --solver")
+    if asked.dataset_name is None:
+        raise UserError("nothing to sample: give --dataset_name or --predictor_path ('sample.py --list' shows some)")
+    said = [name for name in ("sigmas", *SCHEDULE_NAMES) if name in written]
+    if asked.nfe is not None and {"num_steps", "sigmas"} & set(said):
+        raise UserError(f"--nfe={asked.nfe} chooses the number of steps: leave out --nfe or --{said[0]}")
+    if asked.nfe is None and not said:
+        asked = replace(asked, nfe=DEFAULT_NFE)
+    if asked.solver is None:
+        if asked.nfe is None:
+            raise UserError(f"--{said[0]} needs --solver; --nfe={DEFAULT_NFE} instead chooses everything")
+        return asked
     if make_solver(asked.solver, asked.options).needs_predictor:
         raise UserError(
             f"--solver={asked.solver} needs a trained predictor: give --predictor_path (train.py makes one)"
@@ -236,6 +289,29 @@ def open_predictor(predictor_path: str | None, asked: Settings, written: frozens
     return settings_of(predictor, asked, written), predictor, path
 
 
+def remembered_network(predictor_file: Path | None, settings: Settings, compute: ComputeOptions) -> ComputeOptions:
+    """The options with the network's file that the predictor's run was trained on, if none is given.
+
+    The folder may come from somebody else, so what it names is only read: code of one's own and
+    downloads have to be named on the command line.
+
+    Raises UserError where the predictor needs such a file and it is not there.
+    """
+    if predictor_file is None or compute.model_path is not None:
+        return compute
+    record = predictor_file.with_name(OPTIONS_FILE)
+    known = read_json(record).get("model_path") if record.is_file() else None
+    if isinstance(known, str) and (Path(known).is_file() or Path(known).is_dir()):
+        return replace(compute, model_path=known)
+    if zoo.find_card(settings.dataset_name) is not None:
+        return compute
+    if not isinstance(known, str):
+        raise UserError(f"the network of {predictor_file} is one of your own: give --model_path as well")
+    if names_function(known):
+        raise UserError(f"the network of {predictor_file} is code of your own: repeat --model_path={known} to run it")
+    raise UserError(f"the network of {predictor_file} was {known[:200]}, which is not here: give --model_path as well")
+
+
 def open_network(network: NetworkSettings, compute: ComputeOptions, device: torch.device, class_idx: int | None = None):
     """The network, with precision and memory format. UserError if it lacks the class."""
     net = create_model(network.dataset_name, compute.model_path, network.guidance_type, network.guidance_rate, device)
@@ -264,6 +340,9 @@ def check_network(net, settings: Settings, predictor, device: torch.device) -> N
         except UserError as error:
             raise UserError(f"--{error}") from None
     if predictor is not None:
+        spent = settings.evaluations(net, predictor)
+        if settings.nfe not in (None, spent):
+            raise UserError(f"--nfe={settings.nfe}: this predictor spends {spent} evaluations; leave the flag out")
         resolution = predictor.config["img_resolution"]
         if resolution not in (None, net.img_resolution):
             raise UserError(f"the predictor is for images of {resolution} pixels, the network for {net.img_resolution}")

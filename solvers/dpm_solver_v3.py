@@ -320,6 +320,7 @@ class DPMSolverV3(Solver):
     highest_order = 3
     one_step = False
     can_learn = False
+    per_sample = False
     can_teach = False
     differentiable = False  # the coefficients of the steps are precomputed numbers
 

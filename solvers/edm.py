@@ -33,6 +33,7 @@ class EDM(Heun):
     }
     can_teach = False
     stochastic = True
+    per_sample = False
 
     def __init__(self, **values):
         super().__init__(**values)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.denoiser import BOTTLENECK_SIZE, call_shifted, member, read_bottleneck
 from models.inputs import initial_state
+from solvers.recommended import recommend
 from solvers.schedules import check_sigmas, get_schedule, levels_tensor
 from solvers.solver import Point, Solver, State, make_solver
 from torch_utils.errors import UserError
@@ -113,6 +114,8 @@ class Sampler:
     ):
         if not (isinstance(afs, bool) or afs == "data" or callable(afs)):
             raise UserError(f"afs={afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
+        if sigmas.ndim > 1 and not solver.per_sample:
+            raise UserError(f"the solver '{solver.name}' needs one schedule for all samples")
         self.net, self.solver, self.sigmas = net, solver.setup(net, sigmas, predictor), sigmas
         self.sigmas_cond = None
         if sigmas_cond is not None:
@@ -312,16 +315,27 @@ def resolve_sigmas(
     """
     if sigmas is not None:
         return _within_range(net, check_sigmas(sigmas, device, dtype))
-    lo = net.sigma_min if sigma_min is None else sigma_min
-    hi = net.sigma_max if sigma_max is None else sigma_max
+    lo, hi = (
+        _end_of_range(net, name) if given is None else given
+        for name, given in (("sigma_min", sigma_min), ("sigma_max", sigma_max))
+    )
     times = get_schedule(num_steps, lo, hi, schedule_type, schedule_rho, net, device, original_code)
     return _within_range(net, check_sigmas(times, device, dtype))
+
+
+def _end_of_range(net, name: str) -> float:
+    if not hasattr(net, name):
+        raise UserError(
+            f"the network does not say its {name}: wrap it (net = models.wrap(net, sigma_min=0.002, sigma_max=80)),"
+            f" or pass {name} or sigmas"
+        )
+    return getattr(net, name)
 
 
 def _within_range(net, sigmas):
     """Return sigmas. UserError if they leave the network's range by more than ``RANGE_SLACK``."""
     least, most = getattr(net, "sigma_min", 0.0), getattr(net, "sigma_max", float("inf"))
-    low, high = sigmas[-1].item(), sigmas[0].item()
+    low, high = sigmas[-1].min().item(), sigmas[0].max().item()
     if low < least * (1 - RANGE_SLACK) or high > most * (1 + RANGE_SLACK):
         wrong = low if high <= most * (1 + RANGE_SLACK) else high
         raise UserError(
@@ -371,6 +385,42 @@ def check_predictor(predictor, net, solver: Solver, sigmas: torch.Tensor, settin
     )
 
 
+def _with_defaults(asked: dict, predictor) -> dict:
+    """The settings of a run by name: the predictor's where they are None, else the defaults.
+
+    asked: arguments of ``integrate``: solver, afs, and the settings of the schedule.
+
+    Raises UserError if they contradict a predictor that brings its own schedule.
+    """
+    config, known = getattr(predictor, "config", {}), {}
+    if hasattr(predictor, "brings"):
+        known = {"solver": predictor.solver}
+        for name in _SCHEDULE:
+            if asked[name] not in (None, config.get(name)):
+                raise UserError(f"{name}={asked[name]}: the predictor brings its own schedule; leave {name} out")
+    elif config:
+        known = {name: config.get(name) for name in ("afs", *_SCHEDULE)} | {"solver": config["sampler_stu"]}
+        if all(asked[name] is None for name in _SCHEDULE):  # else they say in another way where the noise levels are
+            known["sigmas"] = config.get("sigmas")
+    defaults = {"schedule_type": "polynomial", "schedule_rho": 7, "afs": False}
+    layers = (asked, known, defaults)
+    found = {name: next((a[name] for a in layers if a.get(name) is not None), None) for name in asked}
+    if found["solver"] is None:
+        raise UserError("sample: name a solver, or give nfe alone, the number of network evaluations, or a predictor")
+    return found
+
+
+def _check_guidance(predictor, net) -> None:
+    """Raises UserError if the predictor was trained with another guidance than the network's."""
+    config, rate = getattr(predictor, "config", {}), getattr(net, "guidance_rate", None)
+    trained = config.get("guidance_rate") if config.get("guidance_type") in ("cfg", "cg") else None
+    if None not in (rate, trained) and rate != trained:
+        raise UserError(
+            f"the predictor was trained with guidance_rate={trained:g}, the network has {rate:g}: open the network with"
+            f" guidance_rate={trained:g}, or choose another predictor"
+        )
+
+
 def _short(value) -> str:
     text = str(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
@@ -380,11 +430,12 @@ def integrate(
     net,
     latents: torch.Tensor,
     *,
-    solver: str,
+    solver: str | None = None,
     num_steps: int | None = None,
-    schedule_type: str = "polynomial",
-    schedule_rho: float = 7,
-    afs: bool | str = False,
+    schedule_type: str | None = None,
+    schedule_rho: float | None = None,
+    afs: bool | str | None = None,
+    nfe: int | None = None,
     predictor=None,
     cond: Mapping | None = None,
     sigma_min: float | None = None,
@@ -408,16 +459,21 @@ def integrate(
     net: the denoiser, called as net(x, sigma, **cond).
     latents: unit-variance noise [B,C,H,W]; multiplied here by the first sigma. Its dtype is that of
         all arithmetic.
-    solver: name in ``SOLVERS``.
+    solver: name in ``SOLVERS``. Default: that of the predictor; with nfe the best plain solver for
+        this network.
     num_steps: number of time steps, one more than intervals.
-    schedule_type, schedule_rho: kind of the schedule, see ``get_schedule``. Default: polynomial, 7.
-    afs: analytical first step, see ``afs_direction``. Default False.
-    predictor: an AMEDPredictor, which inserts one learned evaluation per interval. It works only
-        with the settings of its training. For the solver "span": a SpanSolver, which has its own
-        schedule and first step. Default None.
+    schedule_type, schedule_rho: kind of the schedule, see ``get_schedule``. Default: polynomial, 7;
+        with nfe the recommended ones.
+    afs: analytical first step, see ``afs_direction``. Default False; with nfe the recommended one.
+    nfe: network evaluations to spend, instead of num_steps or sigmas; ``recommend`` then sets what
+        is not given (solvers/recommended.py). Default None.
+    predictor: an AMEDPredictor, which inserts one learned evaluation per interval, or a SpanSolver.
+        It brings solver, schedule, first step and options of its training. Arguments that
+        contradict them are refused. Default None.
     cond: keyword arguments of net. Default: none.
     sigma_min, sigma_max: range of the schedule. Default: that of the network.
-    sigmas: explicit noise levels [N], decreasing, instead of a schedule. Default None.
+    sigmas: explicit noise levels [N], decreasing, instead of a schedule; or [N,B,1,1,1], a schedule
+        for each sample. Default None.
     sigmas_cond: noise levels [N] to condition the network on. Default: sigmas.
     max_order, predict_x0, lower_order_final: options that several solvers have. Default: those of
         the predictor's training, or of the solver.
@@ -445,25 +501,42 @@ def integrate(
         found = f"{latents.dtype}" if torch.is_tensor(latents) else type(latents).__name__
         raise UserError(f"sample: latents must be a floating-point tensor [B,C,H,W], got {found}")
     sigmas_cond = solver_options.pop("sigmas_net", sigmas_cond)  # the former name
-    trained = getattr(predictor, "config", {})
-    original_code = bool(original_code or trained.get("original_code"))
     common = {"max_order": max_order, "predict_x0": predict_x0, "lower_order_final": lower_order_final}
-    common = {**trained, **{name: value for name, value in common.items() if value is not None}}
-    common["original_code"] = original_code
+    common = {name: value for name, value in common.items() if value is not None}
+    if nfe is not None:
+        if num_steps is not None or sigmas is not None or predictor is not None:
+            raise UserError(
+                "sample: nfe chooses the steps, which num_steps, sigmas or a predictor bring: give one of them"
+            )
+        given = {"schedule_type": schedule_type, "schedule_rho": schedule_rho, "afs": afs}
+        given = {name: value for name, value in given.items() if value is not None}
+        given |= {**common, **solver_options, "denoise_to_zero": denoise_to_zero}
+        chosen = recommend(net, nfe, solver, given).settings
+        solver, num_steps, afs = chosen.pop("solver"), chosen.pop("num_steps"), chosen.pop("afs", None)
+        schedule_type, schedule_rho = chosen.pop("schedule_type", None), chosen.pop("schedule_rho", None)
+        solver_options, common = {name: chosen[name] for name in chosen if name != "denoise_to_zero"}, {}
+    trained = getattr(predictor, "config", {})
+    schedule = (num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas)
+    asked = dict(zip((*_SCHEDULE, "sigmas"), schedule, strict=True)) | {"solver": solver, "afs": afs}
+    given_afs, asked = afs, _with_defaults(asked, predictor)
+    solver, afs, sigmas = asked["solver"], asked["afs"], asked["sigmas"]
+    _check_guidance(predictor, net)
+    original_code = bool(original_code or trained.get("original_code"))
+    common = {**trained, **common, "original_code": original_code}
     method = make_solver(solver, solver_options, common)
     if method.own_schedule:
         method.check_predictor(predictor)
         predictor.check_network(net)
-        own = predictor.brings(num_steps, sigmas, sigmas_cond, afs)
+        own = predictor.brings(num_steps, sigmas, sigmas_cond, given_afs)
         sigmas, sigmas_cond, afs = own["sigmas"], own["sigmas_cond"], own["afs"]
-    if sigmas is None and num_steps is None:
+    schedule = {name: asked[name] for name in _SCHEDULE}
+    if sigmas is None and schedule["num_steps"] is None:
         raise UserError("sample: give num_steps or an explicit list of sigmas")
-    schedule = (num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas)
-    times = resolve_sigmas(net, *schedule, latents.device, original_code, latents.dtype)
+    times = resolve_sigmas(
+        net, **schedule, sigmas=sigmas, device=latents.device, original_code=original_code, dtype=latents.dtype
+    )
     if not method.own_schedule:
-        names = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_max", "sigmas")
-        asked = dict(zip(names, schedule, strict=True)) | {"afs": afs, "original_code": original_code}
-        check_predictor(predictor, net, method, times, asked)
+        check_predictor(predictor, net, method, times, asked | {"original_code": original_code})
     run = Sampler(
         net,
         method,

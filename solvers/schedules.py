@@ -91,9 +91,9 @@ def get_schedule(
 
 
 def check_sigmas(sigmas, device=None, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Return an explicit schedule as a float64 tensor [N], with its gradients.
+    """Return an explicit schedule as a float64 tensor [N] (or [N,B,1,1,1]), with its gradients.
 
-    sigmas: noise levels [N], a list or a tensor.
+    sigmas: noise levels [N], a list or a tensor; or [N,B,1,1,1], a schedule for each sample.
     device: of the result; default: that of sigmas.
     dtype: precision of the arithmetic that will use the schedule; default float32.
 
@@ -102,18 +102,18 @@ def check_sigmas(sigmas, device=None, dtype: torch.dtype = torch.float32) -> tor
     """
     sigmas = levels_tensor("sigmas", sigmas)
     values = sigmas.detach().cpu()
-    if values.ndim != 1 or len(values) < 2:
+    if not (values.ndim == 1 or values.ndim == 5 and values[0, 0].numel() == 1) or len(values) < 2:
         raise UserError("sigmas: give at least two noise levels")
-    if not torch.isfinite(values).all() or not (values[1:] < values[:-1]).all() or values[-1] <= 0:
+    if not torch.isfinite(values).all() or not (values[1:] < values[:-1]).all() or (values[-1] <= 0).any():
         raise UserError(f"sigmas must be finite, strictly decreasing and positive, got {_some(values)}")
     used = values.to(dtype)
     precision = str(dtype).removeprefix("torch.")
-    if not torch.isfinite(used).all() or used[-1] <= 0:
+    if not torch.isfinite(used).all() or (used[-1] <= 0).any():
         raise UserError(f"sigmas: {precision} cannot represent {_some(values)}; choose other noise levels")
     close = (used[1:] >= used[:-1]) | (values[1:] > values[:-1] * (1 - SMALLEST_GAPS.get(dtype, 0.0)))
     if close.any():
-        first = int(close.nonzero()[0])
-        pair = f"{values[first].item()!r} and {values[first + 1].item()!r}"
+        first, *sample = close.nonzero()[0].tolist()
+        pair = " and ".join(repr(values[(i, *sample)].item()) for i in (first, first + 1))
         raise UserError(f"sigmas {pair} nearly coincide: {precision} cannot tell them apart; leave one of them out")
     return _to_device(sigmas if sigmas.requires_grad else values, device)
 

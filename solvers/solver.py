@@ -130,6 +130,7 @@ class Solver:
     needs_predictor: bool = False
     own_schedule: bool = False  # its predictor brings the schedule and the first step (``SpanSolver``)
     stochastic: bool = False  # draws noise while sampling
+    per_sample: bool = True  # can every sample have its own schedule?
     differentiable: bool = True  # do gradients flow to the noise levels?
     fingerprint: str | None = None  # SHA-256 of a file that the images depend on, after ``setup``; not with a predictor
     max_order: int = 1
@@ -431,7 +432,10 @@ class DPMSolver2(TwoStageSolver):
 
 @register("heun")
 class Heun(DPMSolver2):
-    """Heun's method (Karras et al. 2022, Algorithm 1): the second point is the end of the step."""
+    """Heun's method (Karras et al. 2022, Algorithm 1), which is DPM-Solver-2 with r = 1.
+
+    The step follows the average of the directions at both ends of the interval.
+    """
 
     summary = "Heun, order 2; 2 evaluations per step, also on the last one"
     options = {}

@@ -41,7 +41,7 @@ from models.denoiser import embedding_layer
 from models.inputs import draw_condition, draw_noise
 from solvers.deis import gauss_legendre, lagrange_basis
 from solvers.former_names import FORMER_NAMES, current, with_current_names
-from solvers.sampler import integrate
+from solvers.sampler import integrate, sample
 from solvers.schedules import check_sigmas, get_schedule
 from solvers.solver import State, make_solver
 from solvers.span_heads import HEADS, LIFTED, SampleHead, SpatialHead, TimeHead
@@ -606,7 +606,7 @@ class SpanSolver(nn.Module):
 
     # Sampling
 
-    def brings(self, num_steps=None, sigmas=None, sigmas_cond=None, afs=False) -> dict:
+    def brings(self, num_steps=None, sigmas=None, sigmas_cond=None, afs=None) -> dict:
         """Return sigmas, sigmas_cond and afs for the sampler. UserError if others are given."""
         own = {"sigmas": self.sigmas(), "sigmas_cond": self.sigmas_cond()}
         for name, given in (("sigmas", sigmas), ("sigmas_cond", sigmas_cond)):
@@ -619,7 +619,7 @@ class SpanSolver(nn.Module):
             raise UserError(
                 f"num_steps={num_steps}: the span solver has {self.config['num_steps']}; leave num_steps out"
             )
-        if afs is not False and afs != self.afs:
+        if afs is not None and afs != self.afs:
             raise UserError(f"afs={afs}: the span solver has first_step={self.config['first_step']}; leave afs out")
         return {**own, "afs": self.first_direction if self.analytic else False}
 
@@ -627,6 +627,10 @@ class SpanSolver(nn.Module):
     def afs(self) -> bool | str:
         """The first step as a value of the option afs: False, True (mean zero) or "gaussian"."""
         return {"none": False, "zero": True, "gaussian": "gaussian"}[self.config["first_step"]]
+
+    def sample(self, net, latents, **options):
+        """Images [B,C,H,W] from unit-variance noise; options: of ``solvers.sample``."""
+        return sample(net, latents, predictor=self, **options)
 
     def run(self, net, latents, cond: Mapping | None = None, checkpointing=False, return_trajectory=False):
         """``solvers.integrate`` with this span solver.

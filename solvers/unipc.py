@@ -55,6 +55,7 @@ class UniPC(DPMSolverPP):
         "original_code": Option(bool, False, "reproduce the published code where it deviates"),
     }
     can_learn = False
+    per_sample = False
 
     def setup(self, net, sigmas, predictor=None):
         solver = copy.copy(super().setup(net, sigmas, predictor))

@@ -266,8 +266,8 @@ def test_files(tmp_path):
         (dict(path_model=model, config=None), "model.pt.*of another shape"),
         (dict(path_model=model, config=None, dataset_name="lsun"), "no settings for dataset_name 'lsun'"),
         (dict(path_model=model, guidance_type="cfg"), "does not take guidance_type 'cfg'"),
-        (dict(path_model=model, config={}), "has the entries 'model'"),
-        (dict(path_model=model, config={**CONFIG, "classifier": [1]}), "has the entries 'model'"),
+        (dict(path_model=model, config={}), "needs the entry 'model'"),
+        (dict(path_model=model, config={**CONFIG, "classifier": [1]}), "needs the entry 'model'"),
         (dict(path_model=model, config={**CONFIG, "noise_schedul": "cosine"}), "unexpected .* 'noise_schedul'"),
         (dict(path_model=model, config={"model": {"num_channels": 32, "image_size": [64]}}), "channel_mult is needed"),
     ):
@@ -284,16 +284,16 @@ def test_files(tmp_path):
 @pytest.mark.parametrize(
     "config, guidance, message",
     [
-        (CONFIG["model"], (None, None), "has the entries 'model'"),
+        (CONFIG["model"], (None, None), "needs the entry 'model'"),
         ({"model": CONFIG["model"]}, ("cg", 1), "needs the arguments and the weights of a classifier"),
-        (CONFIG, ("cg", -1.0), "guidance_rate -1 has to be"),
-        (CONFIG, ("cg", math.inf), "guidance_rate inf has to be"),
+        (CONFIG, ("cg", -1.0), "guidance_rate -1 must be"),
+        (CONFIG, ("cg", math.inf), "guidance_rate inf must be"),
         (CONFIG, ("uncond", None), "does not take guidance_type 'uncond'"),
         (CONFIG, (None, 3.0), "no effect"),
         ({**CONFIG, "noise_schedule": "square"}, (None, None), "noise_schedule 'square'"),
         ({**CONFIG, "depth": 1}, (None, None), "not the arguments of an ADM network"),
         ({"model": {**CONFIG["model"], "out_channels": 4}}, (None, None), "4 output channels"),
-        ({**CONFIG, "classifier": {**CONFIG["classifier"], "out_channels": 9}}, ("cg", 1), "knows 9 classes"),
+        ({**CONFIG, "classifier": {**CONFIG["classifier"], "out_channels": 9}}, ("cg", 1), "has 9 classes"),
         ({**CONFIG, "classifier": {**CONFIG["classifier"], "model_channels": 64}}, ("cg", 1), "do not fit"),
     ],
 )

@@ -188,11 +188,11 @@ def test_find_predictor(tmp_path, monkeypatch):
 
 def test_find_predictor_mistakes(tmp_path):
     exps = tmp_path / "exps"
-    with pytest.raises(UserError, match="there is no experiment 3 in .*no experiments"):
+    with pytest.raises(UserError, match="no experiment 3 in .*no experiments"):
         find_predictor("3", exps)
     touch(exps / "00001-a" / "predictor-000001.safetensors", exps / "00001-b" / "predictor-000001.safetensors")
     (exps / "00002-c").mkdir()
-    with pytest.raises(UserError, match="there is no experiment 3 in .*00001-a, 00001-b, 00002-c"):
+    with pytest.raises(UserError, match="no experiment 3 in .*00001-a, 00001-b, 00002-c"):
         find_predictor("3", exps)
     with pytest.raises(UserError, match="ambiguous: 00001-a, 00001-b"):
         find_predictor("1", exps)

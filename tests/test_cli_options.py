@@ -324,7 +324,8 @@ OWN = {
     "tools.demo": {
         "outdir": ["text.txt", "images"],
         "only": CHOICE,
-        "images": ["255", "1.5"],
+        "images": ["1", "1.5"],
+        "full": FLAG,
     },
     "models.zoo list": {},
     "models.zoo verify": {"name": [("nope",)]},

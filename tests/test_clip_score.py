@@ -291,9 +291,11 @@ def test_captions_are_found_by_the_name_of_the_image(model, images, cosines, tmp
     kept = [0, 1, 2, 3, 5, 6]
     assert result.clip_score == pytest.approx(cosines[kept, kept].mean(), abs=1e-6)
     assert (result.images, result.images_without_caption_first) == (6, ["e.png"])
-    with pytest.raises(UserError, match="none of the images has a caption: the captions name theirs, such as cat.png;"):
+    with pytest.raises(
+        UserError, match="none of the images has a caption: the captions have file names, such as cat.png;"
+    ):
         calculate_clip_score(images, write([["cat.png", "a cat"], ["dog.png", "a dog"]]), model=model)
-    with pytest.raises(UserError, match="the captions name theirs, some of them more than once"):
+    with pytest.raises(UserError, match="the captions have file names, some of them more than once"):
         calculate_clip_score(images, write([["a.png", "a cat"], ["a.png", "a dog"]]), model=model)
 
 

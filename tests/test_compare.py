@@ -32,7 +32,7 @@ from solvers.dpm_solver_v3 import Statistics, save_statistics
 from solvers.schedule_file import Schedule, save_schedule
 from tools import compare_run as comparison
 from tools import report as comparison_report
-from tools.compare_methods import PRESETS, choose_steps, parse_method
+from tools.compare_methods import choose_steps, parse_method
 from tools.compare_run import SCORES, Comparison, Settings, add_differences, pool_moments, share_out
 from tools.report import plot, plots_html
 from torch_utils.errors import MissingExtra, UserError
@@ -282,20 +282,20 @@ def test_presets_fit_the_rules():
     for name, solver in SOLVERS.items():
         if not solver.needs_predictor:
             parse_method(name, common, {})
-    assert PRESETS["deis"]["max_order"] == 4
+    assert parse_method("deis", common, {}).settings.options["max_order"] == 4
 
 
 def test_what_is_said_for_one_goes_before_what_is_said_for_all():
     common = {"dataset_name": "custom", "sigmas": None}
     settings = parse_method("dpmpp", common, {}).settings
-    assert (settings.schedule_type, settings.options) == ("logsnr", {"max_order": 3})
+    assert (settings.schedule_type, settings.options) == ("logsnr", {"max_order": 3, "thresholding": False})
     everywhere = {"schedule_type": "time_uniform", "schedule_rho": 2.0, "afs": True}
     settings = parse_method("dpmpp:max_order=1", common, everywhere).settings
     assert (settings.schedule_type, settings.schedule_rho, settings.afs) == ("time_uniform", 2, True)
-    assert settings.options == {"max_order": 1}
+    assert settings.options == {"max_order": 1, "thresholding": False}
     settings = parse_method("dpmpp:schedule_type=polynomial:afs=data:predict_x0=no", common, everywhere).settings
     assert (settings.schedule_type, settings.schedule_rho, settings.afs) == ("polynomial", 7, "data")
-    assert settings.options == {"max_order": 3, "predict_x0": False}
+    assert settings.options == {"max_order": 3, "thresholding": False, "predict_x0": False}
 
 
 def test_original_code_is_that_of_sample(files, tmp_path):

@@ -200,7 +200,7 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     (tmp_path / "text.pth").write_text("hello")
     for name, message in {
-        "network.pkl": "pickled networks carry code",
+        "network.pkl": "pickled networks contain code",
         "broken.safetensors": "not a usable classifier",
         "other.safetensors": "not a classifier",
         "text.pt": "not a TorchScript file",

@@ -357,11 +357,11 @@ def test_result():
         ({"_class_name": ["pipeline", "MyPipeline"]}, "not supported"),
         ({"unet": ["os", "system"]}, "code from 'os'"),
         ({"unet": ["unet.my_code", "UNet2DModel"]}, "code from 'unet.my_code'"),
-        ({"unet": ["diffusers", "UNet1DModel"]}, "has to be a UNet2DModel"),
+        ({"unet": ["diffusers", "UNet1DModel"]}, "must be a UNet2DModel"),
         ({"scheduler": ["subprocess", "run"]}, "code from 'subprocess'"),
         ({"scheduler": {"subprocess": 0, "run": 0}}, "code from '{'subprocess'"),
-        ({"scheduler": ["diffusers", "AutoModel"]}, "only definite classes"),
-        ({"scheduler": ["transformers", "RagRetriever"]}, "only definite classes"),
+        ({"scheduler": ["diffusers", "AutoModel"]}, "may choose any class"),
+        ({"scheduler": ["transformers", "RagRetriever"]}, "may choose any class"),
         ({"scheduler": ["diffusers", "DDPMPipeline"]}, "is a whole pipeline"),
         ({"scheduler": [None, None]}, "without its scheduler"),
     ],
@@ -393,7 +393,7 @@ def test_what_is_no_pipeline(tmp_path):
         load_diffusers(tmp_path)
     with pytest.raises(UserError, match="is a file"):
         load_diffusers(tmp_path / "model_index.json")
-    with pytest.raises(UserError, match="there is no folder"):
+    with pytest.raises(UserError, match="neither an existing folder nor a hub id"):
         load_diffusers(tmp_path / "absent")
     folder = copy_of("ddpm", tmp_path)
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -636,7 +636,7 @@ def test_guidance_that_is_not_there():
         load_diffusers(pipeline_folder("ddpm"), guidance_rate=3.0)
     with pytest.raises(UserError, match="does not take guidance_type 'cg'"):
         load_diffusers(pipeline_folder("sd"), "cg")
-    with pytest.raises(UserError, match="from 0 up"):
+    with pytest.raises(UserError, match="must be 0 or more"):
         load_diffusers(pipeline_folder("sd"), guidance_rate=-1.0)
 
 

@@ -40,7 +40,7 @@ def test_a_sound_installation(tmp_path):
     command = [sys.executable, "-m", "tools.doctor"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     lines = done.stdout.splitlines()
-    assert done.returncode == 0 and lines[-1] == "all is well", done.stdout + done.stderr
+    assert done.returncode == 0 and lines[-1] == "all checks passed", done.stdout + done.stderr
     assert all(line[:6].strip() in ("ok", "note") for line in lines[:-1])
     for part in (
         "Python 3",
@@ -101,4 +101,4 @@ def test_downloads_are_listed(monkeypatch, tmp_path):
     known_sha256(place, pinned=True)
     assert any("as recorded" in text for _, text in doctor.check_places())
     os.utime(place, (1, 1))
-    assert any(verdict == "note" and "was touched" in text for verdict, text in doctor.check_places())
+    assert any(verdict == "note" and "was changed" in text for verdict, text in doctor.check_places())

@@ -405,7 +405,7 @@ def test_captions_are_drawn_by_the_sample_alone(monkeypatch):
 @pytest.mark.parametrize(
     "name, model, flags, message",
     [
-        ("imagenet256", "imagenet256", ["--class=10"], "class 10 is out of range: this network knows 0..9"),
+        ("imagenet256", "imagenet256", ["--class=10"], "class 10 is out of range: this network has classes 0..9"),
         ("imagenet256", "imagenet256", ["--guidance_type=cfg"], "does not take guidance_type 'cfg'; use none or cg"),
         ("imagenet256", "alone/net.pt", ["--guidance_type=cg"], "put 256x256_classifier.pt beside"),
         (
@@ -425,13 +425,13 @@ def test_captions_are_drawn_by_the_sample_alone(monkeypatch):
         ("lsun_cat", "bare/adm.pt", [], "is not a U-Net of consistency models: it looks like a network of guided-diff"),
         ("imagenet256", "bare/cm.pt", [], "(ADM): it looks like a U-Net of consistency models"),
         ("ffhq_ldm", "bare/cm.pt", [], "is not a latent diffusion model: it looks like a U-Net of consistency models"),
-        ("cifar10", "bare/cm.pt", [], "holds no EDM network"),
+        ("cifar10", "bare/cm.pt", [], "is not an EDM network"),
         ("lsun_bedroom_ldm", "bare/short.ckpt", [], "short.ckpt is truncated: it lacks its end; download it again"),
         (
             "imagenet256",
             "lsun_bedroom",
             [],
-            "names the network family 'cm': dataset_name 'imagenet256' is of family adm",
+            "names the network family 'cm': dataset_name 'imagenet256' has family 'adm'",
         ),
         ("custom", "bare/odd.pt", [], "names the network family 'gan': use edm, cm, adm, ldm, sd"),
         ("custom", "bare/bad.pt", [], 'bad.pt: it should read {"family": "...", "config": {...}}'),
@@ -535,7 +535,7 @@ def test_diffusers_pipelines(files, tmp_path):
     for flags, message in (
         ([*start, plain, "--prompt=a"], "--prompt: diffusers is not a text-to-image network"),
         ([*start, text], "diffusers needs a text: give --prompt"),
-        ([*start, text, "--prompt=a", "--tokenizer_path=b"], "brings its own: leave --tokenizer_path out"),
+        ([*start, text, "--prompt=a", "--tokenizer_path=b"], "has its own: leave --tokenizer_path out"),
         (["--dataset_name=cifar10", "--solver=euler", plain], "use it with --dataset_name=diffusers"),
     ):
         assert message in call(sample_cli.main, *flags, f"--outdir={tmp_path / 'none'}", ok=False)

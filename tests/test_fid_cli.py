@@ -283,7 +283,7 @@ def test_wrong_inputs_are_one_line(noise, tmp_path):
     damaged = write_images(tmp_path / "damaged", 3)
     (damaged / "000001.png").write_bytes((damaged / "000001.png").read_bytes()[:400])
     cases = [
-        ((noise, "--num=102"), "holds only 101 images"),
+        ((noise, "--num=102"), "has only 101 images"),
         ((tmp_path / "nowhere",), "nowhere: no such folder"),
         ((noise, "--ref=missing.npz"), "--ref=missing.npz: no such file"),
         ((write_images(tmp_path / "small", 3, size=28),), "28x28 pixels"),
@@ -298,7 +298,7 @@ def test_wrong_inputs_are_one_line(noise, tmp_path):
                 images, options[0][6:] if options and options[0].startswith("--ref") else "digits", **keywords
             )
         assert "\n" not in str(caught.value)
-    assert "holds only 101" in error_of(run_fid("calc", f"--images={noise}", "--ref=digits", "--num=102"))
+    assert "has only 101" in error_of(run_fid("calc", f"--images={noise}", "--ref=digits", "--num=102"))
     assert "000001.png: damaged" in error_of(run_fid("calc", f"--images={damaged}", "--ref=digits"))
     assert "must end in .npz" in error_of(run_fid("ref", f"--data={noise}", f"--dest={tmp_path / 'ref.txt'}"))
 

@@ -143,7 +143,7 @@ def test_continuing_from_the_command_line(tiny, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     folder = trained(done.output).parent
     for arguments, message in (
-        (["--total_kimg=0.012"], "code of your own; repeat --loss='own_features:pixels+huber' to run it"),
+        (["--total_kimg=0.012"], "your own code; repeat --loss='own_features:pixels+huber' to run it"),
         (["--total_kimg=0.012", "--loss=l2"], "this run has loss=own_features:pixels+huber, not l2"),
         (["--total_kimg=0.012", own, "--M=1"], "this run has --objective=final, without --M; leave it out"),
         (["--total_kimg=0.012", own, "--objective=per_step"], "has objective=final, not per_step"),
@@ -161,7 +161,7 @@ def test_continuing_from_the_command_line(tiny, tmp_path, monkeypatch):
     [
         (
             ["--objective=final", "--sampler_stu=amed"],
-            "--objective=final trains span students: use --sampler_stu=span, not amed",
+            "--objective=final trains span solvers: use --sampler_stu=span, not amed",
         ),
         (["--objective=per_step", "--sampler_stu=span"], "it needs --objective=final"),
         (["--objective=final", "--M=2"], "--M belongs to --objective=per_step: leave it out"),
@@ -177,7 +177,7 @@ def test_continuing_from_the_command_line(tiny, tmp_path, monkeypatch):
         (["--sampler_stu=span", "--init=ab@x"], "unknown grid 'x'"),
         (["--sampler_stu=span", "--lrs=x=1"], "'x=1' should be group=rate"),
         (["--sampler_stu=span", "--phases=x"], "should be groups:share"),
-        (["--sampler_stu=span", "--num_steps=2"], "would not call the network|nothing to learn"),
+        (["--sampler_stu=span", "--num_steps=2"], "would not evaluate the network|nothing to learn"),
         (["--sampler_stu=span", "--sigmas=2,1", "--schedule_type=logsnr"], "--sigmas replaces --schedule_type"),
         (["--sampler_stu=span", "--pairs=4"], "pairs=4 must be at least the batch, 32"),
     ],

@@ -359,7 +359,7 @@ def test_what_a_run_leaves(toy_model, tmp_path):
     path = train_span({**USUAL, "outdir": str(tmp_path), "init": "ab@polynomial:7,dpmpp@logsnr", "desc": "x"})
     assert path.parent.name == "00000-custom-5-3-span-full-deis-x"
     names = sorted(entry.name for entry in path.parent.iterdir())
-    assert names == ["log.txt", "predictor-000000.safetensors", "stats.jsonl", "training-state-000000.pt"] + [
+    assert names == ["log.txt", "predictor-000000.080.safetensors", "stats.jsonl", "training-state-000000.pt"] + [
         "training_options.json"
     ]
     assert [entry.suffix for entry in (tmp_path / "teacher-sets").iterdir()] == [".safetensors"]
@@ -468,7 +468,7 @@ def test_a_damaged_state_is_explained(toy_model, tmp_path):
     state["options"]["total_kimg"] = 1
     for change in ({"student_config": {"num_steps": 9}}, {"student_config": {"colour": 1}}, {"student_config": None}):
         torch.save({**state, **change}, state_path)
-        with pytest.raises(UserError, match="is not that of a span student"):
+        with pytest.raises(UserError, match="is not that of a span solver"):
             train_span(state["options"], run_dir=path.parent, resume=True)
 
 
@@ -477,7 +477,7 @@ def test_a_damaged_state_is_explained(toy_model, tmp_path):
     [
         ({"preset": "best"}, "preset=best: choose from"),
         ({"num_steps": 1}, "at least 2"),
-        ({"num_steps": 2}, "would not call the network|nothing to learn"),
+        ({"num_steps": 2}, "would not evaluate the network|nothing to learn"),
         ({"init": "ab@cosine"}, "unknown grid 'cosine'"),
         ({"init": "rk4@logsnr"}, "unknown base 'rk4'"),
         ({"init": "ab@polynomial:x"}, "'x' is not an exponent"),

@@ -728,7 +728,7 @@ def test_deflated_parts_are_no_larger_than_they_say(tmp_path):
 def test_statistics_whose_texts_are_endless(tmp_path):
     for text_of in ("x" * 5000, np.array("\0" * (1 << 25))):
         np.savez_compressed(tmp_path / "x.npz", mu=np.zeros(2), sigma=np.eye(2), detector=text_of)
-        with pytest.raises(UserError, match="x.npz: .*(is no name|unpacks to)"):
+        with pytest.raises(UserError, match="x.npz: .*(is not a name|unpacks to)"):
             Reference.load(tmp_path / "x.npz")
 
 
@@ -942,5 +942,5 @@ def test_nothing_of_a_file_steers_the_terminal(tmp_path):
 
 def test_keys_are_quoted_briefly():
     for key in (text("k" * 100_000), number(7), b"N"):
-        refuse(b"}" + key + b"K\x01s.", "holds no EDM network", load_edm_network)
+        refuse(b"}" + key + b"K\x01s.", "is not an EDM network", load_edm_network)
         refuse(b"}" + key + b"K\x01s.", "holds no AMED predictor", load_predictor)

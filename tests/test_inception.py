@@ -174,7 +174,7 @@ def test_other_files_are_refused(state, tmp_path, monkeypatch):
     cases = {
         "text.pth": (b"hello", "not a readable pickle"),
         "list.pth": ([1, 2], "holds no weights"),
-        "few.pth": (few, "lacks Conv2d_2a_3x3.conv.weight"),
+        "few.pth": (few, "missing Conv2d_2a_3x3.conv.weight"),
         "object.pth": (Dangerous(), "it calls something that is not a builder"),
     }
     for name, (content, message) in cases.items():

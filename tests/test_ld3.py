@@ -416,7 +416,7 @@ def test_command_line_and_sampling(tmp_path):
     [
         (("--loss=lpip",), "unknown term 'lpip'; choose from l2, huber, features, lpips, or module:function"),
         (("--loss=l2", "--feature_sigma=0.1"), "feature_sigma has no effect with loss=l2"),
-        (("--feature_sigma=100",), "features at sigma=100: it must lie in the network's range"),
+        (("--feature_sigma=100",), "features at sigma=100: must be in the network's range"),
         (("--num_steps=2",), "num_steps of at least 3"),
         (("--solver=edm",), "draws noise: choose a deterministic one"),
         (("--solver_tea=amed",), "'amed' cannot be the teacher"),

@@ -175,7 +175,7 @@ def test_mistakes_end_in_one_line(tmp_path):
     for value in (0, float("nan"), -1):
         refused("scale_factor .* positive", config={**config, "scale_factor": value})
         refused("scale_factor .* positive", weights={**weights, "scale_factor": torch.tensor(value)})
-    refused("lacks the scale_factor", config={**config, "scale_by_std": True})
+    refused("scale_by_std needs a tensor scale_factor", config={**config, "scale_by_std": True})
     refused("noise table is unusable", config={**config, "timesteps": 1})
     refused("3 latent channels, the model 4", config={**config, "channels": 4})
     refused("unet_config", config={key: value for key, value in config.items() if key != "unet_config"})

@@ -187,7 +187,7 @@ def test_what_was_predicted_is_reported():
     [
         ({"M": -1}, "M=-1"),
         ({"M": 1.5}, "M=1.5"),
-        ({"sampler_stu": "heun"}, "sampler_stu=heun cannot take a predictor"),
+        ({"sampler_stu": "heun"}, "sampler_stu=heun cannot learn"),
         ({"sampler_tea": "amed"}, "'amed' cannot be the teacher"),
         ({"sampler_tea": "rk45"}, "unknown solver 'rk45'"),
         ({"num_steps": 1}, "at least 2"),

@@ -22,7 +22,7 @@ import sample as cli
 from evaluation import verifiers
 from evaluation.clip import ClipNetwork
 from evaluation.detectors import EMBEDDED, PRETRAINED, ConvClassifier, load_classifier, save_classifier
-from evaluation.verifiers import find_function, judge, load_verifier
+from evaluation.verifiers import FORMS, judge, load_verifier
 from models import build_denoiser, create_model
 from sampling.folder import Folder
 from sampling.generate import Batch, generate_images
@@ -31,6 +31,7 @@ from sampling.search import Choice, ScoreFile, keep_best
 from solvers import sample
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
+from torch_utils.functions import find_function
 from torch_utils.images import to_uint8
 from torch_utils.progress import progress_bar
 from torch_utils.seeds import candidate_seed
@@ -385,12 +386,12 @@ def test_mistakes_take_one_line_and_leave_nothing(tmp_path, flags, message):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("return images.float().mean(dim=(2, 3))", "gave numbers of shape [4, 1] for 4 images; expected [4]"),
-        ("return [1.0]", "gave numbers of shape [1] for 4 images"),
-        ("return [float('nan') if s == 1 else 0.0 for s in seeds]", "gave nan for an image of seed 1"),
-        ("return [float('inf')] * len(seeds)", "gave inf for an image of seed 0"),
-        ("return None", "gave a NoneType and not one number per image"),
-        ("return ['good'] * len(seeds)", "gave a list and not one number per image"),
+        ("return images.float().mean(dim=(2, 3))", "returned numbers of shape [4, 1] for 4 images; expected [4]"),
+        ("return [1.0]", "returned numbers of shape [1] for 4 images"),
+        ("return [float('nan') if s == 1 else 0.0 for s in seeds]", "returned nan for an image of seed 1"),
+        ("return [float('inf')] * len(seeds)", "returned inf for an image of seed 0"),
+        ("return None", "returned a NoneType instead of one number per image"),
+        ("return ['good'] * len(seeds)", "returned a list instead of one number per image"),
     ],
 )
 def test_verifiers_that_do_not_answer(tmp_path, monkeypatch, body, message):
@@ -416,6 +417,6 @@ def test_a_seed_without_any_finite_image_is_named(tmp_path):
 
 
 def test_find_function():
-    assert find_function("json:dumps") == (json.dumps, json.__file__)
+    assert find_function("json:dumps", "--verifier", FORMS) == (json.dumps, json.__file__)
     with pytest.raises(UserError, match="choose classifier"):
-        find_function("json:dumps.x")
+        find_function("json:dumps.x", "--verifier", FORMS)

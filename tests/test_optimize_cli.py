@@ -125,7 +125,7 @@ def test_a_damaged_state(tmp_path):
         (("--solver=nope",), "unknown solver 'nope'"),
         (("--solver=amed",), "needs a trained predictor"),
         (("--num_steps=10", *SMALL), "num_steps=10: GITS chooses 2 to 9"),
-        (("--num_steps=2", "--afs=True", *SMALL), "GITS under AFS needs num_steps and num_steps_tea of at least 3"),
+        (("--num_steps=2", "--afs=True", *SMALL), "GITS with AFS needs num_steps and num_steps_tea of at least 3"),
         (("--num_steps=3", "--afs=True", "--num_steps_tea=2"), "num_steps_tea of at least 3"),
         (("--solver=dpm_v3", "--statistics=nowhere", "--afs=True", *SMALL), "there are no statistics nowhere"),
         (("--solver_tea=amed", *SMALL), "'amed' cannot be the teacher"),

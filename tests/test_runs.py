@@ -274,14 +274,15 @@ def test_default_folders_of_different_images_are_distinct(tmp_path, monkeypatch)
     for flags in runs:
         done = call("sample", *flags, "--seeds=0", "--device=cpu")
         folders.append(done.stdout.split("-> ")[1].strip())
-        if len(folders) == 2:  # the predictor is what differs
-            assert "predictor_sha256: null there" in done.stderr and folders[1] in done.stderr
-    assert folders[0] == str(Path("samples/digits/ipndm_nfe4")) and len(set(folders)) == 3
+        if len(folders) == 3:  # named after the settings, as the usual folder is taken
+            assert 'schedule_type: "polynomial" there, "logsnr" now' in done.stderr and folders[2] in done.stderr
+    assert folders[:2] == [str(Path(f"samples/digits/ipndm{kind}_nfe4")) for kind in ("", "-plugin")]
+    assert len(set(folders)) == 3
     for flags, folder in zip(runs, folders, strict=True):  # the same command continues there
         done = call("sample", *flags, "--seeds=0", "--device=cpu")
         assert done.stdout.startswith("sampled 0 images (1 skipped) NFE=4 ") and done.stdout.endswith(f" -> {folder}\n")
     line = call("sample", *runs[1], f"--outdir={folders[0]}", "--seeds=0", "--device=cpu", code=2)
-    assert "predictor_sha256: null there" in line
+    assert "without a predictor there, with one now" in line
 
 
 @pytest.mark.parametrize("change", [{"guidance_rate": 0.0}, {"guidance_type": "none"}, {"sigma_max": 80.0}])

@@ -449,7 +449,9 @@ def test_zip_bombs(tmp_path):
 
 
 def test_wrong_content_is_described(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match=r"no entry 'ema'.*model \(an object of class AMED_predictor\)"):
+    with pytest.raises(
+        UserError, match=r"the entry 'ema' is missing; found.*model \(an object of class AMED_predictor\)"
+    ):
         load_edm_network(FIXTURES / "amed_cifar10_amed.pkl")
     for value, message in (([1, 2], "found a list"), ({"ema": 3}, "found a int"), ({}, "nothing")):
         (tmp_path / "x.pkl").write_bytes(pickle.dumps(value))
@@ -498,7 +500,7 @@ def test_bad_edm_safetensors(tmp_path):
     refuse({"other": torch.ones(1)}, json.dumps(net.config), "weights do not fit|do not belong")
     refuse(state, json.dumps({**net.config, "model_channels": 16}), "weights do not fit")
     refuse(state, json.dumps({**net.config, "model_channels": 1 << 40}), "net.safetensors")
-    refuse(state, json.dumps({**net.config, "num_blocks": 1 << 40}), "is too much")
+    refuse(state, json.dumps({**net.config, "num_blocks": 1 << 40}), "is too large")
     refuse(state, json.dumps({**net.config, "surprise": 1}), "surprise")
     refuse({**state, "data_mean": torch.ones(3, 4, 4)}, json.dumps(net.config), "data_mean has shape")
     save_edm_safetensors(net, path)

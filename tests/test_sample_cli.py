@@ -329,7 +329,7 @@ def test_mistakes_take_one_line_and_leave_nothing(tmp_path, flags, message):
 @pytest.mark.parametrize(
     ("flags", "idle"),
     [
-        (("--solver=euler",), "'euler' with polynomial schedule"),
+        (("--solver=euler", "--num_steps=6"), "'euler' with polynomial schedule"),
         (("--solver=euler", "--sigmas=80,1"), "'euler' with this schedule"),
         (("--solver=deis",), None),
         (("--solver=euler", "--original_code=False"), None),

@@ -254,7 +254,7 @@ def test_text_encoder_of_transformers(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="the tokenizer in .*damaged cannot be used"):
         net.make_cond(prompts=["a"])
     net.cond_stage_model.tokenizer = str(tmp_path / "none")
-    with pytest.raises(UserError, match="no CLIP tokenizer '.*none': it is no folder, and no repository"):
+    with pytest.raises(UserError, match="no CLIP tokenizer '.*none': it is not a folder, and the hub repository"):
         net.make_cond(prompts=["a"])
     import huggingface_hub
 
@@ -318,7 +318,7 @@ def test_mistakes_end_in_one_line(tmp_path):
     refused("does not take guidance_type 'cg'; use cfg or none", build_with(guidance_type="cg"))
     refused("guidance_rate 2 has no effect", build_with(guidance_type="none", guidance_rate=2))
     refused("guidance_rate nan", build_with(guidance_rate=float("nan")))
-    refused("cond_stage_config is '__is_unc", build_with(changes={"cond_stage_config": "__is_unconditional__"}))
+    refused("cond_stage_config='__is_unc", build_with(changes={"cond_stage_config": "__is_unconditional__"}))
     no_text = {name: value for name, value in weights.items() if not name.startswith("cond_stage_model.")}
     refused("missing .*cond_stage_model.transformer.text_model", build_with(weights=no_text))
     net, cond, _ = build()

@@ -85,7 +85,7 @@ def test_mistakes_are_one_line(sets, tmp_path):
         ({"data": write_zip(tmp_path / "oblong.zip", 6, size=(8, 6))}, "must be square"),
         ({"test": write_zip(tmp_path / "large.zip", 6, size=(9, 9))}, "differ from those of --data"),
         ({"test": write_zip(tmp_path / "more.zip", 8, classes=4)}, "differ from those of --data"),
-        ({"batch": 331}, "larger than the 330 images"),
+        ({"batch": 331}, "must not exceed the 330 images"),
         ({"epochs": 0}, "--epochs"),
         ({"lr": 0}, "--lr"),
         ({"device": "toaster"}, "--device=toaster"),

@@ -262,9 +262,9 @@ WRONG = {  # flag -> (value, what the error says)
     "seed": [(-1, "--seed"), (1 << 63, "--seed")],
     "snap": [(-1, "--snap"), ("nan", "finite")],
     "grid": [("maybe", "not a valid boolean")],
-    "resume": [("maybe", "not a valid boolean"), (True, "--resume: there is no")],
+    "resume": [("maybe", "not a valid boolean"), (True, "--resume: no such file")],
     "device": [("tpu9", "--device=tpu9")],
-    "init": [("a.pkl", "--init brings its architecture: leave out --model_channels")],
+    "init": [("a.pkl", "--init: its network sets the architecture; leave out --model_channels")],
     "schedule": [("no-such.json", "cannot read the schedule no-such.json"), (__file__, "not a schedule file")],
 }
 
@@ -430,11 +430,11 @@ def test_the_levels_that_a_solver_asks_for(solver, more, expected):
     ("schedule", "options", "text"),
     [
         ({"sigmas": (100.0, 1.0)}, {}, "sigma=100 is outside the network's range"),
-        ({"sigmas_cond": [80.0, 4.0, 0.6, 0.002]}, {}, "cannot be trained on"),
+        ({"sigmas_cond": [80.0, 4.0, 0.6, 0.002]}, {}, "which training cannot use"),
         ({"solver": "nope"}, {}, "unknown solver 'nope'"),
         ({"solver": "amed"}, {}, "needs a trained predictor"),
         ({}, {"p_mean": -1}, "leave out --p_mean"),
-        ({}, {"model_channels": 8}, "--init brings its architecture: leave out --model_channels"),
+        ({}, {"model_channels": 8}, "--init: its network sets the architecture; leave out --model_channels"),
         ({}, {"init": "no-such.pkl"}, "--init=no-such.pkl: "),
         ({}, {"init": __file__}, f"--init={__file__}: "),
         ({}, {"data": "other.zip"}, "its network has img_resolution=16, the images of --data 8"),

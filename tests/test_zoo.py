@@ -14,7 +14,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from models import adm, build_denoiser, cm, create_model, ldm, sd, zoo
+from models import adm, build_denoiser, cm, create_model, ldm, mr, sd, zoo
 from models.building import build_empty
 from models.denoiser import read_bottleneck
 from models.edm import EDMDenoiser
@@ -301,8 +301,10 @@ def test_cards_agree_with_the_published_settings(name):
         "adm": adm.RELEASED_CONFIGS,
         "ldm": ldm.RELEASED_CONFIGS,
         "sd": {"ms_coco": sd.STABLE_DIFFUSION_1_5},
+        "mr": mr.RELEASED_CONFIGS,
     }
     classes = {"cm": cm.CMDenoiser, "adm": adm.ADMDenoiser, "ldm": ldm.LDMDenoiser, "sd": sd.StableDiffusionDenoiser}
+    classes["mr"] = mr.MRDenoiser
     net = build_empty(classes[card.family], presets[card.family][name], name)
     assert (net.img_channels, net.img_resolution, net.label_dim) == (card.channels, card.resolution, card.label_dim)
     assert np.allclose((net.sigma_min, net.sigma_max), (card.sigma_min, card.sigma_max), rtol=1e-5)
@@ -380,16 +382,16 @@ def test_verify(offline):
         done = verify.invoke(zoo.main, ["verify", *arguments])
         return done.exit_code, " ".join(done.output.split())
 
-    assert said("ffhq") == (0, f"not recorded {place} 1 files of ffhq looked at, 0 missing or different")
-    assert said("cifar10") == (0, "0 files of cifar10 looked at, 0 missing or different")
+    assert said("ffhq") == (0, f"not recorded {place} 1 files of ffhq checked, 0 missing or different")
+    assert said("cifar10") == (0, "0 files of cifar10 checked, 0 missing or different")
     zoo.resolve("ffhq")
     reference = offline("ffhq/ffhq-64x64.npz", b"statistics")
     zoo.resolve_fid_ref("ffhq")
-    assert said() == (0, f"ok {place} ok {reference} 2 files of all networks looked at, 0 missing or different")
+    assert said() == (0, f"ok {place} ok {reference} 2 files of all networks checked, 0 missing or different")
     place.write_bytes(b"WEIGHTS")
     reference.unlink()
     code, text = said()
-    assert code == 2 and text.startswith(f"differs {place} missing {reference} 2 files of all networks looked at, 2 mi")
+    assert code == 2 and text.startswith(f"differs {place} missing {reference} 2 files of all networks checked, 2 mi")
     with pytest.raises(UserError, match="has changed since its first use .*move it away to download it again"):
         zoo.resolve("ffhq")
     assert said("nothing")[0] == 2
@@ -420,7 +422,7 @@ def test_classes_of_a_batch():
     for labels, text in (
         ([1, 2], "2 classes for 3 images"),
         ([[1, 2, 3]], "3 classes for 3 images"),
-        ([3, -1, 2], "class -1 is out of range: this network knows 0..9"),
+        ([3, -1, 2], "class -1 is out of range: this network has classes 0..9"),
         ([3, 10, 2], "class 10 is out of range"),
         (3.7, "class 3.7"),
     ):
@@ -452,5 +454,5 @@ def test_the_list_of_coco_captions(tmp_path, monkeypatch):
 @pytest.mark.parametrize("setting", [{"num_blocks": 1 << 40}, {"channel_mult": [4] * 1000}, {"num_heads": 1 << 40}])
 def test_networks_that_would_never_be_laid_out(setting):
     config = {"img_resolution": 32, "img_channels": 1, "model_type": "SongUNet", **setting}
-    with pytest.raises(UserError, match="is too much"):
+    with pytest.raises(UserError, match="is too large"):
         build_denoiser("edm", config, {})

@@ -1,7 +1,7 @@
 """The methods of a comparison: same network, seeds and range of noise levels.
 
-A *method* is a solver with its customary schedule and options (``PRESETS``) or with the noise
-levels of schedule files, or a trained predictor. A *job* is a method at one number of evaluations.
+A *method* is a solver with its recommended or published settings (``solvers.recommended``) or with
+the noise levels of schedule files, or a trained predictor. A *job* is a method at one number of evaluations.
 Seeds are split into interleaved groups (seed first + i is in group i mod groups). Results are
 cached per (job, group), so an interrupted comparison resumes where it stopped, and ranks share the
 work. A finished job is one small file; its images are never written.
@@ -18,6 +18,7 @@ import torch
 
 from sampling.settings import NetworkSettings, Settings, settings_of
 from solvers import SOLVERS, check_sigmas
+from solvers.recommended import POLYNOMIAL, PUBLISHED, choose_intervals
 from tools.compare_options import CompareOptions
 from torch_utils import distributed
 from torch_utils.cli import PATH
@@ -25,33 +26,9 @@ from torch_utils.errors import UserError
 from torch_utils.options import click_type, flag_kind, flags_of
 from training.checkpoint import find_predictor, load_predictor
 
-# The customary schedule and options of each solver, from its paper or published code. A solver
-# without an entry takes the defaults (polynomial, rho 7). The command line can change them all.
-POLYNOMIAL = {"schedule_type": "polynomial", "schedule_rho": 7.0}  # Karras et al. 2022
-
-
-LOGSNR = {"schedule_type": "logsnr"}  # Lu et al. 2022
-
-
-PRESETS = {
-    "euler": POLYNOMIAL,
-    "heun": POLYNOMIAL,
-    "edm": POLYNOMIAL | {"S_churn": 30.0, "S_min": 0.01, "S_max": 1.0, "S_noise": 1.007},  # CIFAR-10 VP, ibid. Table 5
-    "dpm": LOGSNR,
-    "dpmpp": LOGSNR | {"max_order": 3},
-    "unipc": LOGSNR | {"max_order": 3},
-    # tAB3: polynomial of degree 3 through 4 points, uniform in sqrt(time) (Zhang & Chen 2023).
-    "deis": {"schedule_type": "time_uniform", "schedule_rho": 2.0, "max_order": 4, "deis_mode": "tab"},
-    "ipndm": POLYNOMIAL | {"max_order": 4},
-    "ipndm_v": POLYNOMIAL | {"max_order": 4},
-    "pfdiff": POLYNOMIAL,
-    "evodiff": LOGSNR,
-    "dpm_v3": LOGSNR,
-}
-
-
 # Settings that all methods share or that follow from the number of evaluations.
-SHARED = {entry.name for entry in fields(NetworkSettings)} | {"solver", "num_steps", "sigma_min", "sigma_max", "sigmas"}
+SHARED = {entry.name for entry in fields(NetworkSettings)}
+SHARED |= {"solver", "nfe", "num_steps", "sigma_min", "sigma_max", "sigmas"}
 SCHEDULE_SETTINGS = {  # settings that a method may have besides the options of its solver, and their types
     **{name: flag_kind(Settings, name) for name in flags_of(Settings) if name not in SHARED},
     "schedule_rho": click.FLOAT,
@@ -80,6 +57,8 @@ class Method:
     predictor_file: Path | None = None
     named: bool = True
     schedule: str | None = None
+    asked: Settings | None = None
+    written: frozenset[str] = frozenset()
 
 
 def _parse_value(method: str, name: str, text: str, kind):
@@ -119,20 +98,34 @@ def parse_method(text: str, common: dict, everywhere: dict) -> Method:
             known = ", ".join(dict.fromkeys([*method.options, *SCHEDULE_SETTINGS, SCHEDULE_FILE]))
             raise UserError(f"--solvers={text}: {solver} has no option '{name}'; choose from {known}")
     file = own.pop(SCHEDULE_FILE, None)
-    values = dict(PRESETS.get(solver, POLYNOMIAL))
+    asked = {}
     for layer in (everywhere, own):
-        if layer.get("schedule_type", values["schedule_type"]) != values["schedule_type"]:
-            values.pop("schedule_rho", None)  # an exponent belongs to its schedule
-        values |= layer
+        if layer.get("schedule_type", asked.get("schedule_type")) != asked.get("schedule_type"):
+            asked.pop("schedule_rho", None)  # an exponent belongs to its schedule
+        asked |= layer
+    values = {**PUBLISHED.get(solver, (POLYNOMIAL, ""))[0]}
+    if asked.get("schedule_type", values["schedule_type"]) != values["schedule_type"]:
+        values.pop("schedule_rho", None)
+    values |= asked
     given = common.get("sigmas") is not None
     whole = "--sigmas" if given else SCHEDULE_FILE
     if (given or file is not None) and {"schedule_type", "schedule_rho"} & own.keys():
         raise UserError(f"--solvers={text}: {whole} sets the whole schedule: leave out schedule_type and schedule_rho")
     if given and file is not None:
         raise UserError(f"--solvers={text}: --sigmas sets the schedule of all methods; leave out one of the two")
-    schedule = {name: values.pop(name) for name in tuple(values) if name in SCHEDULE_SETTINGS}
-    settings = Settings(solver=solver, **common, **schedule, options=values)
-    method = Method(text.strip(), settings, schedule=file)
+
+    def settings_of_values(values: dict) -> Settings:
+        schedule = {name: value for name, value in values.items() if name in SCHEDULE_SETTINGS}
+        options = {name: value for name, value in values.items() if name not in SCHEDULE_SETTINGS}
+        return Settings(solver=solver, **common, **schedule, options=options)
+
+    method = Method(
+        text.strip(),
+        settings_of_values(values),
+        schedule=file,
+        asked=settings_of_values(asked),
+        written=frozenset(asked),
+    )
     try:
         method.settings.make_solver()  # raises UserError if the options do not go together
     except UserError as error:
@@ -172,24 +165,24 @@ def _label(predictor, solver: str) -> str:
 def choose_steps(settings: Settings, net, nfe: int) -> tuple[Settings, int]:
     """The settings with the number of steps that costs ``nfe`` evaluations, and their actual cost.
 
-    If no number of steps costs exactly this, takes the nearest cost below, or else the cheapest. Of
-    several numbers of steps with the same cost, takes the largest.
+    If no number of steps costs exactly that: the nearest below, or the cheapest there is.
     """
-    best, refusal = None, UserError(f"--nfe={nfe}: {settings.solver} cannot spend so few evaluations")
-    for intervals in range(1, 8 * nfe + 9):  # no solver covers more than a few intervals per evaluation
-        candidate = replace(settings, num_steps=intervals + 1)
+    intervals, spent = choose_intervals(lambda n: replace(settings, num_steps=n + 1).evaluations(net), nfe)
+    return replace(settings, num_steps=intervals + 1), spent
+
+
+def settings_at(method: Method, net, nfe: int, tuned: bool) -> tuple[Settings, int]:
+    """(settings of a plain method at ``nfe`` evaluations, or at the nearest number below, what they cost).
+
+    tuned: take the settings that are recommended for the network, else those that are published.
+    """
+    for number in range(nfe, 0, -1):
         try:
-            cost = candidate.evaluations(net)
-        except UserError as error:  # this solver or schedule does not allow the number of steps
-            refusal = error
+            settings, _ = replace(method.asked, nfe=number).for_network(net, method.written, tuned)
+            return settings, settings.evaluations(net)
+        except UserError:  # this solver cannot spend just that
             continue
-        if cost <= nfe or best is None:
-            best = (candidate, cost) if cost > 0 else best
-        if cost > nfe:
-            break
-    if best is None:
-        raise refusal
-    return best
+    return choose_steps(method.settings, net, nfe)
 
 
 def split_list(text: str | None) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from models import zoo
 from sampling.settings import ComputeOptions, NetworkSettings, Settings
 from sampling.text import TextOptions
 from torch_utils.cli import PATH, PathText
@@ -28,13 +29,20 @@ class CompareOptions:
         "3,4,5,6,8,10",
         metavar="N,N,...",
     )
+    presets: str = flag(
+        "Settings of a solver that the flags leave open: recommended for the network and the number of evaluations,"
+        " where it has been tuned, or those of the solver's paper (solvers/recommended.py)",
+        "recommended",
+        click.Choice(["recommended", "published"]),
+    )
     predictor_path: str | None = flag(
         "Trained predictors, each compared at its own NFE", kind=PathText(several=True), metavar="N|DIR|FILE,..."
     )
     num: int = flag("Images per method", 5000, click.IntRange(min=2), aliases=("--num_images",))
     seed: int = flag("First seed", 0, click.IntRange(min=0))
     groups: int = flag(
-        "Groups of seeds, for the confidence intervals; results are stored and shared per group",
+        "Groups of seeds, for the confidence intervals; results are stored and shared per group; fewer by default where"
+        " there are few images",
         5,
         click.IntRange(min=2),
     )
@@ -48,7 +56,7 @@ class CompareOptions:
     )
     reference_steps: int = flag("Steps of the reference solution (Heun, 2 evaluations each)", 50, click.IntRange(min=1))
     schedule_type: str | None = like(
-        Settings, "schedule_type", default=None, help="Time schedule of all solvers (default: customary)"
+        Settings, "schedule_type", default=None, help="Time schedule of all solvers (default: --presets)"
     )
     schedule_rho: float | None = like(Settings, "schedule_rho", default=None)
     sigma_min: float | None = like(Settings, "sigma_min")
@@ -57,7 +65,9 @@ class CompareOptions:
     afs: bool | str | None = like(Settings, "afs", default=None, help="Analytical first step, for all solvers")
     text: TextOptions = part()
     ref: str | None = flag(
-        "FID reference statistics (default: those of the network)", kind=PATH, metavar="NPZ|URL|NAME"
+        "FID reference statistics (default: those of the network; without any: distances only)",
+        kind=PATH,
+        metavar="NPZ|URL|NAME",
     )
     detector: str | None = flag(
         "Detector of the features (default: the reference's, else inception)", kind=PATH, metavar="NAME|PATH"
@@ -73,9 +83,10 @@ class CompareOptions:
         return Path(self.outdir or f"runs/compare-{self.network.dataset_name}")
 
     @property
-    def reference_name(self) -> str:
-        """The reference of the FIDs."""
-        return self.ref or self.network.dataset_name
+    def reference_name(self) -> str | None:
+        """The reference of the FIDs; None if the network has no reference statistics."""
+        card = zoo.find_card(self.network.dataset_name)
+        return self.ref or (card.name if card is not None and card.fid_file else None)
 
     def common(self) -> dict:
         """Settings that all methods share, by their name in ``Settings``."""

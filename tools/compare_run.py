@@ -16,13 +16,14 @@ import torch
 from evaluation.fid import choose_detector, find_reference
 from evaluation.frechet import FeatureStatistics, Reference, frechet_distance
 from evaluation.jackknife import Estimate, jackknife
-from models import zoo
+from models.wrapped import WrappedDenoiser
 from sampling.folder import format_seeds
 from sampling.generate import Batch, generate_images
-from sampling.settings import Settings, check_network, open_network, recorded_settings
+from sampling.settings import Settings, check_network, open_network, recorded_settings, remembered_network
+from solvers.recommended import POLYNOMIAL
 from solvers.schedule_file import load_schedule
 from solvers.schedules import SCHEDULE_NAMES
-from tools.compare_methods import NFE_MARK, POLYNOMIAL, SHARED, Method, choose_steps, make_methods, parse_nfe
+from tools.compare_methods import NFE_MARK, SHARED, Method, make_methods, parse_nfe, settings_at
 from tools.compare_options import CompareOptions
 from torch_utils import distributed
 from torch_utils.arrays import read_npz, write_npz
@@ -182,8 +183,9 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 class Comparison:
     """The network, the detector, the protocol and the cache of one comparison.
 
-    net, detector: the network, and the detector of the features.
-    target: reference statistics of the FID.
+    net: the network.
+    detector: gives the features of images. None: no FID and no distance of features.
+    target: reference statistics of the FID. None: no FID.
     protocol: seeds and groups.
     options: flags of the run.
     device: where to compute.
@@ -197,7 +199,7 @@ class Comparison:
         self,
         net,
         detector,
-        target: Reference,
+        target: Reference | None,
         protocol: Protocol,
         options: CompareOptions,
         device: torch.device,
@@ -214,16 +216,16 @@ class Comparison:
         self.range = self._ends(self.reference)
         self.reference_nfe = self.reference.evaluations(net)
         self.code = code_version()
-        solution = self._recorded(self.reference, None)
+        solution, digest = self._recorded(self.reference, None), detector and detector.digest
         self.record = {
             "seeds": [protocol.first, protocol.num, protocol.groups, protocol.num_reference, protocol.shown],
             "solution": solution if protocol.num_reference else None,
-            "detector": detector.digest,
-            "target": hashlib.sha256(target.mu.tobytes() + target.sigma.tobytes()).hexdigest(),
+            "detector": digest,
+            "target": target and hashlib.sha256(target.mu.tobytes() + target.sigma.tobytes()).hexdigest(),
             "intervals": "jackknife",  # older files lack its values
         }
         dealt = [protocol.first, protocol.groups, protocol.num_reference]
-        self.solution_key = digest_of([solution, dealt, detector.digest])[:16]
+        self.solution_key = digest_of([solution, dealt, digest])[:16]
 
     def _recorded(self, settings: Settings, predictor_file) -> dict:
         """What the images of these settings depend on; of the schedule, only its noise levels."""
@@ -304,7 +306,11 @@ class Comparison:
         for _, images, _ in self.generate(
             job.method.label, job.settings, job.nfe, job.method.predictor, [self.protocol.first]
         ):
-            self.detector(images)
+            self._features(images)
+
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
+        """Features [B,D] of uint8 images; [B,0] without a detector."""
+        return torch.empty(len(images), 0) if self.detector is None else self.detector(images)
 
     def warm_up(self, job: Job) -> None:
         """Samples one batch, since a GPU chooses its kernels in the first call of a shape."""
@@ -319,7 +325,7 @@ class Comparison:
         images, features = [], []
         for result, quantised, _ in self.generate("the reference", self.reference, self.reference_nfe, None, seeds):
             images.append(_visible(result.images).numpy())
-            features.append(self.detector(quantised).cpu().numpy())
+            features.append(self._features(quantised).cpu().numpy())
         write_npz(
             self.solution_file(group), compressed=True, images=np.concatenate(images), features=np.concatenate(features)
         )
@@ -331,27 +337,28 @@ class Comparison:
         shown = protocol.count(group, protocol.shown)
         solution = read_arrays(self.solution_file(group)) if near else {}
         solution = {name: torch.from_numpy(values) for name, values in solution.items()}
-        statistics = FeatureStatistics(self.detector.feature_dim, self.device)
+        statistics = None if self.target is None else FeatureStatistics(self.detector.feature_dim, self.device)
         pixel, feature, pictures = [np.empty(0)], [np.empty(0)], []
         seconds, done = 0.0, 0
         for result, quantised, took in self.generate(
             job.method.label, job.settings, job.nfe, job.method.predictor, seeds
         ):
-            features = self.detector(quantised)
-            statistics.append(features)
+            features = self._features(quantised)
+            if statistics is not None:
+                statistics.append(features)
             part = min(max(near - done, 0), len(quantised))
             if part:
                 pixel.append(rms(_visible(result.images[:part]) - solution["images"][done : done + part]))
-                feature.append(rms(features[:part].cpu() - solution["features"][done : done + part]))
+                if self.detector is not None:
+                    feature.append(rms(features[:part].cpu() - solution["features"][done : done + part]))
             pictures.append(quantised[: max(shown - done, 0)].numpy())
             seconds += took
             done += len(quantised)
-        mu, sigma = statistics.moments()
+        moments = {} if statistics is None else dict(zip(("mu", "sigma"), statistics.moments(), strict=True))
         write_npz(
             self.part_file(job, group),
             compressed=True,
-            mu=mu,
-            sigma=sigma,
+            **moments,
             count=done,
             seconds=seconds,
             pixel=np.concatenate(pixel),
@@ -370,16 +377,19 @@ class Comparison:
         """Joins the files of the groups into one and removes them: covariances are large."""
         groups = range(self.protocol.groups)
         parts = [read_arrays(self.part_file(job, group)) for group in groups]
-        moments = [(int(part["count"]), part["mu"], part["sigma"]) for part in parts]
 
         def fid(chosen: list) -> float:
             return frechet_distance(*pool_moments(chosen), self.target.mu, self.target.sigma)
 
+        fids = {}
+        if self.target is not None:
+            moments = [(int(part["count"]), part["mu"], part["sigma"]) for part in parts]
+            left_out = [fid(others) for others in without_each_group(moments)]
+            fids = {"fid": fid(moments), "fid_left_out": np.array(left_out)}
         write_npz(
             self.result_file(job),
             compressed=True,
-            fid=fid(moments),
-            fid_left_out=np.array([fid(others) for others in without_each_group(moments)]),
+            **fids,
             **{name: np.array([part[name] for part in parts]) for name in ("count", "seconds", "how", "code")},
             **{name: self.protocol.merge([part[name] for part in parts]) for name in ("pixel", "feature", "pictures")},
         )
@@ -392,7 +402,7 @@ class Comparison:
         """A row of the table, from the file of a finished job."""
         found, groups = read_arrays(self.result_file(job)), self.protocol.groups
         row = {"method": job.method.label, "nfe": job.nfe, "nfe_requested": list(job.requested)}
-        row |= self._score("fid", float(found["fid"]), found["fid_left_out"])
+        row |= self._score("fid", float(found["fid"]) if "fid" in found else None, found.get("fid_left_out", ()))
         for name in ("pixel", "feature"):
             values = found[name]
             parts = [values[group::groups] for group in range(groups)] if len(values) else []
@@ -433,7 +443,9 @@ class Comparison:
         return to_uint8(torch.from_numpy(images[: self.protocol.shown]))
 
     def sample_command(self, job: Job) -> str:
-        """The call of sample.py that makes the images of a job."""
+        """The call of sample.py that makes the images of a job; empty if only Python has the network."""
+        if isinstance(self.net, WrappedDenoiser) and self.options.compute.model_path is None:
+            return ""
         settings = job.settings
         flags = {"dataset_name": settings.dataset_name}
         if job.method.predictor_file is not None:
@@ -538,7 +550,8 @@ def _jobs_of(comparison: Comparison, method: Method, nfes: list[int]) -> list[Jo
         return _scheduled_jobs(comparison, method, nfes)
     if method.predictor is not None or method.settings.sigmas is not None:
         return [comparison.make_job(method, method.settings, _spent(comparison, method, method.settings))]
-    chosen = [(nfe, *choose_steps(method.settings, comparison.net, nfe)) for nfe in nfes]
+    tuned = comparison.options.presets == "recommended"
+    chosen = [(nfe, *settings_at(method, comparison.net, nfe, tuned)) for nfe in nfes]
     return [comparison.make_job(method, settings, spent, (nfe,)) for nfe, settings, spent in chosen]
 
 
@@ -568,16 +581,22 @@ def share_out(costs: list[float], processes: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def prepare(options: CompareOptions, device: torch.device) -> tuple[Comparison, list[Job]]:
-    """The comparison and its jobs. Finds all mistakes before anything is written."""
+def prepare(options: CompareOptions, device: torch.device, net=None) -> tuple[Comparison, list[Job]]:
+    """The comparison and its jobs. Finds all mistakes before anything is written.
+
+    net: the network to use as it is. Default: the one that the options name is opened.
+    """
+    if "groups" not in options.written:  # fewer where there are few images
+        least = min(options.num // 2, options.num_reference or options.num)
+        options = replace(options, groups=max(2, min(options.groups, least)))
     if options.num_reference is None:
         options = replace(options, num_reference=min(256, options.num))
     protocol = Protocol(options.seed, options.num, options.groups, options.num_reference)
     protocol.check()
     nfes = parse_nfe(options.nfe)
     methods = make_methods(options)
-    if options.ref is None and options.network.dataset_name == zoo.CUSTOM:
-        raise UserError("--dataset_name=custom has no reference statistics: give --ref (fid.py ref makes them)")
+    if options.reference_name is None and not options.num_reference:
+        raise UserError("nothing to measure: give --ref for FIDs (fid.py ref makes it), or leave --num_reference=0 out")
     folder = options.folder
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--outdir={folder} is a file; choose a folder")
@@ -585,11 +604,21 @@ def prepare(options: CompareOptions, device: torch.device) -> tuple[Comparison, 
     seeds = list(range(protocol.first, protocol.first + protocol.num))
     options = replace(options, text=options.text.resolve())
     prompts = options.text.read(options.network.dataset_name, seeds)
-    net = open_network(methods[0].settings, options.compute, device)
+    for method in methods:
+        if net is None:
+            found = remembered_network(method.predictor_file, method.settings, options.compute)
+            options = replace(options, compute=found)
+    if net is None:
+        net = open_network(methods[0].settings, options.compute, device)
     check_network(net, methods[0].settings, None, device)
     options.text.prepare(net, options.network.dataset_name, prompts)
-    target = find_reference(options.reference_name)
-    detector = choose_detector(options.detector, target, device, options.trust)
+    target = detector = None
+    if options.reference_name is not None:
+        target = find_reference(options.reference_name)
+    else:
+        distributed.print0("Note: no FIDs, distances only: --ref names reference statistics", file=sys.stderr)
+    if target is not None or options.detector is not None:
+        detector = choose_detector(options.detector, target, device, options.trust)
     # As many columns as fit side by side; fewer of large images, which the page embeds.
     protocol = replace(protocol, shown=min(protocol.num, 16, max(4, 2**16 // net.img_resolution**2)))
     comparison = Comparison(net, detector, target, protocol, options, device, prompts)

@@ -1,11 +1,11 @@
-"""Makes a dataset zip in EDM's layout: 00000/img00000000.png, ..., and the labels in dataset.json, all uncompressed.
+r"""Makes an uncompressed dataset zip in EDM's layout: 00000/img00000000.png, ..., dataset.json.
 
-Example: python tools/dataset_tool.py --source=mnist_train.npz --dest=datasets/mnist-train.zip
-         --resolution=32 --transform=pad
+    python tools/dataset_tool.py --source=mnist_train.npz --dest=datasets/mnist-train.zip \
+        --resolution=32 --transform=pad
 
-Labels are those of the source's dataset.json; without one, folders of the first level (cat/, dog/)
-are the classes, in the order of their names, which are then written to dataset.json as
-"class_names". docs/images.md tells which files count and how they are read.
+Labels are those of the source's dataset.json. Without one, the folders of the first level (cat/,
+dog/) are the classes, in the order of their names; dataset.json then lists them as "class_names".
+docs/images.md says which files count and how they are read.
 """
 
 import io
@@ -32,25 +32,26 @@ from torch_utils.images import ImageSource, count_classes, evenly_spaced, note
 from torch_utils.progress import progress_bar
 from torch_utils.session import raised_sigterm
 
-_IMAGE_KEYS = ("images", "x", "data", "arr_0")  # arr_0, arr_1: numpy's own names, as in the samples of ADM
+_IMAGE_KEYS = ("images", "x", "data", "arr_0")  # arr_0, arr_1: numpy's default names, as in the samples of ADM
 _LABEL_KEYS = ("labels", "y", "arr_1")
 _NAMES_SHOWN = 10
 _IMAGES_PER_FOLDER = 1000
 
 
 def parse_resolution(text: str | None) -> tuple[int, int] | None:
-    """ "32" -> (32, 32); "64x32" -> width 64, height 32."""
+    """(width, height) of a text: "32" -> (32, 32); "64x32" -> (64, 32)."""
     if text is None:
         return None
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip())
     if not match or not 1 <= int(match[1]) <= 16384 or not 1 <= int(match[2] or match[1]) <= 16384:
-        raise UserError(f"--resolution={text}: write a number or WIDTHxHEIGHT, for example 32 or 64x32")
+        raise UserError(f"--resolution={text}: must be a number or WIDTHxHEIGHT, like 32 or 64x32")
     return int(match[1]), int(match[2] or match[1])
 
 
 class ArraySource:
-    """The images [N,H,W] or [N,H,W,C], uint8, and integer labels [N] of an npz file, read like an
-    ImageSource.
+    """The uint8 images [N,H,W] or [N,H,W,C] and integer labels [N] of an npz file.
+
+    Has the interface of ImageSource.
     """
 
     def __init__(self, path: Path):
@@ -102,10 +103,11 @@ def open_source(path: str | Path) -> ArraySource | ImageSource:
 
 
 def find_labels(source: ArraySource | ImageSource, renumber: bool) -> tuple[list[int] | None, list[str] | None]:
-    """The label of each image and the names of the classes, as far as there are any; says where they come from.
+    """The label of each image and the names of the classes (None: without). Prints their origin.
 
-    renumber: number the labels 0, 1, 2, ... in their order; the old ones become the names of
-        classes that have none.
+    source: the images.
+    renumber: number the labels 0, 1, 2, ... in their order. The old labels become the names of
+        classes without a name.
     """
     labels, names = source.labels, source.class_names
     if labels is None and isinstance(source, ImageSource) and (found := source.class_folders()) is not None:
@@ -121,17 +123,18 @@ def find_labels(source: ArraySource | ImageSource, renumber: bool) -> tuple[list
         return [number[label] for label in labels], names
     try:
         count_classes(labels, str(source.path))
-    except UserError as error:  # they may be meant so: a part of a larger set
+    except UserError as error:  # may be intended: part of a larger set
         note(str(error), "Warning")
     return labels, names
 
 
 def make_transform(kind: str, size: tuple[int, int] | None) -> Callable[[np.ndarray, str], np.ndarray]:
-    """uint8 [H,W,C] -> uint8 [H',W',C] with (W', H') = size.
+    """A function uint8 [H,W,C] -> uint8 [H',W',C] with (W', H') = size.
 
-    none         the image must have that size already pad          zeros all round (an odd
-    remainder goes right and below); the image must not be larger center-crop  the largest centred
-    part of the right shape, resized with a Lanczos filter
+    kind: none: the image must already have this size.
+        pad: zeros around an image that is not larger; an odd remainder goes right and below.
+        center-crop: the largest centred part of this aspect ratio, resized with a Lanczos filter.
+    size: (width, height), or None with kind "none".
     """
     if kind != "none" and size is None:
         raise UserError(f"--transform={kind} needs --resolution")
@@ -167,7 +170,7 @@ def _to_pil(image: np.ndarray) -> Image.Image:
 
 
 def _entries(source, indices: list[int], transform) -> Iterator[tuple[str, bytes]]:
-    """Names and PNG files, all of one shape."""
+    """Names and contents of PNG files, all of one shape."""
     shape = None
     for position, index in enumerate(indices):
         image = transform(source.read(index).transpose(1, 2, 0), source.where(index))
@@ -175,7 +178,7 @@ def _entries(source, indices: list[int], transform) -> Iterator[tuple[str, bytes
         if image.shape != shape:
             raise UserError(
                 f"{source.where(index)}: {list(image.shape)} (height, width, channels), while the first image gives"
-                f" {list(shape)}; use --resolution and --transform, and do not mix grey-scale with colour"
+                f" {list(shape)}; use --resolution and --transform, and do not mix grey and colour"
             )
         buffer = io.BytesIO()
         _to_pil(image).save(buffer, format="png", compress_level=6)
@@ -191,9 +194,17 @@ def make_dataset(
     overwrite: bool = False,
     renumber: bool = False,
 ) -> int:
-    """Writes the zip ``dest``; returns the number of images. Equal sources give equal files, byte for byte.
+    """Writes the zip ``dest``. Returns the number of images.
 
-    renumber: see ``find_labels``.
+    source: folder, zip or npz.
+    dest: the zip.
+    resolution: (width, height). Default None, as they are.
+    transform: see ``make_transform``. Default "none".
+    max_images: use this many, evenly spaced. Default None, all.
+    overwrite: replace an existing file. Default False.
+    renumber: see ``find_labels``. Default False.
+
+    Equal sources give equal files, byte for byte.
     """
     dest = Path(dest)
     if dest.suffix.lower() != ".zip":
@@ -234,20 +245,20 @@ def make_dataset(
     type=click.Choice(["none", "center-crop", "pad"]),
     default="none",
     show_default=True,
-    help="How images get that size",
+    help="How images get this size",
 )
 @click.option("--pad", type=bool, default=False, show_default=True, help="The same as --transform=pad")
 @click.option(
-    "--max_images", "--max-images", type=click.IntRange(min=1), default=None, help="Take N images, evenly spaced"
+    "--max_images", "--max-images", type=click.IntRange(min=1), default=None, help="Use N images, evenly spaced"
 )
 @click.option("--overwrite", type=bool, default=False, show_default=True, help="Replace an existing --dest")
-@click.option("--renumber", type=bool, default=False, show_default=True, help="Number the classes 0, 1, 2, ... anew")
+@click.option("--renumber", type=bool, default=False, show_default=True, help="Renumber the classes 0, 1, 2, ...")
 def main(source, dest, resolution, transform, pad, max_images, overwrite, renumber):
-    """Make an EDM-style dataset zip from an npz file, a folder or a zip of images."""
+    """Makes a dataset zip in EDM's layout from an npz file, a folder or a zip of images."""
     if pad and transform == "center-crop":
         raise UserError("--pad and --transform=center-crop exclude each other; choose one")
     transform = "pad" if pad else transform
-    with raised_sigterm(also=(signal.SIGINT,)):  # nothing half written is left
+    with raised_sigterm(also=(signal.SIGINT,)):  # leaves no partly written file
         count = make_dataset(source, dest, parse_resolution(resolution), transform, max_images, overwrite, renumber)
     print(f"{dest}: {count} images")
 

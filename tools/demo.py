@@ -1,17 +1,21 @@
-"""The whole pipeline on the embedded networks, as a user would run it: train -> sample -> FID -> tables and pictures.
+"""A first picture in a minute, then the whole pipeline as a user would run it: train -> sample -> FID -> page.
 
-    python -m tools.demo            # or ./launch.sh demo
+    python -m tools.demo            # or ./launch.sh demo: about 5 minutes on 2 CPU cores
+    python -m tools.demo --full     # both networks, every learned method trained here, 1,000 images
 
-Two halves: handwritten digits and a small network of natural images. Each trains AMED-Solver and AMED-Plugin with
-train.py, samples every method at the same number of network evaluations and with the same seeds with sample.py, and
-compares them by Fréchet distance and by their distance to a converged solution of the same ODE from the same noise.
-Writes table.json, index.html and one figure for each half into --outdir.
+The first picture needs no training: the same seeds by plain solvers and by predictors that come with
+the repository, with three evaluations each. Then every method samples natural images (and, with
+--full, digits) with five evaluations, and is judged by Fréchet distance and by the distance to the
+converged solution from the same noise. Solvers have their recommended settings (solvers/recommended.py);
+predictors are trained by train.py or, without --full, partly taken from the repository.
+
+Writes first.png, table.json, index.html and one figure per network into --outdir.
 """
 
 import base64
 import html
 import json
-import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -25,78 +29,82 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from evaluation.fid import calculate_fid
+from models import create_model
+from models.inputs import draw_noise
+from sampling.settings import Settings, settings_of
+from solvers import recommended, sample
 from torch_utils.cli import PATH, Command
 from torch_utils.errors import UserError
-from torch_utils.images import ImageSource, image_grid, load_array, save_image
-from torch_utils.version import code_version
+from torch_utils.images import ImageSource, image_grid, load_array, save_image, to_uint8
+from torch_utils.seeds import SeededGenerators
+from torch_utils.version import code_version, cpu_name
+from training.checkpoint import find_predictor, load_predictor
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@dataclass(frozen=True)
-class Half:
-    """One network of the demo and the settings of the methods: plain ones for sample.py, learned ones for train.py."""
-
-    dataset_name: str
-    title: str
-    about: str
-    plain: dict
-    learned: dict
-
-
-# Five evaluations everywhere. Every method, plain or learned, has the settings that served it best on validation seeds
-# 100000-100255, which the tables below never use; docs/digits.md, docs/cifar10-small.md and docs/span_solver.md
-# tell how they were chosen.
-COMMON = {"schedule_type": "time_uniform", "schedule_rho": 1, "afs": "data"}
-POLYNOMIAL = {"schedule_type": "polynomial", "afs": "data"}
-TRAINING = {
-    **{"num_steps": 4, **COMMON, "schedule_rho": 1.4, "sampler_tea": "ipndm", "M": 4},
-    **{"scale_dir": 0.2, "scale_time": 0.3, "total_kimg": 1, "batch": 16, "seed": 0},
-}
-PAPER = {"sampler_tea": "heun", "M": 1, "schedule_rho": 1, "scale_dir": 0.01, "scale_time": 0}  # all but its AFS
-SPAN = {"sampler_stu": "span", "num_steps": 7, "batch": 8, "total_kimg": 1, "pairs": 384, "val_pairs": 64, "seed": 0}
-DIGITS = Half(
-    dataset_name="digits",
-    title="Digits in five network evaluations",
-    about="Handwritten digits, the embedded network 'digits'.",
-    plain={
-        "Euler": {"solver": "euler", "num_steps": 7, **COMMON},
-        "DPM-Solver-2": {"solver": "dpm", "num_steps": 4, **COMMON, "schedule_rho": 2},
-        "DPM-Solver++": {"solver": "dpmpp", "num_steps": 7, **COMMON, "max_order": 3, "thresholding": False},
-        "iPNDM": {"solver": "ipndm", "num_steps": 7, **COMMON, "max_order": 3},
-    },
-    learned={
-        "AMED-Solver": {**TRAINING, "sampler_stu": "amed", **PAPER},
-        "AMED-Plugin (iPNDM)": {**TRAINING, "sampler_stu": "ipndm", "max_order": 2},
-        "Span solver": SPAN,
-    },
-)
-CIFAR10 = Half(
-    dataset_name="cifar10-small",
-    title="Natural images in five network evaluations",
-    about="Natural images, the embedded network 'cifar10-small'.",
-    plain={
-        "Euler": {"solver": "euler", "num_steps": 6, "schedule_type": "time_uniform", "schedule_rho": 1},
-        "DPM-Solver-2": {"solver": "dpm", "num_steps": 4, **POLYNOMIAL, "schedule_rho": 7},
-        "DPM-Solver++": {
-            **{"solver": "dpmpp", "num_steps": 7, **POLYNOMIAL, "schedule_rho": 7},
-            **{"max_order": 2, "thresholding": False},
-        },
-        "iPNDM": {"solver": "ipndm", "num_steps": 7, **POLYNOMIAL, "schedule_rho": 5, "max_order": 4},
-    },
-    learned={
-        "AMED-Solver": {**TRAINING, **PAPER, "sampler_stu": "amed", "M": 3},
-        "AMED-Plugin (iPNDM)": {
-            **{**TRAINING, **POLYNOMIAL, "schedule_rho": 5, "sampler_stu": "ipndm", "M": 2},
-            **{"scale_dir": 0.01, "scale_time": 0.2, "max_order": 4, "total_kimg": 1.5},
-        },
-        "Span solver": SPAN,
-    },
-)
-HALVES = {half.dataset_name: half for half in (DIGITS, CIFAR10)}
+NFE = 5  # of the table; settings were chosen on seeds 100000-100255, which it never uses
+PLAIN = {"Euler": "euler", "DPM-Solver-2": "dpm", "DPM-Solver++": "dpmpp", "UniPC": "unipc", "iPNDM": "ipndm"}
+LEARNED = {"AMED-Solver": "amed", "AMED-Plugin (iPNDM)": "ipndm", "Span solver": "span"}  # --sampler_stu
+SHIPPED = {"amed": "amed", "ipndm": "plugin", "span": "span"}  # the same in the names of predictors
+TITLES = {"cifar10-small": "Natural images", "digits": "Handwritten digits"}
 REFERENCE = {"solver": "heun", "num_steps": 51, "schedule_type": "polynomial", "schedule_rho": 7}
 REFERENCE_SEEDS = 256
 MARKER = ".amed-demo"
+FIRST_NFE, FIRST_SEEDS = 3, range(12)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much a demo does.
+
+    networks: names of the networks, in order.
+    images: images per method.
+    reference: seeds with a converged solution.
+    trained: learned methods that are trained here; the others come with the repository.
+    """
+
+    networks: tuple[str, ...]
+    images: int
+    reference: int
+    trained: frozenset[str]
+
+
+SHORT = Scale(("cifar10-small",), 500, 128, frozenset({"Span solver"}))
+FULL = Scale(("digits", "cifar10-small"), 1000, REFERENCE_SEEDS, frozenset(LEARNED))
+
+
+def first_picture(path):
+    """The same seeds by plain solvers and by shipped predictors, one row per method, as a picture."""
+    name = "cifar10-small"
+    net = create_model(name)
+    latents = draw_noise(net, SeededGenerators(FIRST_SEEDS))
+    jobs = {"Euler": recommended(net, FIRST_NFE, "euler"), "iPNDM": recommended(net, FIRST_NFE, "ipndm")}
+    for method in ("AMED-Plugin (iPNDM)", "Span solver"):
+        predictor = load_predictor(find_predictor(f"{name}-{SHIPPED[LEARNED[method]]}-{FIRST_NFE}"))
+        settings = settings_of(predictor, Settings(dataset_name=name))
+        jobs[method] = {**settings.arguments(), "predictor": predictor}
+    jobs["Converged"] = REFERENCE
+    rows = []
+    for method, arguments in jobs.items():
+        images, info = sample(net, latents, return_info=True, **arguments)
+        rows.append((method, f"{info.nfe} evaluations", to_uint8(images)))
+    draw_rows(rows, path)
+
+
+def draw_rows(rows, path, zoom=3):
+    """rows: (method, what it spent, images [N,H,W,C]); one line of images for each, its name at the left."""
+    font, small, label = ImageFont.load_default(30), ImageFont.load_default(24), 330
+    height, width = rows[0][2].shape[1] * zoom, rows[0][2].shape[2] * zoom
+    gap, count = 6, len(rows[0][2])
+    figure = Image.new("RGB", (label + count * width, len(rows) * (height + gap) - gap), "white")
+    draw = ImageDraw.Draw(figure)
+    for number, (method, spent, images) in enumerate(rows):
+        top = number * (height + gap)
+        draw.text((4, top + height // 2 - 36), method, fill="black", font=font)
+        draw.text((4, top + height // 2 + 2), spent, fill="dimgray", font=small)
+        line = np.concatenate(list(images), axis=1)
+        line = Image.fromarray(line.squeeze()).convert("RGB").resize((count * width, height), Image.NEAREST)
+        figure.paste(line, (label, top))
+    save_image(np.asarray(figure), path)
 
 
 def run(*command, quiet_stdout=True):
@@ -113,34 +121,43 @@ def flags(settings):
     return [f"--{key}={value}" for key, value in settings.items()]
 
 
-def train_all(half, out, extra):
-    """Trains the learned methods; name -> (predictor folder, seconds)."""
-    trained = {}
-    for index, (name, settings) in enumerate(half.learned.items()):
-        print(f"\n== {half.dataset_name}: training {name}", flush=True)
-        outdir = out / "exps" / half.dataset_name / str(index)
-        chosen = {"dataset_name": half.dataset_name, **settings, **extra}
+def train_all(dataset_name, scale, out, extra):
+    """The learned methods: name -> (what --predictor_path takes, seconds of training or None, command or None)."""
+    found = {}
+    for name, student in LEARNED.items():
+        if name not in scale.trained:
+            found[name] = (f"{dataset_name}-{SHIPPED[student]}-{NFE}", None, None)
+            continue
+        print(f"\n== {dataset_name}: training {name}", flush=True)
+        outdir = out / "exps" / dataset_name / student
+        chosen = {"dataset_name": dataset_name, "sampler_stu": student, "nfe": NFE, "seed": 0, **extra}
         seconds = run("train.py", *flags(chosen), f"--outdir={outdir}")
-        trained[name] = (next(path for path in sorted(outdir.iterdir()) if path.is_dir()), seconds)
-    return trained
+        folder = next(path for path in sorted(outdir.iterdir()) if path.is_dir())
+        found[name] = (folder, seconds, "python train.py " + " ".join(flags(chosen)))
+    return found
 
 
-def sample_all(half, out, trained, images, extra):
+def sample_all(dataset_name, scale, out, learned, extra):
     """Samples every method; rows of the table without their scores."""
-    network = {"dataset_name": half.dataset_name}
-    jobs = {name: (flags({**network, **settings}), images) for name, settings in half.plain.items()}
-    jobs.update({name: ([f"--predictor_path={folder}"], images) for name, (folder, _) in trained.items()})
-    jobs["Reference"] = (flags({**network, **REFERENCE}), REFERENCE_SEEDS)
+    network = {"dataset_name": dataset_name}
+    jobs = {
+        name: (flags({**network, "solver": solver, "nfe": NFE}), scale.images, None, None)
+        for name, solver in PLAIN.items()
+    }
+    for name, (predictor, seconds, command) in learned.items():
+        jobs[name] = ([f"--predictor_path={predictor}"], scale.images, seconds, command)
+    jobs["Reference"] = (flags({**network, **REFERENCE}), scale.reference, None, None)
     rows = []
-    for name, (arguments, count) in jobs.items():
-        print(f"\n== {half.dataset_name}: sampling {name}", flush=True)
-        folder = out / "samples" / half.dataset_name / name.lower().replace(" ", "-").replace("(", "").replace(")", "")
+    for name, (arguments, count, training, command) in jobs.items():
+        print(f"\n== {dataset_name}: sampling {name}", flush=True)
+        folder = out / "samples" / dataset_name / re.sub(r"[^a-z0-9+]+", "-", name.lower()).strip("-")
         chosen = [*arguments, f"--seeds=0-{count - 1}", "--batch=100", f"--outdir={folder}", *flags(extra)]
         seconds = run("sample.py", *chosen)
         record = json.loads((folder / "sampling.json").read_text(encoding="utf-8"))
         row = {"method": name, "nfe": record["nfe"], "images": count, "seconds": round(seconds, 1), "folder": folder}
-        row["training_seconds"] = round(trained[name][1], 1) if name in trained else None
+        row["training_seconds"] = None if training is None else round(training, 1)
         row["command"] = "python sample.py " + " ".join(arguments)
+        row["training_command"] = command
         rows.append(row)
     return rows
 
@@ -159,25 +176,24 @@ def score(rows, reference_name):
 def draw_figure(rows, path, columns=8, zoom=2):
     """The same seeds for every method, side by side, with its name and scores above."""
     panels = []
-    font = ImageFont.load_default(15)
+    font, small = ImageFont.load_default(28), ImageFont.load_default(24)
     for row in rows:
         images = load_array(ImageSource(row["folder"]))[: columns * columns].transpose(0, 2, 3, 1)
         grid = image_grid(images, columns)
         grid = Image.fromarray(grid.squeeze()).convert("RGB")
         grid = grid.resize((grid.width * zoom, grid.height * zoom), Image.NEAREST)
-        panel = Image.new("RGB", (grid.width, grid.height + 44), "white")
-        panel.paste(grid, (0, 44))
-        text = f"{row['method']}, {row['nfe']} evaluations"
-        scores = f"FID* {row['fid']:.2f}, distance {row['distance']:.3f}"
+        panel = Image.new("RGB", (grid.width, grid.height + 72), "white")
+        panel.paste(grid, (0, 72))
+        text, scores = row["method"], f"FID* {row['fid']:.2f}, distance {row['distance']:.3f}"
         if row["method"] == "Reference":
-            text, scores = f"Reference: Heun, {row['nfe']} evaluations", "converged solution, same seeds"
+            text, scores = "Converged solution", f"Heun, {row['nfe']} evaluations"
         draw = ImageDraw.Draw(panel)
         draw.text((4, 4), text, fill="black", font=font)
-        draw.text((4, 23), scores, fill="black", font=font)
+        draw.text((4, 40), scores, fill="dimgray", font=small)
         panels.append(panel)
-    across = (len(panels) + 1) // 2
-    gap, (width, height) = 12, panels[0].size
-    figure = Image.new("RGB", (across * (width + gap) - gap, 2 * height + gap), "white")
+    across = (len(panels) + 2) // 3
+    gap, (width, height) = 16, panels[0].size
+    figure = Image.new("RGB", (across * (width + gap) - gap, 3 * (height + gap) - gap), "white")
     for index, panel in enumerate(panels):
         figure.paste(panel, ((index % across) * (width + gap), (index // across) * (height + gap)))
     save_image(np.asarray(figure), path)
@@ -185,40 +201,77 @@ def draw_figure(rows, path, columns=8, zoom=2):
 
 def table_text(rows):
     lines = [
-        "| method | NFE | FID* | distance to reference | seconds | training s |",
+        "| method | NFE | FID* | distance | seconds | training s |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        training = "" if row["training_seconds"] is None else f"{row['training_seconds']:.0f}"
         fid = f"{row['fid']:.2f}" + (f" ({row['images']} images)" if row["method"] == "Reference" else "")
-        cells = [row["method"], row["nfe"], fid, f"{row['distance']:.3f}", f"{row['seconds']:.0f}", training]
+        cells = [row["method"], row["nfe"], fid, f"{row['distance']:.3f}", f"{row['seconds']:.0f}", _training(row)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
-def write_page(halves, facts, path):
-    """One self-contained page. halves: (Half, rows, figure) of each."""
-    cells = ("method", "nfe", "images", "fid", "distance", "seconds", "training_seconds", "command")
-    head = "".join(f"<th>{cell}</th>" for cell in cells)
-    parts = []
-    for half, rows, figure in halves:
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(str('' if row[c] is None else row[c]))}</td>" for c in cells) + "</tr>"
-            for row in rows
+def _training(row):
+    if row["training_seconds"] is not None:
+        return f"{row['training_seconds']:.0f}"
+    return "comes with the repository" if "--predictor_path" in row["command"] else ""
+
+
+def _picture(path, text):
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
+
+
+HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>Sampling in a few network evaluations</title>
+<style>body{font:16px/1.5 sans-serif;margin:2em auto;padding:0 1em;max-width:1100px}table{border-collapse:collapse}
+td,th{border:1px solid #ccc;padding:4px 8px;text-align:left}img{max-width:100%}code{font-size:85%}
+.wide{overflow-x:auto}</style>
+"""
+FIRST = """<h1>Sampling in a few network evaluations</h1>
+<p>Each column starts from the same noise, and each image took THREE evaluations of the network; those of the last
+row took a hundred. The last row is what the network would draw with unlimited time, so a good method looks like it.
+Euler and iPNDM are solvers without training. The AMED-Plugin and the span solver were trained for one to two minutes;
+the predictors of this picture came with the repository.</p>
+"""
+EXPLANATION = """<p>What to look for: blur and washed-out colours (too few evaluations for the solver), wrong shapes
+(the method left the path of the exact solution).</p><ul>
+<li><b>FID*</b>: distance between the images and real ones, in the features of a small classifier; lower is better. It is
+not comparable with FIDs from the Inception network.</li>
+<li><b>distance</b>: how far the images are from the converged solution from the same noise (root mean square over pixels
+in [-1, 1]); lower is better.</li>
+<li><b>NFE</b>: evaluations of the network per image, which is nearly all of the cost.</li></ul>
+"""
+
+
+def write_page(done, facts, first, path):
+    """One self-contained page. done: (name of the network, rows, figure) of each. first: the first picture."""
+    words = {3: "three"}
+    parts = [
+        HEAD,
+        FIRST.replace("THREE", words.get(FIRST_NFE, str(FIRST_NFE))),
+        _picture(first, "same seeds by five methods"),
+    ]
+    for dataset_name, rows, figure in done:
+        head = "".join(
+            f"<th>{cell}</th>" for cell in ("method", "NFE", "images", "FID*", "distance", "seconds", "training s")
         )
-        picture = base64.b64encode(figure.read_bytes()).decode()
-        parts.append(f"""<h1>{html.escape(half.title)}</h1><p>{html.escape(half.about)}</p>
-<img alt="samples of all methods" src="data:image/png;base64,{picture}">
-<table><tr>{head}</tr>{body}</table>""")
+        body = ""
+        for row in rows:
+            cells = [row["method"], row["nfe"], row["images"], f"{row['fid']:.2f}", f"{row['distance']:.3f}"]
+            cells += [f"{row['seconds']:.0f}", _training(row)]
+            body += "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>"
+        commands = [command for row in rows for command in (row["training_command"], row["command"]) if command]
+        parts += [
+            f"<h2>{html.escape(TITLES[dataset_name])}, {NFE} evaluations</h2>",
+            f"<p>The network <code>{dataset_name}</code>; the same {rows[0]['images']} seeds for every method.</p>",
+            _picture(figure, "samples of all methods"),
+            EXPLANATION if dataset_name == done[0][0] else "",
+            f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>',
+            "<details><summary>Commands</summary><pre>" + html.escape("\n".join(commands)) + "</pre></details>",
+        ]
     about = " · ".join(f"{key}: {value}" for key, value in facts.items())
-    page = f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>AMED in five network evaluations</title>
-<style>body{{font:15px sans-serif;margin:2em;max-width:1500px}}table{{border-collapse:collapse}}
-td,th{{border:1px solid #ccc;padding:4px 8px;text-align:left}}img{{max-width:100%}}</style>
-<p>Same seeds in every panel. FID*: Fréchet distance in the features of a small classifier of the same kind of images; it is
-not comparable with Inception FIDs. Distance: root mean square pixel difference (images in [-1, 1]) to the converged
-solution from the same noise.</p>
-{"".join(parts)}<p>{html.escape(about)}</p></html>"""
-    path.write_text(page, encoding="utf-8")
+    path.write_text("\n".join(parts) + f"\n<p><small>{html.escape(about)}</small></p></html>\n", encoding="utf-8")
 
 
 def prepare_folder(out):
@@ -232,48 +285,56 @@ def prepare_folder(out):
     for name in ("exps", "samples"):
         if (out / name).is_dir():
             shutil.rmtree(out / name)
-    for name in ("table.json", "index.html", *(f"{name}.png" for name in HALVES)):
+    for name in ("table.json", "index.html", "first.png", *(f"{name}.png" for name in TITLES)):
         (out / name).unlink(missing_ok=True)
 
 
 @click.command(cls=Command)
 @click.option("--outdir", type=PATH, default="demo", show_default=True, help="Replaced if it is an earlier demo")
-@click.option("--only", type=click.Choice(list(HALVES)), help="One network instead of both")
-@click.option("--images", type=click.IntRange(REFERENCE_SEEDS), default=1000, show_default=True, help="Per method")
+@click.option("--full", is_flag=True, help="Both networks, all learned methods trained here, 1,000 images per method")
+@click.option("--only", type=click.Choice(list(TITLES)), help="Only this network")
+@click.option("--images", type=click.IntRange(2), help="Per method (default: 500, with --full 1000)")
 @click.option("--amp", type=click.Choice(["none", "bf16"]), default="none", show_default=True)
-def main(outdir, only, images, amp):
-    """Train, sample, score and picture AMED and the plain solvers on the embedded networks."""
+def main(outdir, full, only, images, amp):
+    """A first picture, then train, sample, score and picture all methods on the embedded networks."""
     out = Path(outdir).resolve()
+    scale = FULL if full else SHORT
+    networks = (only,) if only else scale.networks
+    scale = Scale(networks, images or scale.images, min(scale.reference, images or scale.reference), scale.trained)
     prepare_folder(out)
+    first, started = out / "first.png", time.perf_counter()
+    print("== the first picture: predictors of the repository, 3 evaluations", flush=True)
+    first_picture(first)
+    print(f"the same seeds by five methods: {first} ({time.perf_counter() - started:.0f} s)", flush=True)
     extra = {"amp": amp}
     done, seconds = [], {}
-    for half in [HALVES[only]] if only else HALVES.values():
+    for dataset_name in scale.networks:
         started = time.perf_counter()
-        trained = train_all(half, out, extra)
-        rows = score(sample_all(half, out, trained, images, extra), half.dataset_name)
-        figure = out / f"{half.dataset_name}.png"
+        learned = train_all(dataset_name, scale, out, extra)
+        rows = score(sample_all(dataset_name, scale, out, learned, extra), dataset_name)
+        figure = out / f"{dataset_name}.png"
         draw_figure(rows, figure)
-        done.append((half, rows, figure))
-        seconds[half.dataset_name] = round(time.perf_counter() - started)
+        done.append((dataset_name, rows, figure))
+        seconds[dataset_name] = round(time.perf_counter() - started)
     facts = {
         "seconds": json.dumps(seconds),
         "date": time.strftime("%Y-%m-%d"),
         "code": code_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "machine": platform.machine(),
+        "machine": cpu_name(),
         "amp": amp,
     }
     for _, rows, _ in done:
         for row in rows:
             row["folder"] = str(row["folder"].relative_to(out))
-    halves = {half.dataset_name: {"rows": rows, "training": half.learned} for half, rows, _ in done}
-    (out / "table.json").write_text(json.dumps({"halves": halves, **facts}, indent=2), encoding="utf-8")
-    write_page(done, facts, out / "index.html")
-    for half, rows, figure in done:
-        print(f"\n{half.title} ({figure})\n\n{table_text(rows)}")
+    networks = {dataset_name: rows for dataset_name, rows, _ in done}
+    (out / "table.json").write_text(json.dumps({"networks": networks, **facts}, indent=2), encoding="utf-8")
+    write_page(done, facts, first, out / "index.html")
+    for dataset_name, rows, figure in done:
+        print(f"\n{TITLES[dataset_name]}, {NFE} evaluations ({figure})\n\n{table_text(rows)}")
     print(f"\n{sum(seconds.values())} s in all. FID*: in the features of the network's own small classifier.")
-    print(f"The whole on one page: {out / 'index.html'}")
+    print(f"All on one page: {out / 'index.html'}")
 
 
 if __name__ == "__main__":

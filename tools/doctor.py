@@ -1,9 +1,10 @@
-"""Is this installation in order? One line per finding; the exit code is 1 where something is broken.
+"""Checks this installation. One line per finding; the exit code is 1 if something is broken.
 
     python -m tools.doctor
 
-Looks at versions, devices, optional packages, downloaded files and free disk, and samples a few images with the embedded
-networks on every device, which have to be the known ones. Takes seconds, downloads nothing and leaves nothing behind.
+Checks versions, devices, optional packages, downloaded files and free disk space. Samples a few
+images with the embedded networks on every device and compares them with known values. Takes
+seconds, downloads nothing and leaves no files.
 """
 
 import importlib.metadata
@@ -30,8 +31,9 @@ LOW_DISK_GIB = 2
 VARIABLES = ("AMED_CACHE", "AMED_OFFLINE", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 Finding = tuple[str, str]
 
-# Images of seeds 0-3 by iPNDM (order 4) with 6 time steps: means of the quadrants (rows of an image, then columns) over
-# the channels, in [-1, 1]. From a run in float32 on a CPU; tests/test_doctor.py computes them with loops of its own.
+# Images of seeds 0-3 by iPNDM (order 4) with 6 time steps: means of the quadrants (rows of an
+# image, then columns) over the channels, in [-1, 1]. From a run in float32 on a CPU;
+# tests/test_doctor.py computes them with loops of its own.
 PROBE = {"solver": "ipndm", "num_steps": 6, "max_order": 4}
 EXPECTED = {
     "digits": (
@@ -50,12 +52,12 @@ EXPECTED = {
 TOLERANCE = 0.01  # rounding, TF32 included, stays below 0.003; other weights or a broken kernel give 0.05 and more
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Packages
 
 
 def requirements() -> dict[str, list[str]]:
-    """The packages that this project asks for, by extra; those of the core under ''."""
+    """The packages that this project needs, by extra; those of the core under ''."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return {"": project["dependencies"], **project["optional-dependencies"]}
 
@@ -70,7 +72,10 @@ def package_name(requirement: str) -> str:
 
 
 def missing_package(requirement: str) -> str | None:
-    """What is wrong with a package asked for as "name>=version,!=version": None, or a few words."""
+    """What is wrong with an installed package, in a few words, or None.
+
+    requirement: as in "name>=version,!=version".
+    """
     name = package_name(requirement)
     try:
         version = importlib.metadata.version(name)
@@ -80,14 +85,14 @@ def missing_package(requirement: str) -> str | None:
         if relation == ">=" and _numbers(version) < _numbers(bound):
             return f"{name} {version} is older than {bound}"
         if relation == "!=" and _numbers(version) == _numbers(bound):
-            return f"{name} {version} has an error that this code meets: install another version"
+            return f"{name} {version} has an error that affects this code: install another version"
     return None
 
 
 def check_packages() -> Iterator[Finding]:
     yield (OK if sys.version_info >= (3, 11) else FAIL), f"Python {platform.python_version()} on {platform.platform()}"
     if not (ROOT / "pyproject.toml").is_file():
-        yield NOTE, "no pyproject.toml beside the code: the versions of the packages were not compared"
+        yield NOTE, "no pyproject.toml beside the code: package versions were not checked"
         return
     for extra, wanted in requirements().items():
         problems = [problem for problem in map(missing_package, wanted) if problem]
@@ -101,12 +106,12 @@ def check_packages() -> Iterator[Finding]:
             yield FAIL, f"{'; '.join(problems)}: pip install -e ."
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Machine
 
 
 def devices() -> list[str]:
-    """Every device that could compute here, the CPU first."""
+    """Every usable device, the CPU first."""
     names = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     return [*names, "mps"] if torch.backends.mps.is_available() else names
 
@@ -119,7 +124,7 @@ def check_devices() -> Iterator[Finding]:
             found = torch.cuda.get_device_properties(index)
             yield OK, f"CUDA {torch.version.cuda} device {index}: {found.name}, {found.total_memory / 2**30:.0f} GiB"
     elif torch.version.cuda or torch.version.hip:
-        yield NOTE, "PyTorch is built for GPUs, but sees none: check the driver if there should be one"
+        yield NOTE, "PyTorch is built for GPUs, but finds none: if this machine has one, check the driver"
     else:
         yield NOTE, "PyTorch is built for the CPU only"
     if torch.backends.mps.is_available():
@@ -133,7 +138,7 @@ def check_devices() -> Iterator[Finding]:
 
 
 def check_places() -> Iterator[Finding]:
-    """Free space where files go, and what was downloaded."""
+    """Free disk space, and the downloaded files."""
     from models import zoo
     from torch_utils.remote import cache_dir
 
@@ -141,7 +146,7 @@ def check_places() -> Iterator[Finding]:
         place = next(path for path in (folder, *folder.parents) if path.is_dir())
         free = shutil.disk_usage(place).free / 2**30
         if not os.access(place, os.W_OK):
-            yield NOTE, f"{what} {folder} cannot be written: run elsewhere or set AMED_CACHE"
+            yield NOTE, f"{what} {folder} is not writable: run elsewhere, or set AMED_CACHE"
         elif free < LOW_DISK_GIB:
             yield NOTE, f"{what} {folder}: only {free:.1f} GiB are free, large networks will not fit"
         else:
@@ -160,18 +165,18 @@ def check_places() -> Iterator[Finding]:
 def _downloaded(path: Path) -> Finding:
     known = recorded_sha256(path)
     if known is None:
-        return NOTE, f"{path}: its checksum will be recorded at its first use"
+        return NOTE, f"{path}: its checksum will be recorded on first use"
     if known[1]:
         return OK, f"{path}: {path.stat().st_size / 2**20:.0f} MiB, as recorded"
-    return NOTE, f"{path} was touched since its checksum was recorded: run 'python -m models.zoo verify'"
+    return NOTE, f"{path} was changed since its checksum was recorded: run 'python -m models.zoo verify'"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # End to end
 
 
 def quadrants(images: torch.Tensor) -> torch.Tensor:
-    """Means [B,4] of the quadrants of images [B,C,H,W], over the channels too."""
+    """Means [B,4] of the quadrants of images [B,C,H,W], over all channels."""
     return torch.nn.functional.adaptive_avg_pool2d(images.float().cpu().mean(1, keepdim=True), 2).flatten(1)
 
 
@@ -187,7 +192,7 @@ def probe(name: str, device: str) -> torch.Tensor:
 
 
 def check_network(name: str, device: str) -> Iterator[Finding]:
-    """Noise to images, images to files and back, files to features; against what is known of them."""
+    """Compares images, their files and their features with known values."""
     from evaluation.detectors import load_detector
     from evaluation.frechet import Reference
     from models import zoo
@@ -226,25 +231,25 @@ def checks() -> dict[str, Callable[[], Iterator[Finding]]]:
 
 
 def examine(check: Callable[[], Iterator[Finding]], what: str) -> list[Finding]:
-    """The findings of a check; an exception is one of them."""
+    """The findings of a check. An exception becomes a finding."""
     findings = []
     try:
         for finding in check():
             findings.append(finding)
-    except Exception as error:  # the doctor reports whatever is broken and goes on
+    except Exception as error:  # report it and continue with the other checks
         findings.append((FAIL, f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:300]}"))
     return findings
 
 
 @click.command(cls=Command)
 def main():
-    """Check the installation; one line per finding, exit code 1 where something is broken."""
+    """Checks the installation. One line per finding; exit code 1 if something is broken."""
     broken = 0
     for what, check in checks().items():
         for verdict, text in examine(check, what):
             broken += verdict == FAIL
             click.echo(f"{verdict:<5} {text}")
-    click.echo(f"{broken} broken: please report them with this whole output" if broken else "all is well")
+    click.echo(f"{broken} broken: please report them with this whole output" if broken else "all checks passed")
     sys.exit(1 if broken else 0)
 
 

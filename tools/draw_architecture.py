@@ -1,4 +1,4 @@
-"""Draws docs/architecture.png: the rooms of the code and three journeys through it.
+"""Draw docs/architecture.png: the folders of the code and three paths through it.
 
     python -m tools.draw_architecture
 
@@ -13,7 +13,7 @@ from torch_utils.cli import Command
 from torch_utils.plots import new_figure
 
 DESTINATION = Path(__file__).resolve().parent.parent / "docs" / "architecture.png"
-# From top to bottom; rooms of one tuple do not import each other.
+# From top to bottom; folders of one line do not import each other.
 ROOMS = (
     {"command lines": "flags and one call each", "tools": "demo, comparisons, data sets"},
     {"sampling": "seeds to images in a folder"},
@@ -22,9 +22,9 @@ ROOMS = (
     {"models": "D(x; sigma), checkpoints"},
     {"torch_utils": "files, seeds, processes: no diffusion"},
 )
-# Title: (room, file, what happens), in the order of a run.
+# Title: (folder, file, what happens), in the order of a run.
 JOURNEYS = {
-    "A seed to a PNG": (
+    "From a seed to a PNG": (
         ("command lines", "sample.py", "flags"),
         ("sampling", "run.py, settings.py", "network, solver, schedule"),
         ("sampling", "generate.py", "noise and class per seed"),
@@ -32,7 +32,7 @@ JOURNEYS = {
         ("models", "denoiser.py", "D(x; sigma), decode"),
         ("torch_utils", "images.py", "PNG, atomically"),
     ),
-    "A checkpoint to a denoiser": (
+    "From a checkpoint to a denoiser": (
         ("models", "create_model", "name, guidance"),
         ("models", "zoo.py", "name to file, SHA-256"),
         ("models", "edm.py, adm.py, ...", "the family of the network"),
@@ -81,7 +81,7 @@ def draw(path: Path) -> None:
     def arrow(start, end):
         axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "#444444"})
 
-    axes.text(1, 63, "Rooms: a room may import from all below it", fontsize=10.5, weight="bold")
+    axes.text(1, 63, "Folders: each imports only from those below it", fontsize=10.5, weight="bold")
     for level, rooms in enumerate(ROOMS):
         y, width = 54 - 10.2 * level, 47 / len(rooms) - (len(rooms) - 1)
         for index, (room, text) in enumerate(rooms.items()):

@@ -1,7 +1,7 @@
 """Prints a schedule, or the table of a span solver, as plain numbers for other programs.
 
     python -m tools.export --predictor_path=7 --format=k-diffusion --outfile=sampler.py
-    python -m tools.export --num_steps=6 --schedule_type=logsnr --sigma_min=0.03 --sigma_max=14.6 --format=comfyui
+    python -m tools.export --num_steps=6 --sigma_min=0.03 --sigma_max=14.6 --format=comfyui
 
 Formats: json (everything), comfyui (a line for a node that takes noise levels by hand), and
 k-diffusion (Python code with a sampling function; it needs torch only).
@@ -76,7 +76,7 @@ SIGMAS = torch.tensor({sigmas})
 
 
 def describe(predictor) -> dict:
-    """The numbers of a predictor: "kind", "sigmas", "evaluations", and the table or the settings."""
+    """The numbers of a predictor: kind, sigmas, evaluations, and the table or the settings."""
     if isinstance(predictor, SpanSolver):
         return {"kind": "span", **predictor.table()}
     sigmas = _levels_of(predictor)

@@ -1,9 +1,9 @@
-"""Keep the generated parts of docs/solvers.md and docs/flags.md in step with the code.
+"""Regenerates the generated parts of docs/solvers.md and docs/flags.md.
 
     python -m tools.make_docs            # rewrite them
-    python -m tools.make_docs --check    # exit with status 1 if they are stale
+    python -m tools.make_docs --check    # exit with status 1 if they are outdated
 
-Only the text between the markers is generated; the rest of the file is written by hand.
+Only the text between the markers is generated. The rest of the files is written by hand.
 """
 
 import importlib
@@ -83,7 +83,7 @@ def flag_row(option: click.Option) -> list[str]:
 
 
 def flag_tables() -> str:
-    """Every option of every script, read from the commands themselves."""
+    """Every option of every script, read from the commands."""
     parts = []
     for title, module in SCRIPTS.items():
         command = importlib.import_module(module).main
@@ -102,7 +102,7 @@ DOCUMENTS = {DOCUMENT: PARTS, DOCS / "flags.md": FLAG_PARTS}
 
 
 def render(text: str, parts=None) -> str:
-    """The document with every generated part renewed. Raises UserError where a marker is missing."""
+    """The document with every generated part renewed. Raises UserError if a marker is missing."""
     for name, make in (PARTS if parts is None else parts).items():
         start, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
         if text.count(start) != 1 or text.count(end) != 1 or text.index(end) < text.index(start):
@@ -113,9 +113,9 @@ def render(text: str, parts=None) -> str:
 
 
 def renew(path: Path, parts: dict, check: bool) -> bool:
-    """Renews one document, or only looks; returns whether it was stale."""
+    """Renews one document, or only checks it. Returns whether it was outdated."""
     if not path.is_file():
-        raise UserError(f"there is no {path}")
+        raise UserError(f"no such file: {path}")
     old = path.read_text(encoding="utf-8")
     try:
         new = render(old, parts)
@@ -136,7 +136,7 @@ def renew(path: Path, parts: dict, check: bool) -> bool:
 @click.option("--check", is_flag=True, help="Change nothing; exit with status 1 if a document is stale")
 @click.option("--file", "path", type=click.Path(path_type=Path), help="One document with the parts of docs/solvers.md")
 def main(check, path):
-    """Renew the generated parts of the documentation."""
+    """Regenerates the generated parts of the documentation."""
     documents = DOCUMENTS if path is None else {path: PARTS}
     stale = [renew(document, parts, check) for document, parts in documents.items()]
     if check and any(stale):

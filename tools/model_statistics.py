@@ -1,11 +1,10 @@
-"""Estimates the statistics of a network that the solver dpm_v3 steps with (Zheng et al. 2023, Section 3.1, Appendix C).
+"""Estimates the model statistics of the solver dpm_v3 (Zheng et al. 2023, Section 3.1, Appendix C).
 
     python -m tools.model_statistics --dataset_name=digits
     python sample.py --dataset_name=digits --solver=dpm_v3 --schedule_type=logsnr --num_steps=6
 
-No images are needed: the network is asked at states on its own trajectories from noise. Per node
-and sample this costs five evaluations, on digits with the default numbers a minute or two of one
-CPU core.
+Needs no images: the network is evaluated at states of its own trajectories. Costs five evaluations
+per node and sample; for digits with the defaults, one or two minutes on a CPU core.
 """
 
 import math
@@ -33,17 +32,21 @@ from torch_utils.progress import progress_bar
 from torch_utils.seeds import SeededGenerators, stream_seeds
 
 DERIVATIVES = ("auto", "forward", "finite")
-SHRINK_SAMPLES = 20  # the shrinkage is this number divided by the number of samples
-NEGLIGIBLE = 1e-3  # deviations of f below this share of its natural size, the noise or the image, are rounding
-MAX_S = 2.0  # f grows or decays like a power of sigma between -2 and 2 in the limits of high and low noise
+SHRINK_SAMPLES = 20  # shrinkage = this number / number of samples
+NEGLIGIBLE = 1e-3  # smaller deviations of f, relative to the noise or the image, count as rounding
+MAX_S = 2.0  # for high and low noise, f is a power of sigma with an exponent between -2 and 2
 
 
 class Derivative:
-    """Directional derivatives of D(x; sigma), by forward-mode differentiation or central differences.
+    """Directional derivatives of D(x; sigma).
 
-    kind: forward; finite; auto: forward on a GPU if the network supports it, else finite. (On a
-    CPU, forward mode takes about four times as long as the two evaluations of a central
-    difference.) ``used`` says which one it came to.
+    net: the denoiser.
+    kind: forward: forward-mode differentiation. finite: central differences. auto: forward on a GPU
+        if the network supports it, else finite. (On a CPU, forward mode takes about four times as
+        long as the two evaluations of a central difference.)
+    device_type: "cpu", "cuda", ...
+
+    Attribute ``used``: the kind that is in use.
     """
 
     def __init__(self, net, kind: str, device_type: str):
@@ -51,9 +54,7 @@ class Derivative:
         self.used = "finite" if kind == "auto" and device_type != "cuda" else kind
 
     def __call__(self, x, sigma, x_tangent, sigma_tangent, cond):
-        """d/dh D(x + h x_tangent; sigma + h sigma_tangent) at h = 0. The tangents are of the size
-        of the noise, sigma.
-        """
+        """d/dh D(x + h x_tangent; sigma + h sigma_tangent) at h = 0. Tangents: size of sigma."""
 
         def denoise(x, sigma):
             return self.net(x, sigma, **cond)
@@ -63,29 +64,27 @@ class Derivative:
                 return jvp(denoise, (x, sigma), (x_tangent, sigma_tangent))[1]
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:  # NotImplementedError, or an operation that is not fit for forward mode
+            except RuntimeError as error:  # NotImplementedError, or an operation without forward mode
                 if self.kind == "forward":
                     reason = str(error).splitlines()[0]
                     raise UserError(
                         f"--derivatives=forward: this network does not support it ({reason}); use finite"
                     ) from None
                 self.used = "finite"
-        # The step that balances rounding against curvature; float32 is what networks compute in.
+        # This step balances rounding and curvature.
         h = 4 * torch.finfo(x.dtype).eps ** (1 / 3)
         ahead = denoise(x + h * x_tangent, sigma + h * sigma_tangent)
         return (ahead - denoise(x - h * x_tangent, sigma - h * sigma_tangent)) / (2 * h)
 
 
 class Moments:
-    """Mean and scatter over the samples of several quantities per pixel, in float64, batch by
-    batch.
-    """
+    """Mean and scatter over the samples of several quantities per pixel, in float64."""
 
     def __init__(self):
         self.count, self.mean, self.scatter = 0, 0.0, 0.0
 
     def add(self, values: torch.Tensor) -> None:
-        """values: [Q,B,C,H,W]."""
+        """Adds a batch. values: [Q,B,C,H,W], Q quantities of B samples."""
         values = values.cpu().double()
         count, mean = values.shape[1], values.mean(1)
         centred = values - mean.unsqueeze(1)
@@ -98,16 +97,17 @@ class Moments:
 
 
 def regress(l, slope, mean, covariance, sigma: float, shrink: float):  # noqa: E741 (the paper's letter)
-    """(s, b) of the best line df/dlambda = s f + b per pixel.
+    """(s, b) [C,H,W] of the best line df/dlambda = s f + b per pixel.
 
-    l, slope: [C,H,W], l and dl/dlambda; mean [3,C,H,W], covariance [3,3,C,H,W]: of x, D and
-    dD/dlambda. With N = x - D and dx/dlambda = -N, f = (1 - l) x - D and df/dlambda = -(1 - l) N -
-    dD/dlambda - x dl/dlambda.
+    l, slope: [C,H,W], l and dl/dlambda.
+    mean, covariance: [3,C,H,W] and [3,3,C,H,W] of x, D and dD/dlambda.
+    sigma: noise level.
+    shrink: share of the mean variance that is added to the variance of each pixel.
 
-    s is drawn towards zero where f varies less than in most pixels (``shrink`` of the mean variance
-    is added to its own), or hardly at all. There, few samples say nothing about s, and exp(int s)
-    would make noise large. With shrink = SHRINK_SAMPLES / samples the estimate tends to plain least
-    squares as the samples grow.
+    With N = x - D and dx/dlambda = -N: f = (1 - l) x - D, and df/dlambda = -(1 - l) N - dD/dlambda
+    - x dl/dlambda. ``shrink`` draws s towards zero in pixels where f varies less than elsewhere.
+    There, few samples do not determine s, and exp(int s) would amplify noise. With shrink =
+    SHRINK_SAMPLES / samples, the estimate tends to plain least squares for many samples.
     """
     one = torch.ones_like(l)
     f = torch.stack([1 - l, -one, 0 * one])
@@ -133,13 +133,20 @@ def estimate_statistics(
     dtype: torch.dtype = torch.float32,
     progress: bool = False,
 ) -> Statistics:
-    """The statistics of a denoiser at ``nodes`` noise levels over its whole range, equidistant in ln sigma.
+    """The statistics of a denoiser at noise levels equidistant in ln sigma over its whole range.
 
-    samples: trajectories from noise, by DPM-Solver++ of order 2 over the nodes. Every one has a
-    Rademacher probe v of its own, the same at all nodes, so that the error of l is smooth over
-    them: l is the mean of 1 - v (dD/dx v).
+    net: the denoiser.
+    nodes: number of noise levels. Default 32.
+    samples: trajectories from noise, by DPM-Solver++ of order 2 over the nodes. Default 64.
+    batch: trajectories per network call. Default 32.
+    seed: of the trajectories. Default 0.
+    derivatives: see ``Derivative``. Default "auto".
+    device, dtype: of the computation. Default CPU, float32.
+    progress: show a progress bar. Default False.
 
-    Raises UserError where ``derivatives`` is forward and the network does not support it.
+    l is the mean of 1 - v (dD/dx v). Each trajectory has its own Rademacher probe v, which is the
+    same at all nodes, so that the error of l is smooth over the nodes. Raises UserError if
+    ``derivatives`` is forward and the network does not support it.
     """
     sigmas = get_schedule(nodes, net.sigma_min, net.sigma_max, "logsnr")
     derivative = Derivative(net, derivatives, torch.device(device).type)
@@ -155,7 +162,7 @@ def estimate_statistics(
         def collect(i, sigma, x, denoised, probe=probe, cond=cond):
             sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
             noise = x - denoised
-            change = derivative(x, sigma, -noise, -sigma, cond)  # of D along the trajectory, per lambda
+            change = derivative(x, sigma, -noise, -sigma, cond)  # dD/dlambda along the trajectory
             sensitivity = derivative(x, sigma, sigma * probe, 0 * sigma, cond) / sigma
             moments[i].add(torch.stack([x, denoised.to(x.dtype), change.to(x.dtype)]))
             traces[i].add((1 - probe * sensitivity).unsqueeze(0))
@@ -191,11 +198,11 @@ def estimate_statistics(
 
 @click.command(cls=Command)
 @click.option("--dataset_name", required=True, help="A network of models/zoo.py, or custom with --model_path")
-@click.option("--model_path", type=PATH, metavar="FILE", help="Its weights, if not the embedded or downloaded ones")
+@click.option("--model_path", type=PATH, metavar="FILE", help="File of the network (default: embedded or downloaded)")
 @click.option("--guidance_type", help="Guidance of the network")
-@click.option("--guidance_rate", type=Number(), help="Its strength")
+@click.option("--guidance_rate", type=Number(), help="Strength of the guidance")
 @click.option(
-    "--dest", type=PATH, metavar="FILE", help="The .safetensors file to write (default: where dpm_v3 looks for it)"
+    "--dest", type=PATH, metavar="FILE", help="File to write, .safetensors (default: where dpm_v3 looks for it)"
 )
 @click.option("--nodes", type=click.IntRange(min=3), default=32, show_default=True, help="Noise levels")
 @click.option("--samples", type=click.IntRange(min=2), default=64, show_default=True, help="Trajectories")
@@ -206,18 +213,18 @@ def estimate_statistics(
     type=click.Choice(DERIVATIVES),
     default="auto",
     show_default=True,
-    help="Forward-mode differentiation, finite differences, or forward on a GPU that can and finite elsewhere",
+    help="Forward-mode differentiation, finite differences, or auto: forward on a GPU if possible, else finite",
 )
-@click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")
+@click.option("--device", default=None, help="cpu, cuda or mps (default: the fastest available)")
 @offline_flag
 def main(
     dataset_name, model_path, guidance_type, guidance_rate, dest, nodes, samples, batch, seed, derivatives, device
 ):
-    """Estimate the model statistics of the solver dpm_v3, from noise and the network alone.
+    """Estimates the model statistics of the solver dpm_v3, from the network alone.
 
-    Costs about five evaluations of the network per node and sample: on digits with the defaults a
-    minute or two on one CPU core. The paper has 120 or more nodes and 1024 or more samples, which a
-    large network deserves on a GPU.
+    Costs about five evaluations of the network per node and sample: for digits with the defaults,
+    one or two minutes on a CPU core. The paper uses 120 or more nodes and 1024 or more samples,
+    recommended for large networks on a GPU.
     """
     device = distributed.pick_device(device)
     if dest is not None and Path(dest).suffix != ".safetensors":

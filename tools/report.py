@@ -52,7 +52,7 @@ return up === '1' ? order : -order; }).forEach(row => body.append(row)); }));"""
 def make_facts(comparison: Comparison, command: str) -> dict:
     """What is needed to repeat the comparison."""
     net, detector, protocol, options = comparison.net, comparison.detector, comparison.protocol, comparison.options
-    compute = options.compute
+    compute, target = options.compute, comparison.target
     last = protocol.first + protocol.num - 1
     solution = (
         f"{comparison.reference.solver}, {describe_settings(comparison.reference)}, {comparison.reference_nfe} evaluations,"
@@ -68,8 +68,10 @@ def make_facts(comparison: Comparison, command: str) -> dict:
         **({"baseline": options.baseline} if options.baseline else {}),
         **texts,
         "network": f"{Path(net.source_path).name}, SHA-256 {net.weights_hash}",
-        "detector": f"{detector.name} ({detector.file}, SHA-256 {detector.digest})",
-        "FID reference": f"{options.reference_name}, {comparison.target.num or 'unknown number of'} images",
+        "detector": "none" if detector is None else f"{detector.name} ({detector.file}, SHA-256 {detector.digest})",
+        "FID reference": "none"
+        if target is None
+        else f"{options.reference_name}, {target.num or 'unknown number of'} images",
         "seeds": f"{protocol.first}-{last}, {protocol.groups} groups (seed {protocol.first} + i is in group i mod"
         f" {protocol.groups})",
         "reference solution": solution if protocol.num_reference else "none",
@@ -83,15 +85,35 @@ def make_facts(comparison: Comparison, command: str) -> dict:
     }
 
 
+def _fid_notes(comparison: Comparison) -> list[str]:
+    """What the FIDs are and how far they can be trusted; nothing if there are none."""
+    num, detector = comparison.protocol.num, comparison.detector
+    if comparison.target is None:
+        return []
+    notes = [
+        f"FID: all {num} images against the reference statistics, features of '{detector.name}'"
+        + ("." if detector.name == "inception" else "; not comparable with Inception FIDs.")
+    ]
+    if num <= detector.feature_dim:
+        notes.append(
+            f"{num} images for {detector.feature_dim} features: all FIDs are far too large; their intervals and"
+            " differences are rough."
+        )
+    elif num < 10_000:
+        notes.append(
+            f"The FID of {num} images is biased upwards; compare it only with FIDs of the same number of images."
+        )
+    return notes
+
+
 def make_notes(comparison: Comparison, rows: list[dict]) -> list[str]:
     """What the numbers mean, and their limits."""
-    protocol, detector = comparison.protocol, comparison.detector
+    protocol = comparison.protocol
     share, baseline = round(100 * CONFIDENCE), comparison.options.baseline
     notes = [
         "NFE: network evaluations spent per image. A method that cannot spend the requested number has the row of the"
         " nearest number below, or of its smallest.",
-        f"FID: all {protocol.num} images against the reference statistics, features of '{detector.name}'"
-        + ("." if detector.name == "inception" else "; not comparable with Inception FIDs."),
+        *_fid_notes(comparison),
         f"±: half the {share}% confidence interval: Student's t with {protocol.groups - 1} degrees of freedom times the"
         f" standard error of the jackknife, which leaves out one of the {protocol.groups} groups of seeds at a time. It"
         " covers the choice of the seeds, not the bias of the FID.",
@@ -110,17 +132,9 @@ def make_notes(comparison: Comparison, rows: list[dict]) -> list[str]:
     if protocol.num_reference:
         notes.append(
             f"Distance: mean over the first {protocol.num_reference} seeds of the root mean square difference to the"
-            " reference solution from the same noise, in pixels (images clipped to [-1, 1], not rounded) and in the"
-            " detector's features (of the 8-bit images). Stochastic methods do not have one."
-        )
-    if protocol.num <= detector.feature_dim:
-        notes.append(
-            f"{protocol.num} images for {detector.feature_dim} features: all FIDs are far too large; their intervals and"
-            " differences are rough."
-        )
-    elif protocol.num < 10_000:
-        notes.append(
-            f"The FID of {protocol.num} images is biased upwards; compare it only with FIDs of the same number of images."
+            " reference solution from the same noise, in pixels (images clipped to [-1, 1], not rounded)"
+            + ("" if comparison.detector is None else " and in the detector's features (of the 8-bit images)")
+            + ". Stochastic methods do not have one."
         )
     versions = list(dict.fromkeys(row["code"] for row in rows))
     if versions != [comparison.code]:
@@ -262,13 +276,13 @@ def plots_html(rows: list[dict]) -> str:
 
 def table_html(rows: list[dict], baseline: str | None = None) -> str:
     """The table of the page. baseline: label of the method that differences refer to."""
-    columns = dict(COLUMNS)
-    if baseline is not None:
-        columns = {}
-        for key, title in COLUMNS.items():
-            columns[key] = title
-            if key in SCORES:
-                columns[f"{key}_difference"] = f"{title} minus {baseline}"
+    columns = {}
+    for key, title in COLUMNS.items():
+        if key in SCORES and all(row[key] is None for row in rows):
+            continue
+        columns[key] = title
+        if baseline is not None and key in SCORES:
+            columns[f"{key}_difference"] = f"{title} minus {baseline}"
 
     def cell(row: dict, key: str) -> str:
         value, better = row[key], False
@@ -303,7 +317,9 @@ def pictures_html(comparison: Comparison, jobs: list[Job], rows: list[dict]) -> 
             lines.append(f"<tr><th>{title}</th><td>{strip(solution, 'reference solution')}</td></tr>")
         for job, row in zip(jobs, rows, strict=True):
             if job.nfe == nfe:
-                label = f"{html.escape(row['method'])}<br><small>FID {row['fid']:.2f}</small>"
+                score = next((name for name in SCORES if row[name] is not None), None)
+                small = "" if score is None else f"<br><small>{SCORES[score]} {row[score]:.{DIGITS[score]}f}</small>"
+                label = html.escape(row["method"]) + small
                 lines.append(f"<tr><th>{label}</th><td>{strip(comparison.pictures(job), row['method'])}</td></tr>")
         parts.append(f"<h3>{nfe} evaluations</h3>\n<table>{''.join(lines)}</table>")
     return "\n".join(parts)

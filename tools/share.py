@@ -55,7 +55,7 @@ _SHOWN = (
 
 
 def read_figures(paths) -> list[dict]:
-    """Measured figures as rows of a table: of results.json (compare.py) and of fid.py --json files."""
+    """Rows of measured figures, from results.json (compare.py) and fid.py --json files."""
     rows = []
     for path in paths:
         try:
@@ -228,7 +228,7 @@ def write_folder(folder: Path, predictor, card: str, figures: list[dict], grid) 
 
 
 def upload(folder: Path, repo: str, private: bool) -> str:
-    """Uploads the files of ``WRITTEN`` to a repository of the hub, which is made if needed. Returns its address."""
+    """Uploads the files of ``WRITTEN`` to a repository of the hub. Returns its address."""
     try:
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError

@@ -1,8 +1,9 @@
-"""Trains a small classifier whose pooled features serve as a detector for the Fréchet distance.
+r"""Trains a small classifier; its pooled features serve as a detector for the Fréchet distance.
 
-The embedded one: python tools/train_classifier.py --data=datasets/mnist-train.zip
-                  --test=datasets/mnist-test.zip
-                  --dest=models/pretrained/digits-features.safetensors
+The embedded one:
+
+    python tools/train_classifier.py --data=datasets/mnist-train.zip \
+        --test=datasets/mnist-test.zip --dest=models/pretrained/digits-features.safetensors
 """
 
 import sys
@@ -26,18 +27,21 @@ from torch_utils.progress import progress_bar
 
 
 def load_labelled(path: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """uint8 [N,C,R,R] and int64 [N] of a labelled folder or zip."""
+    """Images, uint8 [N,C,R,R], and labels, int64 [N], of a labelled folder or zip."""
     source = ImageSource(path)
     if source.labels is None:
-        raise UserError(f"{path}: has no labels (dataset.json); make it with tools/dataset_tool.py from labelled data")
+        raise UserError(f"{path} has no labels (dataset.json); make it with tools/dataset_tool.py from labelled data")
     if source.shape[1] != source.shape[2]:
-        raise UserError(f"{path}: the images are {source.shape[2]}x{source.shape[1]}; they must be square")
+        raise UserError(f"{path}: images are {source.shape[2]}x{source.shape[1]}, but must be square")
     return torch.from_numpy(load_array(source)), torch.tensor(source.labels)
 
 
 def augment(images: torch.Tensor, shift: int, flip: bool) -> torch.Tensor:
-    """Each image moved by up to ``shift`` pixels each way (zeros come in); half of them mirrored if
-    ``flip``.
+    """Images shifted at random, filled with zeros.
+
+    images: uint8 [B,C,H,W].
+    shift: largest shift in pixels, in each direction.
+    flip: also mirror half of the images.
     """
     batch, _, height, width = images.shape
     padded = F.pad(images, [shift] * 4)
@@ -83,7 +87,7 @@ def train(model, images, labels, *, epochs, batch, lr, shift, flip, device) -> N
 @click.command(cls=Command)
 @click.option("--data", type=PATH, required=True, metavar="PATH", help="Labelled training images: folder or zip")
 @click.option("--test", type=PATH, required=True, metavar="PATH", help="Labelled test images: folder or zip")
-@click.option("--dest", type=PATH, required=True, metavar="FILE", help="The .safetensors file to write")
+@click.option("--dest", type=PATH, required=True, metavar="FILE", help="File to write, .safetensors")
 @click.option("--arch", type=click.Choice(list(ARCHITECTURES)), default="conv", show_default=True, help="Architecture")
 @click.option("--epochs", type=click.IntRange(min=1), default=6, show_default=True)
 @click.option("--batch", type=click.IntRange(min=2), default=128, show_default=True)
@@ -91,11 +95,11 @@ def train(model, images, labels, *, epochs, batch, lr, shift, flip, device) -> N
 @click.option("--width", type=click.IntRange(min=1), default=16, show_default=True, help="Channels of the first layer")
 @click.option("--feature_dim", type=click.IntRange(min=1), default=64, show_default=True, help="Number of features")
 @click.option("--shift", type=click.IntRange(min=0), default=2, show_default=True, help="Largest random shift, pixels")
-@click.option("--flip", type=bool, default=False, show_default=True, help="Mirror at random (not for digits)")
+@click.option("--flip", type=bool, default=False, show_default=True, help="Mirror images at random (not for digits)")
 @click.option("--seed", type=SEED, default=0, show_default=True)
-@click.option("--device", default=None, help="cpu, cuda or mps (default: the best there is)")
+@click.option("--device", default=None, help="cpu, cuda or mps (default: the fastest available)")
 def main(data, test, dest, arch, epochs, batch, lr, width, feature_dim, shift, flip, seed, device):
-    """Train a small classifier on a labelled image set."""
+    """Trains a small classifier on a labelled image set."""
     if Path(dest).suffix != ".safetensors":
         raise UserError(f"--dest={dest}: must end in .safetensors")
     check_destination(dest, "--dest")
@@ -106,7 +110,7 @@ def main(data, test, dest, arch, epochs, batch, lr, width, feature_dim, shift, f
     if test_images.shape[1:] != images.shape[1:] or int(test_labels.max()) >= num_classes:
         raise UserError(f"--test={test}: the images or classes differ from those of --data")
     if len(images) < batch:
-        raise UserError(f"--batch={batch}: larger than the {len(images)} images of --data; choose a smaller one")
+        raise UserError(f"--batch={batch}: must not exceed the {len(images)} images of --data")
     torch.manual_seed(seed)
     model = ARCHITECTURES[arch](images.shape[1], images.shape[2], num_classes, feature_dim, width).to(device)
     start = time.perf_counter()

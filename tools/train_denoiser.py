@@ -1,18 +1,20 @@
-"""Train a small EDM denoiser on a zip or folder of images (EDM loss, preconditioning and EMA; Karras et al. 2022).
+r"""Trains a small EDM denoiser on a zip or folder of images (Karras et al. 2022).
 
     python -m tools.train_denoiser --data=datasets/mnist-train.zip --outdir=runs --minutes=90
 
-Plain python or torchrun; stops at --total_kimg or --minutes, whichever comes first, and continues a run with --resume.
+Runs with plain python or torchrun, until --total_kimg or --minutes, whichever comes first. --resume
+continues a run. --init starts from a network. --schedule trains only at the noise levels at which
+the solver of a schedule file evaluates; the network forgets the others.
 
---init starts from a network, --schedule trains only at the noise levels at which the solver of a schedule file asks it.
-In turns with optimize_schedule.py this fits a few-step schedule and its network to each other ("Optimizing Few-Step Sampler",
-Huang 2024; its rounds as far as its abstract tells). The network forgets the other noise levels.
+Alternating with optimize_schedule.py, this fits a schedule of few steps and its network to each
+other (Huang 2024, "Optimizing Few-Step Sampler"; the rounds follow its abstract):
 
     net=models/pretrained/digits-edm.safetensors
     for round in 1 2 3; do
-        python optimize_schedule.py --method=ofs --dataset_name=custom --model_path=$net --solver=euler --dest=runs/ofs$round.json
-        python -m tools.train_denoiser --data=datasets/mnist-train.zip --init=$net --schedule=runs/ofs$round.json \\
-            --total_kimg=100 --outdir=runs/ofs$round
+        python optimize_schedule.py --method=ofs --dataset_name=custom --model_path=$net \
+            --solver=euler --dest=runs/ofs$round.json
+        python -m tools.train_denoiser --data=datasets/mnist-train.zip --init=$net \
+            --schedule=runs/ofs$round.json --total_kimg=100 --outdir=runs/ofs$round
         net=$(ls runs/ofs$round/network-snapshot-*.safetensors | tail -n 1)
     done
 """
@@ -77,9 +79,15 @@ ARCHITECTURES = {
 
 
 def edm_loss(net, images, labels, generator, p_mean, p_std, sigma_data, levels=None, extra_dims=None):
-    """EDM's weighted denoising loss (eq. 8 and Table 1), per element [B,C,H,W]; ln sigma ~ N(p_mean, p_std^2).
+    """Weighted denoising loss of EDM (eq. 8 and Table 1), per element [B,C,H,W].
 
-    levels: noise levels of which one is drawn for each image instead, all with the same probability.
+    net: the denoiser.
+    images: [B,C,H,W] in [-1, 1].
+    labels: one-hot [B,L], or None.
+    generator: draws the noise.
+    p_mean, p_std: mean and standard deviation of ln sigma.
+    sigma_data: standard deviation of the data.
+    levels: noise levels to draw from instead, all with the same probability. Default None.
     extra_dims: extra dimensions D of PFGM++; the noise is then Student-t with D degrees of freedom.
         Default None, Gaussian noise.
     """
@@ -98,7 +106,10 @@ def edm_loss(net, images, labels, generator, p_mean, p_std, sigma_data, levels=N
 
 
 class Batches:
-    """Endless shuffled batches; batch number ``it`` is a function of (seed, it, rank) only, so a resumed run continues it."""
+    """Endless shuffled batches.
+
+    Batch ``it`` depends on (seed, it, rank) only, so a resumed run sees the same batches.
+    """
 
     def __init__(self, images, labels, batch, seed, xflip):
         self.images, self.labels = images, labels
@@ -125,14 +136,16 @@ class Batches:
 
 
 def load_data(path, cond, gaps=False):
-    """uint8 images [N,C,H,W], one-hot labels or None, and the statistics stored with the network.
+    """uint8 images [N,C,H,W], one-hot labels [N,L] or None, mean [C,H,W] and std of the images.
 
-    gaps: some classes may have no images.
+    path: zip or folder.
+    cond: load labels.
+    gaps: some classes may have no images. Default False.
     """
     source = ImageSource(path)
     images = load_array(source)
     if images.shape[2] != images.shape[3]:
-        raise UserError(f"{path}: images are {images.shape[3]}x{images.shape[2]}; the networks need square images")
+        raise UserError(f"{path}: images are {images.shape[3]}x{images.shape[2]}, but must be square")
     labels = None
     if cond:
         if source.labels is None:
@@ -148,7 +161,7 @@ def load_data(path, cond, gaps=False):
 
 
 def save_grid(net, path, device, columns=10):
-    """A grid of columns^2 images of fixed seeds, Heun with 18 stamps."""
+    """A grid of columns^2 images of fixed seeds, by Heun with 18 time steps."""
     from torch_utils.images import image_grid, save_image, to_uint8
 
     latents, cond = draw_inputs(net, range(columns * columns), device=device)
@@ -159,7 +172,7 @@ def save_grid(net, path, device, columns=10):
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """How to train: the flags of the command line but for those of the network and of the places."""
+    """How to train: the flags of the command line, without those of the network and the folders."""
 
     total_kimg: float
     minutes: float
@@ -182,7 +195,7 @@ class Options:
 
 
 def build_network(net_config):
-    """The network; UserError where its widths cannot be split into the groups or attention heads they need."""
+    """The network. UserError if its widths do not fit the groups or attention heads."""
     try:
         return EDMDenoiser(**net_config)
     except UserError:
@@ -197,10 +210,12 @@ def build_network(net_config):
 
 
 def load_initial(path, shape):
-    """The network that --init names, and the SHA-256 of its file.
+    """The network of --init, and the SHA-256 of its file.
 
-    shape: img_resolution, img_channels and label_dim that it must have. Raises UserError where it is no EDM network, or
-    not one of such images.
+    path: the file.
+    shape: img_resolution, img_channels and label_dim that the network must have.
+
+    Raises UserError if it is not an EDM network of this shape.
     """
     try:
         net, digest = load_edm_network(path), sha256_of(path)
@@ -216,16 +231,18 @@ def load_initial(path, shape):
 
 @torch.no_grad()
 def evaluated_levels(net, schedule: Schedule) -> tuple[float, ...]:
-    """The noise levels at which the solver of a schedule asks the network, each once, descending; found by trying.
+    """The noise levels at which the solver of a schedule evaluates, in descending order.
 
-    All points but the last, for most solvers; without the first under AFS; inner points of two-stage solvers as well.
-    net: on the CPU.
-    Raises UserError where the schedule cannot be used with this network, or not be trained on.
+    They are found by a trial run: for most solvers all points but the last; with AFS without the
+    first; for two-stage solvers with the intermediate points.
+
+    net: network on the CPU.
+    schedule: the schedule.
+
+    Raises UserError if the schedule cannot be used with this network or for training.
     """
     if schedule.sigmas_cond is not None:
-        raise UserError(
-            "its network is told other noise levels (sigmas_cond) than there are: it cannot be trained on them"
-        )
+        raise UserError("it has noise levels of its own for the network (sigmas_cond), which training cannot use")
     asked = []
     handle = net.register_forward_pre_hook(lambda module, arguments: asked.append(float(arguments[1])))
     try:
@@ -238,12 +255,17 @@ def evaluated_levels(net, schedule: Schedule) -> tuple[float, ...]:
 
 
 class DenoiserTrainer(BaseTrainer):
-    """The network, its moving average, the optimizer, and one iteration on this process's share of a batch.
+    """The network, its moving average, the optimizer, and one iteration on a share of a batch.
 
-    net_config: the arguments of EDMDenoiser but for those that the images decide; images, labels, data_mean, data_std:
-    see load_data. With options.init these are the arguments of the network to start from, but for what net_config names.
-    Attributes: ``net``, ``ema``, ``optimizer``, ``iteration`` (how many are done), ``levels`` (trained noise levels, None
-    for all), ``origin`` (what the written networks tell of init and schedule).
+    net_config: arguments of EDMDenoiser that the images do not determine. With options.init, only
+        those that replace the initial network's.
+    images, labels, data_mean, data_std: see ``load_data``.
+    options: see ``Options``.
+    device: where to train.
+
+    Attributes: ``net``, ``ema``, ``optimizer``, ``iteration`` (iterations done), ``levels``
+    (trained noise levels; None: all), ``origin`` (what written networks record about init and
+    schedule).
     """
 
     kept = {"net": "net", "ema": "ema", "optimizer": "optimizer", "it": "iteration"}
@@ -287,7 +309,7 @@ class DenoiserTrainer(BaseTrainer):
         self._ddp = DistributedDataParallel(self.net, broadcast_buffers=False) if several else self.net
 
     def _use_schedule(self, path, net):
-        """The noise levels to train at; notes where they come from. net: the network as it is before training."""
+        """The noise levels to train at; records their origin. net: the network before training."""
         schedule = load_schedule(path)
         for line in schedule.warnings(net):
             distributed.print0(f"Warning: {line}", file=sys.stderr)
@@ -300,16 +322,18 @@ class DenoiserTrainer(BaseTrainer):
         return levels
 
     def step(self, lr):
-        """One iteration; returns its loss, the mean over all processes.
+        """One iteration. Returns its loss, the mean over all processes.
 
-        Raises NotFinite, on every process, where the loss or the gradient is not; network and optimizer are then as before.
+        Raises NotFinite on every process if the loss or the gradient is not finite. Network and
+        optimizer are then unchanged.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         seed, p_mean, p_std = self.options.seed, self.options.p_mean, self.options.p_std
         index = self.iteration * distributed.world_size() + distributed.rank()
         generator = torch.Generator().manual_seed(stream_seeds(seed, index, 1)[0])
-        # Dropout draws from the global generators; indices below zero keep its masks apart from the noise.
+        # Dropout draws from the global generators; indices below zero keep its masks apart from the
+        # noise.
         torch.manual_seed(stream_seeds(seed, -1 - index, 1)[0])
         images, labels = self.batches.get(self.iteration, generator, self.device)
         self.optimizer.zero_grad(set_to_none=True)
@@ -324,14 +348,14 @@ class DenoiserTrainer(BaseTrainer):
         return mean_loss
 
     def _agreed(self, loss, norm):
-        """The mean of the processes' losses. All of them learn of one that is not finite, or the others would wait."""
+        """The mean loss over the processes. All raise NotFinite together, or some would wait."""
         mean = float(distributed.all_reduce_sum(loss / distributed.world_size()))
         if not (math.isfinite(mean) and math.isfinite(norm)):
             raise NotFinite.found(math.isfinite(loss))
         return mean
 
     def _average(self):
-        """Moves the average towards the network; its half-life grows with the run up to ``ema_kimg``."""
+        """Moves the average towards the network. Its half-life grows up to ``ema_kimg``."""
         half_life = min(self.options.ema_kimg * 1000, 0.05 * self.iteration * self.options.batch + 1e-8)
         beta = 0.5 ** (self.options.batch / max(half_life, 1e-8))
         with torch.no_grad():
@@ -339,21 +363,21 @@ class DenoiserTrainer(BaseTrainer):
 
 
 class DenoiserRun(BaseRun):
-    """The training of a denoiser in its folder, to a number of images or of minutes."""
+    """The training of a denoiser in its folder, up to a number of images or minutes."""
 
     def __init__(self, trainer, options, outdir, data):
         super().__init__(trainer, options, outdir)
         self.data = data
         self.loss = float("nan")  # running mean
-        self._lr, self._fraction = options.lr, 0.0  # of the current iteration; of the run, when that began
-        self._snap_kimg = 0.0  # where the snapshots count from
+        self._lr, self._fraction = options.lr, 0.0  # learning rate of the iteration; share of the run before it
+        self._snap_kimg = 0.0  # kimg at the last snapshot
 
     @property
     def state_path(self):
         return self.folder / STATE_FILE
 
     def restore(self):
-        """Puts the state of an interrupted run back."""
+        """Restores the state of an interrupted run."""
         state = on_main(read_state, self.state_path)
         settings = self._settings()
         for name, before in state.get("settings", {}).items():
@@ -367,12 +391,14 @@ class DenoiserRun(BaseRun):
         self._snap_kimg, self._saved_at = self.kimg, self.trainer.iteration
         on_main(self.log.rewind, "kimg", self.kimg)
         if self.finished():
-            raise UserError(f"--resume: {self.folder} is finished; pass a larger --total_kimg or --minutes to train on")
+            raise UserError(
+                f"--resume: {self.folder} is finished; to continue, pass a larger --total_kimg or --minutes"
+            )
 
     def finished(self):
         kimg, minutes = self.options.total_kimg, self.options.minutes
         self._fraction = self.kimg / kimg
-        if minutes:  # the first process's clock decides for all, or they could disagree about the last iteration
+        if minutes:  # use the first process's clock, or processes could disagree about the last iteration
             self._fraction = distributed.broadcast_object(max(self._fraction, self.elapsed / 60 / minutes))
         return self._fraction >= 1
 
@@ -400,7 +426,7 @@ class DenoiserRun(BaseRun):
             self.snapshot()
 
     def _settings(self):
-        """What a continued run must have in common with its beginning: the noise, the order of the images and the count."""
+        """What a resumed run must share with its beginning."""
         settings = {name: getattr(self.options, name) for name in ("batch", "seed", "cond", "xflip")}
         return {**settings, "levels": self.trainer.levels}
 
@@ -422,7 +448,7 @@ class DenoiserRun(BaseRun):
             save_grid(self.trainer.ema, self.folder / f"grid-{int(kimg):06d}.png", self.trainer.device)
 
     def _learning_rate(self, progress):
-        """Linear warm-up, and a linear decay over the second half."""
+        """Linear warm-up, and linear decay over the second half. progress: share of the run."""
         lr, warmup = self.options.lr, max(self.options.warmup_kimg, 1e-8)
         return max(lr * min(1.0, self.kimg / warmup) * min(1.0, (1 - progress) / 0.5), lr * 1e-3)
 
@@ -449,19 +475,19 @@ class DenoiserRun(BaseRun):
 
 
 def check_folder(outdir, resume):
-    """Raises UserError where ``outdir`` cannot take this run; writes nothing."""
+    """Raises UserError if ``outdir`` cannot be used for this run. Writes nothing."""
     outdir = Path(outdir)
     if outdir.exists() and not outdir.is_dir():
         raise UserError(f"--outdir={outdir} is a file; choose a folder")
     state = outdir / STATE_FILE
     if resume and not state.is_file():
-        raise UserError(f"--resume: there is no {state}")
+        raise UserError(f"--resume: no such file: {state}")
     if not resume and state.exists():
         raise UserError(f"--outdir={outdir} already holds a run; pass --resume=True or another folder")
 
 
 def read_state(path):
-    """The training state of a run, on the CPU. Raises UserError where the file is damaged."""
+    """The training state of a run, on the CPU. Raises UserError if the file is damaged."""
     try:
         return run_folder.read_state(path, {"net", "ema", "optimizer", "it", "elapsed"})
     except UserError as error:
@@ -469,19 +495,26 @@ def read_state(path):
 
 
 def train(*, data, outdir, net_config, device, resume=False, **options):
-    """Trains and writes network-snapshot-*.safetensors, training-state.pt, stats.jsonl and grids into ``outdir``.
+    """Trains, and writes snapshots, training-state.pt, stats.jsonl and grids to ``outdir``.
 
-    net_config: arguments of EDMDenoiser (model_type, model_channels, ...) but for those that the images decide;
-    options: the fields of Options. Every process of a torchrun calls this. Raises UserError for settings that cannot
-    work, before anything is written, and for a loss that is not finite.
+    data: zip or folder of images.
+    outdir: folder of the run.
+    net_config: arguments of EDMDenoiser (model_type, model_channels, ...) that the images do not
+        determine.
+    device: where to train.
+    resume: continue the run in outdir. Default False.
+    options: the fields of ``Options``.
+
+    Every process of a torchrun calls this. Raises UserError for settings that cannot work, before
+    anything is written, and for a loss that is not finite.
     """
     settings = Options(**options)
     on_main(check_folder, outdir, resume)
     images, labels, *statistics = load_data(data, settings.cond, gaps=settings.init is not None)
     trainer = DenoiserTrainer(net_config, images, labels, *statistics, settings, device)
-    refusal = f"another command trains in {outdir}: wait for its end, or choose another --outdir"
+    refusal = f"another command is training in {outdir}: wait until it ends, or choose another --outdir"
     with only_command(Path(outdir) / ".lock", refusal):
-        on_main(check_folder, outdir, resume)  # once more: another command may have been there until now
+        on_main(check_folder, outdir, resume)  # again, since another command may have used the folder until now
         run = DenoiserRun(trainer, settings, outdir, data)
         if resume:
             run.restore()
@@ -494,13 +527,13 @@ def train(*, data, outdir, net_config, device, resume=False, **options):
 
 
 def parse_ints(text, option):
-    """The numbers of a comma-separated list, 1 or more each; an empty text holds none."""
+    """The whole numbers, all at least 1, of a comma-separated list; [] for an empty text."""
     try:
         values = [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise UserError(f"{option}={text} is not a comma-separated list of whole numbers") from None
+        raise UserError(f"{option}={text}: must be whole numbers like 1,2,4") from None
     if min(values, default=1) < 1:
-        raise UserError(f"{option}={text}: the numbers must be 1 or more")
+        raise UserError(f"{option}={text}: must be numbers of at least 1")
     return values
 
 
@@ -513,7 +546,7 @@ def parse_ints(text, option):
     "--schedule",
     type=PATH,
     metavar="FILE",
-    help="Train only at the noise levels that this schedule file's solver asks for",
+    help="Train only at the noise levels at which the solver of this schedule file evaluates",
 )
 @click.option("--outdir", type=PATH, help="Where to write snapshots", default="runs/denoiser", show_default=True)
 @click.option("--arch", type=click.Choice(list(ARCHITECTURES)), default="ddpmpp", show_default=True)
@@ -531,7 +564,9 @@ def parse_ints(text, option):
 @click.option("--p_mean", type=Number(), default=-1.2, help="Mean of ln sigma in training", show_default=True)
 @click.option("--p_std", type=Number(0, min_open=True), default=1.2, show_default=True)
 @click.option("--amp", type=click.Choice(["none", "bf16"]), default="none", show_default=True)
-@click.option("--compile", type=bool, default=False, help="torch.compile; minutes to start", show_default=True)
+@click.option(
+    "--compile", type=bool, default=False, help="torch.compile of the network, which takes minutes", show_default=True
+)
 @click.option("--channels_last", type=bool, default=True, show_default=True)
 @click.option("--xflip", type=bool, default=False, help="Random horizontal flips", show_default=True)
 @click.option("--cond", type=bool, default=False, help="Class-conditional", show_default=True)
@@ -546,11 +581,13 @@ def parse_ints(text, option):
 @click.option("--snap", type=Number(0), default=100, help="kimg between snapshots, 0 = end", show_default=True)
 @click.option("--grid", type=bool, default=True, help="Sample a grid at each snapshot", show_default=True)
 @click.option("--resume", type=bool, default=False, help="Continue the run in --outdir", show_default=True)
-@click.option("--device", default=None, help="cpu, cuda, mps; default: the best there is")
+@click.option("--device", default=None, help="cpu, cuda or mps (default: the fastest available)")
 @click.pass_context
 def main(ctx, arch, model_channels, channel_mult, num_blocks, attn, dropout, extra_dims, device, **options):
-    """Train a small EDM denoiser on a zip or folder of images, or fine-tune one (--init), also for the few noise levels
-    of a schedule (--schedule)."""
+    """Trains a small EDM denoiser on a zip or folder of images.
+
+    --init starts from a network, --schedule trains only at the noise levels of a schedule file.
+    """
     net_config = {
         **ARCHITECTURES[arch],
         "model_channels": model_channels,
@@ -560,19 +597,19 @@ def main(ctx, arch, model_channels, channel_mult, num_blocks, attn, dropout, ext
         "dropout": dropout,
     }
     if not net_config["channel_mult"]:
-        raise UserError("--channel_mult is empty; give one number for each resolution, for example 1,2,4")
+        raise UserError("--channel_mult is empty: give one number per resolution, like 1,2,4")
     given = [name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT]
     if options["init"] is not None:
         for name in ("arch", "model_channels", "channel_mult", "num_blocks", "attn"):
             if name in given:
-                raise UserError(f"--init brings its architecture: leave out --{name}")
+                raise UserError(f"--init: its network sets the architecture; leave out --{name}")
         net_config = {"dropout": dropout} if "dropout" in given else {}
     if extra_dims or "extra_dims" in given:
         net_config |= {"pfgmpp": extra_dims > 0, "D": max(extra_dims, 1)}
     if options["schedule"] is not None:
         for name in ("p_mean", "p_std"):
             if name in given:
-                raise UserError(f"--schedule decides the noise levels: leave out --{name}")
+                raise UserError(f"--schedule sets the noise levels; leave out --{name}")
     if options["lr"] is None:
         options["lr"] = LR if options["init"] is None else LR_OF_INIT
     with session(device) as chosen:

@@ -1,9 +1,11 @@
 """Errors that are meant for the person at the keyboard."""
 
+import difflib
 import json
 import os
 import reprlib
 import sys
+from collections.abc import Iterable
 
 _MOST_DIGITS = 300  # of a whole number in JSON; float64 ends at 10^308, and Python does not print over 4,300
 _MOST_VALUES = 8_000_000  # of a JSON text; the labels of a million images are half of that
@@ -28,6 +30,19 @@ _BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 60
 def brief(value) -> str:
     """What a value of a file looks like, in at most 60 characters and without a look at all of its parts."""
     return (value[:60] if isinstance(value, str) else _BRIEF.repr(value))[:60]
+
+
+def did_you_mean(word: str, known: Iterable[str], listed: Iterable[str] | None = None) -> str:
+    """The end of a message about an unknown word: the nearest known ones, and what there is.
+
+    known: what the word could have been. listed: what is named as the choice; default: known.
+    """
+    known = list(known)
+    near = difflib.get_close_matches(str(word), known, n=2, cutoff=0.6)
+    near += [name for name in known if str(word).lower() == name.lower() and name not in near]
+    choice = ", ".join(known if listed is None else listed)
+    text = f"; did you mean {' or '.join(near[:2])}?" if near else ""
+    return text + (f" Choose from {choice}" if choice and near else f"; choose from {choice}" if choice else "")
 
 
 class UserError(ValueError):

@@ -1,11 +1,11 @@
 """Files of other people, named by an address: ``https://host/file`` or ``hf:owner/name[/file]``.
 
-Only safetensors (and the JSON file that may describe one) are read. A file is downloaded once and
-kept: https files in the cache of this package, hub files in the hub's. Where downloads are forbidden
-(``--offline``), only kept files are found.
+Only safetensors are read, and JSON that describes one. A file is downloaded once and kept: https
+files in the cache of this package, hub files in the hub's. With ``--offline`` only kept files are
+found.
 
     https://host/folder/predictor.safetensors#sha256=1f3a...   with a checksum
-    hf:owner/name                                              the predictor or network in a repository
+    hf:owner/name                                              the predictor or network there
     hf:owner/name@v1/folder/file.safetensors                   a file of it, at a revision
 """
 
@@ -29,7 +29,7 @@ _REMEDY = "check the address, or give a file"
 
 
 def cache_dir() -> Path:
-    """Where downloads are kept: $AMED_CACHE, else $XDG_CACHE_HOME/amed-solver, else ~/.cache/amed-solver."""
+    """Folder of downloads: $AMED_CACHE, $XDG_CACHE_HOME/amed-solver or ~/.cache/amed-solver."""
     if os.environ.get("AMED_CACHE"):
         return Path(os.environ["AMED_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amed-solver"
@@ -45,7 +45,7 @@ def fetch(address: str, names: Sequence[str] = (f"*{_SUFFIX}",), description: bo
 
     address: see the module.
     names: patterns of the file in a repository where the address names none, the best first.
-    description: also fetch ``<file>.json``, if there is one, which describes a network. Default: False.
+    description: also fetch ``<file>.json``, which may describe a network. Default: False.
 
     Every process of a torchrun has to call this. Raises UserError, with the address as given.
     """

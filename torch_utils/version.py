@@ -1,8 +1,11 @@
 """The version of this code."""
 
-import importlib.metadata
+import platform
+import re
 import subprocess
 from pathlib import Path
+
+from amed import __version__
 
 
 def code_version() -> str:
@@ -16,7 +19,14 @@ def code_version() -> str:
             done = None
         if done is not None and done.returncode == 0:
             return f"git-{done.stdout.strip()}"
+    return __version__
+
+
+def cpu_name() -> str:
+    """The model name of the processor, as lscpu prints it, else its architecture."""
     try:
-        return importlib.metadata.version("amed-solver")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.machine()

@@ -1,1 +1,3 @@
-"""The AMED predictor and its distillation."""
+"""Training of learned solvers: the AMED predictor and the span solver."""
+
+import amed  # noqa: F401 (its docstring says why)

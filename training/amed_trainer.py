@@ -1,7 +1,8 @@
-"""Distillation of a predictor: the iterations, what they write, and how a run is interrupted and continued.
+"""Training of an AMED predictor: iterations, output, and how a run is interrupted and resumed.
 
-Every sample of the training stream has a seed of its own (``stream_seeds``), and gradients are sums over samples,
-divided by the total batch, so the number of processes and of micro-batches changes results by rounding only.
+Every sample of the training stream has its own seed (``stream_seeds``). Gradients are sums over
+samples, divided by the total batch. So the number of processes and of micro-batches changes results
+only by rounding.
 """
 
 from collections.abc import Sequence
@@ -34,17 +35,24 @@ from training.run import (
 )
 from training.trainer import BaseTrainer, NotFinite
 
-STATISTICS = ("loss", "r", "scale_dir", "scale_time")  # per interval, means over the batch
+STATISTICS = ("loss", "r", "scale_dir", "scale_time")  # per interval, mean over the batch
 
 
 class Distiller(BaseTrainer):
     """A predictor, its optimizer, and one iteration: an Adam step per interval of the student.
 
-    net: a Denoiser; config: the predictor's configuration; batch: samples per iteration over all processes, of which
-    this process takes a contiguous share, ``batch_gpu`` per network call. prompts: for text-to-image networks, of which
-    every sample draws one. teacher_cache: so many trajectories of the teacher are computed and then used again and again
-    (None: every iteration has new ones). checkpointing: see ``solvers.Sampler``. Attributes:
-    ``predictor``, ``optimizer``, ``iteration`` (how many are done), ``sigmas``.
+    net: a Denoiser.
+    config: the configuration of the predictor.
+    batch: samples per iteration over all processes. Each process takes a contiguous share.
+    batch_gpu: samples per network call. Default None: the whole share.
+    lr: learning rate of Adam. Default 5e-3.
+    seed: of the training stream. Default 0.
+    prompts: texts for text-to-image networks; every sample draws one. Default None.
+    teacher_cache: number of teacher trajectories to store and reuse. Default None: always new ones.
+    checkpointing: see ``solvers.Sampler``. Default False.
+    device, dtype: of noise and predictor. Default CPU, float32.
+
+    Attributes: ``predictor``, ``optimizer``, ``iteration`` (iterations done), ``sigmas``.
     """
 
     kept = {"predictor": "predictor", "optimizer": "optimizer", "iteration": "iteration"}
@@ -70,7 +78,8 @@ class Distiller(BaseTrainer):
         self.teacher_cache, self._cached = teacher_cache, {}
         self.device, self.dtype = torch.device(device), dtype
         self.split_batch(batch, batch_gpu)
-        # A multistep student carries a history from interval to interval: one loss for each micro-batch.
+        # A multistep student keeps a history between intervals, so each micro-batch has its own
+        # loss.
         self.losses = [DistillationLoss(net, config, checkpointing) for _ in range(self.share // self.chunk)]
         self.sigmas = self.losses[0].sigmas
         with torch.random.fork_rng(devices=[]):
@@ -78,7 +87,7 @@ class Distiller(BaseTrainer):
             self.predictor = AMEDPredictor(**config)
         self.predictor.to(self.device, dtype).train()
         self.optimizer = torch.optim.Adam(self.predictor.parameters(), lr=lr, betas=(0.9, 0.999))
-        # Gradients and statistics side by side in one buffer, so that one reduction per interval serves both.
+        # Gradients and statistics share a buffer, so that one reduction per interval is enough.
         sizes = [p.numel() for p in self.predictor.parameters()]
         self._buffer = torch.zeros(sum(sizes) + len(STATISTICS), device=self.device, dtype=dtype)
         self._gradients, self._statistics = self._buffer.split([sum(sizes), len(STATISTICS)])
@@ -91,7 +100,7 @@ class Distiller(BaseTrainer):
 
     @property
     def evaluations(self) -> int:
-        """NFE of the student, by the cost of the network's calls."""
+        """NFE of the student, with the cost of each network call."""
         return self.predictor.evaluations() * member(self.net, "evals_per_call")
 
     def draw(self) -> list[tuple[torch.Tensor, dict]]:
@@ -99,7 +108,7 @@ class Distiller(BaseTrainer):
         return [self._draw(first) for first in self._firsts()]
 
     def _firsts(self) -> range:
-        """The number in the training stream of the first sample of each micro-batch."""
+        """Index in the training stream of the first sample of each micro-batch."""
         start = self.iteration * self.batch
         start = (start if self.teacher_cache is None else start % self.teacher_cache) + distributed.rank() * self.share
         return range(start, start + self.share, self.chunk)
@@ -122,13 +131,14 @@ class Distiller(BaseTrainer):
     def step(
         self, micro_batches: list[tuple[torch.Tensor, dict]], teacher_targets: list[TeacherTargets] | None = None
     ) -> torch.Tensor:
-        """One iteration; returns the statistics [intervals, 4] (see STATISTICS), means over all processes.
+        """One iteration. Returns the statistics [intervals, 4] (see STATISTICS) over all processes.
 
         micro_batches: (unit-variance noise [B,C,H,W], condition) of each.
-        teacher_targets: the teacher's of each micro-batch. Default: they are computed.
+        teacher_targets: the teacher's targets for each micro-batch. Default None: they are
+            computed.
 
-        Raises NotFinite, on every process, if a loss is NaN or infinite; predictor and optimizer are
-        then as before.
+        Raises NotFinite on every process if a loss is NaN or infinite. Predictor and optimizer are
+        then unchanged.
         """
         before = self.state()
         xs = [latents * self.losses[0].sigma_max for latents, _ in micro_batches]
@@ -162,7 +172,10 @@ class Distiller(BaseTrainer):
         return statistics
 
     def probe_memory(self) -> None:
-        """What needs the memory of an iteration, for one micro-batch and without learning; spoils the solvers' history."""
+        """Uses the memory of an iteration for one micro-batch, without learning.
+
+        The history of the solvers is invalid afterwards.
+        """
         latents, cond = self.draw()[0]
         x, loss = latents * self.losses[0].sigma_max, self.losses[0]
         for k, target in enumerate(loss.teacher_trajectory(x, cond)):
@@ -171,7 +184,7 @@ class Distiller(BaseTrainer):
 
 
 class AMEDRun(Run):
-    """The distillation of a predictor, with a loss for each interval."""
+    """The training of an AMED predictor, with one loss per interval."""
 
     columns = STATISTICS
 
@@ -202,20 +215,31 @@ class AMEDRun(Run):
 
 
 def train_predictor(
-    options: AMEDOptions | dict, device="cpu", run_dir=None, resume: bool = False, schedule: Schedule | None = None
+    options: AMEDOptions | dict,
+    device="cpu",
+    run_dir=None,
+    resume: bool = False,
+    schedule: Schedule | None = None,
+    net=None,
 ) -> Path:
-    """Trains a predictor and returns its file, ``<folder>/predictor-<kimg>.safetensors``.
+    """Trains a predictor. Returns its file, ``<folder>/predictor-<kimg>.safetensors``.
 
-    options: TrainingOptions, or a dict of its fields. run_dir: the folder to use; None makes the next numbered one in
-    ``options.outdir``. resume: continue the run in run_dir from its newest state (``options`` are then those of that
-    state). schedule: the file that options.sigmas come from; what it was not made for is pointed out. Every process of
-    a torchrun calls this. Raises UserError for settings that cannot work and for a loss that is not finite, Interrupted
-    after Ctrl-C or SIGTERM, when everything is saved.
+    options: AMEDOptions, or a dict of its fields.
+    device: where to train. Default CPU.
+    run_dir: folder to use. Default None: the next numbered folder in ``options.outdir``.
+    resume: continue the run in run_dir from its newest state, which ``options`` must match. Default
+        False.
+    schedule: the file that options.sigmas come from; warns if it was made for other settings.
+        Default None.
+    net: the network. Default None: that of the options.
+
+    Every process of a torchrun calls this. Raises UserError for settings that cannot work and for a
+    loss that is not finite; Interrupted after Ctrl-C or SIGTERM, with everything saved.
     """
     device = torch.device(device)
     options = AMEDOptions.from_dict(options) if isinstance(options, dict) else options
-    options, net, prompts = prepare(options, device)
-    if options.afs:  # before a folder is made: the network may not know what afs="data" needs
+    options, net, prompts = prepare(options, device, net)
+    if options.afs:  # checked before a folder is made: afs="data" needs statistics of the network
         afs_direction(net, torch.zeros(1, net.img_channels, 1, 1, device=device), torch.ones(()), options.afs)
     make = partial(
         Distiller,

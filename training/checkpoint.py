@@ -1,6 +1,7 @@
-"""Predictors as files: written as safetensors that carry their whole configuration, read back, and found by number.
+"""Predictor files: safetensors with the whole configuration. Saving, loading, finding by number.
 
-Also reads the snapshots of the original AMED code (a pickled predictor beside its loss object), as data only.
+Also reads snapshots of the original AMED code (a pickled predictor and its loss object), as data
+only.
 """
 
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from models import zoo
 from solvers.former_names import with_current_names
 from solvers.span_table import CONFIG_KINDS, SpanSolver, current_config
 from torch_utils.errors import UserError, brief
@@ -21,7 +23,7 @@ from training.predictor import AMEDPredictor
 from training.run_folder import numbered_runs
 
 FORMAT = "amed-predictor"
-PREDICTORS = {"amed": AMEDPredictor, SpanSolver.kind: SpanSolver}  # a file that names no kind holds an AMEDPredictor
+PREDICTORS = {"amed": AMEDPredictor, SpanSolver.kind: SpanSolver}  # a file without kind holds an AMEDPredictor
 
 # Constructor arguments of the original predictor, under the same names here.
 _ORIGINAL_KEYS = (
@@ -29,17 +31,19 @@ _ORIGINAL_KEYS = (
     *("guidance_type", "guidance_rate", "schedule_type", "schedule_rho", "afs", "scale_dir", "scale_time"),
     *("max_order", "predict_x0", "lower_order_final", "hidden_dim", "bottleneck_output_dim", "noise_channels"),
 )
-# Arguments of the original that have one meaning here; other values describe a predictor we cannot rebuild.
+# Arguments of the original with only one supported value.
 _FIXED = {"output_dim": 1, "bottleneck_input_dim": 64, "embedding_type": "positional"}
-# Layer whose number of rows each size argument sets: checked before anything of that size is built.
+# Size argument: layer with that number of rows. Checked before a layer of this size is built.
 _SIZES = {"hidden_dim": "enc_layer0", "bottleneck_output_dim": "enc_layer1", "noise_channels": "map_layer0"}
 
 
 def save_predictor(predictor: AMEDPredictor | SpanSolver, path, provenance: dict | None = None) -> None:
-    """Writes weights, configuration and provenance to one safetensors file, atomically.
+    """Writes weights, configuration and provenance to a safetensors file, atomically.
 
-    provenance: where the predictor comes from (network name and hash, code version, seed, kimg, ...), JSON values;
-    None keeps what the predictor already carries.
+    predictor: the predictor or span solver.
+    path: the file.
+    provenance: origin of the predictor (network name and hash, code version, seed, kimg, ...), JSON
+        values. Default None: ``predictor.provenance``.
     """
     provenance = predictor.provenance if provenance is None else provenance
     metadata = {"format": FORMAT, "config": json.dumps(predictor.config), "provenance": json.dumps(provenance)}
@@ -49,10 +53,13 @@ def save_predictor(predictor: AMEDPredictor | SpanSolver, path, provenance: dict
 
 
 def load_predictor(path) -> AMEDPredictor | SpanSolver:
-    """The predictor or span student of a file, on the CPU and in eval mode.
+    """The predictor or span solver of a file, on the CPU and in eval mode.
 
-    path: a path or binary file object; a file of ``save_predictor``, or a ``.pkl`` / ``.pt`` snapshot of the original
-    code. Raises UserError where it is something else, UnsafePickleError where a snapshot asks for more than data.
+    path: path or binary file object, written by ``save_predictor`` or a ``.pkl`` or ``.pt``
+        snapshot of the original code.
+
+    Raises UserError if it is something else, and UnsafePickleError if a snapshot contains more than
+    data.
     """
     with open_binary(path) as (file, name):
         start = file.tell()
@@ -82,7 +89,7 @@ def _check_sizes(config: dict, tensors: dict[str, torch.Tensor], name: str) -> N
 
 
 def _check_table(config: dict, tensors: dict[str, torch.Tensor], name: str) -> None:
-    """The same for a span student: nothing of a size that only its configuration claims is built."""
+    """Checks the sizes in a span solver's configuration against its weights, before building it."""
     try:
         check_kinds(current_config(config), CONFIG_KINDS)
     except UserError as error:
@@ -122,7 +129,7 @@ def _build(cls, config: dict, tensors: dict[str, torch.Tensor], provenance: dict
 
 
 def _original_snapshot(content, name: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """(config, weights) of what the original code pickled: {"model": predictor, "loss_fn": loss}, or the predictor."""
+    """(config, weights) of a snapshot of the original code, {"model", "loss_fn"} or a predictor."""
     model, loss = content, None
     if isinstance(content, dict):
         model, loss = content.get("model"), content.get("loss_fn")
@@ -151,19 +158,22 @@ def _original_snapshot(content, name: str) -> tuple[dict, dict[str, torch.Tensor
     return config, {key: value.to(torch.float32) for key, value in model.state_dict().items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Finding
 
-# Of a predictor in a repository of the hub: as tools.share, train.py and a pipeline's scheduler write it.
+# In a repository of the hub, as tools.share, train.py and a pipeline's scheduler write it.
 REMOTE_NAMES = ("predictor.safetensors", "predictor-[0-9]*.safetensors", "*/predictor.safetensors")
-_FILE_NAMES = (r"predictor-(\d+)\.safetensors", r"network-snapshot-(\d+)\.pkl", r"network-snapshot-(\d+)\.pt")
+_FILE_NAMES = (r"predictor-(\d+(?:\.\d+)?)\.safetensors", r"network-snapshot-(\d+)\.pkl", r"network-snapshot-(\d+)\.pt")
 
 
 def find_predictor(predictor_path, exps="./exps") -> Path:
     """The predictor file that a command line names.
 
-    predictor_path: the number of an experiment ("7" is ``exps/00007-*``), a folder, or a file. In a folder the file
-    with the largest kimg in its name is taken. Raises UserError where nothing, or more than one thing, is meant.
+    predictor_path: number of an experiment ("7" is ``exps/00007-*``), folder or file. In a folder,
+        the file with the largest kimg in its name is used.
+    exps: folder of the experiments. Default "./exps".
+
+    Raises UserError if the name matches nothing, or more than one folder.
     """
     text = str(predictor_path).strip()
     if is_remote(text):
@@ -181,15 +191,26 @@ def find_predictor(predictor_path, exps="./exps") -> Path:
             return _newest(matches[0])
         if not Path(text).exists():
             there = ", ".join(folder.name for _, folder in numbered) or "no experiments"
-            raise UserError(f"there is no experiment {text} in {exps}; it holds {there}")
+            raise UserError(f"no experiment {text} in {exps}; it holds {there}")
     path = Path(text)
     if not path.exists() and (exps / path).exists():
         path = exps / path
+    if not path.exists() and text in shipped_predictors():
+        return shipped_predictors()[text]
     if path.is_dir():
         return _newest(path)
     if not path.is_file():
-        raise UserError(f"there is no predictor at {path}; give an experiment number, a folder, a file, or an address")
+        raise UserError(
+            f"there is no predictor at {path}; give an experiment number, a folder, a file, an address, or a name that"
+            " 'python sample.py --list' prints"
+        )
     return path
+
+
+def shipped_predictors() -> dict[str, Path]:
+    """The predictors that come with the repository: their files by name."""
+    found = [(path, path.stem.rpartition("-")) for path in zoo.PREDICTORS.glob("*.safetensors")]
+    return {path.stem: path for path, parts in sorted(found, key=lambda item: (item[1][0], item[1][2]))}
 
 
 def _newest(folder: Path) -> Path:
@@ -200,7 +221,7 @@ def _newest(folder: Path) -> Path:
         for preference, pattern in enumerate(_FILE_NAMES):
             match = re.fullmatch(pattern, path.name)
             if match and path.is_file():
-                found.append((int(match[1]), -preference, path))
+                found.append((float(match[1]), -preference, path))
     if not found:
         raise UserError(f"{folder} holds no predictor yet (no predictor-*.safetensors, no network-snapshot-*.pkl)")
     return max(found)[2]

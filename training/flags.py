@@ -1,15 +1,18 @@
-"""From the flags of train.py to the options of a run: a new one, or one that is continued."""
+"""Options of a run from the flags of train.py, for a new run or a resumed one."""
 
+import sys
 from pathlib import Path
 
+from solvers.recommended import merge, steps_for, training_recipe
 from torch_utils.cli import PATH
+from torch_utils.distributed import print0
 from torch_utils.errors import UserError
 from torch_utils.options import flags_of
 from training.options import AMEDOptions, SpanOptions
 from training.sample_loss import own_code
 
 OBJECTIVES = {"per_step": AMEDOptions, "final": SpanOptions}
-FILES = {  # options that name files, or parts of the hub
+FILES = {  # options that name files or repositories of the hub
     name
     for kind in OBJECTIVES.values()
     for name, flag in flags_of(kind).items()
@@ -18,13 +21,13 @@ FILES = {  # options that name files, or parts of the hub
 
 
 def find_objective(values: dict, given: set[str]) -> str:
-    """ "per_step" or "final"; UserError for flags that contradict each other."""
+    """The objective, "per_step" or "final". UserError for flags that contradict each other."""
     span = values["sampler_stu"] == "span"
     objective = values["objective"] or ("final" if span else "per_step")
     if objective == "per_step" and span:
-        raise UserError("--sampler_stu=span is trained on its final samples: it needs --objective=final")
+        raise UserError("--sampler_stu=span is trained on final samples: it needs --objective=final")
     if objective == "final" and not span and "sampler_stu" in given:
-        raise UserError(f"--objective=final trains span students: use --sampler_stu=span, not {values['sampler_stu']}")
+        raise UserError(f"--objective=final trains span solvers: use --sampler_stu=span, not {values['sampler_stu']}")
     (other,) = set(OBJECTIVES) - {objective}
     foreign = sorted(given & flags_of(OBJECTIVES[other]).keys() - flags_of(OBJECTIVES[objective]).keys())
     if foreign:
@@ -32,10 +35,10 @@ def find_objective(values: dict, given: set[str]) -> str:
     return objective
 
 
-def new_options(values: dict, given: set[str]) -> AMEDOptions | SpanOptions:
-    """The options of a new run. values: all flags by name; given: those that the user wrote."""
+def new_options(values: dict, given: set[str], nfe: int | None = None) -> AMEDOptions | SpanOptions:
+    """The options of a new run. values: all flags by name; given: the names of the user's flags."""
     if values["dataset_name"] is None:
-        raise UserError("--dataset_name is missing: name a network ('python -m models.zoo list'), or --resume a run")
+        raise UserError("--dataset_name is missing: give a network ('python -m models.zoo list'), or --resume a run")
     if values["sigmas"] is not None:
         replaced = {"schedule_type", "schedule_rho", "sigma_min", "sigma_max"} & given
         if "num_steps" in given and values["num_steps"] != len(values["sigmas"]):
@@ -43,19 +46,48 @@ def new_options(values: dict, given: set[str]) -> AMEDOptions | SpanOptions:
         if replaced:
             raise UserError(f"--sigmas replaces --{min(replaced)}: give only one of them")
     kind = OBJECTIVES[find_objective(values, given)]
-    return kind.from_dict({name: values[name] for name in given & flags_of(kind).keys()})
+    written = {name: values[name] for name in given & flags_of(kind).keys()}
+    return kind.from_dict(written if nfe is None else with_recipe(kind, written, nfe))
+
+
+def with_recipe(kind, written: dict, nfe: int) -> dict:
+    """The flags of a recommended recipe whose student spends ``nfe`` evaluations; what was written
+    wins.
+    """
+    if {"num_steps", "sigmas"} & written.keys():
+        raise UserError("--nfe chooses the number of steps: leave out --nfe, or --num_steps and --sigmas")
+    student = "span" if kind is SpanOptions else written.get("sampler_stu", "amed")
+    recipe, source = training_recipe(written["dataset_name"], student)
+    chosen = merge(recipe, written)
+    per_call = kind.from_dict(chosen).guess_evals_per_call()
+    if kind is AMEDOptions and "afs" not in written and nfe // per_call % 2 == 0:
+        chosen["afs"] = False  # two evaluations in each interval, of which the first step saves one
+
+    def cost(intervals):
+        return kind.from_dict({**chosen, "num_steps": intervals + 1}).calls * per_call
+
+    hint = f"; two evaluations in each interval, one less with --afs={recipe.get('afs')}" if kind is AMEDOptions else ""
+    what = f"--sampler_stu={student}" + (f" with --afs={chosen['afs']}" if "afs" in chosen else "")
+    chosen["num_steps"] = steps_for(nfe, cost, what, hint)
+    shown = " ".join(f"--{name}={value}" for name, value in chosen.items() if name not in written)
+    print0(f"{nfe} evaluations: {shown} ({source})", file=sys.stderr)
+    return chosen
 
 
 def continued_options(stored: dict, values: dict, given: set[str], folder: Path) -> AMEDOptions | SpanOptions:
-    """The options of the run that is continued, with those changes that leave its results alone.
+    """The options of a resumed run, with changes that do not affect its results.
 
-    The folder may come from somebody else. What it names is read, but written is only below it and
-    --outdir, and only what the command line names may be downloaded.
+    stored: the recorded options.
+    values, given: as in ``new_options``.
+    folder: of the run.
+
+    The folder may come from somebody else. Files that it names are read, but files are written only
+    in it and in --outdir, and only what the command line names may be downloaded.
     """
     objective = "final" if stored.get("objective") == "final" else "per_step"
     options = OBJECTIVES[objective].from_dict(stored)
     flags = flags_of(OBJECTIVES[objective])
-    if values["guidance_type"] == "none" and options.guidance_type is None:  # the same, and stored so
+    if values["guidance_type"] == "none" and options.guidance_type is None:  # stored as None
         values["guidance_type"] = None
     known = {**options.to_dict(), "objective": objective}
     for name in sorted(given - {"outdir"}):
@@ -70,14 +102,14 @@ def continued_options(stored: dict, values: dict, given: set[str], folder: Path)
                 f"(only {changeable} and --device may change)"
             )
     own = getattr(options, "loss", None)
-    if own is not None and own_code(own) and "loss" not in given:  # a file must not choose what code is run
-        raise UserError(f"--resume: the loss of this run is code of your own; repeat --loss='{own}' to run it")
+    if own is not None and own_code(own) and "loss" not in given:  # a file must not choose which code runs
+        raise UserError(f"--resume: the loss of this run is your own code; repeat --loss='{own}' to run it")
     options.outdir = values["outdir"]
     for name in sorted(FILES & flags.keys() - given):
         path = getattr(options, name)
         if path is not None and not (Path(path).is_file() or Path(path).is_dir()):
             raise UserError(
-                f"--resume: {folder} names {name}={path[:200]}, which is not here; repeat --{name} to use it, or name"
-                " another place"
+                f"--resume: {folder} names {name}={path[:200]}, which does not exist here; repeat --{name} to use it,"
+                " or give another path"
             )
     return options

@@ -1,5 +1,8 @@
-"""Distillation of a predictor: the student's interval is pulled towards a teacher that takes more steps (Section 3.3 of
-Zhou et al. 2024). The student's interval is the code that sampling runs, ``Sampler.advance``."""
+"""The loss of an AMED predictor: each interval against a teacher with more steps.
+
+Zhou et al. 2024, Section 3.3. The student's interval runs the code of sampling,
+``Sampler.advance``.
+"""
 
 import math
 from dataclasses import dataclass
@@ -14,25 +17,28 @@ from training.predictor import DEFAULTS
 
 
 def make_solvers(config: dict) -> tuple[Solver, Solver]:
-    """The student's and the teacher's rule. Both have the options of the configuration, as in the original code; a
-    teacher that has no such high order takes its highest."""
+    """The solvers of student and teacher.
+
+    Both have the options of the configuration, as in the original code. The teacher's order is
+    limited to its highest.
+    """
     student = make_solver(config["sampler_stu"], common=config)
     highest = getattr(SOLVERS.get(config["sampler_tea"]), "highest_order", 1)
     order = None if config["max_order"] is None else min(config["max_order"], highest)
     teacher = make_solver(config["sampler_tea"], common={**config, "max_order": order})
     if not student.can_learn:
-        raise UserError(f"sampler_stu={config['sampler_stu']} cannot take a predictor")
+        raise UserError(f"sampler_stu={config['sampler_stu']} cannot learn: choose another student")
     check_teacher(teacher.name)
     return student, teacher
 
 
 @dataclass
 class TeacherTargets:
-    """What a teacher gives for one batch of starting points.
+    """What the teacher computed for one batch of starting points.
 
     targets: its states at the student's noise levels 1 .. num_steps - 1, [num_steps-1,B,C,H,W].
-    cached_evals: {k: (direction, bottleneck)} for intervals k of the student that start at a state where the teacher
-        has evaluated the network; they are used instead of a call.
+    cached_evals: {k: (direction, bottleneck)} for intervals k of the student that start at a state
+        where the teacher has evaluated the network; reused instead of a call.
     """
 
     targets: torch.Tensor
@@ -40,13 +46,17 @@ class TeacherTargets:
 
 
 class DistillationLoss:
-    """Per-interval squared error between a student with a predictor and its teacher.
+    """Squared error per interval between a student with a predictor and its teacher.
 
-    net: a Denoiser; config: the predictor's configuration (``PredictorConfig`` and options of solvers;
-    missing keys take the defaults). ``sigmas``: the student's schedule, float64 [num_steps];
-    ``teacher_sigmas``: the teacher's, with M points more in every interval. One-step students restart
-    every interval from the teacher's state, multistep ones continue from their own, whose history
-    this object carries from step_idx to step_idx + 1. checkpointing: see ``Sampler``.
+    net: a Denoiser.
+    config: the predictor's configuration (``PredictorConfig`` and options of solvers). Missing keys
+        take the defaults.
+    checkpointing: see ``Sampler``. Default False.
+
+    Attributes: ``sigmas``, the student's schedule, float64 [num_steps]; ``teacher_sigmas``, the
+    teacher's, with M more points in every interval. One-step students start every interval from the
+    teacher's state. Multistep students continue from their own state; this object keeps their
+    history from step_idx to step_idx + 1.
     """
 
     def __init__(self, net, config: dict, checkpointing: bool = False):
@@ -88,21 +98,23 @@ class DistillationLoss:
         return float(self.sigmas[0])
 
     def teacher_trajectory(self, latents: torch.Tensor, cond=None) -> torch.Tensor:
-        """The teacher's states at the student's noise levels 1 .. num_steps - 1, [num_steps-1,B,C,H,W].
+        """The teacher's states at the student's noise levels but the first, [num_steps-1,B,C,H,W].
 
-        latents: starting points, already scaled by sigma_max. The teacher never uses AFS or a predictor.
+        latents: starting points, already scaled by sigma_max. The teacher uses neither AFS nor a
+            predictor.
+        cond: keyword arguments of the network.
         """
         return self.run_teacher(latents, cond).targets
 
     @torch.no_grad()
     def run_teacher(self, latents: torch.Tensor, cond=None) -> TeacherTargets:
-        """``teacher_trajectory`` with the evaluations in it that the student's intervals would repeat."""
+        """``teacher_trajectory`` with the evaluations that the student's intervals can reuse."""
         wanted = {k * (self.extra + 1): k for k in range(len(self.sigmas) - 1) if self._begins_as_teacher(k)}
         cached_evals = {}
         with read_bottleneck(self.net) as reader:
 
             def keep(i, sigma, x, denoised):
-                if i in wanted and x is state.x:  # a corrector's evaluation is not at the state it leads to
+                if i in wanted and x is state.x:  # a corrector evaluates elsewhere
                     cached_evals[wanted[i]] = ((x - denoised) / sigma, reader.read(len(x)).to(x.dtype))
 
             run = Sampler(
@@ -116,18 +128,26 @@ class DistillationLoss:
         return TeacherTargets(torch.stack(targets), cached_evals)
 
     def _begins_as_teacher(self, k: int) -> bool:
-        """Whether the student asks the network at the start of interval k, at a point of the teacher's trajectory."""
+        """Whether interval k of the student starts with an evaluation that the teacher has made."""
         if k == 0 and self.config["afs"]:
             return False
         own, sigma_tea = self.sigmas[k].item(), self.teacher_sigmas[k * (self.extra + 1)].item()
         return (k == 0 or self.student_solver.one_step) and math.isclose(own, sigma_tea, rel_tol=1e-12)
 
     def student_step(self, predictor, x, step_idx, target, cond=None, start=None):
-        """One interval of the student from x [B,C,H,W] at sigmas[step_idx], with gradients.
+        """One interval of the student, with gradients.
 
-        start: the (direction, bottleneck) there, if a ``TeacherTargets`` has it; x is then the teacher's state.
-        Returns the squared error per element [B,C,H,W] and the point where the next interval starts (detached): the
-        target for one-step students, the student's own result for multistep ones.
+        predictor: the AMEDPredictor.
+        x: state [B,C,H,W] at sigmas[step_idx].
+        step_idx: the interval.
+        target: the teacher's state [B,C,H,W] at its end.
+        cond: keyword arguments of the network.
+        start: cached (direction, bottleneck) at x, from ``TeacherTargets``; x is then the teacher's
+            state. Default None.
+
+        Returns the squared error per element [B,C,H,W], and the state (detached) where the next
+        interval
+        starts: the target for one-step students, their own result for multistep students.
         """
         run = Sampler(
             self.net,

@@ -1,4 +1,4 @@
-"""The options of a training run, and the small languages that some are written in."""
+"""The options of a training run, and the parsers of those written in a syntax of their own."""
 
 import math
 from dataclasses import asdict, dataclass, make_dataclass, replace
@@ -32,19 +32,18 @@ STUDENTS = tuple(name for name, solver in SOLVERS.items() if solver.can_learn)
 
 @dataclass
 class RunOptions:
-    """The options of every training run. Names and defaults are the original code's where it has them.
+    """The options of every training run, with the names and defaults of the original code.
 
-    Those that are ``changeable`` may differ between the parts of one run: where and how long it runs
-    and what it writes, not what it computes. Files may move; the network and the prompts in them may
-    not change.
+    ``changeable`` options may differ between the parts of a run: where and how long it runs and
+    what it writes, not what it computes. Files may move, but not change.
     """
 
     dataset_name: str = flag(
         "Network: digits, cifar10, ffhq, ... ('python -m models.zoo list')", REQUIRED, required=False
     )
     model_path: str | None = flag(
-        "File of the network, https address or hf:owner/name, instead of the downloaded or embedded one; diffusers: a folder"
-        " or hub id",
+        "File of the network, https address or hf:owner/name (default: embedded or downloaded); diffusers: a folder or"
+        " hub id; custom: also MODULE:FUNCTION of your own code, which is run",
         kind=PATH,
         changeable=True,
         metavar="FILE",
@@ -69,7 +68,7 @@ class RunOptions:
         "Analytical first step; 'data' uses the mean and spread of the training data", True, AFSType()
     )
     prompt_path: str | None = flag(
-        "Captions for text-to-image networks, a .csv or .txt file, or coco30k; one is drawn per sample",
+        "Captions for text-to-image networks: a .csv or .txt file, or coco30k; one is drawn per sample",
         kind=PATH,
         changeable=True,
         metavar="FILE",
@@ -80,18 +79,18 @@ class RunOptions:
     total_kimg: float = flag("Length of the training, in thousands of samples", 10, POSITIVE, changeable=True)
     batch: int = flag("Samples per iteration, over all processes", 512, COUNT)
     batch_gpu: int | str | None = flag(
-        "Samples per network call (default: all of a process's share; auto: as many as fit into memory)",
+        "Samples per network call (default: the whole share of a process; auto: as many as fit into memory)",
         kind=BatchSize(),
         aliases=("--batch-gpu",),
         changeable=True,
     )
     checkpointing: bool = flag(
-        "Less memory: activations of the network are computed again for the gradient", False, changeable=True
+        "Save memory by computing the network's activations again for the gradient", False, changeable=True
     )
     seed: int | None = flag("Random seed (default: a random one, recorded)", kind=SEED)
     amp: str = flag("Autocast of the network", "none", tuple(AUTOCAST))
     compile: str = flag(  # a CUDA graph would overwrite activations that gradients need
-        "torch.compile of the network (--compile is --compile=default); minutes to start",
+        "torch.compile of the network (--compile is --compile=default), which takes minutes",
         "none",
         COMPILE_MODES[:2],
         is_flag=False,
@@ -100,9 +99,9 @@ class RunOptions:
     channels_last: bool | None = flag("Memory format of the network (default: True on the CPU in float32)")
     bench: bool = flag("cuDNN benchmarking", True, changeable=True)
     outdir: str = flag("Folder of all runs", "./exps", PATH, metavar="DIR")
-    desc: str | None = flag("Text to add to the name of the run's folder")
+    desc: str | None = flag("Text to append to the name of the run's folder")
     nosubdir: bool = flag("Write into outdir itself", False, is_flag=True)
-    tick: float = flag("kimg between lines of statistics", 1, POSITIVE, changeable=True)
+    tick: float = flag("Length of a tick in kimg; each tick logs a line of statistics", 1, POSITIVE, changeable=True)
     snap: int | None = flag(
         "Ticks between snapshots of the predictor (default: only at the end)", kind=COUNT, changeable=True
     )
@@ -132,7 +131,7 @@ class RunOptions:
         return asdict(self)
 
     def check(self, world_size: int) -> None:
-        """Raises UserError for settings that no network could make work."""
+        """Raises UserError for settings that are wrong for any network."""
         card = zoo.find_card(self.dataset_name)
         if card is not None:
             self.check_prompts(card.takes_prompts)
@@ -141,19 +140,19 @@ class RunOptions:
             raise UserError(f"batch={self.batch} must be divisible by the number of processes ({world_size})")
         share = self.batch // world_size
         if self.batch_gpu not in (None, AUTO) and share % min(self.batch_gpu, share):
-            raise UserError(
-                f"batch_gpu={self.batch_gpu} must divide each process's share of the batch, {share} samples"
-            )
+            raise UserError(f"batch_gpu={self.batch_gpu} must divide the share of each process, {share} samples")
         self._check_desc()
 
     def _check_desc(self) -> None:
-        """It becomes part of the name of a folder."""
+        """Checks desc, which becomes part of a folder name."""
         text = self.desc or ""
         if len(text) > 100 or not text.isprintable() or set(text) & set('/\\:*?"<>|'):
-            raise UserError(f"desc={text[:40]!r}: choose at most 100 printable characters that a folder name may have")
+            raise UserError(
+                f"desc={text[:40]!r}: use at most 100 printable characters that are allowed in folder names"
+            )
 
     def check_prompts(self, needed: bool) -> None:
-        """Raises UserError where the network needs prompts and there are none, or the other way round."""
+        """Raises UserError if the network needs prompts and has none, or the reverse."""
         if needed and self.prompt_path is None:
             raise UserError(f"{self.dataset_name} needs texts: give --prompt_path, a .txt or .csv file of captions")
         for name in ("prompt_path", "tokenizer_path"):
@@ -161,13 +160,13 @@ class RunOptions:
                 raise UserError(f"--{name}: {self.dataset_name} is not a text-to-image network; leave it out")
 
     def guess_evals_per_call(self) -> int:
-        """What a call of the network costs, as far as the guidance tells."""
+        """Evaluations that a call of the network costs, guessed from the guidance."""
         kind = self.guidance_type or ("cfg" if self.prompt_path is not None else None)
         return 2 if kind == "cfg" and self.guidance_rate != 1 else 1
 
 
 def _solver_option(users: dict[str, Option]):
-    """The dataclass field of an option of solvers; where their defaults differ, None stands for each one's own."""
+    """The dataclass field of a solver option. If defaults differ between solvers, it is None."""
     first = next(iter(users.values()))
     defaults = [user.default for user in users.values()]
     same = all(default == defaults[0] for default in defaults)
@@ -178,7 +177,7 @@ def _solver_option(users: dict[str, Option]):
 
 
 TRAINABLE = trainable_options()
-# One field for each option of a solver that can be student or teacher.
+# One field per option of the solvers that can be student or teacher.
 SolverOptions = make_dataclass(
     "SolverOptions",
     [(name, *_solver_option(users)) for name, users in TRAINABLE.items()],
@@ -189,30 +188,35 @@ SolverOptions = make_dataclass(
 
 @dataclass
 class AMEDOptions(SolverOptions):
-    """Every option of train.py that the training of a predictor depends on."""
+    """Options of train.py for an AMED predictor."""
 
     max_order: int | None = flag(
         f"{', '.join(TRAINABLE['max_order'])}: order of the method",
         DEFAULTS["max_order"],
         click.IntRange(1, max(SOLVERS[name].highest_order for name in TRAINABLE["max_order"])),
     )
-    M: int = flag("Points the teacher adds to every interval", 1, click.IntRange(min=0))
-    scale_dir: float = flag("Directions are scaled by up to 1 +- this", 0.01, Number(0, 1, max_open=True))
-    scale_time: float = flag("Noise levels shown to the network, by up to 1 +- this", 0.0, Number(0, 1, max_open=True))
+    M: int = flag("Intermediate points that the teacher adds to every interval", 1, click.IntRange(min=0))
+    scale_dir: float = flag("Directions are scaled by 1 +- at most this", 0.01, Number(0, 1, max_open=True))
+    scale_time: float = flag(
+        "Noise levels for the network are scaled by 1 +- at most this", 0.0, Number(0, 1, max_open=True)
+    )
     lr: float = flag("Learning rate of Adam", 5e-3, POSITIVE)
     teacher_cache: int | None = flag(
-        "Trajectories of the teacher that are kept and used again, a multiple of the batch (default: always new ones)",
+        "Teacher trajectories to store and reuse, a multiple of the batch (default: none, always new ones)",
         kind=COUNT,
     )
 
     def predictor_config(self, img_resolution: int | None = None) -> dict:
-        """The configuration that the predictor carries, without what keeps its default."""
+        """The configuration of the predictor, without values that keep their default."""
         names = (*DEFAULTS, *solver_settings(self.to_dict()))
         own = {name: getattr(self, name) for name in names if hasattr(self, name)}
         return {**own, "img_resolution": img_resolution}
 
     def check(self, world_size: int) -> None:
-        """Raises UserError for settings that no network could make work; DistillationLoss checks the rest."""
+        """Raises UserError for settings that are wrong for any network.
+
+        DistillationLoss checks the rest.
+        """
         if self.sampler_tea in set(teachers()) - set(teachers(per_step=True)):
             raise UserError(f"--sampler_tea={self.sampler_tea} can only make the pairs of --objective=final")
         make_solvers(self.to_dict())
@@ -227,9 +231,10 @@ class AMEDOptions(SolverOptions):
         return AMEDPredictor(**self.predictor_config()).evaluations()
 
     def folder_name(self, number: int, evals_per_call: int | None = None) -> str:
-        """``<number>-<dataset_name>-<num_steps>-<NFE>-<student>-<teacher>-<M>-<schedule>[-afs][-desc]``.
+        """Number, dataset, num_steps, NFE, student, teacher, M, schedule [, afs] [, desc].
 
-        evals_per_call: of the network; None guesses it from the guidance.
+        number: of the run.
+        evals_per_call: evaluations per network call. Default None: guessed from the guidance.
         """
         if evals_per_call is None:
             evals_per_call = self.guess_evals_per_call()
@@ -239,7 +244,7 @@ class AMEDOptions(SolverOptions):
         return "-".join(str(part) for part in (*parts, *([self.desc] if self.desc else [])))
 
     def without_effect(self, names) -> list[str]:
-        """Those of the options ``names`` that nothing looks at under the other settings."""
+        """The options among ``names`` that have no effect with the other settings."""
         used = solver_settings(self.to_dict())
         idle = [name for name in TRAINABLE if name not in used]
         if "predict_x0" in used and not self.predict_x0:
@@ -262,8 +267,9 @@ RATES = {
     "heads": 3e-3,
     "shifts": 1e-2,
 }
-# Rates of a preset that differ from ``RATES``: the best in validation on two networks (docs/span_solver.md, "Choices
-# for the restrictions"). step_gain of dyweight: within its bound it moves as fast as a coefficient offset.
+# Rates of a preset that differ from ``RATES``: the best in validation on two networks
+# (docs/span_solver.md, "Choices for the restrictions"). With this rate, step_gain of dyweight moves
+# as fast within its bound as a coefficient offset.
 PRESET_RATES = {
     "amed-table": {"substeps": 0.1, "substep_sigma_scale": 0.1, "step_gain": 0.1},
     "epd": {"substeps": 0.1, "substep_sigma_scale": 0.1, "step_gain": 0.1, "coef_offset": 0.1},
@@ -271,8 +277,8 @@ PRESET_RATES = {
 }
 
 
-LEARNED = (*GROUPS, "heads", "shifts")  # what may have a learning rate or a phase of its own
-DEFAULT_HEADS = ("spatial", "time")  # of the preset "full", if nothing else is said
+LEARNED = (*GROUPS, "heads", "shifts")  # groups that can have their own learning rate or phase
+DEFAULT_HEADS = ("spatial", "time")  # heads of the preset "full"
 DEFAULT_LOSS = "features+0.2*huber"
 GRID_GROUPS = ("knots", "substeps", "sigma_scale", "substep_sigma_scale")
 INITIAL_BASES = ("ab", "dpmpp", "ipndm")
@@ -281,11 +287,12 @@ INITIAL_GRIDS = ("polynomial:7", "polynomial:4", "logsnr", "time_uniform:1")
 
 @dataclass
 class SpanOptions(RunOptions):
-    """Every option of train.py under ``--objective=final``.
+    """Options of train.py for a span solver (``--objective=final``).
 
-    None stands for what suits the preset or the network: ``heads`` and ``loss`` (``resolved``), ``afs``,
-    ``parallel``, ``sigma_scale_bound`` and the initial noise levels (the preset's, or found by trial: ``starts``).
-    Rates that ``lrs`` leaves out are those of ``PRESET_RATES``, else of ``RATES``.
+    None stands for a value that suits the preset or the network: ``heads`` and ``loss`` (see
+    ``resolved``), ``afs``, ``parallel``, ``sigma_scale_bound``, and the initial noise levels (the
+    preset's, or found by trial, see ``starts``). Rates missing in ``lrs`` are those of
+    ``PRESET_RATES``, else of ``RATES``.
     """
 
     objective: str = "final"
@@ -297,48 +304,53 @@ class SpanOptions(RunOptions):
     schedule_type: str | None = None
     schedule_rho: float | None = None
     sampler_tea: str = "deis"
-    preset: str = flag("kind of span student, what it learns", "full", tuple(PRESETS))
+    preset: str = flag("kind of span solver: what it learns", "full", tuple(PRESETS))
     heads: str | None = flag(
-        "networks beside the table, of sample,spatial,time, or none (default: spatial,time for full)",
+        "heads: sample, spatial (residual net), time (embedding offset), or none (default: spatial,time for full)",
         metavar="NAME,...",
     )
-    parallel: int | None = flag("calls of the network in one batch, per interval (default: the preset's)", kind=COUNT)
+    parallel: int | None = flag("network calls per interval that run as one batch (default: the preset's)", kind=COUNT)
     sigma_scale_bound: float | None = flag(
         "bound of |ln a| of the sigma scales (default: the preset's)", kind=POSITIVE, aliases=("--time_bound",)
     )
-    init: str | None = flag(
-        "starts that are tried, base@grid,... or preset (default: several for full)", metavar="LIST"
+    init: str | None = flag("starts to try: base@grid,... or preset (default: several for full)", metavar="LIST")
+    init_pairs: int = flag("teacher pairs for the trial of each start", 16, COUNT)
+    init_trial: float = flag(
+        "share of the run for which the three best starts are trained before one is chosen", 0.1, Number(0, 1)
     )
-    init_pairs: int = flag("pairs that each start is tried on", 16, COUNT)
-    init_trial: float = flag("share of the run that the three best of them are trained for first", 0.1, Number(0, 1))
     loss: str | None = flag(
         "weighted sum of l2, huber, features, lpips, module:function (default: features+0.2*huber)",
         metavar="W*TERM+...",
     )
-    feature_sigma: float = flag("noise level at which the denoiser's features are compared", 0.2, POSITIVE)
+    feature_sigma: float = flag("noise level of the denoiser when features are compared", 0.2, POSITIVE)
     w_dist: float = flag("weight of the energy distance between the distributions of features", 0.0, Number(0))
-    w_anchor: float = flag("weight of the distance to the teacher's states at the beginning of the run", 0.0, Number(0))
-    anchor: float = flag("share of the run over which that weight falls to 0", 0.2, Number(0, 1))
+    w_anchor: float = flag(
+        "weight of the distance to the teacher's states, at the beginning of the run", 0.0, Number(0)
+    )
+    anchor: float = flag("share of the run over which w_anchor falls to 0", 0.2, Number(0, 1))
     w_delta: float = flag("weight of the squared offsets of the coefficients", 0.0, Number(0))
     num_steps_tea: int = flag("time steps of the teacher", 31, click.IntRange(min=3))
     schedule_tea: str = flag("schedule of the teacher", "polynomial", tuple(SCHEDULES))
-    rho_tea: float = flag("exponent of that schedule", 7.0, POSITIVE)
+    rho_tea: float = flag("exponent of the teacher's schedule", 7.0, POSITIVE)
     pairs: int = flag("teacher pairs to train on", 1024, COUNT)
-    val_pairs: int = flag("teacher pairs to validate with", 128, COUNT)
+    val_pairs: int = flag("teacher pairs for validation", 128, COUNT)
     teacher_set: str | None = flag(
-        "file that keeps them (default: one in outdir/teacher-sets)", kind=PATH, changeable=True, metavar="FILE"
+        "file of the teacher pairs (default: one in outdir/teacher-sets)", kind=PATH, changeable=True, metavar="FILE"
     )
     lrs: str = flag("learning rates of groups, knots=0.01,coef_offset=0.02,...", "", metavar="GROUP=RATE,...")
-    lr_final: float = flag("share of the rates that is left at the end", 0.02, Number(0, 1))
-    warmup: int = flag("iterations over which the rates rise", 10, click.IntRange(min=0))
+    lr_final: float = flag("learning rates at the end, as a share", 0.02, Number(0, 1))
+    warmup: int = flag("iterations of linear warm-up of the rates", 10, click.IntRange(min=0))
     clip: float = flag("largest norm of the gradient", 1.0, POSITIVE)
-    ema: float = flag("decay of the average that is validated and saved", 0.98, Number(0, 1, max_open=True))
+    ema: float = flag("decay of the moving average, which is validated and saved", 0.98, Number(0, 1, max_open=True))
     val_every: int = flag("iterations between validations", 25, COUNT)
-    phases: str | None = flag("what is trained when, knots+sigma_scale:0.2,all:0.8", metavar="GROUPS:SHARE,...")
-    phase_rounds: int = flag("how often the phases take turns", 1, COUNT)
+    phases: str | None = flag(
+        "groups trained in each phase, with its share of the run: knots+sigma_scale:0.2,all:0.8",
+        metavar="GROUPS:SHARE,...",
+    )
+    phase_rounds: int = flag("number of repetitions of the phases", 1, COUNT)
 
     def check(self, world_size: int) -> None:
-        """Raises UserError for settings that no network could make work."""
+        """Raises UserError for settings that are wrong for any network."""
         if self.objective != "final" or self.sampler_stu != "span":
             raise UserError(f"objective={self.objective} with sampler_stu={self.sampler_stu}: it trains a span student")
         check_teacher(self.sampler_tea, per_step=False)
@@ -372,7 +384,7 @@ class SpanOptions(RunOptions):
                 "heads": self.head_names(),
                 "img_channels": 3,
                 "embedding_width": 1,
-            }  # the network's are in ``more``
+            }  # ``more`` has the network's values
         if self.afs is not None:
             own["first_step"] = {False: "none", True: "zero", "data": "gaussian"}[self.afs]
         return {**PRESETS[self.preset], **own, **more}
@@ -386,7 +398,7 @@ class SpanOptions(RunOptions):
         return names
 
     def resolved(self, net, prompts=None, device="cpu") -> "SpanOptions":
-        """The options with the heads and the loss that this network can have, where none were given."""
+        """The options, with heads and loss that this network supports if none were given."""
         heads, loss = self.heads, self.loss
         if heads is None:
             names = [name for name in self.head_names() if name != "time" or member(net, "noise_embedding")]
@@ -400,14 +412,17 @@ class SpanOptions(RunOptions):
         if not learned(student):
             raise UserError(f"preset={self.preset} with num_steps={self.num_steps} has nothing to learn")
         if student.evaluations() < 1:
-            raise UserError(f"num_steps={self.num_steps}: the student would not call the network: give more time steps")
+            raise UserError(
+                f"num_steps={self.num_steps}: this solver would not evaluate the network; use more time steps"
+            )
         return student
 
     def starts(self) -> list[tuple[str | None, str | None]]:
-        """(base, grid) of the starts to try; None is the preset's own, or what schedule_type and sigmas say.
+        """(base, grid) of each start to try. None: of the preset, or by schedule_type and sigmas.
 
-        init: "preset"; or a comma-separated list of ``base``, ``base@grid`` or ``@grid``, where a grid is a schedule with
-        its exponent, as "polynomial:7", or "dmn". Default: a few bases and grids for the preset "full", else "preset".
+        ``init`` is "preset", or a comma-separated list of ``base``, ``base@grid`` or ``@grid``. A
+        grid is "dmn", or a schedule with its exponent, as "polynomial:7". Default: several bases
+        and grids for the preset "full", else "preset".
         """
         text = self.init
         if text is None:
@@ -429,19 +444,23 @@ class SpanOptions(RunOptions):
             if grid:
                 _check_grid(text, grid)
             if not base and not grid:
-                raise UserError(f"--init={text}: write 'preset', or base@grid for each start")
+                raise UserError(f"--init={text}: must be 'preset', or base@grid for each start")
             starts.append((base or None, grid or None))
         return starts
+
+    @property
+    def calls(self) -> int:
+        """Calls of the network that the student makes."""
+        return self.make_student(0.002, 80.0).evaluations()
 
     def folder_name(self, number: int, evals_per_call: int | None = None) -> str:
         """``<number>-<dataset_name>-<num_steps>-<NFE>-span-<preset>-<teacher>[-desc]``."""
         per_call = self.guess_evals_per_call() if evals_per_call is None else evals_per_call
-        calls = self.make_student(0.002, 80.0).evaluations()
-        parts = [f"{number:05d}", self.dataset_name, self.num_steps, calls * per_call, "span", self.preset]
+        parts = [f"{number:05d}", self.dataset_name, self.num_steps, self.calls * per_call, "span", self.preset]
         return "-".join(str(part) for part in (*parts, self.sampler_tea, *([self.desc] if self.desc else [])))
 
     def without_effect(self, names) -> list[str]:
-        """Those of the options ``names`` that nothing looks at under the other settings."""
+        """The options among ``names`` that have no effect with the other settings."""
         idle = []
         if "features" not in [name for _, name in parse_loss(self.loss or DEFAULT_LOSS)] and not self.w_dist:
             idle.append("feature_sigma")
@@ -455,10 +474,10 @@ class SpanOptions(RunOptions):
             idle.append("desc")
         return [name for name in idle if name in names]
 
-    # The optimisation
+    # Optimisation
 
     def rates(self, student: SpanSolver) -> dict[str, float]:
-        """Learning rate of each group that the student learns."""
+        """Learning rate of each group that the solver learns."""
         given = {}
         for part in filter(None, (piece.strip() for piece in self.lrs.split(","))):
             name, _, value = part.partition("=")
@@ -479,10 +498,11 @@ class SpanOptions(RunOptions):
         return rates
 
     def phase_list(self, student: SpanSolver) -> list[tuple[frozenset[str], float]]:
-        """(groups that are trained, share of the run), one after the other; the shares sum to one.
+        """(groups to train, share of the run) of each phase; the shares sum to one.
 
-        phases: comma-separated ``group+group:share``, where "all" is every group; all of them phase_rounds times over.
-        Default: everything at once, but grid and coefficients in turn for S4S, as published.
+        ``phases`` is a comma-separated list of ``group+group:share``, where "all" is every group.
+        The list is repeated phase_rounds times. Default: everything at once; for S4S grid and
+        coefficients in turn, as published.
         """
         names, text, rounds = set(learned(student)), self.phases, self.phase_rounds
         if text is None:
@@ -493,7 +513,7 @@ class SpanOptions(RunOptions):
         return parse_phases(text, rounds, names)
 
     def teacher(self, sigma_min: float, sigma_max: float) -> TeacherSettings:
-        """The settings of the teacher's pairs, over the student's range."""
+        """The settings of the teacher pairs, for the noise range of the student."""
         return TeacherSettings(
             solver=self.sampler_tea,
             num_steps=self.num_steps_tea,
@@ -509,7 +529,7 @@ class SpanOptions(RunOptions):
 
 
 def has_features(net, sigma: float, prompts=None, device="cpu") -> bool:
-    """Whether there is an encoder for ``DenoiserFeatures``; UserError where the network does not support sigma."""
+    """Whether ``DenoiserFeatures`` works with this network. UserError if sigma is out of range."""
     features = DenoiserFeatures(net, sigma)
     latents, cond = draw_inputs(net, [0], prompts, device=device)
     try:
@@ -520,7 +540,7 @@ def has_features(net, sigma: float, prompts=None, device="cpu") -> bool:
 
 
 def learned(student: SpanSolver) -> dict[str, list[torch.nn.Parameter]]:
-    """What a student learns by kind: the groups of its table, "shifts" of the head "time", and "heads", all others."""
+    """Learned parameters by group: those of the table, "shifts" (head "time"), other "heads"."""
     groups = {name: [parameter] for name, parameter in student.groups().items()}
     for name, head in student.heads.items():
         groups.setdefault("shifts" if name == "time" else "heads", []).extend(head.parameters())
@@ -528,7 +548,7 @@ def learned(student: SpanSolver) -> dict[str, list[torch.nn.Parameter]]:
 
 
 def parse_phases(text: str, rounds: int, names: set[str]) -> list[tuple[frozenset[str], float]]:
-    """The phases of ``SpanOptions.phase_list``. Raises UserError for unknown groups and shares that are no numbers."""
+    """The phases of ``SpanOptions.phase_list``. UserError for unknown groups and wrong shares."""
     phases = []
     for part in text.split(","):
         kinds, colon, share = part.strip().rpartition(":")
@@ -537,9 +557,7 @@ def parse_phases(text: str, rounds: int, names: set[str]) -> list[tuple[frozense
         except ValueError:
             value = math.nan
         if not colon or not (math.isfinite(value) and value > 0):
-            raise UserError(
-                f"--phases={text}: '{part.strip()}' should be groups:share, for example knots+sigma_scale:0.2"
-            )
+            raise UserError(f"--phases={text}: '{part.strip()}' should be groups:share, like knots+sigma_scale:0.2")
         groups = {current(name) for name in kinds.split("+")}
         unknown = sorted(groups - set(LEARNED) - {"all"})
         if unknown:

@@ -1,6 +1,7 @@
-"""The AMED predictor: about nine thousand parameters that place and scale one evaluation per interval.
+"""The AMED predictor: about nine thousand parameters, which place and scale an evaluation.
 
-Zhou et al. 2024, "Fast ODE-based Sampling for Diffusion Models in Around 5 Steps" (arXiv 2312.00094), Section 3.3.
+Zhou et al. 2024, "Fast ODE-based Sampling for Diffusion Models in Around 5 Steps" (arXiv
+2312.00094), Section 3.3.
 """
 
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from torch import nn
 
 from models.denoiser import BOTTLENECK_SIZE
 from models.edm_unet import Linear, PositionalEmbedding
+from solvers.sampler import sample
 from solvers.solver import SOLVERS, Option, Solver, solver_options
 from torch_utils.errors import UserError
 from torch_utils.kinds import check_kinds, check_steps, defaults_of, kinds_of
@@ -19,7 +21,7 @@ from torch_utils.kinds import check_kinds, check_steps, defaults_of, kinds_of
 
 @dataclass
 class PredictorConfig:
-    """The configuration that a predictor carries: settings of its training (original names), then sizes of its layers.
+    """The configuration of a predictor: settings of its training (original names), sizes of layers.
 
     The options of its student and teacher follow under their own names (``solver_settings``).
     """
@@ -29,18 +31,18 @@ class PredictorConfig:
     num_steps: int = 4  # time steps; the student makes 2 (num_steps - 1) evaluations, one less with AFS
     sampler_stu: str = "amed"
     sampler_tea: str = "heun"
-    M: int = 1  # points the teacher adds to every interval
+    M: int = 1  # points that the teacher adds to every interval
     guidance_type: str | None = None
     guidance_rate: float | None = 0.0
     schedule_type: str = "polynomial"
     schedule_rho: float = 7
     afs: bool | str = False  # False, True or "data"
-    scale_dir: float | None = 0.0  # scale_dir lies in [1 - scale_dir, 1 + scale_dir]; 0 switches the head off
+    scale_dir: float | None = 0.0  # the output lies in [1 - scale_dir, 1 + scale_dir]; 0: without this output
     scale_time: float | None = 0.0
-    max_order: int | None = 3  # of students and teachers, as in the original code
+    max_order: int | None = 3  # of student and teacher, as in the original code
     sigma_min: float | None = None  # None: the network's range
     sigma_max: float | None = None
-    sigmas: list[float] | None = None  # an explicit schedule that replaces num_steps, schedule_type and schedule_rho
+    sigmas: list[float] | None = None  # explicit schedule, instead of num_steps, schedule_type and schedule_rho
     hidden_dim: int = 128
     bottleneck_output_dim: int = 4
     noise_channels: int = 8
@@ -51,13 +53,13 @@ _WIDEST = 1 << 16  # of any layer
 
 
 def trainable_options() -> dict[str, dict[str, Option]]:
-    """The options of all solvers that can be student or teacher, {name: {solver: Option}}."""
+    """The options of all solvers that can be student or teacher: {name: {solver: option}}."""
     found = solver_options(solver for solver in SOLVERS.values() if solver.can_learn or solver.can_teach)
     return {name: users for name, users in found.items() if not any(option.of_schedule for option in users.values())}
 
 
 def solver_settings(config: Mapping) -> dict:
-    """The options that a student and its teacher have under this configuration, defaults included."""
+    """The options of the student and the teacher of a configuration, with their values."""
     student, teacher = (SOLVERS.get(config[role], Solver) for role in ("sampler_stu", "sampler_tea"))
     own = {name: option for name, option in student.options.items() if name not in student.learned_options}
     options = {name: option for name, option in {**teacher.options, **own}.items() if not option.of_schedule}
@@ -67,11 +69,15 @@ def solver_settings(config: Mapping) -> dict:
 class AMEDPredictor(nn.Module):
     """predictor(bottleneck, t_cur, t_next) -> (r, scale_dir, scale_time), each [B,1,1,1].
 
-    bottleneck: [B,8,8], the channel mean of the U-Net's bottleneck (zeros under AFS); t_cur, t_next: the ends of the
-    interval, scalars or [B]. r lies in (0, 1); the scales are ones where their setting is 0. Keyword arguments are the
-    fields of ``PredictorConfig`` and options of solvers; ``config`` holds all fields and the options of
-    its student and teacher, and ``stated`` names those that were given: with other values sampling
-    refuses the predictor. ``provenance`` is filled in by whoever trains or loads it.
+    bottleneck: [B,8,8], channel mean of the U-Net's bottleneck (zeros under AFS).
+    t_cur, t_next: the ends of the interval, scalars or [B].
+
+    r lies in (0, 1). A scale is 1 if its setting is 0. The constructor takes the fields of
+    ``PredictorConfig`` and options of solvers as keyword arguments.
+
+    Attributes: ``config``, all fields and the options of student and teacher; ``stated``, names of
+    the fields that were given, and with which sampling must agree; ``provenance``, set by training
+    or loading.
     """
 
     def __init__(self, **config):
@@ -99,7 +105,7 @@ class AMEDPredictor(nn.Module):
         hidden, encoded = self.config["hidden_dim"], self.config["bottleneck_output_dim"]
         channels = self.config["noise_channels"]
 
-        def plain(cin, cout):  # weights N(0, 1 / fan_in), zero biases
+        def plain(cin, cout):  # weights from N(0, 1 / fan_in), zero biases
             return Linear(cin, cout, init="kaiming_normal")
 
         self.map_noise = PositionalEmbedding(channels, endpoint=True)
@@ -132,7 +138,11 @@ class AMEDPredictor(nn.Module):
         outputs = torch.sigmoid(self.fc_r(z)), self._scale("scale_dir", z), self._scale("scale_time", z)
         return tuple(value.reshape(-1, 1, 1, 1) for value in outputs)
 
+    def sample(self, net, latents, **options):
+        """Images [B,C,H,W] from unit-variance noise; options: of ``solvers.sample``."""
+        return sample(net, latents, predictor=self, **options)
+
     def evaluations(self) -> int:
-        """Network evaluations of one trajectory with these settings (calls; guidance may double their cost)."""
+        """Network calls of one trajectory with these settings (guidance may double their cost)."""
         stamps = len(self.config["sigmas"]) if self.config["sigmas"] else self.config["num_steps"]
         return 2 * (stamps - 1) - (1 if self.config["afs"] else 0)

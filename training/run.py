@@ -154,7 +154,8 @@ class Run(BaseRun):
 
     @property
     def result_path(self) -> Path:
-        return self.folder / f"predictor-{self.nimg // 1000:06d}.safetensors"
+        below = f".{self.nimg:03d}" if self.nimg < 1000 else ""  # short runs that are continued keep each result
+        return self.folder / f"predictor-{self.nimg // 1000:06d}{below}.safetensors"
 
     def train(self, net, resume: bool, notes: Sequence[str] = ()) -> Path:
         """Records the options, describes the run and trains to the end; returns the result's file.
@@ -334,11 +335,12 @@ def resume_run(trainer, options: RunOptions, net, folder) -> float:
     return 0.0 if state is None else restore(trainer, options, state, net, folder)
 
 
-def load_network(options: RunOptions, device: torch.device):
-    net = create_model(
-        options.dataset_name, options.model_path, options.guidance_type, options.guidance_rate, device=device
-    )
-    prepare_network(net, options.amp, options.channels_last, options.compile)
+def load_network(options: RunOptions, device: torch.device, net=None):
+    if net is None:
+        net = create_model(
+            options.dataset_name, options.model_path, options.guidance_type, options.guidance_rate, device=device
+        )
+        prepare_network(net, options.amp, options.channels_last, options.compile)
     needs_prompts = member(net, "takes_prompts")
     options.check_prompts(needs_prompts)
     if options.tokenizer_path is not None:
@@ -357,8 +359,10 @@ def load_network(options: RunOptions, device: torch.device):
     return net
 
 
-def prepare(options: RunOptions, device: torch.device) -> tuple:
+def prepare(options: RunOptions, device: torch.device, net=None) -> tuple:
     """(options, network, prompts or None): a checked copy of the options, in which a seed is chosen.
+
+    net: the network to use as it is. Default: the one that the options name is opened.
 
     Raises UserError for settings that cannot work, before anything is written.
     """
@@ -369,7 +373,7 @@ def prepare(options: RunOptions, device: torch.device) -> tuple:
     torch.backends.cudnn.benchmark = options.bench
     options.prompt_path = zoo.resolve_prompts(options.prompt_path)
     prompts = None if options.prompt_path is None else list(read_prompts(options.prompt_path).values())
-    return options, load_network(options, device), prompts
+    return options, load_network(options, device, net), prompts
 
 
 def fitting_batch_gpu(probe_memory: Callable[[int], None], share: int, device) -> int:

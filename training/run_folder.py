@@ -27,10 +27,10 @@ def numbered_runs(outdir) -> list[tuple[int, Path]]:
 
 
 def create_run_folder(outdir, name_of_number) -> Path:
-    """Makes ``outdir/<name_of_number(number)>`` with the next free number; called by one process of a run only.
+    """Makes ``outdir/<name_of_number(number)>`` with the next free number. One process calls it.
 
-    Several runs may start at the same moment: a number is claimed by an exclusive mkdir of its own, and then looked up
-    once more, since its owner may have finished between our look and our claim.
+    Several runs may start at the same moment. A number is claimed by an exclusive mkdir, then
+    checked again, since its owner may have finished between our check and our claim.
     """
     outdir = Path(outdir)
     try:
@@ -56,7 +56,7 @@ def create_run_folder(outdir, name_of_number) -> Path:
 
 
 def use_folder(folder) -> Path:
-    """The folder itself as the place of a new run; UserError where it holds one already."""
+    """The folder for a new run. UserError if it holds a run."""
     folder = Path(folder)
     if _is_run(folder):
         raise UserError(f"{folder} already holds a run: continue it with --resume={folder}, or choose another folder")
@@ -68,7 +68,11 @@ def use_folder(folder) -> Path:
 
 
 def find_run(resume: str, outdir) -> Path:
-    """The folder to continue: a folder, the number of a run in outdir, or "true" for the newest one."""
+    """The folder of the run to continue.
+
+    resume: a folder, the number of a run in outdir, or "true" for the newest one.
+    outdir: the folder of the runs.
+    """
     text = str(resume).strip()
     runs = numbered_runs(outdir)
     if text.lower() == "true":
@@ -84,7 +88,7 @@ def find_run(resume: str, outdir) -> Path:
             return matches[0]
     if not Path(text).is_dir():
         there = ", ".join(folder.name for _, folder in runs) or "no runs"
-        raise UserError(f"--resume={text}: there is no such run; {outdir} holds {there}")
+        raise UserError(f"--resume={text}: no such run; {outdir} holds {there}")
     return Path(text)
 
 
@@ -95,12 +99,12 @@ def _states(folder) -> list[tuple[int, Path]]:
 
 
 def _is_run(folder) -> bool:
-    """Whether a run has begun here. One that was killed very early has its options, but no state yet."""
+    """Whether a run has begun here. One that was killed early has options but no state."""
     return (Path(folder) / OPTIONS_FILE).is_file() or bool(_states(folder))
 
 
 def stored_options(folder) -> dict:
-    """The options of the run in a folder: of its newest state, else those that it began with."""
+    """The options of a run: those of its newest state, else those at its beginning."""
     if _states(folder):
         return load_newest_state(folder)["options"]
     path = Path(folder) / OPTIONS_FILE
@@ -116,12 +120,12 @@ def stored_options(folder) -> dict:
 
 
 def newest_state(folder) -> dict | None:
-    """What ``save_state`` wrote last; None where a run was killed before its first state."""
+    """The newest ``save_state``; None if the run was killed before its first state."""
     return load_newest_state(folder) if _states(folder) or not _is_run(folder) else None
 
 
 def save_state(folder, kimg: int, state: dict) -> Path:
-    """Writes ``training-state-<kimg>.pt`` whole or not at all; keeps the newest two."""
+    """Writes ``training-state-<kimg>.pt`` atomically and keeps the newest two."""
     path = Path(folder) / f"training-state-{kimg:06d}.pt"
     write_state(path, state)
     for _, old in _states(folder)[:-_KEEP_STATES]:
@@ -130,7 +134,7 @@ def save_state(folder, kimg: int, state: dict) -> Path:
 
 
 def load_newest_state(folder) -> dict:
-    """What ``save_state`` wrote last, on the CPU. Raises UserError where there is none or it is damaged."""
+    """The newest ``save_state``, on the CPU. UserError if it is missing or damaged."""
     states = _states(folder)
     if not states:
         raise UserError(
@@ -150,13 +154,16 @@ def load_newest_state(folder) -> dict:
 def read_state(path: Path, entries: set[str]) -> dict:
     """The training state in a file, on the CPU.
 
-    Raises UserError if it is damaged or lacks one of these entries.
+    path: the file.
+    entries: names that the state must have.
+
+    Raises UserError if it is damaged or lacks an entry.
     """
     try:
         state = safe_load(path)
         if not isinstance(state, dict) or not entries <= state.keys():
             raise ValueError("it is not a training state")
-    except Exception as error:  # whatever a damaged file provokes in torch
+    except Exception as error:  # a damaged file may raise anything in torch
         raise UserError(f"cannot read {path} ({str(error).strip().removeprefix(f'{path} ')[:160]})") from None
     return state
 
@@ -164,32 +171,32 @@ def read_state(path: Path, entries: set[str]) -> dict:
 def _value(line: bytes, key: str) -> float:
     try:
         return float(parse_json(line)[key])
-    except (ValueError, KeyError, TypeError, OverflowError):  # the disk was full when it was written
+    except (ValueError, KeyError, TypeError, OverflowError):  # written when the disk was full
         return math.inf
 
 
 class RunLog:
-    """log.txt and stats.jsonl of a run, which only the first process writes."""
+    """log.txt and stats.jsonl of a run. Only the first process writes them."""
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.active = distributed.rank() == 0
 
     def say(self, text: str) -> None:
-        """A line on the screen (beside the progress bar) and in the log."""
+        """Writes a line to the screen (beside the progress bar) and to the log."""
         if self.active:
             say(text)
         self.note(text)
 
     def note(self, text: str) -> None:
-        """A line in the log."""
+        """Writes a line to the log."""
         self._append("log.txt", text)
 
     def stats(self, record: dict) -> None:
         self._append("stats.jsonl", json.dumps(record))
 
     def rewind(self, key: str, limit: float) -> None:
-        """Drops what stats.jsonl says beyond ``limit``, where a continued run begins; and lines that were cut off."""
+        """Drops incomplete lines of stats.jsonl, and those beyond ``limit`` (for a resumed run)."""
         path = self.folder / "stats.jsonl"
         if not self.active or not path.exists():
             return
@@ -202,10 +209,10 @@ class RunLog:
         if not self.active:
             return
         path = self.folder / name
-        if path.is_symlink():  # what is added would go to a place outside the folder
-            raise UserError(f"{path} is a link; put the file itself in its place, or remove it")
+        if path.is_symlink():  # writing would change a file outside the folder
+            raise UserError(f"{path} is a link; replace it by the file itself, or remove it")
         try:
-            # Names of files may hold bytes that are not UTF-8.
+            # File names may contain bytes that are not UTF-8.
             with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(line + "\n")
         except OSError as error:

@@ -1,6 +1,5 @@
-"""What a final sample is compared by: distances to the teacher's sample of the same noise, and between distributions."""
+"""Losses of final samples: distance to the teacher's sample, and between distributions."""
 
-import importlib
 import math
 import re
 from collections.abc import Callable
@@ -10,12 +9,13 @@ import torch.nn.functional as F
 
 from models.denoiser import member
 from torch_utils.errors import MissingExtra, UserError
+from torch_utils.functions import find_function
 
-DEFAULT_SIGMA = 0.1  # of images in [-1, 1]: little noise, and the encoder still has to look at the whole image
+DEFAULT_SIGMA = 0.1  # for images in [-1, 1]: little noise, but the encoder still uses the whole image
 
 
 class _Enough(Exception):
-    """Ends a forward pass at the bottleneck: the decoder is not wanted."""
+    """Ends a forward pass at the bottleneck, since the decoder is not needed."""
 
 
 def _as_map(output) -> torch.Tensor | None:
@@ -24,12 +24,16 @@ def _as_map(output) -> torch.Tensor | None:
 
 
 class DenoiserFeatures:
-    """features(x, cond=None) -> the encoder's last map at each of its resolutions, finest first, each [B,C,h,w] float32.
+    """features(x, cond=None) -> the encoder's last map at each resolution, finest first.
 
-    net: a Denoiser, whose parameters are left alone; x [B,C,H,W] clean images (or latents), with gradients if they
-    require some. sigma: the noise level that the network is told (None: 0.1, or the nearest it supports); no noise is added. cond: keyword arguments of net, of
-    every call or of one. The pass ends at ``net.bottleneck``, so a call costs about half an evaluation, and hooks on the
-    whole network do not see it. Raises UserError where the network has no such encoder.
+    net: a Denoiser; its parameters are not changed.
+    sigma: noise level that the network is conditioned on; no noise is added. Default None: 0.1, or
+        the nearest that the network supports.
+    cond: keyword arguments of net for every call. Default None.
+
+    x: clean images or latents [B,C,H,W]; gradients flow to it. The maps are float32 [B,C,h,w]. A
+    call ends at ``net.bottleneck``, so it costs about half an evaluation, and hooks on the whole
+    network do not see it. Raises UserError if the network does not have such an encoder.
     """
 
     def __init__(self, net: torch.nn.Module, sigma: float | None = None, cond=None):
@@ -37,7 +41,7 @@ class DenoiserFeatures:
             sigma = min(max(DEFAULT_SIGMA, net.sigma_min), net.sigma_max)
         if not (net.sigma_min <= sigma <= net.sigma_max):
             raise UserError(
-                f"features at sigma={sigma:g}: it must lie in the network's range, {net.sigma_min:g}..{net.sigma_max:g}"
+                f"features at sigma={sigma:g}: must be in the network's range, {net.sigma_min:g}..{net.sigma_max:g}"
             )
         self.net, self.sigma, self.cond = net, float(sigma), dict(cond or {})
         self._chosen: list[torch.nn.Module] | None = None
@@ -50,14 +54,14 @@ class DenoiserFeatures:
         return [finished[module][-len(x) :].float() for module in self._chosen]
 
     def _run(self, x, cond, modules) -> dict[torch.nn.Module, torch.Tensor]:
-        """The maps that these modules put out up to the bottleneck, in the order in which they finish."""
+        """The outputs of these modules up to the bottleneck, in the order in which they finish."""
         finished: dict[torch.nn.Module, torch.Tensor] = {}
         bottleneck = self.net.bottleneck
 
         def hook(module, inputs, output):
             value = _as_map(output)
             if value is not None and len(value) % len(x) == 0:
-                finished.pop(module, None)  # a module that runs again has its latest place and value
+                finished.pop(module, None)  # a module that runs again counts with its last call
                 finished[module] = value
             if module is bottleneck:
                 raise _Enough
@@ -73,12 +77,12 @@ class DenoiserFeatures:
         return finished
 
     def _choose(self, x, cond) -> list[torch.nn.Module]:
-        """The outermost modules that finish up to the bottleneck, the last one at each resolution."""
+        """The outermost modules up to the bottleneck, the last one at each resolution."""
         names = {module: name for name, module in self.net.named_modules() if name}
         with torch.enable_grad():
             finished = self._run(x.requires_grad_(), cond, names)
         if self.net.bottleneck not in finished or not finished[self.net.bottleneck].requires_grad:
-            raise UserError("this network has no encoder whose features could be compared: choose another loss")
+            raise UserError("this network has no encoder with features to compare: choose another loss")
         done = {names[module] for module in finished}
         last: dict[tuple, torch.nn.Module] = {}
         for module, value in finished.items():
@@ -90,9 +94,11 @@ class DenoiserFeatures:
 
 
 def feature_distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tensor:
-    """[B]: the squared distance between feature vectors of unit length, averaged over places and then over the layers.
+    """[B]: squared distance of feature vectors of unit length, averaged over places and layers.
 
-    a, b: lists of [B,C,h,w] maps or [B,C] vectors, as from ``DenoiserFeatures``. Between 0 and 4.
+    a, b: lists of maps [B,C,h,w] or vectors [B,C], as from ``DenoiserFeatures``.
+
+    The result is between 0 and 4.
     """
     distances = []
     for one, other in zip(a, b, strict=True):
@@ -102,12 +108,12 @@ def feature_distance(a: list[torch.Tensor], b: list[torch.Tensor]) -> torch.Tens
 
 
 def _unit(feature: torch.Tensor) -> torch.Tensor:
-    # The root of a sum that is never 0, as a vector of zeros would have no gradient.
+    # The sum is never 0, since the root has no gradient there.
     return feature / (feature.square().sum(dim=1, keepdim=True) + 1e-10).sqrt()
 
 
-HUBER = 0.00054  # width of the pseudo-Huber loss, times the root of the dimension (Song & Dhariwal 2023, Section 3.3)
-LPIPS_LEAST = 64  # smaller images are enlarged: VGG halves them four times
+HUBER = 0.00054  # width of the pseudo-Huber loss / sqrt(dimension) (Song & Dhariwal 2023, Section 3.3)
+LPIPS_LEAST = 64  # smaller images are enlarged, since VGG halves them four times
 
 
 def l2(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -116,7 +122,7 @@ def l2(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def huber(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """[B]: pseudo-Huber, sqrt(|x - y|^2 + c^2) - c, divided by sqrt(d): about the root mean square difference."""
+    """[B]: (sqrt(|x - y|^2 + c^2) - c) / sqrt(d), about the root mean square difference."""
     return (l2(x, target) + HUBER**2).sqrt() - HUBER
 
 
@@ -133,20 +139,17 @@ class FeatureTerm:
 
 
 class OwnTerm:
-    """Distance of the features of ``package.module:function``: function(net) returns what makes of images [B,C,H,W] in
-    [-1, 1] a tensor, or a list of tensors, [B,C] or [B,C,H,W]."""
+    """Distance of the features of a user's function ``package.module:function``.
+
+    function(net) returns a function from images [B,C,H,W] in [-1, 1] to a tensor, or a list of
+    tensors, [B,C] or [B,C,H,W].
+    """
 
     def __init__(self, net, place: str):
-        module, _, name = place.partition(":")
-        try:
-            function = getattr(importlib.import_module(module), name, None)
-        except ImportError as error:
-            raise UserError(f"--loss={place}: cannot import {module} ({error}): put it on PYTHONPATH") from None
-        if not callable(function):
-            raise UserError(f"--loss={place}: {module} has no function '{name}'")
+        function, _ = find_function(place, "--loss", ", ".join(TERMS))
         self.net, self.place, self.extract = net, place, function(net)
         if not callable(self.extract):
-            raise UserError(f"--loss={place}: it returned {type(self.extract).__name__}, not a function of images")
+            raise UserError(f"--loss={place}: must return a function of images, not {type(self.extract).__name__}")
 
     def _features(self, x) -> list[torch.Tensor]:
         found = self.extract(member(self.net, "decode")(x))
@@ -171,7 +174,7 @@ class LPIPSTerm:
             raise MissingExtra("lpips", "lpips", "--loss=lpips") from None
         try:
             self.network = lpips.LPIPS(net="vgg", verbose=False).eval().requires_grad_(False)
-        except OSError as error:  # URLError and its kin: the weights of VGG are downloaded
+        except OSError as error:  # URLError and others, since the weights of VGG are downloaded
             raise UserError(f"--loss=lpips: cannot get the weights of VGG ({error}): use --loss=features") from None
         self.net = net
 
@@ -200,7 +203,10 @@ _OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
 def parse_loss(text: str) -> list[tuple[float, str]]:
-    """``"features+0.2*huber"`` -> [(1, "features"), (0.2, "huber")]. Raises UserError on anything else."""
+    """The terms of a loss: ``"features+0.2*huber"`` -> [(1, "features"), (0.2, "huber")].
+
+    Raises UserError on anything else.
+    """
     terms = []
     for part in str(text).split("+"):
         weight, star, name = part.rpartition("*")
@@ -210,7 +216,7 @@ def parse_loss(text: str) -> list[tuple[float, str]]:
         except ValueError:
             value = math.nan
         if not (math.isfinite(value) and value > 0):
-            raise UserError(f"--loss={text}: '{part.strip()}' should be a weight above 0, a star and a term")
+            raise UserError(f"--loss={text}: '{part.strip()}' should be weight*term, with a weight above 0")
         if name not in TERMS and not _OWN.fullmatch(name):
             raise UserError(f"--loss={text}: unknown term '{name}'; choose from {', '.join(TERMS)}, or module:function")
         terms.append((value, name))
@@ -221,7 +227,7 @@ def parse_loss(text: str) -> list[tuple[float, str]]:
 
 
 def own_code(text: str) -> list[str]:
-    """The terms of a loss that are code of the user's."""
+    """The terms of a loss that are the user's own code."""
     return [name for _, name in parse_loss(text) if ":" in name]
 
 
@@ -237,10 +243,13 @@ def _make_term(name: str, net, feature_sigma: float | None) -> Callable:
 
 
 class PairLoss:
-    """loss(x, target, cond) -> [B], the weighted sum of the terms of ``text`` (see ``parse_loss``).
+    """loss(x, target, cond) -> [B], the weighted sum of the terms of a text.
 
-    x, target: [B,C,H,W] samples of net, latents where it is a latent model; feature_sigma: the noise level that the
-    denoiser is told where its features are compared (None: as ``DenoiserFeatures`` chooses). Gradients flow to x.
+    text: see ``parse_loss``.
+    net: the network.
+    feature_sigma: see ``DenoiserFeatures``. Default None.
+
+    x, target: samples of net [B,C,H,W], latents for a latent model. Gradients flow to x.
     """
 
     def __init__(self, text: str, net, feature_sigma: float | None = None):
@@ -257,19 +266,26 @@ def mean_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def energy_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """2 E|X - Y| - E|X - X'| - E|Y - Y'| of two samples [n,d] and [m,d] (Székely & Rizzo 2013), without bias: pairs of a
-    sample with itself are left out. Zero in expectation exactly where the distributions agree."""
+    """2 E|X - Y| - E|X - X'| - E|Y - Y'| of two samples [n,d] and [m,d] (Székely & Rizzo 2013).
+
+    Unbiased: pairs of a sample with itself are left out. The expectation is zero exactly if the
+    distributions are equal.
+    """
     n, m = len(x), len(y)
     within = mean_distance(x, x).mean() * n / (n - 1) + mean_distance(y, y).mean() * m / (m - 1)
     return 2 * mean_distance(x, y).mean() - within
 
 
 class DistributionTerm:
-    """The energy distance between features of students' and of teachers' samples, unpaired.
+    """The energy distance between features of student samples and teacher samples, unpaired.
 
-    Features are means and spreads over the places of the maps of ``DenoiserFeatures``, standardised by those of the
-    teacher's samples and divided by the root of their number. Pairs within the batch would be other ones for another
-    number of processes; the student's side of them is a queue of features of the latest iterations instead.
+    net, feature_sigma: see ``DenoiserFeatures``.
+    queue: number of student samples to remember.
+
+    Features are means and standard deviations over the places of the maps of ``DenoiserFeatures``,
+    standardised by those of the teacher's samples and divided by the root of their number. The
+    student's second sample X' comes from a queue with features of the latest iterations: pairs
+    within a batch would depend on the number of processes.
     """
 
     def __init__(self, net, feature_sigma: float, queue: int):
@@ -296,16 +312,17 @@ class DistributionTerm:
         self.bank = (bank - self._shift) * self._scale
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
-        """[B]: terms whose mean has the gradient of the energy distance, were the queue drawn from the same student.
+        """[B]: terms whose mean has the gradient of the energy distance.
 
-        Every sample moves in both of its places, X and X', hence the 2 before the queue.
+        This holds as if the queue came from the current student. Each sample moves both as X and as
+        X', hence the factor 2 of the queue's term.
         """
         if self.queue is None:
             raise RuntimeError("the queue of the student's features is empty")
         return 2 * mean_distance(vectors, self.bank) - 2 * mean_distance(vectors, self.queue)
 
     def push(self, vectors: torch.Tensor) -> None:
-        """Puts the features of an iteration, those of all processes, at the end of the queue."""
+        """Appends the features of an iteration, those of all processes, to the queue."""
         vectors = vectors.detach()
         kept = vectors if self.queue is None else torch.cat([self.queue, vectors])
         self.queue = kept[-self.length :]

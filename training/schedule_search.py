@@ -1,12 +1,13 @@
-"""Optimised schedules: the table of methods, and what each of them is given to work with.
+"""Optimised schedules: the methods, and the frame that they share.
 
-A method is one entry of ``METHODS``: a function from a ``Problem`` and its own options to ``Found``. The command line
-(optimize_schedule.py), the counting of evaluations and seconds, resuming and the schedule file are the same for all.
+A method is an entry of ``METHODS``: a function from a ``Problem`` and its own options to ``Found``.
+The command line (optimize_schedule.py), the counting of evaluations and seconds, resuming and the
+schedule file are the same for all methods.
 """
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -19,10 +20,10 @@ from solvers.search.evolution import EVOLUTION_OPTIONS, evolution_sigmas
 from solvers.search.gits import METRICS, gits_cost, gits_indices, insert_afs_point, teacher_trajectory
 from solvers.search.ofs import OFS_OPTIONS, ofs_sigmas
 from solvers.search.problem import Found, Problem
-from solvers.solver import Option, check_teacher
+from solvers.solver import Option, check_teacher, make_solver
 from torch_utils import distributed
 from torch_utils.distributed import together
-from torch_utils.errors import UserError
+from torch_utils.errors import UserError, did_you_mean
 from torch_utils.seeds import SeededGenerators, stream_seeds
 from training.ld3 import OPTIONS as LD3_OPTIONS
 from training.ld3 import SUMMARY as LD3_SUMMARY
@@ -31,14 +32,19 @@ from training.ld3 import ld3_schedule
 
 @dataclass(frozen=True)
 class Method:
-    """run(problem, **options) -> Found; options become flags; summary: one line for the documentation."""
+    """A method that optimises a schedule.
+
+    summary: one line for the documentation.
+    run: function (problem, **options) -> Found.
+    options: options of the method, which become flags.
+    """
 
     summary: str
     run: Callable[..., Found]
     options: dict[str, Option]
 
     def settings(self, given: dict) -> dict:
-        """All options with their values; UserError for unknown ones and for values that do not fit."""
+        """All options with their values. UserError for unknown options and wrong values."""
         unknown = sorted(set(given) - set(self.options))
         if unknown:
             raise UserError(f"the method has no option '{unknown[0]}' (its options: {', '.join(self.options)})")
@@ -57,10 +63,12 @@ def run_gits(
     num_warmup,
     original_code,
 ) -> Found:
-    """GITS. With AFS the schedule gets a point more between its first two, chosen by trial; num_steps counts it.
+    """GITS. Under AFS, a point between the first two is added by trial; num_steps counts it.
 
-    original_code: as published, AFS is used by the teacher too, the extra point comes on top of num_steps, and there is
-    none where the second point is the next one of the teacher's grid.
+    original_code: as published, the teacher uses AFS too, and the extra point comes on top of
+        num_steps. It is omitted if the second point is the next one on the teacher's grid.
+
+    The other arguments are described in ``METHODS``.
     """
     check_teacher(solver_tea)
     if num_warmup < 1 or num_steps_tea < 2:
@@ -68,10 +76,10 @@ def run_gits(
     afs = problem.afs
     inserts = bool(afs) and not original_code
     if inserts and min(problem.num_steps, num_steps_tea) < 3:
-        raise UserError("GITS under AFS needs num_steps and num_steps_tea of at least 3: one point is the free one")
+        raise UserError("GITS with AFS needs num_steps and num_steps_tea of at least 3")
     count, second = (problem.num_steps - 1, 2) if inserts else (problem.num_steps, 1)
-    gits_indices(torch.zeros(num_steps_tea, num_steps_tea), count, coeff, second)  # says at once what is impossible
-    if afs:  # the student is tried in the end; what it is not prepared for is said before that
+    gits_indices(torch.zeros(num_steps_tea, num_steps_tea), count, coeff, second)  # checks the numbers early
+    if afs:  # the solver is used only at the end, but should fail early
         ends = (problem.sigma_min, problem.sigma_max)
         problem.make_solver().setup(problem.net, resolve_sigmas(problem.net, problem.num_steps, "logsnr", 1, *ends))
     teacher = problem.teacher(solver_tea, num_steps_tea, schedule_type, schedule_rho, original_code=original_code)
@@ -97,7 +105,7 @@ def run_gits(
             of_teacher = afs if original_code else False
             states, _, _ = teacher_trajectory(problem.net, latents, cond=cond, afs=of_teacher, **teacher)
 
-            def noise():  # the same in every trial
+            def noise():  # the same noise in every trial
                 generators = SeededGenerators(stream_seeds(problem.seed, -len(latents), len(latents)))
                 return lambda: generators.randn(latents.shape[1:])
 
@@ -107,7 +115,7 @@ def run_gits(
 
 
 def run_dmn(problem: Problem, *, kind) -> Found:
-    """DM-NonUniform, for the order of the solver."""
+    """DM-NonUniform, for the order of the solver. kind: assumed error of the network."""
     if kind == "auto":
         kind = "latent" if member(problem.net, "latent") else "pixel"
     solver = problem.make_solver()
@@ -126,12 +134,12 @@ def run_dmn(problem: Problem, *, kind) -> Found:
 
 
 def run_ofs(problem: Problem, **options) -> Found:
-    """The schedule half of "Optimizing Few-Step Sampler"; tools/train_denoiser.py does the other one."""
+    """The schedule half of "Optimizing Few-Step Sampler"; the other is tools/train_denoiser.py."""
     return Found(ofs_sigmas(problem, **options))
 
 
 def run_evolution(problem: Problem, **options) -> Found:
-    """AutoDiffusion's search, with what it works with in the place of a discrete diffusion's steps."""
+    """AutoDiffusion's search, for continuous noise levels instead of discrete steps."""
     return Found(evolution_sigmas(problem, **options))
 
 
@@ -141,17 +149,17 @@ METHODS: dict[str, Method] = {
         run_gits,
         {
             "solver_tea": Option(str, "ipndm", "solver of the teacher"),
-            "num_steps_tea": Option(int, 61, "points of the teacher's grid, from which the schedule is chosen"),
+            "num_steps_tea": Option(int, 61, "points of the teacher's grid, which the schedule is chosen from"),
             "schedule_type": Option(tuple(SCHEDULES), "polynomial", "the teacher's grid"),
             "schedule_rho": Option(float, 7.0, "its exponent"),
-            "metric": Option(METRICS, "dev", "cost of a jump: distance from the chord, or to the teacher"),
-            "coeff": Option(float, 1.15, "above 1: errors late in the sampling count more"),
+            "metric": Option(METRICS, "dev", "cost of a step: distance from the chord, or to the teacher"),
+            "coeff": Option(float, 1.15, "above 1: errors late in sampling count more"),
             "num_warmup": Option(int, 256, "samples of the teacher"),
             "original_code": Option(bool, False, "reproduce the published code where it deviates"),
         },
     ),
     "dmn": Method(
-        "DM-NonUniform: least error bound of a multistep exponential integrator; asks nothing of the network",
+        "DM-NonUniform: least error bound of a multistep exponential integrator; does not call the network",
         run_dmn,
         {"kind": Option(("auto", *NETWORK_KINDS), "auto", "assumed error of the network")},
     ),
@@ -161,7 +169,7 @@ METHODS: dict[str, Method] = {
         OFS_OPTIONS,
     ),
     "evolution": Method(
-        "Evolutionary search by the distance to a teacher or by FID; any network and solver, dear",
+        "Evolutionary search by the distance to a teacher or by FID; any network and solver, expensive",
         run_evolution,
         EVOLUTION_OPTIONS,
     ),
@@ -171,7 +179,7 @@ METHODS: dict[str, Method] = {
 
 @contextmanager
 def counting(problem: Problem):
-    """Context in which the network's evaluations are added to ``problem.evaluations``, one for each sample."""
+    """Context that adds the network's evaluations to ``problem.evaluations``, one per sample."""
 
     def count(module, inputs, output):
         problem.evaluations += len(output) * member(problem.net, "evals_per_call")
@@ -184,8 +192,10 @@ def counting(problem: Problem):
 
 
 def try_schedule(problem: Problem, found: Found) -> None:
-    """Samples one image with a schedule; UserError where it is not finite. Some methods never call the network, and one
-    that breaks down would not be noticed."""
+    """Samples one image with a schedule. UserError if it is not finite.
+
+    Some methods never call the network, and would not notice that it fails.
+    """
     seeds = problem.batches(1)[0]
     latents, cond = problem.noise(seeds)
     image = sample(
@@ -201,15 +211,20 @@ def try_schedule(problem: Problem, found: Found) -> None:
     )
     if not image.isfinite().all():
         raise UserError(
-            f"the network or the solver '{problem.solver}' breaks down on this schedule (not a finite image): check the"
+            f"the network or the solver '{problem.solver}' fails on this schedule (the image is not finite): check the"
             " network, or choose another solver or --amp=none"
         )
 
 
 def optimize(problem: Problem, method: str, options: dict | None = None, versions: dict | None = None) -> Schedule:
-    """The schedule that a method finds, with its cost; every process of a torchrun calls it and gets the same.
+    """The schedule that a method finds, with its cost. Every process of a torchrun gets the same.
 
-    options: of the method; versions: what the file should name. Raises UserError on impossible settings.
+    problem: network, solver and number of steps.
+    method: entry of ``METHODS``.
+    options: options of the method. Default None.
+    versions: versions to record in the file. Default None.
+
+    Raises UserError on impossible settings.
     """
     if method not in METHODS:
         raise UserError(f"unknown method '{method}'; choose from {', '.join(METHODS)}")
@@ -250,3 +265,26 @@ def optimize(problem: Problem, method: str, options: dict | None = None, version
         seconds=round(problem.elapsed(), 2),
         versions=versions or {},
     )
+
+
+def optimize_schedule(net, *, solver: str, num_steps: int, method: str = "gits", device=None, **options) -> Schedule:
+    """Optimised noise levels for a network and a solver; ``schedule.sigmas`` goes to ``solvers.sample``.
+
+    net: a network of ``models.wrap`` or ``create_model``.
+    solver: name of the solver that will use them.
+    num_steps: number of noise levels.
+    method: name in ``METHODS``. Default: gits.
+    device: where to compute. Default: where net is.
+    options: of the method, of the solver, or fields of ``Problem`` (seed, batch, afs, sigma_min, ...).
+
+    Raises UserError for unknown options and impossible settings.
+    """
+    if method not in METHODS:
+        raise UserError(f"unknown method '{method}'{did_you_mean(method, METHODS)}")
+    if device is None:
+        device = next(net.parameters(), torch.empty(0)).device
+    kinds = {entry.name for entry in fields(Problem)} - {"net", "solver", "num_steps", "options", "device"}
+    own = {name: options.pop(name) for name in tuple(options) if name in METHODS[method].options}
+    more = {name: options.pop(name) for name in tuple(options) if name in kinds}
+    make_solver(solver, options)  # refuses what is left and not an option of the solver
+    return optimize(Problem(net, solver, num_steps, options, device=device, **more), method, own)

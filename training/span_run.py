@@ -1,4 +1,4 @@
-"""A run that trains a span solver: its start, its pairs, its folder."""
+"""A run that trains a span solver: its start, its teacher pairs, its folder."""
 
 import copy
 import math
@@ -37,11 +37,11 @@ from training.span_trainer import PATIENCE, STATISTICS, SpanTrainer, measure
 from training.teacher import TeacherSet, file_of, identity_of, teacher_set
 from training.trainer import NotFinite
 
-FINALISTS = 3  # starts that are trained for a moment before one is chosen
+FINALISTS = 3  # starts that are trained briefly before one is chosen
 
 
 def head_sizes(net, options: SpanOptions) -> dict:
-    """What the heads of a student have to know of the network."""
+    """The sizes of the heads that depend on the network."""
     if not options.head_names():
         return {}
     width = embedding_layer(net).out_features if "time" in options.head_names() else None
@@ -49,7 +49,7 @@ def head_sizes(net, options: SpanOptions) -> dict:
 
 
 def probe_memory(net, options: SpanOptions, ends: tuple, prompts, device, batch_gpu: int) -> None:
-    """What needs the memory of an iteration, for one call of the network and without learning."""
+    """Uses the memory of an iteration for one network call, without learning."""
     shape = [net.img_channels, net.img_resolution, net.img_resolution]
     student = options.make_student(*ends, **head_sizes(net, options), image_shape=shape)
     student.heads.to(device)
@@ -59,9 +59,14 @@ def probe_memory(net, options: SpanOptions, ends: tuple, prompts, device, batch_
 
 
 def choose_start(net, options: SpanOptions, pairs: TeacherSet, ends: tuple, chunk: int, total: int, say) -> SpanSolver:
-    """The untrained student: of ``options.starts`` those are picked whose loss on the first init_pairs pairs is least, and
-    of these the one that is best after a short training (``try_finalists``). total: iterations of the run; say(text): told
-    the scores."""
+    """The untrained solver to start from.
+
+    Picks the ``options.starts`` with the least loss on the first init_pairs pairs, and of these the
+    one that is best after a short training (``try_finalists``).
+
+    total: iterations of the run.
+    say: function that receives the scores as text.
+    """
     pair_loss = PairLoss(options.loss, net, options.feature_sigma)
     starts, indices = options.starts(), pairs.train[: options.init_pairs]
     gaussian = _data_gaussian(net, options, ends, pairs.prompts, chunk)
@@ -80,7 +85,7 @@ def choose_start(net, options: SpanOptions, pairs: TeacherSet, ends: tuple, chun
         except UserError:
             if len(starts) == 1:
                 raise
-            continue  # two levels of this grid coincide, for example
+            continue  # for example, two levels of this grid coincide
         student.load_state_dict(gaussian, strict=False)
         student.heads.to(pairs.device)
         loss = measure(net, student, pairs, indices, pair_loss, chunk)[0] if len(starts) > 1 else 0.0
@@ -100,16 +105,20 @@ def choose_start(net, options: SpanOptions, pairs: TeacherSet, ends: tuple, chun
 
 
 def try_finalists(net, options: SpanOptions, pairs: TeacherSet, finalists: list, iterations: int, say) -> SpanSolver:
-    """The one of ``finalists``, (name, student) pairs, that is best in validation after so many iterations; untrained.
+    """The untrained start that is best in validation after a short training.
 
-    Solvers that err alike before training may be far apart after it, and a few iterations show that.
+    finalists: (name, solver) pairs.
+    iterations: length of the training.
+
+    Solvers with equal errors before training may differ much after it, and a few iterations show
+    this.
     """
     short = replace(options, warmup=min(options.warmup, iterations // 4))
     results = []
     for name, student in finalists:
         trainer = SpanTrainer(net, copy.deepcopy(student), pairs, short, iterations, pairs.device)
-        if trainer.distribution is None:  # which begins with features of the untrained student
-            trainer.first = (math.nan, math.nan)  # else its validation is not needed
+        if trainer.distribution is None:  # it would need features of the untrained solver
+            trainer.first = (math.nan, math.nan)  # skips the first validation
         try:
             for _ in range(iterations):
                 trainer.iterate()
@@ -122,7 +131,7 @@ def try_finalists(net, options: SpanOptions, pairs: TeacherSet, finalists: list,
 
 
 def _data_gaussian(net, options: SpanOptions, ends: tuple, prompts, batch: int) -> dict:
-    """Mean and variance of the data for the student's first step, measured on one process; empty where it needs none."""
+    """Mean and variance of the data for the first step, measured by one process; {}: not needed."""
     student = options.make_student(*ends)
     if student.config["first_step"] != "gaussian":
         return {}
@@ -136,7 +145,7 @@ def _data_gaussian(net, options: SpanOptions, ends: tuple, prompts, batch: int) 
 
 
 class SpanRun(Run):
-    """The training of a span student in a folder."""
+    """The training of a span solver in a folder."""
 
     columns = STATISTICS
 
@@ -154,14 +163,14 @@ class SpanRun(Run):
         )
 
     def progress_text(self, latest: torch.Tensor) -> str:
-        loss, (val, rms) = float(latest[0, 0]), self.trainer.validation  # validation is rare: not smoothed
+        loss, (val, rms) = float(latest[0, 0]), self.trainer.validation  # validation is not smoothed, since it is rare
         return f"loss {loss:.4g} val {val:.4g} (first {self.trainer.first[0]:.4g}) rms {rms:.4g}"
 
     def describe(self, net) -> list[str]:
         options, trainer, world = self.options, self.trainer, distributed.world_size()
         config = trainer.student.config
         return [
-            f"span student ({options.preset}, base {config['base']}) taught by {options.sampler_tea} on "
+            f"span solver ({options.preset}, base {config['base']}), teacher {options.sampler_tea}, on "
             f"{options.dataset_name} ({Path(net.source_path).name}), {config['num_steps']} time steps, "
             f"NFE {trainer.evaluations}, {_size(trainer.student)}",
             f"noise levels {numbers(trainer.student.sigmas().detach())}; seed {options.seed}",
@@ -170,21 +179,21 @@ class SpanRun(Run):
         ]
 
 
-def train_span(options: SpanOptions | dict, device="cpu", run_dir=None, resume: bool = False) -> Path:
-    """Trains a span student on final samples and returns its file, ``<folder>/predictor-<kimg>.safetensors``: the state
-    that was best in validation.
+def train_span(options: SpanOptions | dict, device="cpu", run_dir=None, resume: bool = False, net=None) -> Path:
+    """Trains a span solver. Returns its file, ``<folder>/predictor-<kimg>.safetensors``.
 
-    Arguments and errors as those of ``train_predictor``.
+    The file holds the state with the best validation. Arguments and errors are those of
+    ``train_predictor``.
     """
     with ExitStack() as locks:
-        return _train_span(options, device, run_dir, resume, locks)
+        return _train_span(options, device, run_dir, resume, locks, net)
 
 
-def _train_span(options: SpanOptions | dict, device, run_dir, resume: bool, locks: ExitStack) -> Path:
-    """The same; ``locks`` holds the folder."""
+def _train_span(options: SpanOptions | dict, device, run_dir, resume: bool, locks: ExitStack, net) -> Path:
+    """``train_span``; ``locks`` holds the lock of the folder."""
     device = torch.device(device)
     options = SpanOptions.from_dict(options) if isinstance(options, dict) else options
-    options, net, prompts = prepare(options, device)
+    options, net, prompts = prepare(options, device, net)
     options = options.resolved(net, prompts, device)
     ends = tuple(
         float(getattr(net, name) if getattr(options, name) is None else getattr(options, name))
@@ -192,10 +201,10 @@ def _train_span(options: SpanOptions | dict, device, run_dir, resume: bool, lock
     )
     if options.sigmas is not None:
         ends = (options.sigmas[-1], options.sigmas[0])
-    options.make_student(*ends)  # says what is wrong with the noise levels
-    own_place = run_dir is not None or options.nosubdir  # before the work: is it free?
+    options.make_student(*ends)  # checks the noise levels
+    own_place = run_dir is not None or options.nosubdir  # check early that it is free
     folder = locks.enter_context(working_folder(options, net, run_dir, resume)) if own_place else None
-    state = on_main(newest_state, run_dir) if resume else None  # None: it was killed before the first one
+    state = on_main(newest_state, run_dir) if resume else None  # None: killed before its first state
     if state is not None:
         check_state(options, state, net, run_dir)
     if options.batch_gpu == AUTO:
@@ -227,7 +236,7 @@ def _train_span(options: SpanOptions | dict, device, run_dir, resume: bool, lock
 
 
 def _pairs(net, options: SpanOptions, ends, prompts, device, run_dir=None) -> TeacherSet:
-    """The teacher pairs. run_dir: folder of a run that is continued; a set that lies beside it is read."""
+    """The teacher pairs. run_dir: folder of a resumed run; a set beside it is used, too."""
     settings = options.teacher(*ends)
     more = {name: getattr(options, name) for name in ("guidance_type", "guidance_rate", "amp")}
     if options.prompt_path is not None:
@@ -244,12 +253,12 @@ def _pairs(net, options: SpanOptions, ends, prompts, device, run_dir=None) -> Te
 
 
 def _student_of(state: dict, folder) -> SpanSolver:
-    """The student of a training state, before its parameters are put back."""
+    """The solver of a training state."""
     try:
         student = SpanSolver(**state["student_config"])
         student.load_state_dict(state["predictor"])
     except (TypeError, ValueError, ArithmeticError, KeyError, RuntimeError) as error:
-        raise UserError(f"the training state in {folder} is not that of a span student ({str(error)[:120]})") from None
+        raise UserError(f"the training state in {folder} is not that of a span solver ({str(error)[:120]})") from None
     return student
 
 

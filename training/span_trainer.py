@@ -1,7 +1,8 @@
-"""Training of a span student on its final samples: the whole trajectory is differentiated, against offline teacher pairs.
+"""Training of a span solver on its final samples (trajectory objective), against teacher pairs.
 
-Samples are dealt out by their place in a stream of shuffled pairs, and gradients are sums over samples divided by the
-total batch, so the number of processes and of micro-batches changes results by rounding only.
+The whole trajectory is differentiated. Samples are split by their place in a stream of shuffled
+pairs. Gradients are sums over samples, divided by the total batch. So the number of processes and
+of micro-batches changes results only by rounding.
 """
 
 import copy
@@ -20,18 +21,23 @@ from training.teacher import TeacherSet
 from training.trainer import BaseTrainer, NotFinite
 
 STATISTICS = ("loss", "val", "rms", "gradient", "skipped")
-PATIENCE = 5  # iterations in a row without a finite gradient, after which the run ends
-QUEUE = 1024  # student samples whose features the energy distance remembers
+PATIENCE = 5  # the run ends after this many consecutive iterations without a finite gradient
+QUEUE = 1024  # student samples whose features the energy distance uses
 
 
 class SpanTrainer(BaseTrainer):
-    """A span student, its optimiser, and one iteration: an Adam step for the loss of a batch of final samples.
+    """A span solver, its optimizer, and one iteration: an Adam step on a batch of final samples.
 
-    net: a Denoiser; student: a SpanSolver, trained in place: its table on the CPU, its heads on the device; pairs: a TeacherSet;
-    total: iterations of the whole run, over which rates decay and phases take turns. report(text): told what is unusual.
+    net: a Denoiser.
+    student: a SpanSolver, trained in place: its table on the CPU, its heads on the device.
+    pairs: a TeacherSet.
+    options: SpanOptions.
+    total: iterations of the whole run, which set the decay of the rates and the phases.
+    device: where to train. Default CPU.
 
-    ``averaged`` is the student with the moving average of the parameters; ``best`` its best state in validation, with
-    its value; ``validation`` the latest (objective, root mean square distance to the teacher).
+    Attributes: ``averaged``, the solver with the moving average of the parameters; ``best``, its
+    best state in validation with its value; ``validation``, the latest (objective, root mean square
+    distance to the teacher); ``report``, function that receives warnings.
     """
 
     kept = {name: name for name in ("optimizer", "iteration", "averaged", "best", "validation", "first", "failures")}
@@ -49,10 +55,10 @@ class SpanTrainer(BaseTrainer):
         groups = [{"params": parameters, "lr": self.rates[name]} for name, parameters in self.groups.items()]
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999))
         self.averaged = copy.deepcopy(student)
-        self.failures = 0  # iterations in a row without a finite gradient
+        self.failures = 0  # consecutive iterations without a finite gradient
         self.validation = (math.nan, math.nan)
         self.best: dict = {"value": math.inf, "iteration": 0, "state": _copy(student.state_dict())}
-        self.first: tuple[float, float] | None = None  # the validation of the untrained student
+        self.first: tuple[float, float] | None = None  # validation of the untrained solver
         self.report: Callable[[str], None] = lambda text: None
         self._latest = torch.zeros(1, len(STATISTICS), dtype=torch.float64)
         if self.distribution is not None:
@@ -62,16 +68,16 @@ class SpanTrainer(BaseTrainer):
 
     @property
     def evaluations(self) -> int:
-        """NFE of the student, by the cost of the network's calls."""
+        """NFE of the solver, with the cost of each network call."""
         return self.student.evaluations() * member(self.net, "evals_per_call")
 
     # One iteration
 
     def iterate(self) -> torch.Tensor:
-        """One iteration; returns the statistics [1, 5] (see STATISTICS), the same on all processes.
+        """One iteration. Returns the statistics [1, 5] (see STATISTICS), the same on all processes.
 
-        A gradient that is not finite is skipped and counted; ``PATIENCE`` of them in a row raise NotFinite, on every
-        process. The student is then as after the last good iteration.
+        A step with a gradient that is not finite is skipped. After ``PATIENCE`` of them in a row,
+        NotFinite is raised on every process; the solver is then as after the last good iteration.
         """
         if self.first is None:
             self.first = self.validate()
@@ -89,7 +95,7 @@ class SpanTrainer(BaseTrainer):
             self.failures += 1
             self.report(f"Warning: no finite gradient in iteration {self.iteration + 1}: skipped")
             if self.failures == PATIENCE:
-                self.failures = 0  # a continued run may try again
+                self.failures = 0  # a resumed run may try again
                 raise NotFinite
         self.iteration += 1
         if self.iteration % self.options.val_every == 0 or self.iteration == self.total:
@@ -98,7 +104,7 @@ class SpanTrainer(BaseTrainer):
         return self._latest.clone()
 
     def _phase(self) -> list[str]:
-        """The groups that are trained in this iteration."""
+        """The groups to train in this iteration."""
         end = 0.0
         for groups, share in self.phases:
             end += share * self.total
@@ -107,18 +113,18 @@ class SpanTrainer(BaseTrainer):
         return [name for name in self.groups if name in self.phases[-1][0]]
 
     def _rate(self) -> float:
-        """Share of the learning rates: linear warm-up, then a cosine down to lr_final."""
+        """Factor of the learning rates: linear warm-up, then a cosine down to lr_final."""
         warm = min(1.0, (self.iteration + 1) / max(self.options.warmup, 1))
         cosine = 0.5 * (1 + math.cos(math.pi * min(self.iteration / self.total, 1.0)))
         return warm * (self.options.lr_final + (1 - self.options.lr_final) * cosine)
 
     def _anchor_weight(self) -> float:
-        """Weight of the teacher's states, which falls linearly to 0."""
+        """Weight of the distance to the teacher's states; falls linearly to 0."""
         end = self.options.anchor * self.total
         return self.options.w_anchor * max(0.0, 1 - self.iteration / end) if end else 0.0
 
     def _indices(self) -> list[int]:
-        """This process's part of the batch: consecutive places in a stream of shuffled epochs."""
+        """The share of this process in the batch: places in a stream of shuffled epochs."""
         start = self.iteration * self.options.batch + distributed.rank() * self.share
         train, indices, orders = self.pairs.train, [], {}
         for position in range(start, start + self.share):
@@ -130,7 +136,7 @@ class SpanTrainer(BaseTrainer):
         return indices
 
     def _accumulate(self, trained: list[str]) -> float:
-        """Puts the gradients of the batch into the parameters of these groups; returns the loss, the mean over it."""
+        """Sets the gradients of the groups ``trained`` for the batch. Returns the mean loss."""
         self.optimizer.zero_grad(set_to_none=True)
         total, vectors = 0.0, []
         for indices in _chunks(self._indices(), self.chunk):
@@ -143,7 +149,7 @@ class SpanTrainer(BaseTrainer):
         parts = [g.flatten().cpu().double() for g in gradients]
         sums = torch.cat([*parts, torch.tensor([total], dtype=torch.float64)])
         sums = distributed.all_reduce_sum(sums) / self.options.batch
-        self.optimizer.zero_grad(set_to_none=True)  # Adam leaves alone what has no gradient
+        self.optimizer.zero_grad(set_to_none=True)  # Adam skips parameters without gradient
         sizes = [p.numel() for p in parameters]
         for parameter, gradient in zip(parameters, sums[:-1].split(sizes), strict=True):
             parameter.grad = gradient.view_as(parameter).to(parameter, copy=True)
@@ -159,7 +165,7 @@ class SpanTrainer(BaseTrainer):
         return loss
 
     def _losses(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Losses [B] of these samples with gradients, and the features of the student's samples, detached."""
+        """Losses [B] of these samples with gradients, and detached features of the samples."""
         latents, cond, target = self.pairs.batch(indices)
         anchor = self._anchor_weight()
         found = self.student.run(
@@ -177,14 +183,14 @@ class SpanTrainer(BaseTrainer):
         return losses, features
 
     def _anchor(self, states: torch.Tensor, indices: list[int]) -> torch.Tensor:
-        """[B]: squared distance of the states between the ends to the teacher's, in units of the noise there."""
+        """[B]: squared distance of the inner states to the teacher's, divided by sigma^2."""
         sigmas = self.student.sigmas().detach()[1:-1]
         wanted = self.pairs.states_at(indices, sigmas)
         squared = (states[1:-1] - wanted).square().flatten(2).mean(dim=2)
         return (squared / sigmas.to(squared)[:, None] ** 2).sum(dim=0)
 
     def _update(self, gradients: list[torch.Tensor], norm: torch.Tensor) -> None:
-        """An Adam step along the clipped gradients, and the average after it."""
+        """An Adam step with clipped gradients; then updates the average."""
         scale = min(1.0, self.options.clip / max(float(norm), 1e-30))
         for gradient in gradients:
             gradient.mul_(scale)
@@ -201,7 +207,7 @@ class SpanTrainer(BaseTrainer):
 
     @torch.no_grad()
     def validate(self) -> tuple[float, float]:
-        """Judges the average on the pairs of validation, each process its part; keeps the best. Returns ``validation``."""
+        """Validates the average, each process a share. Keeps the best. Returns ``validation``."""
         loss, rms, vectors = measure(
             self.net, self.averaged, self.pairs, self.pairs.validation, self.pair_loss, self.chunk, self.distribution
         )
@@ -215,12 +221,12 @@ class SpanTrainer(BaseTrainer):
         return self.validation
 
     def best_student(self) -> SpanSolver:
-        """The student whose validation was best."""
+        """The solver with the best validation."""
         student = copy.deepcopy(self.averaged)
         student.load_state_dict(self.best["state"])
         return student
 
-    # Continuing
+    # Resuming
 
     def state(self, copied: bool = True) -> dict:
         queue = None if self.distribution is None else self.distribution.queue
@@ -246,9 +252,9 @@ def _chunks(indices, size: int):
 
 @torch.no_grad()
 def measure(net, student, pairs: TeacherSet, indices, pair_loss, chunk: int, distribution=None) -> tuple:
-    """(mean loss, mean of the root mean square distance, features or None) of a student on these pairs.
+    """(mean loss, mean root mean square distance, features or None) of a solver on these pairs.
 
-    Every process takes a part of the pairs, and all get the same result. Infinite where something is not finite.
+    Every process takes a share, and all get the same result, infinite if something is not finite.
     """
     rank, world = distributed.rank(), distributed.world_size()
     mine = list(indices)[len(indices) * rank // world : len(indices) * (rank + 1) // world]

@@ -1,4 +1,4 @@
-"""The teacher of a trajectory objective: pairs of noise and image, computed once and kept in a file."""
+"""The teacher pairs of the trajectory objective: noise and image, computed once and stored."""
 
 import hashlib
 import json
@@ -21,16 +21,17 @@ from torch_utils.seeds import stream_seeds
 from torch_utils.tensor_file import json_entry, read_safetensors, write_safetensors
 
 FORMAT = "teacher-set"
-LEVELS = 12  # noise levels at which states are kept
+LEVELS = 12  # noise levels at which states are stored
 
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """What a set depends on, besides the network.
+    """What a set of pairs depends on, besides the network.
 
-    solver, num_steps, schedule_type, schedule_rho, sigma_min, sigma_max: of the teacher; pairs, validation: samples to
-    train on and to validate with, those of validation first in the stream named ``seed``; states: whether states at
-    ``LEVELS`` noise levels are kept too.
+    solver, num_steps, schedule_type, schedule_rho, sigma_min, sigma_max: of the teacher.
+    pairs, validation: number of samples for training and for validation, which come first.
+    seed: of the stream of samples.
+    states: also store the states at ``LEVELS`` noise levels. Default False.
     """
 
     solver: str
@@ -58,8 +59,17 @@ class TeacherSettings:
 
 
 class TeacherSet:
-    """The pairs. images: [validation + pairs, C, H, W]; states: [K, validation + pairs, C, H, W] at ``levels`` [K]
-    (descending noise levels), or None. ``train`` and ``validation`` are the indices of the two parts."""
+    """The teacher pairs.
+
+    net, settings: the network, and what the set depends on.
+    images: [validation + pairs, C, H, W].
+    states: [K, validation + pairs, C, H, W] at ``levels``. Default None.
+    levels: descending noise levels [K]. Default None.
+    prompts: texts for text-to-image networks. Default None.
+    device: of the batches. Default CPU.
+
+    ``train`` and ``validation`` are the indices of the two parts.
+    """
 
     def __init__(self, net, settings: TeacherSettings, images, states=None, levels=None, prompts=None, device="cpu"):
         self.net, self.settings, self.prompts, self.device = net, settings, prompts, torch.device(device)
@@ -73,9 +83,13 @@ class TeacherSet:
         return latents, cond, self.images[list(indices)].to(self.device)
 
     def states_at(self, indices: Sequence[int], sigmas: torch.Tensor) -> torch.Tensor:
-        """The teacher's states [len(sigmas), B, C, H, W] at these noise levels, between those of the first and last level.
+        """The teacher's states [len(sigmas), B, C, H, W] at these noise levels.
 
-        x / sqrt(1 + sigma^2) is interpolated by the cubic through the four nearest levels in ln sigma.
+        indices: of the samples.
+        sigmas: noise levels; clipped to the stored range.
+
+        x / sqrt(1 + sigma^2) is interpolated by the cubic through the four nearest levels in ln
+        sigma.
         """
         levels = self.levels.double()
         grid, wanted = levels.log(), sigmas.detach().double().cpu().clamp(levels[-1], levels[0])
@@ -101,12 +115,12 @@ def _seeds(settings: TeacherSettings, indices: Sequence[int]) -> list[int]:
 
 
 def identity_of(net, settings: TeacherSettings, more: dict | None = None) -> dict:
-    """What a file has to agree with: the settings, the network, and ``more`` (guidance, precision, prompts)."""
+    """What a file must agree with: settings, network, ``more`` (guidance, precision, prompts)."""
     return {**asdict(settings), "network_hash": member(net, "weights_hash"), **(more or {})}
 
 
 def file_of(folder: str | Path, identity: dict) -> Path:
-    """Where the set of this identity is kept in a folder."""
+    """The file of the set with this identity in a folder."""
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     return Path(folder) / f"teacher-{key}.safetensors"
 
@@ -114,11 +128,18 @@ def file_of(folder: str | Path, identity: dict) -> Path:
 def teacher_set(
     net, settings: TeacherSettings, path, *, more=None, prompts=None, batch: int = 64, device="cpu", log=None
 ) -> TeacherSet:
-    """The set that belongs to these settings: read from ``path`` where it is there, else computed and written to it.
+    """The set with these settings: read from ``path``, or else computed and written to it.
 
-    more: further entries of the identity, JSON values; batch: samples per call of the network; log(text): told what is
-    done. Every process of a torchrun computes its share, and all get the whole set. Raises UserError where the file
-    belongs to other settings or is damaged, and where the teacher's images are not finite.
+    net, settings: the network, and what the set depends on.
+    path: the file.
+    more: further entries of the identity, JSON values. Default None.
+    prompts: texts for text-to-image networks. Default None.
+    batch: samples per network call. Default 64.
+    device: where to compute. Default CPU.
+    log: function that receives progress messages. Default None.
+
+    Every process of a torchrun computes a share, and all get the whole set. Raises UserError if the
+    file belongs to other settings or is damaged, and if an image is not finite.
     """
     identity, path = identity_of(net, settings, more), Path(path)
     found = on_main(_read, path, identity)
@@ -142,7 +163,7 @@ def _compute(net, settings: TeacherSettings, prompts, batch: int, device) -> dic
     rows = torch.linspace(0, settings.num_steps - 1, min(LEVELS, settings.num_steps)).round().long()
     levels, options = None, {}
     if "thresholding" in SOLVERS[settings.solver].options:
-        options["thresholding"] = False  # it leaves the solution of the ODE
+        options["thresholding"] = False  # it does not solve the ODE
     with (
         together(),
         explained_oom(device, f"lower --batch-gpu (now {batch})"),
@@ -166,7 +187,9 @@ def _compute(net, settings: TeacherSettings, prompts, batch: int, device) -> dic
                 **options,
             )
             if not states[-1].isfinite().all():
-                raise UserError(f"the teacher {settings.solver} makes images that are not finite: choose another")
+                raise UserError(
+                    f"the teacher {settings.solver} makes images that are not finite: choose another --sampler_tea"
+                )
             if settings.states and len(states) != settings.num_steps:
                 raise UserError(f"the teacher {settings.solver} skips time steps: choose another, or --w_anchor=0")
             levels = info.sigmas.cpu()
@@ -200,14 +223,14 @@ def _read(path: Path, identity: dict) -> dict[str, torch.Tensor] | None:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
     tensors, metadata = read_safetensors(data, str(path))
     if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} is not a set of teacher pairs: name another file with --teacher_set")
+        raise UserError(f"{path} is not a set of teacher pairs: choose another --teacher_set")
     there = json_entry(metadata, "identity", str(path))
     wanted = json.loads(json.dumps(identity))
     if there != wanted:
         name = next(n for n in (*wanted, *there) if there.get(n) != wanted.get(n))
         raise UserError(
-            f"{path} holds teacher pairs with another {name} ({there.get(name)} there, {wanted.get(name)} now): name "
-            "another file with --teacher_set, or delete it"
+            f"{path} holds teacher pairs with another {name} ({there.get(name)} there, {wanted.get(name)} now): choose "
+            "another --teacher_set, or delete it"
         )
     if metadata.get("digest") != _digest(tensors):
         raise UserError(f"{path} is damaged: delete it to compute the teacher pairs again")

@@ -1,0 +1,144 @@
+"""What the shipped predictors and the recommended plain solvers reach, as tables and a figure.
+
+    python -m benchmarks.report_shipped --measure    # measures the plain solvers (3 minutes), then reports
+    python -m benchmarks.report_shipped              # reports
+
+The scores of the predictors are in their files (benchmarks/make_predictors.py); those of the best plain
+solver, with its recommended settings, go to ``benchmarks/shipped_plain.jsonl``. All are of 1,000
+images, seeds 0-999, which chose nothing. Renews the tables between the markers in README.md and
+docs/choosing.md, and draws docs/choosing.png (extra "plot").
+"""
+
+import json
+import os
+import time
+from functools import partial
+
+import click
+import torch
+
+from benchmarks.demo_settings import ROOT, Bench
+from benchmarks.make_predictors import EVALUATIONS, IMAGES, NEAR
+from evaluation.detectors import EMBEDDED
+from solvers.recommended import recommend
+from tools.make_docs import renew
+from torch_utils.cli import Command
+from torch_utils.version import cpu_name
+from training.checkpoint import load_predictor, shipped_predictors
+
+ROWS = ROOT / "benchmarks" / "shipped_plain.jsonl"
+METHODS = {"amed": "AMED-Solver", "plugin": "AMED-Plugin (iPNDM)", "span": "span solver"}
+PLAIN, PLAIN_STEPS = "best plain solver", (*EVALUATIONS, 8)
+
+
+def plain_rows() -> list[dict]:
+    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.exists() else []
+
+
+def measure(dataset_name: str) -> None:
+    """Appends the rows of a network that are not there, or are of other settings than today's."""
+    bench = Bench(dataset_name, IMAGES, first=0, num_reference=NEAR)
+    for nfe in PLAIN_STEPS:
+        settings = recommend(bench.net, nfe).settings
+        key = {"network": dataset_name, "nfe": nfe, "settings": settings}
+        if any(all(row.get(name) == value for name, value in key.items()) for row in plain_rows()):
+            continue
+        x, spent = bench.solve(**settings)
+        row = {**key, "nfe": spent, **bench.score(x), "date": time.strftime("%Y-%m-%d")}
+        row["machine"] = f"{os.cpu_count()} CPU cores, {cpu_name()}, {torch.get_num_threads()} threads"
+        with ROWS.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+
+def scores(dataset_name: str) -> dict[str, dict[int, tuple[float, float]]]:
+    """Method -> evaluations -> (FID*, distance)."""
+    found = {PLAIN: {}, **{name: {} for name in METHODS.values()}}
+    for row in plain_rows():  # the latest settings are the last
+        if row["network"] == dataset_name:
+            found[PLAIN][row["nfe"]] = (row["fid"], row["distance"])
+    for name, path in shipped_predictors().items():
+        network, kind, nfe = name.rsplit("-", 2)
+        if network == dataset_name:
+            shipped = load_predictor(path).provenance["shipped"]
+            found[METHODS[kind]][int(nfe)] = (shipped["fid"], shipped["distance"])
+    return found
+
+
+def table(dataset_name: str) -> str:
+    """One line per method, FID* / distance at each number of evaluations."""
+    lines = [f"| evaluations | {' | '.join(map(str, EVALUATIONS))} |", "|---|" + "---|" * len(EVALUATIONS)]
+    for method, found in scores(dataset_name).items():
+        cells = [f"{found[nfe][0]:.2f} / {found[nfe][1]:.3f}" for nfe in EVALUATIONS]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def document_parts() -> dict:
+    """The generated parts of each document."""
+    parts = {f"{name} shipped": partial(table, name) for name in EMBEDDED}
+    readme = {"cifar10-small shipped": parts["cifar10-small shipped"]}
+    return {ROOT / "README.md": readme, ROOT / "docs" / "choosing.md": parts}
+
+
+def draw(dest) -> None:
+    """FID* and distance over evaluations, a row of panels for each network."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = dict(zip((PLAIN, *METHODS.values()), ("tab:gray", "tab:orange", "tab:red", "black"), strict=True))
+    figure, panels = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
+    titles = {"cifar10-small": "natural images (cifar10-small)", "digits": "digits"}
+    for row, name in zip(panels, titles, strict=True):
+        for panel, place, label in zip(row, (0, 1), ("FID*", "distance to the converged solution"), strict=True):
+            ends = []
+            for method, found in scores(name).items():
+                numbers = sorted(found)
+                values = [found[nfe][place] for nfe in numbers]
+                panel.plot(numbers, values, marker="o", linewidth=2.5, markersize=7, color=colours[method])
+                ends.append((values[0], method))
+            spread(panel, ends, colours)
+            panel.set_yscale("log")
+            panel.set_xlim(0.9, 8.2)
+            panel.set_xticks([3, 4, 5, 6, 8])
+            panel.tick_params(labelsize=14, which="both")
+            panel.set_title(f"{label}, {titles[name]}", fontsize=15)
+            panel.set_xlabel("network evaluations", fontsize=15)
+            panel.grid(alpha=0.3, which="both")
+    figure.savefig(dest, dpi=100)
+    plt.close(figure)
+
+
+def spread(panel, ends, colours) -> None:
+    """Names of the lines at their left ends; evenly apart, in the order of the ends."""
+    low, high = (min(value for value, _ in ends), max(value for value, _ in ends))
+    for number, (value, method) in enumerate(sorted(ends)):
+        place = low * (high / low) ** (number / (len(ends) - 1))
+        panel.annotate(
+            method.replace(" (iPNDM)", "").replace("best plain solver", "best plain"),
+            (3, value),
+            (2.75, place),
+            fontsize=13,
+            color=colours[method],
+            ha="right",
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": colours[method], "alpha": 0.4},
+        )
+
+
+@click.command(cls=Command)
+@click.option("--measure", "measured", is_flag=True, help="Measure the plain solvers first")
+def main(measured):
+    """Tables and figure of the shipped predictors and the recommended plain solvers."""
+    if measured:
+        for dataset_name in EMBEDDED:
+            measure(dataset_name)
+    for document, parts in document_parts().items():
+        renew(document, parts, check=False)
+    draw(ROOT / "docs" / "choosing.png")
+
+
+if __name__ == "__main__":
+    main()

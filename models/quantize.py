@@ -1,0 +1,266 @@
+"""8-bit networks: post-training quantisation, calibrated on the states of the sampler itself.
+
+The recipe of PTQ4DM (Shang et al. 2023): weights and activations in 8 bits, ranges that minimise
+mean |error|^2.4. On x86 CPUs convolutions and linear layers run as int8 kernels; elsewhere the same
+numbers are simulated in floating point.
+"""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models.denoiser import Denoiser
+from models.edm_unet import Conv2d as EDMConv2d
+from torch_utils.errors import UserError
+
+THRESHOLDS = 100  # candidates of the range search
+POWER = 2.4  # of the error that the search minimises
+SAMPLES = 1 << 11  # activations per layer and evaluation that the search looks at
+MOST_LEVELS = 64  # noise levels with ranges of their own; more share the ranges of the nearest ones
+
+
+def search_range(x: torch.Tensor, bits: int = 8, channel_wise: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """(scale, zero point) of the affine grid with the least mean |error|^2.4.
+
+    The threshold is the best of 1 %, 2 %, ... 100 % of max |x|. Data without negative values keep
+    the grid on their side of zero; all other grids are symmetric.
+
+    x: values of any shape.
+    bits: 2^bits levels; default 8.
+    channel_wise: one grid per row of the first dimension. Default False: one grid.
+
+    Returns two tensors [rows], one row where not channel_wise.
+    """
+    rows = x.flatten(1) if channel_wise else x.reshape(1, -1)
+    top, positive, largest = 2**bits - 1, bool(x.min() >= 0), rows.abs().amax(1)
+    least = torch.full_like(largest, torch.inf)
+    scale, zero = torch.ones_like(largest), torch.zeros_like(largest)
+    for k in range(1, THRESHOLDS + 1):
+        high = largest * (k / THRESHOLDS)
+        low = torch.zeros_like(high) if positive else -high
+        step = ((high - low) / top).clamp(min=1e-8)
+        shift = (-(low / step).round()).clamp(0, top)
+        error = (_round(rows, step[:, None], shift[:, None], top) - rows).abs().pow(POWER).mean(1)
+        better = error < least
+        least, scale, zero = (
+            torch.where(better, new, old) for new, old in ((error, least), (step, scale), (shift, zero))
+        )
+    return scale, zero
+
+
+def _round(x, scale, zero, top: int = 255):
+    """x on the grid, as floating-point numbers."""
+    return (((x / scale).round() + zero).clamp(0, top) - zero) * scale
+
+
+class Levels:
+    """The noise levels that were calibrated; knows at which one the network is now."""
+
+    def __init__(self, sigmas: Sequence[float]):
+        self.sigmas = torch.tensor(sorted(sigmas, reverse=True), dtype=torch.float64)
+        self.index = 0
+
+    def choose(self, sigma) -> None:
+        """Takes the ranges of the nearest noise level; of the highest one of a batch."""
+        level = torch.as_tensor(sigma).detach().double().max().cpu()
+        self.index = int((self.sigmas.log() - level.log()).abs().argmin())
+
+    def before_call(self, module, args, kwargs) -> None:
+        self.choose(args[1] if len(args) > 1 else kwargs["sigma"])
+
+
+def int8_kernels(device: torch.device) -> bool:
+    """Whether int8 kernels run on this device: x86 CPUs with oneDNN."""
+    engines = torch.backends.quantized.supported_engines
+    return device.type == "cpu" and "x86" in engines and torch.backends.mkldnn.is_available()
+
+
+class QuantizedLayer(nn.Module):
+    """A convolution or linear layer in 8 bits.
+
+    weight: [out,in,k,k] or [out,in].
+    bias: [out] or None.
+    levels: shared by all layers of a network.
+    scales, zeros: grid of the input at each noise level, one number each.
+    stride, padding, groups: of the convolution.
+    """
+
+    def __init__(self, weight, bias, levels: Levels, scales, zeros, stride=1, padding=0, groups=1):
+        super().__init__()
+        rows = weight.detach().float().flatten(1)
+        scale, _ = search_range(torch.cat([rows, -rows], 1), channel_wise=True)
+        grid = (rows / scale[:, None]).round().clamp(-128, 127)  # kernels need zero at zero
+        self.register_buffer("weight", grid.to(torch.int8).reshape(weight.shape))
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_zero", torch.zeros(len(rows), dtype=torch.int32))
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
+        self.levels, self.scales, self.zeros = levels, list(map(float, scales)), [int(zero) for zero in zeros]
+        self.stride, self.padding, self.groups = (stride,) * 2, (padding,) * 2, groups
+        self._packed: dict = {}
+
+    def dequantized_weight(self) -> torch.Tensor:
+        return self.weight.float() * self.weight_scale.reshape(-1, *[1] * (self.weight.ndim - 1))
+
+    def forward(self, x):
+        scale, zero = self.scales[self.levels.index], self.zeros[self.levels.index]
+        if self.weight.ndim == 4 and int8_kernels(x.device) and not torch.is_grad_enabled():
+            return self._kernel(x.float(), scale, zero)
+        return self.simulate(x.float(), scale, zero)
+
+    def simulate(self, x, scale: float, zero: int):
+        """The layer in floating point, with the same rounded numbers."""
+        x = _round(x, scale, zero)
+        if self.weight.ndim == 2:
+            return F.linear(x, self.dequantized_weight(), self.bias)
+        return F.conv2d(x, self.dequantized_weight(), self.bias, self.stride, self.padding, groups=self.groups)
+
+    def _kernel(self, x, scale: float, zero: int):
+        key = (tuple(x.shape), scale, zero)
+        settings = (self.stride, self.padding, (1, 1), self.groups)
+        if key not in self._packed:
+            if len(self._packed) > MOST_LEVELS:
+                self._packed.clear()
+            shape = list(x.shape)
+            self._packed[key] = torch.ops.onednn.qconv_prepack(
+                self.weight, self.weight_scale, scale, zero, *settings, shape
+            )
+        x = torch.quantize_per_tensor(x.contiguous(memory_format=torch.channels_last), scale, zero, torch.quint8)
+        return torch.ops.onednn.qconv_pointwise(
+            x.int_repr(),
+            scale,
+            zero,
+            self._packed[key],
+            self.weight_scale,
+            self.weight_zero,
+            self.bias,
+            *settings,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+
+
+def _layers(net: nn.Module) -> dict[str, nn.Module]:
+    """The layers that can be quantised, by name: 2-D convolutions and linear layers."""
+    return {
+        name: layer
+        for name, layer in net.named_modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear)
+        or isinstance(layer, EDMConv2d)
+        and layer.weight is not None
+        and not (layer.fused_resample and (layer.up or layer.down))
+    }
+
+
+class _Recorder:
+    """Activations that reach each layer, by noise level, and the order of the calls."""
+
+    def __init__(self, levels: Levels):
+        self.levels, self.seen, self.order = levels, {}, []
+
+    def hook(self, name: str):
+        def record(layer, args):
+            x = args[0].detach()
+            if isinstance(layer, EDMConv2d) and (layer.up or layer.down):
+                x = _resampling(layer)(x)
+            if name not in self.order:
+                self.order.append(name)
+            if isinstance(layer, nn.Linear) and x.ndim < 3:
+                return  # embeddings: cheap, and errors there reach every block
+            values = x.float().flatten()
+            step = max(1, values.numel() // SAMPLES)
+            kept = torch.cat([values[::step], values.min()[None], values.max()[None]])
+            self.seen.setdefault(name, {}).setdefault(self.levels.index, []).append(kept)
+
+        return record
+
+
+def _resampling(layer: EDMConv2d) -> EDMConv2d:
+    """The part of an EDM convolution before its weights."""
+    part = copy.copy(layer)
+    part._parameters = {**layer._parameters, "weight": None, "bias": None}
+    part._forward_pre_hooks = OrderedDict()  # not the recorder of the whole layer
+    return part
+
+
+def _quantized(layer: nn.Module, levels: Levels, scales, zeros) -> nn.Module:
+    if isinstance(layer, nn.Linear):
+        return QuantizedLayer(layer.weight, layer.bias, levels, scales, zeros)
+    if isinstance(layer, nn.Conv2d):
+        stride, padding = layer.stride[0], layer.padding[0]
+        return QuantizedLayer(layer.weight, layer.bias, levels, scales, zeros, stride, padding, layer.groups)
+    quantized = QuantizedLayer(layer.weight, layer.bias, levels, scales, zeros, padding=layer.weight.shape[-1] // 2)
+    return nn.Sequential(_resampling(layer), quantized) if layer.up or layer.down else quantized
+
+
+@torch.no_grad()
+def calibrate(net: Denoiser, states: Sequence, per_level: bool = True) -> dict:
+    """Ranges of the activations: {"sigmas": [...], "layers": {name: [[scale, zero], ...]}}.
+
+    net: the denoiser in floating point.
+    states: (x, sigma) or (x, sigma, cond) of evaluations of the sampler.
+    per_level: ranges for each noise level, up to ``MOST_LEVELS``. Default True; else one for all.
+
+    The last convolution and layers of embeddings are left out.
+    """
+    if not states:
+        raise UserError("quantize: no states to calibrate on")
+    sigmas = sorted({float(torch.as_tensor(state[1]).max()) for state in states}, reverse=True)
+    if not per_level:
+        sigmas = sigmas[:1]
+    levels = Levels(sigmas[:: -(-len(sigmas) // MOST_LEVELS)])
+    recorder, layers = _Recorder(levels), _layers(net)
+    handles = [layer.register_forward_pre_hook(recorder.hook(name)) for name, layer in layers.items()]
+    try:
+        for x, sigma, *cond in states:
+            levels.choose(sigma)
+            net(x, sigma, **(cond[0] if cond else {}))
+    finally:
+        for handle in handles:
+            handle.remove()
+    ranges = {}
+    for name in recorder.order[:-1]:
+        found = recorder.seen.get(name)
+        if found is None:
+            continue
+        every = torch.cat([values for part in found.values() for values in part])
+        parts = [torch.cat(found[i]) if i in found else every for i in range(len(levels.sigmas))]
+        ranges[name] = [[float(value) for value in search_range(part)] for part in parts]
+    return {"sigmas": levels.sigmas.tolist(), "layers": ranges}
+
+
+def apply_ranges(net: Denoiser, calibration: dict) -> Denoiser:
+    """A copy of the denoiser with 8-bit layers. calibration: of ``calibrate``."""
+    result, levels = copy.deepcopy(net), Levels(calibration["sigmas"])
+    layers = _layers(result)
+    unknown = sorted(set(calibration["layers"]) - set(layers))
+    if unknown:
+        raise UserError(f"quantize: the calibration is of another network, which has the layer {unknown[0]}")
+    for name, grid in calibration["layers"].items():
+        parent, _, child = name.rpartition(".")
+        layer = _quantized(layers[name], levels, *zip(*grid, strict=True))
+        setattr(result.get_submodule(parent), child, layer)
+    result.register_forward_pre_hook(levels.before_call, with_kwargs=True)
+    return result.eval().requires_grad_(False)
+
+
+def quantize(net: Denoiser, states: Sequence, per_level: bool = True) -> Denoiser:
+    """A copy of the denoiser whose convolutions and linear layers compute in 8 bits.
+
+    net: a denoiser in floating point, not compiled.
+    states: (x, sigma) or (x, sigma, cond) of evaluations of the sampler that will be used, at all
+        of its noise levels: ranges from other levels cost most of the quality.
+    per_level: see ``calibrate``; default True.
+
+    Raises UserError for compiled networks, mixed precision, and no states.
+    """
+    if net.compiled is not None or net.autocast is not None:
+        raise UserError("quantize: leave out --compile and --amp, 8-bit layers replace them")
+    return apply_ranges(net, calibrate(net, states, per_level))

@@ -1,0 +1,94 @@
+"""8-bit networks: the range search, int8 kernels against their simulation, and quality."""
+
+import pytest
+import torch
+from systems_golden import arrays, assert_relative, cases
+
+from models import create_model
+from models import quantize as q
+from models.compile import prepare_network
+from models.inputs import draw_inputs
+from solvers import sample
+from torch_utils.errors import UserError
+
+IPNDM = {"solver": "ipndm", "num_steps": 6}
+SYMMETRIC = [case for case in cases("ptq/quantiser") if case["symmetric"]]
+
+
+@pytest.mark.parametrize("case", SYMMETRIC, ids=lambda case: f"{case['kind']}-{case['bits']}")
+def test_ranges_and_results_are_as_published(case):
+    data, i = arrays("ptq/quantiser"), case["case"]
+    x = data[f"x__{case['kind']}"]
+    scale, zero = q.search_range(x, case["bits"], case["channel_wise"])
+    assert_relative(scale, data[f"delta__{i}"].reshape(-1), 1e-5)
+    assert torch.equal(zero, data[f"zero__{i}"].reshape(-1).to(zero))
+    shape = (-1, *[1] * (x.ndim - 1)) if case["channel_wise"] else ()
+    rounded = q._round(x, scale.reshape(shape), zero.reshape(shape), 2 ** case["bits"] - 1)
+    assert_relative(rounded, data[f"y__{i}"], 1e-5)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """(float network, states of the sampler, noise to test with, calibration)."""
+    net, states = create_model("digits"), []
+    handle = net.register_forward_pre_hook(lambda module, args: states.append((args[0].clone(), args[1])))
+    sample(net, draw_inputs(net, range(1000, 1008))[0], **IPNDM)
+    handle.remove()
+    return net, states, draw_inputs(net, range(8))[0], q.calibrate(net, states)
+
+
+def difference(net, quantized, latents) -> float:
+    return float((sample(quantized, latents, **IPNDM) - sample(net, latents, **IPNDM)).square().mean().sqrt())
+
+
+def test_calibrated_on_all_levels_it_is_near_the_float_network(digits):
+    net, states, latents, calibration = digits
+    quantized = q.apply_ranges(net, calibration)
+    error = difference(net, quantized, latents)
+    assert error < 0.04
+    assert difference(net, q.quantize(net, states[:1]), latents) > 2 * error
+    names = {name for name, layer in quantized.named_modules() if isinstance(layer, q.QuantizedLayer)}
+    assert len(names) > 20
+    assert not any("map_layer" in name or "affine" in name for name in names)
+    assert not any(isinstance(layer, q.QuantizedLayer) for layer in net.modules())
+
+
+@pytest.mark.skipif(not q.int8_kernels(torch.device("cpu")), reason="needs an x86 CPU")
+@pytest.mark.parametrize("channels", [8, 19])
+@torch.no_grad()
+def test_kernels_agree_with_the_simulation(channels):
+    generator = torch.Generator().manual_seed(0)
+    conv = torch.nn.Conv2d(channels, 24, 3, stride=2, padding=1)
+    x = torch.randn(3, channels, 9, 11, generator=generator)
+    scale, zero = q.search_range(x)
+    layer = q.QuantizedLayer(conv.weight, conv.bias, q.Levels([1.0]), scale, zero, 2, 1)
+    assert_relative(layer(x), layer.simulate(x, float(scale), int(zero)), 1e-5)
+    assert_relative(layer(x), conv(x), 0.03)
+
+
+def test_each_noise_level_has_its_ranges(digits):
+    net, states, _, calibration = digits
+    assert calibration["sigmas"] == pytest.approx([float(sigma) for _, sigma in states])
+    first = next(iter(calibration["layers"].values()))
+    assert len(first) == len(states) and first[0] != first[-1]
+    assert len(q.calibrate(net, states[-2:], per_level=False)["sigmas"]) == 1
+    levels = q.Levels([80.0, 1.0, 0.01])
+    for sigma, index in ((60.0, 0), (torch.tensor([0.9, 0.5]), 1), (0.02, 2)):
+        levels.choose(sigma)
+        assert levels.index == index
+
+
+def test_a_calibration_can_be_kept(digits):
+    net, _, latents, calibration = digits
+    a, b = (q.apply_ranges(net, calibration) for _ in range(2))
+    assert torch.equal(sample(a, latents, **IPNDM), sample(b, latents, **IPNDM))
+    with pytest.raises(UserError, match="of another network, which has the layer nowhere"):
+        q.apply_ranges(net, {"sigmas": [1.0], "layers": {"nowhere": [[1.0, 0.0]]}})
+
+
+def test_what_does_not_go_together_is_said(digits):
+    net, states, *_ = digits
+    with pytest.raises(UserError, match="no states"):
+        q.quantize(net, [])
+    with pytest.raises(UserError, match="leave out --compile and --amp"):
+        q.quantize(prepare_network(create_model("digits"), amp="bf16"), states)

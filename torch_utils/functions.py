@@ -1,0 +1,43 @@
+"""Functions of the user's own code, named as "module:function" on a command line."""
+
+import importlib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from torch_utils.errors import UserError
+
+
+def names_function(text: str) -> bool:
+    """Whether a text has the form "package.module:function"; an address or a file of Windows has not."""
+    return re.fullmatch(r"[A-Za-z_]\w+(\.\w+)*:[A-Za-z_]\w*", text) is not None
+
+
+def find_function(text: str, flag: str, choices: str) -> tuple[Callable, str | None]:
+    """The function at "module:function", and the file of its module (None if it is built in).
+
+    The module can be in the current folder too. Call this only with what the user wrote, never with
+    a text from a file: importing a module runs its code.
+
+    flag: --flag, for messages.
+    choices: what the user can write instead.
+
+    Raises UserError where there is no such function.
+    """
+    module_name, _, name = text.partition(":")
+    if not module_name or not name.isidentifier():
+        raise UserError(f"{flag}={text}: choose {choices}")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise UserError(
+            f"{flag}={text}: cannot import the module '{module_name}' ({error}); choose {choices}"
+        ) from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise UserError(f"{flag}={text}: the module '{module_name}' has no function '{name}'; choose {choices}")
+    return function, getattr(module, "__file__", None)

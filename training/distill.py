@@ -1,0 +1,57 @@
+"""Distillation from Python: a network in, a predictor out."""
+
+from contextlib import nullcontext
+from tempfile import TemporaryDirectory
+
+import torch
+
+from models.denoiser import Denoiser
+from torch_utils.errors import UserError, did_you_mean
+from torch_utils.options import flags_of
+from training.amed_trainer import train_predictor
+from training.checkpoint import load_predictor
+from training.flags import OBJECTIVES, new_options
+from training.options import SpanOptions
+from training.span_run import train_span
+
+_OF_THE_NETWORK = {"model_path", "dataset_name", "tokenizer_path", "amp", "compile", "channels_last"}
+
+
+def distill(
+    net: Denoiser,
+    *,
+    nfe: int | None = None,
+    outdir=None,
+    device: torch.device | str | None = None,
+    **options,
+):
+    """Trains a few-step sampler for a network and returns it: an AMEDPredictor or a SpanSolver, on the CPU.
+
+    net: a network of ``models.wrap`` or ``create_model``. It is used as it is and not changed.
+    nfe: network evaluations of the result, with the recommended settings for what is not given.
+        Default: None, the number of num_steps.
+    outdir: folder for the run, in which train.py --resume can continue it. Default: None, nothing
+        is kept but the result.
+    device: where to train. Default: where net is.
+    options: those of train.py by their names, for example sampler_stu, num_steps, total_kimg, batch,
+        seed. Default: sampler_stu="span", and the defaults of train.py.
+
+    Raises UserError for options that do not go together or that the network cannot have.
+    """
+    if not isinstance(net, Denoiser):
+        raise UserError(f"distill: wrap the network first: models.wrap(net, ...), not {type(net).__name__}")
+    wrong = sorted(options.keys() & _OF_THE_NETWORK)
+    if wrong:
+        raise UserError(f"distill: {wrong[0]} is a matter of the network, which is used as it is; leave it out")
+    if device is None:
+        device = next(net.parameters(), torch.empty(0)).device
+    known = {"objective"}.union(*(flags_of(kind) for kind in OBJECTIVES.values()))
+    for name in options:
+        if name not in known:
+            raise UserError(f"distill: there is no option '{name}'{did_you_mean(name, known, ())}")
+    given = {"sampler_stu": "span", **options, "dataset_name": net.dataset_name or "custom"}
+    with TemporaryDirectory() if outdir is None else nullcontext(outdir) as folder:
+        given["outdir"] = str(folder)
+        chosen = new_options(dict.fromkeys(known) | given, set(given), nfe)
+        train = train_span if isinstance(chosen, SpanOptions) else train_predictor
+        return load_predictor(train(chosen, device, net=net))
