@@ -537,7 +537,7 @@ def test_prompt_column_by_name(tmp_path):
         ("a.json", b"{}", None, "expected captions in a .txt file"),
         ("a.csv", b"file_name,text\na.png,one\n,two\n", None, "line 3 has no file_name"),
         ("a.jsonl", b'{"text": "one"}\n{"text"}\n', None, "line 2 is not valid JSON"),
-        ("a.jsonl", b'{"text": "one"}\n[]\n', None, "line 2 is no JSON object"),
+        ("a.jsonl", b'{"text": "one"}\n[]\n', None, "line 2 is not a JSON object"),
         ("a.jsonl", b"[" * 99999, None, "line 1 is not valid JSON"),
         ("a.jsonl", b'{"words": "one"}\n', None, "no column 'prompt', 'caption' or 'text'; its header has 'words'"),
         (None, b"", None, "no such file"),

@@ -300,7 +300,7 @@ def test_warns_about_another_network(predictor_file, tmp_path):
         (("--dataset_name=digits", "--solver=magic"), "unknown solver 'magic'; choose from"),
         (("--dataset_name=digits", "--solver=amed"), "needs a trained predictor"),
         (("--dataset_name=nothing", "--solver=euler"), "nothing"),
-        ((*EULER, "--seeds=5-1"), "runs backwards"),
+        ((*EULER, "--seeds=5-1"), "is reversed"),
         ((*EULER, "--seeds=1,1"), "names a seed twice"),
         ((*EULER, "--max_order=2"), "euler has no option 'max_order'"),
         (("--dataset_name=digits", "--solver=ipndm", "--max_order=9"), "supports 1..4"),

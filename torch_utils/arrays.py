@@ -1,4 +1,4 @@
-"""Numpy archives of other people, read as plain numbers and never larger than they may be."""
+"""NumPy archives from others, read as plain numbers and with bounded size."""
 
 import io
 import math
@@ -14,14 +14,18 @@ from torch_utils.file_kind import explain
 from torch_utils.files import atomic_path
 from torch_utils.zip_file import open_zip, read_member
 
-LEAST_ROOM, MOST_GROWTH = 1 << 26, 20  # bytes that any file may unpack to, and so many times its own size
+LEAST_ROOM, MOST_GROWTH = 1 << 26, 20  # a file may unpack to this many bytes + this many times its own size
 
 
 def read_npz(path: str | Path, names: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """The arrays of an npz file, or those of ``names`` that are in it. No pickles: objects are refused.
+    """The arrays of an npz file. Pickled objects are refused.
 
-    Nothing is unpacked beyond 64 MiB plus twenty times the size of the file: a few bytes can announce terabytes, and
-    260 KB hold 256 MiB of zeros. Raises UserError, naming the file, where it is not such a file.
+    path: the file.
+    names: arrays to read, if present. Default None: all.
+
+    Unpacks at most 64 MiB plus twenty times the size of the file: a few bytes can announce
+    terabytes, and 260 KB can hold 256 MiB of zeros. Raises UserError with the name of a file that
+    cannot be read.
     """
     try:
         room = LEAST_ROOM + MOST_GROWTH * Path(path).stat().st_size
@@ -34,13 +38,13 @@ def read_npz(path: str | Path, names: Iterable[str] | None = None) -> dict[str, 
             return {name: _read(read_member(archive, info, room), info.filename) for name, info in chosen.items()}
     except OSError as exc:
         raise UserError(f"{path}: not a readable npz file ({exc.strerror or exc})") from None
-    except Exception as exc:  # whatever a damaged archive provokes in zipfile, zlib and numpy
+    except Exception as exc:  # a damaged archive may raise anything in zipfile, zlib and numpy
         reason = explain(path, str(exc)[:200] or type(exc).__name__, reads=("zip",))
         raise UserError(f"{path}: not a readable npz file ({reason})") from None
 
 
 def npz_names(path: str | Path) -> list[str]:
-    """The names of the arrays in an npz file. Raises UserError where it is not a zip archive."""
+    """The names of the arrays in an npz file. UserError if it is not a zip archive."""
     try:
         with open_zip(path) as archive:
             return [name.removesuffix(".npy") for name in archive.NameToInfo if _is_array(name)]
@@ -67,16 +71,16 @@ def _read(content: bytearray, name: str) -> np.ndarray:
         raise ValueError(f"{name} holds values of the kind {dtype}")
     count = math.prod(shape)
     if min(shape, default=0) < 0 or count * dtype.itemsize != len(content) - file.tell():
-        raise ValueError(f"{name} announces {list(shape)} of {dtype}, which is not what it holds")
+        raise ValueError(f"{name} announces {list(shape)} of {dtype}, but its size differs")
     values = np.frombuffer(content, dtype=dtype, count=count, offset=file.tell())
-    if dtype.kind == "U" and dtype.itemsize:  # numpy itself trusts that these are characters
+    if dtype.kind == "U" and dtype.itemsize:  # numpy does not check that these are characters
         codes = values.view(np.dtype(np.uint32).newbyteorder(dtype.byteorder))
         if codes.size and codes.max() > sys.maxunicode:
-            raise ValueError(f"{name} holds text that is none")
+            raise ValueError(f"{name} holds text with invalid characters")
     return values.reshape(shape[::-1]).T if fortran else values.reshape(shape)
 
 
 def write_npz(path: str | Path, compressed: bool = False, **arrays) -> None:
-    """Writes an npz file whole or not at all."""
+    """Writes an npz file atomically."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         (np.savez_compressed if compressed else np.savez)(file, **arrays)

@@ -18,13 +18,14 @@ from torch_utils.download import no_network
 from torch_utils.errors import UserError, printable
 from torch_utils.session import Interrupted
 
-# Raised by click 8.2 and newer to print the help of a command without arguments; 8.1 raises nothing.
+# Raised by click 8.2 and newer to print the help of a command without arguments; 8.1 raises
+# nothing.
 _NO_ARGS_IS_HELP = getattr(click.exceptions, "NoArgsIsHelpError", ())
 
 
 @contextmanager
 def _in_one_line(ctx: click.Context):
-    """Turns click's three lines about a wrong option into the one line of a UserError; the exit code is 2 as well."""
+    """Turns click's usage errors of three lines into a UserError of one line, with exit code 2."""
     try:
         yield
     except _NO_ARGS_IS_HELP:
@@ -35,9 +36,10 @@ def _in_one_line(ctx: click.Context):
 
 
 class _Printable:
-    """A stream of text that steers no terminal, whatever names of foreign files are printed (see ``printable``).
+    """A text stream whose output cannot control the terminal, for names of foreign files.
 
-    Line ends and tabs pass, and so do the two movements of progress bars: back to the start of the line, and a line up.
+    See ``printable``. Line ends, tabs and the two movements of progress bars pass: back to the
+    start of the line, and one line up.
     """
 
     _UP = "\x1b[A"
@@ -61,13 +63,15 @@ def _printable_output():
         yield
 
 
-SEED = click.IntRange(0, (1 << 63) - 1)  # what the generators of torch and numpy both take
+SEED = click.IntRange(0, (1 << 63) - 1)  # accepted by the generators of both torch and numpy
 
 
 @contextmanager
 def _named_files():
-    """A file or folder that the operating system refuses (permissions, full disk, a name too long) is no bug: one line.
-    Neither is Ctrl-C, for which click has the exit code 1 and shells 130."""
+    """Turns an OSError that names a file (permissions, full disk, long name) into a UserError.
+
+    Ctrl-C becomes Interrupted: its exit code is 130 in shells, but 1 in click.
+    """
     try:
         yield
     except (KeyboardInterrupt, click.Abort) as error:
@@ -79,18 +83,18 @@ def _named_files():
 
 
 def never_fail_to_print() -> None:
-    """Print what the encoding of stdout or stderr lacks as escapes (``\\u4e2d``) instead of raising.
+    """Prints characters that stdout or stderr cannot encode as escapes (``\\u4e2d``).
 
-    Such encodings are common: cp1252 where output goes to a file on Windows, ASCII in a container
-    without a locale. Even UTF-8 lacks the names of files that are not valid UTF-8.
+    Such encodings are common: cp1252 if output goes to a file on Windows, ASCII in a container
+    without a locale. Even UTF-8 cannot encode file names that are not valid UTF-8.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not those of notebooks, which take everything
+        if hasattr(stream, "reconfigure"):  # streams of notebooks accept everything
             stream.reconfigure(errors="backslashreplace")
 
 
 class _Program:
-    """Mixin of the commands below: what holds for a program from its start."""
+    """Mixin of the commands below: error handling of a whole program."""
 
     def main(self, *args, standalone_mode: bool = True, **more):
         never_fail_to_print()
@@ -106,7 +110,8 @@ class _Program:
 class Command(_Program, click.Command):
     """A command whose usage errors are one line, like all mistakes of the user.
 
-    Empty values are refused: "--model_path=$FILE" with FILE unset would otherwise mean the default, and "--grid=" False.
+    Empty values are refused: "--model_path=$FILE" with FILE unset would otherwise mean the default,
+    and "--grid=" False.
     may_be_empty: names of the parameters for which an empty text has a meaning of its own.
     """
 
@@ -120,7 +125,7 @@ class Command(_Program, click.Command):
             with _in_one_line(ctx), _named_files():
                 return super().parse_args(ctx, args)
         except BaseException:
-            ctx.close()  # what callbacks have opened (--offline); click closes it only once parsing has succeeded
+            ctx.close()  # closes what callbacks opened (--offline); click does so only after successful parsing
             raise
 
     def invoke(self, ctx):
@@ -137,7 +142,7 @@ class Command(_Program, click.Command):
 
 
 class Group(_Program, click.Group):
-    """The same for a command with subcommands, which are ``Command``s."""
+    """A command with subcommands, which are ``Command``s."""
 
     command_class = Command
 
@@ -151,8 +156,12 @@ class Group(_Program, click.Group):
 
 
 class PathText(click.types.StringParamType):
-    """A file, a folder, or something else (a number, an address) in its place; ``~/x`` is in the home folder, also where
-    the shell leaves it as it is, as in ``--outdir=~/x``. several: comma-separated ones."""
+    """A file, a folder, or a number or address instead.
+
+    ``~/x`` is in the home folder, even if the shell does not expand it, as in ``--outdir=~/x``.
+
+    several: a comma-separated list. Default False.
+    """
 
     def __init__(self, several: bool = False):
         self.several = several
@@ -166,7 +175,10 @@ PATH = PathText()
 
 
 class Number(click.FloatRange):
-    """A number in a range; NaN, which click lets through, is none, and infinity only where ``infinite`` allows it."""
+    """A finite number in a range.
+
+    infinite: also allow infinity. Default False.
+    """
 
     def __init__(self, *args, infinite: bool = False, **more):
         super().__init__(*args, **more)
@@ -183,7 +195,7 @@ class Number(click.FloatRange):
 
 
 def offline_flag(command):
-    """Decorator: the flag --offline, which holds for everything below the command and is no argument of its function."""
+    """Decorator: the flag --offline, for the whole command; its function does not get it."""
 
     def forbid(ctx, param, value):
         if value:

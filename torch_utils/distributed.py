@@ -1,8 +1,8 @@
-"""Processes of one run that know of each other: when one fails or is killed, all stop within seconds and say why.
+"""Processes of a run that watch each other: if one fails, all stop within seconds and say why.
 
-A collective of torch would wait for a process that is gone, or far behind, up to its timeout. Here every process holds
-a TCP connection to the first one, which the operating system closes the moment its owner dies. Over it go errors (to
-everybody) and arrivals at a meeting point, where processes wait for each other without a timeout.
+A collective of torch waits for a missing process up to its timeout. Here every process has a TCP
+connection to the first one, which the operating system closes when the process dies. The connection
+carries errors (to all processes) and arrivals at barriers, which wait without a timeout.
 """
 
 import datetime
@@ -20,28 +20,28 @@ import torch.distributed as dist
 
 from torch_utils.errors import UserError
 
-_GRACE_S = 20.0  # for the main thread to stop by itself after a failure; it may be inside a collective that never ends
+_GRACE_S = 20.0  # time for the main thread to stop after a failure, since a collective may never end
 _CONNECT_S = 60.0
 _LONGEST = 1 << 16  # bytes of a message
 
 
 class Peers:
-    """This process's end of the connections. Make it with ``join``; all methods are for the main thread."""
+    """The connections of this process. Made by ``join``; all methods are for the main thread."""
 
     def __init__(self, rank: int, world_size: int):
         self.rank, self.world_size = rank, world_size
-        self.failure: str | None = None  # why the run has to end
+        self.failure: str | None = None  # reason why the run has to end
         self._changed = threading.Condition()
-        self._links: dict[int, socket.socket] = {}  # to all others on rank 0, to rank 0 on them
-        self._gone: set[int] = set()  # who has left in good order
-        self._arrived: Counter[int] = Counter()  # rank 0: processes at each meeting
-        self._meeting, self._open = 0, 0  # the meeting this process is at, and the latest that all have reached
+        self._links: dict[int, socket.socket] = {}  # rank 0: to all others; others: to rank 0
+        self._gone: set[int] = set()  # processes that left in good order
+        self._arrived: Counter[int] = Counter()  # rank 0: number of processes at each barrier
+        self._meeting, self._open = 0, 0  # this process's barrier, and the latest that all have reached
         self._closed = False
-        self._sending = threading.Lock()  # errors are sent by threads, too
+        self._sending = threading.Lock()  # threads send errors, too
 
     @classmethod
     def join(cls, rank: int, world_size: int) -> "Peers | None":
-        """Connects all processes; a collective call. None, on all of them, where some cannot reach the first one."""
+        """Connects all processes (a collective call). None on all if one cannot reach the first."""
         peers = cls(rank, world_size)
         address = os.environ["MASTER_ADDR"]
         offer = [None]
@@ -74,7 +74,7 @@ class Peers:
         dist.all_gather_object(everyone, connected)
         if not all(everyone):
             if rank == 0:
-                print("Note: processes cannot watch each other over TCP; a dead one is noticed late", file=sys.stderr)
+                print("Note: processes cannot connect over TCP; a dead process is noticed late", file=sys.stderr)
             for link in peers._links.values():
                 link.close()
             return None
@@ -83,7 +83,7 @@ class Peers:
         return peers
 
     def _accept(self, listener: socket.socket, token: str) -> None:
-        """Waits for all others. Who does not know the token is not one of us."""
+        """Waits for all other processes. Connections without the token are closed."""
         listener.settimeout(_CONNECT_S)
         while len(self._links) < self.world_size - 1:
             link, _ = listener.accept()
@@ -102,12 +102,15 @@ class Peers:
     # Between the processes
 
     def _send(self, message: dict, to: int) -> None:
-        with self._sending, suppress(OSError):  # it is gone; the listening thread learns of that
+        with self._sending, suppress(OSError):  # the listening thread notices that it is gone
             self._links[to].sendall(_encode(message))
 
     def _listen(self, other: int, link: socket.socket) -> None:
-        """Thread: what one other process says, until its end of the connection is closed."""
-        with suppress(OSError, ValueError), link.makefile("rb") as lines:  # ValueError: half a message of one that died
+        """Thread: receives the messages of another process until it closes the connection."""
+        with (
+            suppress(OSError, ValueError),
+            link.makefile("rb") as lines,
+        ):  # ValueError: incomplete message of a dead process
             for line in lines:
                 self._take(other, json.loads(line))
         if other not in self._gone and not self._closed:
@@ -137,7 +140,7 @@ class Peers:
             self._send({"open": meeting}, other)
 
     def _fail(self, rank: int, why: str) -> None:
-        """The first failure counts. Rank 0 passes it on."""
+        """Records the first failure. Rank 0 passes it on."""
         with self._changed:
             if self.failure is not None:
                 return
@@ -157,21 +160,21 @@ class Peers:
     # For the main thread
 
     def report(self, why: str) -> None:
-        """Tells the others that this process fails; no more than _GRACE_S later it has ended."""
+        """Tells the others that this process fails. It ends after at most _GRACE_S seconds."""
         self._fail(self.rank, " ".join(why.split())[:2000])
 
     def check(self) -> None:
-        """Raises UserError once another process has failed."""
+        """Raises UserError if another process has failed."""
         if self.failure is not None:
             raise UserError(self.failure)
 
     def wait_for_failure(self, seconds: float) -> bool:
-        """Whether a failure becomes known within so many seconds."""
+        """Whether a failure becomes known within ``seconds``."""
         with self._changed:
             return self._changed.wait_for(lambda: self.failure is not None, seconds)
 
     def wait_for_all(self) -> None:
-        """Waits, as long as it takes, until all processes are here. Raises UserError when one of them fails."""
+        """Waits without limit until all processes are here. UserError if one of them fails."""
         self.check()
         self._meeting += 1
         if self.rank == 0:
@@ -186,13 +189,13 @@ class Peers:
             self.check()
 
     def close(self) -> None:
-        """Leaves in good order; after a failure without a word, which the others know of already."""
+        """Leaves in good order. After a failure it sends nothing, since the others know."""
         self._closed = True
         for other, link in self._links.items():
             if self.failure is None:
                 self._send({"bye": True}, other)
-            with suppress(OSError):  # closed from there already
-                link.shutdown(socket.SHUT_WR)  # the thread that reads it ends when the other side closes, too
+            with suppress(OSError):  # already closed by the other side
+                link.shutdown(socket.SHUT_WR)  # the reading thread ends when the other side closes
 
 
 def _encode(message: dict) -> bytes:
@@ -230,7 +233,10 @@ def world_size() -> int:
 
 
 def pick_device(device: str | None = None) -> torch.device:
-    """The device this process should use. ``None`` or "auto": this process's GPU, else MPS, else the CPU."""
+    """The device of this process.
+
+    device: as in torch. Default None or "auto": this process's GPU, else MPS, else the CPU.
+    """
     if device in (None, "", "auto"):
         if torch.cuda.is_available():
             return torch.device("cuda", local_rank() % torch.cuda.device_count())
@@ -243,7 +249,7 @@ def pick_device(device: str | None = None) -> torch.device:
         raise UserError(f"--device={device} is not a device; use cpu, cuda, cuda:1 or mps") from None
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
-            raise UserError(f"--device={device}: this PyTorch sees no CUDA device; use --device=cpu")
+            raise UserError(f"--device={device}: PyTorch finds no CUDA device; use --device=cpu")
         if chosen.index is None:
             chosen = torch.device("cuda", local_rank() % torch.cuda.device_count())
         elif chosen.index >= torch.cuda.device_count():
@@ -256,7 +262,7 @@ def pick_device(device: str | None = None) -> torch.device:
 
 
 def init(device: str | None = None) -> torch.device:
-    """Joins the process group when torchrun started us; returns the device to compute on."""
+    """Joins the process group if torchrun started this process. Returns the device to use."""
     global _peers
     chosen = pick_device(device)
     if chosen.type == "cuda":
@@ -279,24 +285,27 @@ def shutdown() -> None:
 
 
 def check_peers() -> None:
-    """Raises UserError where another process has failed. For loops that exchange nothing; takes no time."""
+    """Raises UserError if another process has failed. Takes no time; for loops without exchange."""
     if _peers is not None:
         _peers.check()
 
 
 def report_failure(why: str) -> None:
-    """Tells all other processes that this one fails: they end, too, at their next exchange or in 20 seconds."""
+    """Tells all other processes that this one fails.
+
+    They end at their next communication, or after 20 seconds.
+    """
     if _peers is not None:
         _peers.report(why)
 
 
 def peer_failed(within: float) -> bool:
-    """Whether the failure of a process is known, or gets known within so many seconds."""
+    """Whether a process has failed, or fails within the given seconds."""
     return _peers is not None and _peers.wait_for_failure(within)
 
 
 def wait_for_all() -> None:
-    """Waits for all processes, however long they take; UserError where one fails meanwhile."""
+    """Waits for all processes without limit. UserError if one fails."""
     if _peers is not None:
         _peers.wait_for_all()
 
@@ -311,7 +320,7 @@ def barrier() -> None:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, in place; returns the tensor. It may lie on the CPU under NCCL, too."""
+    """Sum over ranks, in place. Returns the tensor, which may be on the CPU under NCCL, too."""
     if dist.is_initialized():
         if dist.get_backend() == "nccl" and not tensor.is_cuda:
             return tensor.copy_(all_reduce_sum(tensor.cuda()))
@@ -320,7 +329,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast_object(value, source: int = 0):
-    """The value that rank ``source`` holds, on every rank."""
+    """The value of rank ``source``, on every rank."""
     if not dist.is_initialized():
         return value
     wait_for_all()
@@ -330,7 +339,7 @@ def broadcast_object(value, source: int = 0):
 
 
 def gather_objects(value, group=None) -> list:
-    """The values of all ranks, in rank order, on every rank. group: another one than the default of all processes."""
+    """The values of all ranks, in rank order, on every rank. group: default None, all processes."""
     if not dist.is_initialized():
         return [value]
     wait_for_all()
@@ -340,14 +349,15 @@ def gather_objects(value, group=None) -> list:
 
 
 def agree(error: Exception | None) -> None:
-    """Raises on every rank when any rank has an error: nobody is left waiting in the next collective.
+    """Raises on every rank if any rank has an error, so that no rank waits in a collective.
 
-    The rank with the error does not wait for the others; they learn of it here or in ``check_peers``.
+    The rank with the error does not wait for the others, which learn of it here or in
+    ``check_peers``.
     """
     if error is not None and _peers is not None:
         report_failure(f"{error}")
         raise error
-    errors = gather_objects(None if error is None else f"{error}")  # one process, or none that watches the others
+    errors = gather_objects(None if error is None else f"{error}")  # without connections between processes
     if error is not None:
         raise error
     for index, message in enumerate(errors):
@@ -357,17 +367,17 @@ def agree(error: Exception | None) -> None:
 
 @contextmanager
 def together():
-    """Context for what processes do on their own between two exchanges: an error of one of them stops all."""
+    """Context for work between two collectives: an error in one process stops all."""
     error = None
     try:
         yield
-    except Exception as exc:  # raised by agree(), on every rank
+    except Exception as exc:  # agree() raises it on every rank
         error = exc
     agree(error)
 
 
 def on_main(function, *arguments):
-    """Calls the function on rank 0, once all ranks have got here; all get its result, or its error."""
+    """Calls a function on rank 0 once all ranks are here. All get its result or its error."""
     wait_for_all()
     result = None
     with together():
@@ -378,7 +388,7 @@ def on_main(function, *arguments):
 
 @contextmanager
 def local_main_first():
-    """The first process of each machine runs the block before the others do (downloads, caches).
+    """Context that the first process of each machine runs before the others (downloads, caches).
 
     If it fails there, every process fails.
     """

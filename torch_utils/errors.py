@@ -1,4 +1,4 @@
-"""Errors that are meant for the person at the keyboard."""
+"""Errors for users, and functions that make their texts safe."""
 
 import difflib
 import json
@@ -7,16 +7,17 @@ import reprlib
 import sys
 from collections.abc import Iterable
 
-_MOST_DIGITS = 300  # of a whole number in JSON; float64 ends at 10^308, and Python does not print over 4,300
-_MOST_VALUES = 8_000_000  # of a JSON text; the labels of a million images are half of that
-_DEEPEST = 200  # lists and objects in each other
+_MOST_DIGITS = 300  # of a whole number in JSON; float64 ends at 10^308, Python prints up to 4,300
+_MOST_VALUES = 8_000_000  # of a JSON text; the labels of a million images need half of it
+_DEEPEST = 200  # nesting of lists and objects
 
 
 def printable(text: str, keep: str = "") -> str:
-    """``text`` in which nothing steers a terminal: control characters, bidirectional marks, and the like as escapes.
+    """``text`` with control characters, bidirectional marks and the like as escapes.
 
-    Names in a file of a stranger may hold sequences that erase the screen or turn the text around. keep: characters that
-    stay as they are.
+    Names in a foreign file may contain sequences that erase the screen or reverse the text.
+
+    keep: characters to leave unchanged. Default "".
     """
     if text.isprintable():
         return text
@@ -28,7 +29,7 @@ _BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 60
 
 
 def brief(value) -> str:
-    """What a value of a file looks like, in at most 60 characters and without a look at all of its parts."""
+    """The beginning of a value from a file, at most 60 characters, without reading all of it."""
     return (value[:60] if isinstance(value, str) else _BRIEF.repr(value))[:60]
 
 
@@ -46,10 +47,10 @@ def did_you_mean(word: str, known: Iterable[str], listed: Iterable[str] | None =
 
 
 class UserError(ValueError):
-    """A mistake that one line can explain: what was wrong and what to do about it.
+    """A mistake that one line explains: what was wrong and what to do.
 
-    Raised anywhere in the code base, it reaches the user as a single line on stderr with exit code 2 when a command line
-    is running, and as an ordinary ``ValueError`` when the library is imported.
+    Command lines show it as one line on stderr, with exit code 2. If the library is imported, it is
+    an ordinary ``ValueError``.
     """
 
     exit_code = 2
@@ -74,8 +75,11 @@ def _whole(digits: str) -> int:
 
 
 def parse_json(text: str | bytes):
-    """``json.loads`` for files of others, in bounded time and memory. ValueError for whatever is wrong: no JSON, numbers
-    that no float64 can hold, millions of values, lists in lists without end."""
+    """``json.loads`` for files from others, in bounded time and memory.
+
+    Raises ValueError if anything is wrong: not JSON, numbers beyond float64, millions of values, or
+    deep nesting.
+    """
     kinds = (b"[", b"{", b",") if isinstance(text, bytes) else ("[", "{", ",")
     if sum(text.count(kind) for kind in kinds) > _MOST_VALUES:
         raise ValueError(f"it has more than {_MOST_VALUES} values")
@@ -93,7 +97,7 @@ def parse_json(text: str | bytes):
 
 
 class MissingExtra(UserError):
-    """An optional dependency is needed for what was asked."""
+    """An optional dependency is missing."""
 
     def __init__(self, package: str, extra: str, purpose: str):
         super().__init__(f"{purpose} needs the package '{package}': install it with  pip install -e '.[{extra}]'")

@@ -1,4 +1,4 @@
-"""Names what a file is that was given in place of weights: a pointer, a web page, a file of another program."""
+"""Names what a file is that should have held weights: a pointer, a web page, another format."""
 
 import contextlib
 import io
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch_utils.errors import parse_json
 
-_HEAD = 1 << 16  # bytes that are looked at; texts that servers send instead of a file are shorter
+_HEAD = 1 << 16  # bytes to inspect; texts that servers send instead of a file are shorter
 _AGAIN = "download or copy it again"
 _UNPACK = "unpack it first"
 _CONVERT = "this program reads weights in safetensors and PyTorch files"
@@ -33,15 +33,15 @@ _BEGINNINGS = (
     (b"\xff\xfe", f"text in UTF-16, as '>' of PowerShell writes it: {_AGAIN}, with 'curl -o' for example"),
 )
 _OFFICIAL_LFS = b"version https://git-lfs.github.com/spec/"
-_END_OF_TENSORFLOW_INDEX = bytes.fromhex("57fb808b247547db")  # of its sorted string table
+_END_OF_TENSORFLOW_INDEX = bytes.fromhex("57fb808b247547db")  # magic number of its sorted string table
 
 
 def explain(path_or_file, reason: object, reads: tuple[str, ...] = ()) -> str:
-    """Why a loader refuses a file, for its message: "it is ..." for a file of another kind, else ``reason``.
+    """Why a loader refuses a file: "it is ..." for a file of another kind, else ``reason``.
 
-    path_or_file: a path, or a seekable binary file, looked at from its beginning.
-    reason: what the loader itself has found, such as an exception.
-    reads: kinds that the loader can read, whose faults ``reason`` explains better: "json", "zip".
+    path_or_file: a path, or a seekable binary file, inspected from its beginning.
+    reason: what the loader found, such as an exception.
+    reads: kinds that the loader can read, so that ``reason`` is better: "json", "zip". Default ().
     """
     try:
         if hasattr(path_or_file, "read"):
@@ -49,16 +49,18 @@ def explain(path_or_file, reason: object, reads: tuple[str, ...] = ()) -> str:
         else:
             with Path(path_or_file).open("rb") as file:
                 kind = file_kind(file, reads)
-    except OSError:  # a folder, or no longer there: the reason says so
+    except OSError:  # a folder, or no longer there; the reason says so
         kind = None
     return f"it is {kind}" if kind else str(reason)
 
 
 def file_kind(file, reads: tuple[str, ...] = ()) -> str | None:
-    """What a file is and what to do about it, in words; None for weights, and for what is not known.
+    """What a file is and what to do about it; None for weights and for unknown kinds.
 
-    file: a seekable binary file. reads: kinds that count as weights here, "json" or "zip".
-    Nothing in the file is run, and no more than its beginning and its directory is read.
+    file: a seekable binary file.
+    reads: kinds that count as weights here: "json", "zip". Default ().
+
+    Nothing in the file is run. Only its beginning and its directory are read.
     """
     size = file.seek(0, io.SEEK_END)
     file.seek(max(0, size - 8))
@@ -68,7 +70,7 @@ def file_kind(file, reads: tuple[str, ...] = ()) -> str | None:
     if not size:
         return f"empty: {_AGAIN}"
     if not head.strip(b"\0"):
-        return f"full of zeros, as a download that was broken off: {_AGAIN}"
+        return f"full of zeros, like an interrupted download: {_AGAIN}"
     if head.startswith(_OFFICIAL_LFS):
         real = re.search(rb"^size (\d{1,15})\r?$", head, re.MULTILINE)
         of = f" of {int(real[1])} bytes" if real else ""
@@ -84,7 +86,7 @@ def file_kind(file, reads: tuple[str, ...] = ()) -> str | None:
         return f"the index of a TensorFlow checkpoint: {_CONVERT}"
     if head[4:8] == b"TFL3":
         return f"a TensorFlow Lite file: {_CONVERT}"
-    # Protocol buffers have no magic number: the version of the format, then the name of the program.
+    # Protocol buffers lack a magic number; this matches the format version and the program name.
     if re.match(rb"\x08[\x01-\x20]\x12.[\x20-\x7e]{2}", head, re.DOTALL):
         return f"an ONNX file: {_CONVERT}"
     # MessagePack: a map of at most 15 or 65535 entries, whose first key is a string.
@@ -101,7 +103,7 @@ def _of_zip(file) -> str | None:
             return f"truncated: it lacks its end; {_AGAIN}"
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
-    except Exception:  # its directory is damaged, which the loader explains
+    except Exception:  # the loader explains a damaged directory
         return None
     if any(re.fullmatch(r"[^/]*/?data\.pkl", member) for member in names):
         return None  # torch.save or TorchScript
@@ -135,7 +137,7 @@ def _of_text(head: bytes, size: int, reads: tuple[str, ...]) -> str | None:
     if start.startswith("<?xml") or re.match(r"<Error>", start):
         code = re.search(r"<Code>([\w.-]{1,60})</Code>", start)
         if code:
-            return f"the error of a server ({code[1]}) in XML: {_AGAIN}, with an address that still holds"
+            return f"the error of a server ({code[1]}) in XML: {_AGAIN}, with an address that is still valid"
         return f"an XML file: {_CONVERT}"
     if start[:1] in ("{", "["):
         if "json" in reads:
@@ -159,7 +161,7 @@ def _of_json(content) -> str:
 
 
 def _is_pickle(head: bytes) -> bool:
-    """Whether it consists of instructions of pickle, whose first protocols are text."""
+    """Whether the text consists of pickle instructions (the first protocols are text)."""
     try:
         return any(code.name == "STOP" for code, _, _ in pickletools.genops(head))
     except ValueError:

@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, and their checksums."""
+"""Writing files atomically, and their checksums."""
 
 import errno
 import hashlib
@@ -16,26 +16,30 @@ from torch_utils.errors import UserError, parse_json
 _LEFTOVER = re.compile(r"-[0-9a-f]{12}\.part$")
 
 
-# What a full, protected or failing disk says, whoever meets it; other errors in the block of atomic_path are its own.
+# Errors of a full, protected or failing disk; atomic_path passes on other errors of its block.
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM})
 
 
-_LEFT_S = 3600.0  # a temporary file that nobody has written to for so long belongs to a program that was killed
+_LEFT_S = 3600.0  # a temporary file unchanged for so long is from a killed program
 
 
 @contextmanager
 def atomic_path(dest: str | Path, durable: bool = True) -> Iterator[Path]:
-    """Yields a temporary path beside ``dest`` that becomes ``dest`` when the block ends well and vanishes when not.
+    """Yields a temporary path beside ``dest``, which becomes ``dest`` if the block succeeds.
 
-    durable: the contents reach the disk before the name does, so that a power cut leaves the old file or the new one;
-    False for many small files that can be made again. Raises UserError where the file cannot be written.
+    dest: the file to write.
+    durable: write the contents to the disk before the name, so that a power failure leaves either
+        the old or the new file. Default True; False for many small files that can be made again.
+
+    If the block fails, the temporary file is removed. Raises UserError if the file cannot be
+    written.
     """
     dest = Path(dest)
     try:
         temporary = dest.parent / f".{dest.name[:80]}-{secrets.token_hex(6)}.part"
         try:
             file = temporary.open("xb")
-        except FileNotFoundError:  # asked for only now: most files go to folders that exist
+        except FileNotFoundError:  # checked only now, since most folders exist
             dest.parent.mkdir(parents=True, exist_ok=True)
             file = temporary.open("xb")
         with file:
@@ -50,7 +54,7 @@ def atomic_path(dest: str | Path, durable: bool = True) -> Iterator[Path]:
                 raise UserError(f"cannot write {dest}: {exc.strerror or exc}") from None
             raise
         try:
-            os.chmod(temporary, mode)  # some writers (safetensors) put a file for the owner's eyes only in its place
+            os.chmod(temporary, mode)  # some writers (safetensors) make files that only the owner may read
             if durable:
                 _sync(temporary)
             os.replace(temporary, dest)
@@ -63,13 +67,13 @@ def atomic_path(dest: str | Path, durable: bool = True) -> Iterator[Path]:
 
 
 def check_destination(dest: str | Path, flag: str) -> None:
-    """Raises UserError, before work is done for it, where the file ``dest``, given as ``flag``, could not be written."""
+    """Raises UserError if the file ``dest``, given as ``flag``, cannot be written."""
     dest = Path(dest)
     if dest.is_dir():
         raise UserError(f"{flag}={dest} is a folder; name the file to write")
     place = next((parent for parent in dest.parents if parent.exists()), Path())
     if not place.is_dir() or not os.access(place, os.W_OK):
-        problem = "cannot be written to" if place.is_dir() else "is a file and no folder"
+        problem = "cannot be written to" if place.is_dir() else "is a file, not a folder"
         raise UserError(f"{flag}={dest}: {place} {problem}; choose another place")
 
 
@@ -79,7 +83,7 @@ def _sync(path: Path) -> None:
 
 
 def remove_leftovers(folder: str | Path) -> int:
-    """Removes the temporary files that killed programs left in a folder (not below it); returns how many."""
+    """Removes the temporary files of killed programs in a folder. Returns how many."""
     removed = 0
     for path in Path(folder).glob(".*.part"):
         try:
@@ -93,7 +97,7 @@ def remove_leftovers(folder: str | Path) -> int:
     return removed
 
 
-_CHUNK = 1 << 14  # what a broken connection loses at most
+_CHUNK = 1 << 14  # the most that a broken connection loses
 
 
 def sha256_of(path: Path) -> str:
@@ -102,11 +106,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-MOST_BYTES = 1 << 26  # far beyond anything that is kept in such a file
+MOST_BYTES = 1 << 26  # far more than such files need
 
 
 def read_json(path: str | Path, most_bytes: int = MOST_BYTES):
-    """The content of a JSON file. Raises OSError, or ValueError where it is not JSON or too large."""
+    """The content of a JSON file. Raises OSError, or ValueError if it is not JSON or too large."""
     with Path(path).open("rb") as file:
         data = file.read(most_bytes + 1)
     if len(data) > most_bytes:
@@ -115,6 +119,6 @@ def read_json(path: str | Path, most_bytes: int = MOST_BYTES):
 
 
 def write_json(path: str | Path, value, allow_nan: bool = True) -> None:
-    """Writes a JSON file whole or not at all. allow_nan=False: ValueError for numbers that are not finite."""
+    """Writes a JSON file atomically. allow_nan=False: ValueError for NaN and infinity."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=allow_nan) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Functions of the user's own code, named as "module:function" on a command line."""
+"""Functions of the user's own code, given as "module:function" on a command line."""
 
 import importlib
 import re
@@ -10,20 +10,19 @@ from torch_utils.errors import UserError
 
 
 def names_function(text: str) -> bool:
-    """Whether a text has the form "package.module:function"; an address or a file of Windows has not."""
+    """Whether a text has the form "package.module:function", unlike addresses and Windows files."""
     return re.fullmatch(r"[A-Za-z_]\w+(\.\w+)*:[A-Za-z_]\w*", text) is not None
 
 
 def find_function(text: str, flag: str, choices: str) -> tuple[Callable, str | None]:
     """The function at "module:function", and the file of its module (None if it is built in).
 
-    The module can be in the current folder too. Call this only with what the user wrote, never with
-    a text from a file: importing a module runs its code.
-
+    text: "module:function", written by the user. Importing runs the code, so never pass a text from
+        a file. The module may be in the current folder.
     flag: --flag, for messages.
     choices: what the user can write instead.
 
-    Raises UserError where there is no such function.
+    Raises UserError if there is no such function.
     """
     module_name, _, name = text.partition(":")
     if not module_name or not name.isidentifier():

@@ -1,4 +1,4 @@
-"""Folders and repositories of diffusers and transformers: found, downloaded, and refused where they would run code."""
+"""Models in the formats of diffusers and transformers: finding, downloading, refusing code."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ _SETTINGS = ("config.json", "preprocessor_config.json", *TOKENIZER_FILES)
 
 
 def import_transformers(purpose: str, extra: str = "text"):
-    """The package, without torchvision; raises MissingExtra where it is not installed."""
+    """The package, without torchvision. Raises MissingExtra if it is not installed."""
     try:
         import transformers
     except ImportError:
@@ -23,13 +23,14 @@ def import_transformers(purpose: str, extra: str = "text"):
 
 
 def hub_folder(name: str, patterns: Sequence[str], problem: str, remedy: str, revision: str | None = None) -> str:
-    """The folder with files of a repository of the Hugging Face hub, downloaded to its cache.
+    """The folder with these files of a repository of the Hugging Face hub, downloaded if needed.
 
-    name: id of the repository.
-    patterns: of the files.
-    problem, remedy: UserError is "problem (reason); remedy"; when ``offline``, unless the cache has
-        the files.
+    name: the repository.
+    patterns: names of the files.
+    problem, remedy: parts of the message of the UserError, "problem (reason); remedy".
     revision: branch, tag or commit. Default: the newest.
+
+    When ``offline``, only the cache of the hub is used.
     """
     try:
         from huggingface_hub import snapshot_download
@@ -42,20 +43,21 @@ def hub_folder(name: str, patterns: Sequence[str], problem: str, remedy: str, re
 
 
 def has_tokenizer(folder: str | Path) -> bool:
-    """Whether the files of a tokenizer are there. Without them CLIPTokenizer makes an empty one."""
+    """Whether the files of a tokenizer exist. Without them CLIPTokenizer would be empty."""
     return any(all((Path(folder) / name).is_file() for name in layout) for layout in _TOKENIZERS)
 
 
 def first_line(exc: Exception) -> str:
-    """The message of a library's exception, fit for a line of one's own."""
+    """The first line of a library's exception, at most 200 characters."""
     return (str(exc).strip().splitlines() or [type(exc).__name__])[0][:200]
 
 
 _LARGEST_CONFIG = 1 << 24  # bytes; usual ones have thousands
 
 
-# Both libraries read these names in a configuration as "get this implementation", from the hub if it has a slash or if
-# the package is not installed; quantization_config chooses a package, timm fetches weights of its own.
+# With these entries of a configuration both libraries fetch an implementation, from the hub if its
+# name has a slash or the package is not installed. quantization_config chooses a package; timm
+# fetches its own weights.
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 
 
@@ -70,10 +72,10 @@ _HARMLESS = ("eager", "sdpa")  # of PyTorch itself
 
 
 def refuse_code_in_configs(folders: Iterable[Path], source) -> None:
-    """Raise UserError if a configuration in the folders asks to run or to fetch code, or names another model.
+    """Raises UserError if a configuration can run or fetch code, or names another model.
 
-    folders: their files ``*config.json`` are read, not those of folders in them.
-    source: what the user gave, for the message.
+    folders: their files ``*config.json`` are read, but not those of subfolders.
+    source: the user's text, for the message.
     """
     for folder in folders:
         for path in sorted(folder.glob("*config.json")):
@@ -87,7 +89,7 @@ def refuse_code_in_configs(folders: Iterable[Path], source) -> None:
 
 
 def read_json(path: Path):
-    """The content of a JSON file of someone else; UserError if it is too large, or something else."""
+    """The content of a foreign JSON file. UserError if it is too large or not JSON."""
     try:
         return json_file.read_json(path, _LARGEST_CONFIG)
     except (OSError, ValueError) as error:
@@ -95,7 +97,7 @@ def read_json(path: Path):
 
 
 def _refused_entry(content) -> str | None:
-    """The first entry, at any depth, that is refused."""
+    """The first refused entry, at any depth; None without."""
     waiting = [content]
     while waiting:
         value = waiting.pop()
@@ -109,7 +111,7 @@ def _refused_entry(content) -> str | None:
 
 
 def refuse_other_files(weights: Iterable[Path]) -> None:
-    """Raise UserError if one of the weights files is something else, such as a Git LFS pointer, or truncated."""
+    """Raises UserError if a weights file is truncated or something else (Git LFS pointer, ...)."""
     for path in weights:
         with path.open("rb") as file:
             if kind := file_kind(file):

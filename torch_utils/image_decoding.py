@@ -1,7 +1,7 @@
-"""One image file to an array: which formats are read, and what becomes of each mode and depth.
+"""Decodes an image file to an array.
 
-The rule for all of them: an image is read as 8-bit grey or RGB if that changes no pixel, or if there
-is one definition of the conversion (JPEG's YCbCr, CMYK). Everything else is refused, and never cut.
+An image is read as 8-bit grey or RGB if this changes no pixel, or if the conversion has only one
+definition (JPEG's YCbCr, CMYK). Everything else is refused, never truncated.
 """
 
 import io
@@ -20,7 +20,7 @@ class Mode(NamedTuple):
     """How images of one Pillow mode are read."""
 
     channels: int  # 1 (grey), 3 (RGB), or 0: refused
-    rule: str  # as docs/images.md has it
+    rule: str  # as in docs/images.md
     alpha: bool = False
     lossy: bool = False  # counted as a conversion
 
@@ -50,16 +50,16 @@ MODES = {
     "F": Mode(0, _DEEP),
 }
 
-# Formats that are recognized whatever the file is called: names often lie about these.
+# Formats recognised for any file name, since names are often wrong.
 _COMMON = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-# Formats that are read where the name ends as theirs do. Left out of Pillow's list: EPS and WMF (they start
-# other programs), BUFR, GRIB and HDF5 (Pillow has no decoder), MPEG and FLI (films), FITS, MCIDAS and SPIDER
-# (measurements, no 8-bit pixels), IPTC, IMT and XVTHUMB (no extension of their own).
+# Formats read if the file name has their extension. Left out of Pillow's list: EPS and WMF (they
+# start other programs), BUFR, GRIB and HDF5 (Pillow has no decoder), MPEG and FLI (films), FITS,
+# MCIDAS and SPIDER (measurements, not 8-bit pixels), IPTC, IMT and XVTHUMB (no extension).
 _BY_NAME = (
     *("BLP", "CUR", "DCX", "DDS", "DIB", "FTEX", "GBR", "ICNS", "ICO", "IM", "JPEG2000", "MSP", "PCD", "PCX"),
     *("PIXAR", "PPM", "PSD", "QOI", "SGI", "SUN", "TGA", "XBM", "XPM"),
 )
-_SEVERAL_FRAMES_ARE_ONE_IMAGE = ("MPO", "PSD")  # a photo and its depth map or preview; layers of one picture
+_SEVERAL_FRAMES_ARE_ONE_IMAGE = ("MPO", "PSD")  # photo and depth map or preview; layers
 
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
@@ -75,7 +75,7 @@ _UPRIGHT = {
 
 @cache
 def image_extensions() -> dict[str, str]:
-    """The extensions of the formats that are read, in lower case, and the name of the format."""
+    """Extensions of the formats that are read, in lower case, with the name of the format."""
     known = {ext: "JPEG" if kind == "MPO" else kind for ext, kind in Image.registered_extensions().items()}
     return {ext: kind for ext, kind in known.items() if kind in Image.OPEN and kind in (*_COMMON, *_BY_NAME)}
 
@@ -83,12 +83,12 @@ def image_extensions() -> dict[str, str]:
 @cache
 def _formats(extension: str) -> tuple[str, ...]:
     own = image_extensions().get(extension)
-    common = [kind for kind in _COMMON if kind in Image.OPEN]  # some builds of Pillow lack some
+    common = [kind for kind in _COMMON if kind in Image.OPEN]  # some builds of Pillow lack formats
     return tuple(common if own is None or own in common else [*common, own])
 
 
 def open_image(file, name: str) -> Image.Image:
-    """The image with its header read and its pixels not. Raises UserError, naming the file."""
+    """The image with only its header read. UserError with the name of the file."""
     try:
         image = Image.open(file, formats=_formats(PurePosixPath(name).suffix.lower()))
     except Exception as exc:
@@ -101,9 +101,12 @@ def open_image(file, name: str) -> Image.Image:
 def decode_image(data: bytes, name: str, done: Counter | None = None) -> np.ndarray:
     """The bytes of an image file -> uint8 [C,H,W] with C = 1 (grey) or 3 (RGB); see ``MODES``.
 
-    done: counts what was changed on the way, in words.
-    Raises UserError, naming the file, for damaged files, for more than 8 bits per channel, for
-    transparent pixels, for animations, and for images beyond Pillow's decompression-bomb limit.
+    data: the bytes.
+    name: name of the file, for messages.
+    done: counts conversions, by description. Default None.
+
+    Raises UserError for damaged files, more than 8 bits per channel, transparent pixels,
+    animations, and images beyond Pillow's decompression-bomb limit.
     """
     if not data:
         raise UserError(f"{name}: the file is empty; remove or replace it")
@@ -115,7 +118,7 @@ def decode_image(data: bytes, name: str, done: Counter | None = None) -> np.ndar
         if _bits(image, data) > 8:
             raise _refused(name, image.mode, _DEEP)
         image = _upright(image, changes)
-        mode = MODES.get(image.mode, Mode(0, "refused: unknown"))  # some formats know it only after loading
+        mode = MODES.get(image.mode, Mode(0, "refused: unknown"))  # known only after loading for some formats
         if not mode.channels:
             raise _refused(name, image.mode, mode.rule)
         if mode.alpha or "transparency" in image.info or (image.mode == "P" and image.palette.mode.endswith("A")):
@@ -127,11 +130,11 @@ def decode_image(data: bytes, name: str, done: Counter | None = None) -> np.ndar
             changes.append(f"{image.mode}, made RGB")
         wanted = "L" if mode.channels == 1 else "RGB"
         array = np.asarray(image if image.mode == wanted else image.convert(wanted), dtype=np.uint8)
-        del image  # as large as the array
+        del image  # frees as much memory as the array takes
         if array.ndim == 2:
             array = array[:, :, None]
         array = np.ascontiguousarray(array.transpose(2, 0, 1))
-    except Exception as exc:  # what Pillow raises on damaged files depends on the format
+    except Exception as exc:  # Pillow's exceptions for damaged files depend on the format
         raise _unreadable(exc, name) from None
     if done is not None:
         done.update(changes)
@@ -139,7 +142,7 @@ def decode_image(data: bytes, name: str, done: Counter | None = None) -> np.ndar
 
 
 def header_channels(file, name: str) -> int:
-    """1 or 3, what ``decode_image`` would give, from the header alone. file: open at its start."""
+    """Channels (1 or 3) that ``decode_image`` would return. file: open at its start."""
     head = file.read(26)
     if head[:8] == b"\x89PNG\r\n\x1a\n" and head[12:16] == b"IHDR":  # five times as fast as Pillow
         return 1 if head[25] in (0, 4) else 3
@@ -157,17 +160,17 @@ def _unreadable(exc: Exception, name: str) -> UserError:
     if isinstance(exc, Image.DecompressionBombError):
         return UserError(f"{name}: the image claims more than {Image.MAX_IMAGE_PIXELS} pixels; refused")
     if isinstance(exc, MemoryError):
-        return UserError(f"{name}: the image needs more memory than there is")
+        return UserError(f"{name}: the image does not fit into memory")
     if isinstance(exc, UnidentifiedImageError):
         return UserError(f"{name}: not a readable image; remove or replace it")
     return UserError(f"{name}: damaged image ({str(exc)[:200]}); remove or replace it")
 
 
 def _upright(image: Image.Image, changes: list[str]) -> Image.Image:
-    """The image with its pixels loaded, turned as its EXIF or XMP data say."""
+    """The image with its pixels loaded, turned upright by its EXIF or XMP data."""
     try:
         orientation = image.getexif().get(_ORIENTATION)
-    except Exception:  # damaged EXIF data, of which the pixels know nothing
+    except Exception:  # damaged EXIF data does not affect the pixels
         image.load()
         changes.append("with unreadable EXIF data, not turned")
         return image
@@ -175,13 +178,13 @@ def _upright(image: Image.Image, changes: list[str]) -> Image.Image:
     if orientation not in _UPRIGHT:
         return image
     changes.append("turned upright (EXIF)")
-    if image.getexif().get(_ORIENTATION) != orientation:  # Pillow has turned it, which it does with TIFF
+    if image.getexif().get(_ORIENTATION) != orientation:  # Pillow itself turns TIFF images
         return image
     return image.transpose(_UPRIGHT[orientation])
 
 
 def _bits(image: Image.Image, data: bytes) -> int:
-    """Bits per channel of the file where Pillow's mode does not tell: it cuts 16 bits to 8 without a word."""
+    """Bits per channel of the file, since Pillow silently reduces 16 bits to 8 in some formats."""
     if image.format == "PNG":
         return data[24]
     if image.format == "TIFF":
@@ -192,7 +195,7 @@ def _bits(image: Image.Image, data: bytes) -> int:
         codec, _, _, args = image.tile[0]
         return int(args[1]).bit_length() if codec.startswith("ppm") and len(args) > 1 else 8
     if image.format == "JPEG2000":
-        start = data.find(b"\xff\x4f\xff\x51") + 40  # of the number of channels, in the SIZ marker
+        start = data.find(b"\xff\x4f\xff\x51") + 40  # position of the number of channels, in the SIZ marker
         count = int.from_bytes(data[start : start + 2], "big")
         return max((size & 0x7F) + 1 for size in data[start + 2 : start + 2 + 3 * count : 3])
     if image.format == "AVIF":

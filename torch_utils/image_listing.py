@@ -1,4 +1,4 @@
-"""Which files of a folder or archive are meant as its images, and how many of which kind are not."""
+"""Lists the images of a folder or archive, and counts the files of other kinds."""
 
 import os
 import re
@@ -22,7 +22,7 @@ _ADVICE = {
 
 
 def kind_of(name: str) -> str | None:
-    """None for the relative name of an image; else what kind of file it is, in words."""
+    """None for the relative name of an image; else the kind of the file, in words."""
     *folders, file = name.split("/")
     if "__MACOSX" in folders or file.startswith("._"):
         return "of macOS (AppleDouble)"
@@ -39,7 +39,7 @@ def kind_of(name: str) -> str | None:
 
 
 def describe(ignored: Counter) -> str:
-    """ "12 files ignored: 10 .txt, 2 hidden"; empty if there are none."""
+    """A text like "12 files ignored: 10 .txt, 2 hidden"; empty if there are none."""
     total = ignored.total()
     if not total:
         return ""
@@ -51,21 +51,21 @@ def describe(ignored: Counter) -> str:
 
 
 def list_folder(root: Path) -> tuple[list[str], Counter]:
-    """Relative names of all files, with forward slashes; and how many of what kind are none of one's own.
+    """Relative names of all files, with forward slashes, and counts of ignored links, by kind.
 
-    Links are followed, but no folder and no image is taken twice: not through a link back up, and not
-    through a link beside it. Raises UserError for a folder that may not be read.
+    Links are followed, but no folder and no image is listed twice. Raises UserError for a folder
+    that cannot be read.
     """
     found, file_links, ignored = [], [], Counter()
     folders, folder_links, visited = [""], [], set()
-    while folders or folder_links:  # all folders before the links, so that each is known by its own name
+    while folders or folder_links:  # folders before links, so that each has its own name
         prefix = folders.pop() if folders else folder_links.pop()
         try:
             status = os.stat(root / prefix)
             entries = sorted(os.scandir(root / prefix), key=lambda entry: entry.name)
         except OSError as exc:
             raise UserError(f"{root / prefix}: cannot be read ({exc.strerror or exc})") from None
-        unwanted = kind_of(f"{prefix}x.png")  # hidden folders are walked through only to count what is in them
+        unwanted = kind_of(f"{prefix}x.png")  # hidden folders are only searched to count their files
         if unwanted is None:
             if (status.st_dev, status.st_ino) in visited:
                 ignored["links to folders that are read already"] += 1
@@ -91,7 +91,7 @@ def list_folder(root: Path) -> tuple[list[str], Counter]:
 
 
 def list_zip(archive: zipfile.ZipFile) -> tuple[dict[str, zipfile.ZipInfo], Counter]:
-    """The same for the files in a zip, by name. Of several files with one name the last counts, as for all programs."""
+    """``list_folder`` for a zip: entries by name. Of several with one name, the last counts."""
     found, ignored = {}, Counter()
     for entry in archive.infolist():
         name = entry.filename.replace("\\", "/")  # some programs on Windows write these

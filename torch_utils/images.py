@@ -26,39 +26,42 @@ from torch_utils.image_listing import describe, kind_of, list_folder, list_zip
 from torch_utils.prompts import seed_of
 from torch_utils.zip_file import check_member
 
-_MAX_FILE_BYTES = 1 << 28  # of one image file, unpacked: a guard against zip bombs
-_MOST_CLASSES = 1 << 16  # of which some have no image
+_MAX_FILE_BYTES = 1 << 28  # of one unpacked image file, against zip bombs
+_MOST_CLASSES = 1 << 16  # some of them may have no image
 _LABEL_FILE = "dataset.json"
 _SAMPLING_FILE = "sampling.json"  # of sample.py
 _PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"  # the last chunk: no data, its name, its CRC
 
 
 def is_whole_png(path: Path) -> bool:
-    """Whether a file is there and ends as a PNG does; a power cut can leave one that is empty or broken off."""
+    """Whether a file exists and ends like a PNG, which it may not after a power failure."""
     try:
         with path.open("rb") as file:
             file.seek(-len(_PNG_END), os.SEEK_END)
             return file.read() == _PNG_END
-    except OSError:  # not there, or shorter than that
+    except OSError:  # missing or too short
         return False
 
 
 class ImageSource:
     """All images of a folder (recursively, links followed) or of a zip, sorted by relative name.
 
-    Formats and modes: torch_utils/image_decoding.py; which files count: torch_utils/image_listing.py. What is left out
-    is counted on stderr, by the first process. Beside a ``sampling.json`` of sample.py, ``grid.png`` and what lies in
-    ``inters/`` accompany the samples: left out.
+    path: the folder or zip.
+    channels: 1 or 3, see ``expect``. Default None: if uniform, 1 if all images are grey, else 3.
+    uniform: all images must have one shape. Default True.
 
-    names        relative names, with forward slashes
-    ignored      how many files were left out, by kind
-    records      names of all ``sampling.json``
-    labels       class of each image from ``dataset.json`` (``{"labels": [["00000/img.png", 3], ...]}``), or None
-    class_names  names of these classes (``"class_names"`` in the same file), or None
-    shape        (C, H, W) of all images; of the first with ``uniform=False``, which allows different ones
-    conversions  how many of the images read so far were changed, by kind
+    Formats and modes: torch_utils/image_decoding.py. Which files count:
+    torch_utils/image_listing.py. The first process prints how many files were ignored. Beside a
+    ``sampling.json`` of sample.py, ``grid.png`` and the files in ``inters/`` are not samples and
+    are ignored.
 
-    channels: 1 or 3, see ``expect``. Default, if uniform: 1 where all images are grey, else 3.
+    Attributes: ``names``, relative names with forward slashes; ``ignored``, number of ignored files
+    by kind; ``records``, names of all ``sampling.json``; ``labels``, class of each image from
+    ``dataset.json`` (``{"labels": [["00000/img.png", 3], ...]}``), or None; ``class_names``, names
+    of the classes (``"class_names"`` in the same file), or None; ``shape``, (C, H, W) of all
+    images, or of the first with ``uniform=False``; ``conversions``, number of converted images read
+    so far, by kind.
+
     ``read`` may be called from threads and from forked workers.
     """
 
@@ -86,7 +89,7 @@ class ImageSource:
         self.labels, self.class_names = self._read_labels()
 
     def _choose(self, found: list[str]) -> None:
-        """Sorts what there is into names, records, the file of labels, and the rest, which is counted."""
+        """Sorts the files into images, records, the label file, and others, which are counted."""
         names, rest = [], []
         for name in found:
             kind = kind_of(name)
@@ -127,26 +130,27 @@ class ImageSource:
 
     @property
     def num_classes(self) -> int:
-        """One more than the largest label; 0 without labels."""
+        """The largest label + 1; 0 without labels."""
         return 0 if self.labels is None else max(self.labels) + 1
 
     def expect(self, channels: int | None, reason: str = "") -> None:
-        """Has every image read with so many ``channels``.
+        """Sets the number of channels for reading.
 
-        3: grey is repeated. 1: RGB becomes grey where the three are equal in every pixel; else it is refused, for the
-        ``reason`` (default: the other images). None: as the images are.
+        channels: 3: grey is repeated. 1: RGB becomes grey if its channels are equal, else it is
+            refused. None: as the images are.
+        reason: why, for the error. Default "": the other images.
         """
         self.channels, self._reason = channels, reason or "as the others are"
         self._shape: tuple[int, int, int] | None = None
 
     def common_channels(self) -> int:
-        """1 if all images are grey, else 3: from the headers, up to the first that is not grey."""
+        """1 if all images are grey, else 3. Reads headers up to the first RGB image."""
         return 3 if any(self._header_channels(name) == 3 for name in self.names) else 1
 
     def read(self, index: int, done: Counter | None = None) -> np.ndarray:
-        """uint8 [C,H,W]. Raises UserError, naming the file, where it is unreadable or unlike the others.
+        """uint8 [C,H,W]. UserError with the name of a file that is unreadable or unlike the others.
 
-        done: counts what was changed in the image, for a thread or another process; default: ``conversions``.
+        done: counts conversions, for a thread or another process. Default: ``conversions``.
         """
         expected = self.shape if self.uniform else None
         array = self._decode(index, self.conversions if done is None else done)
@@ -158,11 +162,11 @@ class ImageSource:
         return array
 
     def where(self, index: int) -> str:
-        """How to name an image to a person."""
+        """The name of an image, for messages."""
         return self._where(self.names[index])
 
     def fingerprint(self, index: int) -> str:
-        """Name, size and CRC (zip) or modification time (folder) of an image: changes when the file is replaced."""
+        """Name, size and CRC (zip) or modification time (folder) of an image."""
         name = self.names[index]
         if self.is_zip:
             entry = self._members[name]
@@ -171,9 +175,9 @@ class ImageSource:
         return f"{name}|{status.st_size}|{status.st_mtime_ns}"
 
     def by_seed(self) -> tuple[dict[int, int], list[str]]:
-        """The index of the image of each seed number, and the names that are no number.
+        """The index of the image of each seed, and the names that are not numbers.
 
-        Raises UserError for two images of one number.
+        Raises UserError for two images with one number.
         """
         found: dict[int, int] = {}
         unnumbered = []
@@ -191,7 +195,7 @@ class ImageSource:
         return found, unnumbered
 
     def check_one_run(self) -> None:
-        """Raises UserError where the images are those of several runs of sample.py."""
+        """Raises UserError if the images are from several runs of sample.py."""
         if len(self.records) > 1:
             raise UserError(
                 f"{self.path}: holds the samples of {len(self.records)} runs ({', '.join(self.records[:3])}"
@@ -201,8 +205,9 @@ class ImageSource:
     def class_folders(self) -> tuple[list[int], list[str]] | None:
         """Labels and class names from the folders of the first level, in the order of their names.
 
-        None if an image lies in no such folder, if there is only one, or if the folders only keep folders small, as
-        00001/img00001234.png of a dataset zip and 001000/001234.png of sample.py. A folder around all does not count.
+        None if an image is outside such a folder, if there is only one folder, or if the folders
+        only divide a large set, as 00001/img00001234.png of a dataset zip and 001000/001234.png of
+        sample.py. A folder around all images does not count.
         """
         parts = [name.removeprefix(self._wrapper).split("/") for name in self.names]
         names = sorted({part[0] for part in parts})
@@ -211,7 +216,7 @@ class ImageSource:
         return [bisect_left(names, part[0]) for part in parts], names
 
     def report_conversions(self, shared: bool = False) -> None:
-        """Says what was changed in the images read so far. shared: every process has read a part of them."""
+        """Prints the conversions so far. shared: sum over all processes. Default False."""
         total = sum(distributed.gather_objects(self.conversions), Counter()) if shared else self.conversions
         if total:
             note(f"{self.path}: images {', '.join(f'{kind}: {count}' for kind, count in sorted(total.items()))}")
@@ -238,7 +243,7 @@ class ImageSource:
             return header_channels(file, self._where(name))
 
     def _open_zip(self) -> zipfile.ZipFile:
-        if self._zip is None or self._zip_owner != os.getpid():  # a forked child must not share the file offset
+        if self._zip is None or self._zip_owner != os.getpid():  # a forked child needs its own file offset
             try:
                 self._zip = zipfile.ZipFile(self.path)
             except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as exc:
@@ -248,7 +253,7 @@ class ImageSource:
 
     @contextmanager
     def _opened(self, name: str, most: int = _MAX_FILE_BYTES) -> Iterator:
-        """The file, for reading, of ``most`` bytes. What it cannot be read for is a UserError that names it."""
+        """The open file, of at most ``most`` bytes. Raises UserError with its name."""
         try:
             entry = self._members[name] if self.is_zip else None
             size = entry.file_size if self.is_zip else (self.path / name).stat().st_size
@@ -266,7 +271,7 @@ class ImageSource:
         except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error, struct.error) as exc:
             raise UserError(
                 f"{self._where(name)}: cannot be read ({str(exc)[:200]})"
-            ) from None  # it may quote the file
+            ) from None  # cut, since it may quote the file
 
     def _read_labels(self) -> tuple[list[int] | None, list[str] | None]:
         if self._label_file is None:
@@ -301,15 +306,17 @@ class ImageSource:
 
 
 def note(message: str, kind: str = "Note") -> None:
-    """One line on stderr, by the first process; what is not printable, in the names of files, is escaped."""
+    """Prints one line to stderr, by the first process. Unprintable characters are escaped."""
     if distributed.rank() == 0:
         print(f"{kind}: {printable(message)}", file=sys.stderr)
 
 
 def count_classes(labels: Sequence[int], where: str, gaps: bool = False) -> int:
-    """One more than the largest label. Raises UserError for labels with gaps: networks have a class for each number.
+    """The largest label + 1. UserError if classes in between have no images.
 
-    gaps: allows them, for a part of a larger set.
+    labels: of all images.
+    where: name of the set, for messages.
+    gaps: allow classes without images, for a part of a larger set. Default False.
     """
     present = set(labels)
     count = max(present) + 1
@@ -327,7 +334,7 @@ def _last(name: str) -> str:
 
 
 def _common_folder(names: list[str]) -> str:
-    """The folder, with its slash, in which all of these sorted names lie; empty if there is none."""
+    """The folder, with its slash, that contains all these sorted names; "" if there is none."""
     if not names:
         return ""
     common = os.path.commonprefix([names[0], names[-1]])
@@ -340,17 +347,20 @@ def _is_numbered_block(name: str) -> bool:
 
 
 def evenly_spaced(total: int, count: int | None) -> list[int]:
-    """``count`` (default and at most: all) of ``total`` indices, spread evenly: files are often sorted by class."""
+    """``count`` of ``total`` indices, evenly spaced, since files are often sorted by class.
+
+    count: default None or more than total: all.
+    """
     count = total if count is None else min(int(count), total)
     return [i * total // count for i in range(count)]
 
 
 def load_array(source: ImageSource | str | Path, max_images: int | None = None) -> np.ndarray:
-    """uint8 [N,C,H,W]: all images, or ``max_images`` evenly spaced ones. For sets that fit in memory."""
+    """uint8 [N,C,H,W]: all images, or ``max_images`` evenly spaced ones, in memory."""
     if not isinstance(source, ImageSource):
         source = ImageSource(source)
     if max_images is not None and max_images < 1:
-        raise UserError(f"max_images={max_images}: at least one image is needed")
+        raise UserError(f"max_images={max_images}: must be at least 1")
     indices = evenly_spaced(len(source), max_images)
     array = np.empty((len(indices), *source.shape), dtype=np.uint8)
     for row, index in enumerate(indices):
@@ -360,21 +370,26 @@ def load_array(source: ImageSource | str | Path, max_images: int | None = None) 
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] -> uint8, on their device; values beyond the range are clipped (EDM's rounding)."""
+    """Images in [-1, 1] -> uint8, on the same device, rounded as in EDM and clipped."""
     return (images.detach() * 127.5 + 128).clip(0, 255).to(torch.uint8)
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """Images [B,C,H,W], in [-1, 1] or as ``to_pixels`` gives them -> uint8 array [B,H,W,C].
+    """Images [B,C,H,W], in [-1, 1] or from ``to_pixels`` -> uint8 array [B,H,W,C].
 
-    The conversion runs on the images' device, so that only bytes are copied from it.
+    The conversion runs on the images' device, so that only bytes are copied.
     """
     pixels = images if images.dtype == torch.uint8 else to_pixels(images)
     return np.ascontiguousarray(pixels.permute(0, 2, 3, 1).cpu().numpy())
 
 
 def image_grid(images: np.ndarray, columns: int, pad: int = 2, fill: int = 255) -> np.ndarray:
-    """uint8 [N,H,W,C] -> one uint8 image [H',W',C], row by row, ``pad`` pixels of value ``fill`` between the images."""
+    """uint8 [N,H,W,C] -> one uint8 image [H',W',C], row by row.
+
+    columns: images per row.
+    pad: pixels between the images. Default 2.
+    fill: their value. Default 255.
+    """
     count, height, width, channels = images.shape
     if count < 1 or columns < 1:
         raise UserError(f"a grid needs at least one image and one column, got {count} and {columns}")
@@ -389,7 +404,7 @@ def image_grid(images: np.ndarray, columns: int, pad: int = 2, fill: int = 255) 
 
 
 def save_image(array: np.ndarray, path: str | Path) -> None:
-    """Writes uint8 [H,W], [H,W,1] (grey) or [H,W,3] (RGB) as PNG; creates the folder, replaces ``path`` atomically."""
+    """Writes uint8 [H,W], [H,W,1] (grey) or [H,W,3] (RGB) as PNG, atomically; makes the folder."""
     array = np.asarray(array)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
@@ -405,8 +420,11 @@ def save_image(array: np.ndarray, path: str | Path) -> None:
 class ImageWriter:
     """Writes PNG files in background threads.
 
-    ``submit`` returns at once unless ``capacity`` images are waiting already (bounded memory). Leaving the context
-    waits for all files and raises the first error that a thread met; ``submit`` raises it if it is known by then.
+    threads: number of threads. Default 4.
+    capacity: images that may wait. ``submit`` blocks if there are more. Default 256.
+
+    Leaving the context waits for all files and raises the first error of a thread. ``submit``
+    raises it if it is already known.
     """
 
     def __init__(self, threads: int = 4, capacity: int = 256):
@@ -419,12 +437,12 @@ class ImageWriter:
             thread.start()
 
     def submit(self, array: np.ndarray, path: str | Path) -> None:
-        """Queues uint8 [H,W,C] to be written to ``path``. The array must not be changed afterwards."""
+        """Queues uint8 [H,W,C] to be written to ``path``. Do not change the array afterwards."""
         self._raise_error()
         self._queue.put((array, path))
 
     def close(self) -> None:
-        """Waits until everything is written and ends the threads; raises the first error."""
+        """Waits until all files are written and ends the threads. Raises the first error."""
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
@@ -435,7 +453,7 @@ class ImageWriter:
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
             if self._error is not None:
-                continue  # keeps emptying the queue, so that nobody waits for room in it for ever
+                continue  # empties the queue, so that ``submit`` does not block forever
             try:
                 save_image(*item)
             except BaseException as exc:  # raised again in the caller's thread
@@ -452,5 +470,5 @@ class ImageWriter:
         try:
             self.close()
         except Exception:
-            if value is None:  # an error of the block itself goes first
+            if value is None:  # an error of the block has priority
                 raise

@@ -1,4 +1,4 @@
-"""What the settings in a file may be: files bring values of any kind and size."""
+"""Checks the types of settings from files, which may hold values of any kind and size."""
 
 import types
 import typing
@@ -10,8 +10,11 @@ MOST_STEPS = 1000  # time steps, or calls of the network in a trajectory; few-st
 
 
 def fits(value, kind) -> bool:
-    """Whether a value is of a kind: a type, a union of types or a list of one. A whole number is a float too; True and
-    False are no numbers, and neither are NaN, infinity and what float64 cannot hold."""
+    """Whether a value is of a kind: a type, a union of types, or a list of one.
+
+    An int is also a float. True and False are not numbers, nor are NaN, infinity and numbers beyond
+    float64.
+    """
     if isinstance(kind, types.UnionType):
         return any(fits(value, part) for part in kind.__args__)
     if typing.get_origin(kind) is list:
@@ -23,7 +26,7 @@ def fits(value, kind) -> bool:
 
 
 def check_kinds(config: dict, kinds: dict) -> None:
-    """Raises UserError, naming the setting, where a value is of another kind than ``kinds`` says."""
+    """Raises UserError with the name of a setting whose value is not of its kind in ``kinds``."""
     for name, value in config.items():
         if not fits(value, kinds.get(name, object)):
             wanted = getattr(kinds[name], "__name__", str(kinds[name]))
@@ -31,19 +34,19 @@ def check_kinds(config: dict, kinds: dict) -> None:
 
 
 def kinds_of(cls) -> dict:
-    """The types of the fields of a dataclass by name, as ``check_kinds`` takes them."""
+    """The types of a dataclass's fields by name, for ``check_kinds``."""
     return {field.name: field.type for field in fields(cls)}
 
 
 def defaults_of(cls) -> dict:
-    """The defaults of the fields of a dataclass by name; lists are new ones."""
+    """The defaults of a dataclass's fields by name; lists are new."""
     return {f.name: f.default if f.default_factory is MISSING else f.default_factory() for f in fields(cls)}
 
 
 def check_steps(config: dict, *names: str) -> None:
-    """Raises UserError where one of these settings, a number or a list, is of more steps than anybody takes."""
+    """Raises UserError if one of these settings, a number or a list, has too many steps."""
     for name in names:
         value = config[name]
         count = len(value) if isinstance(value, list | tuple) else value or 0
         if count > MOST_STEPS:
-            raise UserError(f"{name}: {count} is too much, at most {MOST_STEPS} is possible")
+            raise UserError(f"{name}: {count} is too much, must be at most {MOST_STEPS}")

@@ -1,8 +1,8 @@
 """Locks of files and folders between programs.
 
-The operating system drops a lock when its process ends, however it ends: what a killed program leaves
-behind stops nobody. Locks work on local disks and on NFS (version 4, or 3 with its lock service); a
-file system without locks is pointed out, and programs then go on without.
+The operating system drops a lock when its process ends, so a killed program blocks nobody. Locks
+work on local disks and on NFS (version 4, or 3 with its lock service). On a file system without
+locks, a warning is printed and programs continue without.
 """
 
 import errno
@@ -20,7 +20,7 @@ _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSU
 
 
 def _try_lock(file) -> bool:
-    """Takes an exclusive lock that the operating system drops when the process ends; False if somebody has it."""
+    """Takes an exclusive lock, which the system drops with the process. False if it is taken."""
     try:
         if os.name == "nt":
             import msvcrt
@@ -49,7 +49,10 @@ def _is_named(file, path: Path) -> bool:
 
 
 def _take(path: Path):
-    """The locked, open file ``path``; None if another program has the lock. UserError where it cannot be made."""
+    """The locked, open file ``path``; None if another program has the lock.
+
+    Raises UserError if the file cannot be made.
+    """
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,14 +62,15 @@ def _take(path: Path):
         if not _try_lock(file):
             file.close()
             return None
-        # The holder before us removes the file when it is done: then this lock is on a file without a name.
+        # The previous holder removes the file at its end; then our lock is on a file without a
+        # name.
         if _is_named(file, path):
             return file
         file.close()
 
 
 def _release(file, path: Path) -> None:
-    if os.name == "nt":  # an open file cannot be removed there, and a closed one may be locked by the next already
+    if os.name == "nt":  # an open file cannot be removed there, and a closed one may already be locked again
         file.close()
     else:
         path.unlink(missing_ok=True)
@@ -75,8 +79,10 @@ def _release(file, path: Path) -> None:
 
 @contextmanager
 def locked(path: Path, waiting: str) -> Iterator[None]:
-    """Holds the lock file ``path`` during the block and removes it afterwards. waiting: what is said before waiting for
-    another holder."""
+    """Holds the lock file ``path`` during the block, and removes it afterwards.
+
+    waiting: message before waiting for another holder.
+    """
     announced = False
     while (file := _take(path)) is None:
         if not announced:
@@ -91,7 +97,7 @@ def locked(path: Path, waiting: str) -> Iterator[None]:
 
 @contextmanager
 def held(path: Path, refusal: str) -> Iterator[None]:
-    """The same without waiting: UserError with the text ``refusal`` where another program holds the lock."""
+    """``locked`` without waiting: UserError ``refusal`` if another program holds the lock."""
     file = _take(path)
     if file is None:
         raise UserError(refusal)
@@ -102,7 +108,7 @@ def held(path: Path, refusal: str) -> Iterator[None]:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a running program holds a lock file; one that a killed program left is removed."""
+    """Whether a running program holds a lock file. Removes files of killed programs."""
     file = _take(path)
     if file is None:
         return True
@@ -114,7 +120,7 @@ def is_held(path: Path) -> bool:
 
 @contextmanager
 def only_command(path: Path, refusal: str) -> Iterator[None]:
-    """``held`` for a command on several processes: the first one has the lock, a refusal ends all of them."""
+    """``held`` for a command on several processes: the first takes the lock; a refusal ends all."""
     with ExitStack() as stack:
         with distributed.together():
             if distributed.rank() == 0:

@@ -1,4 +1,4 @@
-"""Out of memory, on every kind of device: what tells it from other errors, and a batch that fits."""
+"""Out of memory on every kind of device: recognising it, and finding a batch that fits."""
 
 import gc
 from collections.abc import Iterator
@@ -14,21 +14,21 @@ _SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "a
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: CUDA has a class of its own for that, the CPU and MPS raise a RuntimeError."""
+    """Whether an allocation failed. CUDA has its own exception, the CPU and MPS a RuntimeError."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
 
 
 def release_memory() -> None:
-    """Gives back what a failed attempt held; call it outside of the ``except`` block, whose error keeps tensors alive."""
+    """Frees the memory of a failed attempt. Call it after ``except``, which keeps tensors alive."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def first_batch(device: torch.device) -> int:
-    """Where the search for a batch that fits begins: beyond it larger batches make no network faster."""
+    """The first batch size to try; larger ones are not faster."""
     return 64 if device.type == "cpu" else 512
 
 
@@ -45,7 +45,10 @@ class BatchSize(click.ParamType):
 
 @contextmanager
 def explained_oom(device: torch.device | str, advice: str) -> Iterator[None]:
-    """An allocation that fails in the block becomes a UserError; advice: "lower --batch (now 64)"."""
+    """Turns a failed allocation in the block into a UserError.
+
+    advice: what to do, such as "lower --batch (now 64)".
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:

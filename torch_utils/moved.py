@@ -1,4 +1,4 @@
-"""Old import paths: modules that were moved can still be imported, and run with ``python -m``, under their former names."""
+"""Old import paths: moved modules can be imported, and run with ``python -m``, by former names."""
 
 import importlib
 import importlib.abc
@@ -47,7 +47,7 @@ MOVED = {
     "training.training_loop": "training.amed_trainer",
 }
 
-# What else is called otherwise in the modules of former names: module of today -> former name -> name of today.
+# Renamed members of moved modules: current module -> former name -> current name.
 RENAMED = {
     "solvers.solver": {"Rule": "Solver", "make_rule": "make_solver"},
     "training.options": {"FinalOptions": "SpanOptions", "TrainingOptions": "AMEDOptions"},
@@ -56,7 +56,7 @@ RENAMED = {
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds a former name and gives the module of today, the same object."""
+    """Finds a former module name and returns the current module, the same object."""
 
     def find_spec(self, name, path=None, target=None):
         if name not in MOVED:
@@ -69,7 +69,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         module = importlib.import_module(now)
         for former, name in RENAMED.get(now, {}).items():
             setattr(module, former, getattr(module, name))
-        self._spec = module.__spec__  # importlib is about to replace it by that of the old name
+        self._spec = module.__spec__  # importlib will replace it by that of the old name
         return module
 
     def exec_module(self, module):

@@ -1,4 +1,4 @@
-"""Options declared once: the field of a dataclass makes the flag, its help text and the check of its value.
+"""Options declared once: a dataclass field makes the flag, its help and the check of its value.
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
@@ -14,8 +14,8 @@
 
     check_options(Options(batch=0))  # UserError: batch=0 must be a whole number of at least 1
 
-A subclass that only changes a default writes ``batch: int = 32``; help text and type are inherited.
-Fields without ``flag`` are not flags.
+A subclass that only changes a default writes ``batch: int = 32`` and inherits the rest. Fields
+without ``flag`` are not flags.
 """
 
 import typing
@@ -69,12 +69,12 @@ class Flag:
     """What a field says about its flag.
 
     help: text for the user.
-    kind: click type, which also checks the value; None: the annotation of the field, bool or str.
-    called: its name on the command line and in records; None: that of the field.
+    kind: click type, which also checks the value. None: by the annotation of the field.
+    called: name on the command line and in records. None: that of the field.
     aliases: further names on the command line.
-    changeable: whether a run that is continued may have another value.
-    record: whether the value is in the record of a run: ALWAYS, or if it is not the default (CHANGED).
-    record_as: function from the value to what the record has.
+    changeable: a resumed run may have another value.
+    record: ALWAYS: the value is in the record of a run. CHANGED: only if it is not the default.
+    record_as: function from the value to what is recorded. None: the value.
     more: further arguments of ``click.option``.
     """
 
@@ -100,37 +100,43 @@ _OWN = {entry.name for entry in fields(Flag)} - {"more"}
 
 
 def flag(help, default=None, kind=None, **arguments):
-    """A field of a dataclass that is a flag of a command line as well; REQUIRED as default: the user has to give it.
+    """A field of a dataclass that is also a flag of a command line.
 
-    kind: click type, or a tuple of words to choose from; None for bool and plain text.
+    help: text for the user.
+    default: default value, or REQUIRED if the user has to give one.
+    kind: click type, or a tuple of words to choose from. Default None: bool or plain text.
     arguments: other fields of ``Flag``, and further arguments of ``click.option``.
     """
     return field(default=default, metadata={"flag": Flag(help).with_changes(kind=kind, **arguments)})
 
 
 def like(cls, name: str, **changes):
-    """A field with the flag of another dataclass's field; changes: to the arguments of ``flag``."""
+    """A field with the flag of another dataclass's field.
+
+    cls, name: the dataclass and its field.
+    changes: arguments of ``flag`` to replace.
+    """
     (known,) = (entry for entry in fields(cls) if entry.name == name)
     default = changes.pop("default", known.default)
     return field(default=default, metadata={"flag": known.metadata["flag"].with_changes(**changes)})
 
 
 def part(**changes):
-    """A field that is a dataclass of options itself.
+    """A field that is itself an option dataclass.
 
-    changes: by the name of its field the other arguments of a flag, or None where the command line lacks it.
+    changes: {field name: arguments of ``flag`` to replace}. None removes the flag.
     """
     return field(metadata={"changes": changes})
 
 
 def derived(read: Callable | None = None, *, flags: Callable | None = None, record=None, **default):
-    """A field that is no single flag.
+    """A field that is not a single flag.
 
-    read(values, given): its value, from the flags by name and the names of those that the user wrote
-        (None: who calls ``read_flags`` knows it).
-    flags: decorator with the flags that it is read from.
-    record: as of ``Flag``.
-    default: ``default`` or ``default_factory``, if it has one.
+    read: function (values, given) -> value of the field. values: the flags by name; given: names of
+        the flags that the user wrote. None: the caller of ``read_flags`` passes the value.
+    flags: decorator that adds the flags which ``read`` needs.
+    record: as in ``Flag``.
+    default: ``default`` or ``default_factory`` of the field, if any.
     """
     return field(**default, metadata={"read": read, "flags": flags, "record": record})
 
@@ -220,7 +226,13 @@ def given_flags(ctx: click.Context) -> set[str]:
 
 
 def read_flags(cls, values: dict, given: set[str], **more):
-    """The dataclass with the values of its flags. more: fields that are known already."""
+    """The dataclass with the values of its flags.
+
+    cls: the dataclass.
+    values: values of the flags by name.
+    given: names of the flags that the user wrote.
+    more: fields whose values are already known.
+    """
     for entry in fields(cls):
         if entry.name in more:
             continue
@@ -236,13 +248,13 @@ def read_flags(cls, values: dict, given: set[str], **more):
 
 
 def changed(options, but=()) -> dict:
-    """The fields of a dataclass that differ from their defaults, by name; but: names to leave out."""
+    """The fields of a dataclass that differ from their defaults. but: names to leave out."""
     values = {name: getattr(options, name) for name in _defaults(type(options)) if name not in but}
     return {name: value for name, value in values.items() if value != _defaults(type(options))[name]}
 
 
 def recorded(*parts) -> dict:
-    """What dataclasses of options add to the record of a run, by the names of the flags."""
+    """What option dataclasses add to the record of a run, by flag name."""
     found = {}
     for options in parts:
         flags = flags_of(type(options))
@@ -255,7 +267,7 @@ def recorded(*parts) -> dict:
 
 
 def check_options(options) -> None:
-    """Raises UserError for the first option whose value is of another type or outside its range."""
+    """Raises UserError for the first option of the wrong type or outside its range."""
     kinds = kinds_of(type(options))
     for name, flag in flags_of(type(options)).items():
         value = getattr(options, name)
@@ -275,7 +287,7 @@ def check_options(options) -> None:
 
 
 def _range_text(kind) -> str | None:
-    """The range of a numeric click type in words: "a number above 0 and below 1"; None for others."""
+    """The range of a numeric click type: "a number above 0 and below 1"; None for others."""
     if not isinstance(kind, click.IntRange | click.FloatRange):
         return None
     limits = [

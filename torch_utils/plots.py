@@ -6,12 +6,14 @@ from torch_utils.errors import MissingExtra
 
 
 def new_figure(purpose: str, **options):
-    """An empty matplotlib Figure that the Agg backend draws; no state of matplotlib or pyplot is changed.
+    """An empty matplotlib Figure for the Agg backend. Global state of matplotlib is not changed.
 
-    purpose: what needs the figure, for the error. options: as of ``matplotlib.figure.Figure``.
+    purpose: what needs the figure, for the error.
+    options: keyword arguments of ``matplotlib.figure.Figure``.
+
     Raises MissingExtra without matplotlib.
     """
-    # Notebooks set MPLBACKEND to a backend that only they have. matplotlib checks it when it is imported.
+    # Notebooks set MPLBACKEND to a backend of their own, which matplotlib checks on import.
     preset = os.environ.pop("MPLBACKEND", None)
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

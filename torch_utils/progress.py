@@ -1,4 +1,4 @@
-"""Progress bars: alive on a terminal, and one line every 30 seconds where the output goes to a file."""
+"""Progress bars: animated on a terminal, else one line every 30 seconds."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ QUIET_S = 30.0  # between two lines
 
 
 class _Lines(tqdm):
-    """For files and pipes: whole lines, at most one in QUIET_S seconds, none of what is done within that time."""
+    """Progress for files and pipes: at most one line in QUIET_S seconds, none for shorter work."""
 
     def __init__(self, *args, **more):
         self._printed_at = time.monotonic()
@@ -26,10 +26,10 @@ class _Lines(tqdm):
         self._printed_at = now
 
     def clear(self, nolock=False):
-        """Nothing to wipe away."""
+        """Nothing to erase."""
 
     def close(self):
-        if not self.disable and self._lines:  # how it ended, where it was told how it went
+        if not self.disable and self._lines:  # a last line if there were others
             self._print()
         self.disable = True
 
@@ -40,11 +40,16 @@ class _Lines(tqdm):
 
 
 def progress_bar(total: float | None = None, *, disable: bool | None = None, **more) -> tqdm:
-    """A tqdm bar on stderr. disable: by default on all processes but the first; more: as of tqdm (unit, desc, ...)."""
+    """A tqdm bar on stderr.
+
+    total: number of steps. Default None.
+    disable: default None: on all processes but the first.
+    more: keyword arguments of tqdm (unit, desc, ...).
+    """
     kind = tqdm if sys.stderr.isatty() else _Lines
     return kind(total=total, disable=distributed.rank() != 0 if disable is None else disable, **more)
 
 
 def say(text: str) -> None:
-    """A line on stdout, above the bar if there is one."""
+    """Prints a line to stdout, above a progress bar."""
     tqdm.write(text)

@@ -1,4 +1,4 @@
-"""Prompt files: which caption belongs to which seed number."""
+"""Prompt files: which caption belongs to which seed."""
 
 import csv
 import io
@@ -17,14 +17,20 @@ _NUMBER = "[0-9]{1,18}"
 
 
 def seed_of(name: str) -> int | None:
-    """The seed number that an image is named after: 123 for ``000000/000123.png``; None for names that are no number."""
+    """The seed in the name of an image: 123 for ``000000/000123.png``; None: not a number."""
     stem = PurePosixPath(name).stem
     return int(stem) if re.fullmatch(_NUMBER, stem) else None
 
 
 def batch_of_prompts(prompts: str | Sequence[str] | None, count: int | None, labels=None) -> list[str]:
-    """One prompt for each image of a batch; a string is for all of them. count: the batch, None for any. Raises UserError
-    for other numbers of prompts, for what is no text, and for labels, which text-to-image networks do not take."""
+    """One prompt for each image of a batch.
+
+    prompts: a text for all images, or one per image.
+    count: size of the batch. None: any.
+    labels: must be None, since text-to-image networks do not take them.
+
+    Raises UserError for a wrong number of prompts and for values that are not strings.
+    """
     if labels is not None:
         raise UserError("this network takes prompts, not classes")
     if prompts is None:
@@ -42,9 +48,9 @@ def batch_of_prompts(prompts: str | Sequence[str] | None, count: int | None, lab
 class Captions:
     """The captions of a file.
 
-    by_seed  by seed number, in the order of the file
-    by_name  by the name of the image, with forward slashes, where the file names images: None where it does not
-    by_row   whether the seed numbers are only those of the rows
+    by_seed: by seed, in the order of the file.
+    by_name: by the name of the image, with forward slashes; None if the file does not name images.
+    by_row: the seeds are the row numbers.
     """
 
     by_seed: dict[int, str]
@@ -53,23 +59,24 @@ class Captions:
 
 
 def read_prompts(path: str | Path, column: str | None = None) -> dict[int, str]:
-    """Captions by seed number, in the order of the file: see ``read_captions``."""
+    """Captions by seed, in the order of the file; see ``read_captions``."""
     return read_captions(path, column).by_seed
 
 
 def read_captions(path: str | Path, column: str | None = None) -> Captions:
     """The captions of a UTF-8 file.
 
-    .txt    one caption a line; the first line belongs to seed 0
-    .csv    comma-separated with a header. The captions are in ``column``, by default the one that is called "prompt",
-            "caption" or "text" (in any case).
-    .jsonl  the same as one JSON object a line, for instance the metadata.jsonl of a Hugging Face imagefolder
+    path: the file:
+        .txt: one caption per line; the first line belongs to seed 0.
+        .csv: comma-separated with a header.
+        .jsonl: one JSON object per line, such as metadata.jsonl of a Hugging Face imagefolder.
+    column: column of the captions. Default None: "prompt", "caption" or "text" (in any case).
 
-    The column "file_name" (or "filename", "image_path", "image", "path") names the image that a caption belongs to. The
-    seed number is in the column "seed"; else it is the name of that image, if all names are different numbers; else it
-    is in the column "index"; else the first row belongs to seed 0.
-
-    An empty line or cell leaves its image without a caption. Raises UserError, naming the file and what is wrong.
+    The column "file_name" (or "filename", "image_path", "image", "path") names the image of a
+    caption. The seed is in the column "seed"; else it is the name of the image, if all names are
+    different numbers; else it is in the column "index"; else the first row belongs to seed 0. An
+    empty line or cell leaves its image without a caption. Raises UserError with the file and what
+    is wrong.
     """
     path = Path(path)
     kind = path.suffix.lower()
@@ -97,7 +104,7 @@ def read_captions(path: str | Path, column: str | None = None) -> Captions:
 
 
 def _numbered(path: Path, pairs) -> dict:
-    """Captions by number or name, without the empty ones."""
+    """Captions by number or name, without empty ones."""
     captions, seen = {}, set()
     for key, caption in pairs:
         if key in seen:
@@ -129,7 +136,7 @@ def _captions_of_table(
         names = [row[name_column].strip().replace("\\", "/").removeprefix("./") for row in rows]
         if "" in names:
             raise UserError(f"{path}: line {lines[names.index('')]} has no {header[name_column]}")
-        # Several captions of one image are prompts like others; only pairing images with them is impossible.
+        # An image with several captions cannot be paired with one, but they can be prompts.
         by_name = _numbered(path, zip(names, texts, strict=True)) if len(set(names)) == len(names) else {}
     number_column = first(NUMBER_COLUMNS[:1])
     if number_column is None and names is not None:
@@ -153,7 +160,7 @@ def _captions_of_table(
 
 def _csv_table(path: Path, text: str) -> tuple[list[int], list[str], list[list[str]]]:
     """Line numbers, header and rows."""
-    # strict: a quotation mark that is never closed would silently swallow the rest of the file.
+    # strict: otherwise an unclosed quotation mark would silently swallow the rest of the file.
     reader = csv.reader(io.StringIO(text), strict=True)
     lines, rows = [], []
     try:
@@ -172,7 +179,7 @@ def _csv_table(path: Path, text: str) -> tuple[list[int], list[str], list[list[s
 
 
 def _json_table(path: Path, text: str) -> tuple[list[int], list[str], list[list[str]]]:
-    """The same of JSON lines. Columns are the keys that have a text or whole number in the first of them."""
+    """The same for JSON lines. Columns: keys with a text or whole number in the first line."""
     lines, header, rows = [], [], []
     for line, content in enumerate(text.split("\n"), start=1):
         if not content.strip():
@@ -182,7 +189,7 @@ def _json_table(path: Path, text: str) -> tuple[list[int], list[str], list[list[
         except ValueError as exc:
             raise UserError(f"{path}: line {line} is not valid JSON ({exc})") from None
         if not isinstance(entry, dict):
-            raise UserError(f"{path}: line {line} is no JSON object")
+            raise UserError(f"{path}: line {line} is not a JSON object")
         header = header or [key for key, value in entry.items() if isinstance(value, (str, int))]
         lines.append(line)
         row = [entry.get(key) for key in header]

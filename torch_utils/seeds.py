@@ -1,7 +1,7 @@
 """Noise that depends on the seed alone.
 
-One seed gives one image: every sample draws from a generator of its own, on the CPU, so neither the batch size nor the
-number of processes nor the device changes what a seed means.
+One seed gives one image. Every sample draws from its own generator on the CPU, so batch size,
+number of processes and device do not change what a seed means.
 """
 
 import bisect
@@ -18,8 +18,8 @@ from torch_utils.errors import UserError
 class SeededGenerators:
     """One CPU generator per sample of a batch.
 
-    ``randn`` and ``randint`` take the shape of a *single* sample and return a stacked tensor [len(seeds), *shape].
-    Successive calls continue each sample's own stream.
+    ``randn`` and ``randint`` take the shape of a *single* sample and return a tensor
+    [len(seeds), *shape]. Successive calls continue each sample's own stream.
     """
 
     def __init__(self, seeds: Sequence[int]):
@@ -33,15 +33,16 @@ class SeededGenerators:
         return torch.stack([torch.randint(high, tuple(shape), generator=g) for g in self._generators])
 
     def join(self, other: "SeededGenerators") -> None:
-        """Samples that have the same seed in ``other``, place by place, share its stream from now on."""
+        """Samples with the same seed in ``other``, place by place, share its stream from now on."""
         pairs = zip(self.seeds, other.seeds, self._generators, other._generators, strict=True)
         self._generators = [theirs if seed == same else own for seed, same, own, theirs in pairs]
 
 
 def candidate_seed(seed: int, number: int) -> int:
-    """Seed of the noise of candidate ``number`` = 0, 1, ... for the image of a seed: its own noise, then hashes (32 bits).
+    """Seed of the noise of candidate ``number`` = 0, 1, ... of an image (32 bits).
 
-    A function of (seed, number) only: more candidates leave the first ones what they were.
+    Candidate 0 has the image's own seed, the others a hash of (seed, number). So more candidates do
+    not change the first ones.
     """
     return int(seed) if number == 0 else _hash32(f"candidate:{int(seed)}:{number}")
 
@@ -51,33 +52,36 @@ def _hash32(text: str) -> int:
 
 
 def stream_seeds(seed: int, start: int, count: int) -> list[int]:
-    """32-bit seeds of the samples ``start .. start + count - 1`` of the training stream named ``seed``.
+    """32-bit seeds of the samples ``start .. start + count - 1`` of the training stream ``seed``.
 
-    The stream is a function of (seed, index) only, so how samples are dealt out to processes and batches does not change
-    what is drawn. Hashing keeps it apart from the plain seeds 0, 1, 2, ... that sampling uses (a collision with one of
-    50,000 evaluation seeds has probability about 1e-5 per training sample, and a single one is harmless).
+    They are hashes of (seed, index), so the division into processes and batches does not matter,
+    and the stream differs from the seeds 0, 1, 2, ... of sampling. (A training sample collides with
+    one of 50,000 evaluation seeds with probability 1e-5, which is harmless.)
     """
     return [_hash32(f"train:{seed}:{i}") for i in range(start, start + count)]
 
 
-MOST_SEEDS = 10_000_000  # in one text: they are kept in a list
+MOST_SEEDS = 10_000_000  # in one text, since they are kept in a list
 
 
 def parse_seeds(text: str) -> list[int]:
-    """``"0-3,7,10-11"`` -> ``[0, 1, 2, 3, 7, 10, 11]``. Raises UserError on anything else, and on repeated seeds."""
+    """The seeds of a text: ``"0-3,7,10-11"`` -> ``[0, 1, 2, 3, 7, 10, 11]``.
+
+    Raises UserError on anything else, and on repeated seeds.
+    """
     return [seed for part in parse_ranges(text) for seed in part]
 
 
 def parse_ranges(text: str) -> list[range]:
-    """The same as ranges, in the order of the text; takes no time or memory for long ranges."""
+    """``parse_seeds`` as ranges, in the order of the text. Fast for long ranges."""
     ranges: list[range] = []
     for part in str(text).split(","):
         match = re.fullmatch(r"\s*(\d{1,10})(?:\s*-\s*(\d{1,10}))?\s*", part)
         if not match:
-            raise UserError(f"seeds: '{part[:40]}' is not a number or a range; write for example 0-63 or 1,2,5-10")
+            raise UserError(f"seeds: '{part[:40]}' is not a number or a range; write seeds like 0-63 or 1,2,5-10")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise UserError(f"seeds: the range '{part.strip()}' runs backwards; write the smaller number first")
+            raise UserError(f"seeds: the range '{part.strip()}' is reversed; write the smaller number first")
         if last >= 1 << 32:
             raise UserError(f"seeds: '{part.strip()}' is out of range (seeds are below 2^32)")
         ranges.append(range(first, last + 1))
@@ -90,7 +94,7 @@ def parse_ranges(text: str) -> list[range]:
 
 
 def among(seeds: Iterable[int], ranges: Sequence[range]) -> list[int]:
-    """Those of the seeds that lie in one of the ranges (``parse_ranges``)."""
+    """The seeds that are in one of the ranges (see ``parse_ranges``)."""
     ordered = sorted(ranges, key=lambda part: part.start)
     starts = [part.start for part in ordered]
     return [seed for seed in seeds if (at := bisect.bisect_right(starts, seed)) and seed in ordered[at - 1]]

@@ -1,4 +1,4 @@
-"""The frame of every command line: joins the other processes, handles signals, and ends with the others whatever happens."""
+"""The frame of every command line: joins the process group, handles signals, ends all processes."""
 
 import re
 import signal
@@ -17,9 +17,10 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(Exception):
-    """A signal ended the program and what it has made is in order; ``exit_code`` is 128 + signal, as shells have it.
+    """A signal ended the program, with its output in order. Shown to the user as one line.
 
-    It reaches the user as one line; note: what follows after "interrupted by SIGTERM".
+    number: the signal; ``exit_code`` is 128 + signal, as in shells.
+    note: text after "interrupted by SIGTERM". Default "".
     """
 
     def __init__(self, number: int, note: str = ""):
@@ -34,9 +35,10 @@ class Interrupted(Exception):
 
 @contextmanager
 def deferred_signals() -> Iterator[list[int]]:
-    """Yields a list that collects SIGINT and SIGTERM instead of dying of them.
+    """Yields a list that collects SIGINT and SIGTERM, which do not end the program meanwhile.
 
-    A second Ctrl-C stops at once, except under torchrun, which passes on the one that the terminal sent us already.
+    A second Ctrl-C stops at once, except under torchrun, which sends us the terminal's Ctrl-C
+    again.
     """
     received: list[int] = []
 
@@ -50,7 +52,7 @@ def deferred_signals() -> Iterator[list[int]]:
 
 
 class _Stopped(KeyboardInterrupt):
-    """What a signal handler raises: no ``Exception``, which whatever code it comes upon might take for its own."""
+    """Raised by a signal handler. Not an ``Exception``, so that other code does not catch it."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -59,9 +61,9 @@ class _Stopped(KeyboardInterrupt):
 
 @contextmanager
 def raised_sigterm(also: tuple[int, ...] = ()) -> Iterator[None]:
-    """SIGTERM raises Interrupted, so that files half written are removed; if a peer has failed, that is said instead.
+    """SIGTERM raises Interrupted, so that incomplete files are removed.
 
-    also: further signals that do.
+    If another process has failed, its error is raised instead. also: further signals. Default ().
     """
 
     def handler(number, frame):
@@ -89,7 +91,7 @@ def _handled(handler, numbers) -> Iterator[None]:
 
 
 def any_signal(received: list[int], device) -> int | None:
-    """The signal that any process has received, on every process."""
+    """The signal that any process has received, on every process; None without."""
     flags = torch.tensor([float(kind in received) for kind in STOPPING], device=device)
     flags = distributed.all_reduce_sum(flags).tolist()
     return next((int(kind) for kind, flag in zip(STOPPING, flags, strict=True) if flag), None)
@@ -101,10 +103,10 @@ _PATIENCE_S = 5.0  # a broken collective may be noticed before the reason for it
 
 @contextmanager
 def session(device: str | None = None) -> Iterator[torch.device]:
-    """Yields the device to compute on, as a member of the process group where torchrun started us.
+    """Yields the device to use, as a member of the process group if torchrun started this process.
 
-    An error in the block reaches all other processes, which then stop with it; an error that comes of another process's
-    end is replaced by what happened there. SIGTERM raises signals.Interrupted.
+    An error in the block reaches all other processes, which then stop. An error caused by the end
+    of another process is replaced by that process's error. SIGTERM raises Interrupted.
     """
     with raised_sigterm():
         try:
@@ -126,7 +128,7 @@ def session(device: str | None = None) -> Iterator[torch.device]:
 
 
 def _lost_contact(error: Exception) -> bool:
-    """Whether a collective broke because of another process."""
+    """Whether a collective failed because of another process."""
     if isinstance(error, UserError) or distributed.world_size() == 1:
         return False
     return isinstance(error, dist.DistError) or (

@@ -1,4 +1,4 @@
-"""Files of tensors: safetensors, training states, and the weights in checkpoints of the usual containers."""
+"""Files of tensors: safetensors, training states, and weights in the usual containers."""
 
 import io
 import struct
@@ -16,12 +16,12 @@ from torch_utils.safe_pickle import ForeignName, PersistentObject, check_sharing
 
 
 def is_safetensors(head: bytes) -> bool:
-    """Whether a file that begins with these (at least 9) bytes looks like a safetensors file."""
+    """Whether a file with this beginning (at least 9 bytes) looks like a safetensors file."""
     return len(head) >= 9 and head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32
 
 
 def write_safetensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Writes to a temporary name in the same folder, then renames: a reader never sees half a file."""
+    """Writes a safetensors file atomically."""
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with atomic_path(path) as temporary:
         try:
@@ -31,7 +31,7 @@ def write_safetensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str
 
 
 def write_state(path, state: dict) -> None:
-    """A dict of tensors, numbers and texts as a file of torch.save, whole or not at all; UserError where it cannot be."""
+    """Writes a dict of tensors, numbers and texts with torch.save, atomically, or UserError."""
     with atomic_path(path) as temporary:
         try:
             torch.save(state, temporary)
@@ -41,7 +41,7 @@ def write_state(path, state: dict) -> None:
 
 
 def read_safetensors(data: bytes, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """(tensors, metadata) of the file whose bytes are ``data``; UserError naming ``name`` where it is damaged."""
+    """(tensors, metadata) of a file. data: its bytes; name: for the UserError if it is damaged."""
     try:
         tensors = safetensors.torch.load(data)
     except (SafetensorError, KeyError, ValueError) as error:
@@ -52,7 +52,7 @@ def read_safetensors(data: bytes, name: str) -> tuple[dict[str, torch.Tensor], d
 
 
 def json_entry(metadata: dict[str, str], key: str, name: str) -> dict:
-    """The JSON object under ``key`` of the metadata; UserError where there is none."""
+    """The JSON object ``key`` of the metadata. UserError if it is missing."""
     if key not in metadata:
         raise UserError(f"{name} has no '{key}' in its metadata; found: {', '.join(sorted(metadata)) or 'no metadata'}")
     try:
@@ -67,11 +67,13 @@ def json_entry(metadata: dict[str, str], key: str, name: str) -> dict:
 def read_weights(path) -> dict[str, torch.Tensor]:
     """Tensors by their names in the file, on the CPU, in the file's dtypes.
 
-    Containers: ``.safetensors``; a state dict written with ``torch.save``; a PyTorch-Lightning checkpoint, of which the
-    entry ``state_dict`` is taken and objects of foreign classes stay inert. Except for the torch.save format of before
-    2020 the file is memory-mapped: a tensor takes memory only as it is used, and the operating system can drop it again.
+    path: a ``.safetensors`` file, a state dict of ``torch.save``, or a PyTorch-Lightning
+        checkpoint. Of the last, the entry ``state_dict`` is used, and objects of foreign classes
+        stay inert.
 
-    Raises UserError where the file cannot be read, is damaged, or holds something else.
+    The file is memory-mapped, except for the torch.save format of before 2020: a tensor takes
+    memory only when it is used. Raises UserError if the file is unreadable, damaged or something
+    else.
     """
     with open_binary(path) as (file, name):
         head = file.read(9)
@@ -103,7 +105,7 @@ def _has_end(file) -> bool:
     """Whether a zip file has its directory, which is at its end."""
     try:
         return zipfile.is_zipfile(file)
-    except zipfile.BadZipFile:  # it has one, with nonsense in it, which the loader will explain
+    except zipfile.BadZipFile:  # it has a damaged one, which the loader explains
         return True
 
 

@@ -9,13 +9,13 @@ from amed import __version__
 
 
 def code_version() -> str:
-    """Version of this code: the commit where it is a git checkout, else the version of the installed package."""
+    """Version of this code: the git commit in a checkout, else that of the installed package."""
     root = Path(__file__).resolve().parents[1]
     if (root / ".git").exists():
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        except (FileNotFoundError, subprocess.TimeoutExpired):  # no git on this machine: the package version will do
+        except (FileNotFoundError, subprocess.TimeoutExpired):  # without git, use the package version
             done = None
         if done is not None and done.returncode == 0:
             return f"git-{done.stdout.strip()}"

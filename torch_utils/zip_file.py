@@ -1,21 +1,21 @@
-"""Zip archives of other people: what is unpacked is bounded by what is known before it is unpacked."""
+"""Zip archives from others: the size to unpack is bounded before unpacking."""
 
 import os
 import zipfile
 from contextlib import contextmanager
 
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-_MOST_RATIO = 1032  # no stream of deflate grows by more
+_MOST_RATIO = 1032  # the largest growth of a deflate stream
 _CHUNK = 1 << 20
 
 
 class BadMember(ValueError):
-    """A part of an archive that is not read; the message says why."""
+    """A part of an archive that is refused; the message says why."""
 
 
 @contextmanager
 def open_zip(path_or_file):
-    """The ``zipfile.ZipFile``; BadMember, too, where its directory asks for what zipfile cannot do."""
+    """The ``zipfile.ZipFile``. BadMember if zipfile does not support its directory."""
     try:
         with zipfile.ZipFile(path_or_file) as archive:
             yield archive
@@ -24,11 +24,14 @@ def open_zip(path_or_file):
 
 
 def read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most_bytes: int) -> bytearray:
-    """The content of a part that is stored or deflated, no larger than it announces and than ``most_bytes``.
+    """The content of a stored or deflated part.
 
-    bz2 and lzma are refused: zipfile unpacks them without a limit, whatever size they announce, and 1.6 KB can hold
-    4 GiB. Raises BadMember (a ValueError) where a part is refused, and ``zipfile.BadZipFile`` where the checksum or
-    anything else is wrong.
+    archive, info: the archive and its entry.
+    most_bytes: limit of the content, besides the size that the part announces.
+
+    bz2 and lzma are refused: zipfile unpacks them without a limit, and 1.6 KB can hold 4 GiB.
+    Raises BadMember (a ValueError) if a part is refused, and ``zipfile.BadZipFile`` if it is
+    damaged.
     """
     check_member(archive, info, most_bytes)
     content = bytearray()
@@ -41,7 +44,7 @@ def read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most_bytes: int
 
 
 def check_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most_bytes: int | None = None) -> None:
-    """Raises BadMember where ``read_member`` would refuse to read."""
+    """Raises BadMember if ``read_member`` would refuse the part."""
     if info.compress_type not in _METHODS:
         name = zipfile.compressor_names.get(info.compress_type, info.compress_type)
         raise BadMember(f"the part {info.filename} is packed with {name}; only stored and deflated parts are read")
