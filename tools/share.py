@@ -108,6 +108,12 @@ def _figure(row: dict) -> str:
     return f"{row['fid']:.3g}" + (f" ± {row['ci95']:.2g}" if row["ci95"] else "")
 
 
+def _short(value) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_short, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def make_card(predictor, name: str, place: str, figures: list[dict], images: bool, licence, base_model) -> str:
     """The text of the model card.
 
@@ -148,7 +154,7 @@ def make_card(predictor, name: str, place: str, figures: list[dict], images: boo
         "base_model_relation": "adapter" if base_model else None,
         "model-index": [{"name": name, "results": results}] if results else None,
     }
-    settings = [(key, config[key]) for key in _SHOWN if config.get(key) not in (None, [], False)]
+    settings = [(key, _short(config[key])) for key in _SHOWN if config.get(key) not in (None, [], False)]
     settings += [
         (key, provenance[key]) for key in ("network", "network_hash", "kimg", "code_version") if provenance.get(key)
     ]
