@@ -103,7 +103,8 @@ ffhq-span) recipe ffhq span 64 "AMED-Plugin 12.49" $SPAN ;;
 imagenet64-span) recipe imagenet64 span 64 "AMED-Plugin 13.83" $SPAN ;;
 *)
     cat <<HELP
-./launch.sh demo     installs, then trains, samples and measures on the embedded digits (CPU, minutes)
+./launch.sh demo     installs; a first picture at once, then trains, samples and measures (CPU, minutes)
+./launch.sh demo --full     the same on both included networks, every method trained, 1,000 images
 ./launch.sh test     installs the test packages and runs the test suite
 ./launch.sh install [EXTRA]
 ./launch.sh {cifar10,ffhq,imagenet64}-{amed,ipndm}    the paper's settings: train, sample 50,000 images, FID

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from models.denoiser import member
 from solvers.solver import SOLVERS, make_solver
 from torch_utils.errors import UserError
 
@@ -76,7 +77,7 @@ def evidence() -> dict[str, dict]:
 
 def evidence_for(net) -> dict | None:
     """The evidence for this network; None for other weights, even under the same name."""
-    found = evidence().get(getattr(net, "dataset_name", None))
+    found = evidence().get(member(net, "dataset_name"))
     return found if found is not None and found["network_sha256"] == net.weights_hash else None
 
 
@@ -84,14 +85,14 @@ def published(net, solver: str) -> tuple[dict, str]:
     """(schedule and options, source) for a solver of a paper on a network of this kind."""
     settings, source = PUBLISHED.get(solver, (POLYNOMIAL, f"{KARRAS}, as for other solvers"))
     options = SOLVERS[solver].options
-    if hasattr(net, "sigma_inv") and getattr(net, "latent", False):
+    if hasattr(net, "sigma_inv") and member(net, "latent"):
         settings = {**settings, **DISCRETE}
         source = "Rombach et al. 2022 (arXiv 2112.10752): even steps in the network's own time"
     elif hasattr(net, "sigma_inv"):
         settings = {**settings, **TIME_UNIFORM}
         source = f"{LU}, for pixels on a discrete noise table"
-    if getattr(net, "guided", False) and "thresholding" in options:
-        settings = {**settings, "max_order": 2, "thresholding": not getattr(net, "latent", False)}
+    if member(net, "guided") and "thresholding" in options:
+        settings = {**settings, "max_order": 2, "thresholding": not member(net, "latent")}
         source = f"{LU}, under guidance"
     return settings, source
 
@@ -187,7 +188,7 @@ def num_steps_for(net, nfe: int, settings: Mapping) -> int:
     """
     options = {name: value for name, value in settings.items() if name in SOLVERS[settings["solver"]].options}
     solver, afs = make_solver(settings["solver"], options), settings.get("afs", False)
-    extra, each = bool(settings.get("denoise_to_zero")), getattr(net, "evals_per_call", 1)
+    extra, each = bool(settings.get("denoise_to_zero")), member(net, "evals_per_call")
 
     def cost(intervals, afs=afs):
         return (solver.evaluations(intervals, afs) + extra) * each
@@ -223,11 +224,11 @@ def recommend(
     if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
         raise UserError(f"nfe={nfe!r} must be a whole number of evaluations, 1 or more")
     given = dict(given or {})
-    table, calls = evidence_for(net) if tuned else None, nfe / getattr(net, "evals_per_call", 1)
+    table, calls = evidence_for(net) if tuned else None, nfe / member(net, "evals_per_call")
     if solver is None and table is not None:
         solver = table["best"][_nearest(table["best"], calls)[0]]
     if solver is None:
-        solver = GUIDED_SOLVER if getattr(net, "guided", False) else UNGUIDED_SOLVER
+        solver = GUIDED_SOLVER if member(net, "guided") else UNGUIDED_SOLVER
     if make_solver(solver, {}).needs_predictor:
         raise UserError(f"solver={solver} needs a trained predictor, which brings its own settings")
     rows = table["plain"].get(solver) if table is not None else None
@@ -235,7 +236,15 @@ def recommend(
         own, source = published(net, solver)
         settings = merge({"solver": solver, **own}, given)
         why = f"settings of {source}; not tuned for this network{_changes(own, given)}"
-        return Recommendation({**settings, "num_steps": num_steps_for(net, nfe, settings)}, why)
+        try:
+            settings["num_steps"] = num_steps_for(net, nfe, settings)
+        except UserError:
+            if "afs" in given:
+                raise
+            known = member(net, "data_mean") is not None  # a solver of two stages, an odd number
+            settings["afs"] = "data" if known else True
+            settings["num_steps"] = num_steps_for(net, nfe, settings)
+        return Recommendation(settings, why)
     refusal = None
     for number in _nearest(rows, calls):
         row = rows[number]

@@ -1,11 +1,14 @@
 """Recommended settings: exact numbers of evaluations, what wins over what; shipped predictors."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 import optimize_schedule
 import sample as sample_cli
@@ -14,11 +17,15 @@ from benchmarks import recommend as writer
 from evaluation.detectors import EMBEDDED
 from models import create_model
 from models.inputs import draw_noise
+from sampling.settings import Settings, settings_of
 from solvers import SOLVERS, recommended, sample
 from solvers.recommended import FOLDER, PUBLISHED, evidence, recommend, training_recipe
 from torch_utils.errors import UserError
+from torch_utils.images import image_grid, to_uint8
 from torch_utils.seeds import SeededGenerators
+from training.checkpoint import find_predictor, load_predictor, shipped_predictors
 
+ROOT = Path(__file__).resolve().parent.parent
 KINDS = ("amed", "plugin", "span")
 
 
@@ -86,7 +93,11 @@ def test_what_is_given_wins():
 
 def test_numbers_that_cannot_be_spent():
     with pytest.raises(UserError, match="nfe=5 is impossible for solver=heun with afs=False: it can spend 4 or 6; afs"):
-        recommend(Gaussian(), 5, "heun")
+        recommend(Gaussian(), 5, "heun", {"afs": False})
+    assert (
+        recommend(Gaussian(), 5, "heun").settings | {"afs": "data", "num_steps": 4}
+        == recommend(Gaussian(), 5, "heun").settings
+    )
     guided = Gaussian(evals_per_call=2, guided=True)
     with pytest.raises(UserError, match="nfe=5 is impossible .* guidance: it can spend 4 or 6$"):
         recommend(guided, 5, "euler")
@@ -191,6 +202,50 @@ def test_a_schedule_for_a_number_of_evaluations(tmp_path):
     assert len(json.loads((tmp_path / "s.json").read_text())["sigmas"]) == 4
     wrong = call(optimize_schedule.main, *flags, "--nfe=6", "--num_steps=4", "--overwrite=True")
     assert "leave out --nfe or --num_steps" in wrong.output
+
+
+# --------------------------------------------------------------------------------------------------
+# Predictors that come with the repository
+
+
+def test_all_predictors_are_there_and_small():
+    names = {f"{name}-{kind}-{nfe}" for name in EMBEDDED for kind in KINDS for nfe in (3, 4, 5, 6)}
+    assert set(shipped_predictors()) <= names
+    assert sum(path.stat().st_size for path in shipped_predictors().values()) < 3_000_000
+    listed = call(sample_cli.main, "--list").output
+    assert all(name in listed for name in (*shipped_predictors(), *EMBEDDED, "ipndm", "imagenet64"))
+
+
+def test_a_folder_of_that_name_goes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_predictor("digits-span-3") == shipped_predictors()["digits-span-3"]
+    (tmp_path / "digits-span-3").write_bytes(b"x")
+    assert str(find_predictor("digits-span-3")) == "digits-span-3"
+
+
+@pytest.mark.parametrize("dataset_name", EMBEDDED)
+def test_shipped_predictors_keep_what_their_records_say(dataset_name):
+    """The recorded distance to the converged solution, here of 8 seeds and a coarser reference."""
+    net = create_model(dataset_name).to(memory_format=torch.channels_last)
+    latents = draw_noise(net, SeededGenerators(range(8)))
+    reference = sample(net, latents, solver="heun", num_steps=19)
+    with Image.open(ROOT / "docs" / "quick_start.png") as grid:
+        shown = np.asarray(grid).astype(float)
+    for name, path in shipped_predictors().items():
+        if not name.startswith(dataset_name):
+            continue
+        predictor = load_predictor(path)
+        shipped = predictor.provenance["shipped"]
+        assert predictor.provenance["network_hash"] == net.weights_hash
+        assert {"command", "seeds", "date", "machine"} <= shipped.keys() and "--seed=0" in shipped["command"]
+        settings = settings_of(predictor, Settings(dataset_name=dataset_name))
+        images, info = sample(net, latents, predictor=predictor, return_info=True, **settings.arguments())
+        distance = (images - reference).square().mean(dim=(1, 2, 3)).sqrt().mean().item()
+        assert info.nfe == shipped["nfe"] == int(name.rpartition("-")[2])
+        assert distance == pytest.approx(shipped["distance"], rel=0.35, abs=0.005), name
+        if name == "cifar10-small-span-3":  # the picture in README is what its command makes
+            first = image_grid(to_uint8(images), 8).astype(float)
+            assert first.shape[1] == shown.shape[1] and np.abs(first - shown[:32]).mean() < 3
 
 
 def test_recommended_settings_make_good_images():
