@@ -18,7 +18,6 @@ from models.denoiser import Denoiser
 from models.wrapped import load_own, wrap
 from torch_utils.errors import UserError
 from torch_utils.functions import names_function
-from torch_utils.remote import is_remote
 
 __all__ = ["Denoiser", "build_denoiser", "create_model", "use_tokenizer", "wrap"]
 
@@ -76,7 +75,7 @@ def create_model(
         if not model_path:
             raise UserError("dataset_name 'diffusers' needs --model_path, the folder or the hub id of a pipeline")
         return load_diffusers(model_path, guidance_type, guidance_rate, device)
-    remote = is_remote(model_path)
+    remote = zoo.is_remote(model_path)
     if model_path and not remote and names_function(str(model_path)) and not Path(model_path).exists():
         if card is not None:
             raise UserError(f"--model_path={model_path} is code of your own: use it with --dataset_name={zoo.CUSTOM}")

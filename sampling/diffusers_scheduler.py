@@ -487,6 +487,10 @@ class _AMEDScheduler:
             self._hook()
         return self._timesteps
 
+    @timesteps.setter
+    def timesteps(self, times: torch.Tensor) -> None:  # some pipelines move them to another device
+        self._timesteps = times
+
     @property
     def sigmas(self) -> torch.Tensor:
         """Noise levels [n + 1] of the latents before each call, and 0.
