@@ -128,9 +128,9 @@ class QuantizedLayer(nn.Module):
             self._packed[key] = torch.ops.onednn.qconv_prepack(
                 self.weight, self.weight_scale, scale, zero, *settings, shape
             )
-        x = torch.quantize_per_tensor(x.contiguous(memory_format=torch.channels_last), scale, zero, torch.quint8)
+        x = x.contiguous(memory_format=torch.channels_last).div(scale).round_().add_(zero).clamp_(0, 255)
         return torch.ops.onednn.qconv_pointwise(
-            x.int_repr(),
+            x.to(torch.uint8),
             scale,
             zero,
             self._packed[key],

@@ -13,7 +13,7 @@ import torch
 from models.denoiser import member
 from models.inputs import initial_state
 from solvers.sampler import Sampler
-from solvers.solver import State, make_solver
+from solvers.solver import Solver, State, make_solver
 from torch_utils.errors import UserError
 
 METHODS = ("rollover", "quota", "resample")
@@ -118,12 +118,12 @@ class PathSearch:
     noise: returns standard normal noise [1,C,H,W] for each stochastic step.
     sigmas: noise levels [N] of the steps, decreasing.
     cond: keyword arguments of net. Default: none.
-    finish: deterministic solver that completes the path. Default euler.
+    finish: deterministic solver that completes the path. Default: Euler's method.
     """
 
-    def __init__(self, net, reward: Callable, noise: Callable, sigmas, cond=None, finish: str = "euler"):
+    def __init__(self, net, reward: Callable, noise: Callable, sigmas, cond=None, finish: Solver | None = None):
         self.net, self.reward, self.sigmas = net, reward, torch.as_tensor(sigmas, dtype=torch.float64)
-        self.cond, self.finish = cond, finish
+        self.cond, self.finish = cond, finish or make_solver("euler")
         self._run = Sampler(net, make_solver("sde", {"max_order": 1}), self.sigmas, cond=cond, noise=noise)
 
     @property
@@ -156,7 +156,7 @@ class PathSearch:
         x, extra = candidate.state.x, 0
         if len(rest) > 1:
             cached = {0: (candidate.direction, None)}
-            run = Sampler(self.net, make_solver(self.finish), rest, cond=self.cond, cached_evals=cached)
+            run = Sampler(self.net, self.finish, rest, cond=self.cond, cached_evals=cached)
             state, i = State(x), 0
             while i < run.intervals:
                 state = run.advance(state, i)
@@ -167,7 +167,7 @@ class PathSearch:
     def to_finish(self, index: int) -> int:
         """Number of calls that ``complete`` needs from an evaluated schedule point."""
         intervals = self.steps - index
-        return make_solver(self.finish).evaluations(intervals) - 1 if intervals else 0
+        return self.finish.evaluations(intervals) - 1 if intervals else 0
 
     @property
     def per_call(self) -> int:
