@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from amed import __version__
+
 ROOT = Path(__file__).parents[1]
-VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
 def text(name):
@@ -15,8 +16,8 @@ def text(name):
 
 
 def test_versions_agree():
-    assert f"## {VERSION}\n" in text("CHANGELOG.md")
-    assert f"\nversion: {VERSION}\n" in text("CITATION.cff")
+    assert f"## {__version__}\n" in text("CHANGELOG.md")
+    assert f"\nversion: {__version__}\n" in text("CITATION.cff")
 
 
 @pytest.mark.parametrize("name", ["CONTRIBUTING.md", "CHANGELOG.md"])
