@@ -15,6 +15,11 @@ write --num as --num_images, since torchrun has an option --num of its own.
 FID-digits is not comparable with the usual Inception FID.
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("fid")
+
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +37,22 @@ from torch_utils.images import ImageSource
 from torch_utils.session import session
 
 
+def choice_flags(command):
+    """Decorator: which images."""
+    command = click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed of --num")(command)
+    return click.option(
+        "--num", "--num_images", type=click.IntRange(min=2), help="Use this many random images (default: all)"
+    )(command)
+
+
+def device_flags(command):
+    """Decorator: where the network computes, and what it may be."""
+    command = offline_flag(command)
+    help = "Run a TorchScript detector of unknown origin"
+    command = click.option("--trust", type=bool, default=False, show_default=True, help=help)(command)
+    return click.option("--device", help="cpu, cuda or mps (default: the fastest available)")(command)
+
+
 @click.group(cls=Group)
 def main():
     """Fréchet inception distance (FID): calc; ref, which makes statistics; inspect."""
@@ -40,14 +61,7 @@ def main():
 @main.command()
 @click.option("--images", type=PATH, required=True, metavar="PATH", help="Folder or zip of images to evaluate")
 @click.option("--ref", type=PATH, required=True, metavar="NPZ|URL|NAME|PATH", help="Reference statistics, or images")
-@click.option(
-    "--num",
-    "--num_images",
-    type=click.IntRange(min=2),
-    default=None,
-    help="Use this many random images (default: all)",
-)
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed of --num")
+@choice_flags
 @click.option("--batch", type=click.IntRange(min=1), default=250, show_default=True, help="Images per network call")
 @click.option(
     "--detector", type=PATH, default=None, metavar="NAME|PATH", help="Default: the reference's, else inception"
@@ -69,11 +83,7 @@ def main():
     metavar="NAME,...",
     help="Measures: fid, kid, precision, recall, density, coverage; all but fid need images as --ref",
 )
-@click.option("--device", default=None, help="cpu, cuda or mps (default: the fastest available)")
-@click.option(
-    "--trust", type=bool, default=False, show_default=True, help="Run a TorchScript detector of unknown origin"
-)
-@offline_flag
+@device_flags
 def calc(images, ref, num, seed, batch, detector, workers, feature_cache, json_path, metrics, device, trust):
     """FID of images. Prints 'FID 12.3456 images=... detector=... weights=... ref=...'."""
     for flag, path in (("--json", json_path), ("--feature-cache", feature_cache)):
@@ -105,19 +115,8 @@ def calc(images, ref, num, seed, batch, detector, workers, feature_cache, json_p
 @click.option("--dest", type=PATH, required=True, metavar="NPZ", help="Where to write the statistics")
 @click.option("--batch", type=click.IntRange(min=1), default=500, show_default=True, help="Images per network call")
 @click.option("--detector", type=PATH, default="inception", show_default=True, metavar="NAME|PATH")
-@click.option(
-    "--num",
-    "--num_images",
-    type=click.IntRange(min=2),
-    default=None,
-    help="Use this many random images (default: all)",
-)
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed of --num")
-@click.option("--device", default=None, help="cpu, cuda or mps (default: the fastest available)")
-@click.option(
-    "--trust", type=bool, default=False, show_default=True, help="Run a TorchScript detector of unknown origin"
-)
-@offline_flag
+@choice_flags
+@device_flags
 def ref(data, dest, batch, detector, num, seed, device, trust):
     """Reference statistics of a dataset, for --ref."""
     if Path(dest).suffix != ".npz":

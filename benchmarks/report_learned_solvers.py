@@ -54,16 +54,19 @@ def rows_file(network):
 
 
 def read(network):
-    """All rows of a network, see ``parse``."""
-    file = rows_file(network)
-    return parse(file.read_text(encoding="utf-8")) if file.exists() else []
-
-
-def parse(text):
-    """The rows of a file, "current" where ``is_current`` for as many test images as any of them has.
+    """All rows of a network, see ``parse``.
 
     UserError where one did not spend the evaluations that it stands under.
     """
+    file = rows_file(network)
+    rows = parse(file.read_text(encoding="utf-8")) if file.exists() else []
+    for row in rows:
+        check_row(row)
+    return rows
+
+
+def parse(text):
+    """The rows of a file, "current" where ``is_current`` for as many images as any of them has."""
     rows = [json.loads(line) for line in text.splitlines()]
     for row in rows:
         row.setdefault("images", EARLIER_IMAGES)
@@ -71,7 +74,6 @@ def parse(text):
             row[name] = with_current_names(row[name] or {})
     most = max((row["images"] for row in rows), default=0)
     for row in rows:
-        check_row(row)
         row["current"] = is_current(row, most)
     return rows
 
@@ -144,7 +146,7 @@ def difference(group, other, score):
 
 
 def read_commit(network, commit):
-    """The rows of a network as they are in a commit, under their present or their former name."""
+    """The rows of a network as they are in a commit, unchecked; the file may have its former name."""
     for name in ("learned_solvers", "students"):
         command = ["git", "show", f"{commit}:benchmarks/{name}_{network}.jsonl"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -168,23 +170,33 @@ def moved(before, now):
         group = [row for row in with_groups(group) if row.get("seed") in kept]
         for score, (title, digits) in SCORES.items() if group else ():
             apart = mean(group, score) - mean(old, score)
-            exact = [{score: 0.0, f"{score}_left_out": np.zeros(len(group[0][f"{score}_left_out"])), "current": True}]
-            interval = difference(group, exact, score).half_width
+            interval = own_interval(group, score)
             if abs(apart) > interval:
                 cells = [f"{mean(rows, score):.{digits}f}" for rows in (old, group)]
                 lines.append(f"| {method} | {nfe} | {title} | {' | '.join(cells)} | ± {interval:.{digits}f} |")
     return lines
 
 
+def own_interval(group, score):
+    """Half the width of the interval of these rows' mean, not of a paired difference."""
+    zeros = [0.0] * len(group[0][f"{score}_left_out"])
+    exact = [{score: 0.0, f"{score}_left_out": zeros, "current": True}]
+    return difference(group, exact, score).half_width
+
+
 def best_of(found, nfe, score):
     """The learned method that is better than every other one by more than the interval, else None.
 
-    A method without scores of groups has no interval: it must not have the best value, that is all.
+    A method without scores of groups has no paired difference: the best one's own interval must not
+    reach its value.
     """
     groups = {method: found[method, nfe] for method in LEARNED if (method, nfe) in found}
     best = min(groups, key=lambda method: mean(groups[method], score), default=None)
     others = [group for method, group in groups.items() if method != best and with_groups(group)]
     if not others or not with_groups(groups[best]):
+        return None
+    reach = mean(groups[best], score) + own_interval(with_groups(groups[best]), score)
+    if any(mean(group, score) <= reach for group in groups.values() if not with_groups(group)):
         return None
     return best if all(difference(groups[best], other, score).below_zero for other in others) else None
 
@@ -379,7 +391,7 @@ def explained():
         "± in a table of scores: standard deviation of the training seeds. ± in a table of differences: 95 % interval of the",
         "paired difference, over 20 groups of the sampled seeds (jackknife) and over the training seeds, where both have",
         "several; with one training seed it speaks of that trained solver only. Bold: better by more than the interval, in a",
-        "table of scores than every other learned method that has one, if no method without one has a better value.",
+        "table of scores than every other learned method; where that one has no groups, by more than the own interval.",
         f"{EARLIER}: measured earlier, on {EARLIER_IMAGES:,} images and without",
         "groups of seeds: no interval. Fréchet distances of different numbers of images cannot be compared.",
     ]

@@ -41,6 +41,7 @@ def create_model(
     guidance_type: str | None = None,
     guidance_rate: float | None = None,
     device: str | torch.device = "cpu",
+    dtype: str = "fp32",
 ) -> Denoiser:
     """Load a pretrained denoiser, frozen and in evaluation mode.
 
@@ -66,7 +67,7 @@ def create_model(
     are not this network.
     """
     from models import zoo
-    from models.compile import prepare_network
+    from models.compile import choose_dtype, prepare_network
 
     card = zoo.find_card(dataset_name)
     if dataset_name == zoo.DIFFUSERS:
@@ -74,7 +75,10 @@ def create_model(
 
         if not model_path:
             raise UserError("dataset_name 'diffusers' needs --model_path, the folder or the hub id of a pipeline")
-        return load_diffusers(model_path, guidance_type, guidance_rate, device)
+        chosen = choose_dtype(dtype, torch.device(device))
+        return load_diffusers(model_path, guidance_type, guidance_rate, device, chosen)
+    if dtype not in ("fp32", "auto"):
+        raise UserError(f"--dtype={dtype} is for pipelines (--dataset_name=diffusers); use --amp={dtype}")
     remote = zoo.is_remote(model_path)
     if model_path and not remote and names_function(str(model_path)) and not Path(model_path).exists():
         if card is not None:

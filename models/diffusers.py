@@ -442,7 +442,8 @@ def load_diffusers(
     guidance_type: "cfg" (default) or "none" for text-to-image, "uncond" or "none" otherwise.
     guidance_rate: strength of the guidance, as in diffusers. Default: that of the pipeline.
     device: where the weights are put. Default: the CPU.
-    dtype: dtype of the weights; images and noise levels stay in float32. Default float32.
+    dtype: dtype of the weights; images and noise levels stay in float32,
+        and so does a first stage that may overflow. Default float32.
     allow_pickle: also read weights that are not in safetensors, as data only. Default False.
 
     The result has ``dataset_name``, ``source_path`` and ``weights_hash``: the SHA-256 of the
@@ -464,8 +465,8 @@ def load_diffusers(
     given = {part: None for part, entry in index.items() if part in _UNUSED or entry == [None, None]}
     if "safety_checker" in given:
         given["requires_safety_checker"] = False
-    # First stages overflow in float16. They run only once per image.
-    dtypes = {"default": dtype} | {part: torch.float32 for part in _FIRST_STAGES if part in index}
+    dtypes = {"default": dtype}
+    dtypes |= {part: _first_stage_dtype(folder / part, dtype) for part in _FIRST_STAGES if part in index}
     options = {
         "use_safetensors": None if allow_pickle else True,
         "trust_remote_code": False,
@@ -492,6 +493,14 @@ def load_diffusers(
     part = folder / net.network_name
     net.weights_hash = _hash_weights(part if part.is_dir() else folder)  # old pipelines have no subfolders
     return net.to(device).eval().requires_grad_(False)
+
+
+def _first_stage_dtype(folder: Path, dtype: torch.dtype) -> torch.dtype:
+    """float32, unless the configuration says that half precision suffices (force_upcast)."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    fits = isinstance(config, dict) and config.get("force_upcast") is False
+    return dtype if fits else torch.float32
 
 
 def _reading(source, function, *arguments, **options):
@@ -545,6 +554,14 @@ def _read_index(folder: Path, source) -> tuple[str, dict]:
         raise UserError(f"{source} is not a diffusers pipeline: it has no {_INDEX}")
     index = read_json(path)
     return _check_index(index, source), index
+
+
+def takes_prompts(source: str | Path) -> bool | None:
+    """Whether the pipeline in a folder is text-to-image; None if there is no such folder."""
+    if not (Path(source) / _INDEX).is_file():
+        return None
+    name, _ = _read_index(Path(source), source)
+    return issubclass(PIPELINES[name][0], TextPipeline)
 
 
 def _check_index(index, source) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from torch_utils import distributed
-from torch_utils.cli import Group
+from torch_utils.cli import Group, Known
 from torch_utils.download import download_file, download_member, known_sha256, recorded_sha256
 from torch_utils.errors import UserError, did_you_mean, parse_json
 from torch_utils.files import sha256_of
@@ -34,8 +34,9 @@ class Card:
     name: the dataset_name.
     family: name of its family.
     file: name of the weights file.
-    resolution, channels: shape of the samples (images, or latents of latent models).
-    label_dim: number of classes, 0 for unconditional networks.
+    resolution, channels: shape of the samples (images, or latents of latent models). Default
+        channels: 3.
+    label_dim: number of classes. Default: 0, unconditional.
     licence: licence of the weights.
     fid_file: name of the FID reference statistics (mu, sigma). Default: none are published.
     urls: addresses of the weights, official first, then mirrors. Default: none, the files are
@@ -55,9 +56,9 @@ class Card:
     family: str
     file: str
     resolution: int
-    channels: int
-    label_dim: int
     licence: str
+    channels: int = 3
+    label_dim: int = 0
     fid_file: str = ""
     urls: tuple[str, ...] = ()
     fid_refs: tuple[str, ...] = ()
@@ -97,7 +98,6 @@ def _edm(name: str, weights: str, fid_file: str, resolution: int, label_dim: int
         family="edm",
         file=weights,
         resolution=resolution,
-        channels=3,
         label_dim=label_dim,
         licence="CC BY-NC-SA 4.0",
         fid_file=fid_file,
@@ -115,7 +115,6 @@ def _pfgmpp(name: str, folder: str, resolution: int, label_dim: int, fid_file: s
         family="edm",
         file="training-state.pt",
         resolution=resolution,
-        channels=3,
         label_dim=label_dim,
         licence="CC BY-NC-SA 4.0",
         fid_file=fid_file,
@@ -134,8 +133,6 @@ def _cm(animal_or_room: str) -> Card:
         family="cm",
         file=file,
         resolution=256,
-        channels=3,
-        label_dim=0,
         licence="MIT",
         fid_file=reference,
         urls=(f"{_OPENAI}/consistency/{file}",),
@@ -155,8 +152,6 @@ def _restoration(name: str, file: str, notes: str, max_sigma: int) -> Card:
         family="mr",
         file=file,
         resolution=256,
-        channels=3,
-        label_dim=0,
         licence="MIT",
         guidance=("none", "uncond"),
         notes=notes,
@@ -174,7 +169,6 @@ def _adm(name: str, size: int, fid_ref: str, notes: str = "", sigma_range=(0.010
         family="adm",
         file=file,
         resolution=size,
-        channels=3,
         label_dim=1000,
         licence="MIT",
         fid_file=fid_ref.rpartition("/")[2],
@@ -196,8 +190,6 @@ def _ldm(name: str, archive: str, fid_ref: str, notes: str) -> Card:
         family="ldm",
         file="model.ckpt",
         resolution=64,
-        channels=3,
-        label_dim=0,
         licence="MIT",
         fid_file=fid_ref.rpartition("/")[2],
         urls=(f"{_COMPVIS}/{archive}",),
@@ -219,7 +211,6 @@ CARDS: dict[str, Card] = {
             file="digits-edm.safetensors",
             resolution=32,
             channels=1,
-            label_dim=0,
             licence="Apache-2.0",
             fid_file="digits-fid.npz",
             guidance=("none", "uncond"),
@@ -230,8 +221,6 @@ CARDS: dict[str, Card] = {
             family="edm",
             file="cifar10-small-edm.safetensors",
             resolution=32,
-            channels=3,
-            label_dim=0,
             licence="Apache-2.0",
             fid_file="cifar10-small-fid.npz",
             guidance=("none", "uncond"),
@@ -290,7 +279,6 @@ CARDS: dict[str, Card] = {
             file="v1-5-pruned-emaonly.safetensors",
             resolution=64,
             channels=4,
-            label_dim=0,
             licence="CreativeML OpenRAIL-M",
             urls=(
                 "https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/resolve/main/"
@@ -312,6 +300,9 @@ CUSTOM = "custom"  # any network of the user, at model_path; it has no card
 DIFFUSERS = "diffusers"  # a pipeline in diffusers format: model_path is its folder or hub id
 
 
+NAMES = Known((*CARDS, CUSTOM, DIFFUSERS), "dataset_name '{}' is unknown")
+
+
 def get_card(dataset_name: str) -> Card:
     """The card of a network. Raises UserError for an unknown name."""
     if dataset_name in CARDS:
@@ -325,6 +316,18 @@ def get_card(dataset_name: str) -> Card:
 def find_card(dataset_name: str) -> Card | None:
     """The card of a network; None for CUSTOM and DIFFUSERS. UserError for an unknown name."""
     return None if dataset_name in (CUSTOM, DIFFUSERS) else get_card(dataset_name)
+
+
+def takes_prompts(dataset_name: str, model_path: str | None = None) -> bool | None:
+    """Whether a network needs prompts, as far as this can be seen without loading it; else None."""
+    card = find_card(dataset_name)
+    if card is not None:
+        return card.takes_prompts
+    if dataset_name == DIFFUSERS and model_path:
+        from models.diffusers import takes_prompts
+
+        return takes_prompts(model_path)
+    return None
 
 
 def resolve(dataset_name: str, model_path: str | Path | None = None) -> Path:

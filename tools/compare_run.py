@@ -603,7 +603,7 @@ def prepare(options: CompareOptions, device: torch.device, net=None) -> tuple[Co
     check_destination(folder / "results.csv", "--outdir")
     seeds = list(range(protocol.first, protocol.first + protocol.num))
     options = replace(options, text=options.text.resolve())
-    prompts = options.text.read(options.network.dataset_name, seeds)
+    prompts = options.text.read(options.network.dataset_name, seeds, options.compute.model_path)
     for method in methods:
         if net is None:
             found = remembered_network(method.predictor_file, method.settings, options.compute)

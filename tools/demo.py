@@ -12,6 +12,11 @@ predictors are trained by train.py or, without --full, partly taken from the rep
 Writes first.png, table.json, index.html and one figure per network into --outdir.
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("tools.demo")
+
 import base64
 import html
 import json
@@ -28,6 +33,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from amed.commands import script
 from evaluation.fid import calculate_fid
 from models import create_model
 from models.inputs import draw_noise
@@ -111,7 +117,8 @@ def run(*command, quiet_stdout=True):
     """Runs one of our scripts and returns the seconds it took; its progress bars go to the screen."""
     started = time.perf_counter()
     shown = [str(part) for part in command]
-    result = subprocess.run([sys.executable, *shown], cwd=ROOT, stdout=subprocess.DEVNULL if quiet_stdout else None)
+    program = [str(script(Path(shown[0]).stem)), *shown[1:]]
+    result = subprocess.run([sys.executable, *program], cwd=ROOT, stdout=subprocess.DEVNULL if quiet_stdout else None)
     if result.returncode:
         raise UserError(f"this step failed: python {' '.join(shown)}")
     return time.perf_counter() - started

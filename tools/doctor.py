@@ -7,6 +7,11 @@ images with the embedded networks on every device and compares them with known v
 seconds, downloads nothing and leaves no files.
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("tools.doctor")
+
 import importlib.metadata
 import os
 import platform

@@ -29,7 +29,7 @@ from solvers.solver import Option, check_teacher
 from torch_utils import distributed
 from torch_utils.errors import UserError
 from training.sample_loss import TERM_NAMES, PairLoss, parse_loss
-from training.trainer import BaseRun, BaseTrainer, NotFinite
+from training.trainer import BaseRun, BaseTrainer, NotFinite, loss_scale_of
 
 INITIAL = {"polynomial": 7, "time_uniform": 1, "logsnr": 1, "discrete": 1}  # schedule_type: its usual schedule_rho
 SUMMARY = "LD3: gradient descent through the sampler; needs a differentiable solver"
@@ -274,7 +274,7 @@ class Trainer(BaseTrainer):
         total = torch.zeros(1, dtype=torch.float64)
         with distributed.together():
             for pairs in self.valid:
-                total += self.losses(pairs.relaxed, pairs, sigmas, sigma_cond).double().sum().cpu()
+                total += self.losses(pairs.relaxed, pairs, sigmas, sigma_cond).cpu().double().sum()
         return float(self._summed(total)) / self.options.num_valid
 
     def gradients(self, pairs: Pairs, sigmas, sigma_cond) -> tuple[torch.Tensor, torch.Tensor]:
@@ -284,7 +284,9 @@ class Trainer(BaseTrainer):
         x = pairs.relaxed.detach().requires_grad_(self.radius > 0)
         losses = self.losses(x, pairs, *levels)
         wanted = [value for value in (*levels, x) if value is not None and value.requires_grad]
-        found = list(torch.autograd.grad(losses.sum(), wanted, allow_unused=True, materialize_grads=True))
+        scale = loss_scale_of(self.problem.net)
+        found = torch.autograd.grad(losses.sum() * scale, wanted, allow_unused=True, materialize_grads=True)
+        found = [value / scale for value in found]
         if self.radius:
             self.relax(
                 pairs, found.pop(), losses.detach(), *(value if value is None else value.detach() for value in levels)

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from models import create_model, use_tokenizer, zoo
-from models.compile import prepare_network
+from models.compile import choose_backends, prepare_network
 from models.denoiser import member
 from torch_utils import distributed
 from torch_utils.distributed import on_main
@@ -49,6 +49,7 @@ class Run(BaseRun):
     """
 
     columns: tuple[str, ...]
+    loss_unit = 1.0  # factor of the loss where people read it; stats.jsonl has it as it is trained
 
     def __init__(self, trainer: BaseTrainer, options: RunOptions, folder: Path, provenance: dict, elapsed: float = 0.0):
         super().__init__(trainer, options, folder, elapsed)
@@ -139,6 +140,7 @@ class Run(BaseRun):
         pace = (now - self._tick_start) / kimg
         record = {"kimg": self.kimg, "iteration": self.trainer.iteration, **per_row}
         self.log.stats({**record, "sec": round(self.elapsed, 3), "sec_per_kimg": round(pace, 4)})
+        means[:, 0] *= self.loss_unit
         shown = "  ".join(f"{name} {numbers(means[:, column])}" for column, name in enumerate(self.columns))
         self.log.note(f"kimg {self.kimg:<8g} {shown}  sec {self.elapsed:.1f}  s/kimg {pace:.2f}")
         self._collected, self._tick_start = [], now
@@ -255,7 +257,12 @@ def resume_run(trainer, options: RunOptions, net, folder) -> float:
 def load_network(options: RunOptions, device: torch.device, net=None):
     if net is None:
         net = create_model(
-            options.dataset_name, options.model_path, options.guidance_type, options.guidance_rate, device=device
+            options.dataset_name,
+            options.model_path,
+            options.guidance_type,
+            options.guidance_rate,
+            device=device,
+            dtype=options.dtype,
         )
         prepare_network(net, options.amp, options.channels_last, options.compile)
     needs_prompts = member(net, "takes_prompts")
@@ -287,7 +294,7 @@ def prepare(options: RunOptions, device: torch.device, net=None) -> tuple:
     options.check(distributed.world_size())
     if options.seed is None:
         options.seed = distributed.broadcast_object(secrets.randbelow(1 << 31))
-    torch.backends.cudnn.benchmark = options.bench
+    choose_backends(options.tf32, options.bench)
     options.prompt_path = zoo.resolve_prompts(options.prompt_path)
     prompts = None if options.prompt_path is None else list(read_prompts(options.prompt_path).values())
     return options, load_network(options, device, net), prompts

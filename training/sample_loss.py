@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from models.denoiser import member
+from models.denoiser import beside, member
 from torch_utils.errors import MissingExtra, UserError
 from torch_utils.functions import find_function
 
@@ -68,7 +68,7 @@ class DenoiserFeatures:
 
         handles = [module.register_forward_hook(hook) for module in dict.fromkeys([*modules, bottleneck])]
         try:
-            self.net(x, torch.as_tensor(self.sigma, dtype=x.dtype, device=x.device), **cond)
+            torch.nn.Module.__call__(self.net, x, beside(torch.tensor(self.sigma, dtype=x.dtype), x), **cond)
         except _Enough:
             pass
         finally:

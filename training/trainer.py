@@ -1,6 +1,7 @@
 """What all trainings have in common: state, share of a batch, iterations, interruption, and losses that are not finite."""
 
 import copy
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,6 +36,16 @@ class NotFinite(Exception):
         """
         finite = distributed.gather_objects(own_finite)
         return cls([rank for rank, ok in enumerate(finite) if not ok] or range(len(finite)), interval)
+
+
+def loss_scale_of(net) -> float:
+    """Factor of a loss that is a mean over pixels, for its backward pass: about their number.
+
+    Without it, gradients of float16 networks vanish in the smallest numbers of float16. It is a
+    power of two, so in float32 it changes nothing.
+    """
+    numbers = net.img_channels * net.img_resolution**2
+    return 2.0 ** round(math.log2(numbers))
 
 
 class BaseTrainer:
@@ -158,7 +169,7 @@ class BaseRun:
                     self.on_failure(error)
                     break
                 self.show(bar, statistics, time.monotonic() - begin)
-                stop = any_signal(received, self.trainer.device)
+                stop = any_signal(received)
                 self.after_iteration(stop is not None)
                 if stop is not None and not self.finished():
                     bar.close()
