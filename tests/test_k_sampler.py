@@ -137,7 +137,7 @@ def test_the_head_time_acts_inside_the_network():
 
     found = sample_learned(Model(), latents * 80, disable=True, predictor=student)
     assert torch.allclose(found, expected, atol=1e-4)
-    with pytest.raises(UserError, match="noise embedding"):
+    with pytest.raises(UserError, match="noise.embedding"):
         sample_learned(lambda x, sigma: net(x, sigma), latents * 80, disable=True, predictor=student)
 
 
