@@ -24,7 +24,7 @@ import click
 import numpy as np
 import torch
 
-from evaluation.detectors import EMBEDDED, cache_dir, load_detector
+from evaluation.detectors import EMBEDDED, load_detector
 from evaluation.frechet import FeatureStatistics, Reference, frechet_distance
 from models import create_model, zoo
 from models.inputs import draw_noise
@@ -32,6 +32,7 @@ from solvers import sample
 from solvers.recommended import training_recipe
 from torch_utils.cli import Command
 from torch_utils.images import to_uint8
+from torch_utils.remote import cache_dir
 from torch_utils.seeds import SeededGenerators
 from training.amed_trainer import Distiller
 

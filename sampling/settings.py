@@ -44,8 +44,8 @@ class ComputeOptions:
     """The file of the network, its device and precision."""
 
     model_path: str | None = flag(
-        "File of the network (default: embedded or downloaded); diffusers: a folder or hub id; custom: also"
-        " MODULE:FUNCTION of your own code, which is run",
+        "File of the network, https address or hf:owner/name (default: embedded or downloaded); diffusers: a folder or"
+        " hub id; custom: also MODULE:FUNCTION of your own code, which is run",
         kind=PATH,
         metavar="FILE",
     )

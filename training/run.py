@@ -25,6 +25,7 @@ from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom, is_out_of_memory, release_memory
 from torch_utils.progress import progress_bar
 from torch_utils.prompts import read_prompts
+from torch_utils.remote import is_remote
 from torch_utils.version import code_version
 from training.options import RunOptions
 from training.run_folder import (
@@ -198,7 +199,7 @@ def provenance_of(net, options: RunOptions, names: tuple[str, ...]) -> dict:
     """Origin of a result: network, code, and the options ``names``."""
     return {
         "dataset_name": options.dataset_name,
-        "network": Path(net.source_path).name,
+        "network": net.source_path if is_remote(net.source_path) else Path(net.source_path).name,
         "network_hash": net.weights_hash,
         **({"prompts_sha256": sha256_of(options.prompt_path)} if options.prompt_path is not None else {}),
         "code_version": code_version(),
