@@ -69,7 +69,7 @@ def table(dataset_name: str) -> str:
     """One line per method, FID* / distance at each number of evaluations."""
     lines = [f"| evaluations | {' | '.join(map(str, EVALUATIONS))} |", "|---|" + "---|" * len(EVALUATIONS)]
     for method, found in scores(dataset_name).items():
-        cells = [f"{found[nfe][0]:.2f} / {found[nfe][1]:.3f}" for nfe in EVALUATIONS]
+        cells = [f"{found[nfe][0]:.2f} / {found[nfe][1]:.3f}" if nfe in found else "" for nfe in EVALUATIONS]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
