@@ -93,6 +93,7 @@ SHARED = {
     "predict_x0": BOOL,
     "lower_order_final": BOOL,
     "thresholding": BOOL,
+    "midpoint": BOOL,
     "r": [("--solver=dpm", "--r=0"), ("--solver=dpm", "--r=1.5"), ("--solver=dpm", "--r=nan")],
     "deis_mode": CHOICE,
     "original_code": BOOL,
@@ -297,6 +298,7 @@ OWN = {
         "compile": BOOL,
         "xflip": BOOL,
         "cond": ["True"],  # images has no labels
+        "extra_dims": NATURAL,
         "snap": ["-1", "nan", "inf"],
         "grid": BOOL,
         "resume": ["True"],

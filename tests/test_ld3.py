@@ -21,7 +21,7 @@ from solvers.search.problem import Problem
 from solvers.solver import Euler, register
 from torch_utils.errors import UserError
 from training import ld3, schedule_search
-from training.ld3 import Grid, NotFinite, Pairs, Trainer, check_gradients
+from training.ld3 import Grid, LD3Run, NotFinite, Pairs, Trainer, check_gradients
 from training.sample_loss import huber
 from training.schedule_search import METHODS, optimize
 
@@ -54,7 +54,6 @@ def trained(problem, **changes):
     trainer = Trainer(problem, options(**changes))
     trainer.deal()
     trainer.run_teacher()
-    trainer.round = 0
     trainer.start()
     return trainer
 
@@ -249,7 +248,7 @@ def test_directions_by_the_level_of_the_network():
 def test_validation_decides():
     """Much too long steps do no harm: the result is the start or better, and rates fall."""
     trainer = Trainer(problem(), options(lr=5.0, lr_net=50.0, patience=1, valid_every=1, radius=0))
-    sigmas, sigma_cond = trainer.run()
+    sigmas, sigma_cond = LD3Run(trainer).run()
     trainer.valid, loss = trainer.valid, trainer.validate(sigmas, sigma_cond)
     assert loss == trainer.best["loss"] <= trainer.first
     assert trainer.optimizers[0].param_groups[0]["lr"] < 5.0
@@ -282,10 +281,10 @@ def test_starting_points_stay_in_the_ball_and_losses_fall():
 def test_what_the_network_is_told_is_frozen_at_first():
     for rounds_grid, sigma_cond in ((6, False), (5, True)):
         trainer = Trainer(problem(), options(rounds_grid=rounds_grid))
-        trainer.run()
+        LD3Run(trainer).run()
         assert bool(trainer.grid.v.any()) == sigma_cond
     trainer = Trainer(problem(), options(win_rate=0.0))
-    assert trainer.run()[1] is None
+    assert LD3Run(trainer).run()[1] is None
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -372,14 +371,14 @@ def test_processes_go_on_from_a_round_that_all_have(rounds, monkeypatch):
     """Two processes that were killed while they saved."""
     trainer = trained(problem())
     snapshots = []
-    for trainer.round in range(4):
+    for trainer.iteration in range(4):
         snapshots.append(trainer.state())
     state = {
         "targets": [pairs.targets for pairs in trainer.calls],
         "snapshots": snapshots[rounds[0] - 1 : rounds[0] + 1],
     }
     monkeypatch.setattr(ld3.distributed, "gather_objects", lambda value: rounds if isinstance(value, int) else [value])
-    assert trainer.restore(state) and trainer.round == 2
+    assert LD3Run(trainer).restore(state) and trainer.iteration == 2
 
 
 def test_not_finite_sums_stop_everybody():

@@ -259,6 +259,7 @@ WRONG = {  # flag -> (value, what the error says)
     "channels_last": [("maybe", "not a valid boolean")],
     "xflip": [("maybe", "not a valid boolean")],
     "cond": [("maybe", "not a valid boolean"), (True, "has no labels")],
+    "extra_dims": [(-1, "--extra_dims"), (1.5, "--extra_dims")],
     "seed": [(-1, "--seed"), (1 << 63, "--seed")],
     "snap": [(-1, "--snap"), ("nan", "finite")],
     "grid": [("maybe", "not a valid boolean")],

@@ -23,13 +23,12 @@ import math
 import sys
 import time
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
 import numpy as np
 import torch
-from click.core import ParameterSource
 from torch.nn.parallel import DistributedDataParallel
 
 from models.denoiser import rms_of_extra
@@ -46,14 +45,14 @@ from torch_utils.files import sha256_of, write_json
 from torch_utils.images import ImageSource, count_classes, load_array
 from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom
+from torch_utils.options import COUNT, POSITIVE, REQUIRED, flag, flags, given_flags, read_flags
 from torch_utils.progress import progress_bar
 from torch_utils.seeds import stream_seeds
 from torch_utils.session import session
 from torch_utils.tensor_file import write_state
 from training import run_folder
-from training.run import BaseRun
 from training.run_folder import OPTIONS_FILE
-from training.trainer import BaseTrainer, NotFinite
+from training.trainer import BaseRun, BaseTrainer, NotFinite
 
 STATE_FILE = "training-state.pt"
 LR, LR_OF_INIT = 2e-3, 1e-4
@@ -171,27 +170,68 @@ def save_grid(net, path, device, columns=10):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """How to train: the flags of the command line, without those of the network and the folders."""
+class NetworkOptions:
+    """The flags of the network."""
 
-    total_kimg: float
-    minutes: float
-    batch: int
-    lr: float
-    warmup_kimg: float
-    ema_kimg: float
-    p_mean: float
-    p_std: float
-    amp: str
-    compile: bool = False
-    channels_last: bool
-    xflip: bool
-    cond: bool
-    seed: int
-    snap: float
-    grid: bool
-    init: str | None = None
-    schedule: str | None = None
+    arch: str = flag(None, "ddpmpp", tuple(ARCHITECTURES))
+    model_channels: int = flag(None, 16, click.IntRange(8))
+    channel_mult: str = flag("Width of each resolution", "1,2,4")
+    num_blocks: int = flag(None, 1, COUNT)
+    attn: str = flag("Resolutions with self-attention", "8")
+    dropout: float = flag(None, 0.0, Number(0, 1, max_open=True))
+    extra_dims: int = flag("Extra dimensions D of PFGM++; 0 = EDM's Gaussian noise", 0, click.IntRange(0, 1 << 20))
+
+    def config(self, given: set[str], init: bool) -> dict:
+        """Arguments of EDMDenoiser; of a network to start from (init), those that the user wrote."""
+        config = {
+            **ARCHITECTURES[self.arch],
+            "model_channels": self.model_channels,
+            "channel_mult": parse_ints(self.channel_mult, "--channel_mult"),
+            "num_blocks": self.num_blocks,
+            "attn_resolutions": parse_ints(self.attn, "--attn"),
+            "dropout": self.dropout,
+        }
+        if not config["channel_mult"]:
+            raise UserError("--channel_mult is empty: give one number per resolution, like 1,2,4")
+        if init:
+            for name in ("arch", "model_channels", "channel_mult", "num_blocks", "attn"):
+                if name in given:
+                    raise UserError(f"--init: its network sets the architecture; leave out --{name}")
+            config = {"dropout": self.dropout} if "dropout" in given else {}
+        if self.extra_dims or "extra_dims" in given:
+            config |= {"pfgmpp": self.extra_dims > 0, "D": max(self.extra_dims, 1)}
+        return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How to train, on what, and where."""
+
+    data: str = flag("Training images: zip or folder", REQUIRED, PATH)
+    init: str | None = flag(
+        "Start from this EDM network (.safetensors, .pkl), with its architecture", kind=PATH, metavar="FILE"
+    )
+    schedule: str | None = flag(
+        "Train only at the noise levels at which the solver of this schedule file evaluates", kind=PATH, metavar="FILE"
+    )
+    outdir: str = flag("Where to write snapshots", "runs/denoiser", PATH)
+    total_kimg: float = flag(None, 2000, POSITIVE)
+    minutes: float = flag("Wall-clock budget, 0 = none", 0, Number(0))
+    batch: int = flag("Total batch size", 128, COUNT)
+    lr: float | None = flag(f"Default: {LR:g}; with --init {LR_OF_INIT:g}", kind=POSITIVE)
+    warmup_kimg: float = flag(None, 10, Number(0))
+    ema_kimg: float = flag("EMA half-life", 50, Number(0))
+    p_mean: float = flag("Mean of ln sigma in training", -1.2, Number())
+    p_std: float = flag(None, 1.2, POSITIVE)
+    amp: str = flag(None, "none", ("none", "bf16"))
+    compile: bool = flag("torch.compile of the network, which takes minutes", False)
+    channels_last: bool = flag(None, True)
+    xflip: bool = flag("Random horizontal flips", False)
+    cond: bool = flag("Class-conditional", False)
+    seed: int = flag(None, 0, SEED)
+    snap: float = flag("kimg between snapshots, 0 = end", 100, Number(0))
+    grid: bool = flag("Sample a grid at each snapshot", True)
+    resume: bool = flag("Continue the run in --outdir", False)
 
 
 def build_network(net_config):
@@ -365,9 +405,8 @@ class DenoiserTrainer(BaseTrainer):
 class DenoiserRun(BaseRun):
     """The training of a denoiser in its folder, up to a number of images or minutes."""
 
-    def __init__(self, trainer, options, outdir, data):
-        super().__init__(trainer, options, outdir)
-        self.data = data
+    def __init__(self, trainer, options):
+        super().__init__(trainer, options, options.outdir)
         self.loss = float("nan")  # running mean
         self._lr, self._fraction = options.lr, 0.0  # learning rate of the iteration; share of the run before it
         self._snap_kimg = 0.0  # kimg at the last snapshot
@@ -436,7 +475,7 @@ class DenoiserRun(BaseRun):
 
     def _write_snapshot(self):
         kimg, options = self.kimg, self.options
-        meta = {"trained_kimg": kimg, "minutes": self.elapsed / 60, "data": Path(self.data).name, "loss": self.loss}
+        meta = {"trained_kimg": kimg, "minutes": self.elapsed / 60, "data": Path(options.data).name, "loss": self.loss}
         for name in ("seed", "batch", "lr", "p_mean", "p_std", "amp", "ema_kimg", "xflip"):
             meta[name] = getattr(options, name)
         meta |= self.trainer.origin
@@ -494,32 +533,33 @@ def read_state(path):
         raise UserError(f"--resume: {error}") from None
 
 
-def train(*, data, outdir, net_config, device, resume=False, **options):
+def train(*, net_config, device, **options):
     """Trains, and writes snapshots, training-state.pt, stats.jsonl and grids to ``outdir``.
 
-    data: zip or folder of images.
-    outdir: folder of the run.
     net_config: arguments of EDMDenoiser (model_type, model_channels, ...) that the images do not
         determine.
     device: where to train.
-    resume: continue the run in outdir. Default False.
     options: the fields of ``Options``.
 
     Every process of a torchrun calls this. Raises UserError for settings that cannot work, before
     anything is written, and for a loss that is not finite.
     """
     settings = Options(**options)
+    data, outdir, resume = settings.data, settings.outdir, settings.resume
+    if settings.lr is None:
+        settings = replace(settings, lr=LR if settings.init is None else LR_OF_INIT)
     on_main(check_folder, outdir, resume)
     images, labels, *statistics = load_data(data, settings.cond, gaps=settings.init is not None)
     trainer = DenoiserTrainer(net_config, images, labels, *statistics, settings, device)
     refusal = f"another command is training in {outdir}: wait until it ends, or choose another --outdir"
     with only_command(Path(outdir) / ".lock", refusal):
         on_main(check_folder, outdir, resume)  # again, since another command may have used the folder until now
-        run = DenoiserRun(trainer, settings, outdir, data)
+        run = DenoiserRun(trainer, settings)
         if resume:
             run.restore()
         else:
-            on_main(write_json, Path(outdir) / OPTIONS_FILE, {**net_config, "data": str(data), **asdict(settings)})
+            places = {"data": str(data), "outdir": str(outdir)}
+            on_main(write_json, Path(outdir) / OPTIONS_FILE, {**net_config, **asdict(settings), **places})
         size = f"{count_parameters(trainer.net):,} parameters, {len(images):,} images"
         distributed.print0(f"{size}, batch {settings.batch}, {outdir}")
         with explained_oom(device, f"lower --batch (now {settings.batch})"):
@@ -538,82 +578,24 @@ def parse_ints(text, option):
 
 
 @click.command(cls=Command, may_be_empty=("attn",))
-@click.option("--data", type=PATH, help="Training images: zip or folder", required=True)
-@click.option(
-    "--init", type=PATH, metavar="FILE", help="Start from this EDM network (.safetensors, .pkl), with its architecture"
-)
-@click.option(
-    "--schedule",
-    type=PATH,
-    metavar="FILE",
-    help="Train only at the noise levels at which the solver of this schedule file evaluates",
-)
-@click.option("--outdir", type=PATH, help="Where to write snapshots", default="runs/denoiser", show_default=True)
-@click.option("--arch", type=click.Choice(list(ARCHITECTURES)), default="ddpmpp", show_default=True)
-@click.option("--model_channels", type=click.IntRange(8), default=16, show_default=True)
-@click.option("--channel_mult", default="1,2,4", show_default=True, help="Width of each resolution")
-@click.option("--num_blocks", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--attn", default="8", show_default=True, help="Resolutions with self-attention")
-@click.option("--dropout", type=Number(0, 1, max_open=True), default=0.0, show_default=True)
-@click.option("--total_kimg", type=Number(0, min_open=True), default=2000, show_default=True)
-@click.option("--minutes", type=Number(0), default=0, help="Wall-clock budget, 0 = none", show_default=True)
-@click.option("--batch", type=click.IntRange(1), default=128, help="Total batch size", show_default=True)
-@click.option("--lr", type=Number(0, min_open=True), help=f"Default: {LR:g}; with --init {LR_OF_INIT:g}")
-@click.option("--warmup_kimg", type=Number(0), default=10, show_default=True)
-@click.option("--ema_kimg", type=Number(0), default=50, help="EMA half-life", show_default=True)
-@click.option("--p_mean", type=Number(), default=-1.2, help="Mean of ln sigma in training", show_default=True)
-@click.option("--p_std", type=Number(0, min_open=True), default=1.2, show_default=True)
-@click.option("--amp", type=click.Choice(["none", "bf16"]), default="none", show_default=True)
-@click.option(
-    "--compile", type=bool, default=False, help="torch.compile of the network, which takes minutes", show_default=True
-)
-@click.option("--channels_last", type=bool, default=True, show_default=True)
-@click.option("--xflip", type=bool, default=False, help="Random horizontal flips", show_default=True)
-@click.option("--cond", type=bool, default=False, help="Class-conditional", show_default=True)
-@click.option(
-    "--extra_dims",
-    type=click.IntRange(0, 1 << 20),
-    default=0,
-    help="Extra dimensions D of PFGM++; 0 = EDM's Gaussian noise",
-    show_default=True,
-)
-@click.option("--seed", type=SEED, default=0, show_default=True)
-@click.option("--snap", type=Number(0), default=100, help="kimg between snapshots, 0 = end", show_default=True)
-@click.option("--grid", type=bool, default=True, help="Sample a grid at each snapshot", show_default=True)
-@click.option("--resume", type=bool, default=False, help="Continue the run in --outdir", show_default=True)
+@flags(Options)
+@flags(NetworkOptions)
 @click.option("--device", default=None, help="cpu, cuda or mps (default: the fastest available)")
 @click.pass_context
-def main(ctx, arch, model_channels, channel_mult, num_blocks, attn, dropout, extra_dims, device, **options):
+def main(ctx, device, **values):
     """Trains a small EDM denoiser on a zip or folder of images.
 
     --init starts from a network, --schedule trains only at the noise levels of a schedule file.
     """
-    net_config = {
-        **ARCHITECTURES[arch],
-        "model_channels": model_channels,
-        "channel_mult": parse_ints(channel_mult, "--channel_mult"),
-        "num_blocks": num_blocks,
-        "attn_resolutions": parse_ints(attn, "--attn"),
-        "dropout": dropout,
-    }
-    if not net_config["channel_mult"]:
-        raise UserError("--channel_mult is empty: give one number per resolution, like 1,2,4")
-    given = [name for name in ctx.params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT]
-    if options["init"] is not None:
-        for name in ("arch", "model_channels", "channel_mult", "num_blocks", "attn"):
-            if name in given:
-                raise UserError(f"--init: its network sets the architecture; leave out --{name}")
-        net_config = {"dropout": dropout} if "dropout" in given else {}
-    if extra_dims or "extra_dims" in given:
-        net_config |= {"pfgmpp": extra_dims > 0, "D": max(extra_dims, 1)}
-    if options["schedule"] is not None:
+    given = given_flags(ctx)
+    options = read_flags(Options, values, given)
+    net_config = read_flags(NetworkOptions, values, given).config(given, options.init is not None)
+    if options.schedule is not None:
         for name in ("p_mean", "p_std"):
             if name in given:
                 raise UserError(f"--schedule sets the noise levels; leave out --{name}")
-    if options["lr"] is None:
-        options["lr"] = LR if options["init"] is None else LR_OF_INIT
     with session(device) as chosen:
-        train(net_config=net_config, device=chosen, **options)
+        train(net_config=net_config, device=chosen, **vars(options))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Images in folders and archives, read and written."""
 
 import os
-import queue
 import re
 import struct
 import sys
@@ -11,6 +10,7 @@ import zlib
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -430,34 +430,29 @@ class ImageWriter:
     def __init__(self, threads: int = 4, capacity: int = 256):
         if threads < 1 or capacity < 1:
             raise UserError(f"ImageWriter needs at least one thread and room for one image, got {threads}, {capacity}")
-        self._queue: queue.Queue = queue.Queue(capacity)
         self._error: BaseException | None = None
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(threads)]
-        for thread in self._threads:
-            thread.start()
+        self._room = threading.Semaphore(threads + capacity)
+        self._pool = ThreadPoolExecutor(threads)
 
     def submit(self, array: np.ndarray, path: str | Path) -> None:
         """Queues uint8 [H,W,C] to be written to ``path``. Do not change the array afterwards."""
         self._raise_error()
-        self._queue.put((array, path))
+        self._room.acquire()
+        self._pool.submit(self._write, array, path)
 
     def close(self) -> None:
         """Waits until all files are written and ends the threads. Raises the first error."""
-        for _ in self._threads:
-            self._queue.put(None)
-        for thread in self._threads:
-            thread.join()
-        self._threads = []
+        self._pool.shutdown()
         self._raise_error()
 
-    def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if self._error is not None:
-                continue  # empties the queue, so that ``submit`` does not block forever
-            try:
-                save_image(*item)
-            except BaseException as exc:  # raised again in the caller's thread
-                self._error = self._error or exc
+    def _write(self, array, path) -> None:
+        try:
+            if self._error is None:
+                save_image(array, path)
+        except BaseException as exc:  # raised again in the caller's thread
+            self._error = self._error or exc
+        finally:
+            self._room.release()
 
     def _raise_error(self) -> None:
         if self._error is not None:

@@ -1,9 +1,9 @@
 """Reading pickled networks without running anything that is in the file.
 
 Official EDM networks and the snapshots of the original AMED code are pickles that carry Python source and execute it
-when they are loaded with ``pickle``. Here a file is data only. ``pickletools`` of the standard library splits the
-stream into instructions; a small loop builds dicts, lists, numbers and tensors from them. It knows a list of exact
-global names, maps each to a function of this module, and refuses every other name. Objects come back as inert
+when they are loaded with ``pickle``. Here a file is data only. The unpickler of the standard library (the one in Python)
+builds dicts, lists and numbers. Its instructions that name, call or fill something are replaced: they know a list of
+exact global names, map each to a function of this module, and refuse every other name. Objects come back as inert
 ``PersistentObject`` records, from which the caller rebuilds its own classes. Three containers are understood: a plain
 pickle, and both formats of ``torch.save``.
 
@@ -312,111 +312,50 @@ _OBJECT_GLOBALS = {
 # ----------------------------------------------------------------------------------------------------------------------
 # The instructions
 
-_LITERALS = {
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
-}
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_NEW = {"EMPTY_LIST": list, "EMPTY_DICT": dict, "EMPTY_SET": set}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_GETS, _PUTS = {"GET", "BINGET", "LONG_BINGET"}, {"PUT", "BINPUT", "LONG_BINPUT"}
+# Those that the unpickler of the standard library carries out as it is.
+_PLAIN = (
+    *("mark", "stop", "pop", "pop_mark", "dup", "proto", "frame", "none", "false", "true"),
+    *("int", "binint", "binint1", "binint2", "long", "long1", "long4", "float", "binfloat"),
+    *("string", "binstring", "short_binstring", "unicode", "binunicode", "short_binunicode", "binunicode8"),
+    *("binbytes", "short_binbytes", "binbytes8", "tuple", "empty_tuple", "tuple1", "tuple2", "tuple3"),
+    *("empty_list", "empty_dictionary", "empty_set", "list"),
+    *("get", "binget", "long_binget", "binput", "long_binput", "memoize"),
+)
+_OWN = (
+    *("append", "appends", "setitem", "setitems", "dict", "additems", "frozenset", "global", "stack_global", "inst"),
+    *("reduce", "newobj", "newobj_ex", "build", "binpersid", "put"),
+)
+_NUMBERS = ("int", "long", "long1", "long4")  # of any length
+_CONTAINERS = ("empty_list", "empty_dictionary", "empty_set", "list", "dict", "frozenset", "reduce", "newobj")
 
 
-def _require_sense(condition) -> None:
-    if not condition:
-        raise ValueError("its instructions do not fit together")
+class _Dispatch(dict):
+    """Functions by the code of their instruction."""
+
+    def __missing__(self, code):
+        opcode = pickletools.code2op.get(chr(code))
+        _require(opcode is not None, "it is not a pickle: it has an unknown instruction")
+        raise UnsafePickleError(
+            f"it uses the pickle instruction {code} ({opcode.name}), which plain data does not need"
+        )
 
 
-class _Machine:
-    """Builds what one pickle describes from its instructions.
+class _Machine(pickle._Unpickler):
+    """Builds what one pickle describes: the unpickler of the standard library in Python, less all that could run code.
 
     allowed: what the names of the file stand for. storage_of: gives the storage that a reference names. foreign: whether
     an unknown name is a ForeignName instead of an error, and what the file makes from one a PersistentObject. Calls,
     arguments and items of foreign objects are dropped; a first dictionary of attributes is kept, as data.
     """
 
-    def __init__(self, allowed: dict, budget: _Budget, storage_of=None, foreign: bool = False):
+    def __init__(self, source, allowed: dict, budget: _Budget, storage_of=None, foreign: bool = False):
+        super().__init__(source, encoding="latin1")
         self.allowed, self.budget, self.storage_of, self.foreign = allowed, budget, storage_of, foreign
-        self.stack: list = []
-        self.marks: list[int] = []
-        self.memo: dict[int, object] = {}
 
-    def load(self, source):
-        budget = self.budget
-        for opcode, argument, _ in pickletools.genops(source):
-            name = opcode.name
-            budget.objects -= 1
-            if budget.objects < 0:
-                budget.pay()
-            if name in _LITERALS:
-                if type(argument) is int:
-                    _require(argument.bit_length() <= _MOST_BITS, "it holds a number of too many digits")
-                self.stack.append(argument)
-            elif name in _CONSTANTS:
-                self.stack.append(_CONSTANTS[name])
-            elif name in _NEW:
-                self.budget.pay(_PRICE_OF_CONTAINER)
-                self.stack.append(_NEW[name]())
-            elif name in _GETS:
-                _require_sense(argument in self.memo)
-                self.stack.append(self.memo[argument])
-            elif name in _PUTS:
-                _require_sense(0 <= argument < 1 << 32)
-                self.memo[argument] = self.top()
-            elif name in _TUPLES:
-                parts = [self.pop() for _ in range(_TUPLES[name])]
-                self.stack.append(tuple(reversed(parts)))
-            else:
-                act = getattr(self, f"_op_{name.lower()}", None)
-                if act is None:
-                    number = f"{ord(opcode.code)} ({name})"
-                    raise UnsafePickleError(f"it uses the pickle instruction {number}, which plain data does not need")
-                act(argument)
-        return self.pop()
-
-    def top(self):
-        _require_sense(len(self.stack) > (self.marks[-1] if self.marks else 0))
-        return self.stack[-1]
-
-    def pop(self):
-        self.top()
-        return self.stack.pop()
-
-    def pop_mark(self) -> list:
-        _require_sense(self.marks)
-        start = self.marks.pop()
-        items = self.stack[start:]
-        del self.stack[start:]
-        return items
-
-    # What is in a stream beside values
-
-    def _op_proto(self, version):
-        _require(version <= 5, f"unsupported pickle protocol: {version}")
-
-    def _op_frame(self, length):
-        pass
-
-    _op_stop = _op_frame
-
-    def _op_mark(self, _):
-        self.marks.append(len(self.stack))
-
-    def _op_pop(self, _):
-        if self.marks and self.marks[-1] == len(self.stack):
-            self.marks.pop()
-        else:
-            self.pop()
-
-    def _op_pop_mark(self, _):
-        self.pop_mark()
-
-    def _op_dup(self, _):
-        self.stack.append(self.top())
-
-    def _op_memoize(self, _):
-        self.memo[len(self.memo)] = self.top()
+    def load_put(self):
+        place = int(self.readline()[:-1])
+        _require(0 <= place < 1 << 32, "it remembers values under numbers that no file needs")  # which may collide
+        self.memo[place] = self.stack[-1]
 
     # Containers
 
@@ -437,63 +376,53 @@ class _Machine:
 
     def _dropped(self) -> bool:
         """Whether items are for a foreign object, which takes none."""
-        return self.foreign and isinstance(self.top(), PersistentObject)
+        return self.foreign and isinstance(self.stack[-1], PersistentObject)
 
     def _set_items(self, items: list) -> None:
         if self._dropped():
             return
-        _require(isinstance(self.top(), dict), "it sets items of something that is not a dictionary")
-        _require_sense(len(items) % 2 == 0)
+        _require(isinstance(self.stack[-1], dict), "it sets items of something that is not a dictionary")
         self.check_keys(items[::2])
         self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
 
     def _extend(self, kind: type, items: list) -> None:
         if self._dropped():
             return
-        _require(type(self.top()) is kind, f"it extends something that is not a {kind.__name__}")
+        _require(type(self.stack[-1]) is kind, f"it extends something that is not a {kind.__name__}")
         self.stack[-1].extend(items) if kind is list else self.stack[-1].update(items)
 
-    def _op_setitem(self, _):
-        value, key = self.pop(), self.pop()
+    def load_setitem(self):
+        value, key = self.stack.pop(), self.stack.pop()
         self._set_items([key, value])
 
-    def _op_setitems(self, _):
+    def load_setitems(self):
         self._set_items(self.pop_mark())
 
-    def _op_dict(self, _):
+    def load_dict(self):
         items = self.pop_mark()
-        self.budget.pay(_PRICE_OF_CONTAINER)
-        self.stack.append({})
+        self.append({})
         self._set_items(items)
 
-    def _op_append(self, _):
-        value = self.pop()
+    def load_append(self):
+        value = self.stack.pop()
         self._extend(list, [value])
 
-    def _op_appends(self, _):
+    def load_appends(self):
         self._extend(list, self.pop_mark())
 
-    def _op_additems(self, _):
+    def load_additems(self):
         items = self.pop_mark()
         self.check_keys(items)
         self._extend(set, items)
 
-    def _op_list(self, _):
-        self.budget.pay(_PRICE_OF_CONTAINER)
-        self.stack.append(self.pop_mark())
-
-    def _op_tuple(self, _):
-        self.stack.append(tuple(self.pop_mark()))
-
-    def _op_frozenset(self, _):
+    def load_frozenset(self):
         items = self.pop_mark()
         self.check_keys(items)
-        self.budget.pay(_PRICE_OF_CONTAINER)
-        self.stack.append(frozenset(items))
+        self.append(frozenset(items))
 
     # Names and what is made from them
 
-    def _find(self, module: str, name: str):
+    def find_class(self, module: str, name: str):
         found = self.allowed.get((module, name))
         if found is None and self.foreign:
             self.budget.pay(_PRICE_OF_CONTAINER)
@@ -502,48 +431,47 @@ class _Machine:
         _require(found is not None, f"it asks for the global '{wanted}', which is not on the safe list")
         return found
 
-    def _op_global(self, pair):
-        module, _, name = pair.partition(" ")
-        self.stack.append(self._find(module, name))
+    def _global_name(self) -> list[str]:
+        """The module and the name that follow as lines of text."""
+        return [self.readline()[:-1].decode("utf-8") for _ in range(2)]
 
-    def _op_stack_global(self, _):
-        name, module = self.pop(), self.pop()
+    def load_global(self):
+        self.append(self.find_class(*self._global_name()))
+
+    def load_stack_global(self):
+        name, module = self.stack.pop(), self.stack.pop()
         _require(_is_text(module) and _is_text(name), "it names a global by something that is no text")
-        self.stack.append(self._find(module, name))
+        self.append(self.find_class(module, name))
 
-    def _op_inst(self, pair):
-        module, _, name = pair.partition(" ")
-        self._find(module, name)
+    def load_inst(self):
+        module, name = self._global_name()
+        self.find_class(module, name)
         raise UnsafePickleError(f"it instantiates '{module[:100]}.{name[:100]}' in an unknown way")
 
-    def _op_reduce(self, _):
-        args, callee = self.pop(), self.pop()
-        self.budget.pay(_PRICE_OF_CONTAINER)
+    def load_reduce(self):
+        args, callee = self.stack.pop(), self.stack.pop()
         if isinstance(callee, ForeignName):
-            self.stack.append(PersistentObject(callee.name))
+            self.append(PersistentObject(callee.name))
             return
         good = isinstance(callee, _Builder) and type(args) is tuple
         _require(good, "it calls something that is not a builder")
-        self.stack.append(callee.function(self, *args))
+        self.append(callee.function(self, *args))
 
-    def _op_newobj(self, _):
-        args, kind = self.pop(), self.pop()
-        self.budget.pay(_PRICE_OF_CONTAINER)
-        foreign = isinstance(kind, ForeignName)
-        good = foreign or isinstance(kind, _PlainModule) and args == ()
+    def load_newobj(self):
+        args, kind = self.stack.pop(), self.stack.pop()
+        good = isinstance(kind, ForeignName) or isinstance(kind, _PlainModule) and args == ()
         _require(good, "it instantiates something that is not a known module")
-        self.stack.append(PersistentObject(kind.name))
+        self.append(PersistentObject(kind.name))
 
-    def _op_newobj_ex(self, _):
-        _, _, kind = self.pop(), self.pop(), self.pop()
+    def load_newobj_ex(self):
         if not self.foreign:
-            raise UnsafePickleError("it uses the pickle instruction 146 (NEWOBJ_EX), which plain data does not need")
-        _require(isinstance(kind, ForeignName), "it instantiates something that is not a known module")
-        self.budget.pay(_PRICE_OF_CONTAINER)
-        self.stack.append(PersistentObject(kind.name))
+            self.dispatch.__missing__(pickle.NEWOBJ_EX[0])
+        _require(isinstance(self.stack[-3], ForeignName), "it instantiates something that is not a known module")
+        self.stack.pop()
+        self.load_newobj()
 
-    def _op_build(self, _):
-        state, target = self.pop(), self.top()
+    def load_build(self):
+        state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, PersistentObject) and not target.state and isinstance(state, dict):
             self.budget.pay(3 * len(state))
             target.state.update(state)
@@ -556,11 +484,31 @@ class _Machine:
         else:  # the attributes of an OrderedDict (version notes) carry no data
             _require(isinstance(target, OrderedDict), f"it sets the state of a {type(target).__name__}")
 
-    def _op_binpersid(self, _):
-        pid = self.pop()
+    def load_binpersid(self):
+        pid = self.stack.pop()
         _require(self.storage_of is not None, "it refers to data outside the stream")
         self.budget.pay(10)
-        self.stack.append(self.storage_of(pid))
+        self.append(self.storage_of(pid))
+
+    dispatch = _Dispatch()
+
+
+def _checked(name: str):
+    """The instruction ``load_<name>`` of _Machine, paid before it is carried out; whole numbers are short after it."""
+    function, price = getattr(_Machine, f"load_{name}"), 1 + _PRICE_OF_CONTAINER * (name in _CONTAINERS)
+
+    def load(machine):
+        machine.budget.pay(price)
+        function(machine)
+        if name in _NUMBERS:
+            _require(abs(machine.stack[-1]) < 1 << _MOST_BITS, "it holds a number of too many digits")
+
+    return load
+
+
+for _code, _function in pickle._Unpickler.dispatch.items():
+    if (_name := _function.__name__.removeprefix("load_")) in (*_PLAIN, *_OWN):
+        _Machine.dispatch[_code] = _checked(_name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -628,14 +576,14 @@ def _load_legacy(source: _Source, allowed: dict, budget: _Budget, magic_read: bo
         return storages(pid)
 
     def plain():
-        return _Machine({}, budget).load(source)
+        return _Machine(source, {}, budget).load()
 
     _require(magic_read or plain() == _LEGACY_MAGIC, "it is not a file of torch.save")
     _require(plain() == _LEGACY_PROTOCOL, "it is a file of an unknown version of torch.save")
     system = plain()
     little = isinstance(system, dict) and system.get("little_endian") is True
     _require(little, "it was not written on a little-endian machine")
-    result = _Machine(allowed, budget, storage_of, foreign).load(source)
+    result = _Machine(source, allowed, budget, storage_of, foreign).load()
     keys = plain()
     good = isinstance(keys, list) and all(map(_is_text, keys)) and sorted(keys) == sorted(storages.known)
     _require(good, "its list of storages is damaged")
@@ -699,7 +647,7 @@ def _load_zip(file, allowed: dict, budget: _Budget, foreign: bool = False, mappi
         if f"{prefix}byteorder" in archive.NameToInfo:
             _require(member(f"{prefix}byteorder") == b"little", "it was not written on a little-endian machine")
         source = _Source(io.BytesIO(member(main[0])))
-        return _Machine(allowed, budget, _Storages(make), foreign).load(source)
+        return _Machine(source, allowed, budget, _Storages(make), foreign).load()
 
 
 def _load(file):
@@ -708,7 +656,7 @@ def _load(file):
     allowed = _OBJECT_GLOBALS | _STORAGE_GLOBALS
     if _starts_like_zip(file):
         return _of_sane_extent(_load_zip(file, allowed, budget))
-    result = _Machine(_OBJECT_GLOBALS, budget).load(source)
+    result = _Machine(source, _OBJECT_GLOBALS, budget).load()
     if isinstance(result, int) and result == _LEGACY_MAGIC:
         result = _load_legacy(source, allowed, budget, magic_read=True)
     return _of_sane_extent(result)

@@ -17,6 +17,7 @@ import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
@@ -27,8 +28,8 @@ from solvers.schedules import SCHEDULES, check_sigmas
 from solvers.solver import Option, check_teacher
 from torch_utils import distributed
 from torch_utils.errors import UserError
-from training.sample_loss import PairLoss, parse_loss
-from training.trainer import BaseTrainer, NotFinite
+from training.sample_loss import TERM_NAMES, PairLoss, parse_loss
+from training.trainer import BaseRun, BaseTrainer, NotFinite
 
 INITIAL = {"polynomial": 7, "time_uniform": 1, "logsnr": 1, "discrete": 1}  # schedule_type: its usual schedule_rho
 SUMMARY = "LD3: gradient descent through the sampler; needs a differentiable solver"
@@ -41,9 +42,7 @@ OPTIONS = {
         str, "auto", f"where to start: {', '.join(INITIAL)}, a schedule file, or auto, the best of the names"
     ),
     "mode": Option(("lambda", "time"), "lambda", "what the gaps are measured in: -ln sigma or the time of the VP SDE"),
-    "loss": Option(
-        str, "features", "distance to the teacher: weighted sum of l2, huber, features, lpips, module:function"
-    ),
+    "loss": Option(str, "features", f"distance to the teacher: weighted sum of {TERM_NAMES}"),
     "feature_sigma": Option(
         float, None, "noise level at which features of the denoiser are compared, 0.1 if it knows that"
     ),
@@ -186,21 +185,22 @@ def check_gradients(problem, sigmas: torch.Tensor) -> None:
 class Trainer(BaseTrainer):
     """One run of LD3 on a ``Problem`` (training/schedule_search.py). Every process has its own pairs and the same parameters.
 
-    options: those of ``OPTIONS``. Attributes: ``grid``; ``best``, the levels with the least validation loss and that
-    loss; ``first``, the validation loss of the start.
+    options: those of ``OPTIONS``. One iteration is one update. Attributes: ``grid``; ``best``, the levels with the least
+    validation loss and that loss; ``first``, the validation loss of the start.
     """
 
-    kept = {name: name for name in ("round", "updates", "stale", "recomputed", "first", "best")}
+    kept = {"updates": "iteration"} | {name: name for name in ("stale", "recomputed", "first", "best")}
 
-    def __init__(self, problem, options: dict):
-        self.problem, self.options = problem, options
-        self.distance = PairLoss(options["loss"], problem.net, options["feature_sigma"])
-        if options["feature_sigma"] is not None and "features" not in [name for _, name in parse_loss(options["loss"])]:
-            raise UserError(f"feature_sigma has no effect with loss={options['loss']}; leave it out")
+    def __init__(self, problem, options: Mapping):
+        options = SimpleNamespace(**options)
+        self.problem, self.options, self.device = problem, options, torch.device(problem.device)
+        self.distance = PairLoss(options.loss, problem.net, options.feature_sigma)
+        if options.feature_sigma is not None and "features" not in [name for _, name in parse_loss(options.loss)]:
+            raise UserError(f"feature_sigma has no effect with loss={options.loss}; leave it out")
         self.intervals = problem.num_steps - 1
         numbers = problem.net.img_channels * problem.net.img_resolution**2
-        self.radius = options["radius"] * numbers / self.intervals**2
-        self.round = self.updates = self.stale = self.recomputed = 0
+        self.radius = options.radius * numbers / self.intervals**2
+        self.stale = self.recomputed = 0
         self.first = math.inf
         self.best: dict = {}
 
@@ -209,7 +209,7 @@ class Trainer(BaseTrainer):
     def deal(self) -> None:
         """Noise and conditions of this process's pairs: batches of training pairs and the validation pairs, each as a
         list of network calls. Which process has a pair does not change."""
-        train, valid, batch = (self.options[name] for name in ("num_train", "num_valid", "update_batch"))
+        train, valid, batch = (self.options.num_train, self.options.num_valid, self.options.update_batch)
         seeds = [seed for part in self.problem.batches(train + valid) for seed in part]
         starts = range(0, train, batch)
         self.sizes = [min(batch, train - start) for start in starts]
@@ -222,20 +222,24 @@ class Trainer(BaseTrainer):
         return [Pairs(*self.problem.noise(part)) for part in parts]
 
     @property
+    def total(self) -> int:
+        """Number of updates of the whole run."""
+        return self.options.rounds * len(self.train)
+
+    @property
+    def round(self) -> int:
+        """Number of finished passes over the training pairs."""
+        return self.iteration // len(self.train)
+
+    @property
     def calls(self) -> list[Pairs]:
         return [pairs for batch in (*self.train, self.valid) for pairs in batch]
 
     def run_teacher(self) -> None:
         """Makes the teacher's images."""
         options, problem = self.options, self.problem
-        settings = {
-            "solver": options["solver_tea"],
-            "num_steps": options["num_steps_tea"],
-            **{name: options[name] for name in ("schedule_type", "schedule_rho")},
-            "sigma_min": problem.sigma_min,
-            "sigma_max": problem.sigma_max,
-            **problem.shared_options(options["solver_tea"]),
-        }
+        grid = (options.num_steps_tea, options.schedule_type, options.schedule_rho)
+        settings = problem.teacher(options.solver_tea, *grid)
         with problem.progress(sum(len(pairs.latents) for pairs in self.calls), "pair") as bar:
             for pairs in self.calls:
                 pairs.targets = sample(problem.net, pairs.latents, cond=pairs.cond, **settings)
@@ -255,11 +259,11 @@ class Trainer(BaseTrainer):
             sigmas_cond=sigma_cond,
             afs=problem.afs,
             cond=pairs.cond,
-            checkpointing=self.options["checkpointing"],
+            checkpointing=self.options.checkpointing,
             return_info=True,
             **problem.options,
         )
-        if samples.requires_grad and self.options["checkpointing"]:  # repetitions end early, uncounted by hooks
+        if samples.requires_grad and self.options.checkpointing:  # repetitions end early, uncounted by hooks
             self.recomputed += info.nfe * len(x)
             problem.evaluations += info.nfe * len(x)
         return self.distance(samples, pairs.targets, pairs.cond)
@@ -271,7 +275,7 @@ class Trainer(BaseTrainer):
         with distributed.together():
             for pairs in self.valid:
                 total += self.losses(pairs.relaxed, pairs, sigmas, sigma_cond).double().sum().cpu()
-        return float(self._summed(total)) / self.options["num_valid"]
+        return float(self._summed(total)) / self.options.num_valid
 
     def gradients(self, pairs: Pairs, sigmas, sigma_cond) -> tuple[torch.Tensor, torch.Tensor]:
         """(losses [B], gradients of their sum to sigmas and told [2,N]); moves the starting points of the pairs."""
@@ -312,7 +316,7 @@ class Trainer(BaseTrainer):
 
     def start(self) -> None:
         """The grid to start from, judged by the validation pairs."""
-        candidates = initial_schedules(self.problem, self.options["init"])
+        candidates = initial_schedules(self.problem, self.options.init)
         measured = []
         for sigmas, sigma_cond in candidates:
             try:
@@ -326,12 +330,12 @@ class Trainer(BaseTrainer):
             )
         sigmas, sigma_cond = candidates[measured.index(self.first)]
         self.best = {"loss": self.first, "sigmas": sigmas, "told": sigma_cond, "updates": 0}
-        win_rate = self.options["win_rate"]
-        self.grid = Grid(sigmas, self.options["mode"], win_rate, sigma_cond)
+        win_rate = self.options.win_rate
+        self.grid = Grid(sigmas, self.options.mode, win_rate, sigma_cond)
         self.optimizers = self._optimizers()
 
     def _optimizers(self):
-        lr, lr_net = self.options["lr"], self.options["lr_net"] / self.intervals
+        lr, lr_net = self.options.lr, self.options.lr_net / self.intervals
         return [torch.optim.RMSprop([self.grid.u], lr, momentum=MOMENTUM), torch.optim.SGD([self.grid.v], lr_net)]
 
     def levels(self):
@@ -342,7 +346,7 @@ class Trainer(BaseTrainer):
     @property
     def decoupled(self) -> bool:
         """Whether v is learned in this round."""
-        return self.options["win_rate"] > 0 and self.round >= self.options["rounds_grid"]
+        return self.options.win_rate > 0 and self.round >= self.options.rounds_grid
 
     def update(self, index: int) -> None:
         """A step of the parameters on one batch of training pairs."""
@@ -361,7 +365,6 @@ class Trainer(BaseTrainer):
         for optimizer in self.optimizers[: len(learned)]:
             optimizer.step()
         self.grid.project()
-        self.updates += 1
 
     @torch.no_grad()
     def validate_grid(self) -> float:
@@ -369,11 +372,11 @@ class Trainer(BaseTrainer):
         sigmas, sigma_cond = self.levels()
         loss = self.validate(sigmas, sigma_cond)
         if loss < self.best["loss"] * (1 - PROGRESS):
-            self.best = {"loss": loss, "sigmas": sigmas, "told": sigma_cond, "updates": self.updates}
+            self.best = {"loss": loss, "sigmas": sigmas, "told": sigma_cond, "updates": self.iteration + 1}
             self.stale = 0
         else:
             self.stale += 1
-        if self.stale >= self.options["patience"]:
+        if self.stale >= self.options.patience:
             self.stale = 0
             for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
                 group["lr"] *= DECAY
@@ -387,60 +390,18 @@ class Trainer(BaseTrainer):
                 self.gradients(pairs, sigmas, sigma_cond)
         self.best["loss"] = self.validate(self.best["sigmas"], self.best["told"])
 
-    def run_round(self, bar) -> None:
-        if self.radius:
-            self.relax_validation()
+    def iterate(self) -> float | None:
+        """One update; returns the validation loss after it, where that is due."""
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.round))
-        last = self.options["rounds"] * len(self.train)
-        for index in order.tolist():
-            self.update(index)
-            if self.updates % self.options["valid_every"] == 0 or self.updates == last:
-                loss = self.validate_grid()
-                bar.set_postfix(valid=f"{loss:.4g}", best=f"{self.best['loss']:.4g}")
-            bar.update()
-
-    def run(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(sigmas, sigmas_cond or None), the best ones found."""
-        problem, options = self.problem, self.options
-        self.deal()
-        with distributed.together():
-            state = problem.load_state()
-        if not self.restore(state):
-            with distributed.together():
-                self.run_teacher()
-            self.start()
-            self.before = self.state()
-            self.save()
-        with problem.progress(options["rounds"] * len(self.train), "update", self.updates) as bar:
-            try:
-                while self.round < options["rounds"]:
-                    self.run_round(bar)
-                    self.round += 1
-                    self.save()
-            except NotFinite:
-                self.on_failure()
-        distributed.print0(
-            f"ld3: validation loss {self.best['loss']:.4g} after {self.best['updates']} of {self.updates} updates"
-            f" (at the start {self.first:.4g}); {self.recomputed} evaluations by this process were repetitions for gradients"
-        )
-        return self.best["sigmas"], self.best["told"]
-
-    def on_failure(self) -> None:
-        """A loss or gradient was not finite: UserError if nothing better than the start is known yet."""
-        if not self.best["updates"]:
-            self.problem.drop_state()
-            raise UserError(
-                f"the loss or its gradient is not finite after {self.updates} updates, and nothing better than the start"
-                " was found: try another solver, loss or a smaller lr"
-            )
-        if distributed.rank() == 0:
-            print(
-                f"Warning: stopped after {self.updates} updates, where the loss or its gradient is not finite; the best"
-                " schedule until then is kept",
-                file=sys.stderr,
-            )
-
-    # Resuming. Processes save after the same round, but some may be killed before they do: each keeps two rounds.
+        place = self.iteration % len(self.train)
+        if place == 0 and self.radius:
+            self.relax_validation()
+        self.update(int(order[place]))
+        done, loss = self.iteration + 1, None
+        if done % self.options.valid_every == 0 or done == self.total:
+            loss = self.validate_grid()
+        self.iteration = done
+        return loss
 
     def state(self, copied: bool = True) -> dict:
         return super().state(copied) | {
@@ -451,7 +412,7 @@ class Trainer(BaseTrainer):
 
     def load_state(self, state) -> None:
         super().load_state(state)
-        self.grid = Grid(self.best["sigmas"], self.options["mode"], self.options["win_rate"])
+        self.grid = Grid(self.best["sigmas"], self.options.mode, self.options.win_rate)
         for parameter, value in zip((self.grid.u, self.grid.v), state["grid"], strict=True):
             parameter.data = value.clone()
         self.optimizers = self._optimizers()
@@ -460,24 +421,89 @@ class Trainer(BaseTrainer):
         for pairs, relaxed in zip(self.calls, state["relaxed"], strict=True):
             pairs.relaxed = relaxed.to(pairs.latents)
 
+
+class LD3Run(BaseRun):
+    """A run of LD3 with the states of its ``Problem``."""
+
+    def __init__(self, trainer: Trainer):
+        super().__init__(trainer, trainer.options)
+        self.problem = trainer.problem
+
+    def run(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(sigmas, sigmas_cond or None), the best ones found."""
+        trainer = self.trainer
+        trainer.deal()
+        with distributed.together():
+            state = self.problem.load_state()
+        if not self.restore(state):
+            with distributed.together():
+                trainer.run_teacher()
+            trainer.start()
+            self.before = trainer.state()
+            self.save()
+        self.loop()
+        best = trainer.best
+        distributed.print0(
+            f"ld3: validation loss {best['loss']:.4g} after {best['updates']} of {trainer.iteration} updates"
+            f" (at the start {trainer.first:.4g}); {trainer.recomputed} evaluations by this process were repetitions for"
+            " gradients"
+        )
+        return best["sigmas"], best["told"]
+
+    def finished(self) -> bool:
+        return self.trainer.iteration >= self.trainer.total
+
+    def progress_bar(self):
+        return self.problem.progress(self.trainer.total, "update", self.trainer.iteration)
+
+    def show(self, bar, statistics: float | None, seconds: float) -> None:
+        if statistics is not None:
+            bar.set_postfix(valid=f"{statistics:.4g}", best=f"{self.trainer.best['loss']:.4g}")
+        bar.update()
+
+    def after_iteration(self, stopping: bool) -> None:
+        if stopping or self.trainer.iteration % len(self.trainer.train) == 0:
+            self.save()
+
+    def on_interruption(self) -> str:
+        return "; repeat the command to continue"
+
+    def on_failure(self, error: NotFinite) -> None:
+        """UserError if nothing better than the start is known yet; else the best schedule is the result."""
+        updates = self.trainer.iteration
+        if not self.trainer.best["updates"]:
+            self.problem.drop_state()
+            raise UserError(
+                f"the loss or its gradient is not finite after {updates} updates, and nothing better than the start was"
+                " found: try another solver, loss or a smaller lr"
+            ) from None
+        distributed.print0(
+            f"Warning: stopped after {updates} updates, where the loss or its gradient is not finite; the best schedule"
+            " until then is kept",
+            file=sys.stderr,
+        )
+
+    # Processes save after the same update, but some may be killed before they do: each keeps two states.
+
     def save(self) -> None:
-        now = self.state()
+        now = self.trainer.state()
         snapshots = [self.before, now] if distributed.world_size() > 1 else [now]
         with distributed.together():
-            self.problem.save_state({"targets": [pairs.targets for pairs in self.calls], "snapshots": snapshots})
+            targets = [pairs.targets for pairs in self.trainer.calls]
+            self.problem.save_state({"targets": targets, "snapshots": snapshots})
         self.before = now
 
     def restore(self, state: dict | None) -> bool:
-        """Goes on where a state ends; False where this or another process has none."""
-        rounds = distributed.gather_objects(None if state is None else state["snapshots"][-1]["round"])
-        if None in rounds:
+        """Continues from a state; False where this or another process has none."""
+        updates = distributed.gather_objects(None if state is None else state["snapshots"][-1]["updates"])
+        if None in updates:
             return False
-        common = [one for one in state["snapshots"] if one["round"] == min(rounds)]
+        common = [one for one in state["snapshots"] if one["updates"] == min(updates)]
         error = None if common else UserError("the states of the processes do not belong together: delete them")
         distributed.agree(error)
         self.before = common[0]
-        self.load_state(self.before)
-        for pairs, targets in zip(self.calls, state["targets"], strict=True):
+        self.trainer.load_state(self.before)
+        for pairs, targets in zip(self.trainer.calls, state["targets"], strict=True):
             pairs.targets = targets.to(pairs.latents)
         return True
 
@@ -508,28 +534,28 @@ def initial_schedules(problem, init: str) -> list[tuple[torch.Tensor, torch.Tens
     return found
 
 
-def check_options(problem, options: dict) -> None:
+def check_options(problem, options: SimpleNamespace) -> None:
     """UserError where the settings are impossible, before anything is computed."""
-    check_teacher(options["solver_tea"])
+    check_teacher(options.solver_tea)
     if problem.num_steps < 3:
         raise UserError("ld3 needs num_steps of at least 3: with 2 there is nothing between the ends")
     for name in ("num_train", "num_valid", "update_batch", "rounds", "valid_every", "patience"):
-        if options[name] < 1:
-            raise UserError(f"{name}={options[name]} must be at least 1")
+        if (value := getattr(options, name)) < 1:
+            raise UserError(f"{name}={value} must be at least 1")
     for name in ("rounds_grid", "lr", "lr_net", "radius"):
-        if not (math.isfinite(options[name]) and options[name] >= 0):
-            raise UserError(f"{name}={options[name]} must be a finite number >= 0")
-    if not 0 <= options["win_rate"] <= 0.5:
-        raise UserError(f"win_rate={options['win_rate']} must be within 0..0.5")
+        if not (math.isfinite(value := getattr(options, name)) and value >= 0):
+            raise UserError(f"{name}={value} must be a finite number >= 0")
+    if not 0 <= options.win_rate <= 0.5:
+        raise UserError(f"win_rate={options.win_rate} must be within 0..0.5")
     resolve_sigmas(
         problem.net,
-        options["num_steps_tea"],
-        options["schedule_type"],
-        options["schedule_rho"],
+        options.num_steps_tea,
+        options.schedule_type,
+        options.schedule_rho,
         problem.sigma_min,
         problem.sigma_max,
     )
-    check_gradients(problem, initial_schedules(problem, options["init"])[0][0])
+    check_gradients(problem, initial_schedules(problem, options.init)[0][0])
 
 
 def ld3_schedule(problem, **options) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -538,5 +564,5 @@ def ld3_schedule(problem, **options) -> tuple[torch.Tensor, torch.Tensor | None]
     The ends are those of the problem; the validation loss is never above that of the start. Raises UserError on
     impossible settings, on solvers without gradients, and where losses are not finite before anything better was found.
     """
-    check_options(problem, options)
-    return Trainer(problem, options).run()
+    check_options(problem, SimpleNamespace(**options))
+    return LD3Run(Trainer(problem, options)).run()

@@ -23,7 +23,7 @@ from torch_utils.memory import AUTO, BatchSize
 from torch_utils.options import COUNT, POSITIVE, REQUIRED, AFSType, SigmaList, check_options, click_type, flag
 from training.loss import make_solvers
 from training.predictor import DEFAULTS, AMEDPredictor, solver_settings, trainable_options
-from training.sample_loss import DenoiserFeatures, parse_loss
+from training.sample_loss import TERM_NAMES, DenoiserFeatures, parse_loss
 from training.schedule_search import run_dmn
 from training.teacher import TeacherSettings
 
@@ -319,7 +319,7 @@ class SpanOptions(RunOptions):
         "share of the run for which the three best starts are trained before one is chosen", 0.1, Number(0, 1)
     )
     loss: str | None = flag(
-        "weighted sum of l2, huber, features, lpips, module:function (default: features+0.2*huber)",
+        f"weighted sum of {TERM_NAMES} (default: {DEFAULT_LOSS})",
         metavar="W*TERM+...",
     )
     feature_sigma: float = flag("noise level of the denoiser when features are compared", 0.2, POSITIVE)

@@ -25,99 +25,16 @@ from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom, is_out_of_memory, release_memory
 from torch_utils.progress import progress_bar
 from torch_utils.prompts import read_prompts
-from torch_utils.session import Interrupted, any_signal, deferred_signals
 from torch_utils.version import code_version
 from training.options import RunOptions
 from training.run_folder import (
     OPTIONS_FILE,
-    RunLog,
     create_run_folder,
     newest_state,
     save_state,
     use_folder,
 )
-from training.trainer import BaseTrainer, NotFinite
-
-
-class BaseRun:
-    """A trainer with its folder: iterations up to the end or a signal, and what is written on the way.
-
-    trainer: a ``BaseTrainer``.
-    options: of the run; ``batch`` is the number of samples per iteration over all processes.
-    folder: where the run writes its log, its states and its results.
-    elapsed: seconds trained in earlier parts of the run. Default: 0.
-    """
-
-    def __init__(self, trainer: BaseTrainer, options, folder: str | Path, elapsed: float = 0.0):
-        self.trainer, self.options, self.folder = trainer, options, Path(folder)
-        self.log = RunLog(folder)
-        self._elapsed_before, self._start = elapsed, time.monotonic()
-        self._saved_at = -1  # iteration of the newest state on disk
-
-    def finished(self) -> bool:
-        """Whether the run is at its end; the same on every process."""
-        raise NotImplementedError
-
-    def iterate(self):
-        """One iteration; returns its statistics. Raises NotFinite."""
-        return self.trainer.iterate()
-
-    def show(self, bar: tqdm, statistics, seconds: float) -> None:
-        """Moves the progress bar by one iteration, which took so many seconds."""
-        raise NotImplementedError
-
-    def after_iteration(self, stopping: bool) -> None:
-        """Logs and saves what is due. stopping: a signal ends the run, so everything is saved."""
-        raise NotImplementedError
-
-    def on_interruption(self) -> str:
-        """Called when a signal ends the run before its end; returns the note of ``Interrupted``."""
-        return ""
-
-    def failure_text(self, error: NotFinite) -> str:
-        """What went wrong and what to do; the trainer is as before the iteration."""
-        raise NotImplementedError
-
-    def on_failure(self, error: NotFinite) -> None:
-        """Ends the run with a UserError."""
-        raise UserError(self.failure_text(error)) from None
-
-    def progress_bar(self) -> tqdm:
-        raise NotImplementedError
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds of training, those of earlier parts of the run included."""
-        return self._elapsed_before + time.monotonic() - self._start
-
-    @property
-    def nimg(self) -> int:
-        return self.trainer.iteration * self.options.batch
-
-    @property
-    def kimg(self) -> float:
-        """Thousands of samples trained on."""
-        return self.nimg / 1000
-
-    def loop(self) -> None:
-        """Trains to the end.
-
-        Raises Interrupted after SIGINT or SIGTERM, with everything saved, and UserError, on every
-        process, for a loss that is not finite.
-        """
-        with deferred_signals() as received, self.progress_bar() as bar:
-            while not self.finished():
-                begin = time.monotonic()
-                try:
-                    statistics = self.iterate()
-                except NotFinite as error:
-                    self.on_failure(error)
-                self.show(bar, statistics, time.monotonic() - begin)
-                stop = any_signal(received, self.trainer.device)
-                self.after_iteration(stop is not None)
-                if stop is not None and not self.finished():
-                    bar.close()
-                    raise Interrupted(stop, self.on_interruption())
+from training.trainer import BaseRun, BaseTrainer, NotFinite
 
 
 class Run(BaseRun):

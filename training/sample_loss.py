@@ -191,12 +191,14 @@ class LPIPSTerm:
         return self.network.to(x.device)(self._images(x), target).flatten()
 
 
-TERMS: dict[str, str] = {
-    "l2": "mean squared difference",
-    "huber": "pseudo-Huber, about the root mean square difference",
-    "features": "features of the denoiser's own encoder",
-    "lpips": "LPIPS with VGG (pip install -e '.[lpips]')",
+# Terms by name: (net, feature_sigma) -> term(x, target, cond), which gives the losses [B].
+TERMS: dict[str, Callable] = {
+    "l2": lambda net, sigma: lambda x, target, cond: l2(x, target),
+    "huber": lambda net, sigma: lambda x, target, cond: huber(x, target),
+    "features": FeatureTerm,
+    "lpips": lambda net, sigma: LPIPSTerm(net),
 }
+TERM_NAMES = f"{', '.join(TERMS)}, module:function"
 
 
 _OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
@@ -231,17 +233,6 @@ def own_code(text: str) -> list[str]:
     return [name for _, name in parse_loss(text) if ":" in name]
 
 
-def _make_term(name: str, net, feature_sigma: float | None) -> Callable:
-    if name == "features":
-        return FeatureTerm(net, feature_sigma)
-    if name == "lpips":
-        return LPIPSTerm(net)
-    if ":" in name:
-        return OwnTerm(net, name)
-    plain = {"l2": l2, "huber": huber}[name]
-    return lambda x, target, cond: plain(x, target)
-
-
 class PairLoss:
     """loss(x, target, cond) -> [B], the weighted sum of the terms of a text.
 
@@ -253,7 +244,10 @@ class PairLoss:
     """
 
     def __init__(self, text: str, net, feature_sigma: float | None = None):
-        self.terms = [(weight, _make_term(name, net, feature_sigma)) for weight, name in parse_loss(text)]
+        self.terms = [
+            (weight, TERMS[name](net, feature_sigma) if name in TERMS else OwnTerm(net, name))
+            for weight, name in parse_loss(text)
+        ]
 
     def __call__(self, x, target, cond) -> torch.Tensor:
         x, target = x.float(), target.float()

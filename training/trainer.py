@@ -1,11 +1,17 @@
-"""What every trainer has in common: its state, its share of a batch, and what it raises where a loss is not finite."""
+"""What all trainings have in common: state, share of a batch, iterations, interruption, and losses that are not finite."""
 
 import copy
+import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from torch_utils import distributed
+from torch_utils.errors import UserError
+from torch_utils.session import Interrupted, any_signal, deferred_signals
+from training.run_folder import RunLog
 
 
 class NotFinite(Exception):
@@ -74,3 +80,86 @@ class BaseTrainer:
                 part.load_state_dict(state[entry])
             else:
                 setattr(self, name, copy.deepcopy(state[entry]))
+
+
+class BaseRun:
+    """A trainer with its folder: iterations up to the end or a signal, and what is written on the way.
+
+    trainer: a ``BaseTrainer``.
+    options: of the run; ``batch`` is the number of samples per iteration over all processes.
+    folder: where the run writes its log, its states and its results. Default: None, it writes no log.
+    elapsed: seconds trained in earlier parts of the run. Default: 0.
+    """
+
+    def __init__(self, trainer: BaseTrainer, options, folder: str | Path | None = None, elapsed: float = 0.0):
+        self.trainer, self.options = trainer, options
+        if folder is not None:
+            self.folder, self.log = Path(folder), RunLog(folder)
+        self._elapsed_before, self._start = elapsed, time.monotonic()
+        self._saved_at = -1  # iteration of the newest state on disk
+
+    def finished(self) -> bool:
+        """Whether the run is at its end; the same on every process."""
+        raise NotImplementedError
+
+    def iterate(self):
+        """One iteration; returns its statistics. Raises NotFinite."""
+        return self.trainer.iterate()
+
+    def show(self, bar: tqdm, statistics, seconds: float) -> None:
+        """Moves the progress bar by one iteration, which took so many seconds."""
+        raise NotImplementedError
+
+    def after_iteration(self, stopping: bool) -> None:
+        """Logs and saves what is due. stopping: a signal ends the run, so everything is saved."""
+        raise NotImplementedError
+
+    def on_interruption(self) -> str:
+        """Called when a signal ends the run before its end; returns the note of ``Interrupted``."""
+        return ""
+
+    def failure_text(self, error: NotFinite) -> str:
+        """What went wrong and what to do; the trainer is as before the iteration."""
+        raise NotImplementedError
+
+    def on_failure(self, error: NotFinite) -> None:
+        """Called for a loss that is not finite. Raises UserError, unless what the run has can be used."""
+        raise UserError(self.failure_text(error)) from None
+
+    def progress_bar(self) -> tqdm:
+        raise NotImplementedError
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of training, those of earlier parts of the run included."""
+        return self._elapsed_before + time.monotonic() - self._start
+
+    @property
+    def nimg(self) -> int:
+        return self.trainer.iteration * self.options.batch
+
+    @property
+    def kimg(self) -> float:
+        """Thousands of samples trained on."""
+        return self.nimg / 1000
+
+    def loop(self) -> None:
+        """Trains to the end.
+
+        Raises Interrupted after SIGINT or SIGTERM, with everything saved, and UserError, on every
+        process, for a loss that is not finite.
+        """
+        with deferred_signals() as received, self.progress_bar() as bar:
+            while not self.finished():
+                begin = time.monotonic()
+                try:
+                    statistics = self.iterate()
+                except NotFinite as error:
+                    self.on_failure(error)
+                    break
+                self.show(bar, statistics, time.monotonic() - begin)
+                stop = any_signal(received, self.trainer.device)
+                self.after_iteration(stop is not None)
+                if stop is not None and not self.finished():
+                    bar.close()
+                    raise Interrupted(stop, self.on_interruption())
