@@ -67,7 +67,7 @@ def plain_jobs():
 
 
 def few_jobs():
-    """Other solvers, orders and numbers of evaluations, where the plain part and benchmarks/students.py have none."""
+    """Other solvers, orders and numbers of evaluations, where the plain part and benchmarks/learned_solvers.py have none."""
     uniform, bent, five, seven = ("time_uniform", 1), ("time_uniform", 2), ("polynomial", 5), ("polynomial", 7)
     orders = [
         ({"solver": "ipndm", "max_order": 4}, (five, seven)),
@@ -126,7 +126,7 @@ def cifar10_jobs():
 
 def demo_jobs(dataset_name):
     """The learned methods of the demo, for repeats with other training seeds."""
-    for student in ("amed", "ipndm"):  # benchmarks/students.py has the repeats of the span solver
+    for student in ("amed", "ipndm"):  # benchmarks/learned_solvers.py has the repeats of the span solver
         recipe, _ = training_recipe(dataset_name, student)
         yield {key: value for key, value in recipe.items() if key not in ("total_kimg", "batch")} | {"num_steps": 4}
 

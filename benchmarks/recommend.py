@@ -3,8 +3,8 @@
     python -m benchmarks.recommend
 
 Reads the rows of plain solvers in ``benchmarks/<dataset_name>_settings.jsonl`` (demo_settings.py) and
-``students_<dataset_name>.jsonl`` (students.py). All were measured on 256 validation seeds, from
-100000 on, which no published table uses. For every solver and number of evaluations the settings
+``learned_solvers_<dataset_name>.jsonl`` (learned_solvers.py). All were measured on 256 validation
+seeds, from 100000 on, which no published table uses. For every solver and number of evaluations the settings
 with the least product of FID* and distance to the converged solution are taken, which asks for good
 images and for those of the exact solution alike. The best solver of a number of evaluations is found
 in the same way. The recipes for training ("train") are kept as they are.
@@ -21,7 +21,7 @@ from models import create_model
 from solvers.recommended import FOLDER
 from torch_utils.cli import Command
 
-FILES = ("{}_settings.jsonl", "students_{}.jsonl")
+FILES = ("{}_settings.jsonl", "learned_solvers_{}.jsonl")
 
 
 def score(row: dict) -> float:

@@ -317,7 +317,7 @@ def _download_state(dest: Path) -> Path:
 
 
 def _load_inception(device: torch.device) -> FeatureDetector:
-    """What the cache holds, TorchScript first; else what can be downloaded, in the same order."""
+    """Inception from the cache, TorchScript first; else from a download, in the same order."""
     script, state = cache_dir() / _INCEPTION_FILE, cache_dir() / _STATE_FILE
     if not script.exists() and state.exists():
         return InceptionDetector(_download_state(state), device)

@@ -89,7 +89,9 @@ def create_model(
     family, config = zoo.read_sidecar(path) or (card.family if card else "edm", None)
     known = families()
     if family not in known or card is not None and family != card.family:
-        expected = f"dataset_name '{dataset_name}' has family '{card.family}'" if card else f"use {', '.join(known)}"
+        expected = f"choose from {', '.join(known)}"
+        if card:
+            expected = f"dataset_name '{dataset_name}' has family '{card.family}'; use --dataset_name=custom"
         raise UserError(f"{path}.json names the network family '{family}': {expected}")
     classifier = None
     if guidance_type == "cg" and guidance_rate != 0:

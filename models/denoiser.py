@@ -31,7 +31,7 @@ class Denoiser(torch.nn.Module):
     latent: whether samples are latents, which ``decode`` turns into images.
     guided: whether D is guided by a classifier or by a second evaluation.
     guidance_rate: strength of the guidance; None if the network does not support guidance.
-    takes_prompts: whether ``make_cond`` needs prompts.
+    takes_prompts, takes_images: whether ``make_cond`` needs prompts, or degraded images.
     data_mean, data_std: statistics of the training data, an image [C,H,W] and a number, or None.
     D: extra dimensions of PFGM++, whose noise is Student-t with D degrees of freedom; None for
         Gaussian noise.
@@ -94,22 +94,31 @@ class Denoiser(torch.nn.Module):
         """Whether ``make_cond`` needs prompts."""
         return "prompts" in inspect.signature(member(self, "make_cond")).parameters
 
-    def draw_latents(self, generators, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def draw_latents(
+        self, generators, dtype: torch.dtype = torch.float32, size: tuple[int, int] | None = None
+    ) -> torch.Tensor:
         """Starting noise [B,C,H,W] of a batch, on the CPU: x = prior mean + sigma_max * noise.
 
         generators: ``torch_utils.seeds.SeededGenerators`` of the batch.
         dtype: dtype in which the noise is drawn. Default float32.
+        size: (H, W), for networks that take any. Default: the network's resolution.
 
         For D = None the noise is standard normal z. Else it is z / rms(e) with e ~ N(0, I_D). That
         is Student-t with D degrees of freedom, the perturbation kernel of PFGM++ (Xu et al. 2023).
         z is drawn first, so a seed has the same z for every D.
         """
-        z = generators.randn((self.img_channels, self.img_resolution, self.img_resolution), dtype)
+        size = size or (self.img_resolution, self.img_resolution)
+        z = generators.randn((self.img_channels, *size), dtype)
         return z if member(self, "D") is None else z / rms_of_extra(generators.randn((self.D,), dtype))
 
     def prior_mean(self, **cond):
         """Mean of the state at the highest noise level: 0, or a tensor [B,C,H,W] (restoration)."""
         return 0.0
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether ``make_cond`` needs degraded images: the network restores them."""
+        return "images" in inspect.signature(member(self, "make_cond")).parameters
 
     def decode(self, x: torch.Tensor) -> torch.Tensor:
         """Turn samples into images in [-1, 1]; the identity for pixel models."""

@@ -569,7 +569,7 @@ def _refuse_code(folder: Path, index: Mapping, source) -> None:
     """
     for part in index:
         if code := next((folder / part).rglob("*.py"), None):
-            raise UserError(f"{source}: its '{part}' brings code ({code.name}), which is not run; remove the file")
+            raise UserError(f"{source}: its '{part}' contains code ({code.name}), which is not run; remove the file")
     parts = [part for part, entry in index.items() if part not in _UNUSED and isinstance(entry, list)]
     refuse_code_in_configs([folder, *(folder / part for part in parts)], source)
 

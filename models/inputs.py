@@ -8,9 +8,12 @@ from models.denoiser import member
 from torch_utils.seeds import SeededGenerators
 
 
-def draw_noise(net, generators: SeededGenerators, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def draw_noise(
+    net, generators: SeededGenerators, dtype: torch.dtype = torch.float32, size: tuple[int, int] | None = None
+) -> torch.Tensor:
     """Starting noise [B,C,H,W] of a batch, on the CPU; see ``Denoiser.draw_latents``."""
-    return member(net, "draw_latents")(generators, dtype)
+    draw = member(net, "draw_latents")
+    return draw(generators, dtype) if size is None else draw(generators, dtype, size)
 
 
 def initial_state(net, latents: torch.Tensor, sigma, cond: Mapping | None = None) -> torch.Tensor:

@@ -38,8 +38,8 @@ class RestorationMixin:
             raise UserError(f"images: expected [B,{self.img_channels},H,W], got {list(images.shape)}")
         return {"mu": images.to(next(self.parameters()).device, torch.float32)}
 
-    def prior_mean(self, mu: torch.Tensor, **cond) -> torch.Tensor:
-        return mu
+    def prior_mean(self, mu: torch.Tensor | None = None, **cond):
+        return 0.0 if mu is None else mu
 
 
 class MRDenoiser(RestorationMixin, TimeOfProcess, Denoiser):

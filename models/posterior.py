@@ -277,8 +277,8 @@ class Posterior(Denoiser):
     def make_cond(self, generator=None, labels=None) -> dict:
         return member(self.net, "make_cond")(generator, labels)
 
-    def draw_latents(self, generators, dtype: torch.dtype = torch.float32):
-        return member(self.net, "draw_latents")(generators, dtype)
+    def draw_latents(self, generators, dtype: torch.dtype = torch.float32, size=None):
+        return member(self.net, "draw_latents")(generators, dtype, size)
 
     def forward(self, x, sigma, **cond):
         sigma = torch.as_tensor(sigma, device=x.device, dtype=x.dtype)

@@ -18,22 +18,22 @@ from models.edm_unet import Conv2d as EDMConv2d
 from torch_utils.errors import UserError
 
 THRESHOLDS = 100  # candidates of the range search
-POWER = 2.4  # of the error that the search minimises
-SAMPLES = 1 << 11  # activations per layer and evaluation that the search looks at
-MOST_LEVELS = 64  # noise levels with ranges of their own; more share the ranges of the nearest ones
+POWER = 2.4  # exponent of the error that the search minimises
+SAMPLES = 1 << 11  # activations per layer and evaluation in the search
+MOST_LEVELS = 64  # noise levels with their own ranges; others use those of the nearest one
 
 
 def search_range(x: torch.Tensor, bits: int = 8, channel_wise: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """(scale, zero point) of the affine grid with the least mean |error|^2.4.
 
-    The threshold is the best of 1 %, 2 %, ... 100 % of max |x|. Data without negative values keep
-    the grid on their side of zero; all other grids are symmetric.
+    The threshold is the best of 1 %, 2 %, ... 100 % of max |x|. The grid is symmetric, or starts at
+    zero if no value is negative.
 
     x: values of any shape.
-    bits: 2^bits levels; default 8.
-    channel_wise: one grid per row of the first dimension. Default False: one grid.
+    bits: the grid has 2^bits levels. Default 8.
+    channel_wise: one grid per row of the first dimension. Default: False, one grid.
 
-    Returns two tensors [rows], one row where not channel_wise.
+    Returns two tensors [rows], or [1] unless channel_wise.
     """
     rows = x.flatten(1) if channel_wise else x.reshape(1, -1)
     top, positive, largest = 2**bits - 1, bool(x.min() >= 0), rows.abs().amax(1)
@@ -53,19 +53,19 @@ def search_range(x: torch.Tensor, bits: int = 8, channel_wise: bool = False) -> 
 
 
 def _round(x, scale, zero, top: int = 255):
-    """x on the grid, as floating-point numbers."""
+    """Round x to the grid, as floating-point numbers."""
     return (((x / scale).round() + zero).clamp(0, top) - zero) * scale
 
 
 class Levels:
-    """The noise levels that were calibrated; knows at which one the network is now."""
+    """The calibrated noise levels, and the index of the current one."""
 
     def __init__(self, sigmas: Sequence[float]):
         self.sigmas = torch.tensor(sorted(sigmas, reverse=True), dtype=torch.float64)
         self.index = 0
 
     def choose(self, sigma) -> None:
-        """Takes the ranges of the nearest noise level; of the highest one of a batch."""
+        """Set the index to the level nearest to sigma, for a batch to its highest noise level."""
         level = torch.as_tensor(sigma).detach().double().max().cpu()
         self.index = int((self.sigmas.log() - level.log()).abs().argmin())
 
@@ -84,16 +84,16 @@ class QuantizedLayer(nn.Module):
 
     weight: [out,in,k,k] or [out,in].
     bias: [out] or None.
-    levels: shared by all layers of a network.
+    levels: noise levels, shared by all layers of a network.
     scales, zeros: grid of the input at each noise level, one number each.
-    stride, padding, groups: of the convolution.
+    stride, padding, groups: settings of the convolution. Default 1, 0, 1.
     """
 
     def __init__(self, weight, bias, levels: Levels, scales, zeros, stride=1, padding=0, groups=1):
         super().__init__()
         rows = weight.detach().float().flatten(1)
         scale, _ = search_range(torch.cat([rows, -rows], 1), channel_wise=True)
-        grid = (rows / scale[:, None]).round().clamp(-128, 127)  # kernels need zero at zero
+        grid = (rows / scale[:, None]).round().clamp(-128, 127)  # the kernels need zero point 0
         self.register_buffer("weight", grid.to(torch.int8).reshape(weight.shape))
         self.register_buffer("weight_scale", scale)
         self.register_buffer("weight_zero", torch.zeros(len(rows), dtype=torch.int32))
@@ -128,9 +128,9 @@ class QuantizedLayer(nn.Module):
             self._packed[key] = torch.ops.onednn.qconv_prepack(
                 self.weight, self.weight_scale, scale, zero, *settings, shape
             )
-        x = torch.quantize_per_tensor(x.contiguous(memory_format=torch.channels_last), scale, zero, torch.quint8)
+        x = x.contiguous(memory_format=torch.channels_last).div(scale).round_().add_(zero).clamp_(0, 255)
         return torch.ops.onednn.qconv_pointwise(
-            x.int_repr(),
+            x.to(torch.uint8),
             scale,
             zero,
             self._packed[key],
@@ -160,7 +160,7 @@ def _layers(net: nn.Module) -> dict[str, nn.Module]:
 
 
 class _Recorder:
-    """Activations that reach each layer, by noise level, and the order of the calls."""
+    """Records the inputs of each layer by noise level, and the order of the calls."""
 
     def __init__(self, levels: Levels):
         self.levels, self.seen, self.order = levels, {}, []
@@ -173,7 +173,7 @@ class _Recorder:
             if name not in self.order:
                 self.order.append(name)
             if isinstance(layer, nn.Linear) and x.ndim < 3:
-                return  # embeddings: cheap, and errors there reach every block
+                return  # embeddings: cheap, and their errors affect every block
             values = x.float().flatten()
             step = max(1, values.numel() // SAMPLES)
             kept = torch.cat([values[::step], values.min()[None], values.max()[None]])
@@ -204,11 +204,11 @@ def _quantized(layer: nn.Module, levels: Levels, scales, zeros) -> nn.Module:
 def calibrate(net: Denoiser, states: Sequence, per_level: bool = True) -> dict:
     """Ranges of the activations: {"sigmas": [...], "layers": {name: [[scale, zero], ...]}}.
 
+    The last convolution and the layers of embeddings are not included.
+
     net: the denoiser in floating point.
     states: (x, sigma) or (x, sigma, cond) of evaluations of the sampler.
-    per_level: ranges for each noise level, up to ``MOST_LEVELS``. Default True; else one for all.
-
-    The last convolution and layers of embeddings are left out.
+    per_level: separate ranges for up to ``MOST_LEVELS`` noise levels. Default True.
     """
     if not states:
         raise UserError("quantize: no states to calibrate on")
@@ -237,7 +237,7 @@ def calibrate(net: Denoiser, states: Sequence, per_level: bool = True) -> dict:
 
 
 def apply_ranges(net: Denoiser, calibration: dict) -> Denoiser:
-    """A copy of the denoiser with 8-bit layers. calibration: of ``calibrate``."""
+    """A copy of the denoiser with 8-bit layers; calibration: see ``calibrate``."""
     result, levels = copy.deepcopy(net), Levels(calibration["sigmas"])
     layers = _layers(result)
     unknown = sorted(set(calibration["layers"]) - set(layers))
@@ -255,9 +255,9 @@ def quantize(net: Denoiser, states: Sequence, per_level: bool = True) -> Denoise
     """A copy of the denoiser whose convolutions and linear layers compute in 8 bits.
 
     net: a denoiser in floating point, not compiled.
-    states: (x, sigma) or (x, sigma, cond) of evaluations of the sampler that will be used, at all
-        of its noise levels: ranges from other levels cost most of the quality.
-    per_level: see ``calibrate``; default True.
+    states: (x, sigma) or (x, sigma, cond) of evaluations of the sampler that you will use, at all
+        of its noise levels. Ranges from other levels lose most of the quality.
+    per_level: see ``calibrate``. Default True.
 
     Raises UserError for compiled networks, mixed precision, and no states.
     """

@@ -123,16 +123,16 @@ def wrap(
     kind = _WORDS[prediction]
     if kind == "denoised" and noise is not None:
         raise UserError(
-            "wrap: prediction='denoised' takes sigma itself; leave noise out, or say what the model predicts"
+            "wrap: prediction='denoised' needs no noise process: leave noise out, or give another prediction"
         )
     if kind == "flow" and noise is not None:
-        raise UserError("wrap: prediction='flow' brings its own noise process; leave noise out")
+        raise UserError("wrap: prediction='flow' has its own noise process; leave noise out")
     if kind in ("v_prediction", "sample") and noise is None:
         raise UserError(f"wrap: prediction='{prediction}' needs noise=, for example noise=alphas_cumprod or 'ddpm'")
     if data_time not in (0, 1) or data_time == 1 and kind != "flow":
         raise UserError(f"wrap: data_time={data_time}: 0, or 1 for prediction='flow'")
     if label_dim and make_cond is not None:
-        raise UserError("wrap: label_dim and make_cond both say how the model is conditioned; give one of them")
+        raise UserError("wrap: label_dim and make_cond are two ways to condition the model; give one of them")
     net = WrappedDenoiser(model, kind, RectifiedFlow() if kind == "flow" else _process_of(noise))
     net.time_scale, net.integer_time, net.data_time = float(time_scale or 1), integer_time, data_time
     net.sigma_min, net.sigma_max = _range_of(net, sigma_min, sigma_max)
@@ -238,7 +238,7 @@ class WrappedDenoiser(Denoiser):
 
     def __getattr__(self, name):
         if name in ("img_channels", "img_resolution"):
-            raise UserError("this network does not say the size of its samples: pass shape=(3, 32) to models.wrap")
+            raise UserError("this network has no size of its samples: pass shape=(3, 32) to models.wrap")
         return super().__getattr__(name)
 
     @cached_property

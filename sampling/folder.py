@@ -34,18 +34,22 @@ class Folder:
     path: the folder.
     subdirs: one folder for every 1000 seeds.
     inters: also strips of denoised images.
+    names: of the images by seed, without ending. Default: none, the numbers of the seeds.
     """
 
     path: Path
     subdirs: bool
     inters: bool
+    names: tuple[str, ...] = ()
 
     def image(self, seed: int) -> Path:
+        if self.names:
+            return self.path / f"{self.names[seed]}.png"
         parent = self.path / f"{seed - seed % 1000:06d}" if self.subdirs else self.path
         return parent / f"{seed:06d}.png"
 
     def strip(self, seed: int) -> Path:
-        return self.path / "inters" / f"{seed:06d}.png"
+        return self.path / "inters" / (f"{self.names[seed]}.png" if self.names else f"{seed:06d}.png")
 
     @property
     def grid(self) -> Path:
@@ -60,6 +64,9 @@ class Folder:
 
     def begun(self) -> list[int]:
         """The seeds that have images or strips."""
+        if self.names:
+            seeds = range(len(self.names))
+            return [seed for seed in seeds if self.image(seed).exists() or self.strip(seed).exists()]
         parents = [self.path, self.path / "inters"]
         if self.subdirs and self.path.is_dir():
             parents += [path for path in self.path.iterdir() if re.fullmatch("[0-9]{6,10}", path.name)]
@@ -114,7 +121,7 @@ def prepare_folder(
     old = folder.record()
     made: list[int] = []
     if old is not None:
-        before = Folder(folder.path, bool(old["settings"].get("subdirs")), inters=False)
+        before = Folder(folder.path, bool(old["settings"].get("subdirs")), inters=False, names=folder.names)
         made = parse_seeds(old["seeds"]) if busy else among(before.begun(), parse_ranges(old["seeds"]))
         different = _difference(old["settings"], record["settings"])
         if different and busy:
@@ -134,7 +141,7 @@ def prepare_folder(
     record = record | {"seeds": format_seeds([*made, *seeds])}
     write_json(folder.path / RECORD, record)
     todo = seeds if overwrite else [seed for seed in seeds if not folder.done(seed)]
-    for parent in {folder.path, folder.path / "inters", *(folder.image(seed).parent for seed in todo)}:
+    for parent in {folder.path, *(place(seed).parent for seed in todo for place in (folder.image, folder.strip))}:
         remove_leftovers(parent)
     return todo
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from models.inputs import draw_noise
+from sampling.inputs import ImageInputs
 from solvers import SampleInfo, sample
 from torch_utils import distributed
 from torch_utils.errors import UserError
@@ -46,6 +47,7 @@ def generate_images(
     candidates: int = 1,
     first: int = 0,
     keep_intermediates: bool = False,
+    inputs: ImageInputs | None = None,
     device: torch.device | str | None = None,
     **arguments,
 ) -> Iterator[Batch]:
@@ -62,6 +64,8 @@ def generate_images(
         noise. Default 1.
     first: skip this many images (to resume). Default 0.
     keep_intermediates: also return the denoised images at the start of every interval.
+    inputs: images that sampling starts from, by seed. A batch holds images of one size, so seeds
+        should come in the order of ``inputs.order``. Default None.
     device: where net is. Default None: that of its parameters.
     arguments: keyword arguments of ``solvers.sample`` (solver, num_steps, afs, ...).
     """
@@ -72,38 +76,44 @@ def generate_images(
     def draw(start: int) -> tuple:
         part = rows[start : start + batch]
         chosen = [int(seeds[index]) for index, _ in part]
+        denoiser, size, given = net, None, text_of(chosen, prompts, negative_prompt)
+        if inputs is not None:
+            part, chosen = part[: (same := inputs.same_size(chosen))], chosen[:same]
+            denoiser, size, images = inputs.prepare(net, chosen, device)
+            given |= images
         noises = SeededGenerators([candidate_seed(seeds[index], number) for index, number in part])
-        latents = _to_device(draw_noise(net, noises), device)
+        latents = _to_device(draw_noise(net, noises, size=size), device)
         generators = noises
         if candidates > 1:  # the class is drawn after the noise of the seed itself
             generators = SeededGenerators(chosen)
-            draw_noise(net, generators)
+            draw_noise(net, generators, size=size)
         of_batch = labels if labels is None or isinstance(labels, int) else [labels[index] for index, _ in part]
-        cond = net.make_cond(generators, of_batch, **_text_of(chosen, prompts, negative_prompt))
+        cond = net.make_cond(generators, of_batch, **given)
         noises.join(generators)
-        return chosen, noises, latents, cond
+        return denoiser, chosen, noises, latents, cond
 
-    drawn = draw(0) if rows else None
-    for start in range(0, len(rows), batch):
-        chosen, noises, latents, cond = drawn
+    drawn, start = draw(0) if rows else None, 0
+    while start < len(rows):
+        denoiser, chosen, noises, latents, cond = drawn
+        start += len(chosen)
         denoised: list[torch.Tensor] = []
 
         def keep(i, sigma, x, image, denoised=denoised):
             denoised.append(net.decode(image))
 
         x, info = sample(
-            net,
+            denoiser,
             latents,
             predictor=predictor,
             cond=cond,
             return_info=True,
             callback=keep if keep_intermediates else None,
-            noise=lambda noises=noises: draw_noise(net, noises),
+            noise=lambda noises=noises, like=latents: noises.randn(like.shape[1:]),
             **arguments,
         )
         images = net.decode(x)
-        if start + batch < len(rows):  # drawn while a GPU still computes the images above
-            drawn = draw(start + batch)
+        if start < len(rows):  # drawn while a GPU still computes the images above
+            drawn = draw(start)
         yield Batch(chosen, images, torch.stack(denoised) if keep_intermediates else None, info, cond)
 
 
@@ -163,7 +173,7 @@ def until_stopped(batches: Iterator[Batch], received: list[int]) -> Iterator[Bat
             raise Interrupted(received[0], ": finished images are kept; repeat the command to continue")
 
 
-def _text_of(seeds: list[int], prompts: str | Mapping[int, str] | None, negative_prompt: str | None) -> dict:
+def text_of(seeds: list[int], prompts: str | Mapping[int, str] | None, negative_prompt: str | None) -> dict:
     """Keyword arguments of ``make_cond`` for the texts; empty without texts."""
     own = prompts if isinstance(prompts, str) else prompts_of(seeds, prompts)
     text = {"prompts": own, "negative_prompt": negative_prompt}

@@ -7,13 +7,15 @@ import click
 from evaluation.verifiers import FORMS
 from sampling.flags import schedule_file_flag
 from sampling.folder import GRID_LIMIT
+from sampling.inputs import InputOptions
 from sampling.settings import ComputeOptions, Settings
 from sampling.text import TextOptions
+from solvers.particle_search import METHODS
 from solvers.schedule_file import Schedule
 from torch_utils.cli import PATH
 from torch_utils.errors import UserError
 from torch_utils.memory import BatchSize
-from torch_utils.options import ALWAYS, derived, flag, names_of_written, part
+from torch_utils.options import ALWAYS, CHANGED, COUNT, derived, flag, names_of_written, part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +25,31 @@ class SearchOptions:
     candidates: int | None = flag(
         "Noise search: keep the best of N images for every seed, at N times the evaluations", metavar="N"
     )
+    search: str = flag(
+        "best: the best of N images (--candidates=N). rollover, quota or resample: search along the path, within"
+        " --budget evaluations per image, from N starting noises",
+        "best",
+        click.Choice(["best", *METHODS]),
+        record=CHANGED,
+    )
+    budget: int | None = flag("Network evaluations per image of a search along the path", kind=COUNT, record=CHANGED)
     verifier: str | None = flag(
         f"Score that chooses among the candidates: {FORMS} (evaluation/verifiers.py)", kind=PATH, metavar="V"
     )
 
+    @property
+    def along_path(self) -> bool:
+        return self.search != "best"
+
     def check(self) -> None:
         """Raises UserError if --candidates and --verifier do not go together."""
         candidates, verifier = self.candidates, self.verifier
+        if self.along_path != (self.budget is not None):
+            raise UserError("--budget goes with --search=rollover, quota or resample, and each of these needs it")
+        if self.along_path and (verifier is None or candidates is None):
+            raise UserError(
+                f"--search={self.search} needs --candidates=N starting noises and a score, --verifier={FORMS}"
+            )
         if candidates is not None and candidates < 1:
             raise UserError(f"--candidates={candidates}: must be at least 1")
         if verifier is None and candidates not in (None, 1):
@@ -105,6 +125,13 @@ class SampleOptions:
     class_idx: int | None = flag(
         "Class of all images (default: drawn per seed)", kind=click.IntRange(min=0), called="class", record=ALWAYS
     )
+    quantize: str = flag(
+        "int8: 8-bit layers, calibrated on the run's own settings; faster on x86 CPUs",
+        "none",
+        click.Choice(["none", "int8"]),
+        record=CHANGED,
+    )
+    inputs: InputOptions = part()
     search: SearchOptions = part()
     output: OutputOptions = part()
     written: frozenset[str] = names_of_written()
@@ -112,8 +139,9 @@ class SampleOptions:
     def check(self) -> None:
         """Raises UserError for flags that do not go together with any network."""
         self.search.check()
+        self.inputs.check(self.written)
         self.output.check(self.written)
 
     def recorded_parts(self) -> tuple:
         """Option dataclasses that the images depend on besides the settings."""
-        return self.text, self.compute, self.output, self
+        return self.text, self.compute, self.inputs, self.search, self.output, self

@@ -14,8 +14,10 @@ import torch
 from evaluation.fid import StreamedFID
 from evaluation.verifiers import Verifier, judge, load_verifier
 from sampling.folder import Folder, begin_folder, default_folder, format_seeds, write_grid
-from sampling.generate import Batch, generate_fitting, generate_images, prompts_of, until_stopped
+from sampling.generate import Batch, generate_fitting, generate_images, prompts_of, text_of, until_stopped
 from sampling.options import SampleOptions
+from sampling.path_search import search_images
+from sampling.quantized import quantized_network
 from sampling.search import ScoreFile, keep_best
 from sampling.settings import (
     Settings,
@@ -44,6 +46,13 @@ def open_verifier(text: str | None, net, device: torch.device) -> Verifier | Non
         return load_verifier(text, net, device)
 
 
+def score_of(verifier: Verifier, images: torch.Tensor, seeds: list[int], cond, rows, prompts) -> torch.Tensor:
+    """Scores of images [B,C,H,W] in [-1, 1], of these rows of a batch with condition ``cond``."""
+    pixels = torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2).contiguous()
+    labels = cond.get("class_labels")
+    return judge(verifier, pixels, seeds, None if labels is None else labels[rows], prompts_of(seeds, prompts))
+
+
 def search(
     batches: Iterator[Batch], verifier: Verifier, candidates: int, prompts, scores: ScoreFile
 ) -> Iterator[Batch]:
@@ -51,9 +60,7 @@ def search(
 
     def score(batch: Batch, rows: list[int]) -> torch.Tensor:
         seeds = [batch.seeds[row] for row in rows]
-        pixels = torch.from_numpy(to_uint8(batch.images[rows])).permute(0, 3, 1, 2).contiguous()
-        labels = batch.cond.get("class_labels")
-        return judge(verifier, pixels, seeds, None if labels is None else labels[rows], prompts_of(seeds, prompts))
+        return score_of(verifier, batch.images[rows], seeds, batch.cond, rows, prompts)
 
     return keep_best(batches, candidates, score, scores.add)
 
@@ -72,6 +79,8 @@ def describe_run(
         candidates = options.search.candidates
         recorded |= {"candidates": candidates, "verifier": verifier.name, "verifier_sha256": verifier.digest}
         spent = {"nfe": candidates * nfe, "nfe_per_candidate": nfe, "scores": ScoreFile.NAME}
+    if options.search.along_path:
+        spent = {"nfe": options.search.budget}  # at most
     return {
         "settings": recorded,
         **spent,
@@ -86,13 +95,13 @@ def describe_run(
 
 
 def write_images(
-    batches: Iterator[Batch], folder: Folder | None, nfe: int, progress, stream: StreamedFID | None = None
+    batches: Iterator[Batch], folder: Folder | None, nfe: int | None, progress, stream: StreamedFID | None = None
 ) -> None:
     """Writes the batches of ``generate_images`` to a folder, a stream of features, or both.
 
     batches: the batches.
     folder: output folder; None: write no images.
-    nfe: evaluations per image that every batch must have spent.
+    nfe: evaluations per image that every batch must have spent; None: they differ.
     progress: progress bar.
     stream: receives the pixels of all images, for the FID. Default None.
 
@@ -101,7 +110,7 @@ def write_images(
     """
     with ImageWriter() as writer:
         for result in batches:
-            if result.info.nfe != nfe:
+            if nfe is not None and result.info.nfe != nfe:
                 raise RuntimeError(f"sampling took {result.info.nfe} network evaluations instead of {nfe}")
             pixels = to_pixels(result.images)
             finite = result.images.isfinite().flatten(1).all(dim=1).tolist()
@@ -124,6 +133,24 @@ def write_images(
             progress.update(len(result.seeds))
 
 
+def _search_paths(settings: Settings, options: SampleOptions, verifier: Verifier, net, seeds, **arguments):
+    """``search_images`` with the arguments of ``generate_images``."""
+    prompts, negative = arguments["prompts"], arguments["negative_prompt"]
+    return search_images(
+        net,
+        seeds,
+        lambda image, seed, cond: float(score_of(verifier, image, [seed], cond, [0], prompts)),
+        method=options.search.search,
+        budget=options.search.budget,
+        first=options.search.candidates,
+        sigmas=settings.resolve(net),
+        finish=settings.make_solver(),
+        device=arguments["device"],
+        labels=arguments["labels"],
+        text=lambda seeds: text_of(seeds, prompts, negative),
+    )
+
+
 def report_fid(stream: StreamedFID, path: str | None, record: dict, source: str) -> None:
     """Prints the FID (rank 0), and writes it with the record of the run. Every process calls it.
 
@@ -140,8 +167,11 @@ def report_fid(stream: StreamedFID, path: str | None, record: dict, source: str)
 
 def run(options: SampleOptions, device: torch.device) -> None:
     """Samples the images of the options. Every process of a torchrun calls it."""
-    output, seeds = options.output, parse_seeds(options.seeds)
+    output = options.output
     options.check()
+    inputs = options.inputs.open()
+    every = inputs is not None and "seeds" not in options.written
+    seeds = list(range(len(inputs))) if every else parse_seeds(options.seeds)
     settings, predictor, predictor_file = open_predictor(options.predictor_path, options.settings, options.written)
     compute = remembered_network(predictor_file, settings, options.compute)
     options = replace(options, text=options.text.resolve(), compute=compute)
@@ -153,6 +183,20 @@ def run(options: SampleOptions, device: torch.device) -> None:
         settings, source = settings.for_network(net, options.written)
         distributed.print0(f"{asked} evaluations: {settings.flags()} ({source})")
     check_network(net, settings, predictor, device)
+    if inputs is None and net.takes_images:
+        raise UserError(f"{settings.dataset_name} restores images: give --images, a folder of degraded images")
+    if inputs is not None:
+        inputs.check(net, seeds)
+        seeds = inputs.order(seeds)
+        if output.grid and inputs.same_size(seeds) < len(seeds):
+            raise UserError("--grid needs images of one size: leave it out, or choose by --seeds")
+    if options.search.along_path and (predictor is not None or output.return_inters or inputs is not None):
+        raise UserError(f"--search={options.search.search} works from noise, without predictor and --return_inters")
+    if options.quantize != "none":
+        one = {"labels": options.class_idx, "negative_prompt": options.text.negative_prompt}
+        if inputs is not None or not isinstance(prompts, str | None):
+            raise UserError("--quantize needs noise as its start, and one prompt for all images")
+        net = quantized_network(net, settings.arguments(), predictor, device, prompts=prompts, **one)
     warnings = settings.warnings()
     if options.schedule is not None:
         warnings += options.schedule.warnings(net, settings.solver, settings.afs)
@@ -162,6 +206,8 @@ def run(options: SampleOptions, device: torch.device) -> None:
     verifier, candidates = open_verifier(options.search.verifier, net, device), options.search.candidates or 1
     record = describe_run(settings, options, net, predictor, predictor_file, verifier, device)
     record |= {} if source is None else {"recommended": source}
+    if inputs is not None:
+        record["settings"] |= inputs.record()
     stream = None
     if output.fid_ref is not None:
         stream = StreamedFID(output.fid_ref, len(seeds), output.fid_detector, device)
@@ -169,7 +215,11 @@ def run(options: SampleOptions, device: torch.device) -> None:
     inserted = predictor is not None and not SOLVERS[settings.solver].needs_predictor
     searched = None if verifier is None else candidates
     default = default_folder(settings.dataset_name, settings.solver, nfe, inserted, searched)
-    folder = Folder(Path(output.outdir or default), output.subdirs, output.return_inters)
+    if options.search.along_path:
+        nfe, found = None, default_folder(settings.dataset_name, settings.solver, options.search.budget)
+        default = found.with_name(f"{found.name}_{options.search.search}")
+    names = () if inputs is None else tuple(inputs.names)
+    folder = Folder(Path(output.outdir or default), output.subdirs, output.return_inters, names)
     distributed.barrier()  # nothing is written before every process has passed all checks
     with ExitStack() as locks:
         place, todo = None, None
@@ -186,6 +236,8 @@ def run(options: SampleOptions, device: torch.device) -> None:
         generate = generate_fitting if options.batch == AUTO else partial(generate_images, batch=options.batch)
         advice = f"lower --batch (now {options.batch}), or --batch=auto"
         with distributed.together():
+            if options.search.along_path:
+                generate = partial(_search_paths, settings, options, verifier)
             batches = generate(
                 net,
                 share,
@@ -195,10 +247,11 @@ def run(options: SampleOptions, device: torch.device) -> None:
                 negative_prompt=options.text.negative_prompt,
                 candidates=candidates,
                 keep_intermediates=folder.inters,
+                inputs=inputs,
                 device=device,
                 **settings.arguments(),
             )
-            if verifier is not None:
+            if verifier is not None and not options.search.along_path:
                 batches = search(batches, verifier, candidates, prompts, folder.scores())
             with (
                 deferred_signals() as received,
@@ -213,7 +266,7 @@ def run(options: SampleOptions, device: torch.device) -> None:
                 place.end()
             if output.grid:
                 write_grid(folder, seeds)
-            each = "" if verifier is None else f" ({candidates} candidates of {nfe})"
+            each = "" if verifier is None or nfe is None else f" ({candidates} candidates of {nfe})"
             print(
                 f"sampled {len(todo)} images ({len(seeds) - len(todo)} skipped) NFE={record['nfe']}{each} in {seconds:.1f} s"
                 f" ({len(todo) / max(seconds, 1e-9):.1f} img/s)"

@@ -6,7 +6,7 @@ from pathlib import Path
 from models import use_tokenizer, zoo
 from models.denoiser import member
 from sampling.folder import format_seeds
-from sampling.generate import _text_of
+from sampling.generate import text_of
 from torch_utils.cli import PATH
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
@@ -86,7 +86,7 @@ class TextOptions:
         if self.tokenizer_path is not None:
             use_tokenizer(net, self.tokenizer_path)
         seed = next(iter(prompts)) if isinstance(prompts, dict) else 0
-        net.make_cond(SeededGenerators([seed]), **_text_of([seed], prompts, self.negative_prompt))
+        net.make_cond(SeededGenerators([seed]), **text_of([seed], prompts, self.negative_prompt))
 
 
 def _text_is_missing(dataset_name: str) -> UserError:

@@ -1,4 +1,4 @@
-"""Search along the path: several stochastic steps are tried, and a reward chooses how to go on.
+"""Search along the path: a reward chooses among several stochastic steps.
 
 Kim et al. 2025, "Inference-Time Scaling for Flow Models via Stochastic Generation and Rollover
 Budget Forcing" (arXiv 2503.19385).
@@ -13,7 +13,7 @@ import torch
 from models.denoiser import member
 from models.inputs import initial_state
 from solvers.sampler import Sampler
-from solvers.solver import State, make_solver
+from solvers.solver import Solver, State, make_solver
 from torch_utils.errors import UserError
 
 METHODS = ("rollover", "quota", "resample")
@@ -22,12 +22,12 @@ METHODS = ("rollover", "quota", "resample")
 class Rollover:
     """Bookkeeping of rollover budget forcing, as published.
 
-    Every step may use ``quota`` evaluations. As soon as a candidate beats the best reward so far,
-    it is taken, and the evaluations that the step has left go to the next one. When the quota is
-    used up, the best candidate of the step is taken. The search never leaves the last step but one.
+    Every step may use ``quota`` evaluations. If a candidate has a better reward than all before, it
+    is taken, and the rest of the quota is added to that of the next step. If the quota is used up,
+    the best candidate of the step is taken. The search stays at the last step but one.
 
-    budget: evaluations in all.
-    first: evaluations spent on starting noises.
+    budget: number of all evaluations.
+    first: number of evaluations for starting noises.
     steps: number of steps.
 
     Attributes: step (from 0), quota (of the current step), best (reward), spent (evaluations).
@@ -50,14 +50,14 @@ class Rollover:
         return self.spent + 1 >= self.budget
 
     def begin(self, reward: float) -> None:
-        """Starts from the best of the starting noises, whose reward this is."""
+        """Set the reward of the best starting noise."""
         self.best = reward
 
     def offer(self, reward: float) -> str:
-        """Counts a candidate of the current step.
+        """Count a candidate of the current step.
 
-        Returns "take" (go on from this candidate), "best" (go on from the best candidate of the
-        step) or "again" (try another one).
+        Returns "take" (continue from this candidate), "best" (continue from the best candidate of
+        the step) or "again" (try another one).
         """
         self.spent += 1
         better, may_go = reward > self.best, self.step < self.steps - 2
@@ -75,11 +75,12 @@ class Rollover:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A state that was evaluated.
+    """An evaluated state.
 
-    state: at schedule point ``index``.
-    direction: d = (x - D) / sigma there, [1,C,H,W].
-    reward: of the denoised image.
+    state: the state.
+    direction: direction d = (x - D) / sigma at the state, [1,C,H,W].
+    reward: reward of the denoised image.
+    index: schedule point of the state.
     """
 
     state: State
@@ -93,9 +94,9 @@ class Found:
     """Result of a search.
 
     x: the image [1,C,H,W].
-    reward: of this image.
-    nfe: network evaluations spent, with those of the last part.
-    index: schedule point from which the deterministic solver went on.
+    reward: reward of this image.
+    nfe: number of all network evaluations.
+    index: schedule point where the deterministic solver started.
     """
 
     x: torch.Tensor
@@ -107,22 +108,22 @@ class Found:
 class PathSearch:
     """One image by search along the path of the reverse SDE.
 
-    Every candidate is one stochastic step and one evaluation; its denoised image gets a reward. In
-    the end the path with the best reward is finished by a deterministic solver, and these
-    evaluations are part of the budget. The published code returns a denoised image of the last step
-    instead, which may be worse than the best one seen.
+    Every candidate is one stochastic step and one evaluation; its denoised image gets a reward. At
+    the end a deterministic solver completes the path with the best reward; the budget includes its
+    evaluations. The published code returns a denoised image of the last step instead, which may be
+    worse than the best one.
 
     net: the denoiser.
-    reward: function of denoised images [1,C,H,W] that returns a number; larger is better.
+    reward: function from denoised images [1,C,H,W] to a number; larger is better.
     noise: returns standard normal noise [1,C,H,W] for each stochastic step.
     sigmas: noise levels [N] of the steps, decreasing.
     cond: keyword arguments of net. Default: none.
-    finish: solver of the last part; default "euler".
+    finish: deterministic solver that completes the path. Default: Euler's method.
     """
 
-    def __init__(self, net, reward: Callable, noise: Callable, sigmas, cond=None, finish: str = "euler"):
+    def __init__(self, net, reward: Callable, noise: Callable, sigmas, cond=None, finish: Solver | None = None):
         self.net, self.reward, self.sigmas = net, reward, torch.as_tensor(sigmas, dtype=torch.float64)
-        self.cond, self.finish = cond, finish
+        self.cond, self.finish = cond, finish or make_solver("euler")
         self._run = Sampler(net, make_solver("sde", {"max_order": 1}), self.sigmas, cond=cond, noise=noise)
 
     @property
@@ -155,7 +156,7 @@ class PathSearch:
         x, extra = candidate.state.x, 0
         if len(rest) > 1:
             cached = {0: (candidate.direction, None)}
-            run = Sampler(self.net, make_solver(self.finish), rest, cond=self.cond, cached_evals=cached)
+            run = Sampler(self.net, self.finish, rest, cond=self.cond, cached_evals=cached)
             state, i = State(x), 0
             while i < run.intervals:
                 state = run.advance(state, i)
@@ -164,13 +165,13 @@ class PathSearch:
         return Found(x, float(self.reward(x)), self._run.nfe + extra, candidate.index)
 
     def to_finish(self, index: int) -> int:
-        """Calls that ``complete`` needs from a schedule point whose direction is known."""
+        """Number of calls that ``complete`` needs from an evaluated schedule point."""
         intervals = self.steps - index
-        return make_solver(self.finish).evaluations(intervals) - 1 if intervals else 0
+        return self.finish.evaluations(intervals) - 1 if intervals else 0
 
     @property
     def per_call(self) -> int:
-        """Network evaluations that one call costs; candidates are counted in calls."""
+        """Network evaluations per call; candidates are counted in calls."""
         return member(self.net, "evals_per_call")
 
 
@@ -182,16 +183,18 @@ def search_path(
     temperature: float = 0.1,
     uniform: Callable[[], float] | None = None,
 ) -> Found:
-    """The image that a search finds, for at most ``budget`` evaluations.
+    """Search for an image with at most ``budget`` evaluations.
 
-    search: what to search with.
-    latents: starting noises, unit variance, [1,C,H,W] each.
-    budget: evaluations in all, those of the last part included.
-    method: "rollover" (default, see ``Rollover``); "quota": every step tries the same number of
-        candidates and takes the best (SVDD, Li et al. 2024); "resample": the starting noises are
-        particles, of which each step keeps more of the better ones, in proportion to
+    search: the network, reward and schedule.
+    latents: starting noises of unit variance, each [1,C,H,W].
+    budget: number of all evaluations.
+    method: rule of the search. Default rollover.
+        "rollover": see ``Rollover``.
+        "quota": every step tries the same number of candidates and takes the best (SVDD, Li et al.
+        2024).
+        "resample": the starting noises are particles, resampled before each step in proportion to
         exp(reward / temperature) (sequential Monte Carlo).
-    temperature: for "resample"; default 0.1.
+    temperature: for "resample". Default 0.1.
     uniform: for "resample": returns a random number in [0, 1). Default: torch's generator.
 
     Raises UserError for an impossible budget.
@@ -224,7 +227,7 @@ def _reward(candidate: Candidate) -> float:
 
 
 def _resample(search: PathSearch, particles: list[Candidate], budget: int, temperature: float, uniform) -> Candidate:
-    """The best candidate of all steps, where particles are resampled before each step."""
+    """The best candidate of all steps, with particles resampled before each step."""
     if len(particles) * (search.steps + 1) > budget or temperature <= 0:
         raise UserError(
             f"resample: {len(particles)} particles over {search.steps} steps need a larger budget,"

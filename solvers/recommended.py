@@ -1,12 +1,12 @@
-"""Recommended settings: what to sample a network with, for a solver and a number of evaluations.
+"""Recommended settings of sampling, by network, solver and number of evaluations.
 
-``recommend`` takes them from the first of these that has any:
+``recommend`` uses the first of these that exists:
 
 * the evidence for this network, ``models/recommended/<dataset_name>.json``: the best settings
   on validation seeds, with their scores. ``python -m benchmarks.recommend`` writes these files.
-* ``PUBLISHED``: the settings that the papers of the solvers use.
+* ``PUBLISHED``: the settings in the papers of the solvers.
 
-The command lines read the same table: sample.py and train.py under ``--nfe``, compare.py, the demo.
+sample.py and train.py with ``--nfe``, compare.py and the demo use the same settings.
 """
 
 import json
@@ -28,8 +28,8 @@ KARRAS = "Karras et al. 2022 (arXiv 2206.00364)"
 LU = "Lu et al. 2022 (arXiv 2211.01095)"
 ZHANG = "Zhang and Chen 2023 (arXiv 2204.13902)"
 ZHOU = "Zhou et al. 2024 (arXiv 2312.00094)"
-# Schedule and options of each solver, and the paper that uses them. Dynamic thresholding is
-# published for guided sampling of pixels only; elsewhere it damages values outside [-1, 1].
+# {solver: (schedule and options, paper)}. Dynamic thresholding is published for guided sampling of
+# pixels only; elsewhere it damages values outside [-1, 1].
 PUBLISHED: dict[str, tuple[dict, str]] = {
     "euler": (POLYNOMIAL, KARRAS),
     "heun": (POLYNOMIAL, KARRAS),
@@ -50,18 +50,18 @@ PUBLISHED: dict[str, tuple[dict, str]] = {
 }
 DISCRETE = {"schedule_type": "discrete", "schedule_rho": 1.0}  # even steps in the index of the noise table
 TIME_UNIFORM = {"schedule_type": "time_uniform", "schedule_rho": 1.0}
-# The plain solver of a network without evidence. iPNDM has the best published FID of the plain
-# solvers at five evaluations on CIFAR-10 (13.59; DPM-Solver++ 24.97, UniPC 23.98). Under guidance
-# the paper of DPM-Solver++ recommends its second order.
+# The solvers of a network without evidence. iPNDM has the best published FID of plain solvers with
+# five evaluations on CIFAR-10 (13.59; DPM-Solver++ 24.97, UniPC 23.98). With guidance the paper of
+# DPM-Solver++ recommends its second order.
 UNGUIDED_SOLVER, GUIDED_SOLVER = "ipndm", "dpmpp"
 
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What ``recommend`` found.
+    """Result of ``recommend``.
 
     settings: keyword arguments of ``solvers.sample``: solver, num_steps, schedule, afs, options.
-    source: where they come from, one line.
+    source: their source, one line.
     """
 
     settings: dict
@@ -70,19 +70,19 @@ class Recommendation:
 
 @cache
 def evidence() -> dict[str, dict]:
-    """The files of ``models/recommended`` by the name of the network."""
+    """The files of ``models/recommended``, {name of the network: content}."""
     files = sorted(FOLDER.glob("*.json"))
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
 
 
 def evidence_for(net) -> dict | None:
-    """The evidence for this network; None for other weights, even under the same name."""
+    """The evidence for this network; None for other weights of the same name."""
     found = evidence().get(member(net, "dataset_name"))
     return found if found is not None and found["network_sha256"] == net.weights_hash else None
 
 
 def published(net, solver: str) -> tuple[dict, str]:
-    """(schedule and options, source) for a solver of a paper on a network of this kind."""
+    """(schedule and options, source): published settings of a solver for this kind of network."""
     settings, source = PUBLISHED.get(solver, (POLYNOMIAL, f"{KARRAS}, as for other solvers"))
     options = SOLVERS[solver].options
     if hasattr(net, "sigma_inv") and member(net, "latent"):
@@ -97,7 +97,7 @@ def published(net, solver: str) -> tuple[dict, str]:
     return settings, source
 
 
-# Training of AMED as its paper has it; a further student takes the settings of the plugin.
+# Settings of training in the AMED paper; other solvers use those of the plugin.
 TRAINING = {
     "amed": {
         **{"sampler_stu": "amed", "sampler_tea": "heun", "M": 1, "afs": True, "scale_dir": 0.01, "scale_time": 0},
@@ -112,7 +112,7 @@ TRAINING = {
 
 
 def training_recipe(dataset_name: str, student: str = "amed") -> tuple[dict, str]:
-    """(flags of train.py by name, their source) for a network and a student solver.
+    """({flag of train.py: value}, source) for a network and a student solver.
 
     dataset_name: name of the network.
     student: "amed", "span", or a solver that a predictor is inserted into. Default "amed".
@@ -132,15 +132,15 @@ def training_recipe(dataset_name: str, student: str = "amed") -> tuple[dict, str
 
 
 def choose_intervals(cost: Callable[[int], int], nfe: int) -> tuple[int, int]:
-    """(number of intervals, evaluations they spend): ``nfe`` if possible, else the nearest below.
+    """(number of intervals, its evaluations): ``nfe`` evaluations if possible, else the next fewer.
 
-    cost: evaluations of a number of intervals; may raise UserError for one that it refuses.
-    nfe: the evaluations to spend.
+    cost: function from a number of intervals to its evaluations; may raise UserError.
+    nfe: the wanted number of evaluations.
 
-    Of several numbers of intervals with one cost the largest; the cheapest if all spend more than
-    ``nfe``. Raises UserError if none is possible.
+    Of several numbers of intervals with one cost the largest is returned; if all need more than
+    ``nfe``, the cheapest. Raises UserError if none is possible.
     """
-    best, refusal = None, UserError(f"nfe={nfe}: the solver cannot spend so few evaluations")
+    best, refusal = None, UserError(f"nfe={nfe}: the solver needs more evaluations")
     for intervals in range(1, 8 * nfe + 9):  # no solver covers more than a few intervals per evaluation
         try:
             spent = cost(intervals)
@@ -157,13 +157,13 @@ def choose_intervals(cost: Callable[[int], int], nfe: int) -> tuple[int, int]:
 
 
 def steps_for(nfe: int, cost: Callable[[int], int], what: str, hint: str = "") -> int:
-    """The ``num_steps`` that spends exactly ``nfe`` evaluations.
+    """The ``num_steps`` with exactly ``nfe`` evaluations.
 
-    cost: as of ``choose_intervals``.
+    nfe, cost: see ``choose_intervals``.
     what: the solver and its settings, for the message.
-    hint: other ways out, for the message; default: none.
+    hint: other solutions, for the message. Default: none.
 
-    Raises UserError, naming the numbers nearby, if there is none.
+    Raises UserError with the nearest possible numbers if there is none.
     """
     if nfe < 1:
         raise UserError(f"nfe={nfe} must be at least 1")
@@ -180,11 +180,13 @@ def steps_for(nfe: int, cost: Callable[[int], int], what: str, hint: str = "") -
 
 
 def num_steps_for(net, nfe: int, settings: Mapping) -> int:
-    """The ``num_steps`` that spends exactly ``nfe`` evaluations on this network.
+    """The ``num_steps`` with exactly ``nfe`` evaluations of this network.
 
+    net: the denoiser.
+    nfe: the wanted number of evaluations.
     settings: keyword arguments of ``sample``: solver, afs, denoise_to_zero, options of the solver.
 
-    Raises UserError, naming the numbers nearby, if there is none.
+    Raises UserError with the nearest possible numbers if there is none.
     """
     options = {name: value for name, value in settings.items() if name in SOLVERS[settings["solver"]].options}
     solver, afs = make_solver(settings["solver"], options), settings.get("afs", False)
@@ -201,7 +203,7 @@ def num_steps_for(net, nfe: int, settings: Mapping) -> int:
 
 
 def merge(own: Mapping, given: Mapping) -> dict:
-    """Settings with what was given in their place; an exponent belongs to its schedule."""
+    """Return ``own`` with the values of ``given``; an exponent is replaced with its schedule."""
     if {"schedule_type", "schedule_rho"} & given.keys():
         own = {name: value for name, value in own.items() if name not in ("schedule_type", "schedule_rho")}
     return {**own, **given}
@@ -213,13 +215,13 @@ def recommend(
     """The recommended settings of a network, a solver and a number of evaluations.
 
     net: the denoiser.
-    nfe: network evaluations per image, guidance counted. Default 5.
-    solver: name in ``SOLVERS``; default: the best plain one for this network.
-    given: settings that are decided already, by name; they win. Default: none.
-    tuned: use the evidence for this network, if there is any, not published settings. Default True.
+    nfe: network evaluations per image, including guidance. Default 5.
+    solver: name in ``SOLVERS``. Default: the best plain one for this network.
+    given: settings that are fixed, {name: value}. Default: none.
+    tuned: use the evidence for this network if it exists. Default True.
 
-    Raises UserError for an unknown solver, one that needs a predictor, and a number of evaluations
-    that cannot be spent exactly.
+    Raises UserError for an unknown solver, one that needs a predictor, and an impossible number of
+    evaluations.
     """
     if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
         raise UserError(f"nfe={nfe!r} must be a whole number of evaluations, 1 or more")
@@ -230,7 +232,7 @@ def recommend(
     if solver is None:
         solver = GUIDED_SOLVER if member(net, "guided") else UNGUIDED_SOLVER
     if make_solver(solver, {}).needs_predictor:
-        raise UserError(f"solver={solver} needs a trained predictor, which brings its own settings")
+        raise UserError(f"solver={solver} needs a trained predictor, which has its own settings")
     rows = table["plain"].get(solver) if table is not None else None
     if not rows:
         own, source = published(net, solver)
@@ -251,7 +253,7 @@ def recommend(
         settings = merge({"solver": solver, **row["settings"]}, given)
         try:
             settings["num_steps"] = num_steps_for(net, nfe, settings)
-        except UserError as error:  # two-stage solvers: odd numbers need the free first step, even ones not
+        except UserError as error:  # two-stage solvers: odd numbers need AFS, even ones must not have it
             refusal = refusal or error
             continue
         source = f"models/recommended/{net.dataset_name}.json"
@@ -272,11 +274,11 @@ def recommended(net, nfe: int = DEFAULT_NFE, solver: str | None = None) -> dict:
 
 
 def _changes(own: Mapping, given: Mapping) -> str:
-    """What was given instead of the recommended settings, for the source."""
+    """The changed settings, as text for the source."""
     names = [name for name, value in given.items() if value != own.get(name, False)]
     return f"; changed: {', '.join(names)}" if names else ""
 
 
 def _nearest(rows: Mapping, calls: float) -> list[str]:
-    """The numbers of evaluations in ``rows``, the nearest first; of two equally near the larger."""
+    """The numbers of evaluations in ``rows``, the nearest first; the larger one first if equal."""
     return sorted(rows, key=lambda number: (abs(int(number) - calls), -int(number)))

@@ -165,7 +165,7 @@ class Sampler:
         """The direction d = (x - D) / sigma [B,C,H,W] at a point, or a list of them at several.
 
         A list costs one call of the network. The observer is called for points of the schedule.
-        ``divisor`` says which sigma it is.
+        sigma is that of ``divisor``.
         """
         points = request if isinstance(request, list) else [request]
         learned = any(v is not None and v.requires_grad for p in points for v in (p.x, p.sigma, p.sigma_cond, p.shift))
@@ -200,17 +200,17 @@ class Sampler:
     def divisor(self, point: Point) -> torch.Tensor:
         """The noise level that x - D is divided by, a scalar or [B,1,1,1]: that of the point.
 
-        For solvers with direction_sigma="network" it is the network's, at points of the schedule.
+        For solvers with direction_sigma="network" it is sigma_cond, at points of the schedule.
         """
-        told = self.solver.direction_sigma == "network" and point.index is not None
-        return point.sigma_cond if told else point.sigma
+        conditioned = self.solver.direction_sigma == "network" and point.index is not None
+        return point.sigma_cond if conditioned else point.sigma
 
     def denoise(self, x, sigma, copies=1, shift=None):
         """The denoised images D(x; sigma), in the dtype of x.
 
         x: states [copies B,C,H,W].
         sigma: noise level to condition the network on, a scalar or [copies B,1,1,1].
-        copies: number of points of the batch that x holds, one after the other. Default 1.
+        copies: number of points in x, one batch after the other. Default 1.
         shift: [copies,E], added to the network's embedding of the noise level. Default None.
         """
         self.nfe += copies * member(self.net, "evals_per_call")
@@ -311,7 +311,7 @@ def resolve_sigmas(
 def _end_of_range(net, name: str) -> float:
     if not hasattr(net, name):
         raise UserError(
-            f"the network does not say its {name}: wrap it (net = models.wrap(net, sigma_min=0.002, sigma_max=80)),"
+            f"the network has no {name}: wrap it (net = models.wrap(net, sigma_min=0.002, sigma_max=80)),"
             f" or pass {name} or sigmas"
         )
     return getattr(net, name)
@@ -371,27 +371,27 @@ def check_predictor(predictor, net, solver: Solver, sigmas: torch.Tensor, settin
 
 
 def _with_defaults(asked: dict, predictor) -> dict:
-    """The settings of a run by name: the predictor's where they are None, else the defaults.
+    """The settings of a run by name; None is replaced by the predictor's value or the default.
 
     asked: arguments of ``integrate``: solver, afs, and the settings of the schedule.
 
-    Raises UserError if they contradict a predictor that brings its own schedule.
+    Raises UserError if they differ from those of a predictor with its own schedule.
     """
     config, known = getattr(predictor, "config", {}), {}
     if hasattr(predictor, "brings"):
         known = {"solver": predictor.solver}
         for name in _SCHEDULE:
             if asked[name] not in (None, config.get(name)):
-                raise UserError(f"{name}={asked[name]}: the predictor brings its own schedule; leave {name} out")
+                raise UserError(f"{name}={asked[name]}: the predictor has its own schedule; leave {name} out")
     elif config:
         known = {name: config.get(name) for name in ("afs", *_SCHEDULE)} | {"solver": config["sampler_stu"]}
-        if all(asked[name] is None for name in _SCHEDULE):  # else they say in another way where the noise levels are
+        if all(asked[name] is None for name in _SCHEDULE):  # else they define the noise levels
             known["sigmas"] = config.get("sigmas")
     defaults = {"schedule_type": "polynomial", "schedule_rho": 7, "afs": False}
     layers = (asked, known, defaults)
     found = {name: next((a[name] for a in layers if a.get(name) is not None), None) for name in asked}
     if found["solver"] is None:
-        raise UserError("sample: name a solver, or give nfe alone, the number of network evaluations, or a predictor")
+        raise UserError("sample: give a solver, or nfe (the number of network evaluations), or a predictor")
     return found
 
 
@@ -401,7 +401,7 @@ def _check_guidance(predictor, net) -> None:
     trained = config.get("guidance_rate") if config.get("guidance_type") in ("cfg", "cg") else None
     if None not in (rate, trained) and rate != trained:
         raise UserError(
-            f"the predictor was trained with guidance_rate={trained:g}, the network has {rate:g}: open the network with"
+            f"the predictor was trained with guidance_rate={trained:g}, the network has {rate:g}: load the network with"
             f" guidance_rate={trained:g}, or choose another predictor"
         )
 
@@ -450,11 +450,11 @@ def integrate(
     schedule_type, schedule_rho: kind of the schedule, see ``get_schedule``. Default: polynomial, 7;
         with nfe the recommended ones.
     afs: analytical first step, see ``afs_direction``. Default False; with nfe the recommended one.
-    nfe: network evaluations to spend, instead of num_steps or sigmas; ``recommend`` then sets what
-        is not given (solvers/recommended.py). Default None.
+    nfe: number of network evaluations, instead of num_steps or sigmas; ``recommend`` then chooses
+        all settings that are not given (solvers/recommended.py). Default None.
     predictor: an AMEDPredictor, which inserts one learned evaluation per interval, or a SpanSolver.
-        It brings solver, schedule, first step and options of its training. Arguments that
-        contradict them are refused. Default None.
+        It sets solver, schedule, first step and options as in its training; other values are an
+        error. Default None.
     cond: keyword arguments of net. Default: none.
     sigma_min, sigma_max: range of the schedule. Default: that of the network.
     sigmas: explicit noise levels [N], decreasing, instead of a schedule; or [N,B,1,1,1], a schedule

@@ -83,8 +83,8 @@ class Option:
     default: the value if it is not given.
     help: one line for the flag.
     aliases: further names of the flag, such as --solver_r.
-    of_schedule: whether it belongs to a schedule with ``sigmas_cond``. A schedule file brings it,
-        and predictors do not have it. Default False.
+    of_schedule: whether it is set by a schedule file with ``sigmas_cond``. Predictors do not have
+        it. Default False.
     """
 
     kind: type | tuple[str, ...]
@@ -128,7 +128,7 @@ class Solver:
     can_teach: bool = True
     can_learn: bool = True  # may a predictor be inserted?
     needs_predictor: bool = False
-    own_schedule: bool = False  # its predictor brings the schedule and the first step (``SpanSolver``)
+    own_schedule: bool = False  # its predictor has its own schedule and first step (``SpanSolver``)
     stochastic: bool = False  # draws noise while sampling
     per_sample: bool = True  # can every sample have its own schedule?
     differentiable: bool = True  # do gradients flow to the noise levels?

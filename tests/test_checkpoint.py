@@ -106,6 +106,40 @@ def test_torch_save_snapshot(zip_format, tmp_path, monkeypatch):
     assert predictor.provenance == {"converted_from": path.name}
 
 
+OTHER_SETTINGS = {  # none as in the files of the original code above
+    **{"dataset_name": "ffhq", "img_resolution": 64, "num_steps": 7, "M": 3, "sampler_stu": "dpmpp"},
+    **{"sampler_tea": "dpm", "guidance_type": "cg", "guidance_rate": 2.5, "schedule_type": "logsnr"},
+    **{"schedule_rho": 3.0, "afs": False, "scale_dir": 0.05, "scale_time": 0.1, "max_order": 2},
+    **{"predict_x0": False, "lower_order_final": False},
+    **{"hidden_dim": 96, "bottleneck_output_dim": 6, "noise_channels": 10},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
+@pytest.mark.parametrize("by_name", [True, False])
+def test_every_setting_of_an_original_snapshot_is_read(by_name, tmp_path, monkeypatch):
+    """Arguments that were given by name are stored as such, others are attributes only."""
+    content, _ = make_original_predictor(monkeypatch)
+    model, path = content["model"], tmp_path / "p.pt"
+    make = type(model.map_layer0)
+    model.map_layer0, model.enc_layer0, model.enc_layer1 = make(10, 10), make(64, 96), make(96, 6)
+    model.fc_r, model.fc_scale_dir, model.fc_scale_time = make(26, 1), make(26, 1), make(26, 1)
+    model._init_kwargs = OTHER_SETTINGS if by_name else {}
+    if not by_name:
+        model.__dict__.update(OTHER_SETTINGS)
+    for ends in ({"sigma_min": 0.02}, {"sigma_max": 60.0}):
+        content["loss_fn"].__dict__ = ends
+        torch.save(content, path)
+        config = load_predictor(path).config
+        wanted = {"sigma_min": None, "sigma_max": None, **OTHER_SETTINGS, **ends}
+        assert {name: config[name] for name in wanted} == wanted
+    for name, value in (("output_dim", 2), ("bottleneck_input_dim", 16), ("embedding_type", "fourier")):
+        model._init_kwargs = {**OTHER_SETTINGS, name: value}
+        torch.save(content, path)
+        with pytest.raises(UserError, match=f"another '{name}' than"):
+            load_predictor(path)
+
+
 def test_snapshots_that_cannot_be_rebuilt(tmp_path, monkeypatch):
     for key, value, message in (
         ("bottleneck_input_dim", 16, "bottleneck_input_dim"),

@@ -370,6 +370,16 @@ def test_schedule_files_stand_at_their_own_evaluations(files, tmp_path, calls):
     assert calls and changed["euler:other", 4]["fid"] != again["euler:other", 4]["fid"]
 
 
+def test_an_option_that_was_written_comes_before_that_of_the_schedule(files, tmp_path):
+    told = {"sigmas_cond": [80, 1.5, 0.002], "solver_options": {"direction_sigma": "network"}}
+    write_schedule(tmp_path / "s.json", [80, 1.7, 0.002], **told)
+    file = f"schedule={tmp_path / 's.json'}"
+    solvers = f"--solvers=euler:{file},euler:direction_sigma=point:{file}"
+    rows, _ = run(files, tmp_path / "out", solvers, "--nfe=2", "--num_reference=0")
+    assert [row["settings"].split("direction_sigma=")[1] for row in rows.values()] == ["network", "point"]
+    assert len({row["fid"] for row in rows.values()}) == 2
+
+
 def test_schedules_found_for_something_else_are_pointed_out(files, tmp_path):
     write_schedule(tmp_path / "a" / "s.json", [80, 1.7, 0.002], network_hash="0" * 64, network="other")
     write_schedule(tmp_path / "b" / "s.json", [80, 2.7, 0.002], afs=True)

@@ -380,7 +380,7 @@ def test_code_beside_the_weights_is_refused(tmp_path, kind, place):
     mark = tmp_path / "mark"
     (folder / place).parent.mkdir(exist_ok=True)
     (folder / place).write_text(f"open({str(mark)!r}, 'w')")
-    with pytest.raises(UserError, match=rf"brings code \({(folder / place).name}\), which is not run"):
+    with pytest.raises(UserError, match=rf"contains code \({(folder / place).name}\), which is not run"):
         load_diffusers(folder)
     assert not mark.exists()
 

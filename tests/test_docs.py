@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 from test_layout import FLOORS
 
-from benchmarks import report_shipped, report_students
+from benchmarks import report_learned_solvers, report_shipped
 from solvers import SCHEDULES, SOLVERS
 from tools import draw_architecture, make_docs
 from torch_utils.errors import UserError
@@ -32,14 +32,14 @@ def test_flags_are_up_to_date():
     assert "| `--scale_dir` | 0.01 |" in flags and "## fid.py calc" in flags
 
 
-def test_the_tables_of_students_follow_from_their_rows():
-    networks = {name: report_students.read(name) for name in report_students.NETWORKS}
+def test_the_tables_of_learned_solvers_follow_from_their_rows():
+    networks = {name: report_learned_solvers.read(name) for name in report_learned_solvers.NETWORKS}
     assert all(len(rows) > 100 for rows in networks.values())
-    for document, parts in report_students.document_parts(networks).items():
+    for document, parts in report_learned_solvers.document_parts(networks).items():
         text = document.read_text(encoding="utf-8")
-        assert make_docs.render(text, parts) == text, "run  python -m benchmarks.report_students"
-    text = (ROOT / "benchmarks" / "students.md").read_text(encoding="utf-8")
-    assert report_students.page(networks) == text, "run  python -m benchmarks.report_students"
+        assert make_docs.render(text, parts) == text, "run  python -m benchmarks.report_learned_solvers"
+    text = (ROOT / "benchmarks" / "learned_solvers.md").read_text(encoding="utf-8")
+    assert report_learned_solvers.page(networks) == text, "run  python -m benchmarks.report_learned_solvers"
 
 
 def test_table_has_every_solver_and_option():

@@ -200,10 +200,10 @@ def test_what_is_missing_is_named(conditional):
         return exact(x, torch.as_tensor(sigma).reshape(-1, 1, 1, 1))
 
     x = torch.randn(1, 1, 4, 4)
-    with pytest.raises(UserError, match="does not say its sigma_min: wrap it"):
+    with pytest.raises(UserError, match="the network has no sigma_min: wrap it"):
         sample(plain, x, solver="euler", num_steps=3)
     assert sample(plain, x, solver="euler", num_steps=3, sigma_min=0.01, sigma_max=10).shape == x.shape
-    with pytest.raises(UserError, match="name a solver"):
+    with pytest.raises(UserError, match="give a solver"):
         sample(models.wrap(plain), x, num_steps=3)
     with pytest.raises(UserError, match=r"pass shape=\(3, 32\) to models.wrap"):
         distill(models.wrap(plain), sampler_stu="amed", batch=1)
@@ -223,7 +223,7 @@ def test_what_is_missing_is_named(conditional):
         ({"prediction": "epsilo"}, "unknown prediction 'epsilo'; did you mean epsilon"),
         ({"prediction": "v"}, "needs noise="),
         ({"prediction": "flow", "noise": "ddpm"}, "leave noise out"),
-        ({"noise": "ddpm"}, "takes sigma itself"),
+        ({"noise": "ddpm"}, "needs no noise process"),
         ({"prediction": "eps", "noise": "ddmp"}, "unknown noise 'ddmp'; did you mean ddpm"),
         ({"prediction": "eps", "noise": object()}, "noise must be a table"),
         ({"prediction": "eps", "noise": (torch.exp, torch.log)}, "give sigma_min and sigma_max"),

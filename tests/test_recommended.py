@@ -107,7 +107,7 @@ def test_numbers_that_cannot_be_spent():
             recommend(Gaussian(), wrong)
     with pytest.raises(UserError, match="give one of them"):
         sample(Gaussian(), NOISE, nfe=5, num_steps=6)
-    with pytest.raises(UserError, match="name a solver, or give nfe"):
+    with pytest.raises(UserError, match="give a solver, or nfe"):
         sample(Gaussian(), NOISE, num_steps=6)
 
 

@@ -8,6 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from sampling import folder
 from sampling.flags import schedule_file_flag, use_schedule
 from sampling.settings import Settings
 from solvers.schedule_file import FORMAT, Schedule, load_schedule, save_schedule
@@ -15,6 +16,7 @@ from torch_utils.cli import Command
 from torch_utils.errors import UserError
 from torch_utils.options import flags, given_flags
 from training.checkpoint import load_predictor
+from training.predictor import AMEDPredictor, trainable_options
 
 SIGMAS = [80.0, 1 / 3, 0.002]
 
@@ -186,6 +188,19 @@ def test_an_option_of_the_schedule_comes_with_the_file(tmp_path):
     record.write_text(json.dumps(content))
     assert recorded(file, "--solver=ipndm", "--direction_sigma=point", out="point")[1] == plain
     assert "direction_sigma" not in recorded(file, "--solver=dpmpp", out="dpmpp")[0]
+
+
+def test_settings_without_effect_do_not_stop_a_folder_from_being_continued():
+    levels = {"sigmas": [3.0, 2.0], "solver": "ipndm"}
+    network = {**levels, "direction_sigma": "network"}
+    assert folder._difference(levels, network) == ""
+    told = {"sigmas_cond": [3.0, 1.9]}
+    assert "direction_sigma" in folder._difference({**levels, **told}, {**network, **told})
+
+
+def test_predictors_have_no_option_of_the_schedule():
+    config = {"sampler_stu": "ipndm", "sampler_tea": "euler"}
+    assert "direction_sigma" not in {**trainable_options(), **AMEDPredictor(**config).config}
 
 
 def test_flag_mistakes(tmp_path):

@@ -268,6 +268,21 @@ def test_ld3_with_other_levels_for_the_network(case, solver):
         close(image, net(state, torch.tensor(levels["sigmas_cond"][i])))
 
 
+def test_direction_sigma_changes_calls_at_points_of_the_schedule_only():
+    """Not AMED's calls inside an interval, nor the analytical first step."""
+    latents, images = common("latents2"), []
+    for level in ("point", "network"):
+        predictor = make_predictor("p11")  # its calls are at other noise levels than their points
+        settings = {"solver": "ipndm", "direction_sigma": level}
+        images.append(sample(ToyNet(), latents, predictor=predictor, num_steps=4, **settings))
+        seen = {}
+        levels = {"sigmas": [80.0, 5.0, 0.1], "sigmas_cond": [60.0, 4.0, 0.1], "afs": True}
+        sample(ToyNet(), latents, callback=lambda i, *values, s=seen: s.setdefault(i, values), **levels, **settings)
+        sigma, x, denoised = seen[0]
+        close(denoised, x - sigma * x / (1 + sigma**2).sqrt())
+    assert torch.equal(*images)
+
+
 def compare_parameters(predictor, prefix, w0):
     compared = 0
     for name, parameter in predictor.named_parameters():

@@ -775,7 +775,7 @@ def test_impossible_settings(config, message):
         SpanSolver.preset("x")
 
 
-def test_students_and_solvers_that_do_not_belong_together():
+def test_learned_solvers_and_solvers_that_do_not_belong_together():
     student = SpanSolver(num_steps=4)
     for options, message in (
         ({"solver": "span"}, "'span' needs"),

@@ -69,6 +69,7 @@ class ImageSource:
         self.path = Path(path)
         self.uniform = uniform
         self.conversions: Counter = Counter()
+        self._sizes: dict[int, tuple[int, int]] = {}
         self._zip: zipfile.ZipFile | None = None
         self._zip_owner: int | None = None
         self._members: dict[str, zipfile.ZipInfo] = {}
@@ -160,6 +161,12 @@ class ImageSource:
                 f" {expected[2]}x{expected[1]}; all images must have one size"
             )
         return array
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) of an image."""
+        if index not in self._sizes:
+            self._sizes[index] = tuple(self._decode(index, Counter()).shape[1:])
+        return self._sizes[index]
 
     def where(self, index: int) -> str:
         """The name of an image, for messages."""

@@ -1,6 +1,8 @@
-"""Tables and figures of benchmarks/students_<network>.jsonl.
+"""Tables and figures of benchmarks/learned_solvers_<network>.jsonl.
 
-    python -m benchmarks.report_students            # benchmarks/students.md, docs/students.png, docs/span_tables_*.png
+    python -m benchmarks.report_learned_solvers            # benchmarks/learned_solvers.md, docs/learned_solvers.png, docs/span_tables_*.png
+
+    python -m benchmarks.report_learned_solvers --moved_since=COMMIT    # rows that moved by more than their interval
 
 It also renews the tables between the markers in docs/span_solver.md. Needs matplotlib (extra "plot") for the
 figures.
@@ -14,6 +16,7 @@ their variance is added.
 import json
 import math
 import statistics
+import subprocess
 from collections import defaultdict
 from functools import partial
 
@@ -47,16 +50,21 @@ MORE = {"precision": ("precision", 3), "recall": ("recall", 3)}
 
 
 def rows_file(network):
-    return ROOT / "benchmarks" / f"students_{network}.jsonl"
+    return ROOT / "benchmarks" / f"learned_solvers_{network}.jsonl"
 
 
 def read(network):
-    """All rows of a network, "current" where ``is_current`` for as many test images as any of them has.
+    """All rows of a network, see ``parse``."""
+    file = rows_file(network)
+    return parse(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def parse(text):
+    """The rows of a file, "current" where ``is_current`` for as many test images as any of them has.
 
     UserError where one did not spend the evaluations that it stands under.
     """
-    file = rows_file(network)
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    rows = [json.loads(line) for line in text.splitlines()]
     for row in rows:
         row.setdefault("images", EARLIER_IMAGES)
         for name in {"settings", "table"} & row.keys():
@@ -135,16 +143,49 @@ def difference(group, other, score):
     return Estimate(images.value, error, float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * error)
 
 
+def read_commit(network, commit):
+    """The rows of a network as they are in a commit, under their present or their former name."""
+    for name in ("learned_solvers", "students"):
+        command = ["git", "show", f"{commit}:benchmarks/{name}_{network}.jsonl"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode == 0:
+            return parse(done.stdout)
+    raise UserError(f"--moved_since={commit}: git has no rows of {network} there")
+
+
+def moved(before, now):
+    """Rows whose mean moved by more than their own interval, as lines of a table.
+
+    before, now: rows, of which those of ``part`` "main" count. The same training seeds are compared.
+    The interval is that of the row of now alone: earlier rows may have none.
+    """
+    lines = ["| method | evaluations | score | before | now | interval |", "|---" * 6 + "|"]
+    earlier = collect(before, "main")
+    for (method, nfe), group in collect(now, "main").items():
+        seeds = {row.get("seed") for row in with_groups(group)}
+        old = [row for row in earlier.get((method, nfe), []) if row.get("seed") in seeds]
+        kept = {row.get("seed") for row in old}
+        group = [row for row in with_groups(group) if row.get("seed") in kept]
+        for score, (title, digits) in SCORES.items() if group else ():
+            apart = mean(group, score) - mean(old, score)
+            exact = [{score: 0.0, f"{score}_left_out": np.zeros(len(group[0][f"{score}_left_out"])), "current": True}]
+            interval = difference(group, exact, score).half_width
+            if abs(apart) > interval:
+                cells = [f"{mean(rows, score):.{digits}f}" for rows in (old, group)]
+                lines.append(f"| {method} | {nfe} | {title} | {' | '.join(cells)} | ± {interval:.{digits}f} |")
+    return lines
+
+
 def best_of(found, nfe, score):
     """The learned method that is better than every other one by more than the interval, else None.
 
-    None too where one of them has no scores of groups, as nothing can be said of the difference to it.
+    A method without scores of groups has no interval: it must not have the best value, that is all.
     """
     groups = {method: found[method, nfe] for method in LEARNED if (method, nfe) in found}
-    if len(groups) < 2 or not all(map(with_groups, groups.values())):
+    best = min(groups, key=lambda method: mean(groups[method], score), default=None)
+    others = [group for method, group in groups.items() if method != best and with_groups(group)]
+    if not others or not with_groups(groups[best]):
         return None
-    best = min(groups, key=lambda method: mean(groups[method], score))
-    others = (groups[method] for method in groups if method != best)
     return best if all(difference(groups[best], other, score).below_zero for other in others) else None
 
 
@@ -309,7 +350,7 @@ def page(networks):
     lines = [
         "# Learned samplers, compared",
         "",
-        "Written by `python -m benchmarks.report_students`.",
+        "Written by `python -m benchmarks.report_learned_solvers`.",
         "",
         *explained(),
         "",
@@ -337,8 +378,9 @@ def explained():
     return [
         "± in a table of scores: standard deviation of the training seeds. ± in a table of differences: 95 % interval of the",
         "paired difference, over 20 groups of the sampled seeds (jackknife) and over the training seeds, where both have",
-        "several; with one training seed it speaks of that trained student only. Bold: better by more than the interval, in a",
-        f"table of scores than every other learned method, where all have one. {EARLIER}: measured earlier, on {EARLIER_IMAGES:,} images and without",
+        "several; with one training seed it speaks of that trained solver only. Bold: better by more than the interval, in a",
+        "table of scores than every other learned method that has one, if no method without one has a better value.",
+        f"{EARLIER}: measured earlier, on {EARLIER_IMAGES:,} images and without",
         "groups of seeds: no interval. Fréchet distances of different numbers of images cannot be compared.",
     ]
 
@@ -446,15 +488,20 @@ def draw_tables(rows, dest, nfe):
 
 @click.command(cls=Command, help=__doc__.split("\n")[0])
 @click.option("--nfe", type=int, default=5, show_default=True, help="Of the picture of the tables")
-def main(nfe):
+@click.option("--moved_since", metavar="COMMIT", help="Print the rows that moved by more than their interval, no more")
+def main(nfe, moved_since):
+    if moved_since is not None:
+        for name in NETWORKS:
+            print("\n".join([f"{name}:", *moved(read_commit(name, moved_since), read(name)), ""]))
+        return
     networks = {name: rows for name in NETWORKS if (rows := read(name))}
-    (ROOT / "benchmarks" / "students.md").write_text(page(networks), encoding="utf-8")
+    (ROOT / "benchmarks" / "learned_solvers.md").write_text(page(networks), encoding="utf-8")
     for document, parts in document_parts(networks).items():
         renew(document, parts, check=False)
-    draw_scores(networks, ROOT / "docs" / "students.png")
+    draw_scores(networks, ROOT / "docs" / "learned_solvers.png")
     for name, rows in networks.items():
         draw_tables(rows, ROOT / "docs" / f"span_tables_{name}.png", nfe)
-    print(f"benchmarks/students.md: {', '.join(f'{name} {len(rows)} rows' for name, rows in networks.items())}")
+    print(f"benchmarks/learned_solvers.md: {', '.join(f'{name} {len(rows)} rows' for name, rows in networks.items())}")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
 """What few evaluations can do, learned: every restriction of the span solver, the whole of it, AMED, GITS and the best
 solvers without training, on an embedded network.
 
-    python -m benchmarks.students --dataset_name=digits --part=plain      # solvers without training, on validation seeds
-    python -m benchmarks.students --dataset_name=digits --part=choices    # rates and variants of restrictions, validation
-    python -m benchmarks.students --dataset_name=digits --part=main       # all methods, test seeds, three training seeds
-    python -m benchmarks.students --dataset_name=digits --part=ablation   # the full student, one thing changed
-    python -m benchmarks.students --dataset_name=digits --part=judge --data=... --test=...   # the second classifier's statistics
-    python -m benchmarks.students --dataset_name=digits --part=picture --nfe=3 --seeds=0 --work=...   # docs/students_<...>.png
+    python -m benchmarks.learned_solvers --dataset_name=digits --part=plain      # solvers without training, on validation seeds
+    python -m benchmarks.learned_solvers --dataset_name=digits --part=choices    # rates and variants of restrictions, validation
+    python -m benchmarks.learned_solvers --dataset_name=digits --part=main       # all methods, test seeds, three training seeds
+    python -m benchmarks.learned_solvers --dataset_name=digits --part=ablation   # the full student, one thing changed
+    python -m benchmarks.learned_solvers --dataset_name=digits --part=judge --data=... --test=...   # the second classifier's statistics
+    python -m benchmarks.learned_solvers --dataset_name=digits --part=picture --nfe=3 --seeds=0 --work=...   # docs/learned_solvers_<...>.png
 
-Every row is appended to benchmarks/students_<dataset_name>.jsonl as soon as it is measured and not measured again; --nfe,
---seeds and --methods take a part of them. benchmarks/report_students.py makes the tables and figures. Trained students stay
+Every row is appended to benchmarks/learned_solvers_<dataset_name>.jsonl as soon as it is measured and not measured again; --nfe,
+--seeds and --methods take a part of them. benchmarks/report_learned_solvers.py makes the tables and figures. Trained solvers stay
 in --work and are not trained again there. A row of fewer images, or without scores of groups, is measured again; where it
 holds a table or a schedule, that is scored instead of trained again.
 
 Training noise is apart from the seeds that are sampled (torch_utils/seeds.py), and the validation seeds 100000-100255, which
-settings were chosen on, are apart from the test seeds: 0-4999 of digits, 0-999 of natural images. Students see neither of
+settings were chosen on, are apart from the test seeds: 0-4999 of digits, 0-999 of natural images. No method sees either of
 the two classifiers. Scores:
 
     fid, fid2   Fréchet distance to the training images in the features of the network's usual classifier, and of a second one
@@ -31,7 +31,7 @@ The second classifiers (98.73 % and 70.18 % test accuracy), before --part=judge,
     python -m tools.train_classifier --arch=residual --seed=1 --width=16 --epochs=6 --shift=3 --flip=True
         --data=cifar10-train.zip --test=cifar10-test.zip --dest=benchmarks/judges/cifar10-small.safetensors
 
-training_seconds are of CPU time (of its threads together), without the teacher's pairs, which all students of a seed share.
+training_seconds are of CPU time (of its threads together), without the teacher's pairs, which all methods of a seed share.
 parameters: the numbers that are trained; pairs: of the teacher, training and validation; calls: network calls one after the
 other, where calls in one batch count as one, as the authors of EPD count them.
 """
@@ -54,7 +54,7 @@ from PIL import Image, ImageDraw, ImageFont
 import optimize_schedule
 import train
 from benchmarks.demo_settings import FIRST_SEED, ROOT, Bench
-from benchmarks.report_students import check_row, is_current, read, rows_file
+from benchmarks.report_learned_solvers import check_row, is_current, read, rows_file
 from evaluation.detectors import EMBEDDED, PRETRAINED, load_classifier, load_detector
 from evaluation.fid import choose_images, image_statistics
 from evaluation.frechet import Reference
@@ -102,7 +102,7 @@ def _rates(groups, rate):
 
 
 PINNED = {"learn": ["knots", "sigma_scale", "coef_offset"]}  # of dyweight: its last row sums to one, as all others
-STUDENTS = {  # method -> preset, flags, changes of the student's configuration
+METHODS = {  # method -> preset, flags, changes of the student's configuration
     **{preset: (preset, {}, {}) for preset in ("ld3", "s4s", "dyweight", "gs", "amed-table", "epd", "full")},
     **{f"full + {heads}": ("full", {"heads": heads}, {}) for heads in ("spatial,time", "spatial")},
     **{
@@ -144,8 +144,8 @@ ABLATIONS = {
     "first step of mean zero": {"afs": True},
     "loss in pixels": {"loss": "huber"},
     "loss in features only": {"loss": "features"},
-    "loss in features of the FID classifier (a leak)": {"loss": "benchmarks.students:judge_of_fid"},
-    "loss in features of the second classifier (a leak)": {"loss": "benchmarks.students:second_judge"},
+    "loss in features of the FID classifier (a leak)": {"loss": "benchmarks.learned_solvers:judge_of_fid"},
+    "loss in features of the second classifier (a leak)": {"loss": "benchmarks.learned_solvers:second_judge"},
     "distribution term": {"w_dist": 0.3},
     "anchor to the teacher's states": {"w_anchor": 0.1},
     "sample head": {"heads": "sample"},
@@ -245,7 +245,7 @@ def span_flags(dataset_name, nfe, preset, changes=None):
 
 @contextlib.contextmanager
 def structured(changes):
-    """The configuration of all students that are trained inside, as the command line would make it, but with ``changes``."""
+    """The configuration of all solvers that are trained inside, as the command line would make it, but with ``changes``."""
     original = SpanOptions.student_config
 
     def with_changes(options, *arguments, **more):
@@ -258,7 +258,7 @@ def structured(changes):
         SpanOptions.student_config = original
 
 
-class TableStudent(SpanSolver):
+class TableSolver(SpanSolver):
     """A student without heads that follows the table of an earlier row instead of parameters."""
 
     def __init__(self, table, net):
@@ -325,7 +325,7 @@ def left_out(name, values, score):
     return {name: round(score(values), 6), f"{name}_left_out": others}
 
 
-class Students:
+class LearnedSolvers:
     """Trains, samples and scores; the rows that are there already."""
 
     def __init__(self, dataset_name, work, images=None):
@@ -380,7 +380,7 @@ class Students:
         elif settings is not None and row.get("table") and not has_heads(settings):
             with structured(structure or {}):
                 found = budget(settings, SpanOptions(**settings).make_student(0.002, 80.0))
-            found |= self.solved(solver="span", predictor=TableStudent(row["table"], self.bench.net))
+            found |= self.solved(solver="span", predictor=TableSolver(row["table"], self.bench.net))
         else:
             return None
         kept = ("command", "training_seconds", "start", "table")
@@ -568,7 +568,7 @@ class Students:
                 for name in ("AMED-Solver", "AMED-Plugin (iPNDM)"):
                     settings = amed_flags(self.dataset_name, nfe, name)
                     take(name, nfe, seed, lambda f=settings, s=seed, k=f"{name}-{nfe}-{seed}": self.trained(f, s, k))
-                for name, (preset, changes, structure) in STUDENTS.items():
+                for name, (preset, changes, structure) in METHODS.items():
                     settings = span_flags(self.dataset_name, nfe, preset, changes)
                     if settings is not None:
                         work = partial(self.trained, settings, seed, f"{name}-{nfe}-{seed}", structure)
@@ -587,7 +587,7 @@ class Students:
                         self.once(key, work, settings, structure)
 
     def picture(self, nfe, seed):
-        """The same seeds by several methods, one line each, from the students that are still in the folder of work."""
+        """The same seeds by several methods, one line each, from the predictors that are still in the folder of work."""
         lines = [("teacher, 30 evaluations", self.shown(**TEACHER))]
         for name in SHOWN:
             folder = self.work / f"{name}-{nfe}-{seed}".replace(" ", "_")
@@ -603,7 +603,7 @@ class Students:
             top = index * (height + LABEL)
             draw.text((2, top + 4), label, fill="black", font=font)
             figure.paste(Image.fromarray(strip), (0, top + LABEL))
-        save_image(np.asarray(figure), ROOT / "docs" / f"students_{self.dataset_name}.png")
+        save_image(np.asarray(figure), ROOT / "docs" / f"learned_solvers_{self.dataset_name}.png")
 
     def shown(self, **settings):
         """The first images as one uint8 strip [H,W,3], twice as large."""
@@ -635,24 +635,24 @@ def make_judge(dataset_name, data, test):
 @click.option(
     "--images", type=click.IntRange(NEAR), help="Test images (default: 5000 of digits, 1000 of natural images)"
 )
-@click.option("--work", default=None, help="Folder of the trained students (default: a temporary one)")
+@click.option("--work", default=None, help="Folder of the trained solvers (default: a temporary one)")
 @click.option("--data", help="judge: training images, zip or folder")
 @click.option("--test", help="judge: test images")
 def main(dataset_name, part, nfe, seeds, methods, images, work, data, test):
-    """Train and score students on an embedded network."""
+    """Train and score learned solvers on an embedded network."""
     if part == "judge":
         make_judge(dataset_name, data, test)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        students = Students(dataset_name, work or temporary, images)
+        solvers = LearnedSolvers(dataset_name, work or temporary, images)
         nfes, seeds = ([int(value) for value in text.split(",")] for text in (nfe, seeds))
         wanted = [name.strip() for name in methods.split(";") if name.strip()]
         if part == "plain":
-            students.plain(nfes)
+            solvers.plain(nfes)
         elif part == "picture":
-            students.picture(nfes[0], seeds[0])
+            solvers.picture(nfes[0], seeds[0])
         else:
-            getattr(students, part)(nfes, seeds, wanted)
+            getattr(solvers, part)(nfes, seeds, wanted)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from toy import ToyNet, common
 
-from benchmarks import report_students, students
+from benchmarks import learned_solvers, report_learned_solvers
 from evaluation.frechet import frechet_distance
 from solvers.span_table import SpanSolver
 from torch_utils.errors import UserError
@@ -21,13 +22,13 @@ def rows_at(tmp_path, monkeypatch):
     """The file of rows, empty, that both modules use."""
     file = tmp_path / "rows.jsonl"
     file.touch()
-    monkeypatch.setattr(report_students, "rows_file", lambda network: file)
+    monkeypatch.setattr(report_learned_solvers, "rows_file", lambda network: file)
     return file
 
 
 def recorder(tmp_path, file):
-    """A ``Students`` that can record rows but has no network."""
-    own = students.Students.__new__(students.Students)
+    """A ``LearnedSolvers`` that can record rows but has no network."""
+    own = learned_solvers.LearnedSolvers.__new__(learned_solvers.LearnedSolvers)
     own.images, own.dataset_name, own.work, own.file = 1000, "digits", tmp_path / "work", file
     own.bench = SimpleNamespace(net=SimpleNamespace(weights_hash="0" * 64))
     return own
@@ -37,7 +38,8 @@ def row_of(method="full", nfe=3, seed=0, value=2.0, groups=True, part="main"):
     scores = {name: value for name in ("fid", "fid2", "distance", "precision", "recall")}
     if groups:
         scores |= {
-            f"{name}_left_out": [value + 0.01 * math.sin(g) for g in range(20)] for name in report_students.SCORES
+            f"{name}_left_out": [value + 0.01 * math.sin(g) for g in range(20)]
+            for name in report_learned_solvers.SCORES
         }
     own = {"part": part, "method": method, "nfe": nfe, "nfe_spent": nfe, "seed": seed, "date": "2026-11-28"}
     return {**own, "images": 1000, "current": groups, **scores}
@@ -58,15 +60,15 @@ def test_a_row_that_spent_other_evaluations_is_not_recorded(tmp_path, rows_at):
 def test_a_row_that_spent_other_evaluations_is_not_reported(rows_at):
     rows_at.write_text(json.dumps(row_of() | {"nfe_spent": 4}) + "\n")
     with pytest.raises(UserError, match="spent 4"):
-        report_students.read("digits")
+        report_learned_solvers.read("digits")
 
 
 def settings_of_every_row():
     for nfe in (3, 4, 5, 6, 8):
-        for preset in students.STEPS:
-            yield nfe, preset, students.span_flags("digits", nfe, preset)
-        for name, changes in students.ABLATIONS.items():
-            yield nfe, name, students.span_flags("digits", nfe, "full", changes)
+        for preset in learned_solvers.STEPS:
+            yield nfe, preset, learned_solvers.span_flags("digits", nfe, preset)
+        for name, changes in learned_solvers.ABLATIONS.items():
+            yield nfe, name, learned_solvers.span_flags("digits", nfe, "full", changes)
 
 
 def test_every_row_spends_the_evaluations_of_its_column():
@@ -83,11 +85,12 @@ def test_every_row_spends_the_evaluations_of_its_column():
 def test_calls_in_one_batch_count_as_one_call_in_a_row():
     """EPD's authors count two parallel calls as one: two calls per interval, three here."""
     student = SpanSolver.preset("epd", num_steps=4)
-    found = students.budget({"pairs": 384, "val_pairs": 64}, student)
+    found = learned_solvers.budget({"pairs": 384, "val_pairs": 64}, student)
     assert (student.evaluations(), found["calls"], found["pairs"]) == (8, 5, 448)
     assert found["parameters"] == 6 + 6 + 3 + 3  # places, times, scales, one weight per interval
     assert (
-        students.budget({}, SpanSolver.preset("full", num_steps=5, learn=["knots", "sigma_scale"]))["parameters"] == 6
+        learned_solvers.budget({}, SpanSolver.preset("full", num_steps=5, learn=["knots", "sigma_scale"]))["parameters"]
+        == 6
     )
 
 
@@ -102,12 +105,27 @@ def test_an_earlier_row_is_measured_again_and_a_current_one_is_not(tmp_path, row
         own.once(key, lambda: row_of("AMED-Solver", value=3.0))
     values = [json.loads(line)["fid"] for line in rows_at.read_text().splitlines()]
     assert values == [2.0, 3.0]
-    assert report_students.collect(report_students.read("digits"), "main")["AMED-Solver", 3][0]["fid"] == 3.0
+    assert (
+        report_learned_solvers.collect(report_learned_solvers.read("digits"), "main")["AMED-Solver", 3][0]["fid"] == 3.0
+    )
     own.images = 5000  # and once more on more images
     own.once(key, lambda: row_of("AMED-Solver", value=2.5) | {"images": 5000})
-    rows = report_students.read("digits")
+    rows = report_learned_solvers.read("digits")
     assert [row["current"] for row in rows] == [False, False, True]
-    assert [row["fid"] for row in report_students.collect(rows, "main")["AMED-Solver", 3]] == [2.5]
+    assert [row["fid"] for row in report_learned_solvers.collect(rows, "main")["AMED-Solver", 3]] == [2.5]
+
+
+def test_the_schedule_of_an_earlier_row_is_scored_if_its_options_are_those_of_today(tmp_path, rows_at):
+    own, name = recorder(tmp_path, rows_at), "ld3, own trainer"
+    own.solved = lambda **settings: {"nfe_spent": 3, "settings": settings}
+    words = learned_solvers._schedule_command(own.schedule_flags(name, 3, 0)).split(" ")
+    levels = {"sigmas": [80.0, 9.0, 2.0, 0.3, 0.002], "solver": "ipndm"}
+    row = row_of(name, groups=False) | {"settings": levels, "command": " ".join(words[:2] + words[:1:-1])}
+    found = own.again(row, None, None)
+    assert found["settings"] == levels and (found["parameters"], found["calls"]) == (3, 3)
+    more = row | {"settings": {**levels, "sigmas_cond": levels["sigmas"]}}
+    assert own.again(more, None, None)["parameters"] == 6
+    assert own.again(row | {"command": row["command"].replace("max_order=3", "max_order=4")}, None, None) is None
 
 
 @pytest.mark.parametrize(
@@ -125,7 +143,7 @@ def test_a_table_samples_as_the_student_it_is_of(preset, changes):
     with torch.no_grad():
         for value in student.groups().values():
             value.add_(0.2 * torch.randn(value.shape, generator=generator, dtype=value.dtype))
-    again = students.TableStudent(students.table_of(student), ToyNet())
+    again = learned_solvers.TableSolver(learned_solvers.table_of(student), ToyNet())
     expected = student.run(ToyNet(), common("latents2")).detach()
     size = float(expected.abs().max())  # tables are rounded to six places
     torch.testing.assert_close(again.run(ToyNet(), common("latents2")), expected, rtol=0, atol=2e-3 * size)
@@ -138,28 +156,62 @@ def test_a_table_samples_as_the_student_it_is_of(preset, changes):
 def test_earlier_rows_are_marked_and_not_mixed_with_those_of_today():
     rows = [row_of("full", value=1.0, groups=False), row_of("full", value=3.0), row_of("gs", value=1.0, groups=False)]
     rows += [row_of("ld3", seed=seed, value=2.0 + 0.01 * seed) for seed in range(3)]
-    lines = {line.split("|")[1].strip(): line for line in report_students.main_table(rows, "fid", 2)}
+    lines = {line.split("|")[1].strip(): line for line in report_learned_solvers.main_table(rows, "fid", 2)}
     assert "3.00" in lines["full"] and "†" not in lines["full"] and "| 1 |" in lines["full"]
     assert "1.00 †" in lines["gs"] and "**" not in lines["gs"]
     assert "2.01 ± 0.01" in lines["ld3"] and "| 3 |" in lines["ld3"] and "**" not in lines["ld3"]  # gs: no interval
-    differences = "\n".join(report_students.difference_table(rows, "fid", 2, "full"))
+    differences = "\n".join(report_learned_solvers.difference_table(rows, "fid", 2, "full"))
     assert "ld3" in differences and "gs" not in differences
-    rows = [row for row in rows if row["method"] != "gs"]
-    assert "**2.01 ± 0.01**" in "\n".join(report_students.main_table(rows, "fid", 2))
+    rows[2] = row_of("gs", value=4.0, groups=False)
+    assert "**2.01 ± 0.01**" in "\n".join(report_learned_solvers.main_table(rows, "fid", 2))
     rows.append(row_of("s4s", value=2.012))  # too near to tell
-    assert "**" not in "\n".join(report_students.main_table(rows, "fid", 2))
+    assert "**" not in "\n".join(report_learned_solvers.main_table(rows, "fid", 2))
+    alone = [row_of("full", value=3.0), row_of("gs", value=4.0, groups=False)]
+    assert "**" not in "\n".join(report_learned_solvers.main_table(alone, "fid", 2))
+
+
+def test_the_target_compares_rows_of_as_many_images_as_the_teacher():
+    plugin = "AMED-Plugin (iPNDM)"
+    rows = [row_of("teacher", 30, None, 1.0), row_of(plugin, value=3.0), row_of("full", value=2.0)]
+    rows += [row_of("gs", value=2.5), row_of("ld3", value=1.1) | {"images": 5000}]
+    rows += [row_of("dyweight + spatial,time", value=1.2)]  # not a restriction: it has heads
+    line = next(line for line in report_learned_solvers.target_table(rows) if line.startswith("| 3 | FID |"))
+    assert [cell.strip() for cell in line.split("|")[3:-1]] == ["2.00", "1.00 (0.50)", "", "", "gs", "1.50"]
+
+
+def test_rows_that_moved_by_more_than_their_interval():
+    before = [row_of("full", value=2.0, groups=False), row_of("full", seed=1, value=9.0, groups=False)]
+    before += [row_of("gs", value=2.0, groups=False), row_of("epd", value=2.0, groups=False)]
+    now = [row_of("full", value=2.4), row_of("gs", value=2.001), row_of("epd", value=5.0, groups=False)]
+    lines = [line.split("|")[1:6] for line in report_learned_solvers.moved(before, now)[2:]]
+    assert [[cell.strip() for cell in line] for line in lines] == [
+        ["full", "3", title, *values]
+        for title, values in zip(
+            ("FID", "FID of the second classifier", "distance"),
+            (("2.00", "2.40"), ("2.00", "2.40"), ("2.0000", "2.4000")),
+            strict=True,
+        )
+    ]
+
+
+def test_budgets_are_means_over_training_seeds():
+    budget = {"calls": 3, "parameters": 6, "pairs": 448}
+    rows = [row_of("epd", seed=seed) | budget | {"training_seconds": 20.0 + 4 * seed} for seed in range(2)]
+    rows.append(row_of("epd", nfe=5) | budget | {"calls": 5})
+    line = next(line for line in report_learned_solvers.budget_table(rows) if line.startswith("| epd |"))
+    assert line == "| epd | 2/1 | 3 / 5 | 6 | 448 | 22 / - |"
 
 
 # ---- intervals -----------------------------------------------------------------------------------
 
 
 def measured(images, target, seed):
-    """A row from features [N,D], as ``Students.scored`` makes it."""
+    """A row from features [N,D], as ``LearnedSolvers.scored`` makes it."""
 
     def score(part):
         return frechet_distance(part.mean(0).numpy(), np.cov(part.numpy().T), *target)
 
-    return {"seed": seed, "current": True, **students.left_out("fid", images, score)}
+    return {"seed": seed, "current": True, **learned_solvers.left_out("fid", images, score)}
 
 
 @pytest.mark.parametrize("training_seeds", [1, 3])
@@ -186,17 +238,33 @@ def test_intervals_hold_the_known_difference_nineteen_times_of_twenty(training_s
                 trained = scale + moved * float(torch.randn([], generator=generator))
                 rows.append(measured(trained * (noise + own) / math.sqrt(1.01), target, seed))
             groups.append(rows)
-        found = report_students.difference(*groups, "fid")
+        found = report_learned_solvers.difference(*groups, "fid")
         inside += abs(found.value - known) <= found.half_width
         apart.append(found.half_width)
     assert inside / repeats >= 0.88
     assert np.mean(apart) < (0.06 if training_seeds == 1 else 0.4)  # they say something
 
 
+def test_without_error_of_the_images_the_interval_is_that_of_welch():
+    first, second = [1.0, 1.2, 1.15], [2.0, 2.6]
+    groups = [
+        [{"fid": value, "fid_left_out": [value] * 20, "current": True} for value in values]
+        for values in (first, second)
+    ]
+    found = report_learned_solvers.difference(*groups, "fid")
+    low, high = scipy.stats.ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    limits = found.value - found.half_width, found.value + found.half_width
+    assert limits == pytest.approx((low, high), rel=1e-9)
+
+
 def test_paired_intervals_are_far_narrower_than_unpaired_ones():
     generator = torch.Generator().manual_seed(0)
     target, noise = (np.zeros(4), np.eye(4)), torch.randn(400, 4, generator=generator, dtype=torch.float64)
     other = torch.randn(400, 4, generator=generator, dtype=torch.float64)
-    paired = report_students.difference([measured(1.2 * noise, target, 0)], [measured(1.25 * noise, target, 0)], "fid")
-    apart = report_students.difference([measured(1.2 * noise, target, 0)], [measured(1.25 * other, target, 0)], "fid")
+    paired = report_learned_solvers.difference(
+        [measured(1.2 * noise, target, 0)], [measured(1.25 * noise, target, 0)], "fid"
+    )
+    apart = report_learned_solvers.difference(
+        [measured(1.2 * noise, target, 0)], [measured(1.25 * other, target, 0)], "fid"
+    )
     assert paired.half_width < 0.3 * apart.half_width and paired.below_zero

@@ -1,0 +1,130 @@
+"""Images that sampling starts from: degraded images to restore, or observations of an inverse problem.
+
+One file is one seed: file number k of the sorted names has the seed k, and its result has its name.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import torch
+
+from models.posterior import OPERATORS, Posterior, make_operator
+from torch_utils.cli import PATH, Number
+from torch_utils.errors import UserError
+from torch_utils.images import ImageSource
+from torch_utils.options import ALWAYS, flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputOptions:
+    """Images that sampling starts from."""
+
+    images: str | None = flag(
+        "Restoration networks: folder or zip of degraded images, one result per file, under its name",
+        kind=PATH,
+        metavar="DIR|ZIP",
+    )
+    observe: str | None = flag(
+        f"Inverse problem with a network of images: the operator that made the observations, {OPERATORS}",
+        kind=PATH,
+        metavar="OPERATOR",
+        record=ALWAYS,
+    )
+    observations: str | None = flag(
+        "Folder or zip of the observed images of --observe, one result per file", kind=PATH, metavar="DIR|ZIP"
+    )
+    noise_level: float = flag(
+        "Standard deviation of the noise in the observations, for pixels in [-1, 1]", 0.05, Number(0), record=ALWAYS
+    )
+    jacobian: bool = flag(
+        "Pseudo-inverse guidance with the Jacobian; unstable with few steps, twice the cost", False, record=ALWAYS
+    )
+
+    def check(self, written: frozenset[str]) -> None:
+        """Raises UserError for flags that do not go together. written: names of the user's flags."""
+        if self.images is not None and self.observe is not None:
+            raise UserError("--images restores with a restoration network, --observe with any other: give one of them")
+        if (self.observe is None) != (self.observations is None):
+            raise UserError("--observe and --observations go together: the operator, and what it made")
+        for name in ("noise_level", "jacobian"):
+            if self.observe is None and name in written:
+                raise UserError(f"--{name} has no effect without --observe: leave it out")
+
+    def open(self) -> "ImageInputs | None":
+        """The images; None where sampling starts from noise alone."""
+        path = self.images or self.observations
+        if path is None:
+            return None
+        return ImageInputs(ImageSource(path, uniform=False), self.observe, self.noise_level, self.jacobian)
+
+
+class ImageInputs:
+    """The images of a folder by seed.
+
+    source: the images, of any sizes.
+    observe: text of the operator (``make_operator``); None: degraded images for a restoration network.
+    noise_level: of the observations.
+    jacobian: see ``Posterior``.
+    """
+
+    def __init__(self, source: ImageSource, observe: str | None = None, noise_level: float = 0.0, jacobian=False):
+        self.source, self.observe, self.noise_level, self.jacobian = source, observe, noise_level, jacobian
+        self.names = [str(PurePosixPath(name).with_suffix("")) for name in source.names]
+        name, count = Counter(self.names).most_common(1)[0]
+        if count > 1:
+            raise UserError(f"{source.path}: {count} results would have the name {name}.png; rename the images")
+        self._operator = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def check(self, net, seeds: Sequence[int]) -> None:
+        """Raises UserError where the network, the images and the seeds do not go together."""
+        restores = net.takes_images
+        if self.observe is None and not restores:
+            raise UserError("--images: this network does not restore images; use --observe and --observations")
+        if self.observe is not None and restores:
+            raise UserError("--observe: this network restores images; give the degraded images as --images")
+        wrong = [seed for seed in seeds if seed >= len(self)]
+        if wrong:
+            raise UserError(
+                f"--seeds: file number {wrong[0]} does not exist, {self.source.path} holds {len(self)} images (0-"
+                f"{len(self) - 1})"
+            )
+        self.source.expect(None if self.observe else net.img_channels)
+        if self.observe is not None:
+            self._operator = make_operator(self.observe, net.img_channels)
+
+    def size(self, seed: int) -> tuple[int, int]:
+        """(height, width) of an image."""
+        return self.source.size(seed)
+
+    def order(self, seeds: Sequence[int]) -> list[int]:
+        """The seeds with images of equal size side by side."""
+        return sorted(seeds, key=lambda seed: (*self.size(seed), seed))
+
+    def same_size(self, seeds: Sequence[int]) -> int:
+        """How many of the first seeds have images of one size."""
+        first = self.size(seeds[0])
+        return next((i for i, seed in enumerate(seeds) if self.size(seed) != first), len(seeds))
+
+    def read(self, seeds: Sequence[int]) -> torch.Tensor:
+        """The images [B,C,H,W] in [-1, 1]."""
+        return torch.stack([torch.tensor(self.source.read(seed)) for seed in seeds]).float() / 127.5 - 1
+
+    def prepare(self, net, seeds: Sequence[int], device) -> tuple:
+        """(denoiser of these images, size of the starting noise or None, keyword arguments of make_cond)."""
+        images = self.read(seeds).to(device)
+        if self.observe is None:
+            return net, tuple(images.shape[-2:]), {"images": images}
+        return Posterior(net, self._operator, images, self.noise_level, self.jacobian), None, {}
+
+    def record(self) -> dict:
+        """What the results depend on: a hash of the names and versions of the files."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            digest.update(f"{self.source.fingerprint(index)}\n".encode())
+        return {"inputs": str(self.source.path), "inputs_sha256": digest.hexdigest()}
