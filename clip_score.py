@@ -18,6 +18,11 @@ access, copy the folder that `hf download <id> --local-dir <folder>` makes, and 
 torchrun write --num as --num_images, since torchrun has an option --num of its own.
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("clip_score")
+
 from dataclasses import asdict
 
 import click

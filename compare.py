@@ -18,6 +18,11 @@ resumes where it stopped. Under torchrun write --num as --num_images, since torc
 Writes results.csv, results.json, results.md and index.html, which shows everything on one page.
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("compare")
+
 import shlex
 
 import click
@@ -31,8 +36,17 @@ from torch_utils.locks import only_command
 from torch_utils.options import flags, given_flags, read_flags
 from torch_utils.session import session
 
+GROUPS = {
+    "What to compare": "dataset_name solvers nfe predictor_path num | presets model_path baseline seed groups guidance_type"
+    " guidance_rate prompt negative_prompt tokenizer_path",
+    "For all solvers": "| schedule_type schedule_rho sigma_min sigma_max sigmas afs",
+    "Scores": "ref | detector trust num_reference reference_steps",
+    "Output": "outdir",
+    "Speed": "batch device | amp compile channels_last offline",
+}
 
-@click.command(cls=Command)
+
+@click.command(cls=Command, groups=GROUPS)
 @flags(CompareOptions)
 @offline_flag
 @click.pass_context

@@ -5,6 +5,7 @@
 #   NPROC: processes of torchrun (default: one per GPU)
 #   VENV: folder of the virtual environment (default: .venv)
 #   TEST_PROCESSES: processes of the test suite (default: 2)
+#   CPU: 1 installs the CPU build of torch
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -37,7 +38,13 @@ install() {
         "$python" -m venv --clear "$VENV"
     fi
     echo "installing into $VENV (once) ..."
-    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c requirements.lock -e ".${extras:+[$extras]}"
+    local index=()
+    if [ "${CPU:-0}" = 1 ]; then
+        index=(--extra-index-url https://download.pytorch.org/whl/cpu)
+    elif [ "$(uname)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
+        echo "no NVIDIA GPU found: with CPU=1 before the command, torch comes without gigabytes of CUDA libraries"
+    fi
+    "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check ${index[@]+"${index[@]}"} -c requirements.lock -e ".${extras:+[$extras]}"
     echo "$wanted" >"$stamp"
 }
 

@@ -14,15 +14,29 @@ The result is a small JSON file (format: solvers/schedule_file.py). To resume an
 give the same command again.
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("optimize_schedule")
+
 import click
 
-from sampling.schedule_search import ScheduleOptions, run
+from sampling.flags import solver_option_names
+from sampling.schedule_search import ScheduleOptions, method_option_names, run
 from torch_utils.cli import Command, offline_flag
 from torch_utils.options import flags, given_flags, read_flags
 from torch_utils.session import session
 
+GROUPS = {
+    "What to optimise": "method dataset_name solver num_steps dest | nfe model_path afs sigma_min sigma_max class_idx"
+    " guidance_type guidance_rate prompt negative_prompt tokenizer_path seed overwrite",
+    "Options of the methods": "| " + " ".join(method_option_names()),
+    "Options of solvers": "| " + " ".join(n for n in solver_option_names() if n not in method_option_names()),
+    "Speed": "batch device | amp offline",
+}
 
-@click.command(cls=Command)
+
+@click.command(cls=Command, groups=GROUPS)
 @flags(ScheduleOptions)
 @offline_flag
 @click.pass_context

@@ -14,9 +14,14 @@ write --r as --solver_r, since torchrun has an option --r of its own.
 --fid_ref computes the FID while sampling. Images are then written only with --save_images=True.
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("sample")
+
 import click
 
-from sampling.flags import use_schedule
+from sampling.flags import solver_option_names, use_schedule
 from sampling.listing import list_flag
 from sampling.options import SampleOptions
 from sampling.run import run
@@ -25,8 +30,19 @@ from torch_utils.errors import UserError
 from torch_utils.options import flags, given_flags, read_flags
 from torch_utils.session import session
 
+GROUPS = {
+    "What to sample": "dataset_name predictor_path seeds class_idx prompt list"
+    " | model_path guidance_type guidance_rate negative_prompt tokenizer_path",
+    "Solver and schedule": "solver nfe num_steps | schedule schedule_type schedule_rho sigma_min sigma_max sigmas afs"
+    " denoise_to_zero",
+    "Options of solvers": "| " + " ".join(solver_option_names()),
+    "Best of several images": "candidates verifier",
+    "Output": "outdir grid fid_ref | save_images fid_detector fid_json return_inters subdirs overwrite",
+    "Speed": "batch device | amp use_fp16 compile channels_last offline",
+}
 
-@click.command(cls=Command, may_be_empty=("prompt", "negative_prompt"))
+
+@click.command(cls=Command, groups=GROUPS, may_be_empty=("prompt", "negative_prompt"))
 @flags(SampleOptions)
 @click.option("--use_fp16", type=bool, default=False, show_default=True, help="The same as --amp=fp16")
 @list_flag

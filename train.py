@@ -10,6 +10,11 @@ An AMED predictor learns where a solver evaluates between its time steps, one in
 (trajectory objective). Ctrl-C ends a run after the current iteration, with everything saved.
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("train")
+
 import json
 import sys
 
@@ -26,12 +31,25 @@ from torch_utils.options import flags
 from torch_utils.session import session
 from training.amed_trainer import train_predictor
 from training.flags import FILES, OBJECTIVES, continued_options, new_options
-from training.options import AMEDOptions, SpanOptions
+from training.options import TRAINABLE, AMEDOptions, SpanOptions
 from training.run_folder import find_run, stored_options
 from training.span_run import train_span
 
+GROUPS = {
+    "What to train": "dataset_name sampler_stu nfe num_steps | model_path objective guidance_type guidance_rate"
+    " prompt_path tokenizer_path",
+    "Teacher and schedule": "sampler_tea | M teacher_cache schedule schedule_type schedule_rho sigma_min sigma_max sigmas"
+    " afs num_steps_tea schedule_tea rho_tea pairs val_pairs teacher_set",
+    "Options of solvers": "| " + " ".join(TRAINABLE),
+    "Span solver": "| preset heads parallel sigma_scale_bound init init_pairs init_trial phases phase_rounds",
+    "Optimisation": "total_kimg batch seed | batch_gpu lr lrs lr_final warmup clip ema val_every scale_dir scale_time loss"
+    " feature_sigma w_dist w_anchor anchor w_delta",
+    "Output": "outdir resume | desc nosubdir tick snap dump dry_run",
+    "Speed": "device | amp compile channels_last checkpointing bench offline",
+}
 
-@click.command(cls=Command)
+
+@click.command(cls=Command, groups=GROUPS)
 @flags(AMEDOptions, {"final": SpanOptions})
 @click.option(
     "--objective",

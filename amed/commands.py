@@ -1,7 +1,6 @@
 """The console commands: ``amed-sample`` is ``python sample.py``, and so on."""
 
-import runpy
-import sys
+import importlib.util
 from pathlib import Path
 
 from amed import ROOT
@@ -17,11 +16,20 @@ def script(name: str) -> Path:
 
 
 def _run(name: str):
+    program = f"amed-{name.replace('_', '-')}"
+
     def main() -> None:
+        from torch_utils.usage import check_usage
+
+        place = name if name in SCRIPTS else f"tools.{name}"
+        check_usage(place, program)
         if name in SCRIPTS:
-            runpy.run_path(str(script(name)), run_name="__main__")
+            spec = importlib.util.spec_from_file_location(name, script(name))
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
         else:
-            runpy.run_module(f"tools.{name}", run_name="__main__", alter_sys=True)
+            module = importlib.import_module(place)
+        module.main(prog_name=program)
 
     return main
 
@@ -31,8 +39,3 @@ def __getattr__(name: str):
     if name in (*SCRIPTS, *MODULES):
         return _run(name)
     raise AttributeError(f"there is no command '{name}'")
-
-
-if __name__ == "__main__":  # python -m amed.commands sample --help
-    sys.argv.pop(0)
-    _run(Path(sys.argv[0]).name)()

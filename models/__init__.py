@@ -41,6 +41,7 @@ def create_model(
     guidance_type: str | None = None,
     guidance_rate: float | None = None,
     device: str | torch.device = "cpu",
+    dtype: str = "fp32",
 ) -> Denoiser:
     """Load a pretrained denoiser, frozen and in evaluation mode.
 
@@ -66,7 +67,7 @@ def create_model(
     are not this network.
     """
     from models import zoo
-    from models.compile import prepare_network
+    from models.compile import choose_dtype, prepare_network
 
     card = zoo.find_card(dataset_name)
     if dataset_name == zoo.DIFFUSERS:
@@ -74,8 +75,12 @@ def create_model(
 
         if not model_path:
             raise UserError("dataset_name 'diffusers' needs --model_path, the folder or the hub id of a pipeline")
-        return load_diffusers(model_path, guidance_type, guidance_rate, device)
-    if model_path and names_function(str(model_path)) and not Path(model_path).exists():
+        chosen = choose_dtype(dtype, torch.device(device))
+        return load_diffusers(model_path, guidance_type, guidance_rate, device, chosen)
+    if dtype not in ("fp32", "auto"):
+        raise UserError(f"--dtype={dtype} is for pipelines (--dataset_name=diffusers); use --amp={dtype}")
+    remote = zoo.is_remote(model_path)
+    if model_path and not remote and names_function(str(model_path)) and not Path(model_path).exists():
         if card is not None:
             raise UserError(f"--model_path={model_path} is code of your own: use it with --dataset_name={zoo.CUSTOM}")
         check_guidance(("none",), guidance_type, guidance_rate, "a network of your own")
@@ -106,7 +111,7 @@ def create_model(
         device=device,
     )
     net.dataset_name = dataset_name
-    net.source_path = str(path)
+    net.source_path = model_path if remote else str(path)
     net.weights_hash = _hash_files(path, classifier, config)
     return prepare_network(net.eval().requires_grad_(False))
 

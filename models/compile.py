@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from models.denoiser import BottleneckReader, Denoiser, add_shift, bottleneck_map
+from models import edm_unet
+from models.denoiser import BottleneckReader, Denoiser, add_shift, beside, bottleneck_map
 from torch_utils.errors import UserError
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,7 +39,9 @@ def prepare_network(
         raise UserError(f"amp={amp}: choose from {', '.join(AUTOCAST)}")
     if AUTOCAST[amp] is not None and not net.can_autocast:
         raise UserError(f"--amp={amp} is not available for {net.dataset_name or 'this network'}; use --amp=none")
+    check_bf16(amp, next(net.parameters(), torch.empty(0)).device)
     net.autocast = AUTOCAST[amp]
+    convert_weights(net, net.autocast)
     if channels_last is None:
         channels_last = amp == "none" and next(net.parameters(), torch.empty(0)).device.type == "cpu"
     net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -46,6 +49,62 @@ def prepare_network(
         raise UserError(f"compile={compile_mode}: choose from {', '.join(COMPILE_MODES)}")
     net.compiled = None if compile_mode == "none" else CompiledForward(net, compile_mode)
     return net
+
+
+DTYPES = ("fp32", "fp16", "bf16", "auto")
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a name in ``DTYPES``. auto: bf16 or else fp16 on GPUs, fp32 on the CPU."""
+    if name == "auto":
+        if device.type == "cpu":
+            name = "fp32"
+        else:
+            bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+            name = "bf16" if bf16 else "fp16"
+    check_bf16(name, device, "dtype")
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+def choose_backends(tf32: bool, bench: bool) -> None:
+    """Sets what NVIDIA GPUs may do to go faster.
+
+    tf32: round the inputs of convolutions and matrix products to 10 bits (TensorFloat-32).
+    bench: let cuDNN choose convolution algorithms by timing, which may differ between two runs.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = bench
+
+
+def check_bf16(name: str, device: torch.device, flag: str = "amp") -> None:
+    """Raises UserError if the flag asks for bf16 on a GPU that computes it in software only."""
+    if name == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"--{flag}=bf16: {torch.cuda.get_device_name(device)} cannot compute in bf16; use fp16")
+
+
+# Layers whose weights autocast would convert in every call.
+_MATRIX_LAYERS = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, edm_unet.Linear, edm_unet.Conv2d)
+
+
+@torch.no_grad()
+def convert_weights(net: Denoiser, dtype: torch.dtype | None) -> None:
+    """Gives the layers of ``net.torso`` that autocast runs in ``dtype`` weights of this dtype.
+
+    Autocast converts frozen weights in every call; this does it once, with the same results. Their
+    float32 values are kept on the CPU, so that ``dtype`` None restores them.
+    """
+    kept = net.__dict__.setdefault("_full_precision", {})
+    for parameter, value in kept.items():
+        parameter.data = value.to(parameter.device)
+    kept.clear()
+    if dtype is None or net.torso is None:
+        return
+    for layer in net.torso.modules():
+        if isinstance(layer, _MATRIX_LAYERS):
+            for parameter in layer.parameters(recurse=False):
+                if not parameter.requires_grad and parameter.dtype == torch.float32:
+                    kept[parameter] = parameter.data.cpu()
+                    parameter.data = parameter.data.to(dtype)
 
 
 def skippable_layers(net: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
@@ -92,11 +151,14 @@ class CompiledForward:
     backend: backend of torch.compile. Default inductor.
 
     A batch smaller than the largest one so far is padded with copies of its last sample. That costs
-    less than another graph, and the last batch of a run is usually smaller than the others.
+    less than another graph, and the last batch of a run is usually smaller than the others. Solvers
+    that call the network at several points at once have a graph for each number of points.
     """
 
     def __init__(self, net: Denoiser, mode: str = "default", backend: str = "inductor"):
-        self.net, self.mode, self.batch = net, mode, 0
+        self.net, self.mode, self.backend = net, mode, backend
+        self.copies = 1  # points of the batch in the next call; ``Sampler`` sets it
+        self.batch: dict[int, int] = {}  # the largest number of rows so far, by number of copies
         self._reader: BottleneckReader | None = None
         self._feature = self._shift = None
         # The first call puts tables on the device. Inside the graph this would cost a second graph.
@@ -106,8 +168,17 @@ class CompiledForward:
         net.bottleneck.register_forward_hook(self._keep)
         if net.noise_embedding is not None:
             net.noise_embedding.register_forward_hook(self._add)
-        own_mode = {} if mode == "default" else {"mode": mode}
-        self.graph = torch.compile(self._both, fullgraph=True, dynamic=False, backend=backend, **own_mode)
+        self._compile()
+
+    def _compile(self) -> None:
+        own_mode = {} if self.mode == "default" else {"mode": self.mode}
+        self.graph = torch.compile(self._both, fullgraph=True, dynamic=False, backend=self.backend, **own_mode)
+
+    def forget(self) -> None:
+        """Drops the graphs and the sizes so far, after a batch that did not fit into memory."""
+        torch.compiler.reset()
+        self.batch = {}
+        self._compile()
 
     def _keep(self, module, inputs, output) -> None:
         self._feature = output
@@ -135,10 +206,10 @@ class CompiledForward:
     def arguments(self, x: torch.Tensor, sigma, cond: Mapping, shift: torch.Tensor | None) -> tuple:
         """Inputs of the graph, always of one type and size, to avoid minutes of compilation."""
         count = x.shape[0]
-        missing = max(self.batch - count, 0)
-        self.batch = count + missing
+        missing = max(self.batch.get(self.copies, 0) - count, 0)
+        self.batch[self.copies] = count + missing
         x = x.to(torch.float32)
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1).expand(count)
+        sigma = beside(torch.as_tensor(sigma, dtype=torch.float32), x).reshape(-1).expand(count)
 
         def fill(value):
             if not isinstance(value, torch.Tensor):

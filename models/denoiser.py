@@ -11,15 +11,28 @@ import torch
 import torch.nn.functional as F
 
 from torch_utils.errors import UserError
+from torch_utils.transfer import to_device
 
 BOTTLENECK_SIZE = 8  # the predictor reads an 8x8 map
+
+
+def beside(number: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``number`` on the device of x, with its gradient; x: any tensor there.
+
+    A 0-d tensor of the CPU becomes an argument of a kernel, so the host does not wait for a copy.
+    """
+    if number.device == x.device or number.requires_grad or number.ndim:
+        return to_device(number, x.device)
+    return torch.full((), float(number), dtype=number.dtype, device=x.device)
 
 
 class Denoiser(torch.nn.Module):
     """Base class of all denoisers.
 
     Subclasses implement ``forward(x, sigma, **cond)`` with x [B,C,H,W] and sigma a scalar, [B] or
-    [B,1,1,1]; the result is float32, of x's shape. Every denoiser has these attributes:
+    [B,1,1,1]; the result is float32, of x's shape. In a call sigma may
+    also be a scalar on the CPU for x on another device; ``forward`` gets it on the device of x.
+    Every denoiser has these attributes:
 
     sigma_min, sigma_max: range of noise levels that the network supports.
     img_channels, img_resolution: shape of the samples (images, or latents of latent models).
@@ -65,13 +78,26 @@ class Denoiser(torch.nn.Module):
     weights_hash: str | None = None
 
     def __call__(self, x, sigma, *args, **cond):
+        if isinstance(sigma, torch.Tensor):
+            sigma = beside(sigma, x)
         if self.compiled is None or args:
             return super().__call__(x, sigma, *args, **cond)
         return self.compiled(x, sigma, cond)
 
+    def _apply(self, fn, recurse=True):
+        """Moves ``data_mean``, an attribute, with the parameters."""
+        if self.data_mean is not None:
+            self.data_mean = fn(self.data_mean)
+        return super()._apply(fn, recurse)
+
     @property
     def bottleneck(self) -> torch.nn.Module:
         raise NotImplementedError(f"{type(self).__name__} has no bottleneck: define this property")
+
+    @property
+    def torso(self) -> torch.nn.Module | None:
+        """The part that runs in the dtype ``autocast``, whose weights may have this dtype."""
+        return None
 
     @property
     def noise_embedding(self) -> torch.nn.Module | None:
@@ -154,6 +180,10 @@ class PreconditionedDenoiser(Denoiser):
 
     can_autocast = True
 
+    @property
+    def torso(self):
+        return getattr(self, "model", None)
+
     def scalings(self, sigma: torch.Tensor) -> tuple:
         """(c_skip, c_out, c_in, c_noise) for sigma [B or 1,1,1,1]; c_noise in any shape."""
         raise NotImplementedError
@@ -181,8 +211,9 @@ class PreconditionedDenoiser(Denoiser):
 
 
 def standard_inputs(x: torch.Tensor, sigma) -> tuple[torch.Tensor, torch.Tensor]:
-    """Convert x to float32, and sigma (a number, [B] or [B,1,1,1]) to float32 [B or 1,1,1,1]."""
-    return x.to(torch.float32), torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(-1, 1, 1, 1)
+    """x as float32 [B,C,H,W], and sigma (a number, [B] or [B,1,1,1]) as float32 [B or 1,1,1,1]."""
+    level = beside(torch.as_tensor(sigma, dtype=torch.float32), x)
+    return x.to(torch.float32), level.reshape(-1, 1, 1, 1)
 
 
 def edm_scalings(sigma: torch.Tensor, sigma_data: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -25,6 +25,7 @@ from torch_utils.errors import MissingExtra, UserError
 from torch_utils.files import sha256_of
 from torch_utils.hub import import_transformers, read_json, refuse_code_in_configs, refuse_other_files
 from torch_utils.prompts import batch_of_prompts
+from torch_utils.remote import is_remote
 
 EXTRA = "diffusers"
 _FIRST_STAGES = ("vae", "vqvae")
@@ -40,6 +41,11 @@ def import_diffusers(purpose: str):
     return diffusers
 
 
+def is_flow(config: Mapping) -> bool:
+    """Whether the configuration is that of a flow scheduler."""
+    return "base_image_seq_len" in config or config.get("prediction_type") == "flow_prediction"
+
+
 def noise_process(
     config: Mapping, tokens: int | None = None, mu: float | None = None
 ) -> VariancePreserving | RectifiedFlow:
@@ -52,8 +58,7 @@ def noise_process(
 
     Raises UserError for unsupported schedulers.
     """
-    flow = "base_image_seq_len" in config or config.get("prediction_type") == "flow_prediction"
-    if flow:
+    if is_flow(config):
         if config.get("invert_sigmas"):
             raise UserError("a scheduler with invert_sigmas is not supported")
         return RectifiedFlow(config.get("num_train_timesteps", 1000), _flow_shift(config, tokens, mu))
@@ -437,7 +442,8 @@ def load_diffusers(
     guidance_type: "cfg" (default) or "none" for text-to-image, "uncond" or "none" otherwise.
     guidance_rate: strength of the guidance, as in diffusers. Default: that of the pipeline.
     device: where the weights are put. Default: the CPU.
-    dtype: dtype of the weights; images and noise levels stay in float32. Default float32.
+    dtype: dtype of the weights; images and noise levels stay in float32,
+        and so does a first stage that may overflow. Default float32.
     allow_pickle: also read weights that are not in safetensors, as data only. Default False.
 
     The result has ``dataset_name``, ``source_path`` and ``weights_hash``: the SHA-256 of the
@@ -459,8 +465,8 @@ def load_diffusers(
     given = {part: None for part, entry in index.items() if part in _UNUSED or entry == [None, None]}
     if "safety_checker" in given:
         given["requires_safety_checker"] = False
-    # First stages overflow in float16. They run only once per image.
-    dtypes = {"default": dtype} | {part: torch.float32 for part in _FIRST_STAGES if part in index}
+    dtypes = {"default": dtype}
+    dtypes |= {part: _first_stage_dtype(folder / part, dtype) for part in _FIRST_STAGES if part in index}
     options = {
         "use_safetensors": None if allow_pickle else True,
         "trust_remote_code": False,
@@ -489,6 +495,14 @@ def load_diffusers(
     return net.to(device).eval().requires_grad_(False)
 
 
+def _first_stage_dtype(folder: Path, dtype: torch.dtype) -> torch.dtype:
+    """float32, unless the configuration says that half precision suffices (force_upcast)."""
+    path = folder / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    fits = isinstance(config, dict) and config.get("force_upcast") is False
+    return dtype if fits else torch.float32
+
+
 def _reading(source, function, *arguments, **options):
     """Call a function of diffusers; its errors about files become UserError."""
     try:
@@ -499,6 +513,10 @@ def _reading(source, function, *arguments, **options):
 
 
 def _local_folder(diffusers, source, allow_pickle: bool) -> Path:
+    if is_remote(source):
+        if re.fullmatch(r"hf:[\w.-]+/[\w.-]+", source) is None:
+            raise UserError(f"{source}: a pipeline is a folder, or hf:owner/name")
+        source = source.removeprefix("hf:")
     path = Path(source)
     if path.is_dir():
         return path
@@ -536,6 +554,14 @@ def _read_index(folder: Path, source) -> tuple[str, dict]:
         raise UserError(f"{source} is not a diffusers pipeline: it has no {_INDEX}")
     index = read_json(path)
     return _check_index(index, source), index
+
+
+def takes_prompts(source: str | Path) -> bool | None:
+    """Whether the pipeline in a folder is text-to-image; None if there is no such folder."""
+    if not (Path(source) / _INDEX).is_file():
+        return None
+    name, _ = _read_index(Path(source), source)
+    return issubclass(PIPELINES[name][0], TextPipeline)
 
 
 def _check_index(index, source) -> str:

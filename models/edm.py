@@ -246,8 +246,6 @@ def load_edm(path, *, config, dataset_name, guidance_type, guidance_rate, device
             raise UserError(f"checkpoint {path} is {found}, but dataset_name '{dataset_name}' expects {expected}")
     else:
         _check_edm_guidance(net, guidance_type, guidance_rate)
-    if net.data_mean is not None:  # an attribute, which Module.to does not move
-        net.data_mean = net.data_mean.to(device)
     return net.to(device)
 
 

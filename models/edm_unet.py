@@ -27,6 +27,13 @@ def _init(shape: list[int], fan_in: int, fan_out: int, mode: str, gain: float) -
     return nn.Parameter(values * gain)
 
 
+def like(x: torch.Tensor, parameter: torch.Tensor | None) -> torch.Tensor | None:
+    """The parameter in the dtype of x. Under autocast, which chooses dtypes itself, as it is."""
+    if parameter is None or torch.is_autocast_enabled(x.device.type):
+        return parameter
+    return parameter.to(x.dtype)
+
+
 class Linear(nn.Module):
     """y = x W^T + b, with the initialisations of the U-Nets below."""
 
@@ -38,7 +45,7 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(self, x):
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, like(x, self.weight), like(x, self.bias))
 
 
 class Conv2d(nn.Module):
@@ -85,8 +92,7 @@ class Conv2d(nn.Module):
         return F.conv2d(x, taps.expand(channels, 1, -1, -1), groups=channels, stride=2, padding=padding)
 
     def forward(self, x):
-        weight = None if self.weight is None else self.weight.to(x.dtype)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
+        weight, bias = like(x, self.weight), like(x, self.bias)
         half = 0 if weight is None else weight.shape[-1] // 2
         filter_pad = (self.resample_filter.shape[-1] - 1) // 2 if self.resample_filter is not None else 0
         if self.fused_resample and weight is not None and (self.up or self.down):
@@ -95,7 +101,7 @@ class Conv2d(nn.Module):
                 x = self._resample(x, max(filter_pad - half, 0))
                 return F.conv2d(x, weight, bias, padding=max(half - filter_pad, 0))
             x = self._resample(F.conv2d(x, weight, padding=half + filter_pad), 0)
-            return x + bias[:, None, None]
+            return x + bias.to(x.dtype)[:, None, None]
         if self.up or self.down:
             x = self._resample(x, filter_pad)
         return x if weight is None else F.conv2d(x, weight, bias, padding=half)
@@ -114,7 +120,7 @@ class GroupNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
     def forward(self, x):
-        return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+        return F.group_norm(x, self.num_groups, like(x, self.weight), like(x, self.bias), self.eps)
 
 
 class PositionalEmbedding(nn.Module):

@@ -6,6 +6,7 @@ import torch
 
 from models.denoiser import member
 from torch_utils.seeds import SeededGenerators
+from torch_utils.transfer import to_device
 
 
 def draw_noise(
@@ -66,5 +67,5 @@ def draw_inputs(
     device: where the noise is put. Default: the CPU.
     """
     generators = SeededGenerators(seeds)
-    latents = draw_noise(net, generators, dtype).to(device)
+    latents = to_device(draw_noise(net, generators, dtype), device)
     return latents, draw_condition(net, generators, prompts, **condition)

@@ -9,10 +9,11 @@ from pathlib import Path
 import click
 
 from torch_utils import distributed
-from torch_utils.cli import Group
+from torch_utils.cli import Group, Known
 from torch_utils.download import download_file, download_member, known_sha256, recorded_sha256
 from torch_utils.errors import UserError, did_you_mean, parse_json
 from torch_utils.files import sha256_of
+from torch_utils.remote import fetch, is_remote
 
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 PREDICTORS = Path(__file__).resolve().parent / "predictors"  # trained, for the embedded networks
@@ -33,8 +34,9 @@ class Card:
     name: the dataset_name.
     family: name of its family.
     file: name of the weights file.
-    resolution, channels: shape of the samples (images, or latents of latent models).
-    label_dim: number of classes, 0 for unconditional networks.
+    resolution, channels: shape of the samples (images, or latents of latent models). Default
+        channels: 3.
+    label_dim: number of classes. Default: 0, unconditional.
     licence: licence of the weights.
     fid_file: name of the FID reference statistics (mu, sigma). Default: none are published.
     urls: addresses of the weights, official first, then mirrors. Default: none, the files are
@@ -54,9 +56,9 @@ class Card:
     family: str
     file: str
     resolution: int
-    channels: int
-    label_dim: int
     licence: str
+    channels: int = 3
+    label_dim: int = 0
     fid_file: str = ""
     urls: tuple[str, ...] = ()
     fid_refs: tuple[str, ...] = ()
@@ -96,7 +98,6 @@ def _edm(name: str, weights: str, fid_file: str, resolution: int, label_dim: int
         family="edm",
         file=weights,
         resolution=resolution,
-        channels=3,
         label_dim=label_dim,
         licence="CC BY-NC-SA 4.0",
         fid_file=fid_file,
@@ -114,7 +115,6 @@ def _pfgmpp(name: str, folder: str, resolution: int, label_dim: int, fid_file: s
         family="edm",
         file="training-state.pt",
         resolution=resolution,
-        channels=3,
         label_dim=label_dim,
         licence="CC BY-NC-SA 4.0",
         fid_file=fid_file,
@@ -133,8 +133,6 @@ def _cm(animal_or_room: str) -> Card:
         family="cm",
         file=file,
         resolution=256,
-        channels=3,
-        label_dim=0,
         licence="MIT",
         fid_file=reference,
         urls=(f"{_OPENAI}/consistency/{file}",),
@@ -154,8 +152,6 @@ def _restoration(name: str, file: str, notes: str, max_sigma: int) -> Card:
         family="mr",
         file=file,
         resolution=256,
-        channels=3,
-        label_dim=0,
         licence="MIT",
         guidance=("none", "uncond"),
         notes=notes,
@@ -173,7 +169,6 @@ def _adm(name: str, size: int, fid_ref: str, notes: str = "", sigma_range=(0.010
         family="adm",
         file=file,
         resolution=size,
-        channels=3,
         label_dim=1000,
         licence="MIT",
         fid_file=fid_ref.rpartition("/")[2],
@@ -195,8 +190,6 @@ def _ldm(name: str, archive: str, fid_ref: str, notes: str) -> Card:
         family="ldm",
         file="model.ckpt",
         resolution=64,
-        channels=3,
-        label_dim=0,
         licence="MIT",
         fid_file=fid_ref.rpartition("/")[2],
         urls=(f"{_COMPVIS}/{archive}",),
@@ -218,7 +211,6 @@ CARDS: dict[str, Card] = {
             file="digits-edm.safetensors",
             resolution=32,
             channels=1,
-            label_dim=0,
             licence="Apache-2.0",
             fid_file="digits-fid.npz",
             guidance=("none", "uncond"),
@@ -229,8 +221,6 @@ CARDS: dict[str, Card] = {
             family="edm",
             file="cifar10-small-edm.safetensors",
             resolution=32,
-            channels=3,
-            label_dim=0,
             licence="Apache-2.0",
             fid_file="cifar10-small-fid.npz",
             guidance=("none", "uncond"),
@@ -289,7 +279,6 @@ CARDS: dict[str, Card] = {
             file="v1-5-pruned-emaonly.safetensors",
             resolution=64,
             channels=4,
-            label_dim=0,
             licence="CreativeML OpenRAIL-M",
             urls=(
                 "https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5/resolve/main/"
@@ -306,8 +295,12 @@ CARDS: dict[str, Card] = {
 }
 
 
+REMOTE_NAMES = ("network.safetensors", "[!p]*.safetensors")  # of a network in a repository of the hub
 CUSTOM = "custom"  # any network of the user, at model_path; it has no card
 DIFFUSERS = "diffusers"  # a pipeline in diffusers format: model_path is its folder or hub id
+
+
+NAMES = Known((*CARDS, CUSTOM, DIFFUSERS), "dataset_name '{}' is unknown")
 
 
 def get_card(dataset_name: str) -> Card:
@@ -325,6 +318,18 @@ def find_card(dataset_name: str) -> Card | None:
     return None if dataset_name in (CUSTOM, DIFFUSERS) else get_card(dataset_name)
 
 
+def takes_prompts(dataset_name: str, model_path: str | None = None) -> bool | None:
+    """Whether a network needs prompts, as far as this can be seen without loading it; else None."""
+    card = find_card(dataset_name)
+    if card is not None:
+        return card.takes_prompts
+    if dataset_name == DIFFUSERS and model_path:
+        from models.diffusers import takes_prompts
+
+        return takes_prompts(model_path)
+    return None
+
+
 def resolve(dataset_name: str, model_path: str | Path | None = None) -> Path:
     """The weights file of a network, downloaded if necessary.
 
@@ -339,6 +344,8 @@ def resolve(dataset_name: str, model_path: str | Path | None = None) -> Path:
     card = find_card(dataset_name)
     if card is None and not model_path:
         raise UserError(f"dataset_name '{dataset_name}' needs --model_path, the file of a network or MODULE:FUNCTION")
+    if is_remote(model_path):
+        return fetch(model_path, REMOTE_NAMES, description=True)
     if model_path:
         path = Path(model_path)
         if (path / "model_index.json").is_file():
@@ -356,6 +363,8 @@ def resolve_companion(dataset_name: str, model_path: str | Path | None = None) -
     card = find_card(dataset_name)
     if card is None or not card.companion:
         return None
+    if is_remote(model_path):
+        raise UserError("guidance_type 'cg' needs the classifier beside the network: download both, and give the file")
     if model_path:
         path = Path(model_path).with_name(card.companion)
         if not path.is_file():

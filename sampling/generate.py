@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from models.denoiser import member
 from models.inputs import draw_noise
 from sampling.inputs import ImageInputs
 from solvers import SampleInfo, sample
@@ -14,6 +15,7 @@ from torch_utils.errors import UserError
 from torch_utils.memory import first_batch, is_out_of_memory, release_memory
 from torch_utils.seeds import SeededGenerators, candidate_seed
 from torch_utils.session import Interrupted
+from torch_utils.transfer import to_device
 
 
 @dataclass
@@ -82,7 +84,7 @@ def generate_images(
             denoiser, size, images = inputs.prepare(net, chosen, device)
             given |= images
         noises = SeededGenerators([candidate_seed(seeds[index], number) for index, number in part])
-        latents = _to_device(draw_noise(net, noises, size=size), device)
+        latents = to_device(draw_noise(net, noises, size=size), device)
         generators = noises
         if candidates > 1:  # the class is drawn after the noise of the seed itself
             generators = SeededGenerators(chosen)
@@ -117,13 +119,6 @@ def generate_images(
         yield Batch(chosen, images, torch.stack(denoised) if keep_intermediates else None, info, cond)
 
 
-def _to_device(noise: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Copies to a CUDA device through pinned memory, without waiting."""
-    if torch.device(device).type == "cuda":
-        return noise.pin_memory().to(device, non_blocking=True)
-    return noise.to(device)
-
-
 def prompts_of(seeds: list[int], prompts: str | Mapping[int, str] | None) -> list[str] | None:
     """One text per seed, None without prompts."""
     if prompts is None:
@@ -154,6 +149,8 @@ def generate_fitting(net, seeds: Sequence[int], *, device: torch.device, **argum
                 raise UserError(
                     f"{device} is out of memory even with --batch=1: use another --device, or --amp"
                 ) from None
+        if (compiled := member(net, "compiled")) is not None:
+            compiled.forget()  # else it would fill smaller batches up to the size that did not fit
         release_memory()
         batch //= 2
 

@@ -36,6 +36,7 @@ from torch_utils.memory import AUTO, explained_oom
 from torch_utils.progress import progress_bar
 from torch_utils.seeds import parse_seeds
 from torch_utils.session import deferred_signals
+from torch_utils.transfer import Arrival, one_ahead, to_device
 from torch_utils.version import code_version
 
 
@@ -50,7 +51,9 @@ def score_of(verifier: Verifier, images: torch.Tensor, seeds: list[int], cond, r
     """Scores of images [B,C,H,W] in [-1, 1], of these rows of a batch with condition ``cond``."""
     pixels = torch.from_numpy(to_uint8(images)).permute(0, 3, 1, 2).contiguous()
     labels = cond.get("class_labels")
-    return judge(verifier, pixels, seeds, None if labels is None else labels[rows], prompts_of(seeds, prompts))
+    if labels is not None:
+        labels = labels.index_select(0, to_device(torch.tensor(list(rows)), labels.device))
+    return judge(verifier, pixels, seeds, labels, prompts_of(seeds, prompts))
 
 
 def search(
@@ -60,7 +63,8 @@ def search(
 
     def score(batch: Batch, rows: list[int]) -> torch.Tensor:
         seeds = [batch.seeds[row] for row in rows]
-        return score_of(verifier, batch.images[rows], seeds, batch.cond, rows, prompts)
+        images = batch.images.index_select(0, to_device(torch.tensor(rows), batch.images.device))
+        return score_of(verifier, images, seeds, batch.cond, rows, prompts)
 
     return keep_best(batches, candidates, score, scores.add)
 
@@ -95,7 +99,12 @@ def describe_run(
 
 
 def write_images(
-    batches: Iterator[Batch], folder: Folder | None, nfe: int | None, progress, stream: StreamedFID | None = None
+    batches: Iterator[Batch],
+    folder: Folder | None,
+    nfe: int | None,
+    progress,
+    stream: StreamedFID | None = None,
+    ahead: bool = False,
 ) -> None:
     """Writes the batches of ``generate_images`` to a folder, a stream of features, or both.
 
@@ -104,25 +113,38 @@ def write_images(
     nfe: evaluations per image that every batch must have spent; None: they differ.
     progress: progress bar.
     stream: receives the pixels of all images, for the FID. Default None.
+    ahead: start every batch before the one before it is read. Default False.
 
     Files are encoded and written in the background. Raises UserError with the seeds of images that
     are not finite.
     """
+    strips = folder is not None and folder.inters
+
+    def start(result: Batch) -> tuple[Batch, torch.Tensor, Arrival]:
+        """Begins to copy the pixels of a batch, and whether its images are finite, to the host."""
+        if nfe is not None and result.info.nfe != nfe:
+            raise RuntimeError(f"sampling took {result.info.nfe} network evaluations instead of {nfe}")
+        images = result.images[None]
+        pixels = to_pixels(torch.cat([result.intermediates, images]) if strips else images)
+        finite = result.images.isfinite().flatten(1).all(dim=1).to(torch.uint8)
+        return result, pixels, Arrival(torch.cat([pixels.flatten(), finite]))
+
+    # A GPU works on the next batch while the host writes this one.
+    started = map(start, batches)
     with ImageWriter() as writer:
-        for result in batches:
-            if nfe is not None and result.info.nfe != nfe:
-                raise RuntimeError(f"sampling took {result.info.nfe} network evaluations instead of {nfe}")
-            pixels = to_pixels(result.images)
-            finite = result.images.isfinite().flatten(1).all(dim=1).tolist()
+        for result, pixels, arrival in one_ahead(started) if ahead else started:
+            count = len(result.seeds)
+            everything = arrival.read()
+            finite = [bool(value) for value in everything[-count:]]
             if stream is not None and all(finite):
-                stream.append(pixels)
-            images = None if folder is None else to_uint8(pixels)
+                stream.append(pixels[-1])
+            steps = everything[:-count].view(pixels.shape)
+            images = to_uint8(steps[-1])
             for row, seed in enumerate(result.seeds):
                 if folder is None or not finite[row]:
                     continue
-                if folder.inters:
-                    steps = to_uint8(torch.cat([result.intermediates[:, row], result.images[row : row + 1]]))
-                    writer.submit(image_grid(steps, columns=len(steps)), folder.strip(seed))
+                if strips:
+                    writer.submit(image_grid(to_uint8(steps[:, row]), columns=len(steps)), folder.strip(seed))
                 writer.submit(images[row], folder.image(seed))
             bad = [seed for seed, good in zip(result.seeds, finite, strict=True) if not good]
             if bad:
@@ -130,7 +152,7 @@ def write_images(
                     f"not finite (NaN or infinite) for seeds {format_seeds(bad)[:200]}: not written;"
                     " try --amp=none, more steps or another solver"
                 )
-            progress.update(len(result.seeds))
+            progress.update(count)
 
 
 def _search_paths(settings: Settings, options: SampleOptions, verifier: Verifier, net, seeds, **arguments):
@@ -175,7 +197,7 @@ def run(options: SampleOptions, device: torch.device) -> None:
     settings, predictor, predictor_file = open_predictor(options.predictor_path, options.settings, options.written)
     compute = remembered_network(predictor_file, settings, options.compute)
     options = replace(options, text=options.text.resolve(), compute=compute)
-    prompts = options.text.read(settings.dataset_name, seeds)
+    prompts = options.text.read(settings.dataset_name, seeds, options.compute.model_path)
     net = open_network(settings, options.compute, device, options.class_idx)
     source = None
     if predictor is None and settings.nfe is not None:
@@ -259,7 +281,7 @@ def run(options: SampleOptions, device: torch.device) -> None:
                 explained_oom(device, advice),
             ):
                 target = folder if output.writes_images else None
-                write_images(until_stopped(batches, received), target, nfe, bar, stream)
+                write_images(until_stopped(batches, received), target, nfe, bar, stream, ahead=device.type != "cpu")
         seconds = time.perf_counter() - started
         if distributed.rank() == 0:
             if place is not None:

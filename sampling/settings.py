@@ -9,7 +9,7 @@ import click
 import torch
 
 from models import create_model, zoo
-from models.compile import AUTOCAST, COMPILE_MODES, prepare_network
+from models.compile import AUTOCAST, COMPILE_MODES, DTYPES, choose_backends, prepare_network
 from models.denoiser import member
 from sampling.flags import solver_flags, solver_option_names
 from solvers import SOLVERS, make_solver, resolve_sigmas
@@ -18,7 +18,7 @@ from solvers.sampler import afs_direction, check_predictor
 from solvers.schedules import SCHEDULE_NAMES, SCHEDULES
 from solvers.span_table import SpanSolver
 from torch_utils import distributed
-from torch_utils.cli import PATH, Number
+from torch_utils.cli import PATH, Known, Number
 from torch_utils.errors import UserError
 from torch_utils.files import read_json, sha256_of
 from torch_utils.functions import names_function
@@ -32,7 +32,7 @@ from training.run_folder import OPTIONS_FILE
 class NetworkSettings:
     """Which network is sampled. None: the network's own value."""
 
-    dataset_name: str | None = flag("Network: digits, cifar10, ...", metavar="NAME", record=ALWAYS)
+    dataset_name: str | None = flag("Network: digits, cifar10, ...", kind=zoo.NAMES, record=ALWAYS)
     guidance_type: str | None = flag("Kind of guidance (default: the network's)", metavar="NAME", record=ALWAYS)
     guidance_rate: float | None = flag(
         "Strength of the guidance (default: 7.5 for cfg, 1 for cg)", kind=Number(), record=ALWAYS
@@ -44,12 +44,20 @@ class ComputeOptions:
     """The file of the network, its device and precision."""
 
     model_path: str | None = flag(
-        "File of the network (default: embedded or downloaded); diffusers: a folder or hub id; custom: also"
-        " MODULE:FUNCTION of your own code, which is run",
+        "File of the network, https address or hf:owner/name (default: embedded or downloaded); diffusers: a folder or"
+        " hub id; custom: also MODULE:FUNCTION of your own code, which is run",
         kind=PATH,
         metavar="FILE",
     )
     amp: str = flag("Mixed precision of the network", "none", click.Choice(list(AUTOCAST)), record=ALWAYS)
+    dtype: str = flag(
+        "Precision of the weights of a diffusers pipeline; auto: bf16 or fp16 on a GPU",
+        "fp32",
+        click.Choice(DTYPES),
+        record=CHANGED,
+    )
+    tf32: bool = flag("TensorFloat-32 on NVIDIA GPUs: faster, rounded to 10 bits", False, record=CHANGED)
+    bench: bool = flag("cuDNN benchmarking: faster, images may differ in the last bits", False, record=CHANGED)
     compile: str = flag(
         "torch.compile of the network (--compile is --compile=default), which takes minutes. reduce-overhead records"
         " CUDA graphs, for small batches",
@@ -80,7 +88,7 @@ class Settings(NetworkSettings):
     )
     solver: str | None = flag(
         "Plain solver: " + ", ".join(name for name, solver in SOLVERS.items() if not solver.needs_predictor),
-        metavar="NAME",
+        kind=Known(SOLVERS, "unknown solver '{}'"),
         record=ALWAYS,
     )
     nfe: int | None = flag(
@@ -145,7 +153,7 @@ class Settings(NetworkSettings):
         return resolve_sigmas(net, **{name: getattr(self, name) for name in names})
 
     def for_network(self, net, written: frozenset[str] = frozenset(), tuned: bool = True) -> tuple["Settings", str]:
-        """(the settings that are recommended for ``nfe`` evaluations on this network, where they come from).
+        """(recommended settings for ``nfe`` evaluations on this network, their origin).
 
         net: the denoiser.
         written: names of the flags that the user wrote; they win.
@@ -161,7 +169,7 @@ class Settings(NetworkSettings):
         return replace(self, **own, options=values, nfe=None), found.source
 
     def flags(self) -> str:
-        """The settings of a plain solver as flags of sample.py, without those that keep their default."""
+        """The settings of a plain solver as flags of sample.py, without defaults."""
         shown = {name: getattr(self, name) for name in ("solver", "num_steps", *RECOMMENDABLE)}
         if self.schedule_type == "logsnr":
             del shown["schedule_rho"]
@@ -290,12 +298,12 @@ def open_predictor(predictor_path: str | None, asked: Settings, written: frozens
 
 
 def remembered_network(predictor_file: Path | None, settings: Settings, compute: ComputeOptions) -> ComputeOptions:
-    """The options with the network's file that the predictor's run was trained on, if none is given.
+    """The options, with the network's file of the predictor's run if none is given.
 
-    The folder may come from somebody else, so what it names is only read: code of one's own and
-    downloads have to be named on the command line.
+    The folder may come from somebody else, so its files are only read: own code and downloads have
+    to be given on the command line.
 
-    Raises UserError where the predictor needs such a file and it is not there.
+    Raises UserError if the predictor needs a file that does not exist.
     """
     if predictor_file is None or compute.model_path is not None:
         return compute
@@ -314,7 +322,15 @@ def remembered_network(predictor_file: Path | None, settings: Settings, compute:
 
 def open_network(network: NetworkSettings, compute: ComputeOptions, device: torch.device, class_idx: int | None = None):
     """The network, with precision and memory format. UserError if it lacks the class."""
-    net = create_model(network.dataset_name, compute.model_path, network.guidance_type, network.guidance_rate, device)
+    choose_backends(compute.tf32, compute.bench)
+    net = create_model(
+        network.dataset_name,
+        compute.model_path,
+        network.guidance_type,
+        network.guidance_rate,
+        device,
+        compute.dtype,
+    )
     prepare_network(net, compute.amp, compute.channels_last, compute.compile)
     # Errors have to come before anything is written.
     if class_idx is not None:

@@ -49,15 +49,18 @@ class TextOptions:
         """These options, with the (maybe downloaded) file of a named set of captions."""
         return replace(self, prompt=zoo.resolve_prompts(self.prompt))
 
-    def read(self, dataset_name: str, seeds: list[int]) -> str | dict[int, str] | None:
+    def read(self, dataset_name: str, seeds: list[int], model_path: str | None = None) -> str | dict[int, str] | None:
         """The text for all images, or the captions of a .txt or .csv file by seed.
 
         dataset_name: the network.
         seeds: must all have a caption.
+        model_path: of the network. Default: none.
         """
-        card = zoo.find_card(dataset_name)
-        if self.prompt is None and card is not None and card.takes_prompts:  # noticed before gigabytes are read
+        wanted = zoo.takes_prompts(dataset_name, model_path)  # noticed before gigabytes are read
+        if self.prompt is None and wanted:
             raise _text_is_missing(dataset_name)
+        if wanted is False:
+            self._refuse(dataset_name)
         if self.prompt is None or not _is_file_of_prompts(self.prompt):
             return self.prompt
         captions = read_prompts(self.prompt)
@@ -69,15 +72,18 @@ class TextOptions:
             )
         return captions
 
+    def _refuse(self, dataset_name: str) -> None:
+        for name, value in vars(self).items():
+            if value is not None:
+                raise UserError(f"--{name}: {dataset_name} is not a text-to-image network; leave it out")
+
     def prepare(self, net, dataset_name: str, prompts) -> None:
         """Gives the network its tokenizer.
 
         Raises UserError if prompts are missing, have no effect, or cannot be encoded.
         """
         if not member(net, "takes_prompts"):
-            for name, value in vars(self).items():
-                if value is not None:
-                    raise UserError(f"--{name}: {dataset_name} is not a text-to-image network; leave it out")
+            self._refuse(dataset_name)
             return
         if prompts is None:
             raise _text_is_missing(dataset_name)

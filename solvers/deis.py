@@ -9,8 +9,10 @@ import functools
 import numpy as np
 import torch
 
+from models.denoiser import beside
 from models.noise import VPTime
 from solvers.solver import Option, Solver, order_option, register
+from torch_utils.transfer import to_device
 
 # Of the Gauss-Legendre quadrature in ln sigma. The integrand's singularities are pi/2 away from the
 # real axis, so these points reach rounding error on any interval, even from 80 to 0.002.
@@ -35,7 +37,7 @@ LEGENDRE = functools.cache(np.polynomial.legendre.leggauss)
 
 def gauss_legendre(start: torch.Tensor, end: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Points and weights [...,count] of the Gauss-Legendre quadrature from start to end [...]."""
-    points, weights = (torch.as_tensor(v).to(start) for v in LEGENDRE(count))
+    points, weights = (to_device(torch.as_tensor(v).to(start.dtype), start.device) for v in LEGENDRE(count))
     half = (0.5 * (end - start)).unsqueeze(-1)
     return start.unsqueeze(-1) + half * (1 + points), half * weights
 
@@ -75,19 +77,30 @@ class DEIS(Solver):
         stale = self.original_code and self.deis_mode == "rhoab" and self.max_order == 4 and index >= 4
         if stale and total == len(self.grid) - 1:  # the published code has no learned points
             *sigmas, sigma_next = (self.grid[k] for k in (3, 2, 1, 0, 4))
-        weights = self.coefficients(sigmas, sigma_next)
+        weights = self.constants(sigmas, sigma_next)
         outputs = (output for output, _ in reversed(history[-count:]))
         return x + scale * sum(w.to(x.dtype) * output for w, output in zip(weights, outputs, strict=True))
 
+    def constants(self, sigmas: list, sigma_next) -> list[torch.Tensor]:
+        """``coefficients``, computed once per step of a schedule.
+
+        With gradients, or noise levels per sample, they are computed in every call.
+        """
+        levels = (*sigmas, sigma_next)
+        if any(level.ndim or level.requires_grad or level.device.type != "cpu" for level in levels):
+            return self.coefficients(sigmas, sigma_next)
+        return _constants(self.deis_mode, self.original_code, *map(float, levels))
+
     def coefficients(self, sigmas: list, sigma_next) -> list[torch.Tensor]:
-        """Coefficients of the directions in a step, float64, each shaped like the noise levels.
+        """Coefficients of the directions in a step, each shaped like the noise levels.
 
         sigmas: noise levels of the directions, newest first, each a scalar or [B,1,1,1].
         sigma_next: a scalar or [B,1,1,1].
+
+        float64; where a predictor on another device than the CPU places the points, float32.
         """
-        dtype = torch.float32 if sigma_next.device.type == "mps" else torch.float64
-        *sigmas, target = (sigma.to(dtype) for sigma in (*sigmas, sigma_next))
-        start = sigmas[0]
+        *sigmas, target = _alike([*sigmas, sigma_next])
+        start, dtype = sigmas[0], sigmas[0].dtype
         if len(sigmas) == 1:
             return [target - start]
         nodes = sigmas if self.deis_mode == "rhoab" else [CURVE.sigma_inv(sigma) for sigma in sigmas]
@@ -102,3 +115,19 @@ class DEIS(Solver):
             logs, weights = gauss_legendre(start.log(), target.log(), POINTS)
             points, weights = CURVE.sigma_inv(logs.exp()), weights * logs.exp()
         return [(weights * basis).sum(-1) for basis in lagrange_basis(points, nodes)]
+
+
+def _alike(levels: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The noise levels in float64 on the CPU, or in float32 on the device of some of them."""
+    place = next((level for level in levels if level.device.type != "cpu"), None)
+    if place is None:
+        return [level.to(torch.float64) for level in levels]
+    return [beside(level.to(torch.float32), place) for level in levels]
+
+
+@functools.lru_cache(maxsize=4096)
+def _constants(mode: str, original_code: bool, *levels: float) -> list[torch.Tensor]:
+    """``DEIS.coefficients`` of noise levels that are plain numbers, the last one the target."""
+    solver = DEIS(deis_mode=mode, original_code=original_code)
+    *sigmas, target = (torch.tensor(level, dtype=torch.float64) for level in levels)
+    return solver.coefficients(sigmas, target)

@@ -30,6 +30,7 @@ from solvers.solver import Option, Solver, State, order_option, register
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
 from torch_utils.tensor_file import json_entry, read_safetensors, write_safetensors
+from torch_utils.transfer import to_device
 
 ENTRY = "dpm_v3"  # key of the settings in the metadata of a statistics file
 RANGE_SLACK = 1e-3  # noise levels may exceed those of the statistics by this share
@@ -165,9 +166,50 @@ class Step:
     moments: torch.Tensor
     drift: torch.Tensor
 
-    def to(self, x: torch.Tensor) -> "Step":
-        """This step in the dtype and on the device of x."""
-        return Step(*(getattr(self, entry.name).to(x.dtype).to(x.device) for entry in fields(self)))
+
+class Constants:
+    """All numbers of a schedule: its steps, and the weights of their polynomials, made once.
+
+    steps: float64 on the CPU.
+    """
+
+    def __init__(self, steps: list[Step]):
+        self._steps, self._moved = steps, {}
+        self._weights: dict[tuple, list] = {}
+
+    def step(self, i: int, x: torch.Tensor) -> Step:
+        """Step i in the dtype and on the device of x; all steps are moved by the first call."""
+        key = (x.device, x.dtype)
+        if key not in self._moved:
+            self._moved = {key: _move(self._steps, x)}
+            self._weights = {}
+        return self._moved[key][i]
+
+    def weights(self, i: int, x: torch.Tensor, places: list[float], pseudo: bool) -> list[torch.Tensor]:
+        """``step_weights`` of step i, like x."""
+        moments = self.step(i, x).moments
+        key = (i, *places, pseudo)
+        if key not in self._weights:
+            self._weights[key] = step_weights(moments, places, pseudo)
+        return self._weights[key]
+
+
+def _move(steps: list[Step], x: torch.Tensor) -> list[Step]:
+    """The steps in the dtype and on the device of x, in one copy.
+
+    Statistics that are the same for all pixels stay numbers of the CPU.
+    """
+    names = [entry.name for entry in fields(Step)]
+    tensors = [getattr(step, name).to(x.dtype) for step in steps for name in names]
+    if x.device.type != "cpu":
+        if all(tensor.numel() in (1, POWERS) for tensor in tensors):
+            tensors = [tensor.reshape(tensor.shape[:-3]) for tensor in tensors]
+        else:
+            flat = to_device(torch.cat([tensor.flatten() for tensor in tensors]), x.device)
+            parts = flat.split([tensor.numel() for tensor in tensors])
+            tensors = [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+    width = len(names)
+    return [Step(*tensors[k : k + width]) for k in range(0, len(tensors), width)]
 
 
 @functools.cache
@@ -246,13 +288,20 @@ def _digest(path: str, stamp: int) -> str:
 
 
 @functools.lru_cache(maxsize=2)
-def _steps_of_file(path: str, stamp: int, sigmas: tuple[float, ...]) -> list[Step]:
-    return _steps(_read(path, stamp), sigmas)
+def _constants_of_file(path: str, stamp: int, sigmas: tuple[float, ...]) -> Constants:
+    return _constants(_read(path, stamp), sigmas)
 
 
-def _steps(statistics: Statistics, sigmas: tuple[float, ...]) -> list[Step]:
+@functools.lru_cache(maxsize=8)
+def _plain_constants(kind: str, sigmas: tuple[float, ...]) -> Constants:
+    l, s = (torch.full((2, 1, 1, 1), value) for value in CONSTANT[kind])  # noqa: E741
+    ends = torch.tensor([sigmas[0], sigmas[-1]], dtype=torch.float64)
+    return _constants(Statistics(ends, l, s, torch.zeros_like(l)), sigmas)
+
+
+def _constants(statistics: Statistics, sigmas: tuple[float, ...]) -> Constants:
     curves = Curves(statistics)
-    return [make_step(curves, -math.log(a), -math.log(b)) for a, b in itertools.pairwise(sigmas)]
+    return Constants([make_step(curves, -math.log(a), -math.log(b)) for a, b in itertools.pairwise(sigmas)])
 
 
 def _check(statistics: Statistics, net, sigmas: tuple[float, ...], path: str) -> None:
@@ -331,9 +380,7 @@ class DPMSolverV3(Solver):
         solver.variant = corrector if self.corrector == "auto" else self.corrector
         solver.pseudo_predictor = pseudo if self.pseudo == "auto" else self.pseudo == "True"
         if self.statistics in CONSTANT:
-            l, s = (torch.full((2, 1, 1, 1), value) for value in CONSTANT[self.statistics])  # noqa: E741
-            ends = torch.tensor([solver.grid[0], solver.grid[-1]], dtype=torch.float64)
-            solver.steps = _steps(Statistics(ends, l, s, torch.zeros_like(l)), solver.grid)
+            solver.constants = _plain_constants(self.statistics, solver.grid)
             return solver
         auto = self.statistics == "auto"
         path = statistics_path(net) if auto else Path(self.statistics)
@@ -343,7 +390,7 @@ class DPMSolverV3(Solver):
             )
         key = (str(path.resolve()), path.stat().st_mtime_ns)
         _check(_read(*key), net, solver.grid, str(path))
-        solver.steps = _steps_of_file(*key, solver.grid)
+        solver.constants = _constants_of_file(*key, solver.grid)
         solver.fingerprint = _digest(*key)
         return solver
 
@@ -353,7 +400,7 @@ class DPMSolverV3(Solver):
 
     def step(self, run, state, i):
         x, history = state.x, state.history  # history: (g relative to point i, sigma)
-        step, corrects = self.steps[i].to(x), self.variant != "off"
+        step, corrects = self.constants.step(i, x), self.variant != "off"
         if not history or not corrects:
             sigma = run.sigma(i, x)
             history = (*history, (sigma * (yield run.at(x, i)) - step.l_start * x, sigma))
@@ -364,7 +411,7 @@ class DPMSolverV3(Solver):
         base = step.decay * x - step.drift
 
         def extrapolated(places, values, pseudo):
-            weights = step_weights(step.moments, places, pseudo)
+            weights = self.constants.weights(i, x, places, pseudo)
             return base - sum(weight * g for weight, g in zip(weights, values, strict=True))
 
         following = extrapolated(places, values, self.pseudo_predictor)

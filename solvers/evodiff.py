@@ -79,7 +79,8 @@ class EVODiff(Solver):
             return new - beta * old, beta
 
         d1, beta = excess(m0, m1)
-        place = ((0.25 * beta.abs()).sigmoid() * steps).clamp(0.25 * steps, 1.5 * steps)
+        place = (0.25 * beta.abs()).sigmoid() * steps
+        place = torch.minimum(torch.maximum(place, 0.25 * steps), 1.5 * steps)
         probe = euler + 0.5 * length * d1 / place
         m2 = probe - nxt * (yield run.at(probe, i + 1))
         d2, _ = excess(m2, m0)

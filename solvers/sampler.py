@@ -5,6 +5,7 @@
 the step needs it. Distillation trains through ``advance``.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,12 +14,13 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from models.denoiser import BOTTLENECK_SIZE, call_shifted, member, read_bottleneck
+from models.denoiser import BOTTLENECK_SIZE, beside, call_shifted, member, read_bottleneck
 from models.inputs import initial_state
 from solvers.recommended import recommend
 from solvers.schedules import check_sigmas, get_schedule, levels_tensor
 from solvers.solver import Point, Solver, State, make_solver
 from torch_utils.errors import UserError
+from torch_utils.transfer import to_device
 
 RANGE_SLACK = 1e-3  # schedules in float32 and rounded ends of a range may exceed it by this share
 AFS_KINDS = (False, True, "data")
@@ -119,7 +121,8 @@ class Sampler:
         self.sigmas_cond = None
         if sigmas_cond is not None:
             self.sigmas_cond = levels_tensor("sigmas_cond", sigmas_cond, sigmas.dtype).to(sigmas.device)
-            if self.sigmas_cond.shape != sigmas.shape or not (self.sigmas_cond > 0).all():
+            host = self.sigmas_cond.device.type == "cpu"  # elsewhere they come from a span solver: do not wait for them
+            if self.sigmas_cond.shape != sigmas.shape or (host and not (self.sigmas_cond > 0).all()):
                 raise UserError(f"sigmas_cond must be {len(sigmas)} positive numbers, one per noise level")
         self.afs, self.predictor, self.cond = afs, predictor, dict(cond or {})
         self.observer, self._noise, self.checkpointing = observer, noise, checkpointing
@@ -136,6 +139,20 @@ class Sampler:
     def updates(self) -> int:
         """Number of updates of the trajectory; a predictor doubles those of one-stage solvers."""
         return self.intervals * (2 if self.predictor is not None and self.solver.stages == 1 else 1)
+
+    def tail(self, i: int) -> tuple["Sampler", int]:
+        """(run, first interval) for a start at schedule point i, without the evaluations before it.
+
+        A predictor's solver runs the rest of the schedule as a schedule of its own. A span solver
+        keeps its table, and takes its first direction for those that it does not have.
+        """
+        if i == 0 or self.solver.own_schedule:
+            return self, i
+        run = copy.copy(self)
+        run.sigmas, run.afs = self.sigmas[i:], False
+        run.sigmas_cond = None if self.sigmas_cond is None else self.sigmas_cond[i:]
+        run.solver = self.solver.setup(self.net, run.sigmas, self.predictor)
+        return run, 0
 
     def sigma(self, i: int, x: torch.Tensor) -> torch.Tensor:
         """The noise level at schedule point i, in the dtype of x."""
@@ -192,7 +209,7 @@ class Sampler:
         batch = len(x)
         if len(points) > 1:
             x = torch.cat([point.x for point in points])
-            sigma = torch.cat([point.sigma_cond.expand(batch, 1, 1, 1) for point in points])
+            sigma = torch.cat([beside(point.sigma_cond, x).expand(batch, 1, 1, 1) for point in points])
             shift = None if shift is None else torch.cat([point.shift for point in points])
         denoised = self.denoise(x, sigma, len(points), shift).split(batch)
         return [(point.x - d) / self.divisor(point) for point, d in zip(points, denoised, strict=True)]
@@ -216,6 +233,10 @@ class Sampler:
         self.nfe += copies * member(self.net, "evals_per_call")
         cond = self.cond if copies == 1 else {name: _repeat(v, copies, len(x)) for name, v in self.cond.items()}
         net = self.net
+        if (compiled := member(net, "compiled")) is not None:
+            compiled.copies = copies
+        if sigma.ndim == 0 and not hasattr(net, "evals_per_call"):  # not a denoiser, but any function of the user's
+            sigma = beside(sigma, x)
         if shift is not None:
             rows = shift if copies == 1 else shift.repeat_interleave(len(x) // copies, 0)
             net = partial(call_shifted, net, rows)
@@ -269,7 +290,7 @@ class Sampler:
 
     def noise(self, x):
         """Standard normal noise like x."""
-        return torch.randn_like(x) if self._noise is None else self._noise().to(x)
+        return torch.randn_like(x) if self._noise is None else to_device(self._noise().to(x.dtype), x.device)
 
 
 def _repeat(value, copies, rows):
@@ -512,20 +533,25 @@ def integrate(
     if method.own_schedule:
         method.check_predictor(predictor)
         predictor.check_network(net)
-        own = predictor.brings(num_steps, sigmas, sigmas_cond, given_afs)
+        plan = predictor.plan()
+        own = predictor.brings(num_steps, sigmas, sigmas_cond, given_afs, plan)
         sigmas, sigmas_cond, afs = own["sigmas"], own["sigmas_cond"], own["afs"]
     schedule = {name: asked[name] for name in _SCHEDULE}
     if sigmas is None and schedule["num_steps"] is None:
         raise UserError("sample: give num_steps or an explicit list of sigmas")
     times = resolve_sigmas(
-        net, **schedule, sigmas=sigmas, device=latents.device, original_code=original_code, dtype=latents.dtype
+        net, **schedule, sigmas=sigmas, device="cpu", original_code=original_code, dtype=latents.dtype
     )
-    if not method.own_schedule:
+    levels = times
+    if method.own_schedule:
+        moves = plan.moves().beside(latents)
+        method, levels, sigmas_cond = method.with_moves(predictor, moves), moves.sigmas, moves.sigmas_cond
+    else:
         check_predictor(predictor, net, method, times, asked | {"original_code": original_code})
     run = Sampler(
         net,
         method,
-        times,
+        levels,
         afs=afs,
         predictor=predictor,
         cond=cond,
@@ -535,7 +561,7 @@ def integrate(
         checkpointing=checkpointing,
     )
     info = SampleInfo(sigmas=times.detach())
-    state = State(initial_state(net, latents, times[0].to(latents.dtype), cond))
+    state = State(initial_state(net, latents, run.sigma(0, latents), cond))
     points = [state.x]
     with run.reading():
         i = 0

@@ -72,7 +72,7 @@ class Point:
     shift: torch.Tensor | None = None
 
     def __post_init__(self):
-        self.sigma_cond = self.sigma if self.sigma_cond is None else self.sigma_cond.to(self.x)
+        self.sigma_cond = self.sigma if self.sigma_cond is None else self.sigma_cond.to(self.x.dtype)
 
 
 @dataclass(frozen=True)
@@ -306,7 +306,7 @@ def dynamic_threshold(denoised: torch.Tensor, quantile: float = 0.995) -> torch.
     """
     limit = upper_quantile(denoised.flatten(1).abs(), quantile)
     limit = limit.clamp(min=1).reshape(-1, *[1] * (denoised.ndim - 1))
-    return torch.minimum(torch.maximum(denoised, -limit), limit) / limit
+    return torch.clamp(denoised, -limit, limit) / limit
 
 
 def upper_quantile(values: torch.Tensor, quantile: float) -> torch.Tensor:
@@ -333,30 +333,25 @@ def exponential_multistep(x, history, sigma_next, order, predict_x0, scale=1.0):
     outputs, sigmas = [h[0] for h in history], [h[1] for h in history]
     h = (sigmas[-1] / sigma_next).log()
     phi1 = torch.expm1(-h) if predict_x0 else torch.expm1(h)
-    phi2 = phi1 / h + 1 if predict_x0 else phi1 / h - 1
-    phi3 = phi2 / h - 0.5
     m0 = outputs[-1]
+    terms = phi1 * m0
     if order >= 2:
         r0 = (sigmas[-2] / sigmas[-1]).log() / h
-        d1 = d1_0 = (m0 - outputs[-2]) / r0
-    if order >= 3:
-        r1 = (sigmas[-3] / sigmas[-2]).log() / h
-        d1_1 = (outputs[-2] - outputs[-3]) / r1
-        d1 = d1_0 + r0 / (r0 + r1) * (d1_0 - d1_1)
-        d2 = (d1_0 - d1_1) / (r0 + r1)
-    if predict_x0:
-        terms = phi1 * m0
-        if order == 2:
-            terms = terms + 0.5 * phi1 * d1
-        elif order == 3:
-            terms = terms - phi2 * d1 + phi3 * d2
-        return sigma_next / sigmas[-1] * x - scale * terms
-    terms = phi1 * m0
+        d1_0 = (m0 - outputs[-2]) / r0
     if order == 2:
-        terms = terms + 0.5 * phi1 * d1
+        terms = terms + 0.5 * phi1 * d1_0
     elif order == 3:
-        terms = terms + phi2 * d1 + phi3 * d2
-    return x - scale * sigma_next * terms
+        phi2 = phi1 / h + 1 if predict_x0 else phi1 / h - 1
+        phi3 = phi2 / h - 0.5
+        weight = phi2 if predict_x0 else -phi2  # of minus the first derivative
+        r1 = (sigmas[-3] / sigmas[-2]).log() / h
+        bend = d1_0 - (outputs[-2] - outputs[-3]) / r1
+        # The first derivative is d1_0 + r0 / (r0 + r1) bend, the second bend / (r0 + r1).
+        terms = terms - weight * d1_0 + (phi3 - weight * r0) / (r0 + r1) * bend
+    if not predict_x0:
+        return x - scale * sigma_next * terms
+    unscaled = isinstance(scale, float) and scale == 1
+    return sigma_next / sigmas[-1] * x - (terms if unscaled else scale * terms)
 
 
 @register("dpmpp")

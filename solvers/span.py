@@ -6,8 +6,9 @@ import torch
 
 from solvers.solver import Point, Solver, State, register
 from solvers.span_heads import direction_features
-from solvers.span_table import PRESETS, SpanSolver
+from solvers.span_table import PRESETS, Moves, SpanSolver
 from torch_utils.errors import UserError
+from torch_utils.transfer import to_device
 
 __all__ = ["PRESETS", "Span", "SpanSolver", "SpanStudent", "combine"]
 
@@ -34,27 +35,38 @@ class Span(Solver):
         if not isinstance(predictor, SpanSolver):
             raise UserError("the solver 'span' needs a trained span solver as predictor (SpanSolver)")
 
+    student: SpanSolver | None = None
+    moves: Moves | None = None
+
     def setup(self, net, sigmas, predictor=None):
-        solver = copy.copy(super().setup(net, sigmas, predictor))
-        solver.student, solver.plan = predictor, predictor.plan()
+        if self.moves is not None:
+            return self
+        return super().setup(net, sigmas, predictor).with_moves(predictor, predictor.plan().moves())
+
+    def with_moves(self, student: SpanSolver, moves: Moves) -> "Span":
+        """This solver with the factors of its steps, for runs of the same student."""
+        solver = copy.copy(self)
+        solver.student, solver.moves = student, moves
         return solver
 
     def step(self, run, state, i):
-        x, sigma, substeps = state.x, run.sigma(i, state.x), self.plan.substeps[i]
-        directions = [d for d, _ in state.history]
-        known, levels = len(directions), [sigma]
-        if self.student.nested or not substeps:
+        x, sigma, substeps = state.x, run.sigma(i, state.x), self.moves.substeps[i]
+        directions, known, levels = [d for d, _ in state.history], self.student.directions_before(i), [sigma]
+        if self.student.nested or not substeps or not directions:
             directions.append((yield run.at(x, i, self._shift(known))))
+            # A run that starts inside the schedule has not made the evaluations before it.
+            directions = [directions[0]] * (known + 1 - len(directions)) + directions
             points = self._points(x, sigma, directions, substeps, known)
             if points:
                 directions += yield points
         else:
+            directions = [directions[0]] * (known - len(directions)) + directions
             points = self._points(x, sigma, directions, substeps, known)
             directions += yield [Point(x, sigma, run.sigma_cond(i), i, self._shift(known)), *points]
         levels += [point.sigma for point in points]
-        c, step_gain, state_gain = self.plan.steps[i]
-        length = (step_gain * (self.plan.sigmas[i + 1] - self.plan.sigmas[i])).to(x.dtype)
-        x = (1 + state_gain).to(x.dtype) * x + length * self._average(i, x, sigma, directions, known, c)
+        c, length, gain = self.moves.steps[i]
+        direction = self._average(i, x, sigma, directions, known, c)
+        x = scaled(gain, x) + scaled(length, direction)
         history = (*state.history, *zip(directions[known:], levels, strict=True))
         return State(x, history, state.updates + 1)
 
@@ -90,10 +102,16 @@ class Span(Solver):
         if "sample" in heads:
             features = direction_features(x, sigma, directions[known], directions[known - 1] if known else None)
             change = heads["sample"](i, features)
-            c = c.to(change) + change
+            c = to_device(c.to(change.dtype), change.device) + change
         direction = combine(c, directions)
         lift = heads["spatial"](i, x, sigma, directions, directions[known]) if "spatial" in heads else None
         return direction if lift is None else direction + lift
+
+
+def scaled(factor: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """factor times x, in the dtype of x. x itself if the factor is 1 and needs no gradient."""
+    factor = factor.to(x.dtype)
+    return x if _is(factor, 1.0) else factor * x
 
 
 def combine(coefficients: torch.Tensor, directions: list[torch.Tensor]) -> torch.Tensor:
@@ -101,9 +119,21 @@ def combine(coefficients: torch.Tensor, directions: list[torch.Tensor]) -> torch
 
     coefficients: c, [number of directions] or [B, number of directions].
     directions: g, each [B,...].
+
+    Directions whose coefficient is exactly zero and needs no gradient cost nothing.
     """
-    total = 0
+    total = None
     for c, d in zip(coefficients.unbind(-1), directions, strict=True):
-        c = c.to(d.dtype)
-        total = total + (c.reshape(-1, *[1] * (d.ndim - 1)) if c.ndim else c) * d
-    return total
+        if _is(c, 0.0):
+            continue
+        part = scaled(c.reshape(-1, *[1] * (d.ndim - 1)) if c.ndim else c, d)
+        total = part if total is None else total + part
+    return torch.zeros_like(directions[0]) if total is None else total
+
+
+def _is(number: torch.Tensor, value: float) -> bool:
+    """Whether a number of the CPU without gradient has this value.
+
+    Others are not read, as the host could have to wait for them.
+    """
+    return number.ndim == 0 and number.device.type == "cpu" and not number.requires_grad and float(number) == value

@@ -32,9 +32,15 @@ def direction_features(x, sigma, direction, before) -> torch.Tensor:
     before: the previous direction, or None.
     """
     state, g, denoised = _flat(x), _flat(direction), _flat(x - sigma * direction)
-    turn = g.new_zeros(len(g)) if before is None else F.cosine_similarity(g, _flat(before))
-    size = (g.norm(dim=1) / math.sqrt(g.shape[1])).clamp(min=1e-8).log()
-    return torch.stack([size, turn, F.cosine_similarity(g, state), denoised.mean(1), denoised.std(1, correction=0)], 1)
+    length = g.norm(dim=1)
+
+    def cosine(other):
+        return (g * other).sum(1) / (length * other.norm(dim=1)).clamp(min=1e-16)
+
+    turn = g.new_zeros(len(g)) if before is None else cosine(_flat(before))
+    size = (length / math.sqrt(g.shape[1])).clamp(min=1e-8).log()
+    spread, mean = torch.std_mean(denoised, 1, correction=0)
+    return torch.stack([size, turn, cosine(state), mean, spread], 1)
 
 
 def _initialise(module: nn.Module, seed: int) -> None:
@@ -71,10 +77,10 @@ class SampleHead(nn.Module):
 
         features: [B,5], see ``direction_features``.
 
-        Returns float64, or float32 on MPS, which has no float64.
+        Returns float64 on the CPU, float32 elsewhere.
         """
         own = self.code(F.silu(self.hidden(features))) @ self.mix[i].T
-        if own.device.type != "mps":
+        if own.device.type == "cpu":
             own = own.to(torch.float64)
         return torch.cat([own.new_zeros(len(own), self.first[i]), own, -own.sum(1, keepdim=True)], 1)
 

@@ -48,6 +48,7 @@ from solvers.span_heads import HEADS, LIFTED, SampleHead, SpatialHead, TimeHead
 from torch_utils.errors import UserError
 from torch_utils.kinds import MOST_STEPS, check_kinds, check_steps, defaults_of, kinds_of
 from torch_utils.seeds import SeededGenerators
+from torch_utils.transfer import to_device
 
 GROUPS = ("knots", "substeps", "sigma_scale", "substep_sigma_scale", "coef_offset", "step_gain", "state_gain")
 
@@ -219,6 +220,47 @@ class Plan:
     steps: list = field(default_factory=list)
     substeps: list = field(default_factory=list)
 
+    def moves(self) -> "Moves":
+        """What the steps multiply with."""
+        steps = [
+            (c, step_gain * (self.sigmas[i + 1] - self.sigmas[i]), 1 + state_gain)
+            for i, (c, step_gain, state_gain) in enumerate(self.steps)
+        ]
+        return Moves(self.sigmas, self.sigmas_cond, steps, self.substeps)
+
+
+@dataclass(frozen=True)
+class Moves:
+    """The factors of one trajectory: float64 on the CPU, or like its states.
+
+    sigmas, sigmas_cond: see ``Plan``.
+    steps: per interval (coefficients, length of the step, gain of the state).
+    substeps: per interval, one (noise level, sigma_cond, coefficients) per intermediate point.
+    """
+
+    sigmas: torch.Tensor
+    sigmas_cond: torch.Tensor
+    steps: list
+    substeps: list
+
+    def beside(self, x: torch.Tensor) -> "Moves":
+        """These factors for states like x.
+
+        Without gradients they stay on the CPU, where kernels take them as arguments. With gradients
+        one copy takes all of them to the device of x, and their gradients come back in one copy.
+        """
+        tensors = [self.sigmas, self.sigmas_cond, *(value for step in self.steps for value in step)]
+        tensors += [value for points in self.substeps for point in points for value in point]
+        if x.device.type == "cpu" or not any(value.requires_grad for value in tensors):
+            return self
+        flat = to_device(torch.cat([value.reshape(-1) for value in tensors]).to(x.dtype), x.device)
+        parts = flat.split([value.numel() for value in tensors])
+        moved = iter([part.view(value.shape) for part, value in zip(parts, tensors, strict=True)])
+        sigmas, sigmas_cond = next(moved), next(moved)
+        steps = [tuple(next(moved) for _ in step) for step in self.steps]
+        substeps = [[tuple(next(moved) for _ in point) for point in points] for points in self.substeps]
+        return Moves(sigmas, sigmas_cond, steps, substeps)
+
 
 class SpanSolver(nn.Module):
     """The learned table (see the module).
@@ -275,6 +317,7 @@ class SpanSolver(nn.Module):
         self.heads = self._make_heads()
         self.register_buffer("mean", None)
         self.register_buffer("variance", None)
+        self._moved_mean: tuple = (None, None)  # see ``_mean_beside``
         if self.config["image_shape"] is not None:
             self._set_gaussian(torch.zeros(self.config["image_shape"]), torch.zeros(()))
         self.register_load_state_dict_pre_hook(_rename_parameters)
@@ -356,6 +399,10 @@ class SpanSolver(nn.Module):
             return self.config["parallel"]
         return self.config["parallel"] - 1 if i else 0  # there is no earlier direction in interval 0
 
+    def directions_before(self, i: int) -> int:
+        """Number of directions of the intervals before interval i."""
+        return i + sum(self.substep_count(j) for j in range(i))
+
     def _make_rows(self) -> list[Row]:
         """All rows in the order of ``coef_offset``: per interval the points e_ik, then x_{i+1}."""
         rows, stages, window = [], [], self.config["window"]
@@ -419,7 +466,7 @@ class SpanSolver(nn.Module):
     def sigmas(self) -> torch.Tensor:
         """The noise levels s_0 > ... > s_N, float64 [N + 1] on the CPU, with gradient."""
         high, low = float(self.config["sigma_max"]), float(self.config["sigma_min"])
-        shares = torch.softmax(self.knots.cpu(), 0) * (1 - self.intervals * LEAST_SHARE) + LEAST_SHARE
+        shares = torch.softmax(self.knots, 0) * (1 - self.intervals * LEAST_SHARE) + LEAST_SHARE
         between = high * (-math.log(high / low) * shares.cumsum(0)[:-1]).exp()
         return torch.cat([between.new_tensor([high]), between, between.new_tensor([low])])
 
@@ -433,11 +480,11 @@ class SpanSolver(nn.Module):
 
     def _sigma_factor(self, raw):
         bound = self.config["sigma_scale_bound"]
-        return (raw.cpu() if bound is None else bound * torch.tanh(raw.cpu())).exp()
+        return (raw if bound is None else bound * torch.tanh(raw)).exp()
 
     def _levels(self):
         """(noise levels [N + 1], list of the intermediate noise levels per interval)."""
-        sigmas, r = self.sigmas(), torch.sigmoid(self.substeps.cpu())
+        sigmas, r = self.sigmas(), torch.sigmoid(self.substeps)
         substeps, used = [], 0
         for i in range(self.intervals):
             part = r[used : used + self.substep_count(i)]
@@ -487,7 +534,7 @@ class SpanSolver(nn.Module):
     def _coefficients(self, sigmas, substeps) -> list[torch.Tensor]:
         """The coefficients c_theory + Delta of all rows."""
         theory = self._base(sigmas, substeps) if self._theory is None else self._theory
-        result, used, offsets = [], 0, self.coef_offset.cpu()
+        result, used, offsets = [], 0, self.coef_offset
         for row, base in zip(self.rows, theory, strict=True):
             own = offsets[used : used + row.free]
             used += row.free
@@ -500,9 +547,9 @@ class SpanSolver(nn.Module):
         """All numbers of a trajectory, with gradient."""
         sigmas, substeps = self._levels()
         plan = Plan(sigmas, self._sigmas_cond(sigmas), substeps=[[] for _ in range(self.intervals)])
-        step_gains = 1 + self.config["step_gain_bound"] * torch.tanh(self.step_gain.cpu())
+        step_gains = 1 + self.config["step_gain_bound"] * torch.tanh(self.step_gain)
         step_gains = torch.cat([step_gains.new_ones(self.intervals - len(step_gains)), step_gains])
-        bound, own = self.config["state_gain_bound"], self.state_gain.cpu()
+        bound, own = self.config["state_gain_bound"], self.state_gain
         state_gains = torch.cat([own.new_zeros(self.intervals - len(own)), bound * torch.tanh(own / bound)])
         factors = self._sigma_factor(self.substep_sigma_scale)
         for row, c in zip(self.rows, self._coefficients(sigmas, substeps), strict=True):
@@ -561,8 +608,16 @@ class SpanSolver(nn.Module):
             raise UserError("first_step=gaussian: call measure_gaussian(net) of the span solver before sampling")
         if self.mean.shape != x.shape[1:]:
             raise UserError(f"the span solver is for images of shape {list(self.mean.shape)}, not {list(x.shape[1:])}")
-        mean, variance = (value.to(x.device, x.dtype) for value in (self.mean, self.variance))
-        return (x - mean) * (sigma / (variance + sigma**2))
+        return (x - self._mean_beside(x)) * (sigma / (self.variance.to(x.dtype) + sigma**2))
+
+    def _mean_beside(self, x) -> torch.Tensor:
+        """The mean image in the dtype and on the device of x. A copy on another device is kept."""
+        if x.device.type == "cpu":
+            return self.mean.to(x.dtype)
+        key = (id(self.mean), self.mean._version, x.device, x.dtype)
+        if self._moved_mean[0] != key:
+            self._moved_mean = (key, to_device(self.mean.to(x.dtype), x.device))
+        return self._moved_mean[1]
 
     def _set_gaussian(self, mean, variance) -> None:
         self.mean, self.variance = mean.to(torch.float64), variance.to(torch.float64)
@@ -602,9 +657,13 @@ class SpanSolver(nn.Module):
 
     # Sampling
 
-    def brings(self, num_steps=None, sigmas=None, sigmas_cond=None, afs=None) -> dict:
-        """Return sigmas, sigmas_cond and afs for the sampler. UserError if others are given."""
-        own = {"sigmas": self.sigmas(), "sigmas_cond": self.sigmas_cond()}
+    def brings(self, num_steps=None, sigmas=None, sigmas_cond=None, afs=None, plan: Plan | None = None) -> dict:
+        """Return sigmas, sigmas_cond and afs for the sampler. UserError if others are given.
+
+        plan: that of the current parameters, if known. Default None, it is computed.
+        """
+        plan = self.plan() if plan is None else plan
+        own = {"sigmas": plan.sigmas, "sigmas_cond": plan.sigmas_cond}
         for name, given in (("sigmas", sigmas), ("sigmas_cond", sigmas_cond)):
             if given is None:
                 continue
@@ -639,9 +698,7 @@ class SpanSolver(nn.Module):
         return integrate(net, latents, solver="span", predictor=self, cond=cond, **options)
 
     def _apply(self, fn, recurse=True):
-        """Move the module but keep float64. For MPS, which has none, scalars stay on the CPU."""
+        """Move the heads. The table stays on the CPU, in float64, for states on any device."""
         for child in self.children():
             child._apply(fn)
-        device = fn(torch.empty(0)).device
-        device = torch.device("cpu") if device.type == "mps" else device
-        return super()._apply(lambda tensor: tensor.to(device), recurse=False)
+        return self

@@ -110,6 +110,11 @@ SHARED = {
     "pfdiff_k": [("--solver=pfdiff", f"--pfdiff_k={value}") for value in ("0", "-1", "99")],
     "pfdiff_h": [("--solver=pfdiff", f"--pfdiff_h={value}") for value in ("0", "-1", "99")],
     "variant": CHOICE,
+    "direction_sigma": CHOICE,
+    # of some command lines
+    "nfe": [],
+    "list": FLAG,
+    "presets": CHOICE,
 }
 
 OWN = {
@@ -385,7 +390,8 @@ def by_type(param, may_be_empty):
     flag = max(param.opts, key=len)
     if param.is_flag:
         return [(f"{flag}=yes",)]
-    wrong = [] if isinstance(param.flag_value, str) else [(flag,)]  # --compile alone has a meaning
+    alone = isinstance(param.flag_value, str) or param.type is click.BOOL  # --compile alone has a meaning
+    wrong = [] if alone else [(flag,)]
     if not isinstance(param.type, click.types.StringParamType | click.Path):
         return [*wrong, (f"{flag}=nonsense",), (f"{flag}=",)]
     wrong += [] if param.name in may_be_empty else [(f"{flag}=",)]

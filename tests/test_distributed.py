@@ -80,3 +80,58 @@ def test_without_other_processes():
     distributed.agree(None)
     with pytest.raises(UserError, match="mine"):
         distributed.agree(UserError("mine"))
+
+
+def _wait_for(path) -> None:
+    end = time.monotonic() + 40
+    while not path.exists():
+        assert time.monotonic() < end, f"{path.name} never came"
+        time.sleep(0.02)
+
+
+def _slow_network(rank: int, marker):
+    """A tiny network whose calls on rank 1 begin when the marker is there."""
+    from test_execution import tiny_network
+
+    net, _, _ = tiny_network("edm_song_uncond")
+    if rank == 1:
+        net.register_forward_pre_hook(lambda *_: _wait_for(marker))
+    return net
+
+
+def test_nothing_waits_for_a_slow_process_while_images_are_made(tmp_path):
+    """Rank 1 makes its first image when rank 0 has made all of its own."""
+    from sampling.generate import generate_images
+
+    def work(rank):
+        net = _slow_network(rank, tmp_path / "made")
+        settings = {"solver": "euler", "num_steps": 3, "batch": 1}
+        batches = list(generate_images(net, range(rank, 6, 2), device="cpu", **settings))
+        assert [batch.seeds for batch in batches] == [[seed] for seed in range(rank, 6, 2)]
+        if rank == 0:
+            (tmp_path / "made").touch()
+        distributed.wait_for_all()
+
+    assert on_two(work)[0] == {0: "fine", 1: "fine"}
+
+
+def test_a_training_waits_for_a_slow_process_only_where_gradients_are_summed(tmp_path, monkeypatch):
+    """Rank 1 begins its iteration when rank 0 has finished its part of the first interval."""
+    from training.amed_trainer import Distiller
+
+    own = distributed.all_reduce_sum
+
+    def work(rank):
+        def reduce(tensor):
+            if rank == 0:
+                (tmp_path / "first interval").touch()
+            return own(tensor)
+
+        monkeypatch.setattr(distributed, "all_reduce_sum", reduce)
+        net = _slow_network(rank, tmp_path / "first interval")
+        config = {"sampler_stu": "amed", "sampler_tea": "heun", "num_steps": 3, "scale_dir": 0.01}
+        statistics = Distiller(net, config, batch=2, seed=1).iterate()
+        everyone = distributed.gather_objects(statistics.tolist())
+        assert everyone[0] == everyone[1]
+
+    assert on_two(work)[0] == {0: "fine", 1: "fine"}

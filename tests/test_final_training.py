@@ -15,11 +15,11 @@ from solvers import sample
 from solvers.span_table import SpanSolver
 from torch_utils.errors import UserError
 from torch_utils.seeds import SeededGenerators
+from torch_utils.session import Interrupted
 from training import run as run_module
 from training import span_trainer as final_loop
 from training.checkpoint import load_predictor
 from training.options import SpanOptions, grid_sigmas, learned, parse_phases
-from training.run import Interrupted
 from training.run_folder import load_newest_state
 from training.span_run import train_span
 from training.span_trainer import PATIENCE, NotFinite, SpanTrainer

@@ -1,6 +1,7 @@
 """LD3: grids, gradients against differences, errors on a known problem, resuming."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from solvers.schedule_file import load_schedule, save_schedule
 from solvers.search.problem import Problem
 from solvers.solver import Euler, register
 from torch_utils.errors import UserError
+from torch_utils.session import Interrupted
 from training import ld3, schedule_search
 from training.ld3 import Grid, LD3Run, NotFinite, Pairs, Trainer, check_gradients
 from training.sample_loss import huber
@@ -344,6 +346,25 @@ def test_resume_is_identical(tmp_path, monkeypatch):
     assert (found.sigmas, found.sigmas_cond) == (expected.sigmas, expected.sigmas_cond)
     assert found.evaluations == expected.evaluations
     assert len(calls) == 12 + 2 + 2  # those of the rounds that were not complete are made again
+
+
+def test_a_signal_ends_the_run_after_an_update_and_nothing_is_lost(tmp_path, monkeypatch):
+    expected = optimize(problem(), "ld3", SMALL)
+    real, calls = Trainer.update, []
+
+    def interrupted(self, index):
+        calls.append(index)
+        if len(calls) in (3, 8):  # in the middle of a round, and at the end of one
+            os.kill(os.getpid(), signal.SIGINT)
+        real(self, index)
+
+    monkeypatch.setattr(Trainer, "update", interrupted)
+    for _ in range(2):
+        with pytest.raises(Interrupted, match="interrupted by SIGINT; repeat the command to continue"):
+            optimize(problem(state_path=tmp_path / "state"), "ld3", SMALL)
+    found = optimize(problem(state_path=tmp_path / "state"), "ld3", SMALL)
+    assert (found.sigmas, found.sigmas_cond) == (expected.sigmas, expected.sigmas_cond)
+    assert found.evaluations == expected.evaluations and len(calls) == 12
 
 
 def breaking(after):

@@ -166,6 +166,8 @@ def test_earlier_rows_are_marked_and_not_mixed_with_those_of_today():
     assert "**2.01 ± 0.01**" in "\n".join(report_learned_solvers.main_table(rows, "fid", 2))
     rows.append(row_of("s4s", value=2.012))  # too near to tell
     assert "**" not in "\n".join(report_learned_solvers.main_table(rows, "fid", 2))
+    rows[-1] = row_of("s4s", value=2.012, groups=False)
+    assert "**" not in "\n".join(report_learned_solvers.main_table(rows, "fid", 2))
     alone = [row_of("full", value=3.0), row_of("gs", value=4.0, groups=False)]
     assert "**" not in "\n".join(report_learned_solvers.main_table(alone, "fid", 2))
 

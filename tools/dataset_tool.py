@@ -8,6 +8,11 @@ dog/) are the classes, in the order of their names; dataset.json then lists them
 docs/images.md says which files count and how they are read.
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("tools.dataset_tool")
+
 import io
 import json
 import re

@@ -7,6 +7,11 @@ images with the embedded networks on every device and compares them with known v
 seconds, downloads nothing and leaves no files.
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("tools.doctor")
+
 import importlib.metadata
 import os
 import platform
@@ -139,8 +144,8 @@ def check_devices() -> Iterator[Finding]:
 
 def check_places() -> Iterator[Finding]:
     """Free disk space, and the downloaded files."""
-    from evaluation.detectors import cache_dir
     from models import zoo
+    from torch_utils.remote import cache_dir
 
     for what, folder in (("working directory", Path.cwd()), ("cache", cache_dir())):
         place = next(path for path in (folder, *folder.parents) if path.is_dir())

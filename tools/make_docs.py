@@ -8,6 +8,7 @@ Only the text between the markers is generated. The rest of the files is written
 
 import importlib
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 import click
 
 from solvers import SCHEDULES, SOLVERS
+from torch_utils import usage
 from torch_utils.cli import Command
 from torch_utils.errors import UserError
 from torch_utils.files import atomic_path
@@ -34,6 +36,8 @@ SCRIPTS = {
     "python -m tools.train_classifier": "tools.train_classifier",
     "python -m tools.model_statistics": "tools.model_statistics",
     "python -m tools.demo": "tools.demo",
+    "python -m tools.export": "tools.export",
+    "python -m tools.share": "tools.share",
     "python -m models.zoo": "models.zoo",
     "python -m tools.doctor": "tools.doctor",
 }
@@ -110,6 +114,28 @@ def render(text: str, parts=None) -> str:
     return text
 
 
+def renew_commands(check: bool) -> bool:
+    """Renews what torch_utils/usage.py reads, or only looks; returns whether it was stale."""
+    parts = (f"{json.dumps(name)}: {json.dumps(described)}" for name, described in commands().items())
+    new = "{\n" + ",\n".join(parts) + "\n}\n"
+    old = usage.FILE.read_text(encoding="utf-8") if usage.FILE.is_file() else ""
+    if new == old:
+        click.echo(f"{usage.FILE} is up to date")
+    elif check:
+        click.echo(f"{usage.FILE} is stale: run  python -m tools.make_docs", err=True)
+    else:
+        with atomic_path(usage.FILE) as temporary:
+            temporary.write_text(new, encoding="utf-8")
+        click.echo(f"{usage.FILE} renewed")
+    return new != old
+
+
+def commands() -> dict[str, dict]:
+    """What a user can see of every command line, by the name of its module."""
+    found = {module: importlib.import_module(module).main for module in SCRIPTS.values()}
+    return {module: usage.describe(command) for module, command in found.items()}
+
+
 def renew(path: Path, parts: dict, check: bool) -> bool:
     """Renews one document, or only checks it. Returns whether it was outdated."""
     if not path.is_file():
@@ -137,6 +163,8 @@ def main(check, path):
     """Regenerates the generated parts of the documentation."""
     documents = DOCUMENTS if path is None else {path: PARTS}
     stale = [renew(document, parts, check) for document, parts in documents.items()]
+    if path is None:
+        stale.append(renew_commands(check))
     if check and any(stale):
         sys.exit(1)
 

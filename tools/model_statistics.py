@@ -7,6 +7,11 @@ Needs no images: the network is evaluated at states of its own trajectories. Cos
 per node and sample; for digits with the defaults, one or two minutes on a CPU core.
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("tools.model_statistics")
+
 import math
 import sys
 import time
@@ -15,6 +20,7 @@ from pathlib import Path
 import click
 import torch
 from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 if not __package__:  # run as a file: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -61,7 +67,8 @@ class Derivative:
 
         if self.used != "finite":
             try:
-                return jvp(denoise, (x, sigma), (x_tangent, sigma_tangent))[1]
+                with sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward-mode derivative
+                    return jvp(denoise, (x, sigma), (x_tangent, sigma_tangent))[1]
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # NotImplementedError, or an operation without forward mode

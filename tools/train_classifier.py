@@ -6,6 +6,11 @@ The embedded one:
         --test=datasets/mnist-test.zip --dest=models/pretrained/digits-features.safetensors
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("tools.train_classifier")
+
 import sys
 import time
 from pathlib import Path

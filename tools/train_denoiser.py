@@ -19,7 +19,13 @@ other (Huang 2024, "Optimizing Few-Step Sampler"; the rounds follow its abstract
     done
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("tools.train_denoiser")
+
 import math
+import shlex
 import sys
 import time
 from copy import deepcopy
@@ -56,6 +62,8 @@ from training.trainer import BaseRun, BaseTrainer, NotFinite
 
 STATE_FILE = "training-state.pt"
 LR, LR_OF_INIT = 2e-3, 1e-4
+GRID_COLUMNS, GRID_STEPS = 10, 18
+GRID_CALLS = 2 * (GRID_STEPS - 1)
 ARCHITECTURES = {
     "ddpmpp": {
         "model_type": "SongUNet",
@@ -159,13 +167,13 @@ def load_data(path, cond, gaps=False):
     return images, labels, torch.from_numpy(scaled_mean).float(), std
 
 
-def save_grid(net, path, device, columns=10):
-    """A grid of columns^2 images of fixed seeds, by Heun with 18 time steps."""
+def save_grid(net, path, device, columns=GRID_COLUMNS):
+    """A grid of columns^2 images of fixed seeds, by Heun's method."""
     from torch_utils.images import image_grid, save_image, to_uint8
 
     latents, cond = draw_inputs(net, range(columns * columns), device=device)
     with torch.no_grad():
-        images = sample(net, latents, solver="heun", num_steps=18, cond=cond)
+        images = sample(net, latents, solver="heun", num_steps=GRID_STEPS, cond=cond)
     save_image(image_grid(to_uint8(images), columns), path)
 
 
@@ -182,7 +190,7 @@ class NetworkOptions:
     extra_dims: int = flag("Extra dimensions D of PFGM++; 0 = EDM's Gaussian noise", 0, click.IntRange(0, 1 << 20))
 
     def config(self, given: set[str], init: bool) -> dict:
-        """Arguments of EDMDenoiser; of a network to start from (init), those that the user wrote."""
+        """Arguments of EDMDenoiser. init: only those that the user wrote."""
         config = {
             **ARCHITECTURES[self.arch],
             "model_channels": self.model_channels,
@@ -216,7 +224,7 @@ class Options:
     )
     outdir: str = flag("Where to write snapshots", "runs/denoiser", PATH)
     total_kimg: float = flag(None, 2000, POSITIVE)
-    minutes: float = flag("Wall-clock budget, 0 = none", 0, Number(0))
+    minutes: float = flag("End after so many minutes, snapshot and grid included; 0 = none", 0, Number(0))
     batch: int = flag("Total batch size", 128, COUNT)
     lr: float | None = flag(f"Default: {LR:g}; with --init {LR_OF_INIT:g}", kind=POSITIVE)
     warmup_kimg: float = flag(None, 10, Number(0))
@@ -405,8 +413,11 @@ class DenoiserTrainer(BaseTrainer):
 class DenoiserRun(BaseRun):
     """The training of a denoiser in its folder, up to a number of images or minutes."""
 
-    def __init__(self, trainer, options):
+    def __init__(self, trainer, options, started=None):
         super().__init__(trainer, options, options.outdir)
+        self._start = self._start if started is None else started  # reading the data counts as well
+        self._grid_columns = GRID_COLUMNS
+        self._longest, self._writing = 0.0, 0.0  # seconds: of an iteration, of all but the grid of a snapshot
         self.loss = float("nan")  # running mean
         self._lr, self._fraction = options.lr, 0.0  # learning rate of the iteration; share of the run before it
         self._snap_kimg = 0.0  # kimg at the last snapshot
@@ -438,8 +449,22 @@ class DenoiserRun(BaseRun):
         kimg, minutes = self.options.total_kimg, self.options.minutes
         self._fraction = self.kimg / kimg
         if minutes:  # use the first process's clock, or processes could disagree about the last iteration
-            self._fraction = distributed.broadcast_object(max(self._fraction, self.elapsed / 60 / minutes))
+            left = 60 * minutes - self._longest - self._reserve(60 * minutes)
+            passed = self.elapsed / left if left > 0 else float(self.trainer.iteration > 0)
+            self._fraction = distributed.broadcast_object(max(self._fraction, passed))
         return self._fraction >= 1
+
+    def _reserve(self, budget):
+        """Seconds to keep for the last snapshot.
+
+        Its grid gets fewer images if it would take more than a tenth of the budget. An image of the
+        grid takes GRID_CALLS network calls, and a sample of an iteration about three.
+        """
+        if not self.options.grid or not self._longest:
+            return self._writing
+        image = self._longest * distributed.world_size() / self.options.batch * GRID_CALLS / 3
+        self._grid_columns = min(GRID_COLUMNS, max(2, int((budget / 10 / image) ** 0.5)))
+        return self._writing + image * self._grid_columns**2
 
     def iterate(self):
         self._lr = self._learning_rate(self._fraction)
@@ -447,9 +472,12 @@ class DenoiserRun(BaseRun):
 
     def show(self, bar, statistics, seconds):
         self.loss = statistics if math.isnan(self.loss) else 0.99 * self.loss + 0.01 * statistics
-        bar.update(min(self.kimg, bar.total) - bar.n)
+        self._longest = (
+            seconds if self.trainer.iteration < 3 else max(seconds, 0.9 * self._longest)
+        )  # the first is slow
+        bar.update(min(100 * self._fraction, 100) - bar.n)
         if self.trainer.iteration % 50 == 0:
-            bar.set_postfix_str(f"loss {self.loss:.4f} {100 * self._fraction:.0f}% done")
+            bar.set_postfix_str(f"{self.kimg:.3g} kimg, loss {self.loss:.4f} per pixel")
             self.log.stats({"kimg": self.kimg, "loss": self.loss, "seconds": self.elapsed, "lr": self._lr})
 
     def after_iteration(self, stopping):
@@ -463,6 +491,15 @@ class DenoiserRun(BaseRun):
         super().loop()
         if self._saved_at != self.trainer.iteration:
             self.snapshot()
+        network = shlex.quote(str(self.network_path))
+        distributed.print0(
+            f"trained {self.kimg:.3g} kimg in {self.elapsed / 60:.1f} min -> {network}\n"
+            f"next: python sample.py --dataset_name=custom --model_path={network} --nfe=8 --grid"
+        )
+
+    @property
+    def network_path(self):
+        return self.folder / f"network-snapshot-{int(self.kimg):06d}.safetensors"
 
     def _settings(self):
         """What a resumed run must share with its beginning."""
@@ -479,17 +516,24 @@ class DenoiserRun(BaseRun):
         for name in ("seed", "batch", "lr", "p_mean", "p_std", "amp", "ema_kimg", "xflip"):
             meta[name] = getattr(options, name)
         meta |= self.trainer.origin
-        network = self.folder / f"network-snapshot-{int(kimg):06d}.safetensors"
-        save_edm_safetensors(self.trainer.ema, network, {"training": meta})
+        began = time.monotonic()
+        save_edm_safetensors(self.trainer.ema, self.network_path, {"training": meta})
         more = {"elapsed": self.elapsed, "settings": self._settings()}
         write_state(self.state_path, self.trainer.state(copied=False) | more)
+        self._writing = time.monotonic() - began
         if options.grid:
-            save_grid(self.trainer.ema, self.folder / f"grid-{int(kimg):06d}.png", self.trainer.device)
+            grid = self.folder / f"grid-{int(kimg):06d}.png"
+            save_grid(self.trainer.ema, grid, self.trainer.device, self._grid_columns)
 
     def _learning_rate(self, progress):
-        """Linear warm-up, and linear decay over the second half. progress: share of the run."""
-        lr, warmup = self.options.lr, max(self.options.warmup_kimg, 1e-8)
-        return max(lr * min(1.0, self.kimg / warmup) * min(1.0, (1 - progress) / 0.5), lr * 1e-3)
+        """Linear warm-up, and linear decay over the second half.
+
+        progress: share of the run; under --minutes the warm-up ends at a tenth of it at the latest.
+        """
+        lr, warmup = self.options.lr, self.kimg / max(self.options.warmup_kimg, 1e-8)
+        if self.options.minutes:
+            warmup = max(warmup, 10 * progress)
+        return max(lr * min(1.0, warmup) * min(1.0, (1 - progress) / 0.5), lr * 1e-3)
 
     def failure_text(self, error):
         ranks = ", ".join(map(str, error.ranks))
@@ -505,11 +549,9 @@ class DenoiserRun(BaseRun):
 
     def progress_bar(self):
         return progress_bar(
-            self.options.total_kimg,
-            initial=min(self.kimg, self.options.total_kimg),
-            unit="kimg",
+            100,
             mininterval=5,
-            bar_format="{l_bar}{bar}{r_bar}",
+            bar_format="{percentage:3.0f}%|{bar:12}| [{elapsed}<{remaining}{postfix}]",
         )
 
 
@@ -544,7 +586,7 @@ def train(*, net_config, device, **options):
     Every process of a torchrun calls this. Raises UserError for settings that cannot work, before
     anything is written, and for a loss that is not finite.
     """
-    settings = Options(**options)
+    started, settings = time.monotonic(), Options(**options)
     data, outdir, resume = settings.data, settings.outdir, settings.resume
     if settings.lr is None:
         settings = replace(settings, lr=LR if settings.init is None else LR_OF_INIT)
@@ -554,7 +596,7 @@ def train(*, net_config, device, **options):
     refusal = f"another command is training in {outdir}: wait until it ends, or choose another --outdir"
     with only_command(Path(outdir) / ".lock", refusal):
         on_main(check_folder, outdir, resume)  # again, since another command may have used the folder until now
-        run = DenoiserRun(trainer, settings)
+        run = DenoiserRun(trainer, settings, started)
         if resume:
             run.restore()
         else:

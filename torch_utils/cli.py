@@ -6,17 +6,17 @@
 def main(strength): ...
 """
 
+import inspect
 import math
 import os
+import re
 import signal
 import sys
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import click
 
-from torch_utils.download import no_network
-from torch_utils.errors import UserError, printable
-from torch_utils.session import Interrupted
+from torch_utils.errors import Interrupted, UserError, did_you_mean, printable
 
 # Raised by click 8.2 and newer to print the help of a command without arguments; 8.1 raises
 # nothing.
@@ -32,6 +32,9 @@ def _in_one_line(ctx: click.Context):
         raise
     except click.UsageError as error:
         message = error.format_message().rstrip(".")
+        choices = getattr(getattr(getattr(error, "param", None), "type", None), "choices", ())
+        if word := re.search(r"'([^']*)' is not one of", message):
+            message += did_you_mean(word[1], choices, ()).rstrip("?")
         raise UserError(f"{message}; '{ctx.command_path} --help' explains the options") from None
 
 
@@ -107,19 +110,89 @@ class _Program:
             sys.exit(error.exit_code)
 
 
+_HELP = {"help_option_names": ["-h", "--help"]}
+
+
+def _examples(callback) -> list[str]:
+    """The first three commands of the indented block in the docstring of a callback's module."""
+    text = getattr(inspect.getmodule(callback), "__doc__", None) if callback else None
+    lines = [line[4:] for line in (text or "").splitlines() if line.startswith("    ")]
+    commands = re.findall(r"(?:[^\n]*\\\n)*[^\n]+", "\n".join(lines))
+    commands = [re.sub(r"\s{2,}#.*", "", command) for command in commands if re.match(r"python|torchrun", command)]
+    return [re.sub(r"\\?\s+", " ", command).strip() for command in commands[:3]]
+
+
+def _write_examples(formatter, examples: list[str]) -> None:
+    if examples:
+        with formatter.section("Examples"):
+            for line in "\n".join(examples).splitlines():
+                formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+
+
 class Command(_Program, click.Command):
     """A command whose usage errors are one line, like all mistakes of the user.
 
-    Empty values are refused: "--model_path=$FILE" with FILE unset would otherwise mean the default,
-    and "--grid=" False.
+    The value of a flag may not be missing: "--outdir --seeds=0-3" is refused, and so is an empty
+    one, "--model_path=$FILE" with FILE unset. Flags that are true or false can do without: "--grid"
+    is "--grid=True".
+
+    groups: headings of the help and the names of the flags below them, those that most people need
+        before "|"; the others are shown by --help-all. A flag that is in no group is under "Other".
+    examples: commands for the help. Default: those in the docstring of the callback's module.
     may_be_empty: names of the parameters for which an empty text has a meaning of its own.
     """
 
-    def __init__(self, *args, may_be_empty: tuple[str, ...] = (), **more):
+    def __init__(
+        self,
+        *args,
+        groups: dict[str, str] | None = None,
+        examples: list[str] | None = None,
+        may_be_empty: tuple[str, ...] = (),
+        **more,
+    ):
+        more["context_settings"] = _HELP | (more.get("context_settings") or {})
         super().__init__(*args, **more)
-        self.may_be_empty = may_be_empty
+        self.groups, self.may_be_empty = groups or {}, may_be_empty
+        self.examples = _examples(self.callback) if examples is None else examples
+
+    def get_params(self, ctx):
+        shown = super().get_params(ctx)
+        if not self.groups:
+            return shown
+        hidden = {"is_flag": True, "is_eager": True, "expose_value": False, "hidden": True}
+        return [*shown, click.Option(["--help-all"], callback=_print_all, **hidden)]
+
+    def format_help(self, ctx, formatter):
+        self.format_usage(ctx, formatter)
+        self.format_help_text(ctx, formatter)
+        _write_examples(formatter, self.examples)
+        self.format_options(ctx, formatter)
+
+    def format_options(self, ctx, formatter):
+        if not self.groups:
+            return super().format_options(ctx, formatter)
+        records = {param.name: param.get_help_record(ctx) for param in self.params}
+        records = {name: record for name, record in records.items() if record is not None}
+        everything, left = bool(ctx.meta.get("help_all")), dict(records)
+        for title, names in self.groups.items():
+            common, _, rare = names.partition("|")
+            wanted = [*common.split(), *(rare.split() if everything else [])]
+            for name in [*common.split(), *rare.split()]:
+                left.pop(name, None)
+            lines = [records[name] for name in wanted if name in records]
+            if lines:
+                with formatter.section(title):
+                    formatter.write_dl(lines, col_max=26)
+        if everything and left:
+            with formatter.section("Other"):
+                formatter.write_dl(list(left.values()), col_max=26)
+        with formatter.section("Help"):
+            hidden = len(records) - sum(len(names.partition("|")[0].split()) for names in self.groups.values())
+            own = self.get_help_option(ctx).get_help_record(ctx)
+            formatter.write_dl([own, ("--help-all", f"Show {hidden} more flags too, and exit.")], col_max=26)
 
     def parse_args(self, ctx, args):
+        args = self._with_values(args)
         self._refuse_empty(args)
         try:
             with _in_one_line(ctx), _named_files():
@@ -132,8 +205,38 @@ class Command(_Program, click.Command):
         with _named_files(), _printable_output():
             return super().invoke(ctx)
 
+    def _flags(self) -> dict[str, click.Parameter]:
+        return {flag: param for param in self.params for flag in param.opts}
+
+    def _with_values(self, args: list[str]) -> list[str]:
+        """The arguments with "=True" at flags that are true or false and have no value.
+
+        Raises UserError for another flag without a value, which would take the next flag for it.
+        """
+        flags, found, waiting = self._flags(), [], None
+
+        def close():
+            if waiting is not None and flags[waiting].type is not click.BOOL:
+                raise UserError(f"{waiting} needs a value: write {waiting}=VALUE")
+            found.extend([] if waiting is None else [f"{waiting}=True"])
+
+        for argument in args:
+            name, equals, _ = argument.partition("=")
+            if waiting is not None and name not in flags and name not in ("-h", "--help", "--help-all"):
+                found += [waiting, argument]
+                waiting = None
+                continue
+            close()
+            param, waiting = flags.get(name), None
+            if isinstance(param, click.Option) and not equals and _takes_value(param):
+                waiting = argument
+            else:
+                found.append(argument)
+        close()
+        return found
+
     def _refuse_empty(self, args: list[str]) -> None:
-        flags = {flag: param for param in self.params for flag in param.opts}
+        flags = self._flags()
         for before, argument in zip([None, *args], args, strict=False):
             flag, _, value = argument.partition("=") if argument else (before, "", "")
             empty = argument in ("", f"{flag}=") and not value
@@ -141,10 +244,30 @@ class Command(_Program, click.Command):
                 raise UserError(f"{flag} is empty: give it a value or leave it out")
 
 
+def _takes_value(option: click.Option) -> bool:
+    return not option.is_flag and not isinstance(option.flag_value, str)  # a text: the value may be left out
+
+
+def _print_all(ctx, param, value):
+    if value and not ctx.resilient_parsing:
+        ctx.meta["help_all"] = True
+        click.echo(ctx.get_help(), color=ctx.color)
+        ctx.exit()
+
+
 class Group(_Program, click.Group):
     """A command with subcommands, which are ``Command``s."""
 
     command_class = Command
+
+    def __init__(self, *args, examples: list[str] | None = None, **more):
+        more["context_settings"] = _HELP | (more.get("context_settings") or {})
+        super().__init__(*args, **more)
+        self.examples = _examples(self.callback) if examples is None else examples
+
+    def format_help(self, ctx, formatter):
+        super().format_help(ctx, formatter)
+        _write_examples(formatter, self.examples)
 
     def parse_args(self, ctx, args):
         with _in_one_line(ctx):
@@ -153,6 +276,23 @@ class Group(_Program, click.Group):
     def resolve_command(self, ctx, args):
         with _in_one_line(ctx):
             return super().resolve_command(ctx, args)
+
+
+class Known(click.ParamType):
+    """One of many names, whose list would be too long for the line of a flag in the help.
+
+    message: of the error, with {} for what was written.
+    """
+
+    name = "NAME"
+
+    def __init__(self, names, message: str = "'{}' is unknown"):
+        self.names, self.message = tuple(names), message
+
+    def convert(self, value, param, ctx):
+        if value not in self.names:
+            self.fail(self.message.format(value) + did_you_mean(value, self.names), param, ctx)
+        return value
 
 
 class PathText(click.types.StringParamType):
@@ -199,6 +339,8 @@ def offline_flag(command):
 
     def forbid(ctx, param, value):
         if value:
+            from torch_utils.download import no_network  # needs torch, which help and usage errors do not
+
             ctx.with_resource(no_network("--offline"))
 
     return click.option(

@@ -107,10 +107,8 @@ class Peers:
 
     def _listen(self, other: int, link: socket.socket) -> None:
         """Thread: receives the messages of another process until it closes the connection."""
-        with (
-            suppress(OSError, ValueError),
-            link.makefile("rb") as lines,
-        ):  # ValueError: incomplete message of a dead process
+        # ValueError: an incomplete message of a dead process.
+        with suppress(OSError, ValueError), link.makefile("rb") as lines:
             for line in lines:
                 self._take(other, json.loads(line))
         if other not in self._gone and not self._closed:
@@ -270,9 +268,37 @@ def init(device: str | None = None) -> torch.device:
     if launched_by_torchrun() and not dist.is_initialized():
         if os.name == "nt":
             os.environ.setdefault("USE_LIBUV", "0")
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_TIMEOUT)
+        _init_process_group(chosen)
         _peers = Peers.join(rank(), world_size()) if world_size() > 1 else None
     return chosen
+
+
+def _init_process_group(device: torch.device) -> None:
+    """Joins the group: tensors of GPUs travel through NCCL, everything else through gloo."""
+    if device.type != "cuda":
+        dist.init_process_group("gloo", timeout=_TIMEOUT)
+        return
+    store, own, world = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    place = f"{socket.gethostname()}/{torch.cuda.get_device_properties(device).uuid}"
+    check_own_device(store, own, world, place)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl", store=store, rank=own, world_size=world, timeout=_TIMEOUT, device_id=device
+    )
+
+
+def check_own_device(store: dist.Store, own: int, world: int, place: str) -> None:
+    """Raises UserError on every process if two have the same device, which NCCL refuses.
+
+    place: names the device of this process among all machines.
+    """
+    store.set(f"device of {own}", place)
+    places = [store.get(f"device of {rank}").decode() for rank in range(world)]
+    for rank, other in enumerate(places):
+        if (first := places.index(other)) != rank:
+            raise UserError(
+                f"the processes {first} and {rank} share one GPU of {other.partition('/')[0]}: start one process for"
+                " each GPU (--nproc_per_node), or use --device=cpu"
+            )
 
 
 def shutdown() -> None:
@@ -313,17 +339,12 @@ def wait_for_all() -> None:
 def barrier() -> None:
     wait_for_all()
     if dist.is_initialized():
-        if dist.get_backend() == "nccl":
-            dist.barrier(device_ids=[torch.cuda.current_device()])
-        else:
-            dist.barrier()
+        dist.all_reduce(torch.zeros(1))  # through gloo, whatever the device: no stream has to be waited for
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, in place. Returns the tensor, which may be on the CPU under NCCL, too."""
+    """Sum over ranks, in place. Returns the tensor. Those of the CPU travel through gloo."""
     if dist.is_initialized():
-        if dist.get_backend() == "nccl" and not tensor.is_cuda:
-            return tensor.copy_(all_reduce_sum(tensor.cuda()))
         dist.all_reduce(tensor)
     return tensor
 

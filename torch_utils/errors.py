@@ -4,6 +4,7 @@ import difflib
 import json
 import os
 import reprlib
+import signal
 import sys
 from collections.abc import Iterable
 
@@ -66,6 +67,23 @@ class UserError(ValueError):
         rank = os.environ.get("RANK")
         where = f" [rank {rank}]" if rank is not None and os.environ.get("WORLD_SIZE", "1") != "1" else ""
         print(f"Error{where}: {self.message}", file=file or sys.stderr, flush=True)
+
+
+class Interrupted(Exception):
+    """A signal ended the program, with its output in order. Shown to the user as one line.
+
+    number: the signal; ``exit_code`` is 128 + signal, as in shells.
+    note: text after "interrupted by SIGTERM". Default "".
+    """
+
+    def __init__(self, number: int, note: str = ""):
+        self.message = f"interrupted by {signal.Signals(number).name}{note}"
+        super().__init__(self.message)
+        self.exit_code = 128 + number
+
+    def show(self, file=None) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            print(self.message[:1].upper() + self.message[1:], file=file or sys.stderr, flush=True)
 
 
 def _whole(digits: str) -> int:

@@ -10,7 +10,13 @@ import torch
 from torch_utils.errors import UserError
 
 AUTO = "auto"
-_SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_cpu.cpp", "std::bad_alloc")
+_SIGNS = (
+    *("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_cpu.cpp", "std::bad_alloc"),
+    # CUDA libraries with their own allocation; cuBLAS fails to make a handle without memory.
+    *("cublas_status_alloc_failed", "cublascreate(", "cudnn_status_alloc_failed", "device_allocation_failed"),
+    *("cusolver_status_alloc_failed", "cufft_alloc_failed"),
+    "invalid buffer size",  # MPS, for one tensor beyond its limit
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -25,6 +31,8 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def first_batch(device: torch.device) -> int:

@@ -2,7 +2,6 @@
 
 import re
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,26 +10,9 @@ import torch
 import torch.distributed as dist
 
 from torch_utils import distributed
-from torch_utils.errors import UserError
+from torch_utils.errors import Interrupted, UserError
 
 STOPPING = (signal.SIGINT, signal.SIGTERM)
-
-
-class Interrupted(Exception):
-    """A signal ended the program, with its output in order. Shown to the user as one line.
-
-    number: the signal; ``exit_code`` is 128 + signal, as in shells.
-    note: text after "interrupted by SIGTERM". Default "".
-    """
-
-    def __init__(self, number: int, note: str = ""):
-        self.message = f"interrupted by {signal.Signals(number).name}{note}"
-        super().__init__(self.message)
-        self.exit_code = 128 + number
-
-    def show(self, file=None) -> None:
-        if distributed.rank() == 0:
-            print(self.message[:1].upper() + self.message[1:], file=file or sys.stderr, flush=True)
 
 
 @contextmanager
@@ -90,10 +72,11 @@ def _handled(handler, numbers) -> Iterator[None]:
             signal.signal(number, old)
 
 
-def any_signal(received: list[int], device) -> int | None:
-    """The signal that any process has received, on every process; None without."""
-    flags = torch.tensor([float(kind in received) for kind in STOPPING], device=device)
-    flags = distributed.all_reduce_sum(flags).tolist()
+def any_signal(received: list[int]) -> int | None:
+    """The signal that any process has received, on every process. One process asks nobody."""
+    flags = [kind in received for kind in STOPPING]
+    if distributed.world_size() > 1:
+        flags = distributed.all_reduce_sum(torch.tensor(flags, dtype=torch.float32)).tolist()
     return next((int(kind) for kind, flag in zip(STOPPING, flags, strict=True) if flag), None)
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map
 
 from models.denoiser import member
 from models.inputs import draw_inputs
@@ -20,6 +21,7 @@ from torch_utils.distributed import on_main
 from torch_utils.errors import UserError
 from torch_utils.memory import AUTO
 from torch_utils.seeds import stream_seeds
+from torch_utils.transfer import to_device, to_pinned
 from training.checkpoint import save_predictor
 from training.loss import DistillationLoss, TeacherTargets
 from training.options import AMEDOptions
@@ -124,9 +126,14 @@ class Distiller(BaseTrainer):
         for loss, first in zip(self.losses, self._firsts(), strict=True):
             if first not in self._cached:
                 latents, cond = self._draw(first)
-                self._cached[first] = (latents, cond, loss.run_teacher(latents * loss.sigma_max, cond))
-            cached.append(self._cached[first])
+                targets = loss.run_teacher(latents * loss.sigma_max, cond)
+                self._cached[first] = tree_map(to_pinned, (latents, cond, targets.targets, targets.cached_evals))
+            latents, cond, states, evals = tree_map(self._to_device, self._cached[first])
+            cached.append((latents, cond, TeacherTargets(states, evals)))
         return self.step([(latents, cond) for latents, cond, _ in cached], [targets for *_, targets in cached])
+
+    def _to_device(self, value):
+        return to_device(value, self.device) if isinstance(value, torch.Tensor) else value
 
     def step(
         self, micro_batches: list[tuple[torch.Tensor, dict]], teacher_targets: list[TeacherTargets] | None = None
@@ -172,15 +179,19 @@ class Distiller(BaseTrainer):
         return statistics
 
     def probe_memory(self) -> None:
-        """Uses the memory of an iteration for one micro-batch, without learning.
+        """Uses the memory of an iteration, without learning.
 
-        The history of the solvers is invalid afterwards.
+        One micro-batch is computed. The states of the others are copies of its own. Trajectories of
+        ``teacher_cache`` are kept on the host. The history of the solvers is invalid afterwards.
         """
         latents, cond = self.draw()[0]
         x, loss = latents * self.losses[0].sigma_max, self.losses[0]
-        for k, target in enumerate(loss.teacher_trajectory(x, cond)):
-            error, x = loss.student_step(self.predictor, x, k, target, cond)
+        teacher = loss.run_teacher(x, cond)
+        held = [tree_map(torch.clone, (x, teacher.targets, teacher.cached_evals)) for _ in self.losses[1:]]
+        for k, target in enumerate(teacher.targets):
+            error, x = loss.student_step(self.predictor, x, k, target, cond, teacher.cached_evals.get(k))
             error.sum().backward()
+        del held
 
 
 class AMEDRun(Run):
@@ -200,7 +211,13 @@ class AMEDRun(Run):
         )
 
     def progress_text(self, latest: torch.Tensor) -> str:
-        return f"loss {numbers(latest[:, 0])} r {numbers(latest[:, 1])}"
+        return f"loss {numbers(latest[:, 0] * self.loss_unit)} r {numbers(latest[:, 1])}"
+
+    @property
+    def loss_unit(self) -> float:
+        """The loss is a sum over the values of an image; its mean is shown."""
+        net = self.trainer.net
+        return 1 / (net.img_channels * net.img_resolution**2)
 
     def describe(self, net) -> list[str]:
         options, distiller, world = self.options, self.trainer, distributed.world_size()
@@ -211,6 +228,7 @@ class AMEDRun(Run):
             f"({Path(net.source_path).name}), {config['num_steps']} time steps, NFE {distiller.evaluations}",
             f"noise levels {numbers(distiller.sigmas)}; seed {options.seed}",
             f"batch {options.batch} ({steps} on each of {world} processes), {self.total} iterations, {distiller.device}",
+            f"loss: squared difference to the teacher per {'latent' if member(net, 'latent') else 'pixel'} value, mean of a batch",
         ]
 
 
@@ -260,7 +278,9 @@ def train_predictor(
             device,
         )
     distiller = make(batch_gpu=options.batch_gpu)
-    provenance = provenance_of(net, options, ("seed", "batch", "lr", "amp", "compile", "teacher_cache"))
+    provenance = provenance_of(
+        net, options, ("seed", "batch", "lr", "amp", "tf32", "dtype", "compile", "teacher_cache")
+    )
     with working_folder(options, net, run_dir, resume) as folder:
         elapsed = resume_run(distiller, options, net, folder) if resume else 0.0
         warnings = [] if schedule is None else schedule.warnings(net, options.sampler_stu, options.afs)

@@ -117,9 +117,7 @@ class DistillationLoss:
                 if i in wanted and x is state.x:  # a corrector evaluates elsewhere
                     cached_evals[wanted[i]] = ((x - denoised) / sigma, reader.read(len(x)).to(x.dtype))
 
-            run = Sampler(
-                self.net, self.teacher_solver, self._on(latents, self.teacher_sigmas), cond=cond, observer=keep
-            )
+            run = Sampler(self.net, self.teacher_solver, self.teacher_sigmas, cond=cond, observer=keep)
             state, targets = State(latents), []
             for i in range(run.intervals):
                 state = run.advance(state, i)
@@ -152,7 +150,7 @@ class DistillationLoss:
         run = Sampler(
             self.net,
             self.student_solver,
-            self._on(x, self.sigmas),
+            self.sigmas,
             afs=self.config["afs"],
             predictor=predictor,
             cond=cond,
@@ -168,7 +166,3 @@ class DistillationLoss:
         self._state = after.detach()
         error = (after.x - target) ** 2
         return error, (target.detach() if self.student_solver.one_step else self._state.x)
-
-    @staticmethod
-    def _on(x, sigmas):
-        return sigmas.to(x.device, x.dtype if x.device.type == "mps" else sigmas.dtype)

@@ -7,7 +7,7 @@ import click
 import torch
 
 from models import zoo
-from models.compile import AUTOCAST, COMPILE_MODES
+from models.compile import AUTOCAST, COMPILE_MODES, DTYPES
 from models.denoiser import member
 from models.inputs import draw_inputs
 from solvers import SOLVERS
@@ -39,11 +39,11 @@ class RunOptions:
     """
 
     dataset_name: str = flag(
-        "Network: digits, cifar10, ffhq, ... ('python -m models.zoo list')", REQUIRED, required=False
+        "Network: digits, cifar10, ffhq, ... ('python -m models.zoo list')", REQUIRED, zoo.NAMES, required=False
     )
     model_path: str | None = flag(
-        "File of the network (default: embedded or downloaded); diffusers: a folder or hub id; custom: also"
-        " MODULE:FUNCTION of your own code, which is run",
+        "File of the network, https address or hf:owner/name (default: embedded or downloaded); diffusers: a folder or"
+        " hub id; custom: also MODULE:FUNCTION of your own code, which is run",
         kind=PATH,
         changeable=True,
         metavar="FILE",
@@ -98,6 +98,8 @@ class RunOptions:
     )
     channels_last: bool | None = flag("Memory format of the network (default: True on the CPU in float32)")
     bench: bool = flag("cuDNN benchmarking", True, changeable=True)
+    tf32: bool = flag("TensorFloat-32 on NVIDIA GPUs: faster, rounded to 10 bits", False)
+    dtype: str = flag("Precision of the weights of a diffusers pipeline; auto: bf16 or fp16 on a GPU", "fp32", DTYPES)
     outdir: str = flag("Folder of all runs", "./exps", PATH, metavar="DIR")
     desc: str | None = flag("Text to append to the name of the run's folder")
     nosubdir: bool = flag("Write into outdir itself", False, is_flag=True)
@@ -132,9 +134,9 @@ class RunOptions:
 
     def check(self, world_size: int) -> None:
         """Raises UserError for settings that are wrong for any network."""
-        card = zoo.find_card(self.dataset_name)
-        if card is not None:
-            self.check_prompts(card.takes_prompts)
+        needed = zoo.takes_prompts(self.dataset_name, self.model_path)
+        if needed is not None:
+            self.check_prompts(needed)
         check_options(self)
         if self.batch % world_size:
             raise UserError(f"batch={self.batch} must be divisible by the number of processes ({world_size})")

@@ -17,6 +17,7 @@ from solvers.sampler import sample
 from solvers.solver import SOLVERS, Option, Solver, solver_options
 from torch_utils.errors import UserError
 from torch_utils.kinds import check_kinds, check_steps, defaults_of, kinds_of
+from torch_utils.transfer import to_device
 
 
 @dataclass
@@ -119,10 +120,10 @@ class AMEDPredictor(nn.Module):
             self.fc_scale_time = plain(encoded + 2 * channels, 1)
 
     def _embed(self, t, batch, like):
-        t = torch.as_tensor(t, dtype=like.dtype, device=like.device).reshape(-1)
-        emb = self.map_noise(t)
+        t = torch.as_tensor(t, dtype=like.dtype).reshape(-1)
+        emb = self.map_noise(t)  # where t is: on the CPU for a schedule that needs no gradient
         emb = emb.reshape(len(t), 2, -1).flip(1).reshape(len(t), -1)  # sines first
-        return F.silu(self.map_layer0(emb)).expand(batch, -1)
+        return F.silu(self.map_layer0(to_device(emb, like.device))).expand(batch, -1)
 
     def _scale(self, name, z):
         bound = self.config[name]
@@ -144,5 +145,5 @@ class AMEDPredictor(nn.Module):
 
     def evaluations(self) -> int:
         """Network calls of one trajectory with these settings (guidance may double their cost)."""
-        stamps = len(self.config["sigmas"]) if self.config["sigmas"] else self.config["num_steps"]
-        return 2 * (stamps - 1) - (1 if self.config["afs"] else 0)
+        steps = len(self.config["sigmas"]) if self.config["sigmas"] else self.config["num_steps"]
+        return 2 * (steps - 1) - (1 if self.config["afs"] else 0)

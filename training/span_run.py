@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from models.denoiser import embedding_layer
+from models.denoiser import embedding_layer, member
 from models.inputs import draw_condition, draw_inputs
 from solvers.span_table import SpanSolver
 from torch_utils import distributed
@@ -176,6 +176,7 @@ class SpanRun(Run):
             f"noise levels {numbers(trainer.student.sigmas().detach())}; seed {options.seed}",
             f"loss {options.loss}, {options.pairs} pairs, batch {options.batch} ({trainer.chunk} per call, {world} "
             f"processes), {self.total} iterations, {trainer.device}",
+            f"rms: root mean square difference to the teacher per {'latent' if member(net, 'latent') else 'pixel'} value",
         ]
 
 
@@ -220,7 +221,7 @@ def _train_span(options: SpanOptions | dict, device, run_dir, resume: bool, lock
     else:
         student = _student_of(state, run_dir)
     trainer = SpanTrainer(net, student, pairs, options, total, device)
-    names = ("seed", "batch", "amp", "objective", "loss", "sampler_tea", "num_steps_tea", "pairs")
+    names = ("seed", "batch", "amp", "tf32", "dtype", "objective", "loss", "sampler_tea", "num_steps_tea", "pairs")
     provenance = provenance_of(net, options, names)
     elapsed = 0.0
     if state is not None:
@@ -239,6 +240,8 @@ def _pairs(net, options: SpanOptions, ends, prompts, device, run_dir=None) -> Te
     """The teacher pairs. run_dir: folder of a resumed run; a set beside it is used, too."""
     settings = options.teacher(*ends)
     more = {name: getattr(options, name) for name in ("guidance_type", "guidance_rate", "amp")}
+    changed = {"tf32": options.tf32 or None, "dtype": None if options.dtype == "fp32" else options.dtype}
+    more |= {name: value for name, value in changed.items() if value is not None}
     if options.prompt_path is not None:
         more["prompts_sha256"] = sha256_of(options.prompt_path)
     path = options.teacher_set

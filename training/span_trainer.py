@@ -15,10 +15,11 @@ from models.denoiser import member
 from solvers.span_table import SpanSolver
 from torch_utils import distributed
 from torch_utils.seeds import stream_seeds
+from torch_utils.transfer import to_device
 from training.options import SpanOptions, learned
 from training.sample_loss import DistributionTerm, PairLoss, energy_distance
 from training.teacher import TeacherSet
-from training.trainer import BaseTrainer, NotFinite
+from training.trainer import BaseTrainer, NotFinite, loss_scale_of
 
 STATISTICS = ("loss", "val", "rms", "gradient", "skipped")
 PATIENCE = 5  # the run ends after this many consecutive iterations without a finite gradient
@@ -41,7 +42,7 @@ class SpanTrainer(BaseTrainer):
     """
 
     kept = {name: name for name in ("optimizer", "iteration", "averaged", "best", "validation", "first", "failures")}
-    kept |= {"predictor": "student", "latest": "_latest"}
+    kept |= {"predictor": "student", "latest": "_latest", "loss_scale": "loss_scale"}
 
     def __init__(self, net, student: SpanSolver, pairs: TeacherSet, options: SpanOptions, total: int, device="cpu"):
         self.net, self.student, self.pairs, self.options = net, student, pairs, options
@@ -55,14 +56,15 @@ class SpanTrainer(BaseTrainer):
         groups = [{"params": parameters, "lr": self.rates[name]} for name, parameters in self.groups.items()]
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.999))
         self.averaged = copy.deepcopy(student)
-        self.failures = 0  # consecutive iterations without a finite gradient
+        self.failures = 0  # iterations in a row without a finite gradient
+        self.loss_scale = loss_scale_of(net)
         self.validation = (math.nan, math.nan)
         self.best: dict = {"value": math.inf, "iteration": 0, "state": _copy(student.state_dict())}
         self.first: tuple[float, float] | None = None  # validation of the untrained solver
         self.report: Callable[[str], None] = lambda text: None
         self._latest = torch.zeros(1, len(STATISTICS), dtype=torch.float64)
         if self.distribution is not None:
-            self.distribution.set_bank(
+            self.distribution.set_reference(
                 (images, cond) for _, cond, images in map(pairs.batch, _chunks(pairs.train, self.chunk))
             )
 
@@ -82,17 +84,16 @@ class SpanTrainer(BaseTrainer):
         if self.first is None:
             self.first = self.validate()
         trained = self._phase()
-        loss = self._accumulate(trained)
-        gradients = [parameter.grad for name in trained for parameter in self.groups[name]]
-        norm = torch.stack([gradient.norm().cpu().double() for gradient in gradients]).norm()
-        good = math.isfinite(loss) and bool(norm.isfinite())
+        loss, norm = self._accumulate(trained)
+        good = math.isfinite(loss) and math.isfinite(norm)
         self._latest[0, -1] = float(not good)
         if good:
             self.failures = 0
-            self._update(gradients, norm)
-            self._latest[0, [0, 3]] = torch.tensor([loss, float(norm)], dtype=torch.float64)
+            self._update(trained, norm)
+            self._latest[0, [0, 3]] = torch.tensor([loss, norm], dtype=torch.float64)
         else:
             self.failures += 1
+            self.loss_scale = max(self.loss_scale / 2, 1.0)
             self.report(f"Warning: no finite gradient in iteration {self.iteration + 1}: skipped")
             if self.failures == PATIENCE:
                 self.failures = 0  # a resumed run may try again
@@ -135,34 +136,46 @@ class SpanTrainer(BaseTrainer):
             indices.append(train[orders[epoch][place]])
         return indices
 
-    def _accumulate(self, trained: list[str]) -> float:
-        """Sets the gradients of the groups ``trained`` for the batch. Returns the mean loss."""
+    def _accumulate(self, trained: list[str]) -> tuple[float, float]:
+        """Puts the gradients of the batch into the parameters of these groups.
+
+        Returns the mean loss of the batch and the norm of the gradient. All that the host needs of
+        the device, gradients of heads, losses and features, comes in one copy.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        total, vectors = 0.0, []
+        found, vectors = [], []
         for indices in _chunks(self._indices(), self.chunk):
             losses, features = self._losses(indices)
-            losses.sum().backward()
-            total += float(losses.detach().double().sum())
-            vectors.append(features)
+            (losses.sum() * self.loss_scale).backward()
+            found.append(losses.detach())
+            vectors += [] if features is None else [features]
         parameters = [parameter for name in trained for parameter in self.groups[name]]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        parts = [g.flatten().cpu().double() for g in gradients]
+        gradients, found, read = _on_host(gradients, found, vectors)
+        total = sum(float(losses.double().sum()) for losses in found)
+        parts = [g.flatten().double() / self.loss_scale for g in gradients]
         sums = torch.cat([*parts, torch.tensor([total], dtype=torch.float64)])
         sums = distributed.all_reduce_sum(sums) / self.options.batch
         self.optimizer.zero_grad(set_to_none=True)  # Adam skips parameters without gradient
         sizes = [p.numel() for p in parameters]
-        for parameter, gradient in zip(parameters, sums[:-1].split(sizes), strict=True):
-            parameter.grad = gradient.view_as(parameter).to(parameter, copy=True)
+        gradients = [
+            gradient.view_as(parameter).to(parameter.dtype, copy=True)
+            for parameter, gradient in zip(parameters, sums[:-1].split(sizes), strict=True)
+        ]
         loss = float(sums[-1])
         if self.options.w_delta and "coef_offset" in trained:
             (offsets,) = self.groups["coef_offset"]
             loss += self.options.w_delta * float(offsets.detach().square().sum())
-            offsets.grad += 2 * self.options.w_delta * offsets.detach()
+            at = next(k for k, parameter in enumerate(parameters) if parameter is offsets)
+            gradients[at] += 2 * self.options.w_delta * offsets.detach()
+        norm = float(torch.stack([gradient.norm().double() for gradient in gradients]).norm())
+        _put(gradients, parameters)
         if self.distribution is not None:
-            found = torch.cat(distributed.gather_objects(torch.cat(vectors).cpu())).to(self.device)
-            if found.isfinite().all():
-                self.distribution.push(found)
-        return loss
+            everyone = torch.cat(distributed.gather_objects(torch.cat(read)))
+            if everyone.isfinite().all():
+                own = distributed.world_size() == 1
+                self.distribution.push(torch.cat(vectors) if own else to_device(everyone, self.device))
+        return loss, norm
 
     def _losses(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Losses [B] of these samples with gradients, and detached features of the samples."""
@@ -187,13 +200,15 @@ class SpanTrainer(BaseTrainer):
         sigmas = self.student.sigmas().detach()[1:-1]
         wanted = self.pairs.states_at(indices, sigmas)
         squared = (states[1:-1] - wanted).square().flatten(2).mean(dim=2)
-        return (squared / sigmas.to(squared)[:, None] ** 2).sum(dim=0)
+        return (squared / to_device(sigmas.to(squared.dtype), squared.device)[:, None] ** 2).sum(dim=0)
 
-    def _update(self, gradients: list[torch.Tensor], norm: torch.Tensor) -> None:
-        """An Adam step with clipped gradients; then updates the average."""
-        scale = min(1.0, self.options.clip / max(float(norm), 1e-30))
-        for gradient in gradients:
-            gradient.mul_(scale)
+    def _update(self, trained: list[str], norm: float) -> None:
+        """An Adam step along the clipped gradients, and the average after it."""
+        scale = min(1.0, self.options.clip / max(norm, 1e-30))
+        if scale < 1:
+            for name in trained:
+                for parameter in self.groups[name]:
+                    parameter.grad.mul_(scale)
         for group, name in zip(self.optimizer.param_groups, self.groups, strict=True):
             group["lr"] = self.rates[name] * self._rate()
         self.optimizer.step()
@@ -212,7 +227,7 @@ class SpanTrainer(BaseTrainer):
             self.net, self.averaged, self.pairs, self.pairs.validation, self.pair_loss, self.chunk, self.distribution
         )
         if self.distribution is not None:
-            loss += self.options.w_dist * float(energy_distance(vectors, self.distribution.bank))
+            loss += self.options.w_dist * float(energy_distance(vectors, self.distribution.reference_features))
             if self.distribution.queue is None:
                 self.distribution.push(vectors)
         self.validation = (loss, rms)
@@ -237,9 +252,34 @@ class SpanTrainer(BaseTrainer):
         return super().state(copied) | more
 
     def load_state(self, state: dict) -> None:
-        super().load_state(state)
+        super().load_state({"loss_scale": self.loss_scale, **state})  # states of earlier versions have none
         if self.distribution is not None:
             self.distribution.queue = None if state["queue"] is None else state["queue"].to(self.device)
+
+
+def _on_host(gradients: list, losses: list, features: list) -> tuple[list, list, list]:
+    """The tensors on the CPU. Those of another device come in one copy, in float32."""
+    tensors = [*gradients, *losses, *features]
+    away = [k for k, tensor in enumerate(tensors) if tensor.device.type != "cpu"]
+    if away:
+        flat = torch.cat([tensors[k].flatten().float() for k in away]).cpu()
+        parts = flat.split([tensors[k].numel() for k in away])
+        for k, part in zip(away, parts, strict=True):
+            tensors[k] = part.view(tensors[k].shape)
+    first, second = len(gradients), len(gradients) + len(losses)
+    return tensors[:first], tensors[first:second], tensors[second:]
+
+
+def _put(gradients: list, parameters: list) -> None:
+    """Sets gradients from the CPU, with one copy to another device."""
+    away = [k for k, parameter in enumerate(parameters) if parameter.device.type != "cpu"]
+    if away:
+        flat = to_device(torch.cat([gradients[k].flatten() for k in away]), parameters[away[0]].device)
+        parts = flat.split([gradients[k].numel() for k in away])
+        for k, part in zip(away, parts, strict=True):
+            gradients[k] = part.view_as(parameters[k])
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
 
 
 def _copy(state: dict) -> dict:
@@ -270,7 +310,7 @@ def measure(net, student, pairs: TeacherSet, indices, pair_loss, chunk: int, dis
     sums = distributed.all_reduce_sum(sums) / len(indices)
     found = None
     if distribution is not None:
-        own = torch.cat(vectors) if vectors else torch.zeros(0, distribution.bank.shape[1])
+        own = torch.cat(vectors) if vectors else torch.zeros(0, distribution.reference_features.shape[1])
         found = torch.cat(distributed.gather_objects(own)).to(pairs.device)
     loss, rms = (value if math.isfinite(value) else math.inf for value in sums.tolist())
     return loss, rms, found

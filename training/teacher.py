@@ -19,6 +19,7 @@ from torch_utils.memory import explained_oom
 from torch_utils.progress import progress_bar
 from torch_utils.seeds import stream_seeds
 from torch_utils.tensor_file import json_entry, read_safetensors, write_safetensors
+from torch_utils.transfer import to_device
 
 FORMAT = "teacher-set"
 LEVELS = 12  # noise levels at which states are stored
@@ -80,7 +81,7 @@ class TeacherSet:
     def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, dict, torch.Tensor]:
         """(noise [B,C,H,W], condition, images [B,C,H,W]) of these samples, on the device."""
         latents, cond = draw_inputs(self.net, _seeds(self.settings, indices), self.prompts, device=self.device)
-        return latents, cond, self.images[list(indices)].to(self.device)
+        return latents, cond, to_device(self.images[list(indices)], self.device)
 
     def states_at(self, indices: Sequence[int], sigmas: torch.Tensor) -> torch.Tensor:
         """The teacher's states [len(sigmas), B, C, H, W] at these noise levels.
@@ -107,7 +108,7 @@ class TeacherSet:
             sum(float(w) * self.states[int(row)][columns] for w, row in zip(weights[k], rows[k], strict=True))
             for k in range(len(wanted))
         ]
-        return torch.stack(picked).to(self.device)
+        return to_device(torch.stack(picked), self.device)
 
 
 def _seeds(settings: TeacherSettings, indices: Sequence[int]) -> list[int]:

@@ -14,6 +14,7 @@ import torch
 from solvers.sampler import sample
 from solvers.solver import check_teacher
 from torch_utils.errors import UserError
+from torch_utils.transfer import to_device
 
 METRICS = ("dev", "l1", "l2")
 
@@ -38,8 +39,8 @@ def jump_costs(states, offsets, sigmas, metric: str = "dev") -> torch.Tensor:
     if metric not in METRICS:
         raise UserError(f"unknown metric '{metric}'; choose from {', '.join(METRICS)}")
     states, offsets = states.flatten(2), offsets.flatten(2)
-    sigmas = sigmas.to(states)
-    cost = torch.zeros(len(states), len(states), dtype=torch.float64)
+    sigmas = to_device(sigmas.to(states.dtype), states.device)
+    rows = []
     if metric == "dev":
         of_states = chord_distance(states, states[0], states[-1])
     for i in range(len(states) - 1):  # one row at a time, to save memory
@@ -49,7 +50,9 @@ def jump_costs(states, offsets, sigmas, metric: str = "dev") -> torch.Tensor:
             row = chord_distance(jumps, states[0], states[-1]) - of_states[i + 1 :]
         else:
             row = (jumps - states[i + 1 :]).norm(p=1 if metric == "l1" else 2, dim=-1)
-        cost[i, i + 1 :] = row.mean(dim=1).double().cpu()
+        rows.append(row.mean(dim=1))
+    cost = torch.zeros(len(states), len(states), dtype=torch.float64)
+    cost[tuple(torch.triu_indices(len(states), len(states), 1))] = torch.cat(rows).cpu().double()
     return cost
 
 

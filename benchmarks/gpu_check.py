@@ -1,0 +1,302 @@
+"""The parts of benchmarks/gpu_check.sh: each is one measurement, kept in a file of its own.
+
+python -m benchmarks.gpu_check --outdir=gpu_check            # on a machine with a GPU
+python -m benchmarks.gpu_check --outdir=/tmp/check --small   # anywhere: does it run to its end?
+"""
+
+import json
+import os
+import platform
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import click
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.measuring import describe_machine, synchronize, table
+from models import build_denoiser
+from models.compile import prepare_network
+from solvers import sample
+from torch_utils.cli import PATH, Command
+from torch_utils.distributed import pick_device
+from torch_utils.errors import UserError
+from torch_utils.files import write_json
+from torch_utils.version import code_version
+from training.amed_trainer import Distiller
+from training.options import SpanOptions
+from training.span_trainer import SpanTrainer
+from training.teacher import teacher_set
+
+ROOT = Path(__file__).resolve().parents[1]
+FID_IMAGES = 50_000
+
+
+class Skipped(Exception):
+    """A part that this machine cannot run; the text says why."""
+
+
+def cifar_network(device, small: bool):
+    """An EDM network of the size of the published CIFAR-10 one (DDPM++), with random weights."""
+    torch.manual_seed(0)
+    config = {
+        "img_resolution": 32,
+        "img_channels": 3,
+        "label_dim": 0,
+        "model_type": "SongUNet",
+        "model_channels": 16 if small else 128,
+        "channel_mult": [1, 2] if small else [2, 2, 2],
+        "num_blocks": 1 if small else 4,
+        "augment_dim": 0,
+    }
+    from models.edm import EDMDenoiser
+
+    weights = {name: value * 1.0 for name, value in EDMDenoiser(**config).state_dict().items()}
+    return build_denoiser("edm", config, weights, device=device)
+
+
+def seconds_of(function: Callable[[], object], device, repeats: int) -> float:
+    """Median seconds of a call, after two that are not counted."""
+    for _ in range(2):
+        function()
+    synchronize(device)
+    found = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        function()
+        synchronize(device)
+        found.append(time.perf_counter() - begin)
+    return statistics.median(found)
+
+
+# Parts: functions of (device, small) that return what is recorded, or raise Skipped.
+
+
+def doctor(device, small: bool) -> dict:
+    done = run_program([sys.executable, "-m", "tools.doctor"], 300)
+    return {"output": done.stdout[-4000:], "exit": done.returncode}
+
+
+def tests(device, small: bool) -> dict:
+    """The tests of devices, on the real device where there is one."""
+    selected = ["tests/test_devices.py", "tests/test_device_handling.py"]
+    if small:
+        selected = ["tests/test_device_handling.py", "-k", "memory_is_full or follows"]
+    done = run_program([sys.executable, "-m", "pytest", "-q", *selected], 900)
+    return {"output": done.stdout[-1500:], "exit": done.returncode}
+
+
+VARIANTS = {
+    "eager": {},
+    "eager, tf32": {"tf32": True},
+    "eager, bf16": {"amp": "bf16"},
+    "eager, fp16": {"amp": "fp16"},
+    "compiled": {"compile_mode": "default"},
+    "compiled, bf16": {"compile_mode": "default", "amp": "bf16"},
+    "graphs, bf16": {"compile_mode": "reduce-overhead", "amp": "bf16"},
+}
+
+
+def prepared(device, small: bool, tf32: bool = False, **settings):
+    from models.compile import choose_backends
+
+    if device.type != "cuda" and (settings.get("compile_mode") or settings.get("amp") == "fp16" or tf32):
+        raise Skipped("no GPU")
+    choose_backends(tf32, bench=False)
+    return prepare_network(cifar_network(device, small), **settings)
+
+
+def sampling(device, small: bool, name: str) -> dict:
+    """Seconds of iPNDM with five evaluations against five calls of the bare network."""
+    net, found = prepared(device, small, **VARIANTS[name]), {}
+    for batch in (2,) if small else (1, 8, 64, 512):
+        x, sigma = torch.randn(batch, 3, 32, 32, device=device), torch.tensor(1.0, device=device)
+
+        @torch.no_grad()
+        def network(x=x, sigma=sigma):
+            for _ in range(5):
+                net(x, sigma)
+
+        whole = partial(sample, net, x, solver="ipndm", num_steps=6)
+        repeats = 2 if small else 10
+        alone, all_of_it = seconds_of(network, device, repeats), seconds_of(whole, device, repeats)
+        found[str(batch)] = {"network": alone, "sampling": all_of_it, "images per second": batch / all_of_it}
+    return found
+
+
+def distillation(device, small: bool, name: str) -> dict:
+    """Seconds of an AMED iteration, and of as many calls of the network without gradient."""
+    net, batch = prepared(device, small, **VARIANTS[name]), 2 if small else 128
+    config = {"sampler_stu": "amed", "sampler_tea": "heun", "num_steps": 3 if small else 4, "afs": True}
+    config |= {"scale_dir": 0.01}
+    distiller = Distiller(net, config, batch=batch, device=device)
+    return {"iteration": seconds_of(distiller.iterate, device, 1 if small else 5), "batch": batch}
+
+
+def span_training(device, small: bool, name: str) -> dict:
+    """Seconds of an iteration of the span solver's training."""
+    net, batch = prepared(device, small, **VARIANTS[name]), 2 if small else 64
+    options = SpanOptions(
+        dataset_name="cifar10",
+        seed=0,
+        num_steps=3 if small else 5,
+        pairs=batch * 2,
+        val_pairs=batch,
+        batch=batch,
+        num_steps_tea=4 if small else 19,
+        init="preset",
+        heads="none",
+        loss="features+0.2*huber",
+        val_every=10_000,
+        total_kimg=100,
+    )
+    folder = Path(os.environ.get("TMPDIR", "/tmp")) / f"gpu-check-{os.getpid()}"
+    try:
+        pairs = teacher_set(net, options.teacher(0.002, 80.0), folder / "set.safetensors", batch=batch, device=device)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    student = options.make_student(0.002, 80.0)
+    if student.config["first_step"] == "gaussian":
+        student.measure_gaussian(net, calls=batch)
+    trainer = SpanTrainer(net, student, pairs, options, 100, device)
+    return {"iteration": seconds_of(trainer.iterate, device, 1 if small else 5), "batch": batch}
+
+
+def nccl(device, small: bool) -> dict:
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if count < 2:
+        raise Skipped(f"{count} GPUs")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    command += ["sample.py", "--dataset_name=digits", "--solver=ipndm", "--num_steps=6", "--seeds=0-1023"]
+    done = run_program([*command, "--fid_ref=digits"], 600)
+    return {"processes": count, "output": done.stdout[-1000:] + done.stderr[-1000:], "exit": done.returncode}
+
+
+def fid_loader(device, small: bool) -> dict:
+    more = ["--num_images=50", "--repeats=1"] if small else ["--num_images=5000", "--repeats=3"]
+    done = run_program([sys.executable, "benchmarks/fid_loader.py", *more], 600)
+    return {"output": done.stdout[-3000:], "exit": done.returncode}
+
+
+def published_fid(device, small: bool) -> dict:
+    """FIDs of the official CIFAR-10 network with 50,000 images, beside the published ones.
+
+    edm with 35 evaluations: Karras et al. 2022, Table 2. DPM-Solver++(3M) and iPNDM with 6: the
+    table of Zhou et al. 2024 (arXiv 2312.00094).
+    """
+    if device.type != "cuda":
+        raise Skipped("no GPU")
+    try:
+        socket.create_connection(("nvlabs-fi-cdn.nvidia.com", 443), timeout=10).close()
+    except OSError:
+        raise Skipped("no network access") from None
+    cases = {
+        "edm": (18, 1.97, ["--denoise_to_zero=True"]),
+        "dpmpp": (7, 11.99, ["--schedule_type=logsnr"]),
+        "ipndm": (7, 7.05, []),
+    }
+    found = {}
+    for solver, (steps, published, more) in cases.items():
+        command = [sys.executable, "sample.py", "--dataset_name=cifar10", f"--solver={solver}", "--batch=512"]
+        command += [f"--num_steps={steps}", f"--seeds=0-{FID_IMAGES - 1}", "--fid_ref=cifar10", *more]
+        done = run_program(command, 3600)
+        found[solver] = {"output": done.stdout[-600:], "exit": done.returncode, "published": published}
+    return found
+
+
+def run_program(command: list[str], timeout: int) -> subprocess.CompletedProcess:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        raise Skipped(f"took longer than {timeout} s") from None
+
+
+def parts(small: bool) -> dict[str, Callable]:
+    """Name -> part, in the order in which they run."""
+    found: dict[str, Callable] = {"doctor": doctor, "tests": tests}
+    names = ("eager", "eager, bf16", "graphs, bf16") if small else VARIANTS
+    for what, function in (("sampling", sampling), ("distillation", distillation), ("span training", span_training)):
+        for name in names:
+            if function is sampling or "graphs" not in name:  # a graph would overwrite what gradients need
+                found[f"{what}, {name}"] = partial(function, name=name)
+    return found | {"nccl": nccl, "fid loader": fid_loader, "published FID": published_fid}
+
+
+def page(record: dict) -> str:
+    """The Markdown page of everything that was recorded."""
+    rows = []
+    for name, result in record["parts"].items():
+        values = result.get("result")
+        if values is None:
+            text = result.get("skipped") or result.get("failed")
+        elif "exit" in values:
+            text = "passed" if values["exit"] == 0 else f"exit {values['exit']}"
+        elif "iteration" in values:
+            text = f"{values['iteration']:.4g} s per iteration of {values['batch']} samples"
+        elif name.startswith("sampling"):
+            text = "; ".join(
+                f"batch {batch}: {of['sampling'] / of['network']:.3f} of the network, {of['images per second']:.4g} img/s"
+                for batch, of in values.items()
+            )
+        else:
+            text = "; ".join(
+                f"{key} (published {of['published']}): {of['output'].strip()}" for key, of in values.items()
+            )
+        state = "skipped: " if "skipped" in result else "failed: " if "failed" in result else ""
+        rows.append([name, state + str(text).replace("|", "/"), f"{result['seconds']:.0f} s"])
+    head = f"# GPU check\n\n{record['machine']}\n\ncode {record['code']}, {record['system']}\n\n"
+    note = "Made with the smallest sizes: the figures mean nothing.\n\n" if record["small"] else ""
+    return head + note + table(["part", "result", "took"], rows) + "\n"
+
+
+@click.command(cls=Command)
+@click.option("--outdir", type=PATH, default="gpu_check", show_default=True, metavar="DIR", help="Where to write")
+@click.option("--small", is_flag=True, help="The smallest sizes, to see that everything runs")
+@click.option("--device", default=None, help="cpu, cuda or mps (default: the fastest available)")
+def main(outdir, small, device):
+    """Measure everything that needs a GPU, and write one JSON and one Markdown page."""
+    device, folder = pick_device(device), Path(outdir)
+    (folder / "parts").mkdir(parents=True, exist_ok=True)
+    record = {
+        "machine": describe_machine(device),
+        "system": platform.platform(),
+        "code": code_version(),
+        "small": small,
+        "parts": {},
+    }
+    for name, part in parts(small).items():
+        path = folder / "parts" / f"{name.replace(', ', '-').replace(' ', '_')}.json"
+        if path.is_file():
+            record["parts"][name] = json.loads(path.read_text())
+            print(f"{name}: done before", flush=True)
+            continue
+        begin, result = time.perf_counter(), {}
+        try:
+            result["result"] = part(device, small)
+        except Skipped as reason:
+            result["skipped"] = str(reason)
+        except (UserError, RuntimeError, MemoryError, OSError) as error:
+            result["failed"] = f"{type(error).__name__}: {str(error)[:500]}"
+        result["seconds"] = time.perf_counter() - begin
+        record["parts"][name] = result
+        if "failed" not in result:
+            write_json(path, result)
+        state = result.get("skipped") or result.get("failed") or "done"
+        print(f"{name}: {state} ({result['seconds']:.1f} s)", flush=True)
+        write_json(folder / "gpu_check.json", record)
+        (folder / "gpu_check.md").write_text(page(record), encoding="utf-8")
+    write_json(folder / "gpu_check.json", record)
+    (folder / "gpu_check.md").write_text(page(record), encoding="utf-8")
+    print(f"wrote {folder / 'gpu_check.md'} and {folder / 'gpu_check.json'}")
+
+
+if __name__ == "__main__":
+    main()
