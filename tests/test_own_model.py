@@ -366,3 +366,16 @@ def test_short_runs_keep_the_results_of_each_part(here):
     call(train_cli, "--resume=0", "--total_kimg=0.012", "--device=cpu", own)
     assert (run / "predictor-000000.004.safetensors").read_bytes() == first
     assert find_predictor(run).name == "predictor-000000.012.safetensors"
+
+
+def test_missing_prompts_are_noticed_before_a_pipeline_is_loaded(here):
+    """The folder has an index but no weights, which nothing gets to miss."""
+    index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"]}
+    index |= {"unet": ["diffusers", "UNet2DConditionModel"]}
+    (here / "sd").mkdir()
+    (here / "sd" / "model_index.json").write_text(json.dumps(index))
+    network = ["--dataset_name=diffusers", "--model_path=sd", "--device=cpu"]
+    with pytest.raises(UserError, match="needs a text: give --prompt=TEXT"):
+        call(sample_cli, *network, "--solver=euler", "--num_steps=3")
+    with pytest.raises(UserError, match="needs texts: give --prompt_path"):
+        call(train_cli, *network)
