@@ -1,12 +1,12 @@
 """What the shipped predictors and the recommended plain solvers reach, as tables and a figure.
 
-    python -m benchmarks.report_shipped --measure    # measures the plain solvers (3 minutes), then reports
+    python -m benchmarks.report_shipped --measure    # measures the plain solvers first (3 minutes)
     python -m benchmarks.report_shipped              # reports
 
-The scores of the predictors are in their files (benchmarks/make_predictors.py); those of the best plain
-solver, with its recommended settings, go to ``benchmarks/shipped_plain.jsonl``. All are of 1,000
-images, seeds 0-999, which chose nothing. Renews the tables between the markers in README.md and
-docs/choosing.md, and draws docs/choosing.png (extra "plot").
+The scores of the predictors are in their files (benchmarks/make_predictors.py); those of the best
+plain solver, with its recommended settings, go to ``benchmarks/shipped_plain.jsonl``. All are of
+1,000 images, seeds 0-999, which chose nothing. Renews the tables between the markers in README.md
+and docs/choosing.md, and draws docs/choosing.png (extra "plot").
 """
 
 import json

@@ -1,10 +1,10 @@
 """Estimates the model statistics of the solver dpm_v3 (Zheng et al. 2023, Section 3.1, Appendix C).
 
     python -m tools.model_statistics --dataset_name=digits
-    python sample.py --dataset_name=digits --solver=dpm_v3 --schedule_type=logsnr --num_steps=6
 
-Needs no images: the network is evaluated at states of its own trajectories. Costs five evaluations
-per node and sample; for digits with the defaults, one or two minutes on a CPU core.
+``sample.py --solver=dpm_v3`` then finds them itself. Needs no images: the network is evaluated at
+states of its own trajectories. Costs five evaluations per node and sample; for digits with the
+defaults, one or two minutes on a CPU core.
 """
 
 if __name__ == "__main__":

@@ -283,9 +283,8 @@ class ImageSource:
         except UserError:
             raise
         except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error, struct.error) as exc:
-            raise UserError(
-                f"{self._where(name)}: cannot be read ({str(exc)[:200]})"
-            ) from None  # cut, since it may quote the file
+            # Cut, since the message may quote the file.
+            raise UserError(f"{self._where(name)}: cannot be read ({str(exc)[:200]})") from None
 
     def _read_labels(self) -> tuple[list[int] | None, list[str] | None]:
         if self._label_file is None:

@@ -115,7 +115,7 @@ def build(described: Mapping, name: str | None = None) -> click.Command:
 
 
 def _is_newer(message: str) -> bool:
-    """Whether the option or name that a message calls unknown is in the code: a solver of yours, say.
+    """Whether a name that a message calls unknown is in the code, such as a solver of yours.
 
     The declarations themselves decide then.
     """
