@@ -495,8 +495,8 @@ class _AMEDScheduler:
     def sigmas(self) -> torch.Tensor | None:
         """Noise levels [n + 1] of the latents before each call, and 0.
 
-        For flow models they are t = sigma / (1 + sigma), as in diffusers. None before set_timesteps,
-        if they depend on the size of the image.
+        For flow models they are t = sigma / (1 + sigma), as in diffusers. None before
+        set_timesteps, if they depend on the size of the image.
         """
         if not self._calls:
             return None
