@@ -46,7 +46,7 @@ OPTIONS = {
     "mode": Option(("lambda", "time"), "lambda", "coordinate of the gaps: -ln sigma, or the time of the VP SDE"),
     "loss": Option(str, "features", f"distance to the teacher: weighted sum of {TERM_NAMES}"),
     "feature_sigma": Option(
-        float, None, "noise level at which features of the denoiser are compared, 0.1 if it knows that"
+        float, None, "noise level of the denoiser when features are compared; None: 0.1, or the nearest it supports"
     ),
     "num_train": Option(int, 256, "teacher pairs for training"),
     "num_valid": Option(int, 64, "teacher pairs for validation"),
