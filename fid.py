@@ -1,6 +1,8 @@
 """Fréchet inception distance of images to reference statistics (protocol and file format of EDM).
 
     python fid.py calc --images=samples/cifar10/amed_nfe5 --ref=cifar10
+    python fid.py calc --images=generated --ref=photos.zip --metrics=fid,kid,precision,recall
+    python fid.py inspect --images=photos.zip
     python fid.py ref --data=datasets/my-data.zip --dest=my-data.npz
     torchrun --standalone --nproc_per_node=8 fid.py calc ...
 
@@ -18,6 +20,7 @@ if __name__ == "__main__":
 
     check_usage("fid")
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,6 +32,7 @@ from torch_utils import distributed
 from torch_utils.cli import PATH, SEED, Group, offline_flag
 from torch_utils.errors import UserError
 from torch_utils.files import check_destination, write_json
+from torch_utils.image_listing import describe
 from torch_utils.images import ImageSource
 from torch_utils.session import session
 
@@ -51,14 +55,12 @@ def device_flags(command):
 
 @click.group(cls=Group)
 def main():
-    """Fréchet inception distance (FID): calc, or ref to make reference statistics."""
+    """Fréchet inception distance (FID): calc; ref, which makes statistics; inspect."""
 
 
 @main.command()
 @click.option("--images", type=PATH, required=True, metavar="PATH", help="Folder or zip of images to evaluate")
-@click.option(
-    "--ref", type=PATH, required=True, metavar="NPZ|URL|NAME", help="Reference statistics: cifar10, digits, ..."
-)
+@click.option("--ref", type=PATH, required=True, metavar="NPZ|URL|NAME|PATH", help="Reference statistics, or images")
 @choice_flags
 @click.option("--batch", type=click.IntRange(min=1), default=250, show_default=True, help="Images per network call")
 @click.option(
@@ -74,8 +76,15 @@ def main():
     help="Store features in this file and reuse them",
 )
 @click.option("--json", "json_path", type=PATH, default=None, metavar="FILE", help="Also write the result to this file")
+@click.option(
+    "--metrics",
+    default="fid",
+    show_default=True,
+    metavar="NAME,...",
+    help="Measures: fid, kid, precision, recall, density, coverage; all but fid need images as --ref",
+)
 @device_flags
-def calc(images, ref, num, seed, batch, detector, workers, feature_cache, json_path, device, trust):
+def calc(images, ref, num, seed, batch, detector, workers, feature_cache, json_path, metrics, device, trust):
     """FID of images. Prints 'FID 12.3456 images=... detector=... weights=... ref=...'."""
     for flag, path in (("--json", json_path), ("--feature-cache", feature_cache)):
         if path is not None:
@@ -92,11 +101,12 @@ def calc(images, ref, num, seed, batch, detector, workers, feature_cache, json_p
             device=device,
             trust=trust,
             workers=workers,
+            metrics=[name.strip() for name in metrics.split(",") if name.strip()],
         )
         if result is not None:
             if json_path is not None:
                 write_json(json_path, asdict(result))
-            print(result.line(), flush=True)
+            print("\n".join(result.lines()), flush=True)
         distributed.barrier()
 
 
@@ -122,6 +132,26 @@ def ref(data, dest, batch, detector, num, seed, device, trust):
             Reference(mu, sigma, network.name, network.digest, len(indices)).save(dest)
             print(f"{dest}: {len(indices)} images, {network.feature_dim} features, detector={network.name}", flush=True)
         distributed.barrier()
+
+
+@main.command()
+@click.option("--images", type=PATH, required=True, metavar="PATH", help="Folder or zip of images")
+def inspect(images):
+    """Formats, modes and sizes of images, and what is left out."""
+    source = ImageSource(images, uniform=False)
+    print(f"{images}: {len(source)} images")
+    kinds: dict[str, Counter] = {"format": Counter(), "mode": Counter(), "size": Counter()}
+    for index in range(len(source)):
+        for kind, value in source.header(index).items():
+            kinds[kind][value] += 1
+    for kind, found in kinds.items():
+        shown = ", ".join(f"{value} ({count})" for value, count in found.most_common(8))
+        print(f"{kind}: {shown}" + (f", and {len(found) - 8} others" if len(found) > 8 else ""))
+    if len(kinds["size"]) > 1:
+        print("calc and ref need images of one size: they refuse these")
+    print(f"left out: {describe(source.ignored) or 'nothing'}")
+    if source.labels is not None:
+        print(f"labels: {len(set(source.labels))} classes")
 
 
 if __name__ == "__main__":

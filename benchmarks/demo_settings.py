@@ -1,16 +1,19 @@
-"""How the settings of the demo were chosen: plain solvers and AMED variants on validation seeds.
+"""How the settings of the demo were chosen: plain solvers and AMED on validation seeds.
 
-    python -m benchmarks.demo_settings --dataset_name=digits --part=reference # the converged solution's own score
-    python -m benchmarks.demo_settings --dataset_name=digits --part=plain     # solver x schedule x free first step
-    python -m benchmarks.demo_settings --dataset_name=digits --part=few       # more solvers at 3, 4, 5, 6 and 8 evaluations
-    python -m benchmarks.demo_settings --dataset_name=digits --part=teachers  # the teachers themselves, M = 1, 2, 4
-    python -m benchmarks.demo_settings --dataset_name=digits --part=amed      # from the paper's settings to the demo's
-    python -m benchmarks.demo_settings --dataset_name=digits --part=demo --kimg=1.5 --seed=1   # the demo's, other seeds
+    python -m benchmarks.demo_settings --dataset_name=digits --part=plain
 
-Five evaluations everywhere but for the teachers and the part "few". Every row is appended to benchmarks/<dataset_name>_settings.jsonl as
-soon as it is measured and not measured again. Scores: Fréchet distance of ``--num`` images in the features of the
-network's own classifier, and mean distance (root mean square over pixels in [-1, 1]) to Heun with 51 stamps from the
-same noise.
+Parts:
+    reference   score of the converged solution
+    plain       solver x schedule x analytical first step
+    few         more solvers at 3, 4, 5, 6 and 8 evaluations
+    teachers    the teachers themselves, M = 1, 2, 4
+    amed        from the paper's settings to the demo's
+    demo        the demo's settings; --kimg=1.5 --seed=1 for other training seeds
+
+All parts but "teachers" and "few" use five evaluations. Every row is appended to
+benchmarks/<dataset_name>_settings.jsonl when it is measured, and is not measured again. Scores:
+Fréchet distance of ``--num`` images in the features of the network's own classifier; mean distance
+(root mean square over pixels in [-1, 1]) to Heun with 51 time steps from the same noise.
 """
 
 import json
@@ -21,7 +24,7 @@ import click
 import numpy as np
 import torch
 
-from evaluation.detectors import EMBEDDED, cache_dir, load_detector
+from evaluation.detectors import EMBEDDED, load_detector
 from evaluation.frechet import FeatureStatistics, Reference, frechet_distance
 from models import create_model, zoo
 from models.inputs import draw_noise
@@ -29,6 +32,7 @@ from solvers import sample
 from solvers.recommended import training_recipe
 from torch_utils.cli import Command
 from torch_utils.images import to_uint8
+from torch_utils.remote import cache_dir
 from torch_utils.seeds import SeededGenerators
 from training.amed_trainer import Distiller
 
@@ -62,12 +66,14 @@ def plain_jobs():
     for schedule, rho in SCHEDULES:
         for solver in SOLVERS:
             for afs in ("data", False) if (schedule, rho) in (("time_uniform", 1), ("polynomial", 7)) else ("data",):
-                stamps = 4 if solver["solver"] == "dpm" else 7 if afs else 6
-                yield {**solver, "num_steps": stamps, "schedule_type": schedule, "schedule_rho": rho, "afs": afs}
+                num_steps = 4 if solver["solver"] == "dpm" else 7 if afs else 6
+                yield {**solver, "num_steps": num_steps, "schedule_type": schedule, "schedule_rho": rho, "afs": afs}
 
 
 def few_jobs():
-    """Other solvers, orders and numbers of evaluations, where the plain part and benchmarks/learned_solvers.py have none."""
+    """Other solvers, orders and numbers of evaluations, where the plain part and
+    benchmarks/learned_solvers.py have none.
+    """
     uniform, bent, five, seven = ("time_uniform", 1), ("time_uniform", 2), ("polynomial", 5), ("polynomial", 7)
     orders = [
         ({"solver": "ipndm", "max_order": 4}, (five, seven)),
@@ -83,14 +89,14 @@ def few_jobs():
         for nfe in numbers:
             for solver, grids in solvers:
                 for schedule, rho in grids:
-                    stamps, afs = nfe + 2, "data"
+                    num_steps, afs = nfe + 2, "data"
                     if solver["solver"] in ("heun", "dpm"):
-                        stamps, afs = ((nfe + 1) // 2 + 1, "data") if nfe % 2 else (nfe // 2 + 1, False)
-                    yield {**solver, "num_steps": stamps, "schedule_type": schedule, "schedule_rho": rho, "afs": afs}
+                        num_steps, afs = ((nfe + 1) // 2 + 1, "data") if nfe % 2 else (nfe // 2 + 1, False)
+                    yield {**solver, "num_steps": num_steps, "schedule_type": schedule, "schedule_rho": rho, "afs": afs}
 
 
 def cumulative(base, *changes):
-    """The base settings, then one change after the other on top."""
+    """The base settings, and then with one more change each."""
     yield base
     for change in changes:
         base = {**base, **change}
@@ -139,8 +145,13 @@ def teacher_jobs():
 
 
 class Bench:
-    """The network, the noise of ``num`` seeds from ``first`` on, the converged solution of the first ``num_reference``
-    (default: all) of them, and the scores."""
+    """The network, the noise, the converged solution and the scores.
+
+    num: number of seeds.
+    batch: images per network call. Default 128.
+    first: first seed.
+    num_reference: number of seeds with a converged solution. Default None: all.
+    """
 
     def __init__(self, dataset_name, num, batch=128, first=FIRST_SEED, num_reference=None):
         self.dataset_name, self.num_reference = dataset_name, num_reference or num
@@ -226,7 +237,7 @@ class Bench:
 @click.option("--batch", type=int, default=16, show_default=True, help="Batch of each training")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of each training")
 def main(dataset_name, part, num, kimg, batch, seed):
-    """Measure candidate settings of the demo on validation seeds."""
+    """Measures candidate settings of the demo on validation seeds."""
     bench = Bench(dataset_name, num)
     results = ROOT / "benchmarks" / f"{dataset_name}_settings.jsonl"
     text = results.read_text(encoding="utf-8") if results.exists() else ""

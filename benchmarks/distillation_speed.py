@@ -1,10 +1,11 @@
-"""Seconds per kimg of distillation, and the loss it ends with, against the straightforward loop.
+"""Seconds per kimg of distillation and its final loss, compared with a simple training loop.
 
     OMP_NUM_THREADS=1 python benchmarks/distillation_speed.py --dataset_name=digits --num_seeds=3
 
-The straightforward loop computes every teacher trajectory in full and asks the network again wherever the student begins.
-The variants share evaluations ("shared") and also keep the teacher's trajectories ("cache"). All are trained side by side, a part of every variant in turn, so that a busy machine slows all
-of them alike. The validation loss is the student's squared error per sample and interval on noise that no variant has seen.
+The simple loop computes every teacher trajectory in full, and calls the network again at every
+starting point of the student. Variant "shared" reuses the teacher's evaluations; "cache" also
+stores its trajectories. The variants train in turn, so that other load slows all of them alike. The
+validation loss is the student's squared error per sample and interval on unseen noise.
 """
 
 import platform
@@ -47,7 +48,9 @@ class Straightforward(Distiller):
 
 @torch.no_grad()
 def validation_loss(distiller: Distiller, samples: int, batch: int) -> float:
-    """Mean over samples of the sum over intervals of the student's squared error; the seeds are of another stream."""
+    """Mean over samples of the sum over intervals of the student's squared error; the seeds are of
+    another stream.
+    """
     loss = DistillationLoss(distiller.net, distiller.predictor.config)
     total = 0.0
     for first in range(0, samples, batch):
@@ -94,7 +97,7 @@ def main(dataset_name, setting, num_steps, batch, iterations, cache, num_seeds, 
             seconds[name].append(spent[name] / (iterations * batch / 1000))
             losses[name].append(validation_loss(distiller, validation, batch))
     print(
-        f"{dataset_name}, {setting}, {num_steps} stamps, batch {batch}, {iterations} iterations, {num_seeds} seeds, "
+        f"{dataset_name}, {setting}, {num_steps} time steps, batch {batch}, {iterations} iterations, {num_seeds} seeds, "
         f"{cache} trajectories kept; torch {torch.__version__}, {platform.processor() or platform.machine()}, {device}, "
         f"{torch.get_num_threads()} threads"
     )

@@ -1,9 +1,11 @@
-"""How fast images are read from a folder for the FID, and how fast the detector turns them into features.
+r"""Speed of reading images for the FID, and of the detector's features.
 
-    python benchmarks/fid_loader.py --num_images=5000 --workers=0,4            # the detector of the digits
-    python benchmarks/fid_loader.py --detector=inception --device=cuda --size=32 --channels=3 --num_images=50000
+    python benchmarks/fid_loader.py --num_images=5000 --workers=0,4   # detector of the digits
+    python benchmarks/fid_loader.py --detector=inception --device=cuda --size=32 --channels=3 \
+        --num_images=50000
 
-The loader must not be the slower one. Times are wall times: decoding happens in threads and processes of its own.
+The loader should not be slower than the detector. Times are wall times, since images are decoded in
+threads and processes.
 """
 
 import sys

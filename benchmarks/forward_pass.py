@@ -1,10 +1,11 @@
-"""Images per second of one network evaluation under each option, against the structure of the original code.
+"""Images per second of a network evaluation with each option, against the original structure.
 
     OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/forward_pass.py
-    python benchmarks/forward_pass.py --dataset_name=cifar10 --batch=64 --compile=True     # with torch.compile: minutes more
+    python benchmarks/forward_pass.py --dataset_name=cifar10 --batch=64 --compile=True   # minutes
 
-The baseline is float32, NCHW, eager, with attention written out as two products and a softmax, and resampling by
-depthwise convolutions. PSNR: images of the same seeds (four steps of DPM-Solver++) against that baseline, peak 2.
+The baseline is float32, NCHW, eager, with attention as two products and a softmax, and resampling
+by depthwise convolutions. PSNR compares images of the same seeds (four steps of DPM-Solver++) with
+that baseline, peak 2.
 """
 
 import copy
@@ -44,7 +45,7 @@ class _Explicit:
 
 
 def with_original_structure(net, function):
-    """``function`` with the parts of the networks that differ from the original code put back while it runs."""
+    """``function``, run with the original structure of the networks."""
 
     def run():
         modules = (networks, openai_unet)

@@ -1,6 +1,8 @@
-"""Times frechet_distance against the textbook formula with scipy.linalg.sqrtm, with the same number of threads.
+"""Times frechet_distance against the textbook formula with scipy.linalg.sqrtm.
 
-OMP_NUM_THREADS=1 python benchmarks/frechet_speed.py --dim=2048
+    OMP_NUM_THREADS=1 python benchmarks/frechet_speed.py --dim=2048
+
+Both use the same number of threads.
 """
 
 import sys
@@ -23,7 +25,7 @@ def with_sqrtm(mu1, sigma1, mu2, sigma2) -> float:
 
 
 def statistics(rng: np.random.Generator, count: int, mixing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of ``count`` correlated, non-negative features, as pooled activations are."""
+    """Mean and covariance of ``count`` correlated, non-negative features."""
     features = np.maximum(rng.standard_normal((count, len(mixing))) @ mixing, 0)
     return features.mean(0), np.cov(features, rowvar=False)
 

@@ -1,11 +1,11 @@
-"""Builds a network of the paper's largest settings at full size, with random weights in the official layout, and times it.
+"""Builds and times the largest networks of the paper, with random weights in the official layout.
 
-    python benchmarks/full_size.py sd      # Stable Diffusion 1.5: 1.07 billion parameters, a file of 4.3 GB
-    python benchmarks/full_size.py adm     # ADM 256x256 and its classifier: 0.61 billion parameters, 2.4 GB
+    python benchmarks/full_size.py sd      # Stable Diffusion 1.5: 1.07 billion parameters, 4.3 GB
+    python benchmarks/full_size.py adm     # ADM 256x256 and classifier: 0.61 billion, 2.4 GB
 
-The files are written to --folder (and kept there only with --keep), then read by ``create_model`` as published ones would
-be. Printed are the memory that reading took at its peak, one training iteration of a predictor and one sample. It says
-nothing about quality: the weights are noise.
+The files are written to --folder (and kept with --keep), then read by ``create_model`` like the
+published ones. Prints the peak memory of reading, and times one training iteration of a predictor
+and one sample. The weights are noise, so this says nothing about quality.
 """
 
 import resource
@@ -37,7 +37,7 @@ NETWORKS = {"sd": ("ms_coco", "cfg", None), "adm": ("imagenet256", "cg", 1.0)}
 
 
 def random_weights(net: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Tensors for every parameter and buffer of a network on the meta device, small enough that nothing overflows."""
+    """Small random tensors for every parameter and buffer of a network on the meta device."""
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, value in net.state_dict().items():
@@ -135,7 +135,7 @@ def main(family, folder, keep, device, num_steps, loaded):
     losses = distiller.step([(latents, cond)])[:, 0]
     seconds = time.perf_counter() - start
     print(
-        f"one training iteration (batch 1, {num_steps} stamps, {distiller.evaluations} evaluations of the student): "
+        f"one training iteration (batch 1, {num_steps} time steps, {distiller.evaluations} evaluations of the student): "
         f"{seconds:.0f} s, losses {', '.join(f'{loss:.3g}' for loss in losses.tolist())}, memory at its peak "
         f"{peak_memory():.2f} GB",
         flush=True,

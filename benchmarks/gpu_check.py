@@ -133,7 +133,7 @@ def sampling(device, small: bool, name: str) -> dict:
 
 
 def distillation(device, small: bool, name: str) -> dict:
-    """Seconds of an iteration of AMED against as many calls of the bare network without gradient."""
+    """Seconds of an AMED iteration, and of as many calls of the network without gradient."""
     net, batch = prepared(device, small, **VARIANTS[name]), 2 if small else 128
     config = {"sampler_stu": "amed", "sampler_tea": "heun", "num_steps": 3 if small else 4, "afs": True}
     config |= {"scale_dir": 0.01}

@@ -55,7 +55,7 @@ class Network(torch.nn.Module):
 
 
 def count(run: Callable) -> tuple[float, int]:
-    """(kernels per call of the network, waits of the run) of ``run(net, x)``, x: unit-variance noise."""
+    """(kernels per network call, waits) of ``run(net, x)``. x: unit-variance noise."""
     torch.manual_seed(0)
     with PretendedDevice("cuda", ROOT) as device, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -131,7 +131,7 @@ def diffusers(name: str, **options) -> Callable | None:
 
 
 def span(heads=()) -> SpanSolver:
-    """A span solver with all groups of the preset "full", as after training: nothing is exactly zero."""
+    """A span solver with all groups of the preset "full", none exactly zero, as after training."""
     student = SpanSolver.preset(
         "full", num_steps=STEPS + 1, heads=list(heads), img_channels=SHAPE[1], embedding_width=8
     )

@@ -1,39 +1,47 @@
-"""What few evaluations can do, learned: every restriction of the span solver, the whole of it, AMED, GITS and the best
-solvers without training, on an embedded network.
+r"""Learned solvers with few evaluations: the span solver and its restrictions, AMED, schedules.
 
-    python -m benchmarks.learned_solvers --dataset_name=digits --part=plain      # solvers without training, on validation seeds
-    python -m benchmarks.learned_solvers --dataset_name=digits --part=choices    # rates and variants of restrictions, validation
-    python -m benchmarks.learned_solvers --dataset_name=digits --part=main       # all methods, test seeds, three training seeds
-    python -m benchmarks.learned_solvers --dataset_name=digits --part=ablation   # the full student, one thing changed
-    python -m benchmarks.learned_solvers --dataset_name=digits --part=judge --data=... --test=...   # the second classifier's statistics
-    python -m benchmarks.learned_solvers --dataset_name=digits --part=picture --nfe=3 --seeds=0 --work=...   # docs/learned_solvers_<...>.png
+    python -m benchmarks.learned_solvers --dataset_name=digits --part=main
 
-Every row is appended to benchmarks/learned_solvers_<dataset_name>.jsonl as soon as it is measured and not measured again; --nfe,
---seeds and --methods take a part of them. benchmarks/report_learned_solvers.py makes the tables and figures. Trained solvers stay
-in --work and are not trained again there. A row of fewer images, or without scores of groups, is measured again; where it
-holds a table or a schedule, that is scored instead of trained again.
+Parts:
+    plain      solvers without training, on validation seeds
+    choices    rates and variants of restrictions, on validation seeds
+    main       all methods, test seeds, three training seeds
+    ablation   the full span solver with one change each
+    judge      statistics of the second classifier (--data, --test)
+    picture    docs/learned_solvers_<dataset_name>.png (--nfe=3 --seeds=0 --work=...)
 
-Training noise is apart from the seeds that are sampled (torch_utils/seeds.py), and the validation seeds 100000-100255, which
-settings were chosen on, are apart from the test seeds: 0-4999 of digits, 0-999 of natural images. No method sees either of
-the two classifiers. Scores:
+Every row is appended to benchmarks/learned_solvers_<dataset_name>.jsonl when it is measured, and is
+not measured again. --nfe, --seeds and --methods select rows. benchmarks/report_learned_solvers.py
+makes tables and figures. Trained solvers stay in --work and are not trained again. A row with fewer
+images, or without scores of groups, is measured again; if it holds a table or a schedule, this is
+scored without training.
 
-    fid, fid2   Fréchet distance to the training images in the features of the network's usual classifier, and of a second one
-                of another architecture and seed (benchmarks/judges)
-    precision, recall   in the features of the second one, against test images; of the first 1,000 seeds
-    distance    root mean square over pixels in [-1, 1] to Heun with 51 stamps from the same noise, first 256 seeds
-    ..._left_out    the same without one of 20 groups of seeds at a time (seed g, g + 20, ...): intervals of differences
-                between methods follow from them by the jackknife
+Training noise is separate from the seeds that are sampled (torch_utils/seeds.py). The validation
+seeds 100000-100255, for choosing settings, are separate from the test seeds: 0-4999 of digits,
+0-999 of natural images. Training does not use the two classifiers. Scores:
 
-The second classifiers (98.73 % and 70.18 % test accuracy), before --part=judge, which reads the same images:
+    fid, fid2: Fréchet distance to the training images in the features of the network's usual
+        classifier, and of a second one of another architecture and seed (benchmarks/judges)
+    precision, recall: in the features of the second classifier, against test images, for the
+        first 1,000 seeds
+    distance: root mean square over pixels in [-1, 1] to Heun with 51 time steps from the same
+        noise, first 256 seeds
+    ..._left_out: the same without one of 20 groups of seeds at a time (seed g, g + 20, ...), from
+        which the jackknife computes intervals of differences between methods
 
-    python -m tools.train_classifier --arch=residual --seed=1 --width=8 --epochs=2 --data=datasets/mnist-train.zip
-        --test=datasets/mnist-test.zip --dest=benchmarks/judges/digits.safetensors
-    python -m tools.train_classifier --arch=residual --seed=1 --width=16 --epochs=6 --shift=3 --flip=True
-        --data=cifar10-train.zip --test=cifar10-test.zip --dest=benchmarks/judges/cifar10-small.safetensors
+The second classifiers (98.73 % and 70.18 % test accuracy) have to exist before --part=judge, which
+reads the same images:
 
-training_seconds are of CPU time (of its threads together), without the teacher's pairs, which all methods of a seed share.
-parameters: the numbers that are trained; pairs: of the teacher, training and validation; calls: network calls one after the
-other, where calls in one batch count as one, as the authors of EPD count them.
+    python -m tools.train_classifier --arch=residual --seed=1 --width=8 --epochs=2 \
+        --data=datasets/mnist-train.zip --test=datasets/mnist-test.zip \
+        --dest=benchmarks/judges/digits.safetensors
+    python -m tools.train_classifier --arch=residual --seed=1 --width=16 --epochs=6 --shift=3 \
+        --flip=True --data=cifar10-train.zip --test=cifar10-test.zip \
+        --dest=benchmarks/judges/cifar10-small.safetensors
+
+training_seconds: CPU time of all threads, without the teacher pairs, which all solvers of a seed
+share. parameters: trained numbers. pairs: teacher pairs for training and validation. calls: network
+calls in sequence; calls in one batch count as one, as in EPD.
 """
 
 import contextlib
@@ -69,9 +77,9 @@ from torch_utils.images import ImageSource, image_grid, load_array, save_image, 
 from training.checkpoint import find_predictor, load_predictor
 from training.options import SpanOptions
 
-IMAGES = {"digits": 5000, "cifar10-small": 1000}  # test images, if --images does not say another number
+IMAGES = {"digits": 5000, "cifar10-small": 1000}  # default numbers of test images
 GROUPS = 20  # of the seeds, for intervals
-NEAR, REAL = 256, 1000  # those with a reference solution; images of either kind for precision and recall
+NEAR, REAL = 256, 1000  # seeds with a reference solution; images for precision and recall
 PAIRS, VALIDATION = 384, 64
 SHOWN = ("full + spatial,time", "dyweight", "AMED-Plugin (iPNDM)")  # in the picture
 ACROSS, LABEL = 16, 24  # images in a line; pixels for its label
@@ -84,12 +92,13 @@ PLAIN = {
     "deis": {"solver": "deis", "max_order": 3},
 }
 
-# The budget of every span student, whatever it learns: samples, teacher pairs, the loss.
+# The budget of every span solver: samples, teacher pairs, the loss.
 BUDGET = {
     **{"dataset_name": None, "sampler_stu": "span", "objective": "final", "batch": 8, "total_kimg": 0.96},
     **{"pairs": PAIRS, "val_pairs": VALIDATION, "val_every": 40, "loss": "features+0.2*huber"},
 }
-# A quarter less for the preset that tries starts, as its three trials take a tenth of the run each: 0.72 * 1.3 = 0.94.
+# Less for the preset that tries starts: its three trials each take a tenth of the run, and 0.72 *
+# 1.3 = 0.94.
 TRIED = {"total_kimg": 0.72}
 _PLACES = {
     "amed-table": ("substeps", "substep_sigma_scale", "step_gain"),
@@ -101,7 +110,9 @@ def _rates(groups, rate):
     return {"lrs": ",".join(f"{group}={rate}" for group in groups)}, {}
 
 
-PINNED = {"learn": ["knots", "sigma_scale", "coef_offset"]}  # of dyweight: its last row sums to one, as all others
+PINNED = {
+    "learn": ["knots", "sigma_scale", "coef_offset"]
+}  # dyweight with a last row that sums to one, like the others
 METHODS = {  # method -> preset, flags, changes of the student's configuration
     **{preset: (preset, {}, {}) for preset in ("ld3", "s4s", "dyweight", "gs", "amed-table", "epd", "full")},
     **{f"full + {heads}": ("full", {"heads": heads}, {}) for heads in ("spatial,time", "spatial")},
@@ -109,12 +120,13 @@ METHODS = {  # method -> preset, flags, changes of the student's configuration
         f"{preset}, rate 0.2": (preset, *_rates(groups, 0.2)) for preset, groups in _PLACES.items()
     },  # the published rate
     "dyweight, last sum one": ("dyweight", {}, PINNED),
-    # A restriction with our heads: how much of the gain is theirs.
+    # A restriction with our heads, to see their share of the gain.
     "dyweight + spatial,time": ("dyweight", {"heads": "spatial,time"}, {}),
     "dyweight, last sum one + spatial,time": ("dyweight", {"heads": "spatial,time"}, PINNED),
 }
-# Schedules for iPNDM, with the options of optimize_schedule.py. GITS: l2 cost with coefficient 1, its best setting here
-# (docs/schedules.md); LD3: its own trainer, as in benchmarks/schedules.sh, which tries four grids before it trains.
+# Schedules for iPNDM, with options of optimize_schedule.py. GITS: l2 cost with coefficient 1, its
+# best setting here (docs/schedules.md). LD3: its own trainer, which tries four grids before
+# training.
 SCHEDULES = {
     "gits": {"method": "gits", "metric": "l2", "coeff": 1.0, "num_warmup": 64},
     "ld3, own trainer": {
@@ -122,7 +134,7 @@ SCHEDULES = {
         **{"solver_tea": "ipndm", "num_steps_tea": 31, "max_order": 3},
     },
 }
-# Variants of the latter that are compared on validation: solver, and what its directions are divided by.
+# Variants of LD3 compared on validation seeds: solver, and what its directions are divided by.
 DIRECTIONS = {
     f"{solver}, direction_sigma={level}": {"solver": solver, **order, "direction_sigma": level}
     for solver, order in (("ipndm", {"max_order": 3}), ("euler", {"max_order": None}))
@@ -135,7 +147,7 @@ STEPS = {  # time steps of a preset that spend nfe evaluations; None: impossible
     "dyweight": lambda nfe: {"num_steps": nfe + 2},
     "full": lambda nfe: {"num_steps": nfe + 2},
     "amed-table": lambda nfe: _two_per_interval(nfe),
-    # Three calls an interval (two in one batch), the first of all free or not.
+    # Three calls per interval (two in one batch); with or without analytical first step.
     "epd": lambda nfe: {3: {"num_steps": 2, "afs": False}, 5: {"num_steps": 3}, 6: {"num_steps": 3, "afs": False},
                         8: {"num_steps": 4}}.get(nfe),
 }  # fmt: skip
@@ -158,15 +170,15 @@ ABLATIONS = {
     "both heads, loss in pixels": {"heads": "spatial,time", "loss": "huber"},
     "both heads, four times the training": {"heads": "spatial,time", "total_kimg": 2.88},
 }
-STRUCTURE = {  # ablations of the student's structure, which the command line does not offer
+STRUCTURE = {  # ablations of the solver's structure, which the command line does not offer
     "time scale fixed": {"learn": ["knots", "substeps", "coef_offset", "state_gain"]},
     "coefficients free, not relative": {"relative": False},
     "coefficients of the theory": {"learn": ["knots", "substeps", "sigma_scale", "substep_sigma_scale", "state_gain"]},
     "labels fixed": {"learn": ["sigma_scale", "substep_sigma_scale", "coef_offset", "state_gain"]},
     "no contrast": {"learn": ["knots", "substeps", "sigma_scale", "substep_sigma_scale", "coef_offset"]},
 }
-# Variants of each preset that are compared on validation: (flags, changes of the configuration).
-# A variant without changes is the preset itself.
+# Variants of each preset compared on validation seeds: (flags, changes of the configuration). A
+# variant without changes is the preset itself.
 CHOICES = {
     **{
         preset: {f"rate {rate}": _rates(groups, rate) for rate in (0.02, 0.05, 0.1, 0.2, 0.4)}
@@ -182,12 +194,12 @@ CHOICES = {
 
 
 def _two_per_interval(nfe):
-    """AMED's stamps: two evaluations an interval, the first free where the number is odd."""
+    """AMED's time steps: two evaluations per interval, the first free for an odd number."""
     return {"num_steps": (nfe + 1) // 2 + 1} if nfe % 2 else {"num_steps": nfe // 2 + 1, "afs": False}
 
 
 def judge_of_fid(net):
-    """For the ablation of leaks: the features that FID is measured with."""
+    """The features of the FID's classifier, for the ablation of leaks."""
     return _features(PRETRAINED / EMBEDDED[_name_of(net)])
 
 
@@ -234,7 +246,7 @@ def span_flags(dataset_name, nfe, preset, changes=None):
         return None
     changes = {"heads": "none" if preset == "full" else None, **(changes or {})}
     steps = {**steps, "num_steps": steps["num_steps"] + changes.pop("num_steps", 0)}
-    if changes.get("parallel") == 2:  # two calls at every point but the first, which has one, or none with a first step
+    if changes.get("parallel") == 2:  # two calls at every point but the first, which has one (none with a first step)
         first_step = changes.get("afs") is not False
         if (nfe % 2 == 0) != first_step:
             return None
@@ -245,7 +257,7 @@ def span_flags(dataset_name, nfe, preset, changes=None):
 
 @contextlib.contextmanager
 def structured(changes):
-    """The configuration of all solvers that are trained inside, as the command line would make it, but with ``changes``."""
+    """Context that applies ``changes`` to the configuration of every trained span solver."""
     original = SpanOptions.student_config
 
     def with_changes(options, *arguments, **more):
@@ -259,7 +271,7 @@ def structured(changes):
 
 
 class TableSolver(SpanSolver):
-    """A student without heads that follows the table of an earlier row instead of parameters."""
+    """A span solver without heads that uses the table of an earlier row instead of parameters."""
 
     def __init__(self, table, net):
         points = max(map(len, table["substeps"]))
@@ -286,7 +298,7 @@ class TableSolver(SpanSolver):
 
 
 def table_of(student):
-    """The numbers of a trajectory as a row keeps them, to six places."""
+    """The numbers of a span solver as a row stores them, rounded to six places."""
     plan = student.plan()
     table = {
         "sigmas": plan.sigmas.tolist(),
@@ -299,7 +311,7 @@ def table_of(student):
 
 
 def budget(settings, predictor):
-    """What a row says of the cost of a predictor that was trained with these flags of train.py."""
+    """The cost of a predictor, as a row states it. settings: flags of train.py."""
     pairs = settings.get("pairs", 0) + settings.get("val_pairs", 0)
     if getattr(predictor, "kind", None) != "span":
         parameters = sum(value.numel() for value in predictor.parameters())
@@ -310,7 +322,7 @@ def budget(settings, predictor):
 
 
 def schedule_budget(settings, name):
-    """The same of an optimised schedule: the ends are fixed, and with a first step the network is not asked at the first."""
+    """The cost of an optimised schedule. Its ends are fixed, and the first step is analytical."""
     learned = len(settings["sigmas"]) - 2
     learned += learned if settings.get("sigmas_cond") else 0
     used = ("num_warmup", "num_train", "num_valid")
@@ -319,14 +331,14 @@ def schedule_budget(settings, name):
 
 
 def left_out(name, values, score):
-    """A row's entries for a score of ``values`` [N,...]: of all, and without one group of seeds at a time."""
+    """A row's entries for a score of ``values`` [N,...]: all, and without each group of seeds."""
     group = torch.arange(len(values)) % GROUPS
     others = [round(score(values[group != number]), 6) for number in range(GROUPS)]
     return {name: round(score(values), 6), f"{name}_left_out": others}
 
 
 class LearnedSolvers:
-    """Trains, samples and scores; the rows that are there already."""
+    """Trains, samples and scores learned solvers, except rows that exist."""
 
     def __init__(self, dataset_name, work, images=None):
         self.dataset_name, self.images = dataset_name, images or IMAGES[dataset_name]
@@ -339,15 +351,16 @@ class LearnedSolvers:
             self.real = torch.from_numpy(file["real"].astype(np.float32))[:REAL]
 
     def rows(self):
-        """Read anew each time: several processes may work at once."""
+        """All rows, read each time, since several processes may run at once."""
         return read(self.dataset_name)
 
     def once(self, key, work, settings=None, structure=None):
-        """The row of this key, measured by ``work()`` if it is not there with as many images and scores of groups.
+        """Measures the row of a key with ``work()``, unless it exists with enough images.
 
-        settings, structure: those of ``train`` for a span student, so that an earlier row's table may be scored again.
+        settings, structure: as in ``train`` for a span solver, so that the table of an earlier row
+            can be scored again.
 
-        Raises UserError where the row did not spend the evaluations of its key.
+        Raises UserError if the row did not spend the evaluations of its key.
         """
         key = {**key, "network": self.bench.net.weights_hash[:16]}
         claim = self.work / "claims" / "-".join(str(value).replace(" ", "_") for value in key.values())
@@ -371,7 +384,7 @@ class LearnedSolvers:
         print(json.dumps({name: value for name, value in row.items() if name not in hidden}), flush=True)
 
     def again(self, row, settings, structure):
-        """An earlier row with scores of today, from its schedule or table; None where it has neither of today's settings."""
+        """Scores the schedule or table of an earlier row again; None if its settings changed."""
         if row["method"] in SCHEDULES:
             today = _schedule_command(self.schedule_flags(row["method"], row["nfe"], row["seed"]))
             if set(row["command"].split()) != set(today.split()):
@@ -404,7 +417,7 @@ class LearnedSolvers:
 
     @staticmethod
     def trained_settings(predictor):
-        """What sample.py gives the loop for this predictor."""
+        """Arguments of ``sample`` for this predictor."""
         config = predictor.config
         if getattr(predictor, "kind", None) == "span":
             return {"solver": "span", "predictor": predictor}
@@ -413,16 +426,19 @@ class LearnedSolvers:
         return {"solver": config["sampler_stu"], "predictor": predictor, **{name: config[name] for name in names}}
 
     def sampled(self, predictor):
-        """The scores of a trained predictor, and its table if it is one."""
+        """The scores of a trained predictor, with its table if it has one."""
         found = self.solved(**self.trained_settings(predictor))
         if getattr(predictor, "kind", None) == "span":
             found["table"] = table_of(predictor)
         return found
 
     def train(self, settings, seed, name, structure=None):
-        """(what the row says of the training, the predictor), by train.py's command line unless it is in ``work`` already.
+        """(what the row states about the training, the predictor), by train.py unless in ``work``.
 
-        structure: changes of the student's configuration that the command line does not offer.
+        settings: flags of train.py.
+        seed: of the training.
+        name: of the folder in ``work``.
+        structure: changes of the solver's configuration that the command line does not offer.
         """
         folder = self.work / name.replace(" ", "_")
         settings = {**settings, "seed": seed}
@@ -437,7 +453,7 @@ class LearnedSolvers:
             if settings.get("sampler_stu") == "span":
                 apart = [name for name in ("w_anchor", "sigma_min") if settings.get(name)]
                 more["teacher_set"] = self.work / f"{'-'.join(['pairs', str(seed), *apart])}.safetensors"
-                if not more["teacher_set"].exists():  # its time is nobody's: a run of one iteration makes it
+                if not more["teacher_set"].exists():  # made by a run of one iteration, whose time is not counted
                     first = {**settings, **more, "total_kimg": 0.008, "init": "preset"}
                     with contextlib.redirect_stdout(io.StringIO()):
                         train.main([*flags(first), "--nosubdir"], standalone_mode=False)
@@ -462,12 +478,12 @@ class LearnedSolvers:
         return {**facts, **self.sampled(predictor)}
 
     def schedule_flags(self, name, nfe, seed, **changes):
-        """Options of optimize_schedule.py for a schedule of ``SCHEDULES``."""
+        """Flags of optimize_schedule.py for a schedule of ``SCHEDULES``."""
         settings = {"dataset_name": self.dataset_name, **SCHEDULES[name], "solver": "ipndm", "num_steps": nfe + 2}
         return {**settings, "afs": "data", "seed": seed, **changes}
 
     def optimized(self, settings):
-        """(what the row says of the search, settings of ``sample``), by optimize_schedule.py unless ``work`` has it."""
+        """(what the row states about the search, arguments of ``sample``)."""
         command = _schedule_command(settings)
         folder = self.work / f"schedule-{hashlib.sha256(command.encode()).hexdigest()[:12]}"
         done, destination = folder / "optimized.json", folder / "schedule.json"
@@ -513,7 +529,7 @@ class LearnedSolvers:
         return {"nfe_spent": nfe, **bench.score(x)}
 
     def choices(self, nfes, seeds, wanted):
-        """The variants of ``CHOICES``: loss on the pairs of validation, and scores of validation seeds (distance: of 64)."""
+        """The variants of ``CHOICES``: validation loss, and scores on validation seeds."""
         bench = Bench(self.dataset_name, 256, first=FIRST_SEED, num_reference=64)
         for seed in seeds:
             for nfe in nfes:
@@ -523,7 +539,9 @@ class LearnedSolvers:
                         if settings is not None and (not wanted or {preset, f"{preset}, {variant}"} & set(wanted)):
                             key = {"part": "choice", "method": preset, "variant": variant, "nfe": nfe, "seed": seed}
                             own = f" {variant}".replace(",", "") if changes or structure else ""
-                            name = f"{preset}{own}-{nfe}-{seed}"  # the tables use the same trained predictor
+                            name = (
+                                f"{preset}{own}-{nfe}-{seed}"  # the same name as in main, so that predictors are shared
+                            )
                             self.once(
                                 key, lambda f=settings, s=seed, k=name, c=structure: self.chosen(bench, f, s, k, c)
                             )
@@ -546,7 +564,7 @@ class LearnedSolvers:
         return {**facts, **self.validated(bench, **found), "settings": found}
 
     def best_plain(self, nfe, score):
-        """Settings of the plain candidate that was best on the validation seeds."""
+        """Settings of the plain solver that was best on the validation seeds."""
         rows = [row for row in self.rows() if row["part"] == "plain" and row["nfe"] == nfe]
         if not rows:
             raise click.ClickException(f"run --part=plain --nfe={nfe} first")
@@ -587,7 +605,7 @@ class LearnedSolvers:
                         self.once(key, work, settings, structure)
 
     def picture(self, nfe, seed):
-        """The same seeds by several methods, one line each, from the predictors that are still in the folder of work."""
+        """The same seeds by several methods, one line each, from the solvers in ``work``."""
         lines = [("teacher, 30 evaluations", self.shown(**TEACHER))]
         for name in SHOWN:
             folder = self.work / f"{name}-{nfe}-{seed}".replace(" ", "_")
@@ -606,14 +624,14 @@ class LearnedSolvers:
         save_image(np.asarray(figure), ROOT / "docs" / f"learned_solvers_{self.dataset_name}.png")
 
     def shown(self, **settings):
-        """The first images as one uint8 strip [H,W,3], twice as large."""
+        """The first images as one uint8 strip [H,W,3], enlarged twice."""
         x, _ = sample(self.bench.net, self.bench.latents[:ACROSS], return_info=True, **settings)
         strip = image_grid(to_uint8(x), ACROSS)
         return np.broadcast_to(strip, (*strip.shape[:2], 3)).repeat(2, 0).repeat(2, 1)
 
 
 def make_judge(dataset_name, data, test):
-    """Statistics of the training images and features of test images, in one file beside the second classifier."""
+    """Statistics of training images and features of test images, beside the second classifier."""
     detector, device = load_detector(judge_file(dataset_name)), torch.device("cpu")
     source = ImageSource(data)
     statistics = image_statistics(source, choose_images(source, None, 0), detector, 250, device)
@@ -630,8 +648,8 @@ def make_judge(dataset_name, data, test):
 @click.option("--dataset_name", type=click.Choice(list(EMBEDDED)), required=True)
 @click.option("--part", type=click.Choice(["plain", "choices", "main", "ablation", "judge", "picture"]), required=True)
 @click.option("--nfe", default="3,4,5,6", show_default=True)
-@click.option("--seeds", default="0,1,2", show_default=True, help="Of training")
-@click.option("--methods", default="", help="Some of them, separated by ;")
+@click.option("--seeds", default="0,1,2", show_default=True, help="Training seeds")
+@click.option("--methods", default="", help="Methods to measure, separated by ; (default: all)")
 @click.option(
     "--images", type=click.IntRange(NEAR), help="Test images (default: 5000 of digits, 1000 of natural images)"
 )
@@ -639,7 +657,7 @@ def make_judge(dataset_name, data, test):
 @click.option("--data", help="judge: training images, zip or folder")
 @click.option("--test", help="judge: test images")
 def main(dataset_name, part, nfe, seeds, methods, images, work, data, test):
-    """Train and score learned solvers on an embedded network."""
+    """Trains and scores learned solvers on an embedded network."""
     if part == "judge":
         make_judge(dataset_name, data, test)
         return

@@ -1,12 +1,12 @@
 """The predictors that come with the repository: trains, measures and writes them all.
 
-    python -m benchmarks.make_predictors                                       # about 40 minutes of one CPU core
-    python -m benchmarks.make_predictors --only=digits-span-3 --work=DIR       # some of them
+    python -m benchmarks.make_predictors                                  # 40 minutes, one CPU core
+    python -m benchmarks.make_predictors --only=digits-span-3 --work=DIR  # some of them
 
-Trains the recipes of ``models/recommended`` with train.py, at 3, 4, 5 and 6 evaluations, scores each
-result on 1,000 images (seeds 0-999), and writes it to ``models/predictors``. Its provenance holds the
-command, the seed, the date, the machine and the scores. A predictor that is there already is not made
-again; delete its file to replace it.
+Trains the recipes of ``models/recommended`` with train.py, at 3, 4, 5 and 6 evaluations, scores
+each result on 1,000 images (seeds 0-999), and writes it to ``models/predictors``. Its provenance
+holds the command, the seed, the date, the machine and the scores. A predictor that is there already
+is not made again; delete its file to replace it.
 """
 
 import os

@@ -1,4 +1,7 @@
-"""What the benchmarks share: repeats side by side, so that a busy machine slows all variants, and a table that names it."""
+"""Shared parts of the benchmarks: interleaved repetitions, the machine, Markdown tables.
+
+Variants run in turn, so that other load on the machine slows all of them alike.
+"""
 
 import os
 import platform
@@ -44,7 +47,8 @@ def interleaved(
 ) -> dict[str, list[tuple[float, float]]]:
     """(wall seconds, CPU seconds of the process) of every variant in every round, A B C A B C ...
 
-    On a machine with other work the CPU seconds are the steadier ones; on a GPU only the wall seconds say anything.
+    With other load on the machine, CPU seconds are steadier. On a GPU, only wall seconds are
+    meaningful.
     """
     for function in variants.values():
         for _ in range(warmup):

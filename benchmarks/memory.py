@@ -1,9 +1,9 @@
-"""Peak memory of distillation by the number of time steps, with and without micro-batches and recomputed activations.
+"""Peak memory of distillation by number of time steps, micro-batches and checkpointing.
 
     OMP_NUM_THREADS=1 python benchmarks/memory.py --dataset_name=digits --batch=64
 
-Every setting is one iteration in a process of its own; printed is how far its resident memory rose above that of the loaded
-network. The reading of checkpoints is measured by benchmarks/full_size.py.
+Every setting is one iteration in its own process. Prints how far its resident memory rises above
+that of the loaded network. For the reading of checkpoints see benchmarks/full_size.py.
 """
 
 import json

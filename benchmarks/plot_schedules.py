@@ -1,6 +1,7 @@
-"""Draws schedules in ln sigma on one axis: files of optimize_schedule.py, the fixed ones, and grids of the literature.
+r"""Draws schedules in ln sigma: files of optimize_schedule.py, fixed ones, grids of the literature.
 
-    python benchmarks/plot_schedules.py --nfe=5 --dest=docs/schedules.png runs/schedules-digits/files/*-5.json
+    python benchmarks/plot_schedules.py --nfe=5 --dest=docs/schedules.png \
+        runs/schedules-digits/files/*-5.json
 
 Needs matplotlib (extra "plot").
 """
@@ -18,8 +19,9 @@ from torch_utils.cli import Command
 from torch_utils.plots import new_figure
 
 FIXED = {"polynomial, rho 7": ("polynomial", 7), "time_uniform, rho 1": ("time_uniform", 1), "logsnr": ("logsnr", 1)}
-# Noise levels at which trained samplers call the CIFAR-10 network of EDM (decoded from the checkpoints of DyWeight, with a
-# free first step at 80), and GITS' six-step grid as its README gives it.
+# Noise levels at which trained samplers call the CIFAR-10 network of EDM (decoded from the
+# checkpoints of DyWeight, with a free first step at 80), and GITS' six-step grid as its README
+# gives it.
 PUBLISHED = {
     "DyWeight, CIFAR-10, 4": [16.9, 3.96, 1.53, 0.35],
     "DyWeight, CIFAR-10, 5": [22.7, 6.1, 2.5, 1.02, 0.22],

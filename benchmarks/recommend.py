@@ -2,12 +2,13 @@
 
     python -m benchmarks.recommend
 
-Reads the rows of plain solvers in ``benchmarks/<dataset_name>_settings.jsonl`` (demo_settings.py) and
-``learned_solvers_<dataset_name>.jsonl`` (learned_solvers.py). All were measured on 256 validation
-seeds, from 100000 on, which no published table uses. For every solver and number of evaluations the settings
-with the least product of FID* and distance to the converged solution are taken, which asks for good
-images and for those of the exact solution alike. The best solver of a number of evaluations is found
-in the same way. The recipes for training ("train") are kept as they are.
+Reads the rows of plain solvers in ``benchmarks/<dataset_name>_settings.jsonl`` (demo_settings.py)
+and ``learned_solvers_<dataset_name>.jsonl`` (learned_solvers.py). All were measured on 256
+validation seeds, from 100000 on, which no published table uses. For every solver and number of
+evaluations the settings with the least product of FID* and distance to the converged solution are
+taken, which asks for good images and for those of the exact solution alike. The best solver of a
+number of evaluations is found in the same way. The recipes for training ("train") are kept as they
+are.
 """
 
 import json

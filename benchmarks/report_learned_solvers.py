@@ -1,11 +1,13 @@
 """Tables and figures of benchmarks/learned_solvers_<network>.jsonl.
 
-    python -m benchmarks.report_learned_solvers            # benchmarks/learned_solvers.md, docs/learned_solvers.png, docs/span_tables_*.png
+    python -m benchmarks.report_learned_solvers
+    python -m benchmarks.report_learned_solvers --moved_since=COMMIT
 
-    python -m benchmarks.report_learned_solvers --moved_since=COMMIT    # rows that moved by more than their interval
+Writes benchmarks/learned_solvers.md, docs/learned_solvers.png and docs/span_tables_*.png. With
+--moved_since, prints the rows that moved by more than their interval.
 
-It also renews the tables between the markers in docs/span_solver.md. Needs matplotlib (extra "plot") for the
-figures.
+It also renews the tables between the markers in docs/span_solver.md. Needs matplotlib (extra
+"plot") for the figures.
 
 Intervals are 95 % intervals of the paired difference of two methods, which sample the same seeds.
 The error is that of the jackknife over groups of seeds (evaluation/jackknife.py): the mean of the
@@ -54,10 +56,7 @@ def rows_file(network):
 
 
 def read(network):
-    """All rows of a network, see ``parse``.
-
-    UserError where one did not spend the evaluations that it stands under.
-    """
+    """All rows of a network; see ``parse``."""
     file = rows_file(network)
     rows = parse(file.read_text(encoding="utf-8")) if file.exists() else []
     for row in rows:
@@ -66,7 +65,11 @@ def read(network):
 
 
 def parse(text):
-    """The rows of a file, "current" where ``is_current`` for as many images as any of them has."""
+    """The rows of a file's text.
+
+    Sets "current" as in ``is_current``, for the largest number of test images. Raises UserError if
+    a row did not spend the evaluations that it states.
+    """
     rows = [json.loads(line) for line in text.splitlines()]
     for row in rows:
         row.setdefault("images", EARLIER_IMAGES)
@@ -79,30 +82,30 @@ def parse(text):
 
 
 def check_row(row):
-    """UserError where a row did not spend the evaluations that it stands under."""
+    """Raises UserError if a row did not spend the evaluations that it states."""
     if row.get("nfe_spent", row["nfe"]) != row["nfe"]:
         name = f"{row['part']}, {row['method']}, seed {row.get('seed')}"
         raise UserError(
-            f"the row of {name} stands under {row['nfe']} evaluations but spent {row['nfe_spent']}: correct its settings"
+            f"the row of {name} states {row['nfe']} evaluations but spent {row['nfe_spent']}: correct its settings"
         )
 
 
 def is_current(row, images):
-    """Whether a row counts as measured: it has scores of groups on at least ``images`` test images.
-
-    Rows of validation always count.
-    """
+    """Whether a row has scores of groups on enough test images, or is of validation."""
     return row["part"] in ("plain", "choice") or ("fid_left_out" in row and row["images"] >= images)
 
 
 def spread(values, digits):
-    """Mean of the training seeds, and their standard deviation where there are several."""
+    """Mean over the training seeds, with their standard deviation if there are several."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def collect(rows, part):
-    """(method, nfe) -> rows of the training seeds: those of the most images, of each seed the one with scores of groups."""
+    """(method, nfe) -> rows of the training seeds with the most images.
+
+    Of several rows of one seed, the one with scores of groups is used.
+    """
     found = defaultdict(dict)
     for row in rows:
         if row["part"] == part:
@@ -114,7 +117,7 @@ def collect(rows, part):
 
 
 def with_groups(group):
-    """The rows that an interval can be made from."""
+    """The rows that allow an interval."""
     return [row for row in group if row["current"]]
 
 
@@ -123,11 +126,11 @@ def mean(group, score):
 
 
 def difference(group, other, score):
-    """The paired difference of two methods' rows in a score, the first minus the second.
+    """The paired difference of two methods in a score, the first minus the second.
 
-    Its error has two sources: the seeds that are sampled, by the jackknife over the groups of them, and the training seeds
-    of either method, where it has several (also those without scores of groups). The degrees of freedom are Welch's and
-    Satterthwaite's.
+    Its error has two sources: the sampled seeds, by the jackknife over their groups, and the
+    training seeds of each method that has several (also those without scores of groups). The
+    degrees of freedom are those of Welch and Satterthwaite.
     """
     pair = with_groups(group), with_groups(other)
     whole = mean(pair[0], score) - mean(pair[1], score)
@@ -146,7 +149,7 @@ def difference(group, other, score):
 
 
 def read_commit(network, commit):
-    """The rows of a network as they are in a commit, unchecked; the file may have its former name."""
+    """The rows of a network in a commit, unchecked; the file may have its former name."""
     for name in ("learned_solvers", "students"):
         command = ["git", "show", f"{commit}:benchmarks/{name}_{network}.jsonl"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -158,8 +161,8 @@ def read_commit(network, commit):
 def moved(before, now):
     """Rows whose mean moved by more than their own interval, as lines of a table.
 
-    before, now: rows, of which those of ``part`` "main" count. The same training seeds are compared.
-    The interval is that of the row of now alone: earlier rows may have none.
+    before, now: rows, of which those of ``part`` "main" count. The same training seeds are
+    compared. The interval is that of the row of now alone: earlier rows may have none.
     """
     lines = ["| method | evaluations | score | before | now | interval |", "|---" * 6 + "|"]
     earlier = collect(before, "main")
@@ -185,7 +188,7 @@ def own_interval(group, score):
 
 
 def best_of(found, nfe, score):
-    """The learned method that is better than every other one by more than the interval, else None.
+    """The learned method that beats all others by more than the interval, else None.
 
     A method without scores of groups has no paired difference: the best one's own interval must not
     reach its value.
@@ -202,7 +205,7 @@ def best_of(found, nfe, score):
 
 
 def seeds_of(groups):
-    """How many training seeds the cells of a row have."""
+    """Numbers of training seeds in the cells of a row."""
     counts = [len({row["seed"] for row in group} - {None}) for group in groups if group]
     return "-" if not any(counts) else "/".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
 
@@ -229,7 +232,7 @@ def main_table(rows, score, digits):
 
 
 def difference_table(rows, score, digits, baseline):
-    """Paired differences of all methods to a baseline, with 95 % intervals; less is better than the baseline."""
+    """Paired differences of all methods to a baseline, with 95 % intervals. Smaller is better."""
     found = collect(rows, "main")
     nfes = sorted({nfe for method, nfe in found if method == baseline and with_groups(found[method, nfe])})
     if not nfes:
@@ -251,9 +254,9 @@ def difference_table(rows, score, digits, baseline):
 
 
 def target_table(rows):
-    """How much of AMED-Plugin's excess over the teacher is left, and what the best restriction has of it.
+    """How much of AMED-Plugin's excess over the teacher remains, and for the best restriction.
 
-    Of rows on as many images as the teacher's.
+    Uses rows on as many images as the teacher's.
     """
     found = collect(rows, "main")
     images = found["teacher", 30][0]["images"] if ("teacher", 30) in found else None
@@ -285,7 +288,7 @@ def target_table(rows):
 
 
 def budget_table(rows):
-    """What every row costs: to sample, and to train."""
+    """The cost of every row, for sampling and for training."""
     found = collect(rows, "main")
     nfes = sorted({nfe for method, nfe in found if method != "teacher"})
     title = " / ".join(map(str, nfes))
@@ -307,7 +310,7 @@ def budget_table(rows):
 
 
 def choice_table(rows):
-    """What was chosen on validation: variants of the restrictions."""
+    """Variants of the restrictions, which were chosen on validation seeds."""
     lines = [
         "| preset | variant | evaluations | loss on pairs of validation | FID | distance |",
         "|---" * 6 + "|",
@@ -386,7 +389,7 @@ def page(networks):
 
 
 def explained():
-    """What the marks of the tables mean."""
+    """What the marks in the tables mean."""
     return [
         "± in a table of scores: standard deviation of the training seeds. ± in a table of differences: 95 % interval of the",
         "paired difference, over 20 groups of the sampled seeds (jackknife) and over the training seeds, where both have",
@@ -415,7 +418,9 @@ def document_parts(networks):
 
 
 def draw_scores(networks, dest):
-    """FID over evaluations, one panel for each network and classifier; hollow: measured earlier, on 1,000 images."""
+    """FID over evaluations, one panel for each network and classifier; hollow: measured earlier, on
+    1,000 images.
+    """
     shown = {
         "plain, best fid": ("best without training", "tab:gray"), "gits": ("GITS", "tab:olive"),
         "AMED-Solver": ("AMED-Solver", "tab:orange"), "AMED-Plugin (iPNDM)": ("AMED-Plugin", "tab:red"),
@@ -457,7 +462,9 @@ def draw_scores(networks, dest):
 
 
 def draw_tables(rows, dest, nfe):
-    """Learned noise levels, what the network is told, and coefficients of every student of one seed."""
+    """Learned noise levels, what the network is told, and coefficients of every student of one
+    seed.
+    """
     chosen = [
         row for row in rows if row["part"] == "main" and row["nfe"] == nfe and row.get("table") and row["seed"] == 0
     ]

@@ -1,12 +1,12 @@
 """What the shipped predictors and the recommended plain solvers reach, as tables and a figure.
 
-    python -m benchmarks.report_shipped --measure    # measures the plain solvers (3 minutes), then reports
+    python -m benchmarks.report_shipped --measure    # measures the plain solvers first (3 minutes)
     python -m benchmarks.report_shipped              # reports
 
-The scores of the predictors are in their files (benchmarks/make_predictors.py); those of the best plain
-solver, with its recommended settings, go to ``benchmarks/shipped_plain.jsonl``. All are of 1,000
-images, seeds 0-999, which chose nothing. Renews the tables between the markers in README.md and
-docs/choosing.md, and draws docs/choosing.png (extra "plot").
+The scores of the predictors are in their files (benchmarks/make_predictors.py); those of the best
+plain solver, with its recommended settings, go to ``benchmarks/shipped_plain.jsonl``. All are of
+1,000 images, seeds 0-999, which chose nothing. Renews the tables between the markers in README.md
+and docs/choosing.md, and draws docs/choosing.png (extra "plot").
 """
 
 import json
@@ -69,7 +69,7 @@ def table(dataset_name: str) -> str:
     """One line per method, FID* / distance at each number of evaluations."""
     lines = [f"| evaluations | {' | '.join(map(str, EVALUATIONS))} |", "|---|" + "---|" * len(EVALUATIONS)]
     for method, found in scores(dataset_name).items():
-        cells = [f"{found[nfe][0]:.2f} / {found[nfe][1]:.3f}" for nfe in EVALUATIONS]
+        cells = [f"{found[nfe][0]:.2f} / {found[nfe][1]:.3f}" if nfe in found else "" for nfe in EVALUATIONS]
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -87,21 +87,26 @@ def draw(dest) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     colours = dict(zip((PLAIN, *METHODS.values()), ("tab:gray", "tab:orange", "tab:red", "black"), strict=True))
     figure, panels = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
-    titles = {"cifar10-small": "natural images (cifar10-small)", "digits": "digits"}
+    titles = {"cifar10-small": "natural images", "digits": "digits"}
     for row, name in zip(panels, titles, strict=True):
-        for panel, place, label in zip(row, (0, 1), ("FID*", "distance to the converged solution"), strict=True):
+        for panel, place, label in zip(row, (0, 1), ("FID*", "distance"), strict=True):
             ends = []
             for method, found in scores(name).items():
                 numbers = sorted(found)
                 values = [found[nfe][place] for nfe in numbers]
                 panel.plot(numbers, values, marker="o", linewidth=2.5, markersize=7, color=colours[method])
-                ends.append((values[0], method))
+                if numbers:
+                    ends.append((numbers[0], values[0], method))
             spread(panel, ends, colours)
             panel.set_yscale("log")
-            panel.set_xlim(0.9, 8.2)
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))
+            panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            panel.yaxis.set_minor_formatter(NullFormatter())
+            panel.set_xlim(0.6, 8.2)
             panel.set_xticks([3, 4, 5, 6, 8])
             panel.tick_params(labelsize=14, which="both")
             panel.set_title(f"{label}, {titles[name]}", fontsize=15)
@@ -113,12 +118,12 @@ def draw(dest) -> None:
 
 def spread(panel, ends, colours) -> None:
     """Names of the lines at their left ends; evenly apart, in the order of the ends."""
-    low, high = (min(value for value, _ in ends), max(value for value, _ in ends))
-    for number, (value, method) in enumerate(sorted(ends)):
-        place = low * (high / low) ** (number / (len(ends) - 1))
+    low, high = min(value for _, value, _ in ends), max(value for _, value, _ in ends)
+    for number, (first, value, method) in enumerate(sorted(ends, key=lambda end: end[1])):
+        place = low * (high / low) ** (number / max(len(ends) - 1, 1))
         panel.annotate(
             method.replace(" (iPNDM)", "").replace("best plain solver", "best plain"),
-            (3, value),
+            (first, value),
             (2.75, place),
             fontsize=13,
             color=colours[method],

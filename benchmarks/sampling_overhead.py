@@ -1,10 +1,10 @@
-"""What sampling costs beside the network: sample.py end to end against its evaluations alone.
+"""Cost of sampling beside the network: sample.py end to end against its evaluations alone.
 
     OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/sampling_overhead.py
 
-End to end is everything from the drawing of the noise to the last PNG file on disk (network, predictor and solver, decoding,
-rounding, checks, writing); start-up and the loading of the network are left out. The evaluations alone are as many calls of
-the same network on the same batches.
+End to end is everything from drawing the noise to the last PNG file (network, predictor, solver,
+decoding, rounding, checks, writing), without start-up and loading. The evaluations alone are the
+same number of calls of the network on the same batches.
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""Throughput of sample.py, fid.py and train.py with one process and with several, one thread each.
+"""Throughput of sample.py, fid.py and train.py with one and several processes of one thread.
 
     python benchmarks/scaling.py --processes=2 --repeats=5
     python benchmarks/scaling.py --processes=2 --repeats=5 --weak
 
-Every command is run twice, on little and on more work; the difference of the two times has no start-up in it. Strong
-scaling: the same work dealt out to more processes; weak: as much work for each process as for one alone. The repetitions
-alternate between the numbers of processes.
+Every command runs twice, with less and more work; the difference of the times excludes start-up.
+Strong scaling splits the same work between more processes; weak scaling gives each process the work
+of one. Repetitions alternate between the numbers of processes.
 """
 
 import os
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def timed(processes: int, arguments: list) -> float:
-    """Seconds of one command under torchrun; its output is shown only if it fails."""
+    """Seconds of a command under torchrun. Its output is printed only if it fails."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, *map(str, arguments)]
     start = time.perf_counter()
@@ -38,8 +38,13 @@ def timed(processes: int, arguments: list) -> float:
 
 
 def rate(processes: int, work: tuple[int, int], arguments, times: int = 1) -> float:
-    """Units of work per second, from the difference between two amounts of it, each ``times`` as large as given.
-    arguments(amount, times) -> the command's."""
+    """Units of work per second, from the difference between two amounts of work.
+
+    processes: number of processes.
+    work: the two amounts.
+    arguments: function (amount, times) -> arguments of the command.
+    times: factor of both amounts. Default 1.
+    """
     few, many = (timed(processes, arguments(amount * times, times)) for amount in work)
     return (work[1] - work[0]) * times / (many - few)
 

@@ -26,6 +26,7 @@ from torch_utils.download import download_file
 from torch_utils.errors import UserError
 from torch_utils.file_kind import explain
 from torch_utils.files import atomic_path, sha256_of
+from torch_utils.remote import cache_dir
 from torch_utils.tensor_file import json_entry
 
 CLASSIFIER_FORMAT = "amed-classifier-1"
@@ -52,13 +53,6 @@ _STATE_SHA256_PREFIX = "6726825d"
 def is_published_inception(digest: str) -> bool:
     """Whether this is the SHA-256 of a published copy of Inception; all give the same features."""
     return digest in TRUSTED_TORCHSCRIPT or digest.startswith(_STATE_SHA256_PREFIX)
-
-
-def cache_dir() -> Path:
-    """Folder of downloads: $AMED_CACHE, $XDG_CACHE_HOME/amed-solver or ~/.cache/amed-solver."""
-    if os.environ.get("AMED_CACHE"):
-        return Path(os.environ["AMED_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "amed-solver"
 
 
 class _Classifier(torch.nn.Module):

@@ -10,8 +10,10 @@ from urllib.parse import urlparse
 import numpy as np
 import torch
 
-from evaluation.detectors import KNOWN, FeatureDetector, cache_dir, is_published_inception, load_detector
+from evaluation.detectors import KNOWN, FeatureDetector, is_published_inception, load_detector
 from evaluation.frechet import FeatureStatistics, Reference, frechet_distance
+from evaluation.jackknife import jackknife
+from evaluation.precision_recall import MANIFOLD, groups_left_out, kid_of_subsets, manifold
 from evaluation.reading import compute_statistics
 from models import zoo
 from torch_utils import distributed
@@ -21,8 +23,12 @@ from torch_utils.errors import UserError
 from torch_utils.images import ImageSource
 from torch_utils.memory import explained_oom
 from torch_utils.progress import progress_bar
+from torch_utils.remote import cache_dir
 
 _USUAL_COUNT = 10_000  # below this number the bias of FID depends strongly on the number of images
+
+
+METRICS = ("fid", "kid", *MANIFOLD)
 
 
 @dataclass(frozen=True)
@@ -46,10 +52,53 @@ class FIDResult:
     ref_images: int | None
     source: str
     seed: int | None
+    measures: dict | None = None  # the others: {name: {"value", "spread", "spread_is"}}
 
     def line(self) -> str:
         weights = f"{'_'.join(self.detector_file.split())}:{self.detector_sha256[:12]}"
         return f"FID {self.fid:.4f} images={self.images} detector={self.detector} weights={weights} ref={self.ref}"
+
+    def lines(self) -> list[str]:
+        """One line per measure."""
+        lines = [self.line()]
+        for name, found in (self.measures or {}).items():
+            spread = "" if found["spread"] is None else f" ± {found['spread']:.2g} ({found['spread_is']})"
+            lines.append(f"{name} {found['value']:.6g}{spread}")
+        return lines
+
+
+def holds_images(path: str) -> bool:
+    """Whether a reference is a folder or zip of images, not a file of statistics."""
+    return Path(path).is_dir() or Path(path).suffix.lower() == ".zip"
+
+
+def measure(real: np.ndarray, generated: np.ndarray, names: Sequence[str], groups: int = 5) -> dict:
+    """Measures beside FID, {name: {"value", "spread", "spread_is"}}.
+
+    real: features [N,D].
+    generated: features [M,D].
+    names: of ``METRICS``.
+    groups: interleaved groups of the generated for the jackknife. Default 5.
+
+    Raises UserError if there are too few images.
+    """
+    real, generated = torch.from_numpy(real), torch.from_numpy(generated)
+    result = {}
+    try:
+        if "kid" in names:
+            size = min(1000, len(real), len(generated))
+            mean, spread = kid_of_subsets(real, generated, size=size)
+            result["kid"] = {"value": mean, "spread": spread, "spread_is": f"of 100 subsets of {size}"}
+        chosen = [name for name in names if name in MANIFOLD]
+        if chosen:
+            whole = manifold(real, generated)
+            without = [manifold(real, part) for part in groups_left_out(generated, groups)]
+            for name in chosen:
+                estimate = jackknife(whole[name], [found[name] for found in without])
+                result[name] = {"value": whole[name], "spread": estimate.half_width, "spread_is": "95 %, jackknife"}
+    except ValueError as error:
+        raise UserError(f"--metrics: {error}; leave such a metric out, or take more images") from None
+    return result
 
 
 def find_reference(ref: str) -> Reference:
@@ -142,6 +191,7 @@ def image_statistics(
     device: torch.device,
     feature_cache: str | Path | None = None,
     workers: int | None = None,
+    keep: bool = False,
 ) -> FeatureStatistics:
     """Feature statistics of images over all processes, with a progress bar.
 
@@ -152,6 +202,7 @@ def image_statistics(
     device: where the detector runs.
     feature_cache: npz file to read features from, or to write them to. Default: none.
     workers: see ``read_batches``. Default None.
+    keep: also keep the features, as ``features`` [N,D] of the result on rank 0. Default False.
     """
     # Detectors for RGB repeat grey images to three channels, so that sets may be mixed.
     source.expect(detector.img_channels or 3, f"which is what the detector '{detector.name}' takes")
@@ -166,7 +217,7 @@ def image_statistics(
 
         def on_batch(features: torch.Tensor) -> None:
             bar.update(len(features))
-            if feature_cache is not None:
+            if feature_cache is not None or keep:
                 kept.append(features.cpu().numpy())
 
         with explained_oom(device, f"lower --batch (now {batch})"):
@@ -174,8 +225,13 @@ def image_statistics(
                 source, detector, indices=indices, batch=batch, device=device, workers=workers, on_batch=on_batch
             )
     source.report_conversions(shared=True)
-    if feature_cache is not None:
-        _to_cache(Path(feature_cache), source, indices, detector, kept)
+    if feature_cache is not None or keep:
+        statistics.features = _gathered(len(indices), detector, kept)
+    if feature_cache is not None and distributed.rank() == 0:
+        keys = np.array([source.fingerprint(int(index)) for index in indices])
+        write_npz(
+            Path(feature_cache), keys=keys, features=statistics.features, detector_sha256=np.asarray(detector.digest)
+        )
     return statistics
 
 
@@ -205,21 +261,20 @@ def _from_cache(
     statistics = FeatureStatistics(detector.feature_dim)
     if rows is not None:  # rank 0, the only one that needs the result
         statistics.append(torch.from_numpy(rows))
+        statistics.features = rows
     return statistics
 
 
-def _to_cache(
-    path: Path, source: ImageSource, indices: Sequence[int], detector: FeatureDetector, kept: list[np.ndarray]
-) -> None:
+def _gathered(count: int, detector: FeatureDetector, kept: list[np.ndarray]) -> np.ndarray | None:
+    """The features [count,D] of all processes in the order of the images, on rank 0."""
     own = np.concatenate(kept) if kept else np.zeros([0, detector.feature_dim], dtype=np.float32)
     parts = distributed.gather_objects(own)
     if distributed.rank() != 0:
-        return
-    features = np.empty([len(indices), detector.feature_dim], dtype=np.float32)
+        return None
+    features = np.empty([count, detector.feature_dim], dtype=np.float32)
     for rank, part in enumerate(parts):
         features[rank :: len(parts)] = part
-    keys = np.array([source.fingerprint(int(index)) for index in indices])
-    write_npz(path, keys=keys, features=features, detector_sha256=np.asarray(detector.digest))
+    return features
 
 
 def calculate_fid(
@@ -234,33 +289,51 @@ def calculate_fid(
     device: torch.device | str = "cpu",
     trust: bool = False,
     workers: int | None = None,
+    metrics: Sequence[str] = ("fid",),
 ) -> FIDResult | None:
-    """FID of a folder or zip of images. Warnings go to stderr.
+    """FID of a folder or zip of images, and other measures. Warnings go to stderr.
 
     images: the folder or zip.
-    ref: reference, see ``find_reference``.
+    ref: reference, see ``find_reference``; or a folder or zip of images.
     num: number of random images to use. Default: all.
     seed: seed of their choice. Default 0.
     batch: images per call of the detector. Default 250.
     detector, trust: see ``choose_detector``.
     feature_cache, workers: see ``image_statistics``.
     device: where the detector runs. Default: the CPU.
+    metrics: names of ``METRICS``; those beside "fid" need images as the reference. Default: fid.
 
-    Returns the result on rank 0, None on the others.
+    Features of reference images go into a second cache file, <name>-ref.npz. Returns the result on
+    rank 0, None on the others.
     """
-    device = torch.device(device)
-    reference = find_reference(str(ref))
+    device, others = torch.device(device), [name for name in metrics if name != "fid"]
+    unknown = [name for name in metrics if name not in METRICS]
+    if unknown:
+        raise UserError(f"--metrics: unknown '{unknown[0]}'; choose from {', '.join(METRICS)}")
+    reference = None if holds_images(str(ref)) else find_reference(str(ref))
+    if others and reference is not None:
+        raise UserError(f"--metrics={others[0]} needs images as --ref, a folder or zip; {ref} has statistics only")
     source = ImageSource(images)
     source.check_one_run()
     source.by_seed()  # no image twice
     indices = choose_images(source, num, seed)
     network = choose_detector(detector, reference, device, trust)
     warn_about_count(len(indices), network)
-    statistics = image_statistics(source, indices, network, batch, device, feature_cache, workers)
+    options = {"batch": batch, "device": device, "workers": workers, "keep": bool(others)}
+    real = None
+    if reference is None:
+        cache = Path(feature_cache) if feature_cache is not None else None
+        cache = cache and cache.with_name(f"{cache.stem}-ref{cache.suffix}")
+        real_source = ImageSource(ref)
+        real = image_statistics(real_source, range(len(real_source)), network, feature_cache=cache, **options)
+    statistics = image_statistics(source, indices, network, feature_cache=feature_cache, **options)
     if distributed.rank() != 0:
         return None
+    measures = measure(real.features, statistics.features, others) if others else None
+    if real is not None:
+        reference = Reference(*real.moments(), network.name, network.digest, real.count)
     seed = None if len(indices) == len(source) else seed
-    return _result(statistics, reference, network, ref=str(ref), source=str(images), seed=seed)
+    return _result(statistics, reference, network, ref=str(ref), source=str(images), seed=seed, measures=measures)
 
 
 def _result(statistics: FeatureStatistics, reference: Reference, network: FeatureDetector, **more) -> FIDResult:

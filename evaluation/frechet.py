@@ -123,6 +123,7 @@ class FeatureStatistics:
     def __init__(self, dim: int, device: torch.device | str = "cpu"):
         device = torch.device("cpu") if torch.device(device).type == "mps" else device  # MPS has no float64
         self.dim = dim
+        self.features: np.ndarray | None = None  # the features themselves, where they are kept
         self._sums = torch.zeros(
             [1 + dim + dim * dim], dtype=torch.float64, device=device
         )  # count, sum, outer products

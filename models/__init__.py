@@ -79,7 +79,8 @@ def create_model(
         return load_diffusers(model_path, guidance_type, guidance_rate, device, chosen)
     if dtype not in ("fp32", "auto"):
         raise UserError(f"--dtype={dtype} is for pipelines (--dataset_name=diffusers); use --amp={dtype}")
-    if model_path and names_function(str(model_path)) and not Path(model_path).exists():
+    remote = zoo.is_remote(model_path)
+    if model_path and not remote and names_function(str(model_path)) and not Path(model_path).exists():
         if card is not None:
             raise UserError(f"--model_path={model_path} is code of your own: use it with --dataset_name={zoo.CUSTOM}")
         check_guidance(("none",), guidance_type, guidance_rate, "a network of your own")
@@ -110,7 +111,7 @@ def create_model(
         device=device,
     )
     net.dataset_name = dataset_name
-    net.source_path = str(path)
+    net.source_path = model_path if remote else str(path)
     net.weights_hash = _hash_files(path, classifier, config)
     return prepare_network(net.eval().requires_grad_(False))
 

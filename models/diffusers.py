@@ -25,6 +25,7 @@ from torch_utils.errors import MissingExtra, UserError
 from torch_utils.files import sha256_of
 from torch_utils.hub import import_transformers, read_json, refuse_code_in_configs, refuse_other_files
 from torch_utils.prompts import batch_of_prompts
+from torch_utils.remote import is_remote
 
 EXTRA = "diffusers"
 _FIRST_STAGES = ("vae", "vqvae")
@@ -40,6 +41,11 @@ def import_diffusers(purpose: str):
     return diffusers
 
 
+def is_flow(config: Mapping) -> bool:
+    """Whether the configuration is that of a flow scheduler."""
+    return "base_image_seq_len" in config or config.get("prediction_type") == "flow_prediction"
+
+
 def noise_process(
     config: Mapping, tokens: int | None = None, mu: float | None = None
 ) -> VariancePreserving | RectifiedFlow:
@@ -52,8 +58,7 @@ def noise_process(
 
     Raises UserError for unsupported schedulers.
     """
-    flow = "base_image_seq_len" in config or config.get("prediction_type") == "flow_prediction"
-    if flow:
+    if is_flow(config):
         if config.get("invert_sigmas"):
             raise UserError("a scheduler with invert_sigmas is not supported")
         return RectifiedFlow(config.get("num_train_timesteps", 1000), _flow_shift(config, tokens, mu))
@@ -508,6 +513,10 @@ def _reading(source, function, *arguments, **options):
 
 
 def _local_folder(diffusers, source, allow_pickle: bool) -> Path:
+    if is_remote(source):
+        if re.fullmatch(r"hf:[\w.-]+/[\w.-]+", source) is None:
+            raise UserError(f"{source}: a pipeline is a folder, or hf:owner/name")
+        source = source.removeprefix("hf:")
     path = Path(source)
     if path.is_dir():
         return path

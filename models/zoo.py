@@ -13,6 +13,7 @@ from torch_utils.cli import Group, Known
 from torch_utils.download import download_file, download_member, known_sha256, recorded_sha256
 from torch_utils.errors import UserError, did_you_mean, parse_json
 from torch_utils.files import sha256_of
+from torch_utils.remote import fetch, is_remote
 
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 PREDICTORS = Path(__file__).resolve().parent / "predictors"  # trained, for the embedded networks
@@ -294,6 +295,7 @@ CARDS: dict[str, Card] = {
 }
 
 
+REMOTE_NAMES = ("network.safetensors", "[!p]*.safetensors")  # of a network in a repository of the hub
 CUSTOM = "custom"  # any network of the user, at model_path; it has no card
 DIFFUSERS = "diffusers"  # a pipeline in diffusers format: model_path is its folder or hub id
 
@@ -342,6 +344,8 @@ def resolve(dataset_name: str, model_path: str | Path | None = None) -> Path:
     card = find_card(dataset_name)
     if card is None and not model_path:
         raise UserError(f"dataset_name '{dataset_name}' needs --model_path, the file of a network or MODULE:FUNCTION")
+    if is_remote(model_path):
+        return fetch(model_path, REMOTE_NAMES, description=True)
     if model_path:
         path = Path(model_path)
         if (path / "model_index.json").is_file():
@@ -359,6 +363,8 @@ def resolve_companion(dataset_name: str, model_path: str | Path | None = None) -
     card = find_card(dataset_name)
     if card is None or not card.companion:
         return None
+    if is_remote(model_path):
+        raise UserError("guidance_type 'cg' needs the classifier beside the network: download both, and give the file")
     if model_path:
         path = Path(model_path).with_name(card.companion)
         if not path.is_file():

@@ -12,55 +12,103 @@ learn works.
 diffusers is optional: it is imported when ``AMEDScheduler`` is first used (``__getattr__`` below).
 """
 
+import copy
 import functools
+import warnings
+import weakref
 from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
-from models.denoiser import BOTTLENECK_SIZE, add_shift, read_bottleneck
-from solvers.sampler import Sampler, resolve_sigmas
-from solvers.schedules import check_sigmas
-from solvers.solver import SOLVERS, State, make_solver
+from models.denoiser import BottleneckReader, add_shift
+from models.diffusers import import_diffusers, is_flow, noise_process
+from solvers.learned import NetworkOfProcess, learned_run, solver_of
+from solvers.sampler import Sampler
+from solvers.solver import Point, State
 from torch_utils.errors import UserError
+from training.checkpoint import find_predictor, load_predictor, save_predictor
+
+PREDICTOR_FILE = "predictor.safetensors"  # beside scheduler_config.json
+# The settings of a variance-preserving process, with the defaults of diffusers.
+_DEFAULTS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "trained_betas": None,
+    "prediction_type": "epsilon",
+    "rescale_betas_zero_snr": False,
+}
+# Relative and absolute difference of two equal times: pipelines may round them to bfloat16.
+_SAME_TIME = (4e-3, 1e-3)
 
 
-class _NoBottleneck:
-    """The reader of the time-only mode: zeros, for all samples together."""
+@dataclass(frozen=True)
+class _Call:
+    """A planned call of the network.
 
-    def read(self, batch):
-        return torch.zeros(1, BOTTLENECK_SIZE, BOTTLENECK_SIZE)
+    interval: number of the interval.
+    inside: whether the call is inside the interval, not at its start.
+    sigma: noise level of the latents before it, a scalar.
+    sigma_cond: noise level that the network is conditioned on, and that scales the latents.
+    """
+
+    interval: int
+    inside: bool
+    sigma: torch.Tensor
+    sigma_cond: torch.Tensor
 
 
 class _Walk:
     """A run of a solver in which the caller evaluates the network.
 
     run: the ``Sampler``.
-    x: noise [B,...] at its first noise level.
+    x: state [B,...] at the start.
+    start: the call to start at. Default: None, the start of the schedule.
 
     ``point`` is the ``Point`` where the network is needed next. At the end of the schedule it is
     None, and ``state`` is the result.
     """
 
-    def __init__(self, run: Sampler, x):
-        self.run = run
-        self._begin(State(x), 0)
-        self._proceed()
+    def __init__(self, run: Sampler, x, start: _Call | None = None):
+        self.run, self._lone = run, False
+        if start is not None and start.inside:
+            # The evaluations before this point were not made: an Euler step to the interval's end.
+            self._lone, self.state, self.interval = True, State(x), start.interval
+            self.point = Point(x, start.sigma.to(x), start.sigma_cond.to(x))
+            return
+        self._enter(x, 0 if start is None else start.interval)
+
+    def _enter(self, x, i: int) -> None:
+        self.run, first = self.run.tail(i)
+        self.point = None
+        if first < self.run.intervals:
+            self._begin(State(x), first)
+            self._proceed()
+        else:
+            self.state = State(x)
 
     def _begin(self, state: State, i: int) -> None:
         """Starts the step from schedule point i."""
         self.state, self.interval = state, i
         self._step = self.run.solver.step(self.run, state, i)
+        self._sent = []  # what the step has received so far
 
-    def _proceed(self, d=None) -> None:
-        """Goes to the next point. d: direction [B,...] at the current one."""
+    def _proceed(self, *answer) -> None:
+        """Goes to the next point. answer: direction [B,...] at the current one."""
         self.point = None
         while self.interval < self.run.intervals:
+            if answer:
+                self._sent.append(answer[0])
             try:
-                request = self._step.send(d)
+                request = self._step.send(*answer or [None])
             except StopIteration as finished:
                 self._begin(finished.value, self.interval + self.run.solver.stride(self.interval, self.run.intervals))
-                d = None
+                answer = ()
                 continue
             self._listed = isinstance(request, list)
             point = request[0] if self._listed else request  # one only: solvers of parallel points are refused
@@ -68,58 +116,82 @@ class _Walk:
             if d is None:
                 self.point = point
                 return
+            answer = (d,)
 
     @property
     def inside(self) -> bool:
         """Whether ``point`` lies inside an interval, not at its start."""
-        return self.point.index is None
+        return self.point.index is None and not self._lone
 
     def answer(self, denoised: torch.Tensor) -> None:
         """Goes to the next point. denoised: the denoised image [B,...] at the current one."""
-        d = (self.point.x - denoised) / self.point.sigma
-        self._proceed([d] if self._listed else d)
+        point = self.point
+        d = (point.x - denoised) / self.run.divisor(point)
+        if self._lone:
+            self._lone = False
+            self._enter(point.x + (self.run.sigma(self.interval + 1, d) - point.sigma) * d, self.interval + 1)
+        else:
+            self._proceed([d] if self._listed else d)
 
     def change(self, x) -> None:
         """Starts the current step again from another state [B,...]."""
+        if self._lone:
+            self.point.x = x
+            return
         self._begin(State(x, self.state.history, self.state.updates), self.interval)
         self._proceed()
 
+    def __deepcopy__(self, memo):
+        """The copy repeats the current step, because a generator cannot be copied."""
+        walk = object.__new__(_Walk)
+        memo[id(self)] = walk
+        walk.run = copy.deepcopy(self.run, memo)
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("run", "_step", "_sent")}
+        walk.__dict__ |= copy.deepcopy(kept, memo)
+        if not self._lone and self.point is not None:
+            point = walk.point
+            sent = copy.deepcopy(self._sent, memo)
+            walk._begin(walk.state, walk.interval)
+            walk.run.predict = lambda x, i: walk.run.predicted  # the network's bottleneck was read already
+            for d in [None, *sent]:
+                walk._step.send(d)
+            del walk.run.predict
+            walk._sent, walk.point = sent, point
+        return walk
 
-class _Network(SimpleNamespace):
-    """What a ``Sampler`` needs from a network: noise range, map from time to noise level."""
 
-    def __init__(self, process):
-        super().__init__(
-            sigma_min=process.sigma_min,
-            sigma_max=process.sigma_max,
-            sigma=lambda t: process.sigma(torch.as_tensor(t)),
-            sigma_inv=lambda sigma: process.sigma_inv(torch.as_tensor(sigma)),
-        )
+class _FeatureGraph:
+    """A compiled network that returns its bottleneck as well, while its hook is in place.
 
+    network: the U-Net.
+    compile_like: compiles a function.
+    """
 
-def _solver_of(predictor):
-    """The solver of a predictor. Raises UserError if a pipeline cannot run it."""
-    settings, solver = predictor.config, getattr(predictor, "solver", None)
-    if solver is not None:  # a SpanSolver
-        if settings["parallel"] > 1:
-            raise UserError("a pipeline evaluates one point at a time: only span solvers with parallel=1 can be used")
-        return make_solver(solver)
-    if settings["sampler_stu"] not in SOLVERS:
-        raise UserError(f"the predictor was trained for an unknown solver '{settings['sampler_stu']}'")
-    if settings["afs"] == "data":
-        raise UserError("a predictor with afs='data' needs the statistics of the data, which a pipeline does not have")
-    options = {name: settings[name] for name in SOLVERS[settings["sampler_stu"]].options if name in settings}
-    return make_solver(settings["sampler_stu"], {k: v for k, v in options.items() if v is not None})
+    def __init__(self, network, compile_like):
+        self.network, self.feature = network, None
+        self.call = compile_like(self._both)
+
+    def keep(self, module, inputs, output) -> None:
+        self.feature = output
+
+    def _both(self, *arguments, **named):
+        output = self.network._call_impl(*arguments, **named)
+        feature, self.feature = self.feature, None
+        return output, feature
 
 
 class _AMEDScheduler:
     """Scheduler for diffusers pipelines that samples with a trained AMED predictor or span solver.
 
     predictor: an AMEDPredictor, whose configuration gives the solver (AMED-Plugin on dpmpp, euler
-        or ipndm, or amed), the noise levels and AFS; or a SpanSolver with parallel=1.
-    config: configuration of the pipeline's own scheduler, which describes the network.
+        or ipndm, or amed), the noise levels and AFS; or a SpanSolver with parallel=1. A path, file
+        or experiment number loads one. Default: None; such a scheduler can only be converted.
+    config: configuration of the pipeline's own scheduler, which describes the network. Default: the
+        settings.
     network: the pipeline's U-Net or transformer, for the per-sample mode (see ``attach``). Default:
         None, the time-only mode, in which the predictor sees zeros instead of the bottleneck.
+    settings: entries of the configuration, such as beta_start=0.00085. Default: those of
+        diffusers' DDPMScheduler.
 
     Between the steps the latents are x / sqrt(1 + sigma^2) (variance-preserving process) or x / (1
     + sigma) (flow), at the noise level that the network is conditioned on next. After the last step
@@ -129,23 +201,25 @@ class _AMEDScheduler:
 
     order = 1  # one call of the network per step
 
-    def __init__(self, predictor, config, network=None):
+    def __init__(self, predictor=None, config=None, network=None, **settings):
         super().__init__()
-        self.solver = _solver_of(predictor)
-        self.predictor = predictor
-        # With use_flow_sigmas, a pipeline leaves the noise levels to its scheduler.
-        flow = "base_image_seq_len" in config or bool(config.get("use_flow_sigmas"))
-        self.register_to_config(**{**config, "use_flow_sigmas": flow})
-        self._hooks: ExitStack | None = None
-        self._reader = None
-        self._own_call = False  # whether the network's latest call was for this scheduler
+        if predictor is not None and not isinstance(predictor, torch.nn.Module):
+            predictor = load_predictor(find_predictor(predictor))
+        self.predictor, self.solver = predictor, None if predictor is None else solver_of(predictor)
+        if predictor is not None and predictor.config.get("parallel", 1) > 1:
+            raise UserError("a pipeline evaluates one point at a time: only span solvers with parallel=1 can be used")
+        self.register_to_config(**_complete(config, settings))
+        self._network = self._hooks = self._finalizer = self._reader = self._graph = self._start = None
+        self._said: set[str] = set()
         self._run: Sampler | None = None
         self._sigmas: torch.Tensor | None = None
-        self._walk: _Walk | None = None
-        self.timesteps = None
-        self.num_inference_steps = None
-        if not config.get("use_dynamic_shifting"):  # otherwise the noise levels depend on the image size
-            self._plan(None, "cpu")
+        self._calls: list[_Call] = []
+        self._timesteps = self.num_inference_steps = self._begin_index = self._returned = None
+        self.process = self._walk = self._mu = self._output = None
+        self._asked = self._controlnets = False
+        self._index = 0
+        if predictor is not None and not self.config.get("use_dynamic_shifting"):
+            self._plan(None, "cpu")  # else the noise levels depend on the size of the image
         if network is not None:
             self.attach(network)
 
@@ -153,70 +227,231 @@ class _AMEDScheduler:
     def from_predictor(cls, path, config, network=None):
         """The scheduler of a predictor.
 
-        path: file, folder or experiment number.
+        path: file, folder, experiment number, https address or hf:owner/name.
         config, network: see ``AMEDScheduler``.
         """
-        from training.checkpoint import find_predictor, load_predictor  # training is built on solvers
+        return cls(path, config, network)
 
-        return cls(load_predictor(find_predictor(path)), config, network)
+    # Saving and loading
+
+    def register_to_config(self, **settings) -> None:
+        super().register_to_config(**settings)
+        self._internal_dict._predictor = self.predictor  # for ``from_config``; no entry, which is JSON
+
+    @classmethod
+    def from_config(cls, config, return_unused_kwargs=False, predictor=None, network=None, **changes):
+        """The scheduler of a configuration.
+
+        config: of a scheduler of any class. One of an AMEDScheduler brings its predictor.
+        return_unused_kwargs: whether to return the pair (scheduler, {}). Default False.
+        predictor, network: see ``AMEDScheduler``.
+        changes: entries to change.
+        """
+        if predictor is None:
+            predictor = getattr(config, "_predictor", None)
+        scheduler = cls(predictor, {**config, **changes}, network)
+        return (scheduler, {}) if return_unused_kwargs else scheduler
+
+    def save_config(self, save_directory, push_to_hub=False, **kwargs) -> None:
+        """Writes scheduler_config.json and the predictor (predictor.safetensors) into a folder."""
+        if self.predictor is not None:
+            save_predictor(self.predictor, Path(save_directory) / PREDICTOR_FILE)
+        super().save_config(str(save_directory), push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path=None, subfolder=None, predictor=None, **kwargs):
+        """The scheduler that ``save_pretrained`` wrote, with its predictor.
+
+        pretrained_model_name_or_path: a folder, or an id of the hub.
+        subfolder: of these. Default: None.
+        predictor: replaces the one in the folder. Default: None.
+        kwargs: of diffusers' method, and ``network``.
+        """
+        source = pretrained_model_name_or_path
+        if predictor is None:
+            folder = Path(source, subfolder or "")
+            if folder.is_dir():
+                predictor = folder / PREDICTOR_FILE if (folder / PREDICTOR_FILE).is_file() else None
+            else:
+                predictor = _hub_predictor(source, subfolder, kwargs)
+        return super().from_pretrained(source, subfolder=subfolder, predictor=predictor, **kwargs)
+
+    def __getstate__(self):
+        """A pickled scheduler is without a run and without a network."""
+        left_out = ("_network", "_hooks", "_finalizer", "_reader", "_graph", "_run", "_walk", "_output", "process")
+        return self.__dict__ | dict.fromkeys(left_out)
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if self._timesteps is not None:
+            self._plan(self._mu, "cpu")
+
+    def __deepcopy__(self, memo):
+        """A copy that continues a run in progress on its own. Copies share the network."""
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        shared = {"process": self.process, "_network": memo.get(id(self._network), self._network)}
+        shared |= {"_hooks": None, "_finalizer": None, "_graph": None}
+        twin.__dict__ |= shared
+        twin.__dict__ |= copy.deepcopy({k: v for k, v in self.__dict__.items() if k not in shared}, memo)
+        if self._hooks is not None:
+            twin._hook()
+        return twin
+
+    def __copy__(self):
+        return copy.deepcopy(self, {id(self.predictor): self.predictor})
 
     # Hooks on the network
 
     def attach(self, network) -> None:
         """Per-sample mode: the predictor reads the bottleneck, and every sample gets its own times.
 
-        A pipeline passes one time for the whole batch. A hook on the network replaces it by the
-        times of the samples; ``timesteps`` then shows their mean. The hook also makes AFS possible
-        in pipelines that do not call scale_model_input. On networks without bottleneck
-        (transformers) this is its only effect, and the mode stays time-only. The head "time" of a
-        span solver adds to the embedding of the noise level. ``detach`` removes the hooks.
+        A pipeline passes one time for the whole batch. A hook on the network, and on a ControlNet
+        beside it, replaces it by the times of the samples; ``timesteps`` then shows their mean. The
+        hook also makes AFS possible in pipelines that do not call scale_model_input. On networks
+        without bottleneck (transformers) this is its only effect, and the mode stays time-only. The
+        head "time" of a span solver adds to the embedding of the noise level. Hooks are on the
+        network during a run only. ``detach`` ends this mode.
 
         network: the pipeline's U-Net or transformer.
         """
         if not isinstance(network, torch.nn.Module):
             raise UserError("AMEDScheduler: network has to be the pipeline's unet or transformer")
         self.detach()
-        self._hooks = ExitStack()
-        if getattr(network, "mid_block", None) is not None:
-            self._reader = self._hooks.enter_context(read_bottleneck(SimpleNamespace(bottleneck=network.mid_block)))
-        handles = [network.register_forward_pre_hook(self._before_call, with_kwargs=True)]
         if self._shifts:
-            layer = getattr(getattr(network, "time_embedding", None), "linear_2", None)
-            self.predictor.check_network(SimpleNamespace(noise_embedding=layer))
-            handles.append(layer.register_forward_hook(self._add_shift))
-        for handle in handles:
-            self._hooks.callback(handle.remove)
+            self.predictor.check_network(SimpleNamespace(noise_embedding=_embedding(network)))
+        self._network = network
+        if getattr(network, "mid_block", None) is not None:
+            self._reader = BottleneckReader()
 
     def detach(self) -> None:
         """Returns to the time-only mode, from the next set_timesteps on."""
+        self._unhook()
+        self._network = self._reader = self._graph = self._run = None
+
+    def _hook(self) -> None:
+        """Puts the hooks on the network. They go when this scheduler goes."""
+        network = self._network
+        if network is None or self._hooks is not None:
+            return
+        other = _PREPARED.get(network, lambda: None)()
+        if other is not None and other is not self and other._returned is None:
+            other._unhook()  # it was prepared for a run that was not made
+        _PREPARED[network] = weakref.ref(self)
+        self._hooks = hooks = ExitStack()
+        self._finalizer = weakref.finalize(self, hooks.close)
+        compiled = _compilation(network)
+        if compiled is not None:
+            self._hook_compiled(hooks, *compiled)
+            return
+        before, after = _weak(self._before_call), _weak(self._after_call)
+        hooks.callback(network.register_forward_pre_hook(before, with_kwargs=True).remove)
+        hooks.callback(network.register_forward_hook(after).remove)
+        if self._reader is not None:
+            reader = self._reader
+            keep = network.mid_block.register_forward_hook(lambda module, inputs, output: reader.keep(output))
+            hooks.callback(keep.remove)
+        if self._shifts:
+            hooks.callback(_embedding(network).register_forward_hook(_weak(self._add_shift)).remove)
+
+    def _hook_compiled(self, hooks, inner, attribute, compile_like) -> None:
+        """The same for a compiled network, whose graph ignores hooks: replaces its call.
+
+        inner: the network itself.
+        attribute: of the network, where the compiled function is.
+        compile_like: compiles another function in the same way.
+        """
+        if self._shifts:
+            raise UserError("the student's head 'time' does not work in a compiled network")
+        network, call = self._network, getattr(self._network, attribute)
+        if self._reader is not None:
+            if self._graph is None:
+                self._graph = _FeatureGraph(inner, compile_like)
+            hooks.callback(inner.mid_block.register_forward_hook(self._graph.keep).remove)
+        scheduler = weakref.ref(self)
+
+        def around(*arguments, **named):
+            own = scheduler()
+            if own is None:
+                return call(*arguments, **named)
+            arguments, named = own._before_call(network, arguments, named) or (arguments, named)
+            if own._reader is None:
+                output = call(*arguments, **named)
+            else:
+                output, feature = own._graph.call(*arguments, **named)
+                own._reader.keep(feature)
+            own._after_call(network, arguments, output)
+            return output
+
+        setattr(network, attribute, around)
+        hooks.callback(setattr, network, attribute, call)
+
+    def _unhook(self) -> None:
         if self._hooks is not None:
-            self._hooks.close()
-        self._hooks = self._reader = self._run = None
+            self._finalizer()
+        self._hooks = self._finalizer = None
+        self._controlnets = False  # whether ControlNets have a hook
 
     @torch.no_grad()
     def _before_call(self, module, arguments, named):
         """The hook: replaces the input of the first call with AFS, and the times of later calls."""
-        self._own_call = False
+        self._own_call, self._output = False, None
         if self._run is None:
             return None
         place = "timestep" if "timestep" in named else 1
-        given = float(torch.as_tensor(named[place] if place in named else arguments[1]).flatten()[0])
-        # A pipeline that copied ``timesteps`` passes the planned time.
-        self._own_call = given in (float(self.timesteps[self._index]), self._planned[self._index])
+        self._own_call = self._is_now(named[place] if place in named else arguments[1])
+        if not self._own_call:
+            return None  # a call for something else
+        guidance = named.get("guidance")
+        self._told_rate = None if guidance is None else float(torch.as_tensor(guidance).flatten()[0])
+        if self._reader is not None and named.get("down_block_additional_residuals") is not None:
+            self._hook_controlnets()
         if self._index == 0:
-            if not self._run.afs or self._prepared == "by the pipeline":
+            if not self._prepares or self._prepared == "by the pipeline":
                 return None
             self._prepared = "by the hook"
             place = 0 if arguments else "sample" if "sample" in named else "hidden_states"
             return _replaced(arguments, named, place, self._first_input)
         if self._reader is None:
             return None
+        return self._with_times(arguments, named, place)
+
+    def _with_times(self, arguments, named, place):
+        """The arguments of a call with the times of the samples. None if its batch differs."""
         x = arguments[0] if arguments else named["sample"]
         rows, batch = len(x), len(self._times)
-        if not self._own_call or rows % batch:
-            return None  # a call for something else
+        if rows % batch:
+            return None
         times = self._times.to(x.device).repeat(rows // batch)  # under guidance the batch comes twice
         return _replaced(arguments, named, place, lambda _: times)
+
+    def _hook_controlnets(self) -> None:
+        """Gives the times of the samples to ControlNets too, which are not known here.
+
+        They are called before the U-Net. The first call of a run has one time for all samples, so
+        this is early enough.
+        """
+        if self._controlnets:
+            return
+        self._controlnets = True
+        kinds = _controlnet_classes()
+        change = _weak(self._before_controlnet)
+
+        def before(module, arguments):
+            return change(arguments) if isinstance(module, kinds) else None
+
+        self._hooks.callback(torch.nn.modules.module.register_module_forward_pre_hook(before).remove)
+
+    def _before_controlnet(self, arguments):
+        if self._run is None or self._reader is None or len(arguments) < 2 or not self._is_now(arguments[1]):
+            return None
+        changed = self._with_times(arguments, {}, 1)
+        return None if changed is None else changed[0]
+
+    def _after_call(self, module, inputs, output) -> None:
+        """The hook: keeps the output of the first call, which tells the guidance rate."""
+        if self._own_call and self._returned is None:
+            self._output = output[0] if isinstance(output, tuple) else output.sample
 
     @property
     def _shifts(self) -> bool:
@@ -232,7 +467,11 @@ class _AMEDScheduler:
 
     def __len__(self) -> int:
         """Number of network evaluations, the only possible number of inference steps."""
+        self._require_predictor()
         return self.predictor.evaluations()
+
+    def __bool__(self) -> bool:
+        return True
 
     @property
     def init_noise_sigma(self) -> float:
@@ -241,18 +480,71 @@ class _AMEDScheduler:
             self.set_timesteps()
         return float(self._sigmas[0] * self.process.scale(self._sigmas[0]))
 
-    def _make_run(self, device, reader) -> Sampler:
-        settings, network = self.predictor.config, _Network(self.process)
-        if self.solver.own_schedule:
-            own = self.predictor.brings()
-            sigmas = check_sigmas(own.pop("sigmas").detach(), device)
-            return Sampler(network, self.solver, sigmas, predictor=self.predictor, **own)
-        names = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_max", "sigmas")
-        own = {name: settings[name] for name in names} | {"original_code": bool(settings.get("original_code"))}
-        sigmas = resolve_sigmas(network, **own, device=device)
-        run = Sampler(network, self.solver, sigmas, afs=settings["afs"], predictor=self.predictor.to(device))
-        run.reader = reader or _NoBottleneck()
-        return run
+    @property
+    def timesteps(self) -> torch.Tensor | None:
+        """Times of the network's calls [n]. A pipeline reads them where its run begins."""
+        if self._asked and self._run is not None:
+            self._hook()
+        return self._timesteps
+
+    @timesteps.setter
+    def timesteps(self, times: torch.Tensor) -> None:  # some pipelines move them to another device
+        self._timesteps = times
+
+    @property
+    def sigmas(self) -> torch.Tensor | None:
+        """Noise levels [n + 1] of the latents before each call, and 0.
+
+        For flow models they are t = sigma / (1 + sigma), as in diffusers. None before
+        set_timesteps, if they depend on the size of the image.
+        """
+        if not self._calls:
+            return None
+        levels = torch.stack([self._level(k)[0] for k in range(len(self._calls))]).cpu()
+        if is_flow(self.config):
+            levels = levels / (1 + levels)
+        return torch.cat([levels, levels.new_zeros(1)]).to(torch.float32)
+
+    @property
+    def betas(self) -> torch.Tensor:
+        return self._table.betas
+
+    @property
+    def alphas_cumprod(self) -> torch.Tensor:
+        return self._table.alphas_cumprod
+
+    @property
+    def _table(self):
+        if is_flow(self.config):
+            raise AttributeError("a flow model has no table of betas")
+        return import_diffusers("AMEDScheduler").DDPMScheduler.from_config(dict(self.config))
+
+    @property
+    def begin_index(self) -> int | None:
+        """The step that ``set_begin_index`` chose, or None."""
+        return self._begin_index
+
+    @property
+    def step_index(self) -> int | None:
+        """Number of the next step, or None before the first one."""
+        return None if self._start is None or self._returned is None else self._index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Starts the run at this step; ``add_noise`` then gives the latents for it."""
+        if not 0 <= begin_index < len(self):
+            raise UserError(f"AMEDScheduler cannot begin at step {begin_index}: it has the steps 0..{len(self) - 1}")
+        self._begin_index = self._index = int(begin_index)
+        self._times = self._timesteps[self._index :][:1]
+
+    def index_for_timestep(self, timestep, schedule_timesteps=None) -> int:
+        """Number of the step with the time nearest to ``timestep``; of several, the second.
+
+        schedule_timesteps: times to search in. Default: ``timesteps``.
+        """
+        times = self._timesteps if schedule_timesteps is None else schedule_timesteps
+        distance = (times.to(torch.float64).cpu() - float(timestep)).abs()
+        nearest = (distance == distance.min()).nonzero().flatten()
+        return int(nearest[min(1, len(nearest) - 1)])
 
     @torch.no_grad()
     def _plan(self, mu, device) -> None:
@@ -260,51 +552,99 @@ class _AMEDScheduler:
 
         They are exact in the time-only mode.
         """
-        from models.diffusers import noise_process
-
-        self.process = noise_process(self.config, mu=mu)
-        run, config = self._make_run(device, None), self.predictor.config
+        self.process, self._mu = noise_process(self.config, mu=mu), mu
+        run, config = learned_run(NetworkOfProcess(self.process), self.predictor, device), self.predictor.config
         shape = config.get("image_shape") or (config.get("img_channels") or 1, 1, 1)  # of a span solver's images
-        times, walk = [], _Walk(run, run.sigmas.new_ones(1, *shape))
+        self._sigmas, self._calls, walk = run.sigmas, [], _Walk(run, run.sigmas.new_ones(1, *shape))
         while walk.point is not None:
-            times.append(self.process.timestep(walk.point.sigma_cond.to(torch.float32)).flatten()[0])
+            levels = (value.flatten()[0] for value in (walk.point.sigma, walk.point.sigma_cond))
+            self._calls.append(_Call(walk.interval, walk.inside, *levels))
             walk.answer(torch.zeros_like(walk.point.x))
-        self.timesteps = torch.stack(times)
-        self.num_inference_steps = len(times)
-        self._planned = self.timesteps.tolist()
-        self._run = self._make_run(device, self._reader)
-        self._sigmas = self._run.sigmas
-        self._walk = None
-        self._times = self.timesteps[:1]
-        self._index = 0
-        self._prepared: str | None = None  # who applied the first step of AFS to the network's input
-        self._returned = None
+        self._timesteps = torch.stack(
+            [self.process.timestep(call.sigma_cond.to(torch.float32)) for call in self._calls]
+        )
+        self.num_inference_steps = len(self._calls)
+        self._planned = self._timesteps.tolist()
+        # Whether a step without evaluation, or another scale, comes before the first call.
+        self._prepares = not torch.isclose(self._calls[0].sigma_cond, self._sigmas[0], rtol=1e-6)
+        self._forget()
+        self._run = learned_run(NetworkOfProcess(self.process), self.predictor, device, reader=self._reader)
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device=None, mu: float | None = None) -> None:
+    def _forget(self) -> None:
+        """No run is in progress."""
+        self._unhook()
+        self._run = self._walk = self._start = self._begin_index = self._returned = self._output = None
+        self._asked = False  # whether set_timesteps was called
+        self._prepared: str | None = None  # who applied the first step of AFS to the network's input
+        self._own_call = False  # whether the network's latest call was for this scheduler
+        self._told_rate: float | None = None  # guidance rate that the network takes as an input
+        self._times = self._timesteps[:1]
+        self._index = 0
+
+    def set_timesteps(self, num_inference_steps: int | None = None, device=None, sigmas=None, mu=None) -> None:
         """Starts a new batch.
 
         num_inference_steps: ``len(scheduler)`` or None; UserError for other numbers. Default None.
         device: where the pipeline samples. Default: the CPU.
+        sigmas: many pipelines pass n values from 1 to 1/n, which is no wish of the user, so the
+            schedule remains the learned one. UserError for others. Default None.
         mu: shift of flow models whose pipeline computes one. Default None.
         """
+        if num_inference_steps is None and sigmas is not None:
+            num_inference_steps = len(sigmas)
         if num_inference_steps not in (None, len(self)):
             raise UserError(
                 f"the predictor was trained for {len(self)} evaluations: pass num_inference_steps={len(self)}, "
                 f"not {num_inference_steps}"
             )
         self._plan(mu, device or "cpu")
+        if sigmas is not None:
+            given, count = torch.as_tensor(np.asarray(sigmas), dtype=torch.float32), len(self)
+            if not any(
+                len(given) == count and torch.allclose(given, known, rtol=1e-3)
+                for known in (torch.linspace(1, 1 / count, count), self.sigmas[:-1])
+            ):
+                self._run = None
+                raise UserError("sigmas: the predictor brings its own noise levels; leave the argument out")
+        self._asked = True
 
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        if begin_index:
-            raise UserError("AMEDScheduler runs its whole schedule: pipelines that start inside it cannot use it")
+    def _level(self, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(noise level, level for the scale) of the latents before call k."""
+        return (self._sigmas[0],) * 2 if k == 0 else (self._calls[k].sigma, self._calls[k].sigma_cond)
 
-    def _begin(self, sample: torch.Tensor) -> None:
-        """Goes to the first point for these latents."""
+    def _is_now(self, time) -> bool:
+        """Whether a time, in training steps or in [0, 1], is that of the next step."""
+        time = float(torch.as_tensor(time).flatten()[0])
+        known = (float(self._timesteps[self._index]), self._planned[self._index])
+        return _is_one_of(time, known) or _is_one_of(time * self.config.get("num_train_timesteps", 1000), known)
+
+    def _match(self, time) -> int | None:
+        """The number of the step with this time, or None."""
+        time = float(torch.as_tensor(time).flatten()[0])
+        found = [
+            k
+            for k, known in enumerate(zip(self._timesteps.tolist(), self._planned, strict=True))
+            if _is_one_of(time, known)
+        ]
+        return min(found, key=lambda k: abs(self._planned[k] - time)) if found else None
+
+    def _begin(self, sample: torch.Tensor, k: int) -> None:
+        """Goes to the point of step k for these latents."""
         dtype = torch.float32 if sample.device.type == "mps" else torch.float64  # MPS has no float64
         # Some pipelines do not pass their device to set_timesteps.
         self._run.sigmas = self._run.sigmas.to(sample.device, dtype)
         self.predictor.to(sample.device)
-        self._walk = _Walk(self._run, sample.to(dtype) / self.process.scale(self._run.sigmas[0]))
+        scale = self.process.scale(self._level(k)[1].to(sample.device, dtype))
+        self._walk = _Walk(self._run, sample.to(dtype) / scale, self._calls[k] if k else None)
+        self._start = self._index = k
+        self._times = self._timesteps[k : k + 1]
+
+    def _first_step(self, timestep) -> int:
+        """The step at which a run begins, from ``set_begin_index`` or from its first time."""
+        if self._begin_index is not None:
+            return self._begin_index
+        found = None if timestep is None or self._is_now(timestep) else self._match(timestep)
+        return self._index if found is None else found
 
     def _input(self) -> torch.Tensor:
         """The network's input [B,...] at the current point."""
@@ -312,7 +652,7 @@ class _AMEDScheduler:
         return point.x * self.process.scale(point.sigma_cond)
 
     def _first_input(self, sample: torch.Tensor) -> torch.Tensor:
-        self._begin(sample)
+        self._begin(sample, 0)
         return self._input().to(sample.dtype)
 
     @torch.no_grad()
@@ -321,70 +661,246 @@ class _AMEDScheduler:
 
         It equals the latents, except in the first call with AFS, which follows the analytical step.
         """
-        self._require_run()
-        if self._index > 0:
+        if self._run is None:
+            return sample
+        self._hook()
+        if self._returned is not None or self._first_step(timestep) > 0:
             return sample
         self._prepared = "by the pipeline"
         return self._first_input(sample)
 
     @torch.no_grad()
-    def step(self, model_output, timestep, sample, generator=None, return_dict: bool = True):
+    def step(
+        self,
+        model_output,
+        timestep,
+        sample,
+        generator=None,
+        return_dict: bool = True,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
+    ):
         """The latents for the next call of the network.
 
         model_output: the network's output [B,...] for sample.
-        timestep: not used.
-        sample: the current latents [B,...].
+        timestep: time of the call, one of ``timesteps``. The first step of a run may be at any of
+            them; the others follow in order.
+        sample: the latents [B,...] that the network saw. If they were changed since the last step,
+            the solver continues from them at the start of an interval; inside one only the
+            denoised image is theirs.
         generator: not used, because nothing is random.
         return_dict: return a SchedulerOutput (default: True), else the tuple (prev_sample,).
+        eta, use_clipped_model_output: of DDIMScheduler; not used.
 
-        Raises UserError if the latents were changed from outside in the middle of an interval.
+        Raises UserError for a time of another step.
         """
-        self._require_run()
-        if self._index == 0:
-            if self._shifts and self._hooks is None:
-                raise UserError(
-                    "the span solver's head 'time' acts inside the network: pass it to the scheduler (network=pipe.unet)"
-                )
-            if self._run.afs and self._prepared is None:
-                raise UserError(
-                    "the predictor was trained with AFS, and this pipeline does not call scale_model_input: pass the "
-                    "pipeline's network to the scheduler (network=pipe.unet or pipe.transformer)"
-                )
-            self._begin(sample)
-        elif sample is not self._returned and not torch.equal(sample, self._returned):
-            if self._walk.inside:
-                raise UserError(
-                    "the latents were changed between two steps of an interval: AMEDScheduler cannot do that"
-                )
-            point = self._walk.point
-            self._walk.change(sample.to(point.x.dtype) / self.process.scale(point.sigma_cond))
+        if self._run is None:
+            self._require_predictor()
+            raise UserError("AMEDScheduler: call set_timesteps before every batch")
+        if eta or use_clipped_model_output:
+            name = "eta" if eta else "use_clipped_model_output"
+            self._say(name, f"AMEDScheduler is deterministic and does not clip: {name} is ignored")
+        if self._returned is None:
+            self._start_run(model_output, sample, timestep)
+        elif not self._is_now(timestep) and (found := self._match(timestep)) is not None:
+            raise UserError(
+                f"AMEDScheduler: step() got the time {float(timestep):g} of step {found}, but step {self._index} is next; "
+                "the steps of a run follow in order, and the first one may be any of them"
+            )
+        if not self._is_now(timestep):
+            self._say(
+                "time",
+                f"AMEDScheduler: step() got the time {float(timestep):g}, which is none of its times; "
+                f"taken for step {self._index}, time {self._planned[self._index]:g}",
+            )
         walk = self._walk
         point = walk.point
-        walk.answer(self.process.denoised(point.x, point.sigma_cond, model_output.to(point.x.dtype)))
+        x = point.x
+        if self._returned is not None and sample is not self._returned and not torch.equal(sample, self._returned):
+            x = sample.to(x.dtype) / self.process.scale(point.sigma_cond)
+            if not walk.inside:
+                walk.change(x)
+        walk.answer(self.process.denoised(x, point.sigma_cond, model_output.to(x.dtype)))
         self._index += 1
         if walk.point is None:
             result = walk.state.x
             self._run = None
+            self._unhook()
         else:
             result = self._input()
             self._times = self.process.timestep(walk.point.sigma_cond.to(torch.float32)).flatten()
             if self._reader is not None:
                 # A pipeline iterates over views of this tensor, so it sees the new value.
-                self.timesteps[self._index] = self._times.mean()
+                self._timesteps[self._index] = self._times.mean()
         self._returned = result = result.to(sample.dtype)
         if not return_dict:
             return (result,)
         return self.output_class(prev_sample=result)
 
-    def add_noise(self, original_samples, noise, timesteps) -> torch.Tensor:
-        """Clean latents [B,...] with noise [B,...] at the times timesteps [B]."""
-        times = timesteps.to(original_samples.device, torch.float32)
-        sigma = self.process.sigma_of_timestep(times).reshape(-1, *[1] * (original_samples.ndim - 1))
-        return (self.process.scale(sigma) * (original_samples + sigma * noise)).to(original_samples.dtype)
+    def _start_run(self, model_output, sample, timestep) -> None:
+        k = self._first_step(timestep)
+        if self._shifts and self._network is None:
+            raise UserError(
+                "the span solver's head 'time' acts inside the network: pass it to the scheduler (network=pipe.unet)"
+            )
+        if k == 0 and self._prepares and self._prepared is None:
+            raise UserError(
+                "the predictor was trained with AFS, or with a first time of its own, and this pipeline does not call "
+                "scale_model_input: pass the pipeline's network to the scheduler (network=pipe.unet or pipe.transformer)"
+            )
+        self._begin(sample, k)
+        if k:
+            level = float(self._level(k)[0])
+            self._say("start", f"AMEDScheduler starts at step {k} of {len(self)}, at its noise level {level:.4g}")
+        self._check_guidance(model_output)
 
-    def _require_run(self) -> None:
-        if self._run is None:
-            raise UserError("AMEDScheduler: call set_timesteps before every batch")
+    def _check_guidance(self, guided) -> None:
+        """Points out a guidance rate other than the trained one, if the first call shows it.
+
+        guided: the output [B,...] that the pipeline made of the network's.
+        """
+        settings, output, rate = self.predictor.config, self._output, self._told_rate
+        self._output = None
+        trained = {"cfg": settings["guidance_rate"], "none": 1.0}.get(settings["guidance_type"])
+        if trained is None or output is None or output.shape[1:] != guided.shape[1:]:
+            return
+        if rate is None and len(output) == len(guided):
+            rate = 1.0
+        elif rate is None and len(output) == 2 * len(guided):  # guided = plain + rate (conditional - plain)
+            plain, conditional = output.to(torch.float64).chunk(2)
+            difference, change = conditional - plain, guided.to(torch.float64) - plain
+            rate = float((difference * change).sum() / difference.square().sum())
+            if not torch.allclose(change, rate * difference, rtol=0.02, atol=0.02 * float(change.abs().max())):
+                return  # another kind of guidance
+        if rate is not None and abs(rate - trained) > 0.02 * max(abs(trained), 1):
+            self._say(
+                "guidance",
+                f"AMEDScheduler: the guidance rate is {rate:.3g}, but the predictor was trained with {trained:g}: "
+                "expect worse images than with the trained rate",
+            )
+
+    def add_noise(self, original_samples, noise, timesteps) -> torch.Tensor:
+        """Clean latents [B,...] with noise [B,...] at the times timesteps [B].
+
+        After ``set_begin_index`` the latents are those of the next step, whatever the times are.
+        """
+        x = original_samples
+        sigma, sigma_cond = (
+            value.to(x.device, torch.float32).reshape(-1, *[1] * (x.ndim - 1)) for value in self._levels_at(timesteps)
+        )
+        return (self.process.scale(sigma_cond) * (x + sigma * noise)).to(x.dtype)
+
+    def scale_noise(self, sample, timestep, noise) -> torch.Tensor:
+        """``add_noise`` with the order of arguments that pipelines of flow models use."""
+        return self.add_noise(sample, noise, timestep)
+
+    def _levels_at(self, timesteps) -> tuple[torch.Tensor, torch.Tensor]:
+        """(noise levels, levels for the scale), each [B or 1], at times [B]."""
+        times = torch.as_tensor(timesteps).flatten()
+        if self._run is not None and (self._begin_index is not None or all(map(self._is_now, times))):
+            point = None if self._returned is None else self._walk.point
+            return self._level(self._index) if point is None else (point.sigma, point.sigma_cond)
+        found = [self._match(time) for time in times]
+        exact = self.process.sigma_of_timestep(times.to(torch.float32)).cpu()
+        levels = [(s, s) if k is None else self._level(k) for s, k in zip(exact, found, strict=True)]
+        return tuple(
+            torch.stack([value.cpu().to(torch.float32) for value in side]) for side in zip(*levels, strict=True)
+        )
+
+    def _require_predictor(self) -> None:
+        if self.predictor is None:
+            raise UserError(
+                "this AMEDScheduler has no predictor: give one, AMEDScheduler.from_config(config, predictor=...)"
+            )
+
+    def _say(self, topic: str, message: str) -> None:
+        """A warning, once per topic."""
+        if topic not in self._said:
+            self._said.add(topic)
+            warnings.warn(message, stacklevel=3)
+
+
+def _complete(config, settings: dict) -> dict:
+    """The entries to register, with defaults for a variance-preserving process."""
+    given = {**(config or {}), **settings}
+    unstated = given.pop("_use_default_values", ())
+    given = {name: v for name, v in given.items() if not name.startswith("_") or name == "_diffusers_version"}
+    if "_diffusers_version" in given:  # from a file
+        given["_class_name"] = "AMEDScheduler"
+    if given.get("trained_betas") is not None:
+        given["trained_betas"] = np.asarray(given["trained_betas"]).tolist()
+    # With use_flow_sigmas, a pipeline leaves the noise levels to its scheduler.
+    given["use_flow_sigmas"] = is_flow(given) or bool(given.get("use_flow_sigmas"))
+    described = config is None or any(given.get(name) is not None for name in ("beta_schedule", "trained_betas"))
+    if given["use_flow_sigmas"] or not described:
+        return given
+    unstated = sorted(
+        name for name, value in _DEFAULTS.items() if name not in given or (name in unstated and given[name] == value)
+    )
+    return {**_DEFAULTS, **given} | ({"_use_default_values": unstated} if unstated else {})
+
+
+def _hub_predictor(repo_id: str, subfolder, options):
+    """The predictor's file of a repository of the hub, or None where it has none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    known = ("revision", "cache_dir", "token", "local_files_only", "force_download")
+    try:
+        own = {name: options[name] for name in known if name in options}
+        return hf_hub_download(str(repo_id), PREDICTOR_FILE, subfolder=subfolder, **own)
+    except LocalEntryNotFoundError:
+        raise UserError(f"{repo_id} is not in the cache of the hub, and it cannot be downloaded (offline?)") from None
+    except EntryNotFoundError:
+        return None
+
+
+def _is_one_of(time: float, known) -> bool:
+    relative, absolute = _SAME_TIME
+    return any(abs(time - value) <= relative * abs(value) + absolute for value in known)
+
+
+def _embedding(network):
+    """The layer that the head "time" adds to, or None."""
+    return getattr(getattr(network, "time_embedding", None), "linear_2", None)
+
+
+_PREPARED = weakref.WeakKeyDictionary()  # network -> weak reference to the scheduler that hooked it last
+
+
+def _weak(method):
+    """The method as a hook that does not keep its object alive."""
+    reference = weakref.WeakMethod(method)
+
+    def hook(*arguments, **named):
+        own = reference()
+        return None if own is None else own(*arguments, **named)
+
+    return hook
+
+
+def _compilation(network):
+    """How a network was compiled, or None.
+
+    Returns the network itself, the attribute with the compiled function, and a function that
+    compiles another one in the same way.
+    """
+    if hasattr(network, "_orig_mod"):  # torch.compile(unet)
+        return network._orig_mod, "forward", network.dynamo_ctx
+    call = network._compiled_call_impl  # unet.compile()
+    if call is None:
+        return None
+    context = dict(zip(call.__code__.co_freevars, call.__closure__ or (), strict=True)).get("self")
+    same = getattr(context, "cell_contents", None)
+    return network, "_compiled_call_impl", same if callable(same) else functools.partial(torch.compile, fullgraph=True)
+
+
+@functools.cache
+def _controlnet_classes() -> tuple[type, ...]:
+    from diffusers.models import controlnets
+
+    names = ("ControlNetModel", "MultiControlNetModel", "ControlNetUnionModel", "MultiControlNetUnionModel")
+    return tuple(getattr(controlnets, name) for name in names if hasattr(controlnets, name))
 
 
 def _replaced(arguments: tuple, named: dict, place, change) -> tuple[tuple, dict]:
@@ -397,16 +913,21 @@ def _replaced(arguments: tuple, named: dict, place, change) -> tuple[tuple, dict
 @functools.cache
 def _with_diffusers() -> type:
     """The class that pipelines accept: _AMEDScheduler with the base classes of diffusers."""
-    from models.diffusers import import_diffusers
-
     diffusers = import_diffusers("AMEDScheduler")
-    from diffusers.schedulers.scheduling_utils import SchedulerOutput
+    from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
 
-    content = {"__module__": __name__, "__doc__": _AMEDScheduler.__doc__, "output_class": SchedulerOutput}
+    content = {
+        "__module__": __name__,
+        "__doc__": _AMEDScheduler.__doc__,
+        "_compatibles": [entry.name for entry in KarrasDiffusionSchedulers],
+        "output_class": SchedulerOutput,
+    }
     return type("AMEDScheduler", (_AMEDScheduler, diffusers.SchedulerMixin, diffusers.ConfigMixin), content)
 
 
 def __getattr__(name):
     if name == "AMEDScheduler":
         return _with_diffusers()
+    if name == "SchedulerMixin":  # diffusers looks for it in the module of a pipeline's scheduler
+        return import_diffusers("AMEDScheduler").SchedulerMixin
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

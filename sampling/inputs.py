@@ -1,4 +1,4 @@
-"""Images that sampling starts from: degraded images to restore, or observations of an inverse problem.
+"""The images that sampling starts from: degraded ones, or observations of other images.
 
 One file is one seed: file number k of the sorted names has the seed k, and its result has its name.
 """
@@ -44,7 +44,7 @@ class InputOptions:
     )
 
     def check(self, written: frozenset[str]) -> None:
-        """Raises UserError for flags that do not go together. written: names of the user's flags."""
+        """Raises UserError for contradicting flags. written: names of the user's flags."""
         if self.images is not None and self.observe is not None:
             raise UserError("--images restores with a restoration network, --observe with any other: give one of them")
         if (self.observe is None) != (self.observations is None):
@@ -65,7 +65,7 @@ class ImageInputs:
     """The images of a folder by seed.
 
     source: the images, of any sizes.
-    observe: text of the operator (``make_operator``); None: degraded images for a restoration network.
+    observe: text of the operator (``make_operator``); None: for a restoration network.
     noise_level: of the observations.
     jacobian: see ``Posterior``.
     """
@@ -116,7 +116,7 @@ class ImageInputs:
         return torch.stack([torch.tensor(self.source.read(seed)) for seed in seeds]).float() / 127.5 - 1
 
     def prepare(self, net, seeds: Sequence[int], device) -> tuple:
-        """(denoiser of these images, size of the starting noise or None, keyword arguments of make_cond)."""
+        """(denoiser of these images, size of the noise or None, arguments of make_cond)."""
         images = self.read(seeds).to(device)
         if self.observe is None:
             return net, tuple(images.shape[-2:]), {"images": images}

@@ -109,7 +109,9 @@ class SampleOptions:
     """
 
     predictor_path: str | None = flag(
-        "Trained predictor: a name of --list, experiment number, folder or file", kind=PATH, metavar="NAME|N|DIR|FILE"
+        "Trained predictor: a name of --list, experiment number, folder, file, https address or hf:owner/name",
+        kind=PATH,
+        metavar="NAME|N|DIR|FILE|URL",
     )
     settings: Settings = part()
     schedule: Schedule | None = derived(flags=schedule_file_flag, default=None)

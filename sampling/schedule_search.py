@@ -91,10 +91,10 @@ class ScheduleOptions:
         return {name: self.options[name] for name in METHODS[self.method].options if name in self.options}
 
 
-def fid_judge(dataset_name: str, device: torch.device):
-    """``make_judge`` of a Problem: the FID of fid.py, of images that are never written."""
+def fid_functions(dataset_name: str, device: torch.device):
+    """``make_fid_fn`` of a Problem: the FID of fid.py, of images that are never written."""
 
-    def make_judge(ref: str, detector: str, count: int):
+    def make_fid_fn(ref: str, detector: str, count: int):
         if ref == "auto" and dataset_name in ("custom", "diffusers"):
             raise UserError(
                 f"--dataset_name={dataset_name} has no reference statistics: give --ref (fid.py ref makes them)"
@@ -103,7 +103,7 @@ def fid_judge(dataset_name: str, device: torch.device):
         network = choose_detector(None if detector == "auto" else detector, reference, device)
         warn_about_count(count, network)
 
-        def judge(batches) -> float:
+        def fid_fn(batches) -> float:
             statistics = FeatureStatistics(network.feature_dim, device)
             with together():
                 for images in batches:
@@ -114,9 +114,9 @@ def fid_judge(dataset_name: str, device: torch.device):
             mu, sigma = statistics.moments()
             return distributed.broadcast_object(frechet_distance(mu, sigma, reference.mu, reference.sigma))
 
-        return judge
+        return fid_fn
 
-    return make_judge
+    return make_fid_fn
 
 
 def describe(schedule: Schedule, dest: Path) -> str:
@@ -152,7 +152,7 @@ def run(options: ScheduleOptions, device: torch.device) -> None:
         negative_prompt=text.negative_prompt,
         device=device,
         state_path=dest.with_name(f".{dest.name}.state"),
-        make_judge=fid_judge(dataset_name, device),
+        make_fid_fn=fid_functions(dataset_name, device),
         **{
             name: getattr(options, name)
             for name in ("solver", "num_steps", "sigma_min", "sigma_max", "afs", "seed", "batch")

@@ -44,8 +44,8 @@ class ComputeOptions:
     """The file of the network, its device and precision."""
 
     model_path: str | None = flag(
-        "File of the network (default: embedded or downloaded); diffusers: a folder or hub id; custom: also"
-        " MODULE:FUNCTION of your own code, which is run",
+        "File of the network, https address or hf:owner/name (default: embedded or downloaded); diffusers: a folder or"
+        " hub id; custom: also MODULE:FUNCTION of your own code, which is run",
         kind=PATH,
         metavar="FILE",
     )
@@ -153,7 +153,7 @@ class Settings(NetworkSettings):
         return resolve_sigmas(net, **{name: getattr(self, name) for name in names})
 
     def for_network(self, net, written: frozenset[str] = frozenset(), tuned: bool = True) -> tuple["Settings", str]:
-        """(the settings that are recommended for ``nfe`` evaluations on this network, where they come from).
+        """(recommended settings for ``nfe`` evaluations on this network, their origin).
 
         net: the denoiser.
         written: names of the flags that the user wrote; they win.
@@ -169,7 +169,7 @@ class Settings(NetworkSettings):
         return replace(self, **own, options=values, nfe=None), found.source
 
     def flags(self) -> str:
-        """The settings of a plain solver as flags of sample.py, without those that keep their default."""
+        """The settings of a plain solver as flags of sample.py, without defaults."""
         shown = {name: getattr(self, name) for name in ("solver", "num_steps", *RECOMMENDABLE)}
         if self.schedule_type == "logsnr":
             del shown["schedule_rho"]
@@ -298,12 +298,12 @@ def open_predictor(predictor_path: str | None, asked: Settings, written: frozens
 
 
 def remembered_network(predictor_file: Path | None, settings: Settings, compute: ComputeOptions) -> ComputeOptions:
-    """The options with the network's file that the predictor's run was trained on, if none is given.
+    """The options, with the network's file of the predictor's run if none is given.
 
-    The folder may come from somebody else, so what it names is only read: code of one's own and
-    downloads have to be named on the command line.
+    The folder may come from somebody else, so its files are only read: own code and downloads have
+    to be given on the command line.
 
-    Raises UserError where the predictor needs such a file and it is not there.
+    Raises UserError if the predictor needs a file that does not exist.
     """
     if predictor_file is None or compute.model_path is not None:
         return compute

@@ -5,6 +5,7 @@
 the step needs it. Distillation trains through ``advance``.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -138,6 +139,20 @@ class Sampler:
     def updates(self) -> int:
         """Number of updates of the trajectory; a predictor doubles those of one-stage solvers."""
         return self.intervals * (2 if self.predictor is not None and self.solver.stages == 1 else 1)
+
+    def tail(self, i: int) -> tuple["Sampler", int]:
+        """(run, first interval) for a start at schedule point i, without the evaluations before it.
+
+        A predictor's solver runs the rest of the schedule as a schedule of its own. A span solver
+        keeps its table, and takes its first direction for those that it does not have.
+        """
+        if i == 0 or self.solver.own_schedule:
+            return self, i
+        run = copy.copy(self)
+        run.sigmas, run.afs = self.sigmas[i:], False
+        run.sigmas_cond = None if self.sigmas_cond is None else self.sigmas_cond[i:]
+        run.solver = self.solver.setup(self.net, run.sigmas, self.predictor)
+        return run, 0
 
     def sigma(self, i: int, x: torch.Tensor) -> torch.Tensor:
         """The noise level at schedule point i, in the dtype of x."""

@@ -51,14 +51,16 @@ class Span(Solver):
 
     def step(self, run, state, i):
         x, sigma, substeps = state.x, run.sigma(i, state.x), self.moves.substeps[i]
-        directions = [d for d, _ in state.history]
-        known, levels = len(directions), [sigma]
-        if self.student.nested or not substeps:
+        directions, known, levels = [d for d, _ in state.history], self.student.directions_before(i), [sigma]
+        if self.student.nested or not substeps or not directions:
             directions.append((yield run.at(x, i, self._shift(known))))
+            # A run that starts inside the schedule has not made the evaluations before it.
+            directions = [directions[0]] * (known + 1 - len(directions)) + directions
             points = self._points(x, sigma, directions, substeps, known)
             if points:
                 directions += yield points
         else:
+            directions = [directions[0]] * (known - len(directions)) + directions
             points = self._points(x, sigma, directions, substeps, known)
             directions += yield [Point(x, sigma, run.sigma_cond(i), i, self._shift(known)), *points]
         levels += [point.sigma for point in points]

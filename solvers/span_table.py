@@ -399,6 +399,10 @@ class SpanSolver(nn.Module):
             return self.config["parallel"]
         return self.config["parallel"] - 1 if i else 0  # there is no earlier direction in interval 0
 
+    def directions_before(self, i: int) -> int:
+        """Number of directions of the intervals before interval i."""
+        return i + sum(self.substep_count(j) for j in range(i))
+
     def _make_rows(self) -> list[Row]:
         """All rows in the order of ``coef_offset``: per interval the points e_ik, then x_{i+1}."""
         rows, stages, window = [], [], self.config["window"]

@@ -42,14 +42,14 @@ def _condition_unet(cross, **options):
     )
 
 
-def _vae(**options):
+def _vae(latent_channels=4, **options):
     import diffusers
 
     return diffusers.AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=4,
         sample_size=2 * SIZE,
         **options,
@@ -149,15 +149,15 @@ def _sdxl():
     )
 
 
-def _sd3(**options):
+def _sd3(channels=4, **options):
     import diffusers
 
     first, second = _text(projection=True), _text(projection=True)
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=SIZE,
         patch_size=2,
-        in_channels=4,
-        out_channels=4,
+        in_channels=channels,
+        out_channels=channels,
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=2,
@@ -169,7 +169,7 @@ def _sd3(**options):
     return diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **options}),
-        vae=_vae(shift_factor=0.1),
+        vae=_vae(channels, shift_factor=0.1),
         text_encoder=first[0],
         tokenizer=first[1],
         text_encoder_2=second[0],
@@ -225,3 +225,16 @@ def pipeline_folder(kind: str, **options) -> Path:
     path = Path(_folder().name) / f"{kind}-{len(list(Path(_folder().name).iterdir()))}"
     pipeline.save_pretrained(path)
     return path
+
+
+def controlnet(unet):
+    """A ControlNet for ``unet`` whose outputs depend on its time."""
+    import diffusers
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        net = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8))
+        for block in (*net.controlnet_down_blocks, net.controlnet_mid_block):  # zeros at first
+            torch.nn.init.normal_(block.weight, std=0.1)
+        torch.nn.init.normal_(net.controlnet_cond_embedding.conv_out.weight, std=0.1)
+    return net.eval()

@@ -347,8 +347,11 @@ def test_schedule_files_stand_at_their_own_evaluations(files, tmp_path, calls):
     assert [rows[label, nfe]["nfe_requested"] for nfe in (2, 4)] == [[2], [4]]
     levels = "sigmas 80,9,1.7,0.3,0.002, sigmas_cond 80,8,1.5,0.25,0.002"
     assert rows[label, 4]["settings"] == f"{levels}, direction_sigma=network"
-    line = next(line for line in output.splitlines() if line.startswith(f"| {label} |"))
-    assert [bool(cell.strip()) for cell in line.split("|")[2:-1]] == [True, True]  # one line of the table, at 2 and 4
+    head, line = (
+        next(line.split("|")[2:-1] for line in output.splitlines() if line.startswith(f"| {name} |"))
+        for name in ("method", label)
+    )
+    assert [nfe.strip() for nfe, cell in zip(head, line, strict=True) if cell.strip()] == ["2", "4"]
     for nfe in (2, 4):
         command = rows[label, nfe]["command"].removeprefix("python sample.py ")
         assert f"--schedule={tmp_path / 's' / f'mine-{nfe}.json'}" in command and "--sigmas" not in command
@@ -831,7 +834,7 @@ def test_plot(baseline):
         (["--sigma_min=90"], "0 < sigma_min < sigma_max"),
         (["--sigmas=1,2"], "--sigmas sets the whole schedule"),  # beside --nfe
         (["--schedule_rho=-1"], "'--schedule_rho': -1.0 is not in the range x>0"),
-        (["--afs=data"], "mean and spread"),
+        (["--afs=data"], "mean and standard deviation"),
         (["--solvers=euler:schedule_type=discrete"], "discrete noise table"),
         (["--predictor_path=/nowhere"], "there is no predictor at /nowhere"),
         (["--guidance_rate=2"], "guidance_rate"),

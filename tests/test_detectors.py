@@ -14,13 +14,13 @@ from evaluation import detectors
 from evaluation.detectors import (
     ARCHITECTURES,
     ConvClassifier,
-    cache_dir,
     load_classifier,
     load_detector,
     save_classifier,
 )
 from torch_utils.errors import UserError
 from torch_utils.images import ImageSource, load_array
+from torch_utils.remote import cache_dir
 
 DIGITS = Path(__file__).parent / "golden" / "digits" / "test-256.zip"
 

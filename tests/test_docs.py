@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 from test_layout import FLOORS
 
-from benchmarks import report_learned_solvers
+from benchmarks import report_learned_solvers, report_shipped
 from solvers import SCHEDULES, SOLVERS
 from tools import draw_architecture, make_docs
 from torch_utils.errors import UserError
@@ -106,3 +106,30 @@ def test_the_architecture_is_that_of_the_code(tmp_path):
 @pytest.mark.parametrize("name", ["README.md", "docs/digits.md", "docs/solvers.md", "docs/flags.md"])
 def test_no_placeholder_is_left(name):
     assert "@@" not in (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_the_tables_of_shipped_predictors_follow_from_their_files():
+    for document, parts in report_shipped.document_parts().items():
+        text = document.read_text(encoding="utf-8")
+        assert make_docs.render(text, parts) == text, "run  python -m benchmarks.report_shipped"
+
+
+def test_links_between_documents_lead_somewhere():
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        links = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+        for link in links:
+            if not re.match(r"https?://|#", link):
+                assert (path.parent / link.partition("#")[0]).exists(), (path.name, link)
+
+
+def test_the_index_names_every_page():
+    text = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert pages <= set(re.findall(r"\(([\w.-]+\.md)\)", text))
+
+
+def test_readme_is_one_page():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert 100 <= len(lines) <= 150
+    assert next(i for i, line in enumerate(lines) if line.startswith("python sample.py")) < 40

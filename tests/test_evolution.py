@@ -18,7 +18,7 @@ import optimize_schedule as cli
 from evaluation.fid import choose_detector, find_reference
 from evaluation.frechet import FeatureStatistics, frechet_distance
 from models import create_model
-from sampling.schedule_search import fid_judge
+from sampling.schedule_search import fid_functions
 from solvers import get_schedule, sample
 from solvers.schedule_file import load_schedule
 from solvers.search import evolution
@@ -209,22 +209,22 @@ def test_distance_finds_the_best_of_all_schedules(solver, afs):
     assert found.sigmas == grid[list(best)].tolist()
 
 
-def test_a_stochastic_solver_is_judged_by_the_same_noise(monkeypatch):
+def test_a_stochastic_solver_gets_the_same_noise(monkeypatch):
     monkeypatch.delattr(torch, "randn_like")  # nothing from the global generator
     task = {"solver": "edm", "options": {"S_churn": 20.0}}
     first, again = (optimize(toy_problem(**task), "evolution", TINY).sigmas for _ in range(2))
-    judges = evolution.Judges(
+    objectives = evolution.Objectives(
         toy_problem(**task),
         get_schedule(9, 0.002, 80, "logsnr"),
         toy_problem().teacher("heun", 9, "polynomial", 7.0),
         3,
         2,
     )
-    assert first == again and judges.distance((0, 2, 5, 8)) == judges.distance((0, 2, 5, 8))
+    assert first == again and objectives.distance((0, 2, 5, 8)) == objectives.distance((0, 2, 5, 8))
 
 
 def test_fid_objective_takes_the_least():
-    """The judge sees decoded images; one that is not finite counts as NaN."""
+    """FID is of decoded images; one that is not finite counts as NaN."""
 
     class Decoding(ToyNet):
         def decode(self, x):
@@ -232,17 +232,17 @@ def test_fid_objective_takes_the_least():
 
     task, seen = toy_problem(net=Decoding()), []
 
-    def make_judge(ref, detector, count):
+    def make_fid_fn(ref, detector, count):
         assert (ref, detector, count) == ("mine", "auto", 3)
 
-        def judge(batches):
+        def fid_fn(batches):
             images = list(batches)
             seen.append(len(images))
             return float(torch.cat(images).std()) if images else 0.0
 
-        return judge
+        return fid_fn
 
-    task.make_judge = make_judge
+    task.make_fid_fn = make_fid_fn
     options = {**TINY, "population": 21, "objective": "fid", "fid_samples": 3, "ref": "mine"}
     found = optimize(task, "evolution", options)
     grid = get_schedule(9, 0.002, 80, "logsnr")
@@ -258,21 +258,21 @@ def test_fid_objective_takes_the_least():
     assert seen.count(0) == len(chains) - len(usable)
 
 
-def test_finalists_are_judged_by_fid():
-    task, judged = toy_problem(), []
+def test_finalists_are_compared_by_fid():
+    task, scored = toy_problem(), []
     task.net.decode = lambda x: x
 
-    def make_judge(ref, detector, count):
-        def judge(batches):
-            judged.append(torch.cat(list(batches)))
-            return [7.0, 3.0, 5.0][len(judged) - 1]
+    def make_fid_fn(ref, detector, count):
+        def fid_fn(batches):
+            scored.append(torch.cat(list(batches)))
+            return [7.0, 3.0, 5.0][len(scored) - 1]
 
-        return judge
+        return fid_fn
 
-    task.make_judge = make_judge
+    task.make_fid_fn = make_fid_fn
     options = {**TINY, "finalists": 3, "fid_samples": 4}
     found = optimize(task, "evolution", options)
-    assert len(judged) == 3 and all(len(images) == 4 for images in judged)
+    assert len(scored) == 3 and all(len(images) == 4 for images in scored)
     assert found.sigmas != optimize(toy_problem(), "evolution", TINY).sigmas  # but the second best by distance
 
 
@@ -316,7 +316,7 @@ def test_file(found):
 OF_KILLED = {**TINY, "finalists": 3, "fid_samples": 4, "grid_points": 12}  # 24 candidates
 KILLED = """
 import os, signal, sys
-from test_evolution import OF_KILLED, judged_problem
+from test_evolution import OF_KILLED, fid_problem
 from training.schedule_search import Problem, optimize
 
 save, saved = Problem.save_state, []
@@ -328,14 +328,14 @@ def dying(self, state):
         os.kill(os.getpid(), signal.SIGKILL)
 
 Problem.save_state = dying
-optimize(judged_problem(state_path=sys.argv[1]), "evolution", OF_KILLED)
+optimize(fid_problem(state_path=sys.argv[1]), "evolution", OF_KILLED)
 """
 
 
-def judged_problem(**changes):
+def fid_problem(**changes):
     task = toy_problem(**changes)
     task.net.decode = lambda x: x
-    task.make_judge = lambda *_: lambda batches: sum(float(images.std()) for images in batches)
+    task.make_fid_fn = lambda *_: lambda batches: sum(float(images.std()) for images in batches)
     return task
 
 
@@ -346,8 +346,8 @@ def test_killed_runs_continue(tmp_path, at):
     command = [sys.executable, "-c", KILLED, str(tmp_path / "s"), str(at)]
     killed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert killed.returncode == -9 and [path.name for path in tmp_path.iterdir()] == ["s.0"], killed.stderr
-    whole = optimize(judged_problem(), "evolution", OF_KILLED)
-    again = optimize(judged_problem(state_path=tmp_path / "s"), "evolution", OF_KILLED)
+    whole = optimize(fid_problem(), "evolution", OF_KILLED)
+    again = optimize(fid_problem(state_path=tmp_path / "s"), "evolution", OF_KILLED)
     assert again.sigmas == whole.sigmas
     teacher = 3 * 16 if at < 24 else 0  # its samples are made anew
     assert again.evaluations == whole.evaluations + teacher
@@ -381,9 +381,9 @@ def test_two_processes_find_what_one_finds(tmp_path):
 
 
 def test_fid_of_the_command_line_is_that_of_fid_py():
-    """The judge of images in memory: their features, the reference of the network."""
+    """FID of images in memory: their features, the reference of the network."""
     images = create_model("digits").data_mean[None] + 0.3 * torch.randn(90, 1, 32, 32)
-    value = fid_judge("digits", torch.device("cpu"))("auto", "auto", 90)(iter(images.split(32)))
+    value = fid_functions("digits", torch.device("cpu"))("auto", "auto", 90)(iter(images.split(32)))
     reference = find_reference("digits")
     detector = choose_detector("digits", reference, torch.device("cpu"))
     statistics = FeatureStatistics(64)
@@ -418,11 +418,11 @@ def test_mistakes(tmp_path, arguments, message):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_judge_in_the_library():
+def test_no_fid_in_the_library():
     with pytest.raises(UserError, match="FID is not available here"):
         optimize(toy_problem(), "evolution", {**TINY, "objective": "fid"})
 
 
 def test_own_networks_need_a_reference():
     with pytest.raises(UserError, match="has no reference statistics: give --ref"):
-        fid_judge("custom", torch.device("cpu"))("auto", "auto", 10)
+        fid_functions("custom", torch.device("cpu"))("auto", "auto", 10)

@@ -50,7 +50,7 @@ def row_of(method="full", nfe=3, seed=0, value=2.0, groups=True, part="main"):
 
 def test_a_row_that_spent_other_evaluations_is_not_recorded(tmp_path, rows_at):
     own, key = recorder(tmp_path, rows_at), {"part": "main", "method": "full", "nfe": 3, "seed": 0}
-    with pytest.raises(UserError, match="full, seed 0 stands under 3 evaluations but spent 4"):
+    with pytest.raises(UserError, match="full, seed 0 states 3 evaluations but spent 4"):
         own.once(key, lambda: {"nfe_spent": 4, "fid": 1.0, "fid_left_out": []})
     assert rows_at.read_text() == ""
     own.once(key, lambda: {"nfe_spent": 3, "images": 1000, "fid": 1.0, "fid_left_out": []})

@@ -64,7 +64,7 @@ def test_features_of_ones_own(tmp_path, monkeypatch):
     for text, message in (
         ("features_of_ones_own:nothing", "returned NoneType"),
         ("features_of_ones_own:none", "has no function 'none'"),
-        ("no_such_module_here:f", "cannot import no_such_module_here"),
+        ("no_such_module_here:f", "cannot import the module 'no_such_module_here'"),
     ):
         with pytest.raises(UserError, match=message):
             PairLoss(text, net, 0.2)
@@ -129,17 +129,19 @@ def test_gradient_of_the_distribution_term():
     """With the batch as the queue: the gradient of the energy distance in its all-pairs form."""
     net = ToyNet(torch.float32)
     term = DistributionTerm(net, 0.2, queue=64)
-    term.set_bank([(images(6, 1), {}), (images(6, 2), {})])
-    count = term.bank.shape[1]
-    torch.testing.assert_close(term.bank.mean(0), torch.zeros(count), atol=1e-4, rtol=0)
-    torch.testing.assert_close(term.bank.var(0), torch.full([count], 1 / count), rtol=1e-3, atol=0)  # 1 in all
+    term.set_reference([(images(6, 1), {}), (images(6, 2), {})])
+    count = term.reference_features.shape[1]
+    torch.testing.assert_close(term.reference_features.mean(0), torch.zeros(count), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        term.reference_features.var(0), torch.full([count], 1 / count), rtol=1e-3, atol=0
+    )  # 1 in all
     with pytest.raises(RuntimeError, match="queue"):
-        term(term.bank)
+        term(term.reference_features)
     vectors = term.vectors(images(5, 3) * 1.2, {}).detach().double().requires_grad_()
-    bank = term.bank = term.bank.double()
+    reference = term.reference_features = term.reference_features.double()
     term.push(vectors)
     (found,) = torch.autograd.grad(term(vectors).mean(), vectors)
-    all_pairs = 2 * torch.cdist(vectors, bank).mean() - torch.cdist(vectors, vectors).mean()
+    all_pairs = 2 * torch.cdist(vectors, reference).mean() - torch.cdist(vectors, vectors).mean()
     (expected,) = torch.autograd.grad(all_pairs, vectors)
     torch.testing.assert_close(found, expected)
     assert float(found.norm()) > 0

@@ -242,7 +242,7 @@ def test_shipped_predictors_keep_what_their_records_say(dataset_name):
         images, info = sample(net, latents, predictor=predictor, return_info=True, **settings.arguments())
         distance = (images - reference).square().mean(dim=(1, 2, 3)).sqrt().mean().item()
         assert info.nfe == shipped["nfe"] == int(name.rpartition("-")[2])
-        assert distance == pytest.approx(shipped["distance"], rel=0.35, abs=0.005), name
+        assert distance == pytest.approx(shipped["distance"], rel=0.35, abs=0.008), name
         if name == "cifar10-small-span-3":  # the picture in README is what its command makes
             first = image_grid(to_uint8(images), 8).astype(float)
             assert first.shape[1] == shown.shape[1] and np.abs(first - shown[:32]).mean() < 3

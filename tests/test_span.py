@@ -836,8 +836,8 @@ def test_sample_py(digits, tmp_path):
     again = student.run(net, SeededGenerators([0, 1, 2]).randn((1, 32, 32)))
     torch.testing.assert_close(seeds[0], again.detach(), rtol=0, atol=1e-5)
     for flag, message in (
-        ("--num_steps=9", "brings its own"),
-        ("--afs=True", "brings its own"),
+        ("--num_steps=9", "has its own"),
+        ("--afs=True", "has its own"),
         ("--solver=amed", "own"),
     ):
         assert invoke(cli.main, *flags, "--overwrite=True", flag).exit_code == 2

@@ -208,7 +208,7 @@ def test_every_way_of_writing_and_every_flag_reaches_the_run(tiny, tmp_path):
         (["--dataset_name=digits", "--batch=6", "--batch-gpu=4"], "batch_gpu=4 must divide"),
         (["--dataset_name=digits", "--sigmas=1,2"], "strictly decreasing"),
         (["--dataset_name=digits", "--sigmas=2,1", "--schedule_type=logsnr"], "--sigmas replaces --schedule_type"),
-        (["--dataset_name=digits", "--prompt_path=p.csv"], "no text-to-image network"),
+        (["--dataset_name=digits", "--prompt_path=p.csv"], "not a text-to-image network"),
         (["--dataset_name=digits", "--device=tpu"], "--device=tpu"),
         (["--resume=12"], "no such run"),
     ],

@@ -212,7 +212,7 @@ def test_a_file_that_is_another_network(tmp_path):
         (
             "cifar",
             {},
-            "'cifar' is unknown; use one of digits, .*imagenet64, .*ms_coco, or with --model_path custom for",
+            r"'cifar' is unknown; did you mean cifar10\? Choose from digits, .*imagenet64, .*ms_coco, custom",
         ),
         ("custom", {}, "needs --model_path"),
         ("diffusers", {}, "needs --model_path, the folder or the hub id"),

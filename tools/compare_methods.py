@@ -1,10 +1,10 @@
 """The methods of a comparison: same network, seeds and range of noise levels.
 
 A *method* is a solver with its recommended or published settings (``solvers.recommended``) or with
-the noise levels of schedule files, or a trained predictor. A *job* is a method at one number of evaluations.
-Seeds are split into interleaved groups (seed first + i is in group i mod groups). Results are
-cached per (job, group), so an interrupted comparison resumes where it stopped, and ranks share the
-work. A finished job is one small file; its images are never written.
+the noise levels of schedule files, or a trained predictor. A *job* is a method at one number of
+evaluations. Seeds are split into interleaved groups (seed first + i is in group i mod groups).
+Results are cached per (job, group), so an interrupted comparison resumes where it stopped, and
+ranks share the work. A finished job is one small file; its images are never written.
 
 compare.py is the command line. tools/report.py writes the table and the page.
 """
@@ -172,15 +172,15 @@ def choose_steps(settings: Settings, net, nfe: int) -> tuple[Settings, int]:
 
 
 def settings_at(method: Method, net, nfe: int, tuned: bool) -> tuple[Settings, int]:
-    """(settings of a plain method at ``nfe`` evaluations, or at the nearest number below, what they cost).
+    """(settings of a plain method at ``nfe`` evaluations or the nearest number below, their cost).
 
-    tuned: take the settings that are recommended for the network, else those that are published.
+    tuned: use the settings recommended for the network, else the published ones.
     """
     for number in range(nfe, 0, -1):
         try:
             settings, _ = replace(method.asked, nfe=number).for_network(net, method.written, tuned)
             return settings, settings.evaluations(net)
-        except UserError:  # this solver cannot spend just that
+        except UserError:  # this solver cannot spend exactly this
             continue
     return choose_steps(method.settings, net, nfe)
 

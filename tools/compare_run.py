@@ -76,14 +76,14 @@ class Protocol:
     first, num: the seeds are first .. first + num - 1. All count for the FID.
     groups: number of groups; seed first + i is in group i mod groups.
     num_reference: the distance to the reference solution uses this many of the first seeds.
-    shown: number of seeds whose images the page shows.
+    pictured: number of seeds whose images the page shows.
     """
 
     first: int
     num: int
     groups: int
     num_reference: int
-    shown: int = 0
+    pictured: int = 0
 
     def check(self) -> None:
         if self.num < 2 * self.groups:
@@ -218,7 +218,7 @@ class Comparison:
         self.code = code_version()
         solution, digest = self._recorded(self.reference, None), detector and detector.digest
         self.record = {
-            "seeds": [protocol.first, protocol.num, protocol.groups, protocol.num_reference, protocol.shown],
+            "seeds": [protocol.first, protocol.num, protocol.groups, protocol.num_reference, protocol.pictured],
             "solution": solution if protocol.num_reference else None,
             "detector": digest,
             "target": target and hashlib.sha256(target.mu.tobytes() + target.sigma.tobytes()).hexdigest(),
@@ -334,7 +334,7 @@ class Comparison:
         """Measures one group of a job and stores the results in one file."""
         protocol, seeds = self.protocol, self.protocol.seeds(group)
         near = 0 if job.stochastic else protocol.count(group, protocol.num_reference)
-        shown = protocol.count(group, protocol.shown)
+        pictured = protocol.count(group, protocol.pictured)
         solution = read_arrays(self.solution_file(group)) if near else {}
         solution = {name: torch.from_numpy(values) for name, values in solution.items()}
         statistics = None if self.target is None else FeatureStatistics(self.detector.feature_dim, self.device)
@@ -351,7 +351,7 @@ class Comparison:
                 pixel.append(rms(_visible(result.images[:part]) - solution["images"][done : done + part]))
                 if self.detector is not None:
                     feature.append(rms(features[:part].cpu() - solution["features"][done : done + part]))
-            pictures.append(quantised[: max(shown - done, 0)].numpy())
+            pictures.append(quantised[: max(pictured - done, 0)].numpy())
             seconds += took
             done += len(quantised)
         moments = {} if statistics is None else dict(zip(("mu", "sigma"), statistics.moments(), strict=True))
@@ -440,10 +440,10 @@ class Comparison:
         if not self.protocol.num_reference or not all(file.is_file() for file in files):
             return None
         images = self.protocol.merge([read_arrays(file)["images"] for file in files])
-        return to_uint8(torch.from_numpy(images[: self.protocol.shown]))
+        return to_uint8(torch.from_numpy(images[: self.protocol.pictured]))
 
     def sample_command(self, job: Job) -> str:
-        """The call of sample.py that makes the images of a job; empty if only Python has the network."""
+        """The call of sample.py that makes the images of a job; "" for a network from Python."""
         if isinstance(self.net, WrappedDenoiser) and self.options.compute.model_path is None:
             return ""
         settings = job.settings
@@ -620,7 +620,7 @@ def prepare(options: CompareOptions, device: torch.device, net=None) -> tuple[Co
     if target is not None or options.detector is not None:
         detector = choose_detector(options.detector, target, device, options.trust)
     # As many columns as fit side by side; fewer of large images, which the page embeds.
-    protocol = replace(protocol, shown=min(protocol.num, 16, max(4, 2**16 // net.img_resolution**2)))
+    protocol = replace(protocol, pictured=min(protocol.num, 16, max(4, 2**16 // net.img_resolution**2)))
     comparison = Comparison(net, detector, target, protocol, options, device, prompts)
     jobs = make_jobs(comparison, methods, nfes)
     labels = list(dict.fromkeys(job.method.label for job in jobs))

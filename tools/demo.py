@@ -1,15 +1,15 @@
-"""A first picture in a minute, then the whole pipeline as a user would run it: train -> sample -> FID -> page.
+"""A first picture in a minute; then the whole pipeline: train, sample, FID, page.
 
     python -m tools.demo            # or ./launch.sh demo: about 5 minutes on 2 CPU cores
     python -m tools.demo --full     # both networks, every learned method trained here, 1,000 images
 
-The first picture needs no training: the same seeds by plain solvers and by predictors that come with
-the repository, with three evaluations each. Then every method samples natural images (and, with
---full, digits) with five evaluations, and is judged by Fréchet distance and by the distance to the
-converged solution from the same noise. Solvers have their recommended settings (solvers/recommended.py);
-predictors are trained by train.py or, without --full, partly taken from the repository.
+The first picture needs no training: the same seeds by plain solvers and by shipped predictors, with
+three evaluations each. Then every method samples natural images (and, with --full, digits) with
+five evaluations, scored by Fréchet distance and by the distance to the converged solution from the
+same noise. Solvers have their recommended settings (solvers/recommended.py). Predictors are trained
+by train.py or, without --full, partly taken from the repository.
 
-Writes first.png, table.json, index.html and one figure per network into --outdir.
+Writes first.png, table.json, index.html and one figure per network to --outdir.
 """
 
 if __name__ == "__main__":
@@ -65,7 +65,7 @@ class Scale:
     networks: names of the networks, in order.
     images: images per method.
     reference: seeds with a converged solution.
-    trained: learned methods that are trained here; the others come with the repository.
+    trained: learned methods to train; the others are shipped with the repository.
     """
 
     networks: tuple[str, ...]
@@ -79,7 +79,7 @@ FULL = Scale(("digits", "cifar10-small"), 1000, REFERENCE_SEEDS, frozenset(LEARN
 
 
 def first_picture(path):
-    """The same seeds by plain solvers and by shipped predictors, one row per method, as a picture."""
+    """Draws the same seeds by plain solvers and shipped predictors, one row per method."""
     name = "cifar10-small"
     net = create_model(name)
     latents = draw_noise(net, SeededGenerators(FIRST_SEEDS))
@@ -97,7 +97,7 @@ def first_picture(path):
 
 
 def draw_rows(rows, path, zoom=3):
-    """rows: (method, what it spent, images [N,H,W,C]); one line of images for each, its name at the left."""
+    """Draws a row of images per method. rows: (method, evaluations, images [N,H,W,C])."""
     font, small, label = ImageFont.load_default(30), ImageFont.load_default(24), 330
     height, width = rows[0][2].shape[1] * zoom, rows[0][2].shape[2] * zoom
     gap, count = 6, len(rows[0][2])
@@ -114,7 +114,7 @@ def draw_rows(rows, path, zoom=3):
 
 
 def run(*command, quiet_stdout=True):
-    """Runs one of our scripts and returns the seconds it took; its progress bars go to the screen."""
+    """Runs one of our scripts, with progress bars on the screen. Returns the seconds it took."""
     started = time.perf_counter()
     shown = [str(part) for part in command]
     program = [str(script(Path(shown[0]).stem)), *shown[1:]]
@@ -129,7 +129,7 @@ def flags(settings):
 
 
 def train_all(dataset_name, scale, out, extra):
-    """The learned methods: name -> (what --predictor_path takes, seconds of training or None, command or None)."""
+    """Learned methods: name -> (--predictor_path, seconds of training or None, command or None)."""
     found = {}
     for name, student in LEARNED.items():
         if name not in scale.trained:
@@ -145,7 +145,7 @@ def train_all(dataset_name, scale, out, extra):
 
 
 def sample_all(dataset_name, scale, out, learned, extra):
-    """Samples every method; rows of the table without their scores."""
+    """Samples every method. Returns the rows of the table, without scores."""
     network = {"dataset_name": dataset_name}
     jobs = {
         name: (flags({**network, "solver": solver, "nfe": NFE}), scale.images, None, None)
@@ -170,7 +170,7 @@ def sample_all(dataset_name, scale, out, learned, extra):
 
 
 def score(rows, reference_name):
-    """Adds the Fréchet distance in the features of the network's own classifier and the mean distance to the reference (root mean square over pixels in [-1, 1], first seeds)."""
+    """Adds FID* and mean distance to the reference (root mean square over pixels in [-1, 1])."""
     scaled = {row["method"]: load_array(ImageSource(row["folder"])).astype(np.float32) / 127.5 for row in rows}
     reference = scaled["Reference"]
     for row in rows:
@@ -181,7 +181,7 @@ def score(rows, reference_name):
 
 
 def draw_figure(rows, path, columns=8, zoom=2):
-    """The same seeds for every method, side by side, with its name and scores above."""
+    """Draws the same seeds for every method side by side, with names and scores above."""
     panels = []
     font, small = ImageFont.load_default(28), ImageFont.load_default(24)
     for row in rows:
@@ -252,7 +252,7 @@ in [-1, 1]); lower is better.</li>
 
 
 def write_page(done, facts, first, path):
-    """One self-contained page. done: (name of the network, rows, figure) of each. first: the first picture."""
+    """Writes the page. done: (network, rows, figure) of each. first: the first picture."""
     words = {3: "three"}
     parts = [
         HEAD,
@@ -282,7 +282,7 @@ def write_page(done, facts, first, path):
 
 
 def prepare_folder(out):
-    """An empty folder, or an earlier demo whose products are removed; nothing else is touched."""
+    """Makes an empty folder, or removes the products of an earlier demo from it, and only these."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--outdir={out} is a file; choose a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / MARKER).is_file():
@@ -303,7 +303,7 @@ def prepare_folder(out):
 @click.option("--images", type=click.IntRange(2), help="Per method (default: 500, with --full 1000)")
 @click.option("--amp", type=click.Choice(["none", "bf16"]), default="none", show_default=True)
 def main(outdir, full, only, images, amp):
-    """A first picture, then train, sample, score and picture all methods on the embedded networks."""
+    """A first picture; then trains, samples and scores all methods on the embedded networks."""
     out = Path(outdir).resolve()
     scale = FULL if full else SHORT
     networks = (only,) if only else scale.networks

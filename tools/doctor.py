@@ -144,8 +144,8 @@ def check_devices() -> Iterator[Finding]:
 
 def check_places() -> Iterator[Finding]:
     """Free disk space, and the downloaded files."""
-    from evaluation.detectors import cache_dir
     from models import zoo
+    from torch_utils.remote import cache_dir
 
     for what, folder in (("working directory", Path.cwd()), ("cache", cache_dir())):
         place = next(path for path in (folder, *folder.parents) if path.is_dir())

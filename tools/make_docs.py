@@ -36,6 +36,8 @@ SCRIPTS = {
     "python -m tools.train_classifier": "tools.train_classifier",
     "python -m tools.model_statistics": "tools.model_statistics",
     "python -m tools.demo": "tools.demo",
+    "python -m tools.export": "tools.export",
+    "python -m tools.share": "tools.share",
     "python -m models.zoo": "models.zoo",
     "python -m tools.doctor": "tools.doctor",
 }

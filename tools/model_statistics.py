@@ -1,29 +1,29 @@
 """Estimates the model statistics of the solver dpm_v3 (Zheng et al. 2023, Section 3.1, Appendix C).
 
     python -m tools.model_statistics --dataset_name=digits
-    python sample.py --dataset_name=digits --solver=dpm_v3 --schedule_type=logsnr --num_steps=6
 
-Needs no images: the network is evaluated at states of its own trajectories. Costs five evaluations
-per node and sample; for digits with the defaults, one or two minutes on a CPU core.
+``sample.py --solver=dpm_v3`` then finds them itself. Needs no images: the network is evaluated at
+states of its own trajectories. Costs five evaluations per node and sample; for digits with the
+defaults, one or two minutes on a CPU core.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: the repository root is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if __name__ == "__main__":
     from torch_utils.usage import check_usage
 
     check_usage("tools.model_statistics")
 
 import math
-import sys
 import time
-from pathlib import Path
 
 import click
 import torch
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-if not __package__:  # run as a file: the repository root is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import create_model
 from models.denoiser import member

@@ -190,7 +190,7 @@ class NetworkOptions:
     extra_dims: int = flag("Extra dimensions D of PFGM++; 0 = EDM's Gaussian noise", 0, click.IntRange(0, 1 << 20))
 
     def config(self, given: set[str], init: bool) -> dict:
-        """Arguments of EDMDenoiser; of a network to start from (init), those that the user wrote."""
+        """Arguments of EDMDenoiser. init: only those that the user wrote."""
         config = {
             **ARCHITECTURES[self.arch],
             "model_channels": self.model_channels,
@@ -455,10 +455,10 @@ class DenoiserRun(BaseRun):
         return self._fraction >= 1
 
     def _reserve(self, budget):
-        """Seconds to keep for the last snapshot; its grid gets fewer images if it would take over a tenth of the budget.
+        """Seconds to keep for the last snapshot.
 
-        An image of the grid takes GRID_CALLS calls of the network, and a sample of an iteration about
-        three (forward and backward).
+        Its grid gets fewer images if it would take more than a tenth of the budget. An image of the
+        grid takes GRID_CALLS network calls, and a sample of an iteration about three.
         """
         if not self.options.grid or not self._longest:
             return self._writing

@@ -119,7 +119,7 @@ def _examples(callback) -> list[str]:
     lines = [line[4:] for line in (text or "").splitlines() if line.startswith("    ")]
     commands = re.findall(r"(?:[^\n]*\\\n)*[^\n]+", "\n".join(lines))
     commands = [re.sub(r"\s{2,}#.*", "", command) for command in commands if re.match(r"python|torchrun", command)]
-    return [re.sub(r"\\?\s+", " ", command).strip() for command in commands[:3]]
+    return [re.sub(r"\s*\\?\s+", " ", command).strip() for command in commands[:3]]
 
 
 def _write_examples(formatter, examples: list[str]) -> None:

@@ -107,10 +107,8 @@ class Peers:
 
     def _listen(self, other: int, link: socket.socket) -> None:
         """Thread: receives the messages of another process until it closes the connection."""
-        with (
-            suppress(OSError, ValueError),
-            link.makefile("rb") as lines,
-        ):  # ValueError: incomplete message of a dead process
+        # ValueError: an incomplete message of a dead process.
+        with suppress(OSError, ValueError), link.makefile("rb") as lines:
             for line in lines:
                 self._take(other, json.loads(line))
         if other not in self._gone and not self._closed:
@@ -289,7 +287,7 @@ def _init_process_group(device: torch.device) -> None:
 
 
 def check_own_device(store: dist.Store, own: int, world: int, place: str) -> None:
-    """Raises UserError on every process where two processes have the same device, which NCCL cannot serve.
+    """Raises UserError on every process if two have the same device, which NCCL refuses.
 
     place: names the device of this process among all machines.
     """

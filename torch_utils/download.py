@@ -1,8 +1,9 @@
-"""Files from the web that appear under their name only when they are whole.
+"""Downloads that appear under their name only when they are complete.
 
-A download goes to ``<name>.part`` beside its destination, survives broken connections and interrupted programs (HTTP
-ranges, RFC 9110 section 14), falls back to mirrors, and is renamed after its size and, where known, its SHA-256 were
-checked. Checksums of files can be kept beside them, so that gigabytes are not read again at every start.
+A download goes to ``<name>.part`` beside its destination. It survives broken connections and
+interrupted programs (HTTP ranges, RFC 9110 section 14), falls back to mirrors, and is renamed after
+a check of its size and, if known, its SHA-256. Checksums can be stored beside files, so that
+gigabytes are not read again at every start.
 """
 
 import json
@@ -27,10 +28,10 @@ from torch_utils.locks import locked
 from torch_utils.progress import progress_bar
 from torch_utils.zip_file import BadMember, check_member
 
-_TIMEOUT_S = (15, 60)  # to connect, and between two pieces of data
+_TIMEOUT_S = (15, 60)  # to connect, and between two chunks
 
 
-_ATTEMPTS = 3  # per mirror, in a row without any progress
+_ATTEMPTS = 3  # per mirror, consecutive ones without progress
 
 
 _BACKOFF_S = 1.0  # doubled after each attempt without progress
@@ -39,41 +40,41 @@ _BACKOFF_S = 1.0  # doubled after each attempt without progress
 _SLOW_TO_READ = 1 << 28  # bytes; the checksum of a smaller file takes less than a second
 
 
-_UNANNOUNCED = 1 << 30  # bytes of a reply that does not say how long it is, where the size is not known either
+_UNANNOUNCED = 1 << 30  # bytes of a reply of unknown length, if the size is not known either
 
 
 _RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 class _Refused(Exception):
-    """This mirror will not give the file: go to the next one."""
+    """This mirror does not give the file: try the next one."""
 
 
 class _Broken(Exception):
-    """The transfer broke: another attempt may continue it."""
+    """The transfer failed; another attempt may continue it."""
 
 
 class _Session(requests.Session):
-    """Follows redirects, but never from HTTPS to an unencrypted address."""
+    """Follows redirects, but not from HTTPS to an unencrypted address."""
 
     def get_redirect_target(self, resp):
         target = super().get_redirect_target(resp)
         if target:
-            resp.close()  # requests would read what comes with the redirect, however long that is
+            resp.close()  # requests would read the redirect's body, of any length
             if urlsplit(resp.url).scheme == "https" != urlsplit(urljoin(resp.url, target)).scheme:
                 raise _Refused("it redirects from HTTPS to an unencrypted address")
         return target
 
 
 def record_of(path: Path) -> Path:
-    """Where the checksum of a file is kept: ``<file>.sha256``, in the format of ``sha256sum -c``."""
+    """The file with the checksum of ``path``: ``<path>.sha256``, as for ``sha256sum -c``."""
     return path.with_name(path.name + ".sha256")
 
 
 def recorded_sha256(path: Path) -> tuple[str, bool] | None:
-    """(the SHA-256 kept beside a file, whether size and time of the file are still those noted with it).
+    """(the recorded SHA-256 of a file, whether its size and time are as recorded).
 
-    None where there is no such record. Raises UserError for one that cannot be read.
+    None without a record. Raises UserError for an unreadable record.
     """
     record = record_of(path)
     try:
@@ -92,10 +93,13 @@ def recorded_sha256(path: Path) -> tuple[str, bool] | None:
 
 
 def known_sha256(path: Path, pinned: bool = False) -> str:
-    """SHA-256 of a file, without reading it where the record beside it has its present size and time.
+    """SHA-256 of a file. Not read if the record beside it has its size and time.
 
-    Records are made of files that take long to read, where the folder can be written. pinned: one is made of every
-    file, and the first one counts from then on: UserError for a file that has changed since.
+    path: the file.
+    pinned: record every file, and raise UserError if it changes later. Default False: record only
+        files that take long to read.
+
+    Records need a writable folder.
     """
     path = Path(path)
     known = recorded_sha256(path)
@@ -116,7 +120,7 @@ def known_sha256(path: Path, pinned: bool = False) -> str:
 
 
 def offline() -> bool:
-    """Whether AMED_OFFLINE=1, or the flag --offline, forbids downloads."""
+    """Whether AMED_OFFLINE=1 or the flag --offline forbids downloads."""
     return os.environ.get("AMED_OFFLINE", "") not in ("", "0")
 
 
@@ -127,9 +131,9 @@ def _why_offline() -> str:
 
 @contextmanager
 def no_network(reason: str = "1"):
-    """Inside, here and in child processes, nothing is downloaded; the libraries of the Hugging Face hub are told as well.
+    """Context without downloads, here and in child processes, also for the Hugging Face hub.
 
-    reason: what the variable AMED_OFFLINE is set to; a flag is named to the user where a file is missing.
+    reason: value of AMED_OFFLINE; a flag is named in messages about missing files.
     """
     before = {name: os.environ.get(name) for name in ("AMED_OFFLINE", "HF_HUB_OFFLINE")}
     os.environ |= {"AMED_OFFLINE": reason, "HF_HUB_OFFLINE": "1"}
@@ -151,14 +155,17 @@ def download_file(
     desc: str | None = None,
     hint: str = "pass --model_path",
 ) -> Path:
-    """Makes sure that the file ``dest`` is there and whole, and returns its path.
+    """Makes sure that the file ``dest`` exists and is complete. Returns its path.
 
-    urls: mirrors of one file, tried in order. sha256, size: checked when given, on a file that is already there as well
-    (which is never overwritten). desc: the label of the progress bar. hint: what the user can do other than putting the
-    file at ``dest``. Several processes may ask for one file at the same time: one downloads, the others wait.
+    urls: mirrors of one file, tried in order.
+    dest: the file. An existing one is never overwritten.
+    sha256, size: checked if given, also for an existing file. Default None.
+    desc: label of the progress bar. Default None: the file's name.
+    hint: what the user can do instead of putting the file at ``dest``.
 
-    Raises UserError when no mirror gives the file (or AMED_OFFLINE=1 forbids to ask), when the file that is there is
-    not the expected one, and when ``dest`` cannot be written or the disk is too full.
+    Several processes may ask for one file at the same time: one downloads, the others wait. Raises
+    UserError if no mirror gives the file (or AMED_OFFLINE=1 forbids asking), if an existing file is
+    not the expected one, and if ``dest`` cannot be written.
     """
     dest = Path(dest)
     job = _Job(dest, sha256.lower() if sha256 else None, size, desc or dest.name)
@@ -186,9 +193,12 @@ def download_file(
 def download_member(
     urls: list[str], dest: Path, member: str, desc: str | None = None, hint: str = "pass --model_path"
 ) -> Path:
-    """The same for one file of a zip archive: ``urls`` are the archive's, which is removed once ``dest`` is there.
+    """``download_file`` for one file of a zip archive, which is removed afterwards.
 
-    An archive that lies beside ``dest`` under its own name is used instead of a download.
+    urls: mirrors of the archive. An archive beside ``dest`` is used instead of a download.
+    dest: the file.
+    member: its name in the archive.
+    desc, hint: see ``download_file``.
     """
     dest = Path(dest)
     if dest.exists():
@@ -206,9 +216,10 @@ def download_member(
 
 
 def extract_member(archive: Path, member: str, dest: Path) -> None:
-    """Writes the file that is called ``member`` in a zip archive to ``dest``; nothing else in the archive is looked at.
+    """Writes the file ``member`` of a zip archive to ``dest``, and ignores the others.
 
-    Raises UserError where there is no such file, or more than one, and where it is damaged or does not fit on the disk.
+    Raises UserError if there is not exactly one such file, or if it is damaged or does not fit on
+    the disk.
     """
     again = f"move {archive} away, and it will be downloaded again"
     try:
@@ -250,7 +261,7 @@ def _on_failure(reasons: list[tuple[str, str]], dest: Path, hint: str) -> UserEr
 
 @dataclass
 class _Job:
-    """One file to be fetched; holds the destination's lock while ``fetch`` runs."""
+    """One file to download; holds the lock of its destination while ``fetch`` runs."""
 
     dest: Path
     sha256: str | None
@@ -266,7 +277,7 @@ class _Job:
         return self.dest.with_name(self.dest.name + ".part.json")
 
     def is_done(self) -> bool:
-        """Whether the destination is there. Raises UserError if it is something else than what is expected."""
+        """Whether the destination exists. Raises UserError if it is not the expected file."""
         if not self.dest.exists():
             return False
         problem = None
@@ -284,14 +295,14 @@ class _Job:
         return self.part.stat().st_size if self.part.exists() else 0
 
     def fetch(self, url: str) -> None:
-        """Brings the whole file from one mirror and gives it its name. Raises _Refused or _Broken."""
+        """Downloads the whole file from one mirror and renames it. Raises _Refused or _Broken."""
         idle, furthest, restarted = 0, self.offset(), False
         while True:
             try:
                 resumed = self._transfer(url)
                 if self._finish():
                     return
-                # A part that was continued may be what is wrong: one more try from the start.
+                # A continued part may be wrong, so try once more from the start.
                 if not resumed or restarted:
                     raise _Refused(f"its SHA-256 is not {self.sha256}")
                 restarted = True
@@ -304,7 +315,7 @@ class _Job:
             time.sleep(_BACKOFF_S * 2 ** max(idle - 1, 0))
 
     def _finish(self) -> bool:
-        """Renames the complete part; False (and no part) if its checksum is wrong."""
+        """Renames the complete part. Removes it and returns False if its checksum is wrong."""
         if self.sha256 is not None and sha256_of(self.part) != self.sha256:
             self._forget()
             return False
@@ -317,7 +328,7 @@ class _Job:
         self.meta.unlink(missing_ok=True)
 
     def _resume_headers(self, url: str) -> dict[str, str]:
-        """Range headers to continue the part; none if it is not known to be a piece of the file at ``url``."""
+        """Range headers to continue the part; {} if it may not be a part of the file at ``url``."""
         if not self.offset():
             return {}
         try:
@@ -325,7 +336,8 @@ class _Job:
             same, validator = known["url"] == url, known["validator"]
         except (OSError, ValueError, KeyError, TypeError):
             same, validator = False, None
-        # The checksum would reveal a mixture of two files; without it the server must vouch that its file is the same.
+        # A checksum would reveal a mixture of two files. Without it, the server has to confirm that
+        # its file is the same.
         if not (same and validator) and self.sha256 is None:
             return {}
         headers = {"Range": f"bytes={self.offset()}-"}
@@ -334,7 +346,7 @@ class _Job:
         return headers
 
     def _transfer(self, url: str) -> bool:
-        """One request. Returns, with the part complete, whether it was continued rather than started."""
+        """One request that completes the part. Returns whether it continued an existing part."""
         headers = {"Accept-Encoding": "identity", **self._resume_headers(url)}
         try:
             with _Session() as session, session.get(url, headers=headers, stream=True, timeout=_TIMEOUT_S) as reply:
@@ -348,13 +360,13 @@ class _Job:
                 return start > 0
         except UserError:
             raise
-        except ValueError:  # requests.exceptions.InvalidURL and its like, what urllib raises, numbers in headers
+        except ValueError:  # requests.exceptions.InvalidURL and others, of urllib, and of numbers in headers
             raise _Refused("not a usable address or reply") from None
         except requests.RequestException as exc:
             raise _Broken(_short_reason(exc)) from None
 
     def _check_reply(self, reply) -> tuple[int, int | None]:
-        """(the position of the first byte that the reply carries, the size of the whole file if known)."""
+        """(position of the reply's first byte, size of the whole file or None)."""
         offset = self.offset()
         if reply.status_code == 416:
             if reply.headers.get("Content-Range", "") == f"bytes */{offset}" and self.size in (None, offset):
@@ -383,13 +395,13 @@ class _Job:
         return start, self.size if total is None else total
 
     def _check_space(self, start: int, total: int | None) -> None:
-        if total is not None:  # a part that is started again makes room first
+        if total is not None:  # a part to start again is removed first
             _check_free(self.dest, total - start - (self.offset() if start == 0 else 0))
 
     def _receive(self, reply, url: str, start: int, total: int | None) -> None:
         if start == 0:
             validator = reply.headers.get("ETag", "")
-            if not validator.startswith('"'):  # If-Range takes no weak tags
+            if not validator.startswith('"'):  # If-Range does not accept weak tags
                 validator = reply.headers.get("Last-Modified")
             self._forget()
             self.meta.write_text(json.dumps({"url": url, "validator": validator}), encoding="utf-8")
@@ -423,7 +435,7 @@ class _Job:
 
 
 def _short_reason(exc: requests.RequestException) -> str:
-    """A few words in place of the nested text of a connection error."""
+    """A few words for the nested text of a connection error."""
     text = str(exc)
     if isinstance(exc, requests.Timeout):
         return "timed out"

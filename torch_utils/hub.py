@@ -22,19 +22,22 @@ def import_transformers(purpose: str, extra: str = "text"):
     return transformers
 
 
-def hub_folder(name: str, patterns: Sequence[str], problem: str, remedy: str) -> str:
+def hub_folder(name: str, patterns: Sequence[str], problem: str, remedy: str, revision: str | None = None) -> str:
     """The folder with these files of a repository of the Hugging Face hub, downloaded if needed.
 
     name: the repository.
     patterns: names of the files.
     problem, remedy: parts of the message of the UserError, "problem (reason); remedy".
+    revision: branch, tag or commit. Default: the newest.
 
-    Needs transformers, which includes huggingface_hub. When ``offline``, only its cache is used.
+    When ``offline``, only the cache of the hub is used.
     """
-    from huggingface_hub import snapshot_download
-
     try:
-        return snapshot_download(name, allow_patterns=list(patterns), local_files_only=offline())
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise MissingExtra("huggingface_hub", "hub", "a repository of the Hugging Face hub") from None
+    try:
+        return snapshot_download(name, revision=revision, allow_patterns=list(patterns), local_files_only=offline())
     except (OSError, ValueError) as exc:
         raise UserError(f"{problem} ({first_line(exc)}); {remedy}") from None
 

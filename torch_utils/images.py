@@ -21,7 +21,7 @@ from PIL import Image
 from torch_utils import distributed
 from torch_utils.errors import UserError, parse_json, printable
 from torch_utils.files import atomic_path
-from torch_utils.image_decoding import decode_image, header_channels
+from torch_utils.image_decoding import decode_image, header_channels, open_image
 from torch_utils.image_listing import describe, kind_of, list_folder, list_zip
 from torch_utils.prompts import seed_of
 from torch_utils.zip_file import check_member
@@ -245,6 +245,13 @@ class ImageSource:
         done["RGB with equal channels, made grey"] += 1
         return array[:1]
 
+    def header(self, index: int) -> dict[str, str]:
+        """Format, mode and size of an image, without decoding it."""
+        name = self.names[index]
+        with self._opened(name) as file:
+            image = open_image(file, self._where(name))
+            return {"format": image.format, "mode": image.mode, "size": f"{image.width}x{image.height}"}
+
     def _header_channels(self, name: str) -> int:
         with self._opened(name) as file:
             return header_channels(file, self._where(name))
@@ -276,9 +283,8 @@ class ImageSource:
         except UserError:
             raise
         except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error, struct.error) as exc:
-            raise UserError(
-                f"{self._where(name)}: cannot be read ({str(exc)[:200]})"
-            ) from None  # cut, since it may quote the file
+            # Cut, since the message may quote the file.
+            raise UserError(f"{self._where(name)}: cannot be read ({str(exc)[:200]})") from None
 
     def _read_labels(self) -> tuple[list[int] | None, list[str] | None]:
         if self._label_file is None:

@@ -12,7 +12,7 @@ from torch_utils.errors import UserError
 AUTO = "auto"
 _SIGNS = (
     *("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_cpu.cpp", "std::bad_alloc"),
-    # Libraries of CUDA that allocate on their own; a handle of cuBLAS that cannot be made lacks memory, too.
+    # CUDA libraries with their own allocation; cuBLAS fails to make a handle without memory.
     *("cublas_status_alloc_failed", "cublascreate(", "cudnn_status_alloc_failed", "device_allocation_failed"),
     *("cusolver_status_alloc_failed", "cufft_alloc_failed"),
     "invalid buffer size",  # MPS, for one tensor beyond its limit

@@ -1,19 +1,19 @@
-"""Reading pickled networks without running anything that is in the file.
+"""Reads pickled networks without running anything in the file.
 
-Official EDM networks and the snapshots of the original AMED code are pickles that carry Python source and execute it
-when they are loaded with ``pickle``. Here a file is data only. The unpickler of the standard library (the one in Python)
-builds dicts, lists and numbers. Its instructions that name, call or fill something are replaced: they know a list of
-exact global names, map each to a function of this module, and refuse every other name. Objects come back as inert
-``PersistentObject`` records, from which the caller rebuilds its own classes. Three containers are understood: a plain
-pickle, and both formats of ``torch.save``.
+Official EDM networks and snapshots of the original AMED code are pickles that carry Python source,
+which ``pickle`` would execute. Here a file is data only. The unpickler of the standard library (the
+one in Python) builds dicts, lists and numbers. Its instructions that name, call or fill something
+are replaced: they map a list of exact global names to functions of this module, and refuse all
+others. Objects become inert ``PersistentObject`` records, from which the caller rebuilds its own
+classes. Three containers are supported: a plain pickle, and both formats of ``torch.save``.
 
-PyTorch-Lightning checkpoints hold objects of arbitrary classes beside the weights. For them there is a second mode in
-which an unknown name is not refused but becomes a record of the name, and whatever is made from it an empty or inert
-record: nothing is imported or called in this mode either.
+PyTorch-Lightning checkpoints hold objects of arbitrary classes beside the weights. For them, a
+second mode records an unknown name instead of refusing it, and everything made from it is an empty
+or inert record. This mode, too, imports and calls nothing.
 
-One ``_Budget`` per file bounds what reading may cost: every instruction, every item that is copied, and every byte
-that is unpacked is paid before it is made. (``torch.load(weights_only=True)`` has no such bound, and refuses the
-Lightning checkpoints; the unpickler of the standard library hashes whatever the file names as a key.)
+One ``_Budget`` per file bounds the cost of reading: every instruction, copied item and unpacked
+byte is paid in advance. (``torch.load(weights_only=True)`` has no such bound and refuses Lightning
+checkpoints; the standard unpickler hashes any key that a file names.)
 """
 
 import contextlib
@@ -36,18 +36,18 @@ from torch_utils.zip_file import open_zip, read_member
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first value of a file in the older torch.save format
 _LEGACY_PROTOCOL = 1001
-_MAX_DEPTH = 32  # of nested modules
+_MAX_DEPTH = 32  # nesting of modules
 _MAX_TENSORS = 100_000
 _MAX_NAME = 1000  # characters of the dotted name of a tensor
-_DEEPEST = 200  # plain containers in each other
-_MOST_OBJECTS = 1_000_000  # instructions of a file; a network of 1,000 tensors takes about 40,000
+_DEEPEST = 200  # nesting of plain containers
+_MOST_OBJECTS = 1_000_000  # instructions of a file; a network of 1,000 tensors needs about 40,000
 _PRICE_OF_CONTAINER = 3  # in objects, for a new container
-_PRICE_OF_KEY = 1000  # in objects, for keys whose hashes a file can choose so that they all collide
-_MOST_BITS = 512  # of a whole number; Python refuses to print those of more than 4,300 digits
+_PRICE_OF_KEY = 1000  # in objects, for keys whose hashes a file could make collide
+_MOST_BITS = 512  # of a whole number; Python prints up to 4,300 digits
 
 
 class UnsafePickleError(UserError, pickle.UnpicklingError):
-    """The file asks for something that plain data does not need, or is damaged. Nothing of it has been executed."""
+    """The file needs more than plain data, or is damaged. Nothing in it was executed."""
 
 
 def _require(condition, message: str) -> None:
@@ -56,11 +56,11 @@ def _require(condition, message: str) -> None:
 
 
 class _Budget:
-    """What reading one file may still cost, in objects and in bytes that are unpacked or copied."""
+    """The remaining cost of reading a file, in objects and in unpacked or copied bytes."""
 
     def __init__(self, size: int):
         self.objects = _MOST_OBJECTS
-        self.bytes = 3 * size + (1 << 20)  # storages are copied once, and a tensor may share its storage with another
+        self.bytes = 3 * size + (1 << 20)  # storages are copied once, and tensors may share them
 
     def pay(self, objects: int = 0, size: int = 0, for_keys: bool = False) -> None:
         self.objects -= objects
@@ -70,16 +70,17 @@ class _Budget:
         _require(self.bytes >= 0, "its tensors and texts unpack to far more than the file holds")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What comes out
+# --------------------------------------------------------------------------------------------------
+# Results
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PersistentObject:
-    """An object of the file as inert data: the name of its class and its instance dictionary.
+    """An object of the file as inert data.
 
-    Objects of ``torch_utils.persistence`` have the bare class name ("EDMPrecond"); plain torch modules have the full
-    one ("torch.nn.modules.container.ModuleDict").
+    class_name: name of its class: bare for objects of ``torch_utils.persistence`` ("EDMPrecond"),
+        full for plain torch modules ("torch.nn.modules.container.ModuleDict").
+    state: its instance dictionary.
     """
 
     class_name: str
@@ -90,7 +91,7 @@ class PersistentObject:
 
     @property
     def init_kwargs(self) -> dict:
-        """The keyword arguments the object was constructed with."""
+        """The keyword arguments of the object's constructor."""
         kwargs = self.state.get("_init_kwargs")
         if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
             raise UserError(f"the stored {self.class_name} does not say how it was constructed (_init_kwargs)")
@@ -102,7 +103,7 @@ class PersistentObject:
         return {k: v for k, v in self.state.items() if isinstance(k, str) and not k.startswith("_")}
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Parameters and persistent buffers under their dotted names, as ``torch.nn.Module.state_dict`` gives them."""
+        """Parameters and persistent buffers by dotted name, as ``torch.nn.Module.state_dict``."""
         tensors: dict[str, torch.Tensor] = {}
         try:
             self._collect(tensors, _Budget(0), "", _MAX_DEPTH)
@@ -115,7 +116,7 @@ class PersistentObject:
         part = self.state.get(name)
         if not isinstance(part, dict):
             raise UserError(f"the stored {self.class_name} is not a network: it has no {name}")
-        budget.pay(10 * (1 + len(part)))  # objects can share a dictionary, so that few bytes hold many entries
+        budget.pay(10 * (1 + len(part)))  # objects can share a dictionary, so few bytes can hold many entries
         return [(key, value) for key, value in part.items() if value is not None]
 
     def _collect(self, tensors: dict, budget: _Budget, prefix: str, depth: int) -> None:
@@ -136,7 +137,7 @@ class PersistentObject:
 
 
 def check_sharing(tensors: dict[str, torch.Tensor], whose: str) -> None:
-    """UserError where named tensors have far more elements than memory behind them: copies of them would fill up all."""
+    """Raises UserError if tensors have many more elements than memory: copies would fill it up."""
     named = sum(value.numel() * value.element_size() for value in tensors.values())
     storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in tensors.values()}
     if named > 4 * sum(storages.values()) + (1 << 20):
@@ -145,14 +146,14 @@ def check_sharing(tensors: dict[str, torch.Tensor], whose: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class ForeignName:
-    """A global of the file that this code knows nothing about, as its dotted name."""
+    """An unknown global of the file. name: its dotted name."""
 
     name: str
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What the globals of a file are mapped to. None of these is a function or class that the file could reconfigure: the
-# loop below calls a _Builder and instantiates a _PlainModule itself, and knows no other use of a global.
+# --------------------------------------------------------------------------------------------------
+# Values of the globals of a file. None is a function or class that the file could call: only the
+# machine below calls a _Builder and instantiates a _PlainModule.
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ def _is_text(value, *known: str) -> bool:
 
 
 def _build_persistent(machine, meta=None) -> PersistentObject:
-    """The record of one object; its ``module_src`` (Python source) is dropped unread."""
+    """The record of one object. Its ``module_src`` (Python source) is dropped unread."""
     _require(isinstance(meta, dict) and _is_text(meta.get("type"), "class"), "an object is not a class instance")
     version, name, state = meta.get("version"), meta.get("class_name"), meta.get("state")
     _require(type(version) is int and version == 6, "a persistent object is not of version 6, the only one known")
@@ -215,7 +216,7 @@ def _build_set(machine, items=()) -> set:
 
 
 def _build_bytes(machine, text, encoding) -> bytes:
-    """Bytes as pickle protocol 2 spells them."""
+    """Bytes in the form of pickle protocol 2."""
     _require(_is_text(text) and _is_text(encoding, "latin1"), "bytes are encoded in an unknown way")
     machine.budget.pay(size=len(text))
     return text.encode("latin1")
@@ -234,7 +235,7 @@ def _build_numpy_scalar(machine, kind, data) -> float | int | bool:
 
 
 def _build_tensor(machine, storage, offset, size, stride, *flags) -> torch.Tensor:
-    """A view of the storage, after checking that it lies inside and has no more elements."""
+    """A view of the storage, after checking that it is inside and not larger."""
     _require(isinstance(storage, _Storage), "a tensor has no storage")
     _require(isinstance(size, tuple) and isinstance(stride, tuple), "a tensor has no shape")
     _require(len(size) == len(stride) <= 16, "a tensor's size and stride do not belong together")
@@ -252,9 +253,9 @@ def _build_parameter(machine, data, *flags) -> torch.Tensor:
 
 
 def _build_storage(machine, data) -> _Storage:
-    """A nested storage: a file of the older torch.save of its own, in which nothing but storages may be named."""
+    """A nested storage, which is a file of the older torch.save. It may name only storages."""
     _require(isinstance(data, bytes), "a nested storage is not bytes")
-    machine.budget.pay(size=len(data))  # a file can name one again and again
+    machine.budget.pay(size=len(data))  # a file can name one many times
     storage = _load_legacy(_Source(io.BytesIO(data)), _STORAGE_GLOBALS, machine.budget)
     _require(isinstance(storage, _Storage), "a nested storage holds something else")
     return storage
@@ -273,7 +274,7 @@ _STORAGE_GLOBALS = {
     ("torch", "BoolStorage"): _StorageType(torch.bool),
 }
 
-# What a state dict is made of. In files with foreign objects everything else, numpy included, is foreign.
+# Parts of a state dict. In files with foreign objects all others, also of numpy, are foreign.
 _WEIGHT_GLOBALS = {
     ("collections", "OrderedDict"): _Builder(_build_ordered_dict),
     ("torch._utils", "_rebuild_parameter"): _Builder(_build_parameter),
@@ -309,10 +310,10 @@ _OBJECT_GLOBALS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The instructions
+# --------------------------------------------------------------------------------------------------
+# Instructions
 
-# Those that the unpickler of the standard library carries out as it is.
+# Instructions of the standard unpickler that are used unchanged.
 _PLAIN = (
     *("mark", "stop", "pop", "pop_mark", "dup", "proto", "frame", "none", "false", "true"),
     *("int", "binint", "binint1", "binint2", "long", "long1", "long4", "float", "binfloat"),
@@ -341,11 +342,17 @@ class _Dispatch(dict):
 
 
 class _Machine(pickle._Unpickler):
-    """Builds what one pickle describes: the unpickler of the standard library in Python, less all that could run code.
+    """The unpickler of the standard library, in Python, without everything that could run code.
 
-    allowed: what the names of the file stand for. storage_of: gives the storage that a reference names. foreign: whether
-    an unknown name is a ForeignName instead of an error, and what the file makes from one a PersistentObject. Calls,
-    arguments and items of foreign objects are dropped; a first dictionary of attributes is kept, as data.
+    source: the file.
+    allowed: values of the globals, by (module, name).
+    budget: of the file.
+    storage_of: function from a reference to the storage. Default None.
+    foreign: unknown names become a ForeignName instead of an error, and objects made from them a
+        PersistentObject. Default False.
+
+    Calls, arguments and items of foreign objects are dropped. Their first dictionary of attributes
+    is kept as data.
     """
 
     def __init__(self, source, allowed: dict, budget: _Budget, storage_of=None, foreign: bool = False):
@@ -354,13 +361,14 @@ class _Machine(pickle._Unpickler):
 
     def load_put(self):
         place = int(self.readline()[:-1])
-        _require(0 <= place < 1 << 32, "it remembers values under numbers that no file needs")  # which may collide
+        # Larger numbers may have colliding hashes.
+        _require(0 <= place < 1 << 32, "it remembers values under numbers that no file needs")
         self.memo[place] = self.stack[-1]
 
     # Containers
 
     def check_keys(self, keys) -> None:
-        """Keys are simple, since hashing a deep tuple can exhaust the C stack, and few of them have chosen hashes."""
+        """Allows simple keys only: hashes may collide, and of deep tuples exhaust the stack."""
         for key in keys:
             parts = (key,)
             if self.foreign and type(key) is tuple:
@@ -375,7 +383,7 @@ class _Machine(pickle._Unpickler):
                 self.budget.pay(_PRICE_OF_KEY, for_keys=True)
 
     def _dropped(self) -> bool:
-        """Whether items are for a foreign object, which takes none."""
+        """Whether items are for a foreign object, which drops them."""
         return self.foreign and isinstance(self.stack[-1], PersistentObject)
 
     def _set_items(self, items: list) -> None:
@@ -420,7 +428,7 @@ class _Machine(pickle._Unpickler):
         self.check_keys(items)
         self.append(frozenset(items))
 
-    # Names and what is made from them
+    # Names and objects
 
     def find_class(self, module: str, name: str):
         found = self.allowed.get((module, name))
@@ -432,7 +440,7 @@ class _Machine(pickle._Unpickler):
         return found
 
     def _global_name(self) -> list[str]:
-        """The module and the name that follow as lines of text."""
+        """Module and name, which follow as lines of text."""
         return [self.readline()[:-1].decode("utf-8") for _ in range(2)]
 
     def load_global(self):
@@ -476,7 +484,7 @@ class _Machine(pickle._Unpickler):
             self.budget.pay(3 * len(state))
             target.state.update(state)
         elif isinstance(target, PersistentObject) and self.foreign:
-            pass  # the state of a class with its own idea of one
+            pass  # state of a class with its own format
         elif isinstance(target, _NumpyType):
             good = isinstance(state, tuple) and len(state) > 1 and _is_text(state[1], "<", ">", "|")
             _require(good, "a numpy type has an unknown byte order")
@@ -494,7 +502,7 @@ class _Machine(pickle._Unpickler):
 
 
 def _checked(name: str):
-    """The instruction ``load_<name>`` of _Machine, paid before it is carried out; whole numbers are short after it."""
+    """The instruction ``load_<name>`` of _Machine with its price; limits whole numbers."""
     function, price = getattr(_Machine, f"load_{name}"), 1 + _PRICE_OF_CONTAINER * (name in _CONTAINERS)
 
     def load(machine):
@@ -511,12 +519,12 @@ for _code, _function in pickle._Unpickler.dispatch.items():
         _Machine.dispatch[_code] = _checked(_name)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Containers
 
 
 class _Source:
-    """A seekable binary file that refuses to promise more bytes than it has."""
+    """A seekable binary file that never announces more bytes than it has."""
 
     def __init__(self, file):
         self._file = file
@@ -534,13 +542,13 @@ class _Source:
 
 
 class _Storages:
-    """The storages of a file by their keys: each is made once, by ``make(key, dtype, numel)``."""
+    """The storages of a file by key. Each is made once, by ``make(key, dtype, numel)``."""
 
     def __init__(self, make):
         self.make, self.known = make, {}
 
     def __call__(self, pid) -> _Storage:
-        """The storage that a reference of torch.save names."""
+        """The storage of a reference of torch.save."""
         good = isinstance(pid, tuple) and len(pid) in (5, 6) and _is_text(pid[0], "storage")
         _require(good, "it refers to unknown outside data")
         _, kind, key, _location, numel, *view = pid
@@ -556,9 +564,9 @@ class _Storages:
 
 
 def _load_legacy(source: _Source, allowed: dict, budget: _Budget, magic_read: bool = False, foreign: bool = False):
-    """The older torch.save format: five pickles in a row, then the raw storages.
+    """The older torch.save format: five pickles, then the raw storages.
 
-    Objects may refer only to storages; ``allowed`` applies to every pickle of the stream.
+    Objects may refer only to storages. ``allowed`` applies to every pickle.
     """
     declared = 0
 
@@ -601,8 +609,8 @@ def _fill(flat: torch.Tensor, data: bytes) -> torch.Tensor:
 
 
 def _map_member(mapping: torch.Tensor, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> torch.Tensor:
-    """The bytes of an uncompressed part as a view of the mapped file (uint8); its checksum is right."""
-    with archive.open(info):  # compares the two headers
+    """The bytes of an uncompressed part as a view of the mapped file (uint8), checksum verified."""
+    with archive.open(info):  # checks both headers
         file = archive.fp
     file.seek(info.header_offset)
     header = file.read(30)
@@ -614,9 +622,9 @@ def _map_member(mapping: torch.Tensor, archive: zipfile.ZipFile, info: zipfile.Z
 
 
 def _load_zip(file, allowed: dict, budget: _Budget, foreign: bool = False, mapping: torch.Tensor | None = None):
-    """The zip format of torch.save: the object in ``*/data.pkl``, storages in ``*/data/<key>``, nothing compressed.
+    """The zip format of torch.save: ``*/data.pkl`` with the object, uncompressed ``*/data/<key>``.
 
-    mapping: the mapped file (uint8 [size]), of which the tensors are then views.
+    mapping: the mapped file (uint8 [size]), which the tensors are then views of. Default None.
     """
     with open_zip(file) as archive:
         main = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
@@ -673,27 +681,28 @@ def _load_tolerant(file, path: str | None):
 
 
 def _parts(value) -> tuple | list:
-    """What a container holds, as far as printing it would show."""
+    """The parts of a container that printing it would show."""
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
     return value if isinstance(value, (list, tuple)) else list(value) if isinstance(value, (set, frozenset)) else ()
 
 
 def _of_sane_extent(content):
-    """``content``, unless printing a part of it could take forever: k pairs that each hold the one before twice have 2^k
-    leaves. An error message must be able to quote any value. Nor may plain containers nest deeply, or hold themselves.
+    """Returns ``content`` after checking that printing any part of it takes bounded time.
 
-    Every container is looked at once, whatever the number of references to it.
+    k pairs that each hold the one before twice have 2^k leaves, and error messages must be able to
+    quote any value. Plain containers may not nest deeply or contain themselves. Each container is
+    visited once.
     """
     extents: dict[int, tuple[int, int]] = {}  # of containers: (leaves, depth)
     roots, seen = [content], set()
     while roots:
         root = roots.pop()
-        if isinstance(root, PersistentObject):  # printed by its name alone, so its state is a start of its own
+        if isinstance(root, PersistentObject):  # only its name is printed, so its state is visited separately
             root = root.state
         if id(root) in extents:
             continue
-        path = [[root, iter(_parts(root)), 1, 0]]  # of containers begun: value, parts to come, leaves, depth
+        path = [[root, iter(_parts(root)), 1, 0]]  # open containers: value, remaining parts, leaves, depth
         open_now = {id(root)}
         while path:
             value, parts, leaves, depth = path[-1]
@@ -734,7 +743,7 @@ def _starts_like_zip(file) -> bool:
 
 @contextlib.contextmanager
 def open_binary(path_or_file):
-    """Yields (seekable binary file, name for messages) for a path or an open file; UserError where there is none."""
+    """Yields (seekable binary file, name for messages) of a path or an open file, or UserError."""
     if hasattr(path_or_file, "read"):
         name = str(getattr(path_or_file, "name", "the file"))
         seekable = getattr(path_or_file, "seekable", lambda: False)()
@@ -752,23 +761,25 @@ def open_binary(path_or_file):
 
 
 def safe_load(path_or_file):
-    """The content of a pickle or a ``torch.save`` file as data: dicts, lists, numbers, strings, tensors on the CPU, and
-    ``PersistentObject`` records in place of instances; functions of ``solvers_amed`` come back as their names.
+    """The content of a pickle or ``torch.save`` file as data.
 
-    path_or_file: a path, or a binary file object, read from its current position. Raises UnsafePickleError (a
-    UserError) where the file asks for any other global, which the message names, or is damaged; UserError where it
-    cannot be opened.
+    Returns dicts, lists, numbers, strings, tensors on the CPU, and ``PersistentObject`` records
+    instead of instances. Functions of ``solvers_amed`` are returned as their names.
+
+    path_or_file: a path, or a binary file object, read from its current position.
+
+    Raises UnsafePickleError (a UserError) for a file that needs more than data or is damaged.
     """
     with open_binary(path_or_file) as (file, name), _one_line_errors(name, file):
         return _load(file)
 
 
 def safe_load_checkpoint(path_or_file):
-    """The content of a ``torch.save`` file with objects of unknown classes in it, such as a PyTorch-Lightning checkpoint.
+    """The content of a ``torch.save`` file with objects of unknown classes (PyTorch-Lightning).
 
-    As ``safe_load``, but an unknown global comes back as a ``ForeignName``, and an object made with it as a
-    ``PersistentObject``; neither is looked up, and no argument of theirs is used. Given a path, the tensors of the zip
-    format are views of the memory-mapped file: pages are read when they are used, and changes stay private.
+    As ``safe_load``, but an unknown global becomes a ``ForeignName``, and an object made with it a
+    ``PersistentObject``; neither is imported or called. Given a path, tensors of the zip format are
+    views of the mapped file.
     """
     with open_binary(path_or_file) as (file, name), _one_line_errors(name, file):
         return _load_tolerant(file, None if file is path_or_file else name)
@@ -779,12 +790,12 @@ def _one_line_errors(name: str, file):
     try:
         yield
     except UnsafePickleError as error:
-        if file_kind(file):  # which is no attack
+        if file_kind(file):  # not an attack
             raise UnsafePickleError(
                 f"{name} is not a readable pickle or torch.save file ({explain(file, error)})"
             ) from None
         raise UnsafePickleError(f"{name} was refused, nothing in it was run: {error}") from None
-    except Exception as error:  # whatever a damaged stream provokes in the standard library or in torch
+    except Exception as error:  # a damaged stream may raise anything
         plain = type(error) is ValueError or isinstance(error, zipfile.BadZipFile)
         reason = explain(file, (f"{error}" if plain else f"{type(error).__name__}: {error}")[:200])
         raise UnsafePickleError(f"{name} is not a readable pickle or torch.save file ({reason})") from None

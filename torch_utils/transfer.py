@@ -18,7 +18,7 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 
 def to_pinned(value):
-    """A tensor of a CUDA device in pinned memory of the host, from where it can be copied back without waiting.
+    """A CUDA tensor in pinned memory of the host, to copy it back without waiting.
 
     Anything else stays what it is, but for tensors of other devices, which come to the CPU.
     """

@@ -16,6 +16,7 @@ from solvers.former_names import with_current_names
 from solvers.span_table import CONFIG_KINDS, SpanSolver, current_config
 from torch_utils.errors import UserError, brief
 from torch_utils.kinds import check_kinds
+from torch_utils.remote import fetch, is_remote
 from torch_utils.safe_pickle import PersistentObject, open_binary, safe_load
 from torch_utils.tensor_file import is_safetensors, json_entry, read_safetensors, write_safetensors
 from training.predictor import AMEDPredictor
@@ -160,6 +161,8 @@ def _original_snapshot(content, name: str) -> tuple[dict, dict[str, torch.Tensor
 # --------------------------------------------------------------------------------------------------
 # Finding
 
+# In a repository of the hub, as tools.share, train.py and a pipeline's scheduler write it.
+REMOTE_NAMES = ("predictor.safetensors", "predictor-[0-9]*.safetensors", "*/predictor.safetensors")
 _FILE_NAMES = (r"predictor-(\d+(?:\.\d+)?)\.safetensors", r"network-snapshot-(\d+)\.pkl", r"network-snapshot-(\d+)\.pt")
 
 
@@ -173,9 +176,11 @@ def find_predictor(predictor_path, exps="./exps") -> Path:
     Raises UserError if the name matches nothing, or more than one folder.
     """
     text = str(predictor_path).strip()
+    if is_remote(text):
+        return fetch(text, REMOTE_NAMES)
     exps = Path(exps)
     if not text:
-        raise UserError("predictor_path is empty: give an experiment number, a folder or a file")
+        raise UserError("predictor_path is empty: give an experiment number, a folder, a file, or an address")
     if re.fullmatch(r"[0-9]{1,9}", text):
         numbered = numbered_runs(exps)
         matches = [folder for number, folder in numbered if number == int(text)]
@@ -196,7 +201,7 @@ def find_predictor(predictor_path, exps="./exps") -> Path:
         return _newest(path)
     if not path.is_file():
         raise UserError(
-            f"there is no predictor at {path}; give an experiment number, a folder, a file, or a name that"
+            f"there is no predictor at {path}; give an experiment number, a folder, a file, an address, or a name that"
             " 'python sample.py --list' prints"
         )
     return path
@@ -209,6 +214,8 @@ def shipped_predictors() -> dict[str, Path]:
 
 
 def _newest(folder: Path) -> Path:
+    if (folder / REMOTE_NAMES[0]).is_file():  # shared, or in the folder of a scheduler
+        return folder / REMOTE_NAMES[0]
     found = []
     for path in folder.iterdir():
         for preference, pattern in enumerate(_FILE_NAMES):

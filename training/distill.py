@@ -25,16 +25,16 @@ def distill(
     device: torch.device | str | None = None,
     **options,
 ):
-    """Trains a few-step sampler for a network and returns it: an AMEDPredictor or a SpanSolver, on the CPU.
+    """Trains a few-step sampler for a network: an AMEDPredictor or a SpanSolver, on the CPU.
 
     net: a network of ``models.wrap`` or ``create_model``. It is used as it is and not changed.
-    nfe: network evaluations of the result, with the recommended settings for what is not given.
+    nfe: network evaluations of the result, with recommended settings for all that is not given.
         Default: None, the number of num_steps.
     outdir: folder for the run, in which train.py --resume can continue it. Default: None, nothing
         is kept but the result.
     device: where to train. Default: where net is.
-    options: those of train.py by their names, for example sampler_stu, num_steps, total_kimg, batch,
-        seed. Default: sampler_stu="span", and the defaults of train.py.
+    options: those of train.py by their names, for example sampler_stu, num_steps, total_kimg,
+        batch, seed. Default: sampler_stu="span", and the defaults of train.py.
 
     Raises UserError for options that do not go together or that the network cannot have.
     """
@@ -42,7 +42,7 @@ def distill(
         raise UserError(f"distill: wrap the network first: models.wrap(net, ...), not {type(net).__name__}")
     wrong = sorted(options.keys() & _OF_THE_NETWORK)
     if wrong:
-        raise UserError(f"distill: {wrong[0]} is a matter of the network, which is used as it is; leave it out")
+        raise UserError(f"distill: {wrong[0]} belongs to the network, which is used as it is; leave it out")
     if device is None:
         device = next(net.parameters(), torch.empty(0)).device
     known = {"objective"}.union(*(flags_of(kind) for kind in OBJECTIVES.values()))

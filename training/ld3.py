@@ -1,15 +1,17 @@
-"""LD3: the time schedule by gradient descent through the sampler.
+"""LD3: optimises the time schedule by gradient descent through the sampler.
 
-Tong et al. 2024, "Learning to Discretize Denoising Diffusion ODEs". A student, the solver with the few steps that are
-wanted, starts from the noise of a teacher with many and should end at the teacher's image. What is learned are the noise
-levels and, apart from them, what the network is told at each ("decoupled"). A student need not reach the very image of
-its noise, only one of a noise within a small ball around it: the starting points are learned along ("soft" objective).
+Tong et al. 2024, "Learning to Discretize Denoising Diffusion ODEs". A student (the solver with few
+steps) starts from the noise of a teacher with many steps, and should reach the teacher's image. The
+noise levels are learned, and separately the noise levels that the network is conditioned on
+("decoupled"). The student may start from any noise within a small ball around the teacher's; these
+starting points are learned, too ("soft" objective).
 
-Other than in the published code: a decoupled level is bounded by the gaps beside it, not by the smallest gap of all
-(which the code takes from the logits, where it is zero at first); steps of the starting points have a given length
-instead of a learning rate in units of the loss; the loss is divided by its first value, so that learning rates and the
-clipping of gradients mean the same for every kind of loss; batches are larger, and the start is the best of the common
-schedules or one from a file, as equal gaps in ln sigma are a bad one for few steps.
+Differences from the published code: a decoupled level is bounded by its neighbouring gaps, not by
+the smallest gap of all (which the code takes from the logits, where it is zero at first). Steps of
+the starting points have a fixed length, not a learning rate in units of the loss. The loss is
+divided by its first value, so that learning rates and gradient clipping mean the same for every
+loss. Batches are larger. The start is the best of the common schedules or one from a file, since
+equal gaps in ln sigma are poor for few steps.
 """
 
 import copy
@@ -31,50 +33,55 @@ from torch_utils.errors import UserError
 from training.sample_loss import TERM_NAMES, PairLoss, parse_loss
 from training.trainer import BaseRun, BaseTrainer, NotFinite, loss_scale_of
 
-INITIAL = {"polynomial": 7, "time_uniform": 1, "logsnr": 1, "discrete": 1}  # schedule_type: its usual schedule_rho
+INITIAL = {"polynomial": 7, "time_uniform": 1, "logsnr": 1, "discrete": 1}  # schedule_type: usual schedule_rho
 SUMMARY = "LD3: gradient descent through the sampler; needs a differentiable solver"
 OPTIONS = {
     "solver_tea": Option(str, "unipc", "solver of the teacher"),
     "num_steps_tea": Option(int, 21, "points of the teacher's grid"),
     "schedule_type": Option(tuple(SCHEDULES), "polynomial", "the teacher's grid"),
-    "schedule_rho": Option(float, 7.0, "its exponent"),
+    "schedule_rho": Option(float, 7.0, "exponent of the teacher's grid"),
     "init": Option(
         str, "auto", f"where to start: {', '.join(INITIAL)}, a schedule file, or auto, the best of the names"
     ),
-    "mode": Option(("lambda", "time"), "lambda", "what the gaps are measured in: -ln sigma or the time of the VP SDE"),
+    "mode": Option(("lambda", "time"), "lambda", "coordinate of the gaps: -ln sigma, or the time of the VP SDE"),
     "loss": Option(str, "features", f"distance to the teacher: weighted sum of {TERM_NAMES}"),
     "feature_sigma": Option(
-        float, None, "noise level at which features of the denoiser are compared, 0.1 if it knows that"
+        float, None, "noise level of the denoiser when features are compared; None: 0.1, or the nearest it supports"
     ),
-    "num_train": Option(int, 256, "pairs of noise and image to learn from"),
-    "num_valid": Option(int, 64, "pairs to choose the result by"),
+    "num_train": Option(int, 256, "teacher pairs for training"),
+    "num_valid": Option(int, 64, "teacher pairs for validation"),
     "update_batch": Option(int, 32, "pairs per update, over all processes; --batch is per network call"),
     "rounds": Option(int, 15, "passes over the pairs"),
-    "rounds_grid": Option(int, 4, "passes before what the network is told is learned apart"),
+    "rounds_grid": Option(int, 4, "passes before the decoupled noise levels (sigmas_cond) are learned"),
     "valid_every": Option(int, 4, "updates between two validations"),
     "patience": Option(int, 5, "validations without progress until the learning rates fall by a fifth"),
     "lr": Option(float, 5e-3, "learning rate of the gaps (RMSprop)"),
-    "lr_net": Option(float, 1.0, "that of the decoupled levels (SGD), divided by the number of intervals"),
-    "win_rate": Option(float, 0.5, "how far they may go, in units of the next gap; 0: they are the noise levels"),
-    "radius": Option(float, 1e-3, "of the ball of starting points, times C H W / intervals^2; 0: the noise itself"),
-    "checkpointing": Option(bool, True, "compute activations twice instead of keeping them"),
+    "lr_net": Option(float, 1.0, "learning rate of the decoupled levels (SGD), divided by the number of intervals"),
+    "win_rate": Option(float, 0.5, "bound of the decoupled levels, in units of the next gap; 0: not decoupled"),
+    "radius": Option(
+        float, 1e-3, "radius of the ball of starting points, times C H W / intervals^2; 0: the noise itself"
+    ),
+    "checkpointing": Option(bool, True, "compute activations twice instead of storing them"),
 }
 SMALLEST_GAP = 1e-3  # of the mean gap
 MOMENTUM, LARGEST_GRADIENT, DECAY = 0.9, 1.0, 0.8
-PROGRESS = 1e-6  # share by which a loss has to fall; less is rounding
-RELAXATION = 0.5  # length of a step of the starting points, of the ball's radius
+PROGRESS = 1e-6  # smallest relative decrease of a loss that counts
+RELAXATION = 0.5  # length of a step of the starting points, relative to the radius
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is learned
+# --------------------------------------------------------------------------------------------------
+# Parameters
 
 
 class Grid:
-    """A schedule with parameters u [N - 1], the logits of the gaps, and v [N - 2] in -1 .. 1, the decoupled levels.
+    """A schedule with parameters u [N - 1], logits of the gaps, and v [N - 2], decoupled levels.
 
-    initial: the noise levels [N] to start at, float64, N > 2; initial_net: what the network is told there. mode: gaps in
-    lambda = -ln sigma, or in the time of the variance-preserving SDE. win_rate: the decoupled levels stay within this
-    share of the smaller gap beside them. Whatever u, the levels descend between the same ends.
+    initial: initial noise levels [N], float64, N > 2.
+    mode: "lambda": gaps in -ln sigma. "time": gaps in the time of the variance-preserving SDE.
+    win_rate: bound of the decoupled levels, relative to the smaller neighbouring gap. Default 0.5.
+    initial_net: initial noise levels that the network is conditioned on. Default None: as initial.
+
+    v is in -1 .. 1. For any u, the levels descend between the same ends.
     """
 
     def __init__(self, initial: torch.Tensor, mode: str = "lambda", win_rate: float = 0.5, initial_net=None):
@@ -98,7 +105,7 @@ class Grid:
         return self._pinned(inner), self._pinned(inner + self._room(gaps.detach()) * self.v)
 
     def project(self) -> None:
-        """Puts v back into its bounds."""
+        """Clips v to its bounds."""
         self.v.data.clamp_(-1, 1)
 
     def _room(self, gaps):
@@ -109,13 +116,19 @@ class Grid:
         return torch.cat([self.ends[:1], sigmas, self.ends[1:]])
 
     def _coordinate(self, sigmas):
-        """Grows from noise to image."""
+        """The coordinate of the gaps, which grows from noise to image."""
         return -(sigmas.log() if self._curve is None else self._curve.sigma_inv(sigmas))
 
 
 @dataclass
 class Pairs:
-    """Samples of one network call: noise [B,C,H,W], where the student starts instead, the teacher's images."""
+    """Samples of one network call.
+
+    latents: noise [B,C,H,W].
+    cond: keyword arguments of the network.
+    targets: the teacher's images [B,C,H,W]. Default None.
+    relaxed: the student's starting points [B,C,H,W]. Default None.
+    """
 
     latents: torch.Tensor
     cond: Mapping
@@ -123,13 +136,15 @@ class Pairs:
     relaxed: torch.Tensor | None = None
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Which solvers have gradients
+# --------------------------------------------------------------------------------------------------
+# Check of the gradients
 
 
 class Probe(torch.nn.Module):
-    """The denoiser of Gaussian data with independent pixels, in closed form. Samples are well within -1 .. 1, where
-    thresholding does nothing."""
+    """The denoiser of Gaussian data with independent pixels, in closed form.
+
+    Samples are well within -1 .. 1, so thresholding has no effect.
+    """
 
     img_channels, img_resolution, label_dim = 1, 4, 0
 
@@ -144,8 +159,10 @@ class Probe(torch.nn.Module):
 
 
 def check_gradients(problem, sigmas: torch.Tensor) -> None:
-    """UserError for a solver through which no gradients flow to the noise levels, or wrong ones: they are compared with
-    differences on ``Probe``, where that costs nothing."""
+    """Raises UserError for a solver without correct gradients to the noise levels.
+
+    They are compared with finite differences on ``Probe``.
+    """
     wrong = f"ld3 needs gradients to the noise levels, and the solver '{problem.solver}' "
     solver = problem.make_solver()
     if solver.stochastic:
@@ -178,15 +195,18 @@ def check_gradients(problem, sigmas: torch.Tensor) -> None:
         raise UserError(wrong + "gives wrong ones: choose another one")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The optimisation
+# --------------------------------------------------------------------------------------------------
+# Optimisation
 
 
 class Trainer(BaseTrainer):
-    """One run of LD3 on a ``Problem`` (training/schedule_search.py). Every process has its own pairs and the same parameters.
+    """The trainer of LD3 on a ``Problem``. Processes have different pairs and equal parameters.
 
-    options: those of ``OPTIONS``. One iteration is one update. Attributes: ``grid``; ``best``, the levels with the least
-    validation loss and that loss; ``first``, the validation loss of the start.
+    problem: see training/schedule_search.py.
+    options: those of ``OPTIONS``.
+
+    One iteration is one update. Attributes: ``grid``; ``best``, the levels with the least
+    validation loss, and this loss; ``first``, the validation loss of the start.
     """
 
     kept = {"updates": "iteration"} | {name: name for name in ("stale", "recomputed", "first", "best")}
@@ -207,8 +227,10 @@ class Trainer(BaseTrainer):
     # Pairs.
 
     def deal(self) -> None:
-        """Noise and conditions of this process's pairs: batches of training pairs and the validation pairs, each as a
-        list of network calls. Which process has a pair does not change."""
+        """Draws the pairs of this process: batches of training pairs, and the validation pairs.
+
+        Both are lists of network calls. The pairs do not depend on the number of processes.
+        """
         train, valid, batch = (self.options.num_train, self.options.num_valid, self.options.update_batch)
         seeds = [seed for part in self.problem.batches(train + valid) for seed in part]
         starts = range(0, train, batch)
@@ -236,7 +258,7 @@ class Trainer(BaseTrainer):
         return [pairs for batch in (*self.train, self.valid) for pairs in batch]
 
     def run_teacher(self) -> None:
-        """Makes the teacher's images."""
+        """Computes the teacher's images."""
         options, problem = self.options, self.problem
         grid = (options.num_steps_tea, options.schedule_type, options.schedule_rho)
         settings = problem.teacher(options.solver_tea, *grid)
@@ -263,14 +285,14 @@ class Trainer(BaseTrainer):
             return_info=True,
             **problem.options,
         )
-        if samples.requires_grad and self.options.checkpointing:  # repetitions end early, uncounted by hooks
+        if samples.requires_grad and self.options.checkpointing:  # hooks do not count recomputed calls
             self.recomputed += info.nfe * len(x)
             problem.evaluations += info.nfe * len(x)
         return self.distance(samples, pairs.targets, pairs.cond)
 
     @torch.no_grad()
     def validate(self, sigmas, sigma_cond) -> float:
-        """The mean loss of the validation pairs from where they start now."""
+        """The mean loss of the validation pairs from their current starting points."""
         total = torch.zeros(1, dtype=torch.float64)
         with distributed.together():
             for pairs in self.valid:
@@ -278,7 +300,10 @@ class Trainer(BaseTrainer):
         return float(self._summed(total)) / self.options.num_valid
 
     def gradients(self, pairs: Pairs, sigmas, sigma_cond) -> tuple[torch.Tensor, torch.Tensor]:
-        """(losses [B], gradients of their sum to sigmas and told [2,N]); moves the starting points of the pairs."""
+        """(losses [B], gradients [2,N] of their sum to sigmas and sigmas_cond).
+
+        Also moves the starting points of the pairs.
+        """
         levels = [sigmas, sigma_cond if sigma_cond is None else sigma_cond.detach().requires_grad_(True)]
         levels[0] = sigmas.detach().requires_grad_(True)
         x = pairs.relaxed.detach().requires_grad_(self.radius > 0)
@@ -296,7 +321,7 @@ class Trainer(BaseTrainer):
 
     @torch.no_grad()
     def relax(self, pairs: Pairs, gradient, losses, sigmas, sigma_cond) -> None:
-        """One step of projected gradient descent of the starting points, kept where the loss falls."""
+        """One step of projected gradient descent of the starting points, kept if the loss falls."""
 
         def lengths(value):
             return value.flatten(1).norm(dim=1).reshape(-1, 1, 1, 1)
@@ -308,7 +333,7 @@ class Trainer(BaseTrainer):
         pairs.relaxed = torch.where(better.reshape(-1, 1, 1, 1), candidate, pairs.relaxed)
 
     def _summed(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes; NotFinite on all of them where it is no number."""
+        """The sum over all processes. Raises NotFinite on all if it is not finite."""
         values = distributed.all_reduce_sum(values)
         if not values.isfinite().all():
             raise NotFinite
@@ -317,7 +342,7 @@ class Trainer(BaseTrainer):
     # Steps.
 
     def start(self) -> None:
-        """The grid to start from, judged by the validation pairs."""
+        """Chooses the initial grid by the validation pairs."""
         candidates = initial_schedules(self.problem, self.options.init)
         measured = []
         for sigmas, sigma_cond in candidates:
@@ -328,7 +353,7 @@ class Trainer(BaseTrainer):
         self.first = min(measured)
         if not 0 < self.first < math.inf:
             raise UserError(
-                f"the loss at the start is {self.first}: the network, its teacher or the schedule to start from broke down"
+                f"the loss at the start is {self.first}: check the network, the teacher and the initial schedule"
             )
         sigmas, sigma_cond = candidates[measured.index(self.first)]
         self.best = {"loss": self.first, "sigmas": sigmas, "told": sigma_cond, "updates": 0}
@@ -341,7 +366,7 @@ class Trainer(BaseTrainer):
         return [torch.optim.RMSprop([self.grid.u], lr, momentum=MOMENTUM), torch.optim.SGD([self.grid.v], lr_net)]
 
     def levels(self):
-        """The current (sigmas, sigmas_cond), the latter None where it is the same."""
+        """The current (sigmas, sigmas_cond); the latter is None if equal."""
         sigmas, sigma_cond = self.grid.levels()
         return sigmas, sigma_cond if self.decoupled or self.grid.v.any() else None
 
@@ -351,7 +376,7 @@ class Trainer(BaseTrainer):
         return self.options.win_rate > 0 and self.round >= self.options.rounds_grid
 
     def update(self, index: int) -> None:
-        """A step of the parameters on one batch of training pairs."""
+        """One step of the parameters on a batch of training pairs."""
         sigmas, sigma_cond = self.levels()
         total = torch.zeros(2 * len(sigmas), dtype=torch.float64)
         with distributed.together():
@@ -370,7 +395,7 @@ class Trainer(BaseTrainer):
 
     @torch.no_grad()
     def validate_grid(self) -> float:
-        """Validates the current grid: keeps it if it is the best, else sometimes lowers the learning rates."""
+        """Validates the current grid. Keeps it if it is the best, else may lower the rates."""
         sigmas, sigma_cond = self.levels()
         loss = self.validate(sigmas, sigma_cond)
         if loss < self.best["loss"] * (1 - PROGRESS):
@@ -385,7 +410,7 @@ class Trainer(BaseTrainer):
         return loss
 
     def relax_validation(self) -> None:
-        """Moves the starting points of the validation pairs, once for a whole round in which losses are compared."""
+        """Moves the starting points of the validation pairs, once per round."""
         sigmas, sigma_cond = self.levels()
         with distributed.together():
             for pairs in self.valid:
@@ -393,7 +418,7 @@ class Trainer(BaseTrainer):
         self.best["loss"] = self.validate(self.best["sigmas"], self.best["told"])
 
     def iterate(self) -> float | None:
-        """One update; returns the validation loss after it, where that is due."""
+        """One update. Returns the validation loss after it, if due."""
         order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.round))
         place = self.iteration % len(self.train)
         if place == 0 and self.radius:
@@ -432,7 +457,7 @@ class LD3Run(BaseRun):
         self.problem = trainer.problem
 
     def run(self) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(sigmas, sigmas_cond or None), the best ones found."""
+        """The best (sigmas, sigmas_cond or None) found."""
         trainer = self.trainer
         trainer.deal()
         with distributed.together():
@@ -447,7 +472,7 @@ class LD3Run(BaseRun):
         best = trainer.best
         distributed.print0(
             f"ld3: validation loss {best['loss']:.4g} after {best['updates']} of {trainer.iteration} updates"
-            f" (at the start {trainer.first:.4g}); {trainer.recomputed} evaluations by this process were repetitions for"
+            f" (at the start {trainer.first:.4g}); {trainer.recomputed} evaluations of this process were recomputed for"
             " gradients"
         )
         return best["sigmas"], best["told"]
@@ -471,7 +496,7 @@ class LD3Run(BaseRun):
         return "; repeat the command to continue"
 
     def on_failure(self, error: NotFinite) -> None:
-        """UserError if nothing better than the start is known yet; else the best schedule is the result."""
+        """Raises UserError if nothing beats the start; else the best schedule is the result."""
         updates = self.trainer.iteration
         if not self.trainer.best["updates"]:
             self.problem.drop_state()
@@ -485,7 +510,7 @@ class LD3Run(BaseRun):
             file=sys.stderr,
         )
 
-    # Processes save after the same update, but some may be killed before they do: each keeps two states.
+    # Processes save after the same update, but one may be killed before: each keeps two states.
 
     def save(self) -> None:
         now = self.trainer.state()
@@ -496,7 +521,7 @@ class LD3Run(BaseRun):
         self.before = now
 
     def restore(self, state: dict | None) -> bool:
-        """Continues from a state; False where this or another process has none."""
+        """Continues from a state. False if this or another process has none."""
         updates = distributed.gather_objects(None if state is None else state["snapshots"][-1]["updates"])
         if None in updates:
             return False
@@ -511,7 +536,7 @@ class LD3Run(BaseRun):
 
 
 def initial_schedules(problem, init: str) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """The (sigmas, sigmas_cond or None) to start from, with the problem's ends: one, or those of which ``auto`` chooses."""
+    """The candidates (sigmas, sigmas_cond or None) to start from, with the ends of the problem."""
 
     def pinned(sigmas, sigma_cond=None):
         sigmas = torch.as_tensor(sigmas, dtype=torch.float64).cpu().clone()
@@ -537,10 +562,10 @@ def initial_schedules(problem, init: str) -> list[tuple[torch.Tensor, torch.Tens
 
 
 def check_options(problem, options: SimpleNamespace) -> None:
-    """UserError where the settings are impossible, before anything is computed."""
+    """Raises UserError for impossible settings, before anything is computed."""
     check_teacher(options.solver_tea)
     if problem.num_steps < 3:
-        raise UserError("ld3 needs num_steps of at least 3: with 2 there is nothing between the ends")
+        raise UserError("ld3 needs num_steps of at least 3, to have a noise level between the ends")
     for name in ("num_train", "num_valid", "update_batch", "rounds", "valid_every", "patience"):
         if (value := getattr(options, name)) < 1:
             raise UserError(f"{name}={value} must be at least 1")
@@ -561,10 +586,14 @@ def check_options(problem, options: SimpleNamespace) -> None:
 
 
 def ld3_schedule(problem, **options) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(sigmas, sigmas_cond or None) for a ``Problem``, float64 [num_steps]; options: all of ``OPTIONS``.
+    """(sigmas, sigmas_cond or None) for a ``Problem``, float64 [num_steps].
 
-    The ends are those of the problem; the validation loss is never above that of the start. Raises UserError on
-    impossible settings, on solvers without gradients, and where losses are not finite before anything better was found.
+    problem: network, solver and number of steps.
+    options: all of ``OPTIONS``.
+
+    The ends are those of the problem. The validation loss is never above that of the start. Raises
+    UserError on impossible settings, on solvers without gradients, and if losses are not finite
+    before anything better was found.
     """
     check_options(problem, SimpleNamespace(**options))
     return LD3Run(Trainer(problem, options)).run()

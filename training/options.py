@@ -42,8 +42,8 @@ class RunOptions:
         "Network: digits, cifar10, ffhq, ... ('python -m models.zoo list')", REQUIRED, zoo.NAMES, required=False
     )
     model_path: str | None = flag(
-        "File of the network (default: embedded or downloaded); diffusers: a folder or hub id; custom: also"
-        " MODULE:FUNCTION of your own code, which is run",
+        "File of the network, https address or hf:owner/name (default: embedded or downloaded); diffusers: a folder or"
+        " hub id; custom: also MODULE:FUNCTION of your own code, which is run",
         kind=PATH,
         changeable=True,
         metavar="FILE",

@@ -145,5 +145,5 @@ class AMEDPredictor(nn.Module):
 
     def evaluations(self) -> int:
         """Network calls of one trajectory with these settings (guidance may double their cost)."""
-        stamps = len(self.config["sigmas"]) if self.config["sigmas"] else self.config["num_steps"]
-        return 2 * (stamps - 1) - (1 if self.config["afs"] else 0)
+        steps = len(self.config["sigmas"]) if self.config["sigmas"] else self.config["num_steps"]
+        return 2 * (steps - 1) - (1 if self.config["afs"] else 0)

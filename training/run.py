@@ -1,4 +1,4 @@
-"""A training run, whatever it trains: its iterations, what they write, and how it is interrupted and continued."""
+"""A distillation run: iterations, output, folder, and how it is interrupted and resumed."""
 
 import copy
 import datetime
@@ -25,6 +25,7 @@ from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom, is_out_of_memory, release_memory
 from torch_utils.progress import progress_bar
 from torch_utils.prompts import read_prompts
+from torch_utils.remote import is_remote
 from torch_utils.version import code_version
 from training.options import RunOptions
 from training.run_folder import (
@@ -40,11 +41,11 @@ from training.trainer import BaseRun, BaseTrainer, NotFinite
 class Run(BaseRun):
     """A distillation in its folder.
 
-    Subclasses name the ``columns`` of the trainer's statistics [rows, columns], and say what is
-    saved and what is shown.
+    Subclasses name the ``columns`` of the trainer's statistics [rows, columns], and define what is
+    saved and printed.
 
     trainer: its ``evaluations`` is the NFE of the student.
-    provenance: where the result comes from, for its file and the recorded options.
+    provenance: origin of the result, for its file and the recorded options.
     """
 
     columns: tuple[str, ...]
@@ -58,15 +59,15 @@ class Run(BaseRun):
         self._smoothed: torch.Tensor | None = None
 
     def save_result(self, progress: dict) -> None:
-        """Writes what has been trained so far to ``result_path``; progress: kimg, iteration and date."""
+        """Writes the current result to ``result_path``. progress: kimg, iteration and date."""
         raise NotImplementedError
 
     def progress_text(self, latest: torch.Tensor) -> str:
-        """The text of the progress bar for smoothed statistics."""
+        """Text for the progress bar. latest: smoothed statistics."""
         raise NotImplementedError
 
     def describe(self, net) -> list[str]:
-        """What is going to be trained, in a few lines."""
+        """A few lines about the training."""
         raise NotImplementedError
 
     @property
@@ -75,13 +76,15 @@ class Run(BaseRun):
         return self.folder / f"predictor-{self.nimg // 1000:06d}{below}.safetensors"
 
     def train(self, net, resume: bool, notes: Sequence[str] = ()) -> Path:
-        """Records the options, describes the run and trains to the end; returns the result's file.
+        """Records the options, describes the run and trains to the end. Returns the result's file.
 
-        resume: whether a run is continued. notes: further lines for the log. Default: none.
+        net: the network.
+        resume: the run is resumed.
+        notes: further lines for the log. Default ().
 
-        Raises what ``loop`` does, and UserError if the device's memory does not suffice.
+        Raises the exceptions of ``loop``, and UserError if the device is out of memory.
         """
-        if resume:  # files that a kill left, lines beyond the newest state
+        if resume:  # remove files of a killed run, and log lines beyond the newest state
             on_main(remove_leftovers, self.folder)
             on_main(self.log.rewind, "iteration", self.trainer.iteration)
         where = {"device": str(self.trainer.device), "processes": distributed.world_size(), "date": date()}
@@ -116,7 +119,7 @@ class Run(BaseRun):
 
     def after_iteration(self, stopping: bool) -> None:
         done = stopping or self.finished()
-        # Ticks are places in the stream of samples, so a continued run has them where an unbroken one would.
+        # Ticks depend on the number of samples only, so they are the same in a resumed run.
         before, now = ((self.nimg - back) // (self.options.tick * 1000) for back in (self.options.batch, 0))
         if not done and now == before:
             return
@@ -145,7 +148,7 @@ class Run(BaseRun):
         self._collected, self._tick_start = [], now
 
     def save_state(self) -> None:
-        """Keeps everything that continuing needs, unless the newest state on disk is of this iteration."""
+        """Saves the state for resuming, unless the newest state is of this iteration."""
         if self._saved_at == self.trainer.iteration:
             return
         more = {
@@ -180,7 +183,7 @@ class Run(BaseRun):
 
 
 def iterations_of(options: RunOptions) -> int:
-    """Iterations of a whole run."""
+    """Number of iterations of a whole run."""
     return max(1, math.ceil(options.total_kimg * 1000 / options.batch - 1e-9))
 
 
@@ -193,10 +196,10 @@ def date() -> str:
 
 
 def provenance_of(net, options: RunOptions, names: tuple[str, ...]) -> dict:
-    """Where a product comes from: network, code, and the options ``names``."""
+    """Origin of a result: network, code, and the options ``names``."""
     return {
         "dataset_name": options.dataset_name,
-        "network": Path(net.source_path).name,
+        "network": net.source_path if is_remote(net.source_path) else Path(net.source_path).name,
         "network_hash": net.weights_hash,
         **({"prompts_sha256": sha256_of(options.prompt_path)} if options.prompt_path is not None else {}),
         "code_version": code_version(),
@@ -207,7 +210,7 @@ def provenance_of(net, options: RunOptions, names: tuple[str, ...]) -> dict:
 
 @contextmanager
 def working_folder(options: RunOptions, net, run_dir, resume: bool = False) -> Iterator[Path]:
-    """The folder of a run, new unless ``resume``; nobody else can train in it during the block."""
+    """Context with the folder of a run, locked against other commands. resume: it exists."""
     if run_dir is None and not options.nosubdir:
         name = partial(options.folder_name, evals_per_call=member(net, "evals_per_call"))
         folder, fresh = on_main(create_run_folder, options.outdir, name), False
@@ -215,15 +218,15 @@ def working_folder(options: RunOptions, net, run_dir, resume: bool = False) -> I
         folder, fresh = Path(options.outdir if run_dir is None else run_dir), not resume
         if fresh:
             on_main(use_folder, folder)
-    refusal = f"another command trains in {folder}: wait for its end, or choose another folder"
+    refusal = f"another command is training in {folder}: wait until it ends, or choose another folder"
     with only_command(folder / ".lock", refusal):
         if fresh:
-            on_main(use_folder, folder)  # once more: another command may have been there until now
+            on_main(use_folder, folder)  # again, since another command may have used the folder until now
         yield folder
 
 
 def check_state(options: RunOptions, state: dict, net, folder) -> None:
-    """Raises UserError where a training state cannot be continued with this network and these options."""
+    """Raises UserError if a training state does not fit this network and these options."""
     if state["network_hash"] != net.weights_hash:
         raise UserError(f"{net.source_path} is not the network that {folder} was trained on (another SHA-256)")
     prompts = sha256_of(options.prompt_path) if options.prompt_path is not None else None
@@ -231,11 +234,11 @@ def check_state(options: RunOptions, state: dict, net, folder) -> None:
         raise UserError(f"{options.prompt_path} does not hold the prompts that {folder} was trained on")
     if state["iteration"] * options.batch >= options.total_kimg * 1000 - 1e-6:
         reached = f"{state['iteration'] * options.batch / 1000:g} kimg"
-        raise UserError(f"{folder} has reached {reached}: pass a larger --total_kimg to train on")
+        raise UserError(f"{folder} has reached {reached}: to continue, pass a larger --total_kimg")
 
 
 def restore(trainer, options: RunOptions, state: dict, net, folder) -> float:
-    """Puts the state of an interrupted run back; returns the seconds it has trained."""
+    """Restores the state of an interrupted run. Returns the seconds it has trained."""
     check_state(options, state, net, folder)
     try:
         trainer.load_state(state)
@@ -245,9 +248,9 @@ def restore(trainer, options: RunOptions, state: dict, net, folder) -> float:
 
 
 def resume_run(trainer, options: RunOptions, net, folder) -> float:
-    """Puts the newest state in the folder back, if there is one; returns the seconds it has trained.
+    """Restores the newest state in the folder, if any. Returns the seconds it has trained.
 
-    A run that was killed before its first state begins again, with its options and its seed.
+    A run that was killed before its first state starts again, with its options and seed.
     """
     state = on_main(newest_state, folder)
     return 0.0 if state is None else restore(trainer, options, state, net, folder)
@@ -268,7 +271,7 @@ def load_network(options: RunOptions, device: torch.device, net=None):
     options.check_prompts(needs_prompts)
     if options.tokenizer_path is not None:
         use_tokenizer(net, options.tokenizer_path)
-    # What the network did by itself is written down, so that the predictor does not depend on defaults.
+    # Defaults of the network are recorded, so that the predictor does not depend on them.
     if needs_prompts:
         options.guidance_type = options.guidance_type or "cfg"
     elif options.guidance_type == "none":
@@ -277,15 +280,15 @@ def load_network(options: RunOptions, device: torch.device, net=None):
         options.guidance_rate = member(net, "guidance_rate") or 0.0
     for name in ("model_path", "prompt_path", "tokenizer_path"):
         value = getattr(options, name)
-        if value is not None and Path(value).exists():  # otherwise the id of a repository
+        if value is not None and Path(value).exists():  # otherwise it is the id of a repository
             setattr(options, name, str(Path(value).resolve()))
     return net
 
 
 def prepare(options: RunOptions, device: torch.device, net=None) -> tuple:
-    """(options, network, prompts or None): a checked copy of the options, in which a seed is chosen.
+    """(options, network, prompts or None): a checked copy of the options, with a seed.
 
-    net: the network to use as it is. Default: the one that the options name is opened.
+    net: the network. Default None: that of the options.
 
     Raises UserError for settings that cannot work, before anything is written.
     """
@@ -300,9 +303,12 @@ def prepare(options: RunOptions, device: torch.device, net=None) -> tuple:
 
 
 def fitting_batch_gpu(probe_memory: Callable[[int], None], share: int, device) -> int:
-    """The largest divisor of the share for which the memory of every process suffices.
+    """The largest divisor of the share that fits into the memory of every process.
 
-    probe_memory(batch_gpu): does what needs the most memory. Raises UserError where not even one sample fits.
+    probe_memory: function of batch_gpu that needs as much memory as an iteration.
+    share: samples of this process.
+
+    Raises UserError if not even one sample fits.
     """
     for batch_gpu in sorted((n for n in range(1, share + 1) if share % n == 0), reverse=True):
         fits = True

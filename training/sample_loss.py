@@ -149,7 +149,9 @@ class OwnTerm:
         function, _ = find_function(place, "--loss", ", ".join(TERMS))
         self.net, self.place, self.extract = net, place, function(net)
         if not callable(self.extract):
-            raise UserError(f"--loss={place}: must return a function of images, not {type(self.extract).__name__}")
+            raise UserError(
+                f"--loss={place}: must return a function of images, but returned {type(self.extract).__name__}"
+            )
 
     def _features(self, x) -> list[torch.Tensor]:
         found = self.extract(member(self.net, "decode")(x))
@@ -284,7 +286,7 @@ class DistributionTerm:
 
     def __init__(self, net, feature_sigma: float, queue: int):
         self.features, self.length = DenoiserFeatures(net, feature_sigma), queue
-        self.bank: torch.Tensor | None = None  # [N,d] of the teacher's samples
+        self.reference_features: torch.Tensor | None = None  # [N,d] of the teacher's samples
         self.queue: torch.Tensor | None = None  # [<= length, d] of the student's, newest last
         self._shift, self._scale = 0.0, 1.0
 
@@ -298,12 +300,12 @@ class DistributionTerm:
         return (self._pooled(x, cond) - self._shift) * self._scale
 
     @torch.no_grad()
-    def set_bank(self, batches) -> None:
+    def set_reference(self, batches) -> None:
         """Takes the teacher's samples, (images, cond) pairs."""
-        bank = torch.cat([self._pooled(images, cond) for images, cond in batches])
-        self._shift = bank.mean(dim=0)
-        self._scale = 1 / ((bank.std(dim=0) + 1e-6) * math.sqrt(bank.shape[1]))
-        self.bank = (bank - self._shift) * self._scale
+        features = torch.cat([self._pooled(images, cond) for images, cond in batches])
+        self._shift = features.mean(dim=0)
+        self._scale = 1 / ((features.std(dim=0) + 1e-6) * math.sqrt(features.shape[1]))
+        self.reference_features = (features - self._shift) * self._scale
 
     def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
         """[B]: terms whose mean has the gradient of the energy distance.
@@ -313,7 +315,7 @@ class DistributionTerm:
         """
         if self.queue is None:
             raise RuntimeError("the queue of the student's features is empty")
-        return 2 * mean_distance(vectors, self.bank) - 2 * mean_distance(vectors, self.queue)
+        return 2 * mean_distance(vectors, self.reference_features) - 2 * mean_distance(vectors, self.queue)
 
     def push(self, vectors: torch.Tensor) -> None:
         """Appends the features of an iteration, those of all processes, to the queue."""

@@ -268,14 +268,14 @@ def optimize(problem: Problem, method: str, options: dict | None = None, version
 
 
 def optimize_schedule(net, *, solver: str, num_steps: int, method: str = "gits", device=None, **options) -> Schedule:
-    """Optimised noise levels for a network and a solver; ``schedule.sigmas`` goes to ``solvers.sample``.
+    """Optimised noise levels for a network and a solver, for ``solvers.sample(sigmas=...)``.
 
     net: a network of ``models.wrap`` or ``create_model``.
     solver: name of the solver that will use them.
     num_steps: number of noise levels.
     method: name in ``METHODS``. Default: gits.
     device: where to compute. Default: where net is.
-    options: of the method, of the solver, or fields of ``Problem`` (seed, batch, afs, sigma_min, ...).
+    options: of the method or the solver, or fields of ``Problem`` (seed, batch, afs, ...).
 
     Raises UserError for unknown options and impossible settings.
     """

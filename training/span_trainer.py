@@ -64,7 +64,7 @@ class SpanTrainer(BaseTrainer):
         self.report: Callable[[str], None] = lambda text: None
         self._latest = torch.zeros(1, len(STATISTICS), dtype=torch.float64)
         if self.distribution is not None:
-            self.distribution.set_bank(
+            self.distribution.set_reference(
                 (images, cond) for _, cond, images in map(pairs.batch, _chunks(pairs.train, self.chunk))
             )
 
@@ -227,7 +227,7 @@ class SpanTrainer(BaseTrainer):
             self.net, self.averaged, self.pairs, self.pairs.validation, self.pair_loss, self.chunk, self.distribution
         )
         if self.distribution is not None:
-            loss += self.options.w_dist * float(energy_distance(vectors, self.distribution.bank))
+            loss += self.options.w_dist * float(energy_distance(vectors, self.distribution.reference_features))
             if self.distribution.queue is None:
                 self.distribution.push(vectors)
         self.validation = (loss, rms)
@@ -271,7 +271,7 @@ def _on_host(gradients: list, losses: list, features: list) -> tuple[list, list,
 
 
 def _put(gradients: list, parameters: list) -> None:
-    """Gives the parameters these gradients of the CPU. Those on another device get theirs in one copy."""
+    """Sets gradients from the CPU, with one copy to another device."""
     away = [k for k, parameter in enumerate(parameters) if parameter.device.type != "cpu"]
     if away:
         flat = to_device(torch.cat([gradients[k].flatten() for k in away]), parameters[away[0]].device)
@@ -310,7 +310,7 @@ def measure(net, student, pairs: TeacherSet, indices, pair_loss, chunk: int, dis
     sums = distributed.all_reduce_sum(sums) / len(indices)
     found = None
     if distribution is not None:
-        own = torch.cat(vectors) if vectors else torch.zeros(0, distribution.bank.shape[1])
+        own = torch.cat(vectors) if vectors else torch.zeros(0, distribution.reference_features.shape[1])
         found = torch.cat(distributed.gather_objects(own)).to(pairs.device)
     loss, rms = (value if math.isfinite(value) else math.inf for value in sums.tolist())
     return loss, rms, found

@@ -1,4 +1,4 @@
-"""What all trainings have in common: state, share of a batch, iterations, interruption, and losses that are not finite."""
+"""The frame of all trainings: state, share of a batch, iterations, interruption, NaN."""
 
 import copy
 import math
@@ -16,10 +16,10 @@ from training.run_folder import RunLog
 
 
 class NotFinite(Exception):
-    """A loss or gradient is NaN or infinite. It is raised on every process.
+    """A loss or gradient is NaN or infinite. Raised on every process.
 
-    ranks: processes where it is. Default: not known.
-    interval: first interval of the schedule where it is. Default: not known.
+    ranks: processes where it is. Default (): unknown.
+    interval: first interval of the schedule where it is. Default None: unknown.
     """
 
     def __init__(self, ranks: Sequence[int] = (), interval: int | None = None):
@@ -28,10 +28,10 @@ class NotFinite(Exception):
 
     @classmethod
     def found(cls, own_finite: bool, interval: int | None = None) -> "NotFinite":
-        """The exception to raise; every process calls this.
+        """The exception to raise. Every process calls this.
 
-        own_finite: whether the loss of this process is finite. If it is on all of them, only their
-            sum is not, and all are named.
+        own_finite: the loss of this process is finite. If all are finite and only their sum is not,
+            all ranks are named.
         interval: see the class.
         """
         finite = distributed.gather_objects(own_finite)
@@ -49,10 +49,10 @@ def loss_scale_of(net) -> float:
 
 
 class BaseTrainer:
-    """Base class: a training with a state that can be saved and restored.
+    """Base class of a trainer whose state can be saved and restored.
 
-    Subclasses set ``device`` and ``iteration``, the number of iterations done, and call
-    ``split_batch``; their ``iterate()`` does one iteration.
+    Subclasses set ``device`` and ``iteration`` (iterations done), and call ``split_batch``. Their
+    ``iterate()`` does one iteration.
     """
 
     kept: Mapping[str, str] = {}  # entry of the state -> attribute: a module, an optimizer or a plain value
@@ -62,7 +62,7 @@ class BaseTrainer:
         """Sets ``batch``, ``share`` (samples of this process) and ``chunk`` (per network call).
 
         batch: samples per iteration over all processes.
-        batch_gpu: samples per network call at most. Default: the whole share.
+        batch_gpu: largest number of samples per network call. Default None: the whole share.
         """
         self.batch, self.share = batch, batch // distributed.world_size()
         self.chunk = min(batch_gpu or self.share, self.share)
@@ -70,7 +70,8 @@ class BaseTrainer:
     def state(self, copied: bool = True) -> dict:
         """Everything that the next iteration depends on.
 
-        copied: False for a state that is only written to a file: no memory for copies. Default: True.
+        copied: copy the tensors. Default True; False saves memory if the state is only written to a
+            file.
         """
         state = {}
         for entry, name in self.kept.items():
@@ -94,12 +95,12 @@ class BaseTrainer:
 
 
 class BaseRun:
-    """A trainer with its folder: iterations up to the end or a signal, and what is written on the way.
+    """A trainer and its folder: iterations until the end or a signal, and the output.
 
     trainer: a ``BaseTrainer``.
     options: of the run; ``batch`` is the number of samples per iteration over all processes.
-    folder: where the run writes its log, its states and its results. Default: None, it writes no log.
-    elapsed: seconds trained in earlier parts of the run. Default: 0.
+    folder: for log, states and results. Default None: without log.
+    elapsed: seconds trained in earlier parts of the run. Default 0.
     """
 
     def __init__(self, trainer: BaseTrainer, options, folder: str | Path | None = None, elapsed: float = 0.0):
@@ -110,31 +111,31 @@ class BaseRun:
         self._saved_at = -1  # iteration of the newest state on disk
 
     def finished(self) -> bool:
-        """Whether the run is at its end; the same on every process."""
+        """Whether the run is finished; the same on every process."""
         raise NotImplementedError
 
     def iterate(self):
-        """One iteration; returns its statistics. Raises NotFinite."""
+        """One iteration. Returns its statistics. Raises NotFinite."""
         return self.trainer.iterate()
 
     def show(self, bar: tqdm, statistics, seconds: float) -> None:
-        """Moves the progress bar by one iteration, which took so many seconds."""
+        """Updates the progress bar after an iteration that took ``seconds``."""
         raise NotImplementedError
 
     def after_iteration(self, stopping: bool) -> None:
-        """Logs and saves what is due. stopping: a signal ends the run, so everything is saved."""
+        """Logs and saves what is due. stopping: a signal ends the run, so save everything."""
         raise NotImplementedError
 
     def on_interruption(self) -> str:
-        """Called when a signal ends the run before its end; returns the note of ``Interrupted``."""
+        """Called if a signal ends the run early. Returns the note of ``Interrupted``."""
         return ""
 
     def failure_text(self, error: NotFinite) -> str:
-        """What went wrong and what to do; the trainer is as before the iteration."""
+        """What went wrong and what to do. The trainer is as before the iteration."""
         raise NotImplementedError
 
     def on_failure(self, error: NotFinite) -> None:
-        """Called for a loss that is not finite. Raises UserError, unless what the run has can be used."""
+        """Called for a loss that is not finite. Raises UserError unless the run has a result."""
         raise UserError(self.failure_text(error)) from None
 
     def progress_bar(self) -> tqdm:
@@ -142,7 +143,7 @@ class BaseRun:
 
     @property
     def elapsed(self) -> float:
-        """Seconds of training, those of earlier parts of the run included."""
+        """Seconds of training, including earlier parts of the run."""
         return self._elapsed_before + time.monotonic() - self._start
 
     @property
@@ -157,8 +158,8 @@ class BaseRun:
     def loop(self) -> None:
         """Trains to the end.
 
-        Raises Interrupted after SIGINT or SIGTERM, with everything saved, and UserError, on every
-        process, for a loss that is not finite.
+        Raises Interrupted after SIGINT or SIGTERM, with everything saved, and UserError on every
+        process for a loss that is not finite.
         """
         with deferred_signals() as received, self.progress_bar() as bar:
             while not self.finished():

@@ -226,10 +226,10 @@ def unpack(tensors: dict[str, torch.Tensor]) -> dict[Genome, float]:
 
 
 # --------------------------------------------------------------------------------------------------
-# The objectives
+# Objectives
 
 
-class Judges:
+class Objectives:
     """Both objectives. The processes share the batches, and all get the same values.
 
     problem: the network and solver, a ``solvers.search.problem.Problem``.
@@ -242,7 +242,7 @@ class Judges:
         self.problem, self.grid, self.teacher = problem, grid, teacher
         self.num_samples, self.fid_samples = num_samples, fid_samples
         self._targets: list[torch.Tensor] | None = None
-        self.judge: Callable | None = None
+        self.fid_fn: Callable | None = None
 
     def share(self, samples: int) -> list[list[int]]:
         return self.problem.batches(samples)[distributed.rank() :: distributed.world_size()]
@@ -297,7 +297,7 @@ class Judges:
                     return
                 yield decoded
 
-        value = self.judge(images())
+        value = self.fid_fn(images())
         return float("nan") if any(distributed.gather_objects(len(broken))) else value
 
 
@@ -345,12 +345,12 @@ def evolution_sigmas(
     problem.make_solver().setup(problem.net, grid[[*range(problem.num_steps - 1), -1]])
     teacher = problem.teacher(solver_tea, num_steps_tea, schedule_type, schedule_rho)
     resolve_sigmas(problem.net, num_steps_tea, schedule_type, schedule_rho, *ends)
-    judges = Judges(problem, grid, teacher, num_samples, fid_samples)
+    objectives = Objectives(problem, grid, teacher, num_samples, fid_samples)
     if uses_fid:
-        if problem.make_judge is None:
+        if problem.make_fid_fn is None:
             raise UserError("FID is not available here: use objective=distance, or optimize_schedule.py")
-        judges.judge = problem.make_judge(ref, detector, fid_samples)
-    finals = search(problem, evolution, judges, objective, finalists)
+        objectives.fid_fn = problem.make_fid_fn(ref, detector, fid_samples)
+    finals = search(problem, evolution, objectives, objective, finalists)
     best = evolution.ranked()[0]
     if finals:
         best = min((value, genome) for genome, value in finals.items() if np.isfinite(value))[1]
@@ -363,7 +363,9 @@ def evolution_sigmas(
     return grid[list(best)]
 
 
-def search(problem, evolution: Evolution, judges: Judges, objective: str, finalists: int) -> dict[Genome, float]:
+def search(
+    problem, evolution: Evolution, objectives: Objectives, objective: str, finalists: int
+) -> dict[Genome, float]:
     """Run the evolution, or resume it, and return the FIDs of the finalists."""
     with together():
         state = problem.load_state()
@@ -373,7 +375,7 @@ def search(problem, evolution: Evolution, judges: Judges, objective: str, finali
     if state is not None:
         evolution.load_state(state["search"])
         finals = unpack(state["finals"])
-    fitness = judges.fid if objective == "fid" else judges.distance
+    fitness = objectives.fid if objective == "fid" else objectives.distance
     total = evolution.population * (evolution.generations + 1) + finalists
     with problem.progress(total, "schedule", len(evolution.seen) + len(finals)) as bar:
 
@@ -387,7 +389,7 @@ def search(problem, evolution: Evolution, judges: Judges, objective: str, finali
         evolution.run(fitness, lambda: after(evolution.seen))
         for genome in evolution.ranked()[:finalists]:
             if genome not in finals:
-                finals[genome] = judges.fid(genome)
+                finals[genome] = objectives.fid(genome)
                 after(finals)
     if finals and not np.isfinite(list(finals.values())).any():
         raise UserError("the FID of all finalists is not finite: check the solver and the network")

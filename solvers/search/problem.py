@@ -53,7 +53,7 @@ class Problem:
     negative_prompt: for the unconditional side. Default: that of the network.
     device: of the computation. Default: the CPU.
     state_path: file for the state of an interrupted method. Default: None, no file.
-    make_judge: function from (ref, detector, number of images) to a function from batches of
+    make_fid_fn: function from (ref, detector, number of images) to a function from batches of
         decoded images [B,C,H,W] to their FID over all processes. Default: None, no FID.
     evaluations: network evaluations of this process, per sample, with those before a resume.
     seconds: time spent before a resume.
@@ -74,7 +74,7 @@ class Problem:
     negative_prompt: str | None = None
     device: torch.device | str = "cpu"
     state_path: Path | None = None
-    make_judge: Callable | None = None
+    make_fid_fn: Callable | None = None
     evaluations: int = 0
     seconds: float = 0.0
     identity: dict = field(default_factory=dict)
