@@ -492,11 +492,14 @@ class _AMEDScheduler:
         self._timesteps = times
 
     @property
-    def sigmas(self) -> torch.Tensor:
+    def sigmas(self) -> torch.Tensor | None:
         """Noise levels [n + 1] of the latents before each call, and 0.
 
-        For flow models they are t = sigma / (1 + sigma), as in diffusers.
+        For flow models they are t = sigma / (1 + sigma), as in diffusers. None before
+        set_timesteps, if they depend on the size of the image.
         """
+        if not self._calls:
+            return None
         levels = torch.stack([self._level(k)[0] for k in range(len(self._calls))]).cpu()
         if is_flow(self.config):
             levels = levels / (1 + levels)

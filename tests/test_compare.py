@@ -834,7 +834,7 @@ def test_plot(baseline):
         (["--sigma_min=90"], "0 < sigma_min < sigma_max"),
         (["--sigmas=1,2"], "--sigmas sets the whole schedule"),  # beside --nfe
         (["--schedule_rho=-1"], "'--schedule_rho': -1.0 is not in the range x>0"),
-        (["--afs=data"], "mean and spread"),
+        (["--afs=data"], "mean and standard deviation"),
         (["--solvers=euler:schedule_type=discrete"], "discrete noise table"),
         (["--predictor_path=/nowhere"], "there is no predictor at /nowhere"),
         (["--guidance_rate=2"], "guidance_rate"),

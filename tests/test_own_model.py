@@ -3,6 +3,9 @@
 It is sampled, distilled and compared from Python and from the command line.
 """
 
+import json
+import re
+
 import pytest
 import torch
 from click.testing import CliRunner
@@ -357,6 +360,22 @@ def test_short_runs_keep_the_results_of_each_part(here):
     call(train_cli, *TRAIN, own, "--total_kimg=0.004")
     (run,) = here.glob("exps/00000-*")
     first = (run / "predictor-000000.004.safetensors").read_bytes()
+    (line,) = (run / "stats.jsonl").read_text().splitlines()
+    (shown,) = re.findall(r"loss ([\d.e+-]+) ", (run / "log.txt").read_text().partition("kimg 0.004")[2])
+    assert float(shown) == pytest.approx(json.loads(line)["loss"][0] / 16**2, rel=0.01)  # per pixel of 16x16
     call(train_cli, "--resume=0", "--total_kimg=0.012", "--device=cpu", own)
     assert (run / "predictor-000000.004.safetensors").read_bytes() == first
     assert find_predictor(run).name == "predictor-000000.012.safetensors"
+
+
+def test_missing_prompts_are_noticed_before_a_pipeline_is_loaded(here):
+    """The folder has an index but no weights, which nothing gets to miss."""
+    index = {"_class_name": "StableDiffusionPipeline", "scheduler": ["diffusers", "DDIMScheduler"]}
+    index |= {"unet": ["diffusers", "UNet2DConditionModel"]}
+    (here / "sd").mkdir()
+    (here / "sd" / "model_index.json").write_text(json.dumps(index))
+    network = ["--dataset_name=diffusers", "--model_path=sd", "--device=cpu"]
+    with pytest.raises(UserError, match="needs a text: give --prompt=TEXT"):
+        call(sample_cli, *network, "--solver=euler", "--num_steps=3")
+    with pytest.raises(UserError, match="needs texts: give --prompt_path"):
+        call(train_cli, *network)

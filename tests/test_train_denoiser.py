@@ -242,9 +242,9 @@ WRONG = {  # flag -> (value, what the error says)
     "outdir": [(__file__, "is a file"), (f"{__file__}/run", "cannot write")],
     "arch": [("vit", "'vit' is not one of")],
     "model_channels": [(4, "4 is not in the range"), (24, "cannot split 144 channels into 32 groups")],
-    "channel_mult": [("1,x", "--channel_mult=1,x"), ("", "is empty"), ("1,0", "1 or more"), ("1,1,1,1,1,1", "halved")],
+    "channel_mult": [("1,x", "--channel_mult=1,x"), ("", "is empty"), ("1,0", "at least 1"), ("1,1,1,1,1,1", "halved")],
     "num_blocks": [(0, "0 is not in the range")],
-    "attn": [("8;16", "--attn=8;16"), ("-8", "1 or more")],
+    "attn": [("8;16", "--attn=8;16"), ("-8", "at least 1")],
     "dropout": [(1, "--dropout"), (-0.1, "--dropout"), ("nan", "finite")],
     "total_kimg": [(0, "--total_kimg"), ("nan", "finite"), ("inf", "finite")],
     "minutes": [(-1, "--minutes"), ("nan", "finite")],
@@ -454,3 +454,33 @@ def test_a_schedule_of_another_network_is_noted(pretrained, tmp_path):
     path = write_schedule(tmp_path / "s.json", network="digits", network_hash="0" * 64)
     done = fine_tune(pretrained, tmp_path, schedule=path, total_kimg=0.016)
     assert done.exit_code == 0 and "Warning: the schedule was optimised for another network ('digits'" in done.output
+
+
+def test_minutes_are_kept_with_the_last_grid(tmp_path, monkeypatch, capsys):
+    """The end comes early enough for the last iteration, the files and a grid of suitable size."""
+    write_images(tmp_path / "data.zip")
+    more = {"minutes": 1, "total_kimg": 1000.0, "grid": True, "snap": 0}
+    clock, ends = [0.0], []
+
+    class Run(train_denoiser.DenoiserRun):
+        elapsed = property(lambda self: clock[0])
+
+        def iterate(self):
+            clock[0] += 1.0  # an iteration of 16 images takes a second
+            return super().iterate()
+
+        def show(self, bar, statistics, seconds):
+            super().show(bar, statistics, 1.0)
+            ends.append(clock[0])
+
+    monkeypatch.setattr(train_denoiser, "DenoiserRun", Run)
+    shapes = []
+    monkeypatch.setattr(train_denoiser, "save_grid", lambda net, path, device, columns: shapes.append(columns))
+    train_denoiser.train(**settings(tmp_path, tmp_path / "run", **more))
+    image = 1 / 16 * train_denoiser.GRID_CALLS / 3  # seconds, a third of a training sample for each call
+    assert shapes == [int((6 / image) ** 0.5)] == [2]  # a tenth of the minute for the grid
+    assert 60 - 1 - 4 * image - 1.5 < ends[-1] <= 60 - 4 * image
+    said = capsys.readouterr().out.splitlines()
+    network = only(tmp_path / "run", "network-snapshot-*.safetensors")
+    assert said[-2].startswith("trained 0.9") and said[-2].endswith(f"-> {network}")
+    assert said[-1] == f"next: python sample.py --dataset_name=custom --model_path={network} --nfe=8 --grid"

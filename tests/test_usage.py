@@ -1,6 +1,7 @@
 """Help and usage errors: without torch, in groups, with examples; values that are missing."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -68,14 +69,13 @@ def test_help_in_groups(name):
     assert len(short) < len(long) and short.count("\n  --") <= 22
 
 
-def test_examples_can_be_run():
-    for name, described in COMMANDS.items():
-        for example in described["examples"]:
-            script = example.split("python ")[-1] if example.startswith("python") else example.partition(".py")[2]
-            words = script.split()[2:] if script.startswith("-m ") else script.split()
-            words = [word.strip('"') for word in words if not word.endswith(".py")]
-            if not described.get("commands") and '"' not in example:
-                check(name, words)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_examples_can_be_run(name):
+    for example in COMMANDS[name]["examples"]:
+        words = shlex.split(example.partition("...")[0])
+        place = next(k for k, word in enumerate(words) if word.endswith(".py") or words[k - 1] == "-m")
+        module = words[place].removesuffix(".py").replace("/", ".")
+        check(module, [*words[place + 1 :], *(["..."] if "..." in example else [])])
 
 
 @click.command(cls=Command)

@@ -1,9 +1,8 @@
 """Help and usage errors of a command line in a moment, before torch is imported.
 
-    if __name__ == "__main__":
-        from torch_utils.usage import check_usage
+    from torch_utils.usage import check_usage  # before anything that needs torch
 
-        check_usage("sample")
+    check_usage("sample")
 
 The flags themselves are declared where they are used, in modules that need torch. ``python -m
 tools.make_docs`` writes what a user can see of them to commands.json beside this file; a test says
