@@ -89,8 +89,12 @@ def k_diffusion_samplers():
     package.__path__ = list(spec.submodule_search_locations)
     unused = ("torchvision", "torchvision.transforms", "torchsde", "torchdiffeq")
     missing = {name: mock.MagicMock() for name in unused if importlib.util.find_spec(name.partition(".")[0]) is None}
-    with mock.patch.dict(sys.modules, {"k_diffusion": package, **missing}):
+    sys.modules.update({"k_diffusion": package, **missing})
+    try:
         return importlib.import_module("k_diffusion.sampling")
+    finally:
+        for name in missing:
+            del sys.modules[name]
 
 
 def k_diffusion(name: str) -> Callable | None:

@@ -337,10 +337,11 @@ def exponential_multistep(x, history, sigma_next, order, predict_x0, scale=1.0):
     terms = phi1 * m0
     if order >= 2:
         r0 = (sigmas[-2] / sigmas[-1]).log() / h
-        d1_0 = (m0 - outputs[-2]) / r0
+        change = m0 - outputs[-2]
     if order == 2:
-        terms = terms + 0.5 * phi1 * d1_0
+        terms = terms + 0.5 * phi1 / r0 * change
     elif order == 3:
+        d1_0 = change / r0
         phi2 = phi1 / h + 1 if predict_x0 else phi1 / h - 1
         phi3 = phi2 / h - 0.5
         weight = phi2 if predict_x0 else -phi2  # of minus the first derivative

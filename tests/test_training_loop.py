@@ -394,7 +394,7 @@ def test_find_run(tmp_path):
         ({"lr": float("nan")}, "lr=nan"),
         ({"total_kimg": 0}, "total_kimg=0"),
         ({"afs": "perhaps"}, "afs='perhaps'"),
-        ({"afs": "data"}, "mean and spread"),
+        ({"afs": "data"}, "mean and standard deviation"),
         ({"sampler_stu": "dpmpp", "max_order": 4}, "max_order=4"),
         ({"scale_dir": 1.0}, "scale_dir=1.0"),
         ({"sigma_min": 90.0}, "sigma_min < sigma_max"),

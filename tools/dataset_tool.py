@@ -8,6 +8,11 @@ dog/) are the classes, in the order of their names; dataset.json then lists them
 docs/images.md says which files count and how they are read.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: the repository root is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if __name__ == "__main__":
     from torch_utils.usage import check_usage
 
@@ -17,17 +22,12 @@ import io
 import json
 import re
 import signal
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import click
 import numpy as np
 from PIL import Image
-
-if not __package__:  # run as a file: the repository root is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from torch_utils.arrays import npz_names, read_npz
 from torch_utils.cli import PATH, Command

@@ -7,23 +7,23 @@ states of its own trajectories. Costs five evaluations per node and sample; for 
 defaults, one or two minutes on a CPU core.
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: the repository root is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if __name__ == "__main__":
     from torch_utils.usage import check_usage
 
     check_usage("tools.model_statistics")
 
 import math
-import sys
 import time
-from pathlib import Path
 
 import click
 import torch
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-if not __package__:  # run as a file: the repository root is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from models import create_model
 from models.denoiser import member

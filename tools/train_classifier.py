@@ -6,21 +6,21 @@ The embedded one:
         --test=datasets/mnist-test.zip --dest=models/pretrained/digits-features.safetensors
 """
 
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: the repository root is not on the path
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 if __name__ == "__main__":
     from torch_utils.usage import check_usage
 
     check_usage("tools.train_classifier")
 
-import sys
 import time
-from pathlib import Path
 
 import click
 import torch
 import torch.nn.functional as F
-
-if not __package__:  # run as a file: the repository root is not on the path
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.detectors import ARCHITECTURES, save_classifier
 from torch_utils import distributed
