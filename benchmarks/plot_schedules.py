@@ -58,7 +58,7 @@ def main(files, nfe, sigma_min, sigma_max, dest):
     axes.set_yticks(range(len(rows)), [name for _, name, *_ in reversed(rows)], fontsize=8)
     axes.set_xscale("log")
     axes.invert_xaxis()
-    axes.set_xlabel("sigma (bars: what the network is told, where that is learned apart)")
+    axes.set_xlabel("sigma (bars: sigma_cond, where that is learned apart)")
     axes.grid(axis="x", alpha=0.3)
     figure.tight_layout()
     figure.savefig(dest, dpi=110)

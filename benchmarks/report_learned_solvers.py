@@ -462,7 +462,7 @@ def draw_scores(networks, dest):
 
 
 def draw_tables(rows, dest, nfe):
-    """Learned noise levels, what the network is told, and coefficients of every student of one
+    """Learned noise levels, sigma_cond, and coefficients of every student of one
     seed.
     """
     chosen = [
@@ -495,9 +495,7 @@ def draw_tables(rows, dest, nfe):
     left.set_yticks(range(len(names)), list(reversed(names)), fontsize=9)
     left.set_xscale("log")
     left.invert_xaxis()
-    left.set_xlabel(
-        "sigma of the calls (bars: what the network is told; open: free first step; x: the end)", fontsize=8
-    )
+    left.set_xlabel("sigma of the calls (bars: sigma_cond; open: free first step; x: the end)", fontsize=8)
     right.axvline(1, color="black", linewidth=0.6)
     right.set_xlabel("coefficients of the last step, newest slope first (dark to light)", fontsize=8)
     figure.suptitle(f"{nfe} evaluations", fontsize=10)

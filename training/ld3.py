@@ -356,7 +356,7 @@ class Trainer(BaseTrainer):
                 f"the loss at the start is {self.first}: check the network, the teacher and the initial schedule"
             )
         sigmas, sigma_cond = candidates[measured.index(self.first)]
-        self.best = {"loss": self.first, "sigmas": sigmas, "told": sigma_cond, "updates": 0}
+        self.best = {"loss": self.first, "sigmas": sigmas, "sigmas_cond": sigma_cond, "updates": 0}
         win_rate = self.options.win_rate
         self.grid = Grid(sigmas, self.options.mode, win_rate, sigma_cond)
         self.optimizers = self._optimizers()
@@ -399,7 +399,7 @@ class Trainer(BaseTrainer):
         sigmas, sigma_cond = self.levels()
         loss = self.validate(sigmas, sigma_cond)
         if loss < self.best["loss"] * (1 - PROGRESS):
-            self.best = {"loss": loss, "sigmas": sigmas, "told": sigma_cond, "updates": self.iteration + 1}
+            self.best = {"loss": loss, "sigmas": sigmas, "sigmas_cond": sigma_cond, "updates": self.iteration + 1}
             self.stale = 0
         else:
             self.stale += 1
@@ -415,7 +415,7 @@ class Trainer(BaseTrainer):
         with distributed.together():
             for pairs in self.valid:
                 self.gradients(pairs, sigmas, sigma_cond)
-        self.best["loss"] = self.validate(self.best["sigmas"], self.best["told"])
+        self.best["loss"] = self.validate(self.best["sigmas"], self.best["sigmas_cond"])
 
     def iterate(self) -> float | None:
         """One update. Returns the validation loss after it, if due."""
@@ -475,7 +475,7 @@ class LD3Run(BaseRun):
             f" (at the start {trainer.first:.4g}); {trainer.recomputed} evaluations of this process were recomputed for"
             " gradients"
         )
-        return best["sigmas"], best["told"]
+        return best["sigmas"], best["sigmas_cond"]
 
     def finished(self) -> bool:
         return self.trainer.iteration >= self.trainer.total
