@@ -1,7 +1,7 @@
 r"""Samples images from noise, with a trained predictor or with any plain solver.
 
     python sample.py --predictor_path=7                                   # exps/00007-*
-    python sample.py --dataset_name=digits --solver=ipndm --num_steps=6 --grid=True
+    python sample.py --dataset_name=digits --nfe=5 --grid=True            # the best plain solver
     python sample.py --dataset_name=ms_coco --solver=dpmpp --num_steps=8 --batch=4 \
         --prompt="a red fox in snow"
     torchrun --standalone --nproc_per_node=8 sample.py --predictor_path=7 --seeds=0-49999

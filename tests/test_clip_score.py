@@ -384,8 +384,8 @@ def damage(folder: Path, what: str) -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("config.json", "it has no config.json"),
-        ("preprocessor_config.json", "it has no preprocessor_config.json"),
+        ("config.json", "config.json is missing"),
+        ("preprocessor_config.json", "preprocessor_config.json is missing"),
         ("vocab.json", "neither tokenizer.json nor vocab.json and merges.txt"),
         ("model.safetensors", "it has no weights"),
         ("another type", "of the type 'siglip', expected 'clip'"),
@@ -421,8 +421,8 @@ def test_model_of_the_hub(model, tmp_path, monkeypatch):
     (repository / "open_clip_pytorch_model.bin").write_bytes(b"the same weights again")
     snapshot = tmp_path / "0123abcd"
 
-    def download(name, allow_patterns, local_files_only):
-        assert name == "someone/clip" and not local_files_only
+    def download(name, revision, allow_patterns, local_files_only):
+        assert name == "someone/clip" and revision is None and not local_files_only
         snapshot.mkdir(exist_ok=True)
         for path in repository.iterdir():
             if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):

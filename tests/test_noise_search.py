@@ -308,7 +308,7 @@ def test_classifier_of_a_file(tmp_path):
     found = judge(verifier, pixels, range(4), torch.tensor([2, 0, 1, 1]))
     torch.testing.assert_close(found, expected[range(4), [2, 0, 1, 1]])
     torch.testing.assert_close(judge(verifier, pixels, range(4)), expected.amax(1))
-    for changes, message in (({"img_resolution": 16}, "judges 1x8x8 images"), ({"label_dim": 5}, "knows 3 classes")):
+    for changes, message in (({"img_resolution": 16}, "is for images of 1x8x8"), ({"label_dim": 5}, "has 3 classes")):
         with pytest.raises(UserError, match=message):
             load_verifier(verifier.name, SimpleNamespace(**vars(net) | changes))
 
