@@ -260,7 +260,7 @@ def test_text_encoder_of_transformers(tmp_path, monkeypatch):
 
     asked = []
 
-    def download(name, allow_patterns, local_files_only):
+    def download(name, revision, allow_patterns, local_files_only):
         asked.append((name, sorted(allow_patterns), local_files_only))
         return str(tmp_path)
 
