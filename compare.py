@@ -42,7 +42,7 @@ GROUPS = {
     "For all solvers": "| schedule_type schedule_rho sigma_min sigma_max sigmas afs",
     "Scores": "ref | detector trust num_reference reference_steps",
     "Output": "outdir",
-    "Speed": "batch device | amp compile channels_last offline",
+    "Speed": "batch device | amp compile channels_last dtype tf32 bench offline",
 }
 
 

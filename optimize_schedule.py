@@ -32,7 +32,7 @@ GROUPS = {
     " guidance_type guidance_rate prompt negative_prompt tokenizer_path seed overwrite",
     "Options of the methods": "| " + " ".join(method_option_names()),
     "Options of solvers": "| " + " ".join(n for n in solver_option_names() if n not in method_option_names()),
-    "Speed": "batch device | amp offline",
+    "Speed": "batch device | amp dtype tf32 bench offline",
 }
 
 

@@ -32,13 +32,13 @@ from torch_utils.session import session
 
 GROUPS = {
     "What to sample": "dataset_name predictor_path seeds class_idx prompt list"
-    " | model_path guidance_type guidance_rate negative_prompt tokenizer_path",
+    " | model_path guidance_type guidance_rate negative_prompt tokenizer_path images observe observations noise_level jacobian",
     "Solver and schedule": "solver nfe num_steps | schedule schedule_type schedule_rho sigma_min sigma_max sigmas afs"
     " denoise_to_zero",
     "Options of solvers": "| " + " ".join(solver_option_names()),
-    "Best of several images": "candidates verifier",
+    "Best of several images": "candidates verifier | search budget",
     "Output": "outdir grid fid_ref | save_images fid_detector fid_json return_inters subdirs overwrite",
-    "Speed": "batch device | amp use_fp16 compile channels_last offline",
+    "Speed": "batch device | amp use_fp16 compile channels_last dtype tf32 bench quantize offline",
 }
 
 

@@ -45,7 +45,7 @@ GROUPS = {
     "Optimisation": "total_kimg batch seed | batch_gpu lr lrs lr_final warmup clip ema val_every scale_dir scale_time loss"
     " feature_sigma w_dist w_anchor anchor w_delta",
     "Output": "outdir resume | desc nosubdir tick snap dump dry_run",
-    "Speed": "device | amp compile channels_last checkpointing bench offline",
+    "Speed": "device | amp compile channels_last dtype tf32 checkpointing bench offline",
 }
 
 

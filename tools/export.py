@@ -7,6 +7,11 @@ Formats: json (everything), comfyui (a line for a node that takes noise levels b
 k-diffusion (Python code with a sampling function; it needs torch only).
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("tools.export")
+
 import json
 import sys
 from pathlib import Path

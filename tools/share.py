@@ -7,6 +7,11 @@ Only safetensors, JSON, Markdown and PNG are written and uploaded. Others use th
 --predictor_path=hf:owner/fast-digits.
 """
 
+if __name__ == "__main__":
+    from torch_utils.usage import check_usage
+
+    check_usage("tools.share")
+
 import json
 import math
 import re
