@@ -307,6 +307,8 @@ def calculate_fid(
     rank 0, None on the others.
     """
     device, others = torch.device(device), [name for name in metrics if name != "fid"]
+    if not metrics:
+        raise UserError(f"--metrics names no measure; choose from {', '.join(METRICS)}")
     unknown = [name for name in metrics if name not in METRICS]
     if unknown:
         raise UserError(f"--metrics: unknown '{unknown[0]}'; choose from {', '.join(METRICS)}")

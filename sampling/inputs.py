@@ -48,7 +48,7 @@ class InputOptions:
         if self.images is not None and self.observe is not None:
             raise UserError("--images restores with a restoration network, --observe with any other: give one of them")
         if (self.observe is None) != (self.observations is None):
-            raise UserError("--observe and --observations go together: the operator, and what it made")
+            raise UserError("give both --observe, the operator, and --observations, the images that it made")
         for name in ("noise_level", "jacobian"):
             if self.observe is None and name in written:
                 raise UserError(f"--{name} has no effect without --observe: leave it out")

@@ -33,7 +33,7 @@ COUNT = ["0", "-1", "1.5"]
 NATURAL = ["-1", "1.5"]
 POSITIVE = ["0", "-1", "nan", "inf"]
 NUMBER = ["nan", "inf"]
-ANY_TEXT = ["column", "model"]  # too long is no mistake of its own
+ANY_TEXT = ["column", "model", "licence", "base_model"]  # too long is no mistake of its own
 BOOL = CHOICE = []  # all there is to do wrong is of the wrong type
 FLAG = []
 FILE = ["missing.file", "empty"]  # "empty" is a folder
@@ -69,6 +69,9 @@ SHARED = {
     "prompt": [*TEXT_ONLY, "a fox", "missing.csv"],
     "negative_prompt": ["a fox"],
     "amp": CHOICE,
+    "dtype": CHOICE,
+    "tf32": BOOL,
+    "bench": BOOL,
     "compile": CHOICE,
     "checkpointing": BOOL,
     "channels_last": BOOL,
@@ -133,7 +136,6 @@ OWN = {
         "batch_gpu": [*COUNT, ("--batch=3", "--batch_gpu=2")],
         "lr": POSITIVE,
         "seed": [*SEED],
-        "bench": BOOL,
         "outdir": ["text.txt", "text.txt/exps"],
         "desc": ["a/b", "../x", "x\ny", "x" * 300],
         "nosubdir": FLAG,
@@ -204,12 +206,22 @@ OWN = {
         "fid_detector": ["digits", ("--fid_ref=digits", "--fid_detector=nope")],
         "fid_json": ["x.json", ("--fid_ref=digits", "--fid_detector=digits", "--fid_json=text.txt/x.json")],
         "save_images": ["False"],
+        "quantize": CHOICE,
+        "images": ["missing", "empty", "text.txt", "broken.zip", "images"],
+        "observe": ["sr:2", *along("observe", ["zoom", "sr:1.5", "os:nope"], "--observations=images")],
+        "observations": ["images", *along("observations", ["missing", "empty", "text.txt"], "--observe=sr:2")],
+        "noise_level": ["0.1", *along("noise_level", ["-1", "nan"], "--observe=sr:2", "--observations=images")],
+        "jacobian": ["True"],
+        "search": ["rollover", ("--budget=9", "--search=quota")],
+        "budget": [*COUNT, "9"],
     },
     "fid calc": {
         "images": ["missing", "empty", "text.txt", "broken.zip", "mixed"],
         "feature_cache": ["broken.npz", "text.txt/cache.npz", "empty"],
         "workers": NATURAL,
+        "metrics": ["nope", ",", "kid"],
     },
+    "fid inspect": {"images": ["missing", "empty", "text.txt", "broken.zip"]},
     "fid ref": {
         "data": ["missing", "empty", "text.txt", "broken.zip", "mixed"],
         "dest": ["x.txt", "empty", "text.txt/x.npz", "folder.npz"],
@@ -225,6 +237,7 @@ OWN = {
         "num": ["0", "1.5", "-2", "1000"],
     },
     "compare": {
+        "dataset_name": ["nope", *along("dataset_name", ["custom", "diffusers"], "--num_reference=4")],
         "solvers": ["nope", "amed", "euler:nope=1", "euler:afs", "dpmpp:max_order=x", "none", "ipndm:max_order=9", ","],
         "nfe": ["0", "x", "1,,2", "-3", "1e9", "1.5"],
         "predictor_path": ["99", "missing.file", "broken.safetensors", "empty"],
@@ -337,6 +350,29 @@ OWN = {
     "models.zoo list": {},
     "models.zoo verify": {"name": [("nope",)]},
     "tools.doctor": {},
+    "tools.export": {
+        "predictor_path": ["99", "missing.file", "broken.safetensors", "empty"],
+        "schedule_path": ["missing.file", "text.txt", "broken.json"],
+        "num_steps": ["1", "1.5"],
+        "schedule_type": CHOICE,
+        "schedule_rho": POSITIVE,
+        "sigma_min": [*POSITIVE, "100"],
+        "sigma_max": [*POSITIVE, "1e-3"],
+        "kind": CHOICE,
+        "flow": FLAG,
+        "outfile": ["text.txt/x.json"],
+    },
+    "tools.share": {
+        "run": [],
+        "target": [("p.safetensors", "--to=hf:owner"), ("p.safetensors", "--to=text.txt")],
+        "figures": [("p.safetensors", "--to=new", f"--figures={file}") for file in ("missing.json", "broken.json")],
+        "images": [("p.safetensors", "--to=new", f"--images={number}") for number in ("-1", "65", "1.5")],
+        "prompt": ["a fox"],
+        "model_path": ["missing.file", "text.txt"],
+        "licence": [],
+        "base_model": [],
+        "private": FLAG,
+    },
     "tools.make_docs": {"check": FLAG, "path": ["missing.md", "text.txt", "empty"]},
 }
 
@@ -358,6 +394,8 @@ GOOD = {
         "--batch=2",
         "--epochs=1",
     ],
+    "tools.export": ["--num_steps=4", "--sigma_min=0.01", "--sigma_max=80"],
+    "tools.share": ["p.safetensors", "--to=new", "--images=0"],
     "tools.model_statistics": [*DIGITS, "--dest=new.safetensors", "--nodes=3", "--samples=2"],
 }
 REMEDY = re.compile(

@@ -96,7 +96,7 @@ def test_inverse_problem_from_files(tmp_path, monkeypatch):
     ("flags", "text"),
     [
         (["--images=degraded"], "does not restore images; use --observe"),
-        (["--observe=sr:2"], "--observe and --observations go together"),
+        (["--observe=sr:2"], "give both --observe, the operator"),
         (["--noise_level=0.1"], "--noise_level has no effect without --observe"),
         (["--images=degraded", "--observe=sr:2", "--observations=degraded"], "give one of them"),
         (["--observe=zoom", "--observations=degraded"], "is not an operator"),

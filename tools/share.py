@@ -32,7 +32,7 @@ from sampling.settings import ComputeOptions, Settings, check_network, open_netw
 from solvers.span_table import SpanSolver
 from torch_utils.cli import PATH, Command, offline_flag
 from torch_utils.download import offline
-from torch_utils.errors import MissingExtra, UserError
+from torch_utils.errors import MissingExtra, UserError, brief
 from torch_utils.files import atomic_path, read_json, write_json
 from torch_utils.hub import first_line
 from torch_utils.images import image_grid, save_image, to_uint8
@@ -79,7 +79,7 @@ def read_figures(paths) -> list[dict]:
                 )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"--figures={path} is neither results.json of compare.py nor a file of fid.py --json ({error!r})"
+                f"--figures={path} is not a results.json of compare.py or a file of fid.py --json ({brief(error)})"
             ) from None
     return rows
 
@@ -285,6 +285,9 @@ def main(run, target, figures, images, prompt, model_path, licence, base_model, 
         raise UserError(f"--to={target}: give a folder, or hf:owner/name")
     if hub is not None and offline():
         raise UserError(f"--to={target}: an upload needs the network; give a folder")
+    for flag, value in (("prompt", prompt), ("model_path", model_path)):
+        if images == 0 and value is not None:
+            raise UserError(f"--{flag} has no effect with --images=0: leave it out")
     rows = read_figures(figures)
     with session(device) as where:
         _, predictor, source = open_predictor(run, Settings(), frozenset())
