@@ -29,7 +29,7 @@ def _init(shape: list[int], fan_in: int, fan_out: int, mode: str, gain: float) -
 
 def like(x: torch.Tensor, parameter: torch.Tensor | None) -> torch.Tensor | None:
     """The parameter in the dtype of x. Under autocast, which chooses dtypes itself, as it is."""
-    if parameter is None or torch.is_autocast_enabled(x.device.type):
+    if parameter is None or (x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)):
         return parameter
     return parameter.to(x.dtype)
 

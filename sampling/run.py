@@ -201,8 +201,9 @@ def run(options: SampleOptions, device: torch.device) -> None:
     net = open_network(settings, options.compute, device, options.class_idx)
     source = None
     if predictor is None and settings.nfe is not None:
-        asked = settings.nfe
-        settings, source = settings.for_network(net, options.written)
+        guided = 1 if "nfe" in options.written else net.evals_per_call
+        asked = settings.nfe * guided
+        settings, source = replace(settings, nfe=asked).for_network(net, options.written)
         distributed.print0(f"{asked} evaluations: {settings.flags()} ({source})")
     check_network(net, settings, predictor, device)
     if inputs is None and net.takes_images:

@@ -93,7 +93,7 @@ class Settings(NetworkSettings):
     )
     nfe: int | None = flag(
         "Network evaluations per image; the network's recommended settings fill in what no other flag sets"
-        f" (default: {DEFAULT_NFE}, unless another flag sets the noise levels)",
+        f" (default: {DEFAULT_NFE}, {2 * DEFAULT_NFE} with guidance, unless another flag sets the noise levels)",
         kind=click.IntRange(min=1),
     )
     num_steps: int | None = flag(

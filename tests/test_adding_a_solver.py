@@ -23,7 +23,7 @@ PAGE = (ROOT / "docs" / "adding_a_solver.md").read_text(encoding="utf-8")
 def copy(tmp_path_factory):
     """The code with the page's file and its import added."""
     root = tmp_path_factory.mktemp("copy")
-    for name in ("evaluation", "models", "sampling", "solvers", "training", "torch_utils", "tools", "docs"):
+    for name in ("amed", "evaluation", "models", "sampling", "solvers", "training", "torch_utils", "tools", "docs"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for script in ROOT.glob("*.py"):
         shutil.copy(script, root)

@@ -580,7 +580,7 @@ def test_tool(tmp_path, monkeypatch):
     found = sample(net, torch.randn(1, 1, 32, 32), solver="dpm_v3", num_steps=4)
     assert found.dtype == torch.float32 and found.isfinite().all()
     done = CliRunner().invoke(model_statistics.main, ["--help"])
-    assert "a minute or two" in " ".join(done.output.split())
+    assert "Costs about five" in " ".join(done.output.split())
 
 
 @pytest.mark.parametrize(

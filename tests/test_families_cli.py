@@ -433,7 +433,7 @@ def test_captions_are_drawn_by_the_sample_alone(monkeypatch):
             [],
             "names the network family 'cm': dataset_name 'imagenet256' has family 'adm'",
         ),
-        ("custom", "bare/odd.pt", [], "names the network family 'gan': use edm, cm, adm, ldm, sd"),
+        ("custom", "bare/odd.pt", [], "names the network family 'gan': choose from edm, cm, adm, ldm, sd, mr"),
         ("custom", "bare/bad.pt", [], 'bad.pt: it should read {"family": "...", "config": {...}}'),
         ("diffusers", None, [], "needs --model_path, the folder or the hub id of a pipeline"),
     ],

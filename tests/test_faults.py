@@ -765,4 +765,11 @@ def test_progress_is_quiet_in_files(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     own = (path for path in ROOT.glob("**/*.py") if not {".venv", "benchmarks"} & set(path.parts))
     uses = [path for path in own if "import tqdm" in path.read_text()]
-    assert {path.name for path in uses} <= {"progress.py", "problem.py", "run.py", Path(__file__).name}
+    assert {path.name for path in uses} <= {
+        "progress.py",
+        "problem.py",
+        "run.py",
+        "trainer.py",
+        "k_sampler.py",
+        Path(__file__).name,
+    }

@@ -425,7 +425,7 @@ def test_share_of_every_process():
 def test_a_run_is_continued_only_where_it_can_be(tiny, tmp_path):
     path = train_predictor(settings(tiny, tmp_path, total_kimg=0.004))
     options = load_newest_state(path.parent)["options"]
-    with pytest.raises(UserError, match="has reached 0.004 kimg: pass a larger --total_kimg"):
+    with pytest.raises(UserError, match="has reached 0.004 kimg: to continue, pass a larger --total_kimg"):
         train_predictor(options, run_dir=path.parent, resume=True)
     other = tmp_path / "other.safetensors"
     net = run_module.create_model("custom", tiny)
