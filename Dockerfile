@@ -8,6 +8,6 @@ WORKDIR /opt/amed
 COPY . .
 ARG EXTRAS=plot,hub
 RUN pip install --no-cache-dir -e ".[${EXTRAS}]"
-WORKDIR /work
-ENV AMED_CACHE=/work/.cache
+WORKDIR /data
+ENV AMED_CACHE=/data/.cache
 CMD ["python", "-m", "tools.doctor"]

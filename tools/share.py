@@ -1,6 +1,6 @@
 """Packs a trained predictor for others: the file, a model card, sample images.
 
-    python -m tools.share exps/00007-digits-... --to=shared/fast-digits
+    python -m tools.share exps/00007-digits-... --to=fast-digits
     python -m tools.share 7 --to=hf:owner/fast-digits --figures=comparison/results.json
 
 Only safetensors, JSON, Markdown and PNG are written and uploaded. Others use the result with
