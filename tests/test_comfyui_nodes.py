@@ -118,6 +118,8 @@ def test_a_package_of_the_same_name_is_pointed_out(nodes, monkeypatch):
     other = types.ModuleType("training")
     other.__path__, other.__file__ = [], "/elsewhere/training/__init__.py"
     monkeypatch.setitem(sys.modules, "training", other)
+    # An editable installation finds its modules whatever the parent package is.
+    monkeypatch.setattr(sys, "meta_path", [one for one in sys.meta_path if "ditable" not in repr(one)])
     with pytest.raises(RuntimeError, match="another package is called training .*elsewhere.*pip install"):
         nodes["AMEDLoadPredictor"].load("span.safetensors")
 

@@ -108,7 +108,7 @@ def test_mistakes(run, tmp_path):
         ((f"--to={tmp_path / 'other'}", "--images=0"), "is not empty (notes.txt): choose another folder"),
         (("--to=https://host/x",), "--to=https://host/x: give a folder, or hf:owner/name"),
         (("--to=hf:owner/x", "--offline"), "an upload needs the network"),
-        (("--to=x", f"--figures={run / 'training_options.json'}"), "is neither results.json of compare.py nor"),
+        (("--to=x", f"--figures={run / 'training_options.json'}"), "is not a results.json of compare.py or"),
     ):
         assert message in share(run, *options, code=2)
     assert (tmp_path / "other/notes.txt").read_text() == "mine"
