@@ -199,7 +199,10 @@ def plain_settings(asked: Settings, written: frozenset[str]) -> Settings:
     Where the result has ``nfe``, the rest is left to ``Settings.for_network``.
     """
     if asked.dataset_name is None:
-        raise UserError("nothing to sample: give --dataset_name or --predictor_path ('sample.py --list' shows some)")
+        raise UserError(
+            "nothing to sample: give --dataset_name or --predictor_path"
+            " ('sample.py --list' shows some; custom is a network of your own)"
+        )
     said = [name for name in ("sigmas", *SCHEDULE_NAMES) if name in written]
     if asked.nfe is not None and {"num_steps", "sigmas"} & set(said):
         raise UserError(f"--nfe={asked.nfe} chooses the number of steps: leave out --nfe or --{said[0]}")
