@@ -38,4 +38,4 @@ def __getattr__(name: str):
     """The function behind the entry point ``amed.commands:NAME``."""
     if name in (*SCRIPTS, *MODULES):
         return _run(name)
-    raise AttributeError(f"there is no command '{name}'")
+    raise AttributeError(f"unknown command '{name}'")

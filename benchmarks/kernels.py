@@ -191,7 +191,7 @@ def main():
         for run in runs:
             try:
                 kernels, waits = (None, None) if run is None else count(run)
-            except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+            except (RuntimeError, TypeError, ValueError, AttributeError) as error:
                 cells.append(f"not counted ({type(error).__name__})")
                 continue
             cells.append("" if kernels is None else f"{kernels:.1f}, {waits}")

@@ -234,7 +234,7 @@ def flags(settings):
 
 
 def amed_flags(dataset_name, nfe, name):
-    """AMED as it is recommended for the network, at another number of evaluations."""
+    """The network's recommended AMED settings, with another number of evaluations."""
     tuned, _ = training_recipe(dataset_name, "amed" if name == "AMED-Solver" else "ipndm")
     steps = _two_per_interval(nfe)
     return {"dataset_name": dataset_name, **tuned, **steps}

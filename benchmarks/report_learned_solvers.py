@@ -161,8 +161,8 @@ def read_commit(network, commit):
 def moved(before, now):
     """Rows whose mean moved by more than their own interval, as lines of a table.
 
-    before, now: rows, of which those of ``part`` "main" count. The same training seeds are
-    compared. The interval is that of the row of now alone: earlier rows may have none.
+    before, now: rows; only those of ``part`` "main" count. The same training seeds are compared.
+    The interval is that of the row of now alone: earlier rows may have none.
     """
     lines = ["| method | evaluations | score | before | now | interval |", "|---" * 6 + "|"]
     earlier = collect(before, "main")

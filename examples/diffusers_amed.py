@@ -49,7 +49,7 @@ def main(pipeline, predictor, prompt, guidance, seeds, outdir, device, time_only
     }
     if hasattr(pipe, "encode_prompt"):
         if prompt is None:
-            raise UserError("this pipeline draws what it is told: give --prompt")
+            raise UserError("this pipeline needs a text: give --prompt")
         arguments |= {"prompt": [prompt] * len(seeds), "guidance_scale": guidance}
     else:
         arguments |= {"batch_size": len(seeds)}

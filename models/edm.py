@@ -35,6 +35,22 @@ def class_indices(labels, count: int | None, label_dim: int) -> torch.Tensor:
     return indices
 
 
+def draw_classes(generator, labels, label_dim: int) -> torch.Tensor:
+    """Class labels of a batch, int64 [B].
+
+    generator: ``torch_utils.seeds.SeededGenerators`` that draws them if labels is None.
+    labels: one for all images, or one per image; or None.
+    label_dim: number of classes.
+
+    Raises UserError where both are None, and for wrong labels.
+    """
+    if labels is not None:
+        return class_indices(labels, None if generator is None else len(generator.seeds), label_dim)
+    if generator is None:
+        raise UserError("this network is class-conditional: pass labels, or a generator to draw them")
+    return generator.randint(label_dim)
+
+
 class EDMDenoiser(PreconditionedDenoiser):
     """D(x; sigma) = c_skip x + c_out F(c_in x; ln(sigma) / 4).
 
@@ -100,12 +116,7 @@ class EDMDenoiser(PreconditionedDenoiser):
             if labels is not None:
                 raise UserError("this network is unconditional: it takes no class")
             return {}
-        if labels is None:
-            if generator is None:
-                raise UserError("this network is class-conditional: pass labels, or a generator to draw them")
-            indices = generator.randint(self.label_dim)
-        else:
-            indices = class_indices(labels, len(generator.seeds) if generator is not None else None, self.label_dim)
+        indices = draw_classes(generator, labels, self.label_dim)
         device = next(self.parameters()).device
         return {"class_labels": torch.nn.functional.one_hot(indices, self.label_dim).float().to(device)}
 

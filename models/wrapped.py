@@ -261,14 +261,9 @@ class WrappedDenoiser(Denoiser):
             if labels is not None:
                 raise UserError("this network takes no class: pass label_dim to models.wrap if it does")
             return {}
-        from models.edm import class_indices
+        from models.edm import draw_classes
 
-        if labels is None:
-            if generator is None:
-                raise UserError("this network is class-conditional: pass labels, or a generator to draw them")
-            indices = generator.randint(self.label_dim)
-        else:
-            indices = class_indices(labels, None if generator is None else len(generator.seeds), self.label_dim)
+        indices = draw_classes(generator, labels, self.label_dim)
         if self.one_hot:
             indices = torch.nn.functional.one_hot(indices, self.label_dim).float()
         return {self.label_name: indices.to(next(self.parameters(), torch.empty(0)).device)}

@@ -586,7 +586,7 @@ class _AMEDScheduler:
 
         num_inference_steps: ``len(scheduler)`` or None; UserError for other numbers. Default None.
         device: where the pipeline samples. Default: the CPU.
-        sigmas: many pipelines pass n values from 1 to 1/n, which is no wish of the user, so the
+        sigmas: many pipelines pass n values from 1 to 1/n, without a wish of the user, so the
             schedule remains the learned one. UserError for others. Default None.
         mu: shift of flow models whose pipeline computes one. Default None.
         """

@@ -84,7 +84,7 @@ class Settings(NetworkSettings):
     """
 
     dataset_name: str | None = like(
-        NetworkSettings, "dataset_name", help="Network, if there is no predictor: digits, cifar10, ..."
+        NetworkSettings, "dataset_name", help="Network, without a predictor: digits, cifar10, ..."
     )
     solver: str | None = flag(
         "Plain solver: " + ", ".join(name for name, solver in SOLVERS.items() if not solver.needs_predictor),

@@ -52,7 +52,7 @@ class CONST:  # flow models; sigma is the time t in [0, 1]
         return latent / (1 - _column(sigma, latent))
 
 
-class ModelSamplingDiscrete(torch.nn.Module):  # of Stable Diffusion; the network is told the nearest whole step
+class ModelSamplingDiscrete(torch.nn.Module):  # of Stable Diffusion; the network receives the nearest whole step
     def __init__(self, model_config=None):
         super().__init__()
         self.sigma_data, self.num_timesteps = 1.0, 1000

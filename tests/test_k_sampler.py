@@ -213,7 +213,7 @@ class Exact(torch.nn.Module):
 @pytest.mark.parametrize("kind", ["eps", "flow"])
 @pytest.mark.parametrize("name", ["dpmpp", "full"])
 def test_comfyui_gives_the_images_of_the_own_loop(comfy, kind, name):
-    """Same noise, same images, up to the whole steps that the network of the eps kind is told."""
+    """Same noise, same images, up to the whole steps that the network of the eps kind receives."""
     ends = SD_RANGE if kind == "eps" else {"sigma_min": 0.004, "sigma_max": 999.0}
     predictor = amed(**ends) if name == "dpmpp" else span(**ends)
     model = fake_comfy.toy_model(kind)

@@ -224,7 +224,7 @@ class Options:
     )
     outdir: str = flag("Where to write snapshots", "runs/denoiser", PATH)
     total_kimg: float = flag(None, 2000, POSITIVE)
-    minutes: float = flag("End after so many minutes, snapshot and grid included; 0 = none", 0, Number(0))
+    minutes: float = flag("Time limit in minutes, snapshot and grid included; 0 = no limit", 0, Number(0))
     batch: int = flag("Total batch size", 128, COUNT)
     lr: float | None = flag(f"Default: {LR:g}; with --init {LR_OF_INIT:g}", kind=POSITIVE)
     warmup_kimg: float = flag(None, 10, Number(0))

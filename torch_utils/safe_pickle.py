@@ -65,7 +65,7 @@ class _Budget:
     def pay(self, objects: int = 0, size: int = 0, for_keys: bool = False) -> None:
         self.objects -= objects
         self.bytes -= size
-        what = "keys that are no texts or small numbers" if for_keys else f"parts (more than {_MOST_OBJECTS})"
+        what = "keys that are not texts or small numbers" if for_keys else f"parts (more than {_MOST_OBJECTS})"
         _require(self.objects >= 0, f"it has too many {what}")
         _require(self.bytes >= 0, "its tensors and texts unpack to far more than the file holds")
 
@@ -448,7 +448,7 @@ class _Machine(pickle._Unpickler):
 
     def load_stack_global(self):
         name, module = self.stack.pop(), self.stack.pop()
-        _require(_is_text(module) and _is_text(name), "it names a global by something that is no text")
+        _require(_is_text(module) and _is_text(name), "it names a global by something that is not a text")
         self.append(self.find_class(module, name))
 
     def load_inst(self):

@@ -174,7 +174,7 @@ def insert_afs_point(
     """Insert the best point between the first two indices. It costs no evaluation with AFS.
 
     All points of the teacher's grid between the two are tried. The best one has samples with the
-    least mean L2 distance to targets. If there is no point between the two, the list is returned
+    least mean L2 distance to targets. Without a point between the two, the list is returned
     unchanged.
 
     net: the denoiser.
