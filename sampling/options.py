@@ -1,6 +1,7 @@
 """The options of one run of sample.py."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 
@@ -14,6 +15,7 @@ from solvers.particle_search import METHODS
 from solvers.schedule_file import Schedule
 from torch_utils.cli import PATH
 from torch_utils.errors import UserError
+from torch_utils.files import check_destination
 from torch_utils.memory import BatchSize
 from torch_utils.options import ALWAYS, CHANGED, COUNT, derived, flag, names_of_written, part
 
@@ -88,7 +90,14 @@ class OutputOptions:
         return self.fid_ref is None or bool(self.save_images)
 
     def check(self, written: frozenset[str]) -> None:
-        """Raises UserError for flags without effect. written: names of the user's flags."""
+        """Raises UserError for flags without effect, and files that cannot be written.
+
+        written: names of the user's flags.
+        """
+        if self.fid_json is not None:
+            check_destination(self.fid_json, "--fid_json")
+        if self.outdir is not None and Path(self.outdir).is_file():
+            raise UserError(f"--outdir={self.outdir} is a file; choose a folder")
         if self.fid_ref is None:
             for name in ("fid_detector", "fid_json", "save_images"):
                 if getattr(self, name) not in (None, True):
@@ -143,6 +152,14 @@ class SampleOptions:
         self.search.check()
         self.inputs.check(self.written)
         self.output.check(self.written)
+        from_noise = self.inputs.images is None and self.inputs.observe is None
+        alone = self.predictor_path is None and not self.output.return_inters and from_noise
+        if self.search.along_path and not alone:
+            raise UserError(f"--search={self.search.search} works from noise, without predictor and --return_inters")
+        if self.quantize != "none" and not from_noise:
+            raise UserError("--quantize needs noise as its start, and one prompt for all images")
+        if self.quantize != "none" and (self.compute.compile != "none" or self.compute.amp != "none"):
+            raise UserError("--quantize replaces --compile and --amp: leave them out")
 
     def recorded_parts(self) -> tuple:
         """Option dataclasses that the images depend on besides the settings."""
