@@ -7,9 +7,12 @@ for that page, whose commands need the solver that it adds.
 
 import importlib
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +33,12 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.stem != "adding_a_solver")]
 CONSOLE = {f"amed-{name.replace('_', '-')}": name for name in ("sample", "train", "compare", "fid", "clip_score")}
 LISTED = set(make_docs.SCRIPTS.values())
-WITHOUT_ARGUMENTS = {"tools.doctor", "tools.demo"}  # the others need some: named alone, they are a mention
 
 # Beginnings of commands that are not run here, and why.
 NOT_RUN = {
     "git clone": "needs the network",
     "pip install": "needs the network; test_installing.py builds and uses the wheel",
-    "./launch.sh": "installs an environment; test_demo.py and test_project_files.py run its parts",
+    "./launch.sh": "installs an environment; test_launch runs it with a stand-in for Python",
     "CPU=1 ./launch.sh": "installs an environment",
     "hf auth login": "needs an account",
     "head=$(scontrol": "needs SLURM",
@@ -135,7 +137,7 @@ def understand(line: str, inline: bool) -> Shown:
         return Shown(line)
     of_network = name in ("sample", "train", "compare", "optimize_schedule") or not match
     of_network = of_network and not any(word.startswith(("--dataset_name=", "--predictor_path=")) for word in arguments)
-    mention = inline and (of_network or not arguments and name in LISTED - WITHOUT_ARGUMENTS)
+    mention = inline and (of_network or name in LISTED and lacks_options(name, arguments))
     if name in ("fid", "clip_score", "models.zoo") and arguments and not arguments[0].startswith("-"):
         name, *arguments = f"{name} {arguments[0]}", *arguments[1:]
     return Shown(line, name, tuple(arguments), tuple(shlex.split(torchrun)), mention)
@@ -155,24 +157,44 @@ def commands(path: Path) -> list[Shown]:
     return found
 
 
+def described(name: str) -> dict:
+    return json.loads(usage.FILE.read_text(encoding="utf-8"))[name]
+
+
 def check(name: str, arguments: list[str]) -> None:
     """Raises UserError for flags that a command line does not have. "...": some are left out."""
-    described = json.loads(usage.FILE.read_text(encoding="utf-8"))[name]
     try:
-        usage.build(described).main([word for word in arguments if word != "..."], name, standalone_mode=False)
+        known = [word for word in arguments if word != "..."]
+        usage.build(described(name)).main(known, name, standalone_mode=False)
     except UserError as error:
         if "..." not in arguments or "Missing option" not in str(error):
             raise
 
 
+def check_names(name: str, arguments: Sequence[str]) -> None:
+    """The same for flags that are named without their values, of any subcommand."""
+    parts = described(name).get("commands", {"": described(name)}).values()
+    flags = {flag for part in parts for option in part["options"] for flag in option["names"]}
+    unknown = [word for word in arguments if word.startswith("--") and word.partition("=")[0] not in flags]
+    if unknown:
+        raise UserError(f"No such option {unknown[0]} of {name}")
+
+
+def lacks_options(name: str, arguments: list[str]) -> bool:
+    """Whether a command only names a program with some flags, since it could not run like this."""
+    if "commands" in described(name) and (not arguments or arguments[0].startswith("-")):
+        return True
+    try:
+        check(name, arguments)
+    except UserError as error:
+        return "Missing" in str(error) or "needs a value" in str(error)
+    return name in ("sample", "train", "compare") and not arguments
+
+
 def run(name: str, arguments: list[str]) -> None:
     module, _, part = name.partition(" ")
     main = importlib.import_module(module).main
-    import time
-
-    t0 = time.process_time()
     done = CliRunner().invoke(main, [*part.split(), *arguments], standalone_mode=False)
-    Path("/tmp/people_times").open("a").write(f"{time.process_time() - t0:.2f} {name} {shlex.join(arguments)}\n")  # noqa
     if done.exception is not None:
         raise AssertionError(f"{name} {shlex.join(arguments)}: {done.exception}\n{done.output}") from done.exception
 
@@ -205,10 +227,8 @@ def run_page(path: Path) -> None:
     for shown in commands(path):
         if shown.torchrun:  # of which one process is run here; test_distributed.py runs several
             get_args_parser().parse_args([*shown.torchrun, "script.py"])
-        if shown.mention and shown.arguments:
-            name, *part = shown.name.split()
-            part = part or ["calc"] * (name == "fid")  # fid.py --json
-            check(name, [*part, *shown.arguments, "..."])
+        if shown.mention:
+            check_names(shown.name.split()[0], shown.arguments)
         elif not shown.mention and shown.name is not None and shown.reason is None:
             run(shown.name, shrink(shown))
 
@@ -278,6 +298,53 @@ def test_commands_are_found():
     assert Shown("python fuss.py").reason is None and Shown("pip install x").reason is not None
     with pytest.raises(UserError, match="No such option"):
         check("sample", ["--seed=1"])
+
+
+# Writes down its arguments, and what train.py would leave.
+STAND_IN = """#!/bin/sh
+echo "$*" >> "$LOG"
+for word in "$@"; do case $word in
+    --outdir=*) folder=${word#--outdir=} ;;
+    --total_kimg=*) kimg=${word#--total_kimg=} ;;
+esac; done
+if [ "$1" = train.py ]; then
+    mkdir -p "$folder/00000-x"
+    touch "$folder/00000-x/predictor-$(printf %06d "$kimg").safetensors"
+fi
+"""
+
+
+def test_launch(tmp_path):
+    """The recipes of launch.sh call commands of ours with flags that exist."""
+    for name in ("launch.sh", "pyproject.toml", "requirements.lock"):
+        shutil.copy(ROOT / name, tmp_path)
+    program, log = tmp_path / "env" / "bin" / "python", tmp_path / "log"
+    program.parent.mkdir(parents=True)
+    program.write_text(STAND_IN)
+    program.chmod(0o755)
+    stamp = subprocess.run(
+        "cat pyproject.toml requirements.lock | cksum", shell=True, cwd=tmp_path, capture_output=True
+    )
+    (tmp_path / "env" / ".installed").write_bytes(stamp.stdout)
+    environment = os.environ | {"VENV": "env", "LOG": str(log), "NPROC": "1"}
+
+    def launch(*arguments: str) -> list[list[str]]:
+        log.unlink(missing_ok=True)
+        subprocess.run(
+            ["bash", "launch.sh", *arguments], cwd=tmp_path, env=environment, check=True, capture_output=True
+        )
+        return [line.split() for line in log.read_text().splitlines()]
+
+    assert launch("demo", "--full", "--images=9") == [["-m", "tools.demo", "--full", "--images=9"]]
+    recipes = re.findall(r"^([a-z]+\d*-[a-z]+)\) recipe", (ROOT / "launch.sh").read_text(), re.MULTILINE)
+    assert len(recipes) == 9
+    for recipe in recipes:
+        done = launch(recipe)
+        assert [words[0] for words in done] == ["train.py", "sample.py", "fid.py"]
+        for program_name, *arguments in done:
+            check(program_name.removesuffix(".py"), arguments)
+    for shown in (shown for path in DOCUMENTS for shown in commands(path) if shown.text.startswith("./launch.sh ")):
+        assert shown.text.split()[1] in (*recipes, "demo", "install"), shown.text
 
 
 def test_commands_of_the_console_are_entry_points():
