@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -352,6 +353,8 @@ def test_commands_of_the_console_are_entry_points():
     named = set(re.findall(r"`(amed-[\w-]+)`", text))
     entries = set(re.findall(r"^(amed-[\w-]+) = ", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.M))
     assert named == entries
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert set(project["optional-dependencies"]) == set(re.findall(r"^\| `(\w+)` \|", text, re.M))
     assert all(hasattr(amed, name) for name in re.findall(r"`(\w+)`", text.partition("`import amed`")[2])[:7])
 
 
