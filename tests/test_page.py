@@ -176,6 +176,17 @@ def test_forty_methods_fit(browser, tmp_path, width):
     assert browser.messages() == []
 
 
+def test_a_wide_table_fits(browser, tmp_path):
+    columns = {"method": "Method"} | {f"score {i}": f"Score number {i}" for i in range(14)}
+    cells = {key: Cell("1234.5678 ± 0.1234", 1.0) for key in columns}
+    path = tmp_path / "wide.html"
+    path.write_text(page.page("Wide", page.results(page.table(columns, [Row("one", 5, cells)]))), encoding="utf-8")
+    browser.show(1366)
+    browser.open(path)
+    whole, _ = browser.run(WIDTHS)
+    assert whole <= 1366 and browser.run("return document.querySelector('table').className") == "sortable tight"
+
+
 def order(browser):
     """Indices of the lines in the present order, by their first texts."""
     return browser.run("return [...document.querySelectorAll('tbody tr')].map(r => [r.dataset.method, +r.dataset.nfe])")
@@ -236,12 +247,17 @@ def test_differences_to_every_baseline_are_those_of_python(opened, rows):
             for score, digits in report.DIGITS.items():
                 text = report.with_interval(row, f"{score}_difference", digits, "+")
                 own = row["method"] == baseline
-                expected.append(("baseline", "quiet") if own and text else (text.replace("-", "−"), mark(row, score)))
+                expected.append(("baseline", "quiet") if own and text else (shown(text), mark(row, score)))
         cells = "return [...document.querySelectorAll('tbody [data-score]')].map(c => [c.textContent, c.className])"
         assert browser.run(cells) == [list(cell) for cell in expected]
     assert browser.texts(".status") == [f"8 of 8 rows; row minus {HOSTILE} at the same evaluations"]
     browser.run(CHOOSE, "")
     assert browser.texts("tbody [data-score]") == []
+
+
+def shown(text):
+    """A number as the page writes it."""
+    return text.replace("-", "−").replace("± ", "±\u00a0")
 
 
 def mark(row, score):
@@ -253,10 +269,11 @@ def test_the_baseline_of_the_command_is_chosen_and_equal_methods_are_not_marked(
     rows = [make_row(name, 5, 10 + NOISE) for name in ("one", "two")]
     browser.show(1366)
     browser.open(write(tmp_path, rows, baseline="one", pictures=False))
-    assert browser.texts("tbody [data-score=fid]") == ["baseline", "+0.00 ± 0.00"]
+    assert browser.texts("tbody [data-score=fid]") == ["baseline", shown("+0.00 ± 0.00")]
     assert browser.run("return document.querySelectorAll('.better, .worse').length") == 0
     browser.run("document.querySelectorAll('thead button')[3].click()")
-    assert browser.texts("[aria-sort] button") == ["FID minus baseline"]
+    words = "2 of 2 rows; sorted by FID minus baseline, ascending; row minus one at the same evaluations"
+    assert browser.texts(".status") == [words]
     browser.run(CHOOSE, "")
     assert browser.run("return document.querySelectorAll('[aria-sort]').length") == 0
 
@@ -275,7 +292,7 @@ def test_the_images_of_a_seed_are_enlarged(opened):
     browser.press("Right")  # from the last to the first
     browser.click("dialog [data-step='1']")
     assert browser.texts("dialog h2") == ["Seed 11, 3 evaluations"] and seed_shown(browser, 0) == 1
-    assert browser.run("return document.activeElement.innerText").startswith("Next seed")
+    assert browser.run("return document.activeElement.innerText").startswith("Next")
     browser.press("Escape")
     assert browser.texts("dialog") == []
     where = "const e = document.activeElement; return [e.closest('section').dataset.nfe, e.innerText]"

@@ -43,7 +43,7 @@ function setUp(results) {
       if (found === null) continue;
       const [value, half] = found;
       cell.dataset.value = value;
-      cell.textContent = `${signed(value, digits)} ± ${half.toFixed(digits)}`;
+      cell.textContent = `${signed(value, digits)} ±\u00a0${half.toFixed(digits)}`;
       cell.className = value + half < 0 ? "better" : value - half > 0 ? "worse" : "";
     }
     heads.forEach((head, column) => {
@@ -76,6 +76,12 @@ function setUp(results) {
     for (const place of all(results, "[data-nfe], [data-method]")) place.hidden = hides(place);
   }
 
+  // Lets numbers wrap in a table that is too wide otherwise.
+  function fit() {
+    table.classList.remove("tight");
+    table.classList.toggle("tight", table.scrollWidth > results.clientWidth);
+  }
+
   function update() {
     const baseline = form?.elements.baseline?.value ?? "", sorted = heads.find(head => head.ariaSort);
     filter();
@@ -87,6 +93,7 @@ function setUp(results) {
       words.push(`sorted by ${sorted.textContent.trim().replace(/\s+/g, " ")}, ${sorted.ariaSort}`);
     }
     if (baseline) words.push(`row minus ${baseline} at the same evaluations`);
+    fit();
     announce(status, words.join("; "));
   }
 
@@ -107,6 +114,7 @@ function setUp(results) {
       setTimeout(update);
     });
   }
+  addEventListener("resize", fit);
   update();
 }
 all(document, ".results").forEach(setUp);

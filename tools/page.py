@@ -103,8 +103,8 @@ def page(title: str, *parts: str) -> str:
 {body}
 </main>
 <dialog aria-labelledby="enlarged"><header><h2 id="enlarged" aria-live="polite"></h2>
-<button type="button" data-step="-1">← Previous seed</button>
-<button type="button" data-step="1" autofocus>Next seed →</button>
+<button type="button" data-step="-1">← Previous</button>
+<button type="button" data-step="1" autofocus>Next →</button>
 <button type="button" data-step="0">Close</button></header><div class="images"></div></dialog>
 <script>
 {script}</script>
@@ -160,7 +160,7 @@ def _line(row: Row, plan: list[tuple[str, str, bool]]) -> str:
         else:
             cell = Cell(str(row.nfe or ""), row.nfe) if key == "nfe" else row.cells[key]
             value = html.escape(str(cell.value)) if cell.value is not None else html.escape(cell.text)
-            text = html.escape(cell.text)
+            text = html.escape(cell.text).replace("± ", "±&nbsp;")
             cells += f'<td role="cell" data-value="{value}"{label}>{f"<b>{text}</b>" if cell.best else text}</td>'
     return f'<tr role="row"{_marks(row.method, row.nfe)}>{cells}</tr>'
 
@@ -181,7 +181,8 @@ def _name(row: Row) -> str:
         return _breakable(row.method)
     facts = "".join(f"<p>{html.escape(name)}: {html.escape(text)}</p>" for name, text in row.facts.items() if text)
     commands = "".join(map(command, row.commands))
-    return f"<details><summary>{_breakable(row.method)}</summary>{facts}{commands}</details>"
+    more = f'<div class="more"><div>{facts}{commands}</div></div>'
+    return f"<details><summary>{_breakable(row.method)}</summary>{more}</details>"
 
 
 def _controls(columns: dict[str, str], rows: Sequence[Row], differences: Differences | None) -> str:

@@ -30,6 +30,13 @@ COLUMNS = {  # of the page: key of a row, heading
     "feature": "Distance (features)",
     "images_per_second": "Images/s",
 }
+NO_BIAS = (
+    "The jackknife's estimate of the bias is subtracted, so differences may differ slightly from the difference of two cells."
+)
+CHOSEN = (
+    "Minus baseline: row minus the method that is chosen above, at the same NFE and seeds, with the interval of the paired"
+    " difference. Green and bold: the whole interval is below zero, so the row is better. Red: it is above zero. "
+) + NO_BIAS
 # Of the lines: each has a contrast of at least 3 to a white and to a black ground.
 COLOURS = ["#3779b5", "#c96a12", "#2f8f3f", "#d34343", "#8a63bd", "#94684a", "#c7549b", "#7a8087", "#868421", "#1b8f9f"]
 
@@ -105,8 +112,7 @@ def make_notes(comparison: Comparison, rows: list[dict]) -> list[str]:
         "Bold: better than every other method at the same NFE by more than the interval of the paired difference."
         + (
             f" Differences to '{baseline}': row minus baseline at the same NFE and seeds. Negative is better, bold if the"
-            " whole interval is below zero. The jackknife's estimate of the bias is subtracted, so they may differ slightly"
-            " from the difference of two cells."
+            f" whole interval is below zero. {NO_BIAS}"
             if baseline
             else ""
         ),
@@ -291,7 +297,7 @@ def pictures_html(comparison: Comparison, jobs: list[Job], rows: list[dict]) -> 
 
 def page_html(rows: list[dict], facts: dict, notes: list[str], plots: str, pictures: str) -> str:
     """The whole page, without links to other files."""
-    listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+    listed = "".join(f"<li>{html.escape(note)}</li>" for note in [*notes, CHOSEN])
     parts = [
         "<p>Unfold a method for its settings and its command. Choose a heading to sort.</p>",
         table_html(rows, facts.get("baseline")),
