@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +117,15 @@ def test_what_is_missing_has_no_place():
 def test_strips_of_all_kinds_of_images(channels):
     text = page.strips(5, [Strip("a", "", images_of(0, channels), "a")], SEEDS)
     assert text.count("<button") == len(SEEDS) and 'width="58" height="8"' in text
+
+
+def test_the_example_of_the_docs(tmp_path, monkeypatch):
+    text = (Path(__file__).parent.parent / "docs" / "comparing.md").read_text(encoding="utf-8")
+    (code,) = re.findall("```python\n(from tools import page.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {"images": np.zeros([8, 4, 4, 3], dtype=np.uint8)})
+    found = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert "1.34" in found.text and [tag for tag, _ in found.tags].count("img") == 1
 
 
 # --------------------------------------------------------------------------------------------------

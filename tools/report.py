@@ -30,9 +30,7 @@ COLUMNS = {  # of the page: key of a row, heading
     "feature": "Distance (features)",
     "images_per_second": "Images/s",
 }
-NO_BIAS = (
-    "The jackknife's estimate of the bias is subtracted, so differences may differ slightly from the difference of two cells."
-)
+NO_BIAS = "The jackknife's estimate of the bias is subtracted, so differences may differ slightly from the difference of two cells."
 CHOSEN = (
     "Minus baseline: row minus the method that is chosen above, at the same NFE and seeds, with the interval of the paired"
     " difference. Green and bold: the whole interval is below zero, so the row is better. Red: it is above zero. "
