@@ -39,7 +39,6 @@ from torch_utils.seeds import parse_seeds
 from torch_utils.session import deferred_signals
 from torch_utils.transfer import Arrival, one_ahead, to_device
 from torch_utils.version import code_version
-from training.predictor import AMEDPredictor
 
 
 def open_verifier(text: str | None, net, device: torch.device) -> Verifier | None:
@@ -202,8 +201,6 @@ def run(options: SampleOptions, device: torch.device) -> None:
     options.inputs.check_name(settings.dataset_name)
     if inputs is not None:
         inputs.check_seeds(seeds)
-        if compute.compile != "none" and isinstance(predictor, AMEDPredictor):
-            raise UserError("--observe with this predictor works without --compile only: leave it out")
     options = replace(options, text=options.text.resolve(), compute=compute)
     prompts = options.text.read(settings, seeds, options.compute.model_path)
     if options.quantize != "none" and not isinstance(prompts, str | None):

@@ -384,9 +384,10 @@ def check_network(net, settings: Settings, predictor, device: torch.device) -> N
         zero = torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution, device=device)
         kind = predictor.first_direction if isinstance(predictor, SpanSolver) else settings.afs
         afs_direction(net, zero, torch.ones((), device=device), kind)
-    check_few_step(
-        net, settings.make_solver(), settings.resolve(net), settings.afs, predictor, settings.denoise_to_zero
-    )
+    if member(net, "few_step") is not None:  # else the noise levels may still be open
+        check_few_step(
+            net, settings.make_solver(), settings.resolve(net), settings.afs, predictor, settings.denoise_to_zero
+        )
     if isinstance(predictor, SpanSolver):
         predictor.check_network(net)
     elif predictor is not None:

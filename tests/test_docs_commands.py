@@ -206,12 +206,16 @@ def shrink(shown: Shown) -> list[str]:
     small, text = list(SMALL.get(shown.name, ())), shlex.join(words)
     if shown.name == "train":
         small += SPAN if "--sampler_stu=span" in text else []
-        small += [] if "--sampler_stu" in text else ["--sampler_stu=amed", "--nfe=5"]
+        small += [] if re.search("--(sampler_stu|objective)=", text) else ["--sampler_stu=amed", "--nfe=5"]
         small += ["--num_steps=3"] if not re.search("--(nfe|schedule)=", text + shlex.join(small)) else []
     if shown.name == "sample" and not any(word in text for word in ("--dataset_name", "--predictor_path", "--list")):
         small.append("--predictor_path=0")
     if "--dataset_name=ms_coco" in text:
         small += TEXT
+    for index, word in enumerate(words):  # the result of a shorter training has another number
+        if re.match(r"--model_path=exps/\d+-.*-\d+\.safetensors$", word):
+            (found,) = Path("exps").glob(re.sub(r".*exps/(\d+)-.*/(\w+)-\d+(\.\w+)$", r"\1-*/\2-*\3", word))
+            words[index] = f"--model_path={found}"
     if shown.name == "fid calc" and "--images=..." in words:  # "after each": the folder of the command before
         newest = max(Path("samples").glob("*/*/sampling.json"), key=lambda path: path.stat().st_mtime_ns)
         words[words.index("--images=...")] = f"--images={newest.parent}"
