@@ -188,19 +188,30 @@ def _defaults(cls) -> dict:
 def flags(cls, others: dict | None = None, **changes) -> Callable:
     """Decorator: the flags of all options of a dataclass, in the order of its fields.
 
-    others: further dataclasses by label. The help text of an option that only one of them has
-        begins with its label, and a default that differs from that of ``cls`` is named.
+    others: further dataclasses by label. The help text of an option that only they have begins with
+        the label, and a default that differs from that of ``cls`` is named.
     changes: as of ``part``.
     """
-    own, defaults, found = flags_of(cls), _defaults(cls), []
-    more = []
+    own, found = flags_of(cls), []
+    known = {name: (cls, flag.help) for name, flag in own.items()}  # option -> its first dataclass, help
+    differing: dict[str, list[str]] = {}  # option -> other defaults
     for label, other in (others or {}).items():
         for name, flag in flags_of(other).items():
+            home, help = known.setdefault(name, (other, f"{label}: {flag.help}"))
+            if home is not cls and flag.help != flags_of(home)[name].help:
+                known[name] = (home, f"{help}; {label}: {flag.help}")
             default = _defaults(other)[name]
-            if name not in own:
-                more.append(_click_option(other, name, flag.with_changes(help=f"{label}: {flag.help}")))
-            elif default not in (None, MISSING, defaults[name]):
-                changes[name] = {"help": f"{own[name].help} ({label}: {default})"}
+            if default not in (None, MISSING, _defaults(home)[name]):
+                differing.setdefault(name, []).append(f"{label}: {default}")
+    for name, notes in differing.items():
+        home, help = known[name]
+        known[name] = (home, f"{help} ({', '.join(notes)})")
+    changes |= {name: {"help": known[name][1]} for name in differing if name in own}
+    more = [
+        _click_option(home, name, flags_of(home)[name].with_changes(help=help))
+        for name, (home, help) in known.items()
+        if home is not cls
+    ]
     for entry in fields(cls):
         change = changes.get(entry.name, {})
         if change is None:
