@@ -53,17 +53,17 @@ def afs_direction(net, x: torch.Tensor, sigma, kind, cond: Mapping | None = None
         "data": exact for a Gaussian with mean image ``net.data_mean`` and standard deviation
         ``net.data_std``. Better if the mean is far from zero, as for white strokes on black.
         A function: called with (x, sigma).
-    cond: keyword arguments of net. Restoration networks centre the data at the degraded image, for
-        True and "data". Default: none.
+    cond: keyword arguments of net. For restoration networks x is the difference from the degraded
+        image. Default: none.
 
     For PFGM++ "data" replaces the noise variance sigma^2 by that of the kernel at x,
     (D sigma^2 + |x - mean|^2) / (D + N) for N pixels, so it is exact to first order there too.
     """
-    if callable(kind):
-        return kind(x, sigma)
     prior = member(net, "prior_mean")(**(cond or {}))
     if torch.is_tensor(prior):
         x = x - prior.to(x)
+    if callable(kind):
+        return kind(x, sigma)
     if kind is True:
         return x / (1 + sigma**2).sqrt()
     mean, std = member(net, "data_mean"), member(net, "data_std")

@@ -13,7 +13,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from models.denoiser import member
-from models.inputs import draw_inputs
+from models.inputs import draw_inputs, initial_state
 from solvers.sampler import afs_direction
 from solvers.schedule_file import Schedule
 from torch_utils import distributed
@@ -126,7 +126,7 @@ class Distiller(BaseTrainer):
         for loss, first in zip(self.losses, self._firsts(), strict=True):
             if first not in self._cached:
                 latents, cond = self._draw(first)
-                targets = loss.run_teacher(latents * loss.sigma_max, cond)
+                targets = loss.run_teacher(initial_state(self.net, latents, loss.sigma_max, cond), cond)
                 self._cached[first] = tree_map(to_pinned, (latents, cond, targets.targets, targets.cached_evals))
             latents, cond, states, evals = tree_map(self._to_device, self._cached[first])
             cached.append((latents, cond, TeacherTargets(states, evals)))
@@ -148,7 +148,7 @@ class Distiller(BaseTrainer):
         then unchanged.
         """
         before = self.state()
-        xs = [latents * self.losses[0].sigma_max for latents, _ in micro_batches]
+        xs = [initial_state(self.net, latents, self.losses[0].sigma_max, cond) for latents, cond in micro_batches]
         conds = [cond for _, cond in micro_batches]
         if teacher_targets is None:
             teacher_targets = [loss.run_teacher(*start) for loss, *start in zip(self.losses, xs, conds, strict=True)]
@@ -185,7 +185,8 @@ class Distiller(BaseTrainer):
         ``teacher_cache`` are kept on the host. The history of the solvers is invalid afterwards.
         """
         latents, cond = self.draw()[0]
-        x, loss = latents * self.losses[0].sigma_max, self.losses[0]
+        loss = self.losses[0]
+        x = initial_state(self.net, latents, loss.sigma_max, cond)
         teacher = loss.run_teacher(x, cond)
         held = [tree_map(torch.clone, (x, teacher.targets, teacher.cached_evals)) for _ in self.losses[1:]]
         for k, target in enumerate(teacher.targets):
