@@ -224,6 +224,7 @@ OWN = {
     },
     "fid pairs": {
         "images": ["missing", "empty", "text.txt", "broken.zip"],
+        "ref": ["missing", "empty", "text.txt", "broken.zip"],
         "metrics": ["nope", ","],
         "channels": CHOICE,
         "crop": NATURAL,
