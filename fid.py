@@ -3,11 +3,18 @@
 ``pairs`` compares images one by one instead: PSNR, SSIM and LPIPS of files with equal names.
 
     python fid.py calc --images=samples/cifar10/amed_nfe5 --ref=cifar10
-    python fid.py calc --images=generated --ref=photos.zip --metrics=fid,kid,precision,recall
-    python fid.py inspect --images=photos.zip
     python fid.py ref --data=datasets/my-data.zip --dest=my-data.npz
+    python fid.py inspect --images=photos.zip
+    python fid.py calc --images=generated --ref=photos.zip --metrics=fid,kid,precision,recall
+    torchrun --standalone --nproc_per_node=8 fid.py calc --images=samples --ref=my-data.npz
+
+    python fid.py ref --data=photos --dest=photos.npz --num=5000
+    python fid.py ref --data=datasets/mnist-train.zip --dest=digits.npz --detector=digits
+    python fid.py inspect --images=samples/cifar10/amed_nfe5
+    python fid.py inspect --images=datasets/my-data.zip
+
     python fid.py pairs --images=restored --ref=originals
-    torchrun --standalone --nproc_per_node=8 fid.py calc ...
+    python fid.py pairs --images=restored --ref=originals --channels=y --crop=4
 
 --ref is a network of models/zoo.py (its reference is downloaded), a file or a URL. In a folder
 written by sample.py only the samples count, not grid.png and inters/. A folder that holds images of
@@ -40,6 +47,14 @@ from torch_utils.image_listing import describe
 from torch_utils.images import ImageSource
 from torch_utils.session import session
 
+CALC = {
+    "What to measure": "images ref metrics | num seed detector trust",
+    "Output": "json_path | feature_cache",
+    "Speed": "batch device | workers offline",
+}
+PAIRS = {"What to measure": "images ref metrics | channels crop", "Output": "json_path", "Speed": "device"}
+REF = {"What to measure": "data detector num seed trust", "Output": "dest", "Speed": "batch device offline"}
+
 
 def choice_flags(command):
     """Decorator: which images."""
@@ -62,7 +77,7 @@ def main():
     """Fréchet inception distance (FID): calc; ref, which makes statistics; inspect; pairs: PSNR."""
 
 
-@main.command()
+@main.command(groups=CALC)
 @click.option("--images", type=PATH, required=True, metavar="PATH", help="Folder or zip of images to evaluate")
 @click.option("--ref", type=PATH, required=True, metavar="NPZ|URL|NAME|PATH", help="Reference statistics, or images")
 @choice_flags
@@ -114,11 +129,13 @@ def calc(images, ref, num, seed, batch, detector, workers, feature_cache, json_p
         distributed.barrier()
 
 
-@main.command()
+@main.command(groups=REF)
 @click.option("--data", type=PATH, required=True, metavar="PATH", help="Folder or zip of images")
 @click.option("--dest", type=PATH, required=True, metavar="NPZ", help="Where to write the statistics")
 @click.option("--batch", type=click.IntRange(min=1), default=500, show_default=True, help="Images per network call")
-@click.option("--detector", type=PATH, default="inception", show_default=True, metavar="NAME|PATH")
+@click.option(
+    "--detector", type=PATH, default="inception", show_default=True, metavar="NAME|PATH", help="Network of the features"
+)
 @choice_flags
 @device_flags
 def ref(data, dest, batch, detector, num, seed, device, trust):
@@ -158,7 +175,7 @@ def inspect(images):
         print(f"labels: {len(set(source.labels))} classes")
 
 
-@main.command()
+@main.command(groups=PAIRS)
 @click.option("--images", type=PATH, required=True, metavar="PATH", help="Folder or zip of images to evaluate")
 @click.option("--ref", type=PATH, required=True, metavar="PATH", help="Folder or zip of originals of the same names")
 @click.option("--metrics", default="psnr,ssim", show_default=True, metavar="NAME,...", help=", ".join(METRICS))
