@@ -15,6 +15,7 @@
 
     python fid.py pairs --images=restored --ref=originals
     python fid.py pairs --images=restored --ref=originals --channels=y --crop=4
+    python fid.py pairs --images=restored.zip --ref=originals --metrics=psnr,ssim,lpips
 
 --ref is a network of models/zoo.py (its reference is downloaded), a file or a URL. In a folder
 written by sample.py only the samples count, not grid.png and inters/. A folder that holds images of
@@ -52,7 +53,7 @@ CALC = {
     "Output": "json_path | feature_cache",
     "Speed": "batch device | workers offline",
 }
-PAIRS = {"What to measure": "images ref metrics | channels crop", "Output": "json_path", "Speed": "device"}
+PAIRS = {"What to measure": "images ref metrics channels crop", "Output": "json_path", "Speed": "device"}
 REF = {"What to measure": "data detector num seed trust", "Output": "dest", "Speed": "batch device offline"}
 
 
