@@ -282,7 +282,7 @@ class Sampler:
         elif i in self.cached_evals:
             feature = self.cached_evals[i][1]
         else:
-            feature = self.reader.read(x.shape[0]).to(x)
+            feature = to_device(self.reader.read(x.shape[0]), x.device).to(x.dtype)
         outputs = self.predictor(feature, self.sigma(i, x), self.sigma(i + 1, x))
         # Some diffusers pipelines pack their latents into fewer dimensions than images have.
         self.predicted = tuple(value.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) for value in outputs)

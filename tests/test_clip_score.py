@@ -471,7 +471,7 @@ def test_too_large_a_batch_is_one_line(model, images, prompts, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(ClipNetwork, "similarity", full)
+    monkeypatch.setattr(ClipNetwork, "start", full)
     code, _, stderr = run(f"--images={images}", f"--prompts={prompts}", f"--model={model}", "--batch=5")
     assert code == 2 and "Error: cpu is out of memory: lower --batch (now 5)" in stderr
 

@@ -31,7 +31,7 @@ SHAPE = (3, 16, 16)
 # Kernels per network call outside of the network, for cases whose name contains the entry (the
 # first that fits). A predictor makes noise levels per sample, whose arithmetic is on the device.
 KERNELS = {
-    **{"deis with": 99, "ipndm_v with": 54, "dpmpp with": 54, "amed with": 20, "with predictor": 27},
+    **{"deis with": 91, "ipndm_v with": 46, "dpmpp with": 42, "amed with": 15, "with predictor": 21},
     **{"sample spatial time": 60, "parallel": 36, "span": 15},
     **{"euler afs": 5.2, "euler": 4.2, "heun": 5.6, "edm with noise": 7.2, "edm": 5.6, "dpm_v3": 24, "pfdiff": 5.8},
     **{"dpmpp plain": 12, "dpmpp noise": 12, "dpmpp": 20, "dpm": 5.6, "ipndm_v": 10.2, "ipndm": 10.2, "deis": 10.2},
