@@ -125,7 +125,7 @@ class ClipNetwork:
         """Cosine similarities, float64 [B], of prepared images [B,3,S,S] and B captions."""
         return self.start(images, captions)()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def start(self, images: torch.Tensor, captions: Sequence[str]) -> Callable[[], torch.Tensor]:
         """Start what ``similarity`` computes. The returned function waits for the result."""
         if len(images) != len(captions):

@@ -37,8 +37,8 @@ KERNELS = {
     **{"deis with": 91, "ipndm_v with": 46, "dpmpp with": 42, "amed with": 15, "with predictor": 21},
     **{"sample spatial time": 60, "parallel": 36, "span": 15},
     **{"euler afs": 5.2, "euler": 4.2, "heun": 5.6, "edm with noise": 7.2, "edm": 5.6, "dpm_v3": 24, "pfdiff": 5.8},
-    **{"dpmpp plain": 12, "dpmpp noise": 12, "dpmpp": 20, "dpm": 5.6, "ipndm_v": 10.2, "ipndm": 10.2, "deis": 10.2},
-    **{"unipc": 26, "evodiff": 58, "sde": 13},
+    **{"dpmpp plain": 12, "dpmpp noise": 12, "dpmpp": 18, "dpm": 5.6, "ipndm_v": 9.2, "ipndm": 9.2, "deis": 9.2},
+    **{"unipc": 25, "evodiff": 58, "sde": 13},
 }
 WAITS_OF_A_RUN = 3  # before the first step
 NETS = ROOT / "tests" / "golden" / "nets" / "tiny"
