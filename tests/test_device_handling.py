@@ -243,8 +243,8 @@ GRAPHS = {
     "heun": lambda: {"solver": "heun", "num_steps": 4, "return_trajectory": True, "denoise_to_zero": True},
     "amed": lambda: {"predictor": trained_for("amed")},
     "dpmpp with predictor": lambda: {"predictor": trained_for("dpmpp")},
-    "span": lambda: {"predictor": SpanSolver.preset("full", num_steps=5, sigma_max=80.0)},
-    "span parallel": lambda: {"predictor": SpanSolver.preset("full", num_steps=4, parallel=2, sigma_max=80.0)},
+    "span": lambda: {"predictor": SpanSolver.preset("full", num_steps=5, first_step="zero")},
+    "span parallel": lambda: {"predictor": SpanSolver.preset("full", num_steps=4, first_step="zero", parallel=2)},
 }
 
 
