@@ -100,7 +100,7 @@ def write_inputs(folder: Path) -> None:
     """Everything that the documents' commands read and do not make themselves."""
     write_zoo(folder / "src")
     write_tokenizer(folder / "tokenizer")
-    for place in ("generated", "samples/cifar10/amed_nfe5", "samples/ms_coco/dpmpp_nfe10"):
+    for place in ("generated", "restored", "originals", "samples/cifar10/amed_nfe5", "samples/ms_coco/dpmpp_nfe10"):
         write_images(folder / place)
     for kind in ("cat", "dog"):
         write_images(folder / "photos" / kind, size=(40, 48, 3), kind="jpg")

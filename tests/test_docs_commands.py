@@ -136,8 +136,9 @@ def understand(line: str, inline: bool) -> Shown:
     known = name in LISTED or (match and line.startswith("python -m "))
     if not known:
         return Shown(line)
+    own = ("--dataset_name=", "--predictor_path=") if match else ("--dataset_name=",)
     of_network = name in ("sample", "train", "compare", "optimize_schedule") or not match
-    of_network = of_network and not any(word.startswith(("--dataset_name=", "--predictor_path=")) for word in arguments)
+    of_network = of_network and not any(word.startswith(own) for word in arguments)
     mention = inline and (of_network or name in LISTED and lacks_options(name, arguments))
     if name in ("fid", "clip_score", "models.zoo") and arguments and not arguments[0].startswith("-"):
         name, *arguments = f"{name} {arguments[0]}", *arguments[1:]
