@@ -234,10 +234,15 @@ class Recorded:
 GRAPHS = {
     "ipndm": lambda: {"solver": "ipndm", "num_steps": 6},
     "unipc": lambda: {"solver": "unipc", "num_steps": 6},
-    "amed": lambda: {"predictor": torch.manual_seed(0) and AMEDPredictor(num_steps=4, scale_dir=0.2, scale_time=0.2)},
+    "amed": lambda: {"predictor": AMEDPredictor(num_steps=4, scale_dir=0.2, scale_time=0.2)},
     "span": lambda: {"predictor": SpanSolver.preset("full", num_steps=5, first_step="zero")},
     "span parallel": lambda: {"predictor": SpanSolver.preset("full", num_steps=4, first_step="zero", parallel=2)},
 }
+
+
+def arguments_of(case):
+    torch.manual_seed(0)
+    return GRAPHS[case]()
 
 
 @pytest.mark.parametrize("case", GRAPHS)
@@ -246,12 +251,12 @@ def test_solvers_run_on_cuda_graphs(case, monkeypatch):
     """Solvers remember evaluations, and the next replay of a graph overwrites its results."""
     plain = tiny_network("edm_song_uncond")[0]
     noise = torch.randn(3, 3, plain.img_resolution, plain.img_resolution, generator=torch.Generator().manual_seed(0))
-    expected = sample(plain, noise, **GRAPHS[case]())
+    expected = sample(plain, noise, **arguments_of(case))
     with PretendedDevice("cuda") as gpu:
         net = prepare_network(tiny_network("edm_song_uncond")[0].to("cuda"), compile_mode="reduce-overhead")
         net.compiled.graph = graph = Recorded(net.compiled._both)
         monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", graph.begin)
-        arguments = GRAPHS[case]()
+        arguments = arguments_of(case)
         if "predictor" in arguments:
             arguments["predictor"].to("cuda")
         gpu.clear()
