@@ -48,7 +48,7 @@ from torch_utils.cli import PATH, SEED, Command, Number
 from torch_utils.distributed import on_main
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of, write_json
-from torch_utils.images import ImageSource, count_classes, load_array
+from torch_utils.images import ImageSource, count_classes, image_grid, load_array, save_image, to_uint8
 from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom
 from torch_utils.options import COUNT, POSITIVE, REQUIRED, flag, flags, given_flags, read_flags
@@ -57,6 +57,7 @@ from torch_utils.seeds import stream_seeds
 from torch_utils.session import session
 from torch_utils.tensor_file import write_state
 from training import run_folder
+from training.events import summary_writer
 from training.run_folder import OPTIONS_FILE
 from training.trainer import BaseRun, BaseTrainer, NotFinite
 
@@ -167,14 +168,12 @@ def load_data(path, cond, gaps=False):
     return images, labels, torch.from_numpy(scaled_mean).float(), std
 
 
-def save_grid(net, path, device, columns=GRID_COLUMNS):
-    """A grid of columns^2 images of fixed seeds, by Heun's method."""
-    from torch_utils.images import image_grid, save_image, to_uint8
-
+def sample_grid(net, device, columns=GRID_COLUMNS):
+    """A grid of columns^2 images of fixed seeds, by Heun's method, uint8 [H,W,C]."""
     latents, cond = draw_inputs(net, range(columns * columns), device=device)
     with torch.no_grad():
         images = sample(net, latents, solver="heun", num_steps=GRID_STEPS, cond=cond)
-    save_image(image_grid(to_uint8(images), columns), path)
+    return image_grid(to_uint8(images), columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +238,7 @@ class Options:
     seed: int = flag(None, 0, SEED)
     snap: float = flag("kimg between snapshots, 0 = end", 100, Number(0))
     grid: bool = flag("Sample a grid at each snapshot", True)
+    tensorboard: bool = flag("Also write event files of TensorBoard: statistics and grids", False)
     resume: bool = flag("Continue the run in --outdir", False)
 
 
@@ -522,8 +522,9 @@ class DenoiserRun(BaseRun):
         write_state(self.state_path, self.trainer.state(copied=False) | more)
         self._writing = time.monotonic() - began
         if options.grid:
-            grid = self.folder / f"grid-{int(kimg):06d}.png"
-            save_grid(self.trainer.ema, grid, self.trainer.device, self._grid_columns)
+            pixels = sample_grid(self.trainer.ema, self.trainer.device, self._grid_columns)
+            save_image(pixels, self.folder / f"grid-{int(kimg):06d}.png")
+            self.log.images(lambda: pixels, kimg)
 
     def _learning_rate(self, progress):
         """Linear warm-up, and linear decay over the second half.
@@ -590,6 +591,8 @@ def train(*, net_config, device, **options):
     data, outdir, resume = settings.data, settings.outdir, settings.resume
     if settings.lr is None:
         settings = replace(settings, lr=LR if settings.init is None else LR_OF_INIT)
+    if settings.tensorboard:
+        summary_writer()
     on_main(check_folder, outdir, resume)
     images, labels, *statistics = load_data(data, settings.cond, gaps=settings.init is not None)
     trainer = DenoiserTrainer(net_config, images, labels, *statistics, settings, device)
@@ -604,7 +607,10 @@ def train(*, net_config, device, **options):
             on_main(write_json, Path(outdir) / OPTIONS_FILE, {**net_config, **asdict(settings), **places})
         size = f"{count_parameters(trainer.net):,} parameters, {len(images):,} images"
         distributed.print0(f"{size}, batch {settings.batch}, {outdir}")
-        with explained_oom(device, f"lower --batch (now {settings.batch})"):
+        with (
+            run.log.event_file(settings.tensorboard, run.kimg),
+            explained_oom(device, f"lower --batch (now {settings.batch})"),
+        ):
             run.loop()
 
 

@@ -199,8 +199,12 @@ class AMEDRun(Run):
 
     columns = STATISTICS
 
+    @property
+    def result(self) -> AMEDPredictor:
+        return self.trainer.predictor
+
     def save_result(self, progress: dict) -> None:
-        on_main(save_predictor, self.trainer.predictor, self.result_path, {**self.provenance, **progress})
+        on_main(save_predictor, self.result, self.result_path, {**self.provenance, **progress})
 
     def failure_text(self, error: NotFinite) -> str:
         cur, nxt = self.trainer.sigmas[error.interval : error.interval + 2].tolist()

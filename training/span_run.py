@@ -149,11 +149,18 @@ class SpanRun(Run):
 
     columns = STATISTICS
 
+    @property
+    def result(self) -> SpanSolver:
+        return self.trainer.best_student()
+
+    def statistics(self) -> dict:
+        return {"sigma": self.trainer.student.sigmas().tolist()}
+
     def save_result(self, progress: dict) -> None:
         trainer = self.trainer
         values = {"first": trainer.first[0], "best": trainer.best["value"], "best_iteration": trainer.best["iteration"]}
         provenance = {**self.provenance, **progress, "validation": values}
-        on_main(save_predictor, trainer.best_student(), self.result_path, provenance)
+        on_main(save_predictor, self.result, self.result_path, provenance)
 
     def failure_text(self, error: NotFinite) -> str:
         return (
