@@ -26,7 +26,7 @@ from pathlib import Path
 
 import click
 
-from evaluation.fid import calculate_fid, choose_detector, choose_images, image_statistics
+from evaluation.fid import calculate_fid, choose_detector, choose_images, image_statistics, metric_names
 from evaluation.frechet import Reference
 from torch_utils import distributed
 from torch_utils.cli import PATH, SEED, Group, offline_flag
@@ -101,7 +101,7 @@ def calc(images, ref, num, seed, batch, detector, workers, feature_cache, json_p
             device=device,
             trust=trust,
             workers=workers,
-            metrics=[name.strip() for name in metrics.split(",") if name.strip()],
+            metrics=metric_names(metrics),
         )
         if result is not None:
             if json_path is not None:

@@ -204,6 +204,7 @@ OWN = {
             ),
         ],
         "fid_ref": ["missing.npz", "empty", "broken.npz", "text.txt", "notfid.npz"],
+        "metrics": ["nope", ",", "kid", ("--solver=euler", "--metrics=fid", "--fid_ref=missing")],
         "fid_detector": ["digits", ("--fid_ref=digits", "--fid_detector=nope")],
         "fid_json": ["x.json", ("--fid_ref=digits", "--fid_detector=digits", "--fid_json=text.txt/x.json")],
         "save_images": ["False"],
