@@ -63,6 +63,7 @@ from training.trainer import BaseRun, BaseTrainer, NotFinite
 
 STATE_FILE = "training-state.pt"
 LR, LR_OF_INIT = 2e-3, 1e-4
+LOG_EVERY = 50  # iterations between lines of statistics
 GRID_COLUMNS, GRID_STEPS = 10, 18
 GRID_CALLS = 2 * (GRID_STEPS - 1)
 ARCHITECTURES = {
@@ -476,7 +477,7 @@ class DenoiserRun(BaseRun):
             seconds if self.trainer.iteration < 3 else max(seconds, 0.9 * self._longest)
         )  # the first is slow
         bar.update(min(100 * self._fraction, 100) - bar.n)
-        if self.trainer.iteration % 50 == 0:
+        if self.trainer.iteration % LOG_EVERY == 0:
             bar.set_postfix_str(f"{self.kimg:.3g} kimg, loss {self.loss:.4f} per pixel")
             self.log.stats({"kimg": self.kimg, "loss": self.loss, "seconds": self.elapsed, "lr": self._lr})
 
