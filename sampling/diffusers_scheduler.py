@@ -282,15 +282,21 @@ class _AMEDScheduler(NetworkHooks):
         self._times = self._timesteps[:1]
         self._index = 0
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device=None, sigmas=None, mu=None) -> None:
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device=None, sigmas=None, mu=None, timesteps=None
+    ) -> None:
         """Starts a new batch.
 
         num_inference_steps: ``len(scheduler)`` or None; UserError for other numbers. Default None.
         device: where the pipeline samples. Default: the CPU.
-        sigmas: many pipelines pass n values from 1 to 1/n, without a wish of the user, so the
-            schedule remains the learned one. UserError for others. Default None.
+        sigmas: many pipelines pass n values from 1 to 1/n, or to 1/1000, without a wish of the
+            user, so the schedule remains the learned one. UserError for others. Default None.
         mu: shift of flow models whose pipeline computes one. Default None.
+        timesteps: the same as sigmas, times num_train_timesteps. Default None.
         """
+        steps = self.config.get("num_train_timesteps", 1000)
+        if timesteps is not None and sigmas is None:
+            sigmas = np.asarray(timesteps) / steps
         if num_inference_steps is None and sigmas is not None:
             num_inference_steps = len(sigmas)
         if num_inference_steps not in (None, len(self)):
@@ -302,8 +308,8 @@ class _AMEDScheduler(NetworkHooks):
         if sigmas is not None:
             given, count = torch.as_tensor(np.asarray(sigmas), dtype=torch.float32), len(self)
             if not any(
-                len(given) == count and torch.allclose(given, known, rtol=1e-3)
-                for known in (torch.linspace(1, 1 / count, count), self.sigmas[:-1])
+                len(given) == count and torch.allclose(given, known, rtol=1e-3, atol=1 / steps)
+                for known in (*(torch.linspace(1, 1 / end, count) for end in (count, steps)), self.sigmas[:-1])
             ):
                 self._run = None
                 raise UserError("sigmas: the predictor brings its own noise levels; leave the argument out")

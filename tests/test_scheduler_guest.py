@@ -333,7 +333,7 @@ def test_hooks_are_there_during_a_run_only(sd):
 
 @pytest.mark.parametrize("kind", ["sd", "sd3", "flux"])
 def test_a_saved_pipeline_is_a_network(kind, tmp_path):
-    """load_diffusers reads the network of a pipeline with an AMEDScheduler inside, and its noise."""
+    """load_diffusers reads the network and the noise of a pipeline with an AMEDScheduler."""
     net = load_diffusers(pipeline_folder(kind), guidance_rate=RATE)
     net.pipeline.scheduler = AMEDScheduler(make_predictor(), net.pipeline.scheduler.config)
     if kind == "sd":
