@@ -29,7 +29,7 @@ def text(width, length=4, mask=True, negative=True):
     if negative:
         own["negative_prompt_embeds"] = own["prompt_embeds"].flip(0)
     for name in [*own] if mask else []:
-        own[name.replace("embeds", "attention_mask")] = torch.ones(2, length, dtype=torch.long)
+        own[name.replace("embeds", "attention_mask")] = torch.ones(2, length, dtype=torch.bool)
     return own
 
 
@@ -102,7 +102,8 @@ def lumina2():
         axes_dim_rope=[4, 2, 2],
         cap_feat_dim=8,
     )
-    return diffusers.Lumina2Pipeline(network, None, None, None, None), text(8)
+    own = {name: value.long() if "mask" in name else value for name, value in text(8).items()}
+    return diffusers.Lumina2Pipeline(network, None, None, None, None), own
 
 
 def flux2():
@@ -113,7 +114,7 @@ def flux2():
 
 
 def ovis():
-    network = diffusers.OvisImageTransformer2DModel(**FLUX, **ROPE, joint_attention_dim=32)
+    network = diffusers.OvisImageTransformer2DModel(**FLUX, **ROPE, out_channels=16, joint_attention_dim=32)
     own = {**text(32, mask=False), "negative_prompt": None}
     return diffusers.OvisImagePipeline(None, None, None, None, network), own
 
