@@ -3,7 +3,8 @@ r"""CLIP score: how well images fit the captions they were made from.
     python clip_score.py calc --images=samples/ms_coco/dpmpp_nfe8 --prompts=captions.csv
     python clip_score.py calc --images=samples.zip --prompts=captions.txt \
         --model=openai/clip-vit-large-patch14
-    torchrun --standalone --nproc_per_node=8 clip_score.py calc ...
+    torchrun --standalone --nproc_per_node=8 clip_score.py calc --images=samples.zip \
+        --prompts=captions.csv --num_images=5000
 
 The score is the mean over the images of the cosine similarity between the CLIP embeddings of image
 and caption, from -1 to 1. It depends on the CLIP model. Others report 100 max(0, cosine), which
@@ -40,7 +41,14 @@ def main():
     """CLIP score of images and their captions."""
 
 
-@main.command()
+GROUPS = {
+    "What to measure": "images prompts column model num seed",
+    "Output": "json_path",
+    "Speed": "batch device amp offline",
+}
+
+
+@main.command(groups=GROUPS)
 @click.option(
     "--images", type=PATH, required=True, metavar="PATH", help="Folder or zip of images, named after their seeds"
 )

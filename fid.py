@@ -1,10 +1,15 @@
 """Fréchet inception distance of images to reference statistics (protocol and file format of EDM).
 
     python fid.py calc --images=samples/cifar10/amed_nfe5 --ref=cifar10
-    python fid.py calc --images=generated --ref=photos.zip --metrics=fid,kid,precision,recall
-    python fid.py inspect --images=photos.zip
     python fid.py ref --data=datasets/my-data.zip --dest=my-data.npz
-    torchrun --standalone --nproc_per_node=8 fid.py calc ...
+    python fid.py inspect --images=photos.zip
+    python fid.py calc --images=generated --ref=photos.zip --metrics=fid,kid,precision,recall
+    torchrun --standalone --nproc_per_node=8 fid.py calc --images=samples --ref=my-data.npz
+
+    python fid.py ref --data=photos --dest=photos.npz --num=5000
+    python fid.py ref --data=datasets/mnist-train.zip --dest=digits.npz --detector=digits
+    python fid.py inspect --images=samples/cifar10/amed_nfe5
+    python fid.py inspect --images=datasets/my-data.zip
 
 --ref is a network of models/zoo.py (its reference is downloaded), a file or a URL. In a folder
 written by sample.py only the samples count, not grid.png and inters/. A folder that holds images of
@@ -36,6 +41,13 @@ from torch_utils.image_listing import describe
 from torch_utils.images import ImageSource
 from torch_utils.session import session
 
+CALC = {
+    "What to measure": "images ref metrics | num seed detector trust",
+    "Output": "json_path | feature_cache",
+    "Speed": "batch device | workers offline",
+}
+REF = {"What to measure": "data detector num seed trust", "Output": "dest", "Speed": "batch device offline"}
+
 
 def choice_flags(command):
     """Decorator: which images."""
@@ -58,7 +70,7 @@ def main():
     """Fréchet inception distance (FID): calc; ref, which makes statistics; inspect."""
 
 
-@main.command()
+@main.command(groups=CALC)
 @click.option("--images", type=PATH, required=True, metavar="PATH", help="Folder or zip of images to evaluate")
 @click.option("--ref", type=PATH, required=True, metavar="NPZ|URL|NAME|PATH", help="Reference statistics, or images")
 @choice_flags
@@ -110,11 +122,13 @@ def calc(images, ref, num, seed, batch, detector, workers, feature_cache, json_p
         distributed.barrier()
 
 
-@main.command()
+@main.command(groups=REF)
 @click.option("--data", type=PATH, required=True, metavar="PATH", help="Folder or zip of images")
 @click.option("--dest", type=PATH, required=True, metavar="NPZ", help="Where to write the statistics")
 @click.option("--batch", type=click.IntRange(min=1), default=500, show_default=True, help="Images per network call")
-@click.option("--detector", type=PATH, default="inception", show_default=True, metavar="NAME|PATH")
+@click.option(
+    "--detector", type=PATH, default="inception", show_default=True, metavar="NAME|PATH", help="Network of the features"
+)
 @choice_flags
 @device_flags
 def ref(data, dest, batch, detector, num, seed, device, trust):

@@ -19,6 +19,12 @@ from torch_utils.errors import UserError, did_you_mean
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = json.loads(usage.FILE.read_text(encoding="utf-8"))
 MAIN = ("sample", "train", "compare", "optimize_schedule")
+# Commands and subcommands by what a user types.
+ALL = {
+    f"{name} {part}".strip(): described
+    for name, command in COMMANDS.items()
+    for part, described in command.get("commands", {"": command}).items()
+}
 
 
 def test_the_descriptions_are_up_to_date():
@@ -52,25 +58,38 @@ def test_help_and_usage_errors_come_before_torch():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize("name", [name for name, described in ALL.items() if len(described["options"]) > 1])
 def test_help_in_groups(name):
-    described = COMMANDS[name]
-    known = {option["name"] for option in described["options"]}
+    described = ALL[name]
+    known = {option["name"] for option in described["options"] if "argument" not in option}
     grouped = [word for names in described["groups"].values() for word in names.split() if word != "|"]
     assert len(grouped) == len(set(grouped)) and set(grouped) <= known, set(grouped) - known
     command = usage.build(described)
     short, long = (CliRunner().invoke(command, [flag], prog_name=name).output for flag in ("--help", "--help-all"))
     for text in (short, long):
-        assert text.count("\n  python") + text.count("\n  torchrun") >= 3
-        assert text.index("Examples:") < text.index("--dataset_name") < text.index("--device")
-    flags = [line.split()[0] for line in long.splitlines() if line.startswith("  -")]
-    assert len(flags) == len(known) + 2
-    assert len(short) < len(long) and short.count("\n  --") <= 22
+        assert text.count("\n  python") + text.count("\n  torchrun") == 3
+        assert "\nOther:" not in text and text.index("Examples:") < text.index(":\n  --")
+        if name in MAIN:
+            assert text.index("--dataset_name") < text.index("--device")
+    shown, flags = ([line.split()[0] for line in text.splitlines() if line.startswith("  -")] for text in (short, long))
+    assert len(flags) - flags.count("--help-all") == len(known) + 1
+    assert len(shown) <= 24 and ("--help-all" in shown) == (len(flags) > len(shown))
+    assert (len(flags) > len(shown)) == (len(known) > 12)
+    assert all(option["record"][1] for option in described["options"] if option["name"] in known), "a flag without help"
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", ALL)
+def test_three_examples_of_the_command_itself(name):
+    _, _, part = name.partition(" ")
+    examples = ALL[name]["examples"]
+    few = len(ALL[name]["options"]) <= 1
+    assert len(examples) == 3 or (few and examples), examples
+    assert all(f" {part} " in f"{example} " for example in examples if part)
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_examples_can_be_run(name):
-    for example in COMMANDS[name]["examples"]:
+    for example in ALL[name]["examples"]:
         words = shlex.split(example.partition("...")[0])
         place = next(k for k, word in enumerate(words) if word.endswith(".py") or words[k - 1] == "-m")
         module = words[place].removesuffix(".py").replace("/", ".")

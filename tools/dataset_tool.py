@@ -2,6 +2,9 @@ r"""Makes an uncompressed dataset zip in EDM's layout: 00000/img00000000.png, ..
 
     python tools/dataset_tool.py --source=mnist_train.npz --dest=datasets/mnist-train.zip \
         --resolution=32 --transform=pad
+    python -m tools.dataset_tool --source=photos --dest=datasets/photos.zip --resolution=64 \
+        --transform=center-crop
+    python -m tools.dataset_tool --source=train.zip --dest=few.zip --max_images=1000
 
 Labels are those of the source's dataset.json. Without one, the folders of the first level (cat/,
 dog/) are the classes, in the order of their names; dataset.json then lists them as "class_names".
@@ -239,7 +242,13 @@ def make_dataset(
     return len(indices)
 
 
-@click.command(cls=Command)
+GROUPS = {
+    "Images": "source resolution transform pad max_images",
+    "Output": "dest overwrite renumber",
+}
+
+
+@click.command(cls=Command, groups=GROUPS)
 @click.option(
     "--source", type=PATH, required=True, metavar="PATH", help="Folder, zip or npz (images or x, labels or y)"
 )

@@ -2,6 +2,7 @@
 
     python -m tools.demo            # or ./launch.sh demo: about 5 minutes on 2 CPU cores
     python -m tools.demo --full     # both networks, every learned method trained here, 1,000 images
+    python -m tools.demo --only=digits --images=100 --outdir=demo-digits
 
 The first picture needs no training: the same seeds by plain solvers and by shipped predictors, with
 three evaluations each. Then every method samples natural images (and, with --full, digits) with
@@ -296,12 +297,17 @@ def prepare_folder(out):
         (out / name).unlink(missing_ok=True)
 
 
-@click.command(cls=Command)
+GROUPS = {"What to show": "full only images", "Output": "outdir", "Speed": "amp"}
+
+
+@click.command(cls=Command, groups=GROUPS)
 @click.option("--outdir", type=PATH, default="demo", show_default=True, help="Replaced if it is an earlier demo")
 @click.option("--full", is_flag=True, help="Both networks, all learned methods trained here, 1,000 images per method")
 @click.option("--only", type=click.Choice(list(TITLES)), help="Only this network")
 @click.option("--images", type=click.IntRange(2), help="Per method (default: 500, with --full 1000)")
-@click.option("--amp", type=click.Choice(["none", "bf16"]), default="none", show_default=True)
+@click.option(
+    "--amp", type=click.Choice(["none", "bf16"]), default="none", show_default=True, help="Autocast of the networks"
+)
 def main(outdir, full, only, images, amp):
     """A first picture; then trains, samples and scores all methods on the embedded networks."""
     out = Path(outdir).resolve()

@@ -2,6 +2,7 @@
 
     python -m tools.export --predictor_path=7 --format=k-diffusion --outfile=sampler.py
     python -m tools.export --num_steps=6 --sigma_min=0.03 --sigma_max=14.6 --format=comfyui
+    python -m tools.export --schedule_path=runs/gits.json --outfile=schedule.json
 
 Formats: json (everything), comfyui (a line for a node that takes noise levels by hand), and
 k-diffusion (Python code with a sampling function; it needs torch only).
@@ -127,17 +128,34 @@ def _to_times(content: dict) -> dict:
     return {"kind": "times of a flow model", "sigmas": [value / (1 + value) for value in content["sigmas"]]}
 
 
-@click.command(cls=Command)
+GROUPS = {
+    "What to export": "predictor_path schedule_path",
+    "A new schedule": "num_steps schedule_type schedule_rho sigma_min sigma_max",
+    "Output": "kind flow outfile",
+}
+
+
+@click.command(cls=Command, groups=GROUPS)
 @click.option(
     "--predictor_path", type=PATH, metavar="N|DIR|FILE|URL", help="Predictor: number, folder, file or address"
 )
 @click.option("--schedule_path", type=PATH, metavar="FILE", help="Schedule file (optimize_schedule.py)")
 @click.option("--num_steps", type=click.IntRange(min=2), help="Number of noise levels of a new schedule")
-@click.option("--schedule_type", type=click.Choice(tuple(SCHEDULES)), default="polynomial", show_default=True)
-@click.option("--schedule_rho", type=Number(min=0, min_open=True), default=7, show_default=True)
+@click.option(
+    "--schedule_type",
+    type=click.Choice(tuple(SCHEDULES)),
+    default="polynomial",
+    show_default=True,
+    help="Time schedule",
+)
+@click.option(
+    "--schedule_rho", type=Number(min=0, min_open=True), default=7, show_default=True, help="Exponent of a new schedule"
+)
 @click.option("--sigma_min", type=Number(min=0, min_open=True), help="Lowest noise level")
 @click.option("--sigma_max", type=Number(min=0, min_open=True), help="Highest noise level")
-@click.option("--format", "kind", type=click.Choice(FORMATS), default="json", show_default=True)
+@click.option(
+    "--format", "kind", type=click.Choice(FORMATS), default="json", show_default=True, help="Form of the output"
+)
 @click.option("--flow", is_flag=True, help="Times t = sigma / (1 + sigma), as flow models in ComfyUI take them")
 @click.option("--outfile", type=PATH, help="File to write; default: the standard output")
 def main(

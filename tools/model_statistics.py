@@ -1,6 +1,8 @@
 """Estimates the model statistics of the solver dpm_v3 (Zheng et al. 2023, Section 3.1, Appendix C).
 
     python -m tools.model_statistics --dataset_name=digits
+    python -m tools.model_statistics --dataset_name=cifar10 --nodes=120 --samples=1024
+    python -m tools.model_statistics --dataset_name=custom --model_path=net.safetensors
 
 ``sample.py --solver=dpm_v3`` then finds them itself. Needs no images: the network is evaluated at
 states of its own trajectories. Costs five evaluations per node and sample; for digits with the
@@ -203,7 +205,15 @@ def estimate_statistics(
     return Statistics(sigmas, l, *(torch.stack(values) for values in zip(*lines, strict=True)), metadata)
 
 
-@click.command(cls=Command)
+GROUPS = {
+    "Network": "dataset_name model_path guidance_type guidance_rate",
+    "Accuracy": "nodes samples seed derivatives",
+    "Output": "dest",
+    "Speed": "batch device offline",
+}
+
+
+@click.command(cls=Command, groups=GROUPS)
 @click.option("--dataset_name", required=True, help="A network of models/zoo.py, or custom with --model_path")
 @click.option("--model_path", type=PATH, metavar="FILE", help="File of the network (default: embedded or downloaded)")
 @click.option("--guidance_type", help="Guidance of the network")
@@ -214,7 +224,7 @@ def estimate_statistics(
 @click.option("--nodes", type=click.IntRange(min=3), default=32, show_default=True, help="Noise levels")
 @click.option("--samples", type=click.IntRange(min=2), default=64, show_default=True, help="Trajectories")
 @click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Trajectories at a time")
-@click.option("--seed", type=SEED, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed of the trajectories")
 @click.option(
     "--derivatives",
     type=click.Choice(DERIVATIVES),

@@ -2,6 +2,7 @@
 
     python -m tools.share exps/00007-digits-... --to=fast-digits
     python -m tools.share 7 --to=hf:owner/fast-digits --figures=comparison/results.json
+    python -m tools.share predictor.safetensors --to=shared --images=0 --license=apache-2.0
 
 Only safetensors, JSON, Markdown and PNG are written and uploaded. Others use the result with
 --predictor_path=hf:owner/fast-digits.
@@ -256,7 +257,14 @@ def upload(folder: Path, repo: str, private: bool) -> str:
     return f"hf:{repo}"
 
 
-@click.command(cls=Command)
+GROUPS = {
+    "Output": "target private",
+    "Model card": "figures licence base_model",
+    "Sample images": "images prompt model_path device offline",
+}
+
+
+@click.command(cls=Command, groups=GROUPS)
 @click.argument("run", type=PATH, metavar="N|DIR|FILE")
 @click.option("--to", "target", type=PATH, required=True, metavar="FOLDER|hf:owner/name", help="Where the result goes")
 @click.option(

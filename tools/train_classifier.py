@@ -1,9 +1,13 @@
 r"""Trains a small classifier; its pooled features serve as a detector for the Fréchet distance.
 
-The embedded one:
+The first command makes the embedded one of digits:
 
     python tools/train_classifier.py --data=datasets/mnist-train.zip \
         --test=datasets/mnist-test.zip --dest=models/pretrained/digits-features.safetensors
+    python -m tools.train_classifier --data=train.zip --test=test.zip --dest=features.safetensors \
+        --arch=residual --flip=True
+    python -m tools.train_classifier --data=train.zip --test=test.zip --dest=wide.safetensors \
+        --width=32 --feature_dim=128 --epochs=12
 """
 
 import sys
@@ -89,19 +93,28 @@ def train(model, images, labels, *, epochs, batch, lr, shift, flip, device) -> N
                     bar.set_postfix(loss=f"{loss.item():.4f}")
 
 
-@click.command(cls=Command)
+GROUPS = {
+    "Data": "data test flip | shift",
+    "Network": "arch width | feature_dim",
+    "Training": "epochs batch lr seed",
+    "Output": "dest",
+    "Speed": "device",
+}
+
+
+@click.command(cls=Command, groups=GROUPS)
 @click.option("--data", type=PATH, required=True, metavar="PATH", help="Labelled training images: folder or zip")
 @click.option("--test", type=PATH, required=True, metavar="PATH", help="Labelled test images: folder or zip")
 @click.option("--dest", type=PATH, required=True, metavar="FILE", help="File to write, .safetensors")
 @click.option("--arch", type=click.Choice(list(ARCHITECTURES)), default="conv", show_default=True, help="Architecture")
-@click.option("--epochs", type=click.IntRange(min=1), default=6, show_default=True)
-@click.option("--batch", type=click.IntRange(min=2), default=128, show_default=True)
-@click.option("--lr", type=Number(min=0, min_open=True), default=4e-3, show_default=True)
+@click.option("--epochs", type=click.IntRange(min=1), default=6, show_default=True, help="Passes over the images")
+@click.option("--batch", type=click.IntRange(min=2), default=128, show_default=True, help="Images per step")
+@click.option("--lr", type=Number(min=0, min_open=True), default=4e-3, show_default=True, help="Learning rate")
 @click.option("--width", type=click.IntRange(min=1), default=16, show_default=True, help="Channels of the first layer")
 @click.option("--feature_dim", type=click.IntRange(min=1), default=64, show_default=True, help="Number of features")
 @click.option("--shift", type=click.IntRange(min=0), default=2, show_default=True, help="Largest random shift, pixels")
 @click.option("--flip", type=bool, default=False, show_default=True, help="Mirror images at random (not for digits)")
-@click.option("--seed", type=SEED, default=0, show_default=True)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Random seed of the training")
 @click.option("--device", default=None, help="cpu, cuda or mps (default: the fastest available)")
 def main(data, test, dest, arch, epochs, batch, lr, width, feature_dim, shift, flip, seed, device):
     """Trains a small classifier on a labelled image set."""

@@ -1,6 +1,9 @@
 r"""Trains a small EDM denoiser on a zip or folder of images (Karras et al. 2022).
 
     python -m tools.train_denoiser --data=datasets/mnist-train.zip --outdir=runs --minutes=90
+    python -m tools.train_denoiser --data=photos.zip --cond=True --xflip=True --minutes=30
+    torchrun --standalone --nproc_per_node=8 -m tools.train_denoiser --data=photos.zip \
+        --model_channels=64 --num_blocks=2 --amp=bf16
 
 Runs with plain python or torchrun, until --total_kimg or --minutes, whichever comes first. --resume
 continues a run. --init starts from a network. --schedule trains only at the noise levels at which
@@ -181,12 +184,12 @@ def sample_grid(net, device, columns=GRID_COLUMNS):
 class NetworkOptions:
     """The flags of the network."""
 
-    arch: str = flag(None, "ddpmpp", tuple(ARCHITECTURES))
-    model_channels: int = flag(None, 16, click.IntRange(8))
+    arch: str = flag("Architecture", "ddpmpp", tuple(ARCHITECTURES))
+    model_channels: int = flag("Width of the first resolution", 16, click.IntRange(8))
     channel_mult: str = flag("Width of each resolution", "1,2,4")
-    num_blocks: int = flag(None, 1, COUNT)
+    num_blocks: int = flag("Residual blocks per resolution", 1, COUNT)
     attn: str = flag("Resolutions with self-attention", "8")
-    dropout: float = flag(None, 0.0, Number(0, 1, max_open=True))
+    dropout: float = flag("Probability of dropout", 0.0, Number(0, 1, max_open=True))
     extra_dims: int = flag("Extra dimensions D of PFGM++; 0 = EDM's Gaussian noise", 0, click.IntRange(0, 1 << 20))
 
     def config(self, given: set[str], init: bool) -> dict:
@@ -223,20 +226,20 @@ class Options:
         "Train only at the noise levels at which the solver of this schedule file evaluates", kind=PATH, metavar="FILE"
     )
     outdir: str = flag("Where to write snapshots", "runs/denoiser", PATH)
-    total_kimg: float = flag(None, 2000, POSITIVE)
+    total_kimg: float = flag("Length of the training in thousands of images", 2000, POSITIVE)
     minutes: float = flag("Time limit in minutes, snapshot and grid included; 0 = no limit", 0, Number(0))
     batch: int = flag("Total batch size", 128, COUNT)
-    lr: float | None = flag(f"Default: {LR:g}; with --init {LR_OF_INIT:g}", kind=POSITIVE)
-    warmup_kimg: float = flag(None, 10, Number(0))
+    lr: float | None = flag(f"Learning rate (default: {LR:g}, with --init {LR_OF_INIT:g})", kind=POSITIVE)
+    warmup_kimg: float = flag("kimg over which the learning rate rises", 10, Number(0))
     ema_kimg: float = flag("EMA half-life", 50, Number(0))
     p_mean: float = flag("Mean of ln sigma in training", -1.2, Number())
-    p_std: float = flag(None, 1.2, POSITIVE)
-    amp: str = flag(None, "none", ("none", "bf16"))
+    p_std: float = flag("Standard deviation of ln sigma in training", 1.2, POSITIVE)
+    amp: str = flag("Autocast of the network", "none", ("none", "bf16"))
     compile: bool = flag("torch.compile of the network, which takes minutes", False)
-    channels_last: bool = flag(None, True)
+    channels_last: bool = flag("Memory format channels_last, mostly faster", True)
     xflip: bool = flag("Random horizontal flips", False)
     cond: bool = flag("Class-conditional", False)
-    seed: int = flag(None, 0, SEED)
+    seed: int = flag("Random seed of the training", 0, SEED)
     snap: float = flag("kimg between snapshots, 0 = end", 100, Number(0))
     grid: bool = flag("Sample a grid at each snapshot", True)
     tensorboard: bool = flag("Also write event files of TensorBoard: statistics and grids", False)
@@ -626,7 +629,17 @@ def parse_ints(text, option):
     return values
 
 
-@click.command(cls=Command, may_be_empty=("attn",))
+GROUPS = {
+    "Data": "data cond xflip",
+    "How long": "minutes total_kimg",
+    "Network": "init | arch model_channels channel_mult num_blocks attn dropout extra_dims",
+    "Training": "batch lr seed | schedule warmup_kimg ema_kimg p_mean p_std",
+    "Output": "outdir resume | snap grid",
+    "Speed": "device | amp compile channels_last",
+}
+
+
+@click.command(cls=Command, groups=GROUPS, may_be_empty=("attn",))
 @flags(Options)
 @flags(NetworkOptions)
 @click.option("--device", default=None, help="cpu, cuda or mps (default: the fastest available)")
@@ -634,7 +647,8 @@ def parse_ints(text, option):
 def main(ctx, device, **values):
     """Trains a small EDM denoiser on a zip or folder of images.
 
-    --init starts from a network, --schedule trains only at the noise levels of a schedule file.
+    It starts from a network with --init, and trains only at the noise levels of a schedule file
+    with --schedule.
     """
     given = given_flags(ctx)
     options = read_flags(Options, values, given)

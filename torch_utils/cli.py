@@ -113,12 +113,16 @@ class _Program:
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 
-def _examples(callback) -> list[str]:
-    """The first three commands of the indented block in the docstring of a callback's module."""
+def _examples(callback, name: str | None = None) -> list[str]:
+    """The first three commands of the indented blocks in the docstring of a callback's module.
+
+    name: of a subcommand; only its own commands, if there are any.
+    """
     text = getattr(inspect.getmodule(callback), "__doc__", None) if callback else None
     lines = [line[4:] for line in (text or "").splitlines() if line.startswith("    ")]
     commands = re.findall(r"(?:[^\n]*\\\n)*[^\n]+", "\n".join(lines))
     commands = [re.sub(r"\s{2,}#.*", "", command) for command in commands if re.match(r"python|torchrun", command)]
+    commands = [command for command in commands if f" {name} " in f"{command} "] or commands
     return [re.sub(r"\s*\\?\s+", " ", command).strip() for command in commands[:3]]
 
 
@@ -153,7 +157,7 @@ class Command(_Program, click.Command):
         more["context_settings"] = _HELP | (more.get("context_settings") or {})
         super().__init__(*args, **more)
         self.groups, self.may_be_empty = groups or {}, may_be_empty
-        self.examples = _examples(self.callback) if examples is None else examples
+        self.examples = _examples(self.callback, self.name) if examples is None else examples
 
     def get_params(self, ctx):
         shown = super().get_params(ctx)
@@ -171,7 +175,7 @@ class Command(_Program, click.Command):
     def format_options(self, ctx, formatter):
         if not self.groups:
             return super().format_options(ctx, formatter)
-        records = {param.name: param.get_help_record(ctx) for param in self.params}
+        records = {param.name: param.get_help_record(ctx) for param in self.params if isinstance(param, click.Option)}
         records = {name: record for name, record in records.items() if record is not None}
         everything, left = bool(ctx.meta.get("help_all")), dict(records)
         for title, names in self.groups.items():
@@ -188,8 +192,10 @@ class Command(_Program, click.Command):
                 formatter.write_dl(list(left.values()), col_max=26)
         with formatter.section("Help"):
             hidden = len(records) - sum(len(names.partition("|")[0].split()) for names in self.groups.values())
-            own = self.get_help_option(ctx).get_help_record(ctx)
-            formatter.write_dl([own, ("--help-all", f"Show {hidden} more flags too, and exit.")], col_max=26)
+            own = [self.get_help_option(ctx).get_help_record(ctx)]
+            if hidden:
+                own.append(("--help-all", f"Show {hidden} more flag{'s' * (hidden > 1)} too, and exit."))
+            formatter.write_dl(own, col_max=26)
 
     def parse_args(self, ctx, args):
         args = self._with_values(args)
