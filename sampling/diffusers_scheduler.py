@@ -16,6 +16,7 @@ import copy
 import functools
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -582,7 +583,11 @@ def _with_diffusers() -> type:
     return type("AMEDScheduler", (_AMEDScheduler, diffusers.SchedulerMixin, diffusers.ConfigMixin), content)
 
 
-def __getattr__(name):
+if TYPE_CHECKING:
+    AMEDScheduler = _AMEDScheduler
+
+
+def __getattr__(name: str):
     if name == "AMEDScheduler":
         return _with_diffusers()
     if name == "SchedulerMixin":  # diffusers looks for it in the module of a pipeline's scheduler

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,6 +36,9 @@ class Walk:
     ``point`` is the ``Point`` where the network is needed next. At the end of the schedule it is
     None, and ``state`` is the result.
     """
+
+    point: Any
+    _sent: list
 
     def __init__(self, run: Sampler, x, start: Call | None = None):
         self.run, self._lone = run, False
