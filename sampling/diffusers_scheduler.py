@@ -16,7 +16,7 @@ import copy
 import functools
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ import torch
 from models.diffusers import import_diffusers, is_flow, noise_process
 from sampling.scheduler_hooks import NetworkHooks
 from solvers.learned import NetworkOfProcess, learned_run, solver_of
-from solvers.sampler import Sampler
 from solvers.walk import Call, Walk
 from torch_utils.errors import UserError
 from training.checkpoint import find_predictor, load_predictor, save_predictor
@@ -64,6 +63,10 @@ class _AMEDScheduler(NetworkHooks):
     """
 
     order = 1  # one call of the network per step
+    _sigmas: Any
+    _timesteps: Any
+    _walk: Any
+    process: Any
 
     def __init__(self, predictor=None, config=None, network=None, **settings):
         super().__init__()
@@ -75,8 +78,7 @@ class _AMEDScheduler(NetworkHooks):
         self.register_to_config(**_complete(config, settings))
         self._network = self._hooks = self._finalizer = self._reader = self._graph = self._start = None
         self._said: set[str] = set()
-        self._run: Sampler | None = None
-        self._sigmas: torch.Tensor | None = None
+        self._run = self._sigmas = None
         self._calls: list[Call] = []
         self._timesteps = self.num_inference_steps = self._begin_index = self._returned = None
         self.process = self._walk = self._mu = self._output = None
@@ -511,9 +513,9 @@ class _AMEDScheduler(NetworkHooks):
         found = [self._match(time) for time in times]
         exact = self.process.sigma_of_timestep(times.to(torch.float32)).cpu()
         levels = [(s, s) if k is None else self._level(k) for s, k in zip(exact, found, strict=True)]
-        return tuple(
-            torch.stack([value.cpu().to(torch.float32) for value in side]) for side in zip(*levels, strict=True)
-        )
+        sides = zip(*levels, strict=True)
+        first, second = (torch.stack([value.cpu().to(torch.float32) for value in side]) for side in sides)
+        return first, second
 
     def _require_predictor(self) -> None:
         if self.predictor is None:

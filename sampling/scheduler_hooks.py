@@ -4,6 +4,7 @@ import functools
 import weakref
 from contextlib import ExitStack
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,13 +32,28 @@ class _FeatureGraph:
         return output, feature
 
 
-class NetworkHooks:
+if TYPE_CHECKING:
+    _Diffusers = Any  # the classes of diffusers that the scheduler gets there, an optional package
+else:
+    _Diffusers = object
+
+
+class NetworkHooks(_Diffusers):
     """Base class of AMEDScheduler with its per-sample mode.
 
     The hooks see the run through attributes of the scheduler: ``_run``; ``_index``, ``_times`` and
     ``_is_now`` of the next step; ``_returned``, the latest result of ``step``; ``_prepares`` and
     ``_prepared`` of the first input. They set ``_own_call``, ``_output`` and ``_told_rate`` for it.
     """
+
+    predictor: Any
+    _network: Any
+    _reader: Any
+    _graph: Any
+    _hooks: Any
+    _finalizer: Any
+    _run: Any
+    _returned: Any
 
     def attach(self, network) -> None:
         """Per-sample mode: the predictor reads the bottleneck, and every sample gets its own times.
@@ -200,7 +216,8 @@ class NetworkHooks:
         return add_shift(output, self.predictor.heads["time"](self._index, 1).to(output.device))
 
 
-_PREPARED = weakref.WeakKeyDictionary()  # network -> weak reference to the scheduler that hooked it last
+# network -> weak reference to the scheduler that hooked it last
+_PREPARED: weakref.WeakKeyDictionary[torch.nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 def _weak(method):

@@ -71,7 +71,7 @@ class Walk:
             if answer:
                 self._sent.append(answer[0])
             try:
-                request = self._step.send(*answer or [None])
+                request: Any = self._step.send(*answer or [None])
             except StopIteration as finished:
                 self._begin(finished.value, self.interval + self.run.solver.stride(self.interval, self.run.intervals))
                 answer = ()

@@ -131,6 +131,7 @@ class NoiseNetwork(torch.nn.Module):
         self.net, self.process = net, process
         self.config = SimpleNamespace(sample_size=net.img_resolution, in_channels=net.img_channels)
         self.dtype, self.device = torch.float32, torch.device("cpu")
+        self.time_embedding = SimpleNamespace(linear_2=net.noise_embedding)  # for the solver's head "time"
 
     def forward(self, sample, timestep):
         times = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1, 1, 1, 1)

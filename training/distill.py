@@ -53,5 +53,6 @@ def distill(
     with TemporaryDirectory() if outdir is None else nullcontext(outdir) as folder:
         given["outdir"] = str(folder)
         chosen = new_options(dict.fromkeys(known) | given, set(given), nfe)
-        train = train_span if isinstance(chosen, SpanOptions) else train_predictor
-        return load_predictor(train(chosen, device, net=net))
+        if isinstance(chosen, SpanOptions):
+            return load_predictor(train_span(chosen, device, net=net))
+        return load_predictor(train_predictor(chosen, device, net=net))
