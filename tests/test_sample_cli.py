@@ -434,7 +434,7 @@ def streamed(tmp_path_factory):
 def test_streamed_measures_are_those_of_the_files(streamed):
     folder, found, _ = streamed
     expected = asdict(calculate_fid(folder, found["ref"], metrics=METRICS, detector="digits"))
-    assert set(measured(found)) == set(METRICS) and found["fid"] > 10
+    assert set(measured(found)) == set(METRICS) and found["fid"] > 1
     assert measured(found) == pytest.approx(measured(expected), rel=1e-6)
     assert found["measures"]["kid"]["spread"] == pytest.approx(expected["measures"]["kid"]["spread"], rel=1e-6)
     same = ("images", "detector", "detector_sha256", "ref", "ref_images", "seed")
