@@ -1,13 +1,15 @@
-"""Trains a learned solver for a pretrained network: an AMED predictor or a span solver.
+"""Trains few-step sampling of a pretrained network: a learned solver, or the network itself.
 
     python train.py --dataset_name=cifar10 --num_steps=4 --sampler_stu=amed --sampler_tea=heun
     python train.py --dataset_name=cifar10 --num_steps=6 --sampler_stu=span
+    python train.py --dataset_name=cifar10 --num_steps=4 --objective=sfd
     torchrun --standalone --nproc_per_node=8 train.py --dataset_name=imagenet64 ...
     python train.py --resume=7            # continue ./exps/00007-* where it stopped
 
 An AMED predictor learns where a solver evaluates between its time steps, one interval at a time
 (stepwise objective). A span solver learns its whole coefficient table from the final samples
-(trajectory objective). Ctrl-C ends a run after the current iteration, with everything saved.
+(trajectory objective). SFD fine-tunes all weights of the network for a few Euler steps (sfd).
+Ctrl-C ends a run after the current iteration, with everything saved.
 """
 
 if __name__ == "__main__":
@@ -31,8 +33,9 @@ from torch_utils.options import flags
 from torch_utils.session import session
 from training.amed_trainer import train_predictor
 from training.flags import FILES, OBJECTIVES, continued_options, new_options
-from training.options import TRAINABLE, AMEDOptions, SpanOptions
+from training.options import TRAINABLE, AMEDOptions, SFDOptions, SpanOptions
 from training.run_folder import find_run, stored_options
+from training.sfd_trainer import train_sfd
 from training.span_run import train_span
 
 GROUPS = {
@@ -41,6 +44,7 @@ GROUPS = {
     "Teacher and schedule": "sampler_tea | M teacher_cache schedule schedule_type schedule_rho sigma_min sigma_max sigmas"
     " afs num_steps_tea schedule_tea rho_tea pairs val_pairs teacher_set",
     "Options of solvers": "| " + " ".join(TRAINABLE),
+    "Few-step network": "| teacher rank dropout",
     "Span solver": "| preset heads parallel sigma_scale_bound init init_pairs init_trial phases phase_rounds",
     "Optimisation": "total_kimg batch seed | batch_gpu lr lrs lr_final warmup clip ema val_every scale_dir scale_time loss"
     " feature_sigma w_dist w_anchor anchor w_delta",
@@ -50,11 +54,12 @@ GROUPS = {
 
 
 @click.command(cls=Command, groups=GROUPS)
-@flags(AMEDOptions, {"final": SpanOptions})
+@flags(AMEDOptions, {"final": SpanOptions, "sfd": SFDOptions})
 @click.option(
     "--objective",
     type=click.Choice(list(OBJECTIVES)),
-    help="per_step: compare each interval with the teacher's; final: compare the final samples (default for span)",
+    help="per_step: a predictor, each interval compared with the teacher's; final: a span solver, by its final samples"
+    " (default for span); sfd: the network itself, fine-tuned for a few Euler steps",
 )
 @click.option(
     "--nfe",
@@ -71,7 +76,7 @@ GROUPS = {
 @offline_flag
 @click.pass_context
 def main(ctx, device, resume, dry_run, nfe, **values):
-    """Trains an AMED predictor or a span solver for a pretrained network."""
+    """Trains an AMED predictor, a span solver or a few-step network."""
     given = {name for name in values if ctx.get_parameter_source(name) == ParameterSource.COMMANDLINE}
     schedule = use_schedule(values, given)
     if schedule is not None and values.pop("sigmas_cond") is not None:
@@ -98,6 +103,8 @@ def main(ctx, device, resume, dry_run, nfe, **values):
             return
         if isinstance(options, SpanOptions):
             train_span(options, device, folder, resume=folder is not None)
+        elif isinstance(options, SFDOptions):
+            train_sfd(options, device, folder, resume=folder is not None, schedule=schedule)
         else:
             train_predictor(options, device, folder, resume=folder is not None, schedule=schedule)
 

@@ -52,6 +52,7 @@ class Denoiser(torch.nn.Module):
     can_autocast: whether the network can run in mixed precision.
     autocast: dtype of matrix products (torch.bfloat16, torch.float16), or None for its own dtype.
     compiled: a ``models.compile.CompiledForward`` that replaces ``forward``, or None.
+    few_step: ``models.few_step.FewStep`` of a network that was fine-tuned for few steps, or None.
     dataset_name, source_path, weights_hash: name, file and SHA-256 of a network that was loaded
         with ``create_model``; else None.
 
@@ -74,6 +75,7 @@ class Denoiser(torch.nn.Module):
     can_autocast: bool = False
     autocast: torch.dtype | None = None
     compiled = None
+    few_step = None
     dataset_name: str | None = None
     source_path: str | None = None
     weights_hash: str | None = None

@@ -8,6 +8,7 @@ from models import zoo
 from models.building import Family, build_empty, check_guidance, check_weights, load_weights
 from models.denoiser import Denoiser, PreconditionedDenoiser, edm_scalings
 from models.edm_unet import NETWORKS
+from models.few_step import FewStep
 from torch_utils.errors import UserError, brief
 from torch_utils.safe_pickle import PersistentObject, open_binary, safe_load
 from torch_utils.tensor_file import is_safetensors, json_entry, read_safetensors, read_weights, write_safetensors
@@ -55,7 +56,8 @@ class EDMDenoiser(PreconditionedDenoiser):
     """D(x; sigma) = c_skip x + c_out F(c_in x; ln(sigma) / 4).
 
     The arguments are those of the official ``EDMPrecond`` (``init_kwargs`` of a checkpoint), and
-    two of PFGM++: pfgmpp, whether D is used, and D, see ``Denoiser.D``. All others go to the U-Net.
+    two of PFGM++: pfgmpp, whether D is used, and D, see ``Denoiser.D``. All others go to the U-Net;
+    with step_condition=True it can be conditioned on a number of time steps (``FewStep``).
     Parameters are named ``model.*``, as in the official files. The sampling range is limited to
     0.002 .. 80, as in the paper's samplers, even if the file has a wider one.
     """
@@ -123,14 +125,34 @@ class EDMDenoiser(PreconditionedDenoiser):
     def scalings(self, sigma):
         return *edm_scalings(sigma, self.sigma_data), sigma.log() / 4
 
-    def predict(self, x, c_noise, sigma, class_labels=None, augment_labels=None):
+    def predict(self, x, c_noise, sigma, class_labels=None, augment_labels=None, step_condition=None):
         if self.label_dim == 0:
             class_labels = None
         elif class_labels is None:
             class_labels = torch.zeros([1, self.label_dim], device=x.device)
         else:
             class_labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
-        return self.model(x, c_noise, class_labels=class_labels, augment_labels=augment_labels)
+        told = {} if step_condition is None else {"step_condition": step_condition}
+        return self.model(x, c_noise, class_labels=class_labels, augment_labels=augment_labels, **told)
+
+
+def with_step_condition(net: EDMDenoiser, seed: int = 0) -> EDMDenoiser:
+    """A copy of a network with layers for the step condition, or the network if it has them.
+
+    seed: of the new layers, which are initialised like the others. Default 0.
+    """
+    if net.config.get("step_condition"):
+        return net
+    config = {**net.config, "sigma_min": net.sigma_min, "sigma_max": net.sigma_max, "step_condition": True}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        larger = EDMDenoiser(**config)
+    parameter = next(net.parameters())
+    larger = larger.to(parameter.device, parameter.dtype)
+    larger.load_state_dict(net.state_dict(), strict=False)
+    for name in ("data_mean", "data_std", "few_step", "autocast", "dataset_name", "source_path", "weights_hash"):
+        setattr(larger, name, getattr(net, name))
+    return larger.train(net.training)
 
 
 _LARGEST = 1 << 14  # largest resolution in pixels
@@ -173,7 +195,7 @@ def load_edm_safetensors(path) -> EDMDenoiser:
 
 
 def save_edm_safetensors(net: EDMDenoiser, path, extra_metadata: dict | None = None) -> None:
-    """Write weights (official names), constructor arguments and data statistics, atomically.
+    """Write weights (official names), arguments, data statistics and ``few_step``, atomically.
 
     net: the network.
     path: the ``.safetensors`` file.
@@ -182,8 +204,10 @@ def save_edm_safetensors(net: EDMDenoiser, path, extra_metadata: dict | None = N
     """
     extra = extra_metadata or {}
     extra = {key: value if isinstance(value, str) else json.dumps(value) for key, value in extra.items()}
-    if {"config", "family"} & extra.keys():
-        raise ValueError("'config' and 'family' in the metadata describe the network and cannot be replaced")
+    if {"config", "family", "few_step"} & extra.keys():
+        raise ValueError("'config', 'family' and 'few_step' in the metadata describe the network; leave them out")
+    if net.few_step is not None:
+        extra["few_step"] = json.dumps(net.few_step.to_dict())
     config = {**net.config, "sigma_min": net.sigma_min, "sigma_max": net.sigma_max}
     tensors = {key: value for key, value in net.state_dict().items() if key.startswith("model.")}
     for key in _STATISTICS:
@@ -197,6 +221,11 @@ def _from_safetensors(data: bytes, name: str) -> EDMDenoiser:
     config = json_entry(metadata, "config", name)
     statistics = {key: tensors.pop(key).to(torch.float32) for key in _STATISTICS if key in tensors}
     net = _build(config, tensors, name)
+    if "few_step" in metadata:
+        try:
+            net.few_step = FewStep.from_metadata(json_entry(metadata, "few_step", name))
+        except UserError as error:
+            raise UserError(f"{name}: its few_step is damaged: {error}") from None
     if "data_mean" in statistics:
         shape = (net.img_channels, net.img_resolution, net.img_resolution)
         if statistics["data_mean"].shape != shape:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from torch_utils.errors import UserError
+
 
 def _init(shape: list[int], fan_in: int, fan_out: int, mode: str, gain: float) -> nn.Parameter:
     if mode == "xavier_uniform":
@@ -180,6 +182,7 @@ class UNetBlock(nn.Module):
         init=None,
         init_zero=None,
         init_attn=None,
+        step_condition=False,
     ):
         super().__init__()
         init = init or {}
@@ -200,6 +203,8 @@ class UNetBlock(nn.Module):
         self.affine = Linear(emb_channels, out_channels * (2 if adaptive_scale else 1), **init)
         self.norm1 = GroupNorm(out_channels, eps=eps)
         self.conv1 = Conv2d(out_channels, out_channels, 3, **init_zero)
+        if step_condition:
+            self.affine_step = Linear(emb_channels, self.affine.out_features, **init)
         self.skip = None
         if out_channels != in_channels or up or down:
             project = resample_proj or out_channels != in_channels
@@ -222,27 +227,48 @@ class UNetBlock(nn.Module):
         a = F.scaled_dot_product_attention(q, k, v)
         return self.proj(a.transpose(-1, -2).reshape(batch, channels, height, width))
 
-    def forward(self, x, emb):
+    def forward(self, x, emb, emb_step=None):
         shortcut = x if self.skip is None else self.skip(x)
-        x = shortcut if "residual" in self.omitted else self._residual(x, shortcut, emb)
+        x = shortcut if "residual" in self.omitted else self._residual(x, shortcut, emb, emb_step)
         if self.num_heads and "attention" not in self.omitted:
             x = (self._attend(x) + x) * self.skip_scale
         return x
 
-    def _residual(self, x, shortcut, emb):
+    def _residual(self, x, shortcut, emb, emb_step=None):
         x = self.conv0(F.silu(self.norm0(x)))
-        params = self.affine(emb)[:, :, None, None].to(x.dtype)
+        params = [self.affine(emb)[:, :, None, None].to(x.dtype)]
+        if emb_step is not None:
+            params.append(self.affine_step(emb_step)[:, :, None, None].to(x.dtype))
         if self.adaptive_scale:
-            scale, shift = params.chunk(2, dim=1)
-            x = F.silu(torch.addcmul(shift, self.norm1(x), scale + 1))
+            x = self.norm1(x)
+            for scale, shift in (pair.chunk(2, dim=1) for pair in params):
+                x = torch.addcmul(shift, x, scale + 1)
+            x = F.silu(x)
         else:
-            x = F.silu(self.norm1(x + params))
+            for part in params:
+                x = x + part
+            x = F.silu(self.norm1(x))
         x = self.conv1(F.dropout(x, p=self.dropout, training=self.training))
         return (x + shortcut) * self.skip_scale
 
 
 def _last_block(encoder: nn.ModuleDict) -> nn.Module:
     return [block for name, block in encoder.items() if "block" in name][-1]
+
+
+def _embed_steps(net: nn.Module, step_condition, noise_labels: torch.Tensor) -> torch.Tensor | None:
+    """The embedding [1,E] of a number of time steps (Zhou et al. 2024, arXiv 2409.19681).
+
+    net: a U-Net with ``step_condition``.
+    step_condition: the number; None: no embedding.
+    noise_labels: tensor whose type and device to use.
+    """
+    if step_condition is None:
+        return None
+    if not hasattr(net, "map_step_layer0"):
+        raise UserError("this network has no step condition: leave step_condition out")
+    emb = net._embed(torch.full([1], float(step_condition), dtype=noise_labels.dtype, device=noise_labels.device))
+    return F.silu(net.map_step_layer1(F.silu(net.map_step_layer0(emb))))
 
 
 class SongUNet(nn.Module):
@@ -267,6 +293,7 @@ class SongUNet(nn.Module):
         encoder_type="standard",
         decoder_type="standard",
         resample_filter=(1, 1),
+        step_condition=False,
     ):
         super().__init__()
         if embedding_type not in ("positional", "fourier"):
@@ -296,6 +323,7 @@ class SongUNet(nn.Module):
                 init=init,
                 init_zero=init_zero,
                 init_attn={"init": "xavier_uniform", "gain": math.sqrt(0.2)},
+                step_condition=step_condition,
                 **resample,
                 **kwargs,
             )
@@ -308,6 +336,9 @@ class SongUNet(nn.Module):
         self.map_augment = Linear(augment_dim, noise_channels, bias=False, **init) if augment_dim else None
         self.map_layer0 = Linear(noise_channels, emb_channels, **init)
         self.map_layer1 = Linear(emb_channels, emb_channels, **init)
+        if step_condition:
+            self.map_step_layer0 = Linear(noise_channels, emb_channels, **init)
+            self.map_step_layer1 = Linear(emb_channels, emb_channels, **init)
 
         self.enc = nn.ModuleDict()
         cout = caux = in_channels
@@ -359,9 +390,13 @@ class SongUNet(nn.Module):
     def bottleneck(self) -> nn.Module:
         return _last_block(self.enc)
 
-    def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
-        emb = self.map_noise(noise_labels)
-        emb = emb.reshape(emb.shape[0], 2, -1).flip(1).reshape(*emb.shape)  # sines first, as the checkpoints expect
+    def _embed(self, number):
+        """The sinusoids of ``number`` [B], sines first, as the checkpoints expect."""
+        emb = self.map_noise(number)
+        return emb.reshape(emb.shape[0], 2, -1).flip(1).reshape(*emb.shape)
+
+    def forward(self, x, noise_labels, class_labels=None, augment_labels=None, step_condition=None):
+        emb = self._embed(noise_labels)
         if self.map_label is not None:
             labels = class_labels
             if self.training and self.label_dropout:
@@ -371,6 +406,7 @@ class SongUNet(nn.Module):
             emb = emb + self.map_augment(augment_labels)
         emb = F.silu(self.map_layer0(emb))
         emb = F.silu(self.map_layer1(emb))
+        emb_step = _embed_steps(self, step_condition, noise_labels)
 
         skips = []
         aux = x
@@ -382,7 +418,7 @@ class SongUNet(nn.Module):
             elif "aux_residual" in name:
                 x = skips[-1] = aux = (x + module(aux)) / math.sqrt(2)
             else:
-                x = module(x, emb) if isinstance(module, UNetBlock) else module(x)
+                x = module(x, emb, emb_step) if isinstance(module, UNetBlock) else module(x)
                 skips.append(x)
 
         aux = None
@@ -397,7 +433,7 @@ class SongUNet(nn.Module):
             else:
                 if x.shape[1] != module.in_channels:
                     x = torch.cat([x, skips.pop()], dim=1)
-                x = module(x, emb)
+                x = module(x, emb, emb_step)
         return aux
 
 
@@ -418,6 +454,7 @@ class DhariwalUNet(nn.Module):
         attn_resolutions=(32, 16, 8),
         dropout=0.10,
         label_dropout=0.0,
+        step_condition=False,
     ):
         super().__init__()
         self.label_dropout = label_dropout
@@ -425,12 +462,16 @@ class DhariwalUNet(nn.Module):
         init = {"init": "kaiming_uniform", "gain": math.sqrt(1 / 3)}
 
         def block(cin, cout, **kwargs):
-            return UNetBlock(cin, cout, emb_channels, dropout=dropout, init=init, **kwargs)
+            more = {"dropout": dropout, "init": init, "step_condition": step_condition}
+            return UNetBlock(cin, cout, emb_channels, **more, **kwargs)
 
         self.map_noise = PositionalEmbedding(model_channels)
         self.map_augment = Linear(augment_dim, model_channels, bias=False, gain=0.0) if augment_dim else None
         self.map_layer0 = Linear(model_channels, emb_channels, **init)
         self.map_layer1 = Linear(emb_channels, emb_channels, **init)
+        if step_condition:
+            self.map_step_layer0 = Linear(model_channels, emb_channels, **init)
+            self.map_step_layer1 = Linear(emb_channels, emb_channels, **init)
         self.map_label = None
         if label_dim:
             self.map_label = Linear(label_dim, emb_channels, bias=False, gain=math.sqrt(label_dim))
@@ -474,8 +515,11 @@ class DhariwalUNet(nn.Module):
     def bottleneck(self) -> nn.Module:
         return _last_block(self.enc)
 
-    def forward(self, x, noise_labels, class_labels=None, augment_labels=None):
-        emb = self.map_noise(noise_labels)
+    def _embed(self, number):
+        return self.map_noise(number)
+
+    def forward(self, x, noise_labels, class_labels=None, augment_labels=None, step_condition=None):
+        emb = self._embed(noise_labels)
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         emb = F.silu(self.map_layer0(emb))
@@ -486,15 +530,16 @@ class DhariwalUNet(nn.Module):
                 labels = labels * (torch.rand([x.shape[0], 1], device=x.device) >= self.label_dropout).to(labels.dtype)
             emb = emb + self.map_label(labels)
         emb = F.silu(emb)
+        emb_step = _embed_steps(self, step_condition, noise_labels)
 
         skips = []
         for module in self.enc.values():
-            x = module(x, emb) if isinstance(module, UNetBlock) else module(x)
+            x = module(x, emb, emb_step) if isinstance(module, UNetBlock) else module(x)
             skips.append(x)
         for module in self.dec.values():
             if x.shape[1] != module.in_channels:
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = module(x, emb)
+            x = module(x, emb, emb_step)
         return self.out_conv(F.silu(self.out_norm(x)))
 
 

@@ -264,6 +264,8 @@ class Posterior(Denoiser):
         if member(net, "latent") or member(net, "guided"):
             kind = "samples latents, while the observation is of images" if member(net, "latent") else "is guided"
             raise UserError(f"inverse problems need an unguided denoiser of images: this network {kind}")
+        if member(net, "few_step") is not None:
+            raise UserError("inverse problems need the original network, not one that was fine-tuned for few steps")
         if not (math.isfinite(sigma_y) and sigma_y >= 0):
             raise UserError(f"sigma_y={sigma_y}: the noise of the observation is a number >= 0")
         if sigma_y == 0 and getattr(operator, "needs_noise", False):

@@ -28,6 +28,7 @@ from sampling.settings import (
     remembered_network,
 )
 from solvers import SOLVERS
+from solvers.recommended import default_nfe
 from torch_utils import distributed
 from torch_utils.errors import UserError
 from torch_utils.files import write_json
@@ -203,8 +204,7 @@ def run(options: SampleOptions, device: torch.device) -> None:
     net = open_network(settings, options.compute, device, options.class_idx)
     source = None
     if predictor is None and settings.nfe is not None:
-        guided = 1 if "nfe" in options.written else net.evals_per_call
-        asked = settings.nfe * guided
+        asked = settings.nfe if "nfe" in options.written else default_nfe(net)
         settings, source = replace(settings, nfe=asked).for_network(net, options.written)
         distributed.print0(f"{asked} evaluations: {settings.flags()} ({source})")
     check_network(net, settings, predictor, device)
@@ -217,6 +217,8 @@ def run(options: SampleOptions, device: torch.device) -> None:
             raise UserError("--grid needs images of one size: leave it out, or choose by --seeds")
     if options.search.along_path and (predictor is not None or output.return_inters or inputs is not None):
         raise UserError(f"--search={options.search.search} works from noise, without predictor and --return_inters")
+    if options.search.along_path and net.few_step is not None:
+        raise UserError(f"--search={options.search.search} changes the steps: use the original network")
     if options.quantize != "none":
         one = {"labels": options.class_idx, "negative_prompt": options.text.negative_prompt}
         if inputs is not None or not isinstance(prompts, str | None):

@@ -14,7 +14,7 @@ from models.denoiser import member
 from sampling.flags import solver_flags, solver_option_names
 from solvers import SOLVERS, make_solver, resolve_sigmas
 from solvers.recommended import DEFAULT_NFE, recommend
-from solvers.sampler import afs_direction, check_predictor
+from solvers.sampler import afs_direction, check_few_step, check_predictor
 from solvers.schedules import SCHEDULE_NAMES, SCHEDULES
 from solvers.span_table import SpanSolver
 from torch_utils import distributed
@@ -165,7 +165,8 @@ class Settings(NetworkSettings):
         found = recommend(net, self.nfe, self.solver, given, tuned)
         values = dict(found.settings)
         values.pop("original_code", None)
-        own = {name: values.pop(name) for name in ("solver", "num_steps", *RECOMMENDABLE) if name in values}
+        names = ("solver", "num_steps", "sigmas", *RECOMMENDABLE)
+        own = {name: values.pop(name) for name in names if name in values}
         return replace(self, **own, options=values, nfe=None), found.source
 
     def flags(self) -> str:
@@ -350,6 +351,9 @@ def check_network(net, settings: Settings, predictor, device: torch.device) -> N
         zero = torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution, device=device)
         kind = predictor.first_direction if isinstance(predictor, SpanSolver) else settings.afs
         afs_direction(net, zero, torch.ones((), device=device), kind)
+    check_few_step(
+        net, settings.make_solver(), settings.resolve(net), settings.afs, predictor, settings.denoise_to_zero
+    )
     if isinstance(predictor, SpanSolver):
         predictor.check_network(net)
     elif predictor is not None:

@@ -227,6 +227,8 @@ def recommend(
     if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
         raise UserError(f"nfe={nfe!r} must be a whole number of evaluations, 1 or more")
     given = dict(given or {})
+    if member(net, "few_step") is not None:
+        return _of_few_step_network(net, nfe, solver, given)
     table, calls = evidence_for(net) if tuned else None, nfe / member(net, "evals_per_call")
     if solver is None and table is not None:
         solver = table["best"][_nearest(table["best"], calls)[0]]
@@ -268,6 +270,28 @@ def recommend(
         return Recommendation(settings, source)
     assert refusal is not None  # there is at least one row
     raise refusal
+
+
+def default_nfe(net) -> int:
+    """Evaluations if none are asked for: five calls, or the most that a few-step network makes."""
+    few = member(net, "few_step")
+    calls = DEFAULT_NFE if few is None else max(few.evaluations())
+    return calls * member(net, "evals_per_call")
+
+
+def _of_few_step_network(net, nfe: int, solver: str | None, given: Mapping) -> Recommendation:
+    """``recommend`` for a network that was fine-tuned for few steps: only its own settings."""
+    few, each = net.few_step, member(net, "evals_per_call")
+    numbers = {calls * each: num_steps for calls, num_steps in few.evaluations().items()}
+    if nfe not in numbers:
+        raise UserError(f"nfe={nfe}: this network was fine-tuned for {few.describe()}; choose one of these numbers")
+    settings = {"solver": few.solver, "afs": few.afs, **few.schedule(numbers[nfe])}
+    settings["num_steps"] = numbers[nfe]
+    asked = {"solver": solver or few.solver, **given}
+    different = [name for name, value in asked.items() if value != settings.get(name, False)]
+    if different:
+        raise UserError(f"this network was fine-tuned for {few.describe()}: leave {different[0]} out")
+    return Recommendation(settings, "the settings that the network was fine-tuned for")
 
 
 def recommended(net, nfe: int = DEFAULT_NFE, solver: str | None = None) -> dict:

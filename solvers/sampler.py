@@ -95,6 +95,7 @@ class Sampler:
         grow with the number of evaluations. Default False.
     cached_evals: {i: (direction [B,C,H,W], bottleneck [B,8,8])}, evaluations at schedule point i
         that were already made at exactly this state; reused instead of calling the network.
+    train_network: gradients flow to the parameters of net. Default False.
 
     ``nfe`` counts the network evaluations so far.
     """
@@ -113,6 +114,7 @@ class Sampler:
         sigmas_cond=None,
         checkpointing=False,
         cached_evals=None,
+        train_network=False,
     ):
         if not (isinstance(afs, bool) or afs == "data" or callable(afs)):
             raise UserError(f"afs={afs!r}: choose from {', '.join(map(str, AFS_KINDS))}")
@@ -126,8 +128,11 @@ class Sampler:
             if self.sigmas_cond.shape != sigmas.shape or (host and not (self.sigmas_cond > 0).all()):
                 raise UserError(f"sigmas_cond must be {len(sigmas)} positive numbers, one per noise level")
         self.afs, self.predictor, self.cond = afs, predictor, dict(cond or {})
+        few = member(net, "few_step")
+        if few is not None and few.step_condition:
+            self.cond.setdefault("step_condition", len(sigmas))
         self.observer, self._noise, self.checkpointing = observer, noise, checkpointing
-        self.cached_evals = dict(cached_evals or {})
+        self.cached_evals, self.train_network = dict(cached_evals or {}), train_network
         self.nfe = 0
         self.predicted: tuple | None = None  # (r, scale_dir, scale_time) of the latest interval
         self.reader: Any = None  # of the bottleneck, for the predictor
@@ -186,7 +191,8 @@ class Sampler:
         sigma is that of ``divisor``.
         """
         points = request if isinstance(request, list) else [request]
-        learned = any(v is not None and v.requires_grad for p in points for v in (p.x, p.sigma, p.sigma_cond, p.shift))
+        inputs = [v for p in points for v in (p.x, p.sigma, p.sigma_cond, p.shift) if v is not None]
+        learned = self.train_network or any(v.requires_grad for v in inputs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and learned):
             known = None if points is request else self.known_direction(points[0])
             directions = self._call_network(points) if known is None else [known]
@@ -393,7 +399,30 @@ def check_predictor(predictor, net, solver: Solver, sigmas: torch.Tensor, settin
     )
 
 
-def _with_defaults(asked: dict, predictor) -> dict:
+def check_few_step(net, solver: Solver, sigmas: torch.Tensor, afs, predictor=None, denoise_to_zero=False) -> None:
+    """Raises UserError if a network that was fine-tuned for few steps is used in another way.
+
+    sigmas: noise levels [N] of the run.
+    others: as of ``sample``.
+    """
+    few = member(net, "few_step")
+    if few is None:
+        return
+    if predictor is not None:
+        raise UserError("this network was fine-tuned for few steps: use predictors with the original network")
+    fits = solver.name == few.solver and afs == few.afs and not denoise_to_zero and len(sigmas) in few.num_steps
+    if fits:
+        schedule = {"num_steps": None, "schedule_type": None, "schedule_rho": None, **few.schedule(len(sigmas))}
+        levels = resolve_sigmas(net, **schedule, device=sigmas.device, dtype=sigmas.dtype)
+        fits = levels.shape == sigmas.shape and torch.allclose(levels, sigmas.detach(), rtol=1e-6, atol=0)
+    if not fits:
+        raise UserError(
+            f"this network was fine-tuned for {few.describe()}: give nfe, the number of evaluations, and leave other"
+            " settings of solver and schedule out"
+        )
+
+
+def _with_defaults(asked: dict, predictor, net) -> dict:
     """The settings of a run by name; None is replaced by the predictor's value or the default.
 
     asked: arguments of ``integrate``: solver, afs, and the settings of the schedule.
@@ -406,6 +435,11 @@ def _with_defaults(asked: dict, predictor) -> dict:
         for name in _SCHEDULE:
             if asked[name] not in (None, config.get(name)):
                 raise UserError(f"{name}={asked[name]}: the predictor has its own schedule; leave {name} out")
+    elif (few := member(net, "few_step")) is not None:
+        known = {"solver": few.solver, "afs": few.afs}
+        number = asked["num_steps"] or (few.num_steps[0] if len(few.num_steps) == 1 else None)
+        if asked["sigmas"] is None and number is not None:
+            known |= few.schedule(number)
     elif config:
         known = {name: config.get(name) for name in ("afs", *_SCHEDULE)} | {"solver": config["sampler_stu"]}
         if all(asked[name] is None for name in _SCHEDULE):  # else they define the noise levels
@@ -522,11 +556,12 @@ def integrate(
         chosen = recommend(net, nfe, solver, given).settings
         solver, num_steps, afs = chosen.pop("solver"), chosen.pop("num_steps"), chosen.pop("afs", None)
         schedule_type, schedule_rho = chosen.pop("schedule_type", None), chosen.pop("schedule_rho", None)
+        sigmas = chosen.pop("sigmas", None)
         solver_options, common = {name: chosen[name] for name in chosen if name != "denoise_to_zero"}, {}
     trained = getattr(predictor, "config", {})
     values = (num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas)
     asked = dict(zip((*_SCHEDULE, "sigmas"), values, strict=True)) | {"solver": solver, "afs": afs}
-    given_afs, asked = afs, _with_defaults(asked, predictor)
+    given_afs, asked = afs, _with_defaults(asked, predictor, net)
     solver, afs, sigmas = asked["solver"], asked["afs"], asked["sigmas"]
     _check_guidance(predictor, net)
     original_code = bool(original_code or trained.get("original_code"))
@@ -544,6 +579,7 @@ def integrate(
     times = resolve_sigmas(
         net, **schedule, sigmas=sigmas, device="cpu", original_code=original_code, dtype=latents.dtype
     )
+    check_few_step(net, method, times, afs, predictor, denoise_to_zero)
     levels = times
     if method.own_schedule:
         moves = plan.moves().beside(latents)

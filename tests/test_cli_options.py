@@ -53,6 +53,11 @@ def final(name, values):
     return along(name, values, "--sampler_stu=span")
 
 
+def sfd(name, values):
+    """The same for an option of a few-step network."""
+    return along(name, values, "--objective=sfd")
+
+
 def search(method, name, values):
     return along(name, values, f"--method={method}")
 
@@ -151,6 +156,9 @@ OWN = {
             "nope",
             ("--sampler_stu=amed", "--objective=final"),
             ("--sampler_stu=span", "--objective=per_step"),
+            ("--sampler_stu=span", "--objective=sfd"),
+            ("--objective=sfd", "--num_steps=2"),
+            ("--objective=sfd", "--compile"),
         ],
         "preset": ["ld3"],
         "heads": ["sample", *final("heads", ["nope", "sample,sample", ","])],
@@ -159,7 +167,14 @@ OWN = {
         "init": ["preset", *final("init", ["nope", "@", "ab@nope", "ab@polynomial:x", "ab@polynomial:0", "ab,"])],
         "init_pairs": ["4", *final("init_pairs", COUNT)],
         "init_trial": ["0.1", *final("init_trial", ["-0.1", "1.1", "nan"])],
-        "loss": ["l2", *final("loss", ["nope", "0*l2", "-1*l2", "x*l2", "l2+l2", "l2+", "nan*l2"])],
+        "teacher": ["text.txt", *sfd("teacher", [*FILE, "text.txt", "broken.safetensors"])],
+        "rank": ["4", *sfd("rank", COUNT)],
+        "dropout": ["0.1", *sfd("dropout", ["1", "-0.1", "nan"])],
+        "loss": [
+            *sfd("loss", ["l2"]),
+            "l2",
+            *final("loss", ["nope", "0*l2", "-1*l2", "x*l2", "l2+l2", "l2+", "nan*l2"]),
+        ],
         "feature_sigma": ["0.2", *final("feature_sigma", POSITIVE)],
         "w_dist": ["1", *final("w_dist", ["-1", "nan", "inf"])],
         "w_anchor": ["1", *final("w_anchor", ["-1", "nan", "inf"])],

@@ -11,6 +11,7 @@ import shlex
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from solvers import SOLVERS, Solver, sample
 from solvers.dpm_solver_v3 import Statistics, save_statistics
 from solvers.schedule_file import Schedule, save_schedule
 from tools import compare_run as comparison
+from tools import page
 from tools import report as comparison_report
 from tools.compare_methods import choose_steps, parse_method
 from tools.compare_run import SCORES, Comparison, Settings, add_differences, pool_moments, share_out
@@ -582,7 +584,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
-        self.open += [tag] if tag not in ("meta", "img", "br") else []
+        self.open += [tag] if tag not in ("meta", "link", "img", "br", "wbr", "input") else []
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -611,19 +613,19 @@ def test_the_page_needs_nothing_else(baseline):
     folder, rows, output = baseline
     text = (folder / "index.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert not page.open
+    assert not page.open and [tag for tag, _ in page.tags].count("script") == 2  # the code, and differences as JSON
     sources = [attributes[name] for _, attributes in page.tags for name in ("src", "href") if name in attributes]
-    assert sources and all(source.startswith("data:image/png;base64,") for source in sources)
-    assert not re.search(r"https?:|@import|url\(", text)
+    assert sources and all(source == "data:," or source.startswith("data:image/png;base64,") for source in sources)
+    assert not re.search(r"https?:|@import|url\((?!#)", text)
     for method, nfe in rows:
         assert method in page.text and f"{nfe} evaluations" in page.text
     facts = json.loads((folder / "results.json").read_text())["facts"]
-    plots = [a for tag, a in page.tags if a.get("class") == "plot"]
+    plots = [a for tag, a in page.tags if tag == "svg"]
     assert len(plots) == 3 or "No plots: a plot needs the package 'matplotlib'" in page.text
     assert facts["command"].startswith("python compare.py --") and facts["command"] in page.text
     assert all(value in page.text for value in facts.values())
     assert "Student's t with 1 degrees of freedom" in page.text  # what the interval is
-    strips = [a for tag, a in page.tags if tag == "img" and a["class"] == "strip"]
+    strips = [a for tag, a in page.tags if tag == "img"]
     assert [a["alt"] for a in strips].count("reference solution") == 3  # above the methods of 2, 3 and 4 evaluations
     assert len(strips) == len(rows) + 3
     assert (folder / "results.md").read_text() in output
@@ -636,13 +638,14 @@ def test_pictures_are_those_of_the_seeds(files, baseline):
     found = [a["src"] for tag, a in page.tags if a.get("alt") == "AMED-Plugin(ipndm)"]
     data = base64.b64decode(found[0].split(",")[1])
     with Image.open(io.BytesIO(data)) as image:
-        array = np.asarray(image).astype(int)
+        array, opaque = np.moveaxis(np.asarray(image).astype(int), 2, 0)
     net = load_edm_network(files / "net.safetensors").eval()
     predictor = load_predictor(files / "b" / "predictor-000001.safetensors")
     options = {"solver": "ipndm", "num_steps": 3, "max_order": 2, "predictor": predictor}
     x = sample(net, SeededGenerators(range(16)).randn([1, 8, 8]), **options)
     expected = to_uint8(x)[..., 0].astype(int)
     assert array.shape == (8, 16 * 10 - 2)
+    assert (opaque == np.tile([255] * 8 + [0] * 2, 16)[:-2]).all()
     for seed in range(16):
         assert np.abs(array[:, 10 * seed : 10 * seed + 8] - expected[seed]).max() <= 1
     assert expected.std() > 10
@@ -717,18 +720,27 @@ def test_only_what_is_better_beyond_the_interval_is_marked():
     assert bold == 3 * [{"best"}, {"better", "best", "first", "as good"}]
     assert "| better | **-0.10 ± 0.02** |  |" in tables[1] and "| worse | +0.20 ± 0.00 |" in tables[1]
     assert "alone" not in tables[1] and "| base " not in tables[1]
-    page = comparison_report.table_html(rows, "base")
+    table = comparison_report.table_html(rows, "base")
     marked = {}
-    for line in re.findall("<tr>.*</tr>", page)[1:]:
-        cells = re.findall("<td[^>]*>(.*?)</td>", line)
-        marked[cells[0]] = [column for column, text in enumerate(cells) if text.startswith("<b>")]
-    values, differences = [3, 5, 7], [4, 6, 8]
-    assert marked == {
-        **{name: differences for name in ("better", "first", "as good")},
-        **{name: [] for name in ("base", "unclear", "worse", "alone")},
-        "best": sorted(values + differences),
-    }
-    assert "FID minus base" in page and "minus" not in comparison_report.table_html(ROWS)
+    for line in re.findall("<tr .*</tr>", table)[1:]:
+        method, nfe = re.search('data-method="(.*?)" data-nfe="(.*?)"', line).groups()
+        marked[method, int(nfe)] = line.count("<b>")
+    assert marked == {(row["method"], row["nfe"]): 3 * (row["method"] == "best") for row in ROWS}
+
+
+def test_the_page_has_the_differences_of_all_pairs():
+    """Those of compare.py with that baseline, for every method as the baseline."""
+    stored = re.search('<script type="application/json">(.*?)</script>', comparison_report.table_html(ROWS, "base"))
+    scores = json.loads(stored[1])
+    assert list(scores) == list(SCORES) and scores["fid"]["digits"] == 2 and scores["pixel"]["digits"] == 4
+    pairs = {(ROWS[i]["method"], ROWS[j]["method"], ROWS[i]["nfe"]): found for i, j, *found in scores["fid"]["pairs"]}
+    assert len(pairs) == 10 + 3  # of 5, 3 and 1 rows
+    for baseline in {row["method"] for row in ROWS}:
+        for row in add_differences(ROWS, baseline):
+            if (row["method"], baseline, row["nfe"]) in pairs:
+                expected = [row["fid_difference"], row["fid_difference_ci95"]]
+                assert pairs.pop((row["method"], baseline, row["nfe"])) == pytest.approx(expected, rel=1e-8, abs=1e-12)
+    assert not pairs
 
 
 def test_differences_to_a_baseline_in_every_file(files, baseline, tmp_path):
@@ -746,7 +758,7 @@ def test_differences_to_a_baseline_in_every_file(files, baseline, tmp_path):
     assert rows["euler", 3]["fid_difference"] == rows["euler", 3]["pixel_difference_se"] == 0
     cell = f"{row['fid_difference']:+.2f} ± {row['fid_difference_ci95']:.2f}"
     assert cell in output.split("FID minus that of euler, by NFE:")[1]
-    assert cell in Page((tmp_path / "index.html").read_text(encoding="utf-8")).text
+    assert "<option selected>euler" in (tmp_path / "index.html").read_text(encoding="utf-8")
     with (tmp_path / "results.csv").open(newline="") as file:
         lines = {(line["method"], int(line["nfe"])): line for line in csv.DictReader(file)}
     assert float(lines["heun", 2]["fid_difference"]) == row["fid_difference"]
@@ -796,10 +808,31 @@ def test_a_plot_that_fails_costs_no_results(files, baseline, tmp_path, monkeypat
 
 def test_plot(baseline):
     pytest.importorskip("matplotlib")
-    with Image.open(io.BytesIO(plot(list(baseline[1].values()), "fid"))) as image:
-        assert image.size == (880, 605)
-        colours = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)
-    assert all((colours == shade).all(axis=1).any() for shade in ([31, 119, 180], [255, 127, 14], [44, 160, 44]))
+    rows = [row | {"method": f"${row['method']}$"} for row in baseline[1].values()]  # not a formula
+    drawing = ElementTree.fromstring(plot(rows, "fid"))
+    assert drawing.tag.endswith("svg") and float(drawing.get("viewBox").split()[2]) == pytest.approx(460.8)
+    styles = " ".join(element.get("style", "") for element in drawing.iter())
+    assert all(
+        f"stroke: {colour}" in styles for colour in comparison_report.COLOURS[: len({r["method"] for r in rows})]
+    )
+    text = page.plot(plot(rows, "fid"), "a < b")
+    assert "http" not in text and "metadata" not in text and "#000000" not in text and 'label="a &lt; b"' in text
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of #rrggbb (WCAG 2)."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+
+def test_lines_are_legible_on_both_grounds():
+    for colour in comparison_report.COLOURS:
+        contrasts = [
+            (max(pair) + 0.05) / (min(pair) + 0.05)
+            for pair in ((luminance(colour), ground) for ground in (1, luminance("#11151a")))
+        ]
+        assert min(contrasts) >= 3, (colour, contrasts)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -90,6 +90,7 @@ def test_the_wheel(tmp_path, edm):
     for code in (
         "from amed.commands import sample; sample()",
         "from solvers import sample; import torch_utils.persistence",
+        "from tools import page; assert 'aria-sort' in page.page('results')",
         "import runpy; runpy.run_module('tools.doctor', run_name='__main__')",
     ):
         arguments = [*flags, f"--outdir={tmp_path / 'out'}"] if "sample()" in code else []

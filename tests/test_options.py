@@ -21,7 +21,7 @@ from torch_utils.options import COUNT, REQUIRED, check_options, flag, flags, fla
 from torch_utils.tensor_file import write_safetensors
 from training.checkpoint import load_predictor
 from training.loss import DistillationLoss
-from training.options import AMEDOptions, SpanOptions
+from training.options import AMEDOptions, SFDOptions, SpanOptions
 from training.predictor import AMEDPredictor
 
 
@@ -72,19 +72,19 @@ def test_one_check_for_the_command_line_and_for_python(change, message):
         check_options(Second("x", **change))
 
 
-@pytest.mark.parametrize("kind", [AMEDOptions, SpanOptions])
+@pytest.mark.parametrize("kind", [AMEDOptions, SpanOptions, SFDOptions])
 def test_every_training_option_has_a_flag_with_help(kind):
-    plain = {"objective"} if kind is SpanOptions else set()
+    plain = set() if kind is AMEDOptions else {"objective"}
     assert set(flags_of(kind)) == set(kind("digits").to_dict()) - plain
     assert all(flag.help for flag in flags_of(kind).values())
 
 
 def test_objective_may_be_spelled_out(tmp_path):
-    for objective, student in (("per_step", "amed"), ("final", "span")):
+    for objective, student in (("per_step", "amed"), ("final", "span"), ("sfd", None)):
         done = invoke(
             "--dataset_name=digits",
             f"--objective={objective}",
-            f"--sampler_stu={student}",
+            *([] if student is None else [f"--sampler_stu={student}"]),
             "-n",
             f"--outdir={tmp_path}",
         )

@@ -610,7 +610,14 @@ def prepare(options: CompareOptions, device: torch.device, net=None) -> tuple[Co
             options = replace(options, compute=found)
     if net is None:
         net = open_network(methods[0].settings, options.compute, device)
-    check_network(net, methods[0].settings, None, device)
+    if net.few_step is not None:  # it has no converged solution
+        if "num_reference" in options.written and protocol.num_reference:
+            raise UserError("--num_reference: a network for few steps has no reference solution; leave it out")
+        if options.reference_name is None:
+            raise UserError("a network for few steps is compared by FID: give --ref (fid.py ref makes it)")
+        options, protocol = replace(options, num_reference=0), replace(protocol, num_reference=0)
+    else:
+        check_network(net, methods[0].settings, None, device)
     options.text.prepare(net, options.network.dataset_name, prompts)
     target = detector = None
     if options.reference_name is not None:

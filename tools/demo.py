@@ -18,7 +18,6 @@ if __name__ == "__main__":
 
     check_usage("tools.demo")
 
-import base64
 import html
 import json
 import re
@@ -40,6 +39,8 @@ from models import create_model
 from models.inputs import draw_noise
 from sampling.settings import Settings, settings_of
 from solvers import recommended, sample
+from tools import page
+from tools.page import Cell, Row, Strip
 from torch_utils.cli import PATH, Command
 from torch_utils.errors import UserError
 from torch_utils.images import ImageSource, image_grid, load_array, save_image, to_uint8
@@ -225,20 +226,8 @@ def _training(row):
     return "comes with the repository" if "--predictor_path" in row["command"] else ""
 
 
-def _picture(path, text):
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{html.escape(text)}" src="data:image/png;base64,{data}">'
-
-
-HEAD = """<!doctype html><html lang="en"><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1"><title>Sampling in a few network evaluations</title>
-<style>body{font:16px/1.5 sans-serif;margin:2em auto;padding:0 1em;max-width:1100px}table{border-collapse:collapse}
-td,th{border:1px solid #ccc;padding:4px 8px;text-align:left}img{max-width:100%}code{font-size:85%}
-.wide{overflow-x:auto}</style>
-"""
-FIRST = """<h1>Sampling in a few network evaluations</h1>
-<p>Each column starts from the same noise, and each image took THREE evaluations of the network; those of the last
-row took a hundred. The last row is what the network would draw with unlimited time, so a good method looks like it.
+FIRST = """<p>Each column starts from the same noise, and each image took THREE evaluations of the network; those of the
+last row took a hundred. The last row is what the network would draw with unlimited time, so a good method looks like it.
 Euler and iPNDM are solvers without training. The AMED-Plugin and the span solver were trained for one to two minutes;
 the predictors of this picture came with the repository.</p>
 """
@@ -246,40 +235,62 @@ EXPLANATION = """<p>What to look for: blur and washed-out colours (too few evalu
 (the method left the path of the exact solution).</p><ul>
 <li><b>FID*</b>: distance between the images and real ones, in the features of a small classifier; lower is better. It is
 not comparable with FIDs from the Inception network.</li>
-<li><b>distance</b>: how far the images are from the converged solution from the same noise (root mean square over pixels
+<li><b>Distance</b>: how far the images are from the converged solution from the same noise (root mean square over pixels
 in [-1, 1]); lower is better.</li>
 <li><b>NFE</b>: evaluations of the network per image, which is nearly all of the cost.</li></ul>
 """
+COLUMNS = {
+    "method": "Method",
+    "nfe": "NFE",
+    "images": "Images",
+    "fid": "FID*",
+    "distance": "Distance",
+    "seconds": "Seconds",
+    "training": "Training (s)",
+}
+PICTURED = 16  # seeds on the page
 
 
 def write_page(done, facts, first, path):
     """Writes the page. done: (network, rows, figure) of each. first: the first picture."""
     words = {3: "three"}
-    parts = [
-        HEAD,
-        FIRST.replace("THREE", words.get(FIRST_NFE, str(FIRST_NFE))),
-        _picture(first, "same seeds by five methods"),
-    ]
-    for dataset_name, rows, figure in done:
-        head = "".join(
-            f"<th>{cell}</th>" for cell in ("method", "NFE", "images", "FID*", "distance", "seconds", "training s")
-        )
-        body = ""
-        for row in rows:
-            cells = [row["method"], row["nfe"], row["images"], f"{row['fid']:.2f}", f"{row['distance']:.3f}"]
-            cells += [f"{row['seconds']:.0f}", _training(row)]
-            body += "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in cells) + "</tr>"
-        commands = [command for row in rows for command in (row["training_command"], row["command"]) if command]
+    introduction = FIRST.replace("THREE", words.get(FIRST_NFE, str(FIRST_NFE)))
+    parts = [introduction, page.picture(first.read_bytes(), "the same seeds by five methods")]
+    for dataset_name, rows, _ in done:
         parts += [
             f"<h2>{html.escape(TITLES[dataset_name])}, {NFE} evaluations</h2>",
             f"<p>The network <code>{dataset_name}</code>; the same {rows[0]['images']} seeds for every method.</p>",
-            _picture(figure, "samples of all methods"),
             EXPLANATION if dataset_name == done[0][0] else "",
-            f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>',
-            "<details><summary>Commands</summary><pre>" + html.escape("\n".join(commands)) + "</pre></details>",
+            page.results(page.table(COLUMNS, [_line(row) for row in rows]), _pictures(rows)),
         ]
-    about = " · ".join(f"{key}: {value}" for key, value in facts.items())
-    path.write_text("\n".join(parts) + f"\n<p><small>{html.escape(about)}</small></p></html>\n", encoding="utf-8")
+    about = f"<h2>About</h2>{page.facts(facts)}"
+    text = page.page("Sampling in a few network evaluations", *parts, about)
+    path.write_text(text, encoding="utf-8")
+
+
+def _line(row):
+    cells = {
+        "images": Cell(str(row["images"]), row["images"]),
+        "fid": Cell(f"{row['fid']:.2f}", row["fid"]),
+        "distance": Cell(f"{row['distance']:.3f}", row["distance"]),
+        "seconds": Cell(f"{row['seconds']:.0f}", row["seconds"]),
+        "training": Cell(_training(row), row["training_seconds"]),
+    }
+    commands = [command for command in (row["training_command"], row["command"]) if command]
+    return Row(row["method"], row["nfe"], cells, commands=commands)
+
+
+def _pictures(rows):
+    """The first seeds of every method, the converged solution first."""
+    strips, count = [], min(PICTURED, *(row["images"] for row in rows))
+    for row in sorted(rows, key=lambda row: row["method"] != "Reference"):
+        images = load_array(ImageSource(row["folder"]))[:count].transpose(0, 2, 3, 1)
+        if row["method"] == "Reference":
+            strips.append(Strip("Converged solution", f"Heun, {row['nfe']} evaluations", images, None))
+        else:
+            note = f"FID* {row['fid']:.2f}, distance {row['distance']:.3f}"
+            strips.append(Strip(row["method"], note, images, row["method"]))
+    return page.strips(NFE, strips, range(count))
 
 
 def prepare_folder(out):
@@ -338,10 +349,10 @@ def main(outdir, full, only, images, amp):
         "machine": cpu_name(),
         "amp": amp,
     }
-    for _, rows, _ in done:
-        for row in rows:
-            row["folder"] = str(row["folder"].relative_to(out))
-    networks = {dataset_name: rows for dataset_name, rows, _ in done}
+    networks = {
+        dataset_name: [row | {"folder": str(row["folder"].relative_to(out))} for row in rows]
+        for dataset_name, rows, _ in done
+    }
     (out / "table.json").write_text(json.dumps({"networks": networks, **facts}, indent=2), encoding="utf-8")
     write_page(done, facts, first, out / "index.html")
     for dataset_name, rows, figure in done:

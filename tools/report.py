@@ -1,6 +1,5 @@
 """The results of compare.py: results.csv, results.json, results.md, and a page, index.html."""
 
-import base64
 import csv
 import html
 import io
@@ -11,42 +10,33 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 from evaluation.jackknife import CONFIDENCE
+from tools import page
 from tools.compare_run import SCORES, Comparison, Job, add_differences, describe_settings, difference
+from tools.page import Cell, Differences, Row, Strip
 from torch_utils.errors import MissingExtra
 from torch_utils.files import atomic_path
-from torch_utils.images import image_grid
 from torch_utils.options import recorded
 from torch_utils.plots import new_figure
 
 DIGITS = {"fid": 2, "pixel": 4, "feature": 4}
 COLUMNS = {  # of the page: key of a row, heading
-    "method": "method",
+    "method": "Method",
     "nfe": "NFE",
-    "nfe_requested": "asked for",
     "fid": "FID",
-    "pixel": "distance (pixels)",
-    "feature": "distance (features)",
-    "images_per_second": "images/s",
-    "settings": "settings",
-    "command": "command",
+    "pixel": "Distance (pixels)",
+    "feature": "Distance (features)",
+    "images_per_second": "Images/s",
 }
-STYLE = """body{font:15px sans-serif;margin:2em;max-width:1600px}table{border-collapse:collapse;margin:1em 0}
-td,th{border:1px solid #ccc;padding:3px 8px;text-align:left;vertical-align:middle}th{background:#eee}
-#results th{cursor:pointer}#results td{white-space:nowrap}code{font-size:12px}
-img.strip{image-rendering:pixelated;display:block}img.plot{max-width:48%}small{color:#555}"""
-# Sorts by the clicked column, in reverse order on the second click. Empty cells stay at the end.
-SCRIPT = """document.querySelectorAll('#results th').forEach((head, column) => head.addEventListener('click', () => {
-const body = document.querySelector('#results tbody'), up = head.dataset.up = head.dataset.up === '1' ? '0' : '1';
-const value = row => row.cells[column].dataset.value, number = text => text !== '' && !isNaN(text);
-[...body.rows].sort((a, b) => { const x = value(a), y = value(b);
-if (x === '' || y === '') return (x === '') - (y === '');
-const order = number(x) && number(y) ? x - y : x.localeCompare(y);
-return up === '1' ? order : -order; }).forEach(row => body.append(row)); }));"""
+NO_BIAS = "The jackknife's estimate of the bias is subtracted, so differences may differ slightly from the difference of two cells."
+CHOSEN = (
+    "Minus baseline: row minus the method that is chosen above, at the same NFE and seeds, with the interval of the paired"
+    " difference. Green and bold: the whole interval is below zero, so the row is better. Red: it is above zero. "
+) + NO_BIAS
+# Of the lines: each has a contrast of at least 3 to a white and to a black ground.
+COLOURS = ["#3779b5", "#c96a12", "#2f8f3f", "#d34343", "#8a63bd", "#94684a", "#c7549b", "#7a8087", "#868421", "#1b8f9f"]
 
 
 def make_facts(comparison: Comparison, command: str) -> dict:
@@ -120,8 +110,7 @@ def make_notes(comparison: Comparison, rows: list[dict]) -> list[str]:
         "Bold: better than every other method at the same NFE by more than the interval of the paired difference."
         + (
             f" Differences to '{baseline}': row minus baseline at the same NFE and seeds. Negative is better, bold if the"
-            " whole interval is below zero. The jackknife's estimate of the bias is subtracted, so they may differ slightly"
-            " from the difference of two cells."
+            f" whole interval is below zero. {NO_BIAS}"
             if baseline
             else ""
         ),
@@ -219,31 +208,20 @@ def markdown_text(rows: list[dict], facts: dict, notes: list[str]) -> str:
 # The page
 
 
-def embed(png: bytes, alt: str, kind: str, width: int | None = None) -> str:
-    size = f' width="{width}"' if width else ""
-    data = base64.b64encode(png).decode()
-    return f'<img class="{kind}" alt="{html.escape(alt)}"{size} src="data:image/png;base64,{data}">'
-
-
-def strip(images: np.ndarray, alt: str) -> str:
-    """uint8 [N,H,W,C] -> an <img> of all images side by side; small images are enlarged."""
-    row = image_grid(images, columns=len(images))
-    buffer = io.BytesIO()
-    Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row).save(buffer, format="PNG", optimize=True)
-    return embed(buffer.getvalue(), alt, "strip", row.shape[1] * max(1, 64 // images.shape[1]))
-
-
-def plot(rows: list[dict], score: str) -> bytes:
-    """PNG of a score over NFE, one line with intervals per method. Raises MissingExtra."""
-    figure = new_figure("a plot", figsize=(8, 5.5), dpi=110, layout="constrained")
+def plot(rows: list[dict], score: str) -> str:
+    """SVG of a score over NFE, one line with intervals per method. Raises MissingExtra."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = -(-len(methods) // 2)  # of the legend
+    figure = new_figure("a plot", figsize=(6.4, 4 + 0.19 * lines), layout="constrained")
     axes = figure.add_subplot()
-    for index, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+    for index, method in enumerate(methods):
         points = sorted(
             (r["nfe"], r[score], r[f"{score}_ci95"]) for r in rows if r["method"] == method and r[score] is not None
         )
         if points:
             x, y, interval = zip(*points, strict=True)
-            style = {"color": f"C{index % 10}", "marker": "osv^D*"[index // 10 % 6], "linestyle": "-:"[index // 10 % 2]}
+            style = {"color": COLOURS[index % 10], "marker": "osv^D*"[index // 10 % 6]}
+            style["linestyle"] = "-:"[index // 10 % 2]
             axes.errorbar(x, y, yerr=interval, label=method, capsize=2, markersize=4, linewidth=1.2, **style)
     if any(row[score] for row in rows):  # the distance of the reference solution to itself is zero everywhere
         axes.set_yscale("log")
@@ -251,17 +229,19 @@ def plot(rows: list[dict], score: str) -> bytes:
     axes.set_xlabel("network evaluations per image")
     axes.set_ylabel(SCORES[score])
     axes.grid(True, which="both", alpha=0.25)
-    axes.legend(fontsize=8, ncols=2)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    legend = figure.legend(loc="outside lower center", fontsize=8, ncols=2, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a name may have dollar signs
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True)
     return buffer.getvalue()
 
 
 def plots_html(rows: list[dict]) -> str:
-    """The plots as <img>, or a sentence that says why they are missing (a failure is printed)."""
+    """The plots, or a sentence that says why they are missing (a failure is printed)."""
     try:
         drawn = [
-            embed(plot(rows, score), f"{title} over NFE", "plot")
+            page.plot(plot(rows, score), f"{title} over NFE")
             for score, title in SCORES.items()
             if any(row[score] is not None for row in rows)
         ]
@@ -271,82 +251,60 @@ def plots_html(rows: list[dict]) -> str:
         reason = " ".join(f"matplotlib failed ({type(error).__name__}: {error})".split())
         print(f"Warning: no plots in the page: {reason}", file=sys.stderr, flush=True)
         return f"<p>No plots: {html.escape(reason)}</p>"
-    return "\n".join(drawn)
+    return f'<div class="plots">{"".join(drawn)}</div>'
 
 
 def table_html(rows: list[dict], baseline: str | None = None) -> str:
-    """The table of the page. baseline: label of the method that differences refer to."""
-    columns = {}
-    for key, title in COLUMNS.items():
-        if key in SCORES and all(row[key] is None for row in rows):
-            continue
-        columns[key] = title
-        if baseline is not None and key in SCORES:
-            columns[f"{key}_difference"] = f"{title} minus {baseline}"
+    """The table of the page. baseline: label of the method that differences refer to at first."""
+    columns = {key: title for key, title in COLUMNS.items() if not _missing(rows, key)}
+    lines = []
+    for row in rows:
+        cells = {
+            score: Cell(with_interval(row, score), row[score], row[score] is not None and beats_all(row, rows, score))
+            for score in SCORES
+        }
+        speed = row["images_per_second"]
+        cells["images_per_second"] = Cell(f"{speed:.1f}", speed)
+        facts = {"settings": row["settings"], "asked for": ", ".join(map(str, row["nfe_requested"]))}
+        commands = [row["command"]] if row["command"] else []
+        lines.append(Row(row["method"], row["nfe"], cells, facts, commands))
+    pairs = Differences(DIGITS, lambda i, j, score: difference(rows[i], rows[j], score), baseline)
+    return page.table(columns, lines, pairs)
 
-    def cell(row: dict, key: str) -> str:
-        value, better = row[key], False
-        score = key.removesuffix("_difference")
-        if key in SCORES:
-            text, better = with_interval(row, key), value is not None and beats_all(row, rows, key)
-        elif score in SCORES:
-            text, better = with_interval(row, key, sign="+"), beats_baseline(row, score)
-        elif key == "images_per_second":
-            text = f"{value:.1f}"
-        elif isinstance(value, list):
-            value = text = ", ".join(map(str, value))
-        else:
-            text = str(value)
-        text = html.escape(text)
-        text = f"<code>{text}</code>" if key == "command" else f"<b>{text}</b>" if better else text
-        return f'<td data-value="{html.escape("" if value is None else str(value))}">{text}</td>'
 
-    head = "".join(f"<th>{html.escape(title)}</th>" for title in columns.values())
-    body = "\n".join("<tr>" + "".join(cell(row, key) for key in columns) + "</tr>" for row in rows)
-    return f'<table id="results"><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>'
+def _missing(rows: list[dict], key: str) -> bool:
+    return key in SCORES and all(row[key] is None for row in rows)
 
 
 def pictures_html(comparison: Comparison, jobs: list[Job], rows: list[dict]) -> str:
     """For every NFE the same seeds, one method per row, the reference solution first."""
-    solution = comparison.reference_pictures()
+    solution, first = comparison.reference_pictures(), comparison.protocol.first
     parts = []
     for nfe in sorted({job.nfe for job in jobs}):
-        lines = []
+        strips = []
         if solution is not None:
-            title = f"reference solution<br><small>{comparison.reference_nfe} evaluations</small>"
-            lines.append(f"<tr><th>{title}</th><td>{strip(solution, 'reference solution')}</td></tr>")
+            strips.append(Strip("reference solution", f"{comparison.reference_nfe} evaluations", solution, None))
         for job, row in zip(jobs, rows, strict=True):
             if job.nfe == nfe:
                 score = next((name for name in SCORES if row[name] is not None), None)
-                small = "" if score is None else f"<br><small>{SCORES[score]} {row[score]:.{DIGITS[score]}f}</small>"
-                label = html.escape(row["method"]) + small
-                lines.append(f"<tr><th>{label}</th><td>{strip(comparison.pictures(job), row['method'])}</td></tr>")
-        parts.append(f"<h3>{nfe} evaluations</h3>\n<table>{''.join(lines)}</table>")
+                note = "" if score is None else f"{SCORES[score]} {row[score]:.{DIGITS[score]}f}"
+                strips.append(Strip(row["method"], note, comparison.pictures(job), row["method"]))
+        parts.append(page.strips(nfe, strips, range(first, first + len(strips[0].images))))
     return "\n".join(parts)
 
 
-def page(rows: list[dict], facts: dict, notes: list[str], plots: str, pictures: str) -> str:
+def page_html(rows: list[dict], facts: dict, notes: list[str], plots: str, pictures: str) -> str:
     """The whole page, without links to other files."""
-    about = "".join(
-        f"<tr><th>{html.escape(k)}</th><td><code>{html.escape(str(v))}</code></td></tr>" for k, v in facts.items()
-    )
-    listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
-    title = f"Samplers on {html.escape(facts['dataset_name'])}"
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head><body>
-<h1>{title}</h1>
-<p>Click a heading to sort.</p>
-{table_html(rows, facts.get("baseline"))}
-<ul>{listed}</ul>
-<h2>Plots</h2>
-{plots}
-<h2>The same seeds side by side</h2>
-{pictures}
-<h2>How to repeat this comparison</h2>
-<table>{about}</table>
-<script>{SCRIPT}</script>
-</body></html>
-"""
+    listed = "".join(f"<li>{html.escape(note)}</li>" for note in [*notes, CHOSEN])
+    parts = [
+        "<p>Unfold a method for its settings and its command. Choose a heading to sort.</p>",
+        table_html(rows, facts.get("baseline")),
+        f"<h2>What the numbers mean</h2>\n<ul>{listed}</ul>",
+        f"<h2>Plots</h2>\n{plots}" if plots else "",
+        f"<h2>The same seeds side by side</h2>\n{pictures}" if pictures else "",
+    ]
+    repeat = f"<h2>How to repeat this comparison</h2>\n{page.facts(facts)}"
+    return page.page(f"Samplers on {facts['dataset_name']}", page.results(*parts), repeat)
 
 
 def write_report(comparison: Comparison, jobs: list[Job], command: str) -> str:
@@ -365,5 +323,5 @@ def write_report(comparison: Comparison, jobs: list[Job], command: str) -> str:
     write("results.csv", csv_text(rows))
     write("results.json", json.dumps({"facts": facts, "notes": notes, "rows": rows}, indent=2) + "\n")
     write("results.md", markdown)
-    write("index.html", page(rows, facts, notes, plots_html(rows), pictures_html(comparison, jobs, rows)))
+    write("index.html", page_html(rows, facts, notes, plots_html(rows), pictures_html(comparison, jobs, rows)))
     return markdown

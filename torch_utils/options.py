@@ -188,19 +188,29 @@ def _defaults(cls) -> dict:
 def flags(cls, others: dict | None = None, **changes) -> Callable:
     """Decorator: the flags of all options of a dataclass, in the order of its fields.
 
-    others: further dataclasses by label. The help text of an option that only one of them has
-        begins with its label, and a default that differs from that of ``cls`` is named.
+    others: further dataclasses by label. The help text of an option that only they have begins with
+        the label, and a default that differs from that of ``cls`` is named.
     changes: as of ``part``.
     """
     own, defaults, found = flags_of(cls), _defaults(cls), []
-    more = []
+    further: dict[str, tuple] = {}  # option that cls does not have -> (dataclass that has it, help)
     for label, other in (others or {}).items():
         for name, flag in flags_of(other).items():
             default = _defaults(other)[name]
-            if name not in own:
-                more.append(_click_option(other, name, flag.with_changes(help=f"{label}: {flag.help}")))
+            if name in further:
+                first, help = further[name]
+                notes = [f"; {label}: {flag.help}"] if flag.help != flags_of(first)[name].help else []
+                notes += [f" ({label}: {default})"] if default not in (None, MISSING, _defaults(first)[name]) else []
+                further[name] = (first, help + "".join(notes))
+            elif name not in own:
+                further[name] = (other, f"{label}: {flag.help}")
             elif default not in (None, MISSING, defaults[name]):
-                changes[name] = {"help": f"{own[name].help} ({label}: {default})"}
+                help = changes.get(name, {"help": own[name].help})["help"]
+                changes[name] = {"help": f"{help} ({label}: {default})"}
+    more = [
+        _click_option(other, name, flags_of(other)[name].with_changes(help=help))
+        for name, (other, help) in further.items()
+    ]
     for entry in fields(cls):
         change = changes.get(entry.name, {})
         if change is None:

@@ -1,29 +1,18 @@
-"""Training of an AMED predictor: iterations, output, and how a run is interrupted and resumed.
+"""Training of an AMED predictor: what is trained, the output, and the run."""
 
-Every sample of the training stream has its own seed (``stream_seeds``). Gradients are sums over
-samples, divided by the total batch. So the number of processes and of micro-batches changes results
-only by rounding.
-"""
-
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch.utils._pytree import tree_map
 
 from models.denoiser import member
-from models.inputs import draw_inputs
 from solvers.sampler import afs_direction
 from solvers.schedule_file import Schedule
 from torch_utils import distributed
 from torch_utils.distributed import on_main
-from torch_utils.errors import UserError
 from torch_utils.memory import AUTO
-from torch_utils.seeds import stream_seeds
-from torch_utils.transfer import to_device, to_pinned
 from training.checkpoint import save_predictor
-from training.loss import DistillationLoss, TeacherTargets
+from training.loss import DistillationLoss
 from training.options import AMEDOptions
 from training.predictor import AMEDPredictor
 from training.run import (
@@ -35,24 +24,20 @@ from training.run import (
     resume_run,
     working_folder,
 )
-from training.trainer import BaseTrainer, NotFinite
+from training.stepwise_trainer import StepwiseTrainer
+from training.trainer import NotFinite
 
 STATISTICS = ("loss", "r", "scale_dir", "scale_time")  # per interval, mean over the batch
 
 
-class Distiller(BaseTrainer):
-    """A predictor, its optimizer, and one iteration: an Adam step per interval of the student.
+class Distiller(StepwiseTrainer):
+    """A predictor that is trained with one Adam step per interval of the student.
 
     net: a Denoiser.
     config: the configuration of the predictor.
-    batch: samples per iteration over all processes. Each process takes a contiguous share.
-    batch_gpu: samples per network call. Default None: the whole share.
     lr: learning rate of Adam. Default 5e-3.
-    seed: of the training stream. Default 0.
-    prompts: texts for text-to-image networks; every sample draws one. Default None.
-    teacher_cache: number of teacher trajectories to store and reuse. Default None: always new ones.
     checkpointing: see ``solvers.Sampler``. Default False.
-    device, dtype: of noise and predictor. Default CPU, float32.
+    others: see ``StepwiseTrainer``.
 
     Attributes: ``predictor``, ``optimizer``, ``iteration`` (iterations done), ``sigmas``.
     """
@@ -64,134 +49,29 @@ class Distiller(BaseTrainer):
         net,
         config: dict,
         *,
-        batch,
-        batch_gpu=None,
         lr=5e-3,
-        seed=0,
-        prompts: Sequence[str] | None = None,
-        teacher_cache: int | None = None,
         checkpointing: bool = False,
+        seed=0,
         device="cpu",
         dtype=torch.float32,
+        **others,
     ):
-        if teacher_cache is not None and (teacher_cache < batch or teacher_cache % batch):
-            raise UserError(f"teacher_cache={teacher_cache} must be a multiple of the batch, {batch}")
-        self.net, self.seed, self.prompts = net, seed, prompts
-        self.teacher_cache, self._cached = teacher_cache, {}
-        self.device, self.dtype = torch.device(device), dtype
-        self.split_batch(batch, batch_gpu)
-        # A multistep student keeps a history between intervals, so each micro-batch has its own
-        # loss.
-        self.losses = [DistillationLoss(net, config, checkpointing) for _ in range(self.share // self.chunk)]
-        self.sigmas = self.losses[0].sigmas
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.predictor = AMEDPredictor(**config)
-        self.predictor.to(self.device, dtype).train()
-        self.optimizer = torch.optim.Adam(self.predictor.parameters(), lr=lr, betas=(0.9, 0.999))
-        # Gradients and statistics share a buffer, so that one reduction per interval is enough.
-        sizes = [p.numel() for p in self.predictor.parameters()]
-        self._buffer = torch.zeros(sum(sizes) + len(STATISTICS), device=self.device, dtype=dtype)
-        self._gradients, self._statistics = self._buffer.split([sum(sizes), len(STATISTICS)])
-        for parameter, part in zip(self.predictor.parameters(), self._gradients.split(sizes), strict=True):
-            parameter.grad = part.view_as(parameter)
-
-    @property
-    def intervals(self) -> int:
-        return len(self.sigmas) - 1
+        self.predictor.to(device, dtype).train()
+        super().__init__(net, self.predictor, len(STATISTICS), lr=lr, seed=seed, device=device, dtype=dtype, **others)
+        # A multistep student keeps a history between intervals, so each micro-batch has its own
+        # loss.
+        self.losses = [DistillationLoss(net, config, checkpointing) for _ in range(self.share // self.chunk)]
 
     @property
     def evaluations(self) -> int:
         """NFE of the student, with the cost of each network call."""
         return self.predictor.evaluations() * member(self.net, "evals_per_call")
 
-    def draw(self) -> list[tuple[torch.Tensor, dict]]:
-        """(unit-variance noise, condition) of each micro-batch of the current iteration."""
-        return [self._draw(first) for first in self._firsts()]
-
-    def _firsts(self) -> range:
-        """Index in the training stream of the first sample of each micro-batch."""
-        start = self.iteration * self.batch
-        start = (start if self.teacher_cache is None else start % self.teacher_cache) + distributed.rank() * self.share
-        return range(start, start + self.share, self.chunk)
-
-    def _draw(self, first: int) -> tuple[torch.Tensor, dict]:
-        return draw_inputs(self.net, stream_seeds(self.seed, first, self.chunk), self.prompts, self.dtype, self.device)
-
-    def iterate(self) -> torch.Tensor:
-        """The next iteration; see ``step``."""
-        if self.teacher_cache is None:
-            return self.step(self.draw())
-        cached = []
-        for loss, first in zip(self.losses, self._firsts(), strict=True):
-            if first not in self._cached:
-                latents, cond = self._draw(first)
-                targets = loss.run_teacher(latents * loss.sigma_max, cond)
-                self._cached[first] = tree_map(to_pinned, (latents, cond, targets.targets, targets.cached_evals))
-            latents, cond, states, evals = tree_map(self._to_device, self._cached[first])
-            cached.append((latents, cond, TeacherTargets(states, evals)))
-        return self.step([(latents, cond) for latents, cond, _ in cached], [targets for *_, targets in cached])
-
-    def _to_device(self, value):
-        return to_device(value, self.device) if isinstance(value, torch.Tensor) else value
-
-    def step(
-        self, micro_batches: list[tuple[torch.Tensor, dict]], teacher_targets: list[TeacherTargets] | None = None
-    ) -> torch.Tensor:
-        """One iteration. Returns the statistics [intervals, 4] (see STATISTICS) over all processes.
-
-        micro_batches: (unit-variance noise [B,C,H,W], condition) of each.
-        teacher_targets: the teacher's targets for each micro-batch. Default None: they are
-            computed.
-
-        Raises NotFinite on every process if a loss is NaN or infinite. Predictor and optimizer are
-        then unchanged.
-        """
-        before = self.state()
-        xs = [latents * self.losses[0].sigma_max for latents, _ in micro_batches]
-        conds = [cond for _, cond in micro_batches]
-        if teacher_targets is None:
-            teacher_targets = [loss.run_teacher(*start) for loss, *start in zip(self.losses, xs, conds, strict=True)]
-        rows, own = [], []
-        for k in range(self.intervals):
-            self._buffer.zero_()
-            for slot, loss in enumerate(self.losses):
-                target, start = teacher_targets[slot].targets[k], teacher_targets[slot].cached_evals.get(k)
-                error, x_next = loss.student_step(self.predictor, xs[slot], k, target, conds[slot], start)
-                total = error.sum()
-                total.backward()
-                values = [total.detach(), *(value.sum() for value in loss.predicted)]
-                self._statistics += torch.stack(values).to(self._statistics.dtype)
-                xs[slot] = x_next
-            own.append(self._statistics[0].clone())
-            self._buffer /= self.batch
-            distributed.all_reduce_sum(self._buffer)
-            self._gradients.nan_to_num_(nan=0.0, posinf=1e5, neginf=-1e5)
-            self.optimizer.step()
-            rows.append(self._statistics.clone())
-        statistics = torch.stack(rows).cpu()
-        bad = (~statistics[:, 0].isfinite()).nonzero()
-        if len(bad):
-            self.load_state(before)
-            interval = int(bad[0])
-            raise NotFinite.found(bool(own[interval].isfinite()), interval)
-        self.iteration += 1
-        return statistics
-
-    def probe_memory(self) -> None:
-        """Uses the memory of an iteration, without learning.
-
-        One micro-batch is computed. The states of the others are copies of its own. Trajectories of
-        ``teacher_cache`` are kept on the host. The history of the solvers is invalid afterwards.
-        """
-        latents, cond = self.draw()[0]
-        x, loss = latents * self.losses[0].sigma_max, self.losses[0]
-        teacher = loss.run_teacher(x, cond)
-        held = [tree_map(torch.clone, (x, teacher.targets, teacher.cached_evals)) for _ in self.losses[1:]]
-        for k, target in enumerate(teacher.targets):
-            error, x = loss.student_step(self.predictor, x, k, target, cond, teacher.cached_evals.get(k))
-            error.sum().backward()
-        del held
+    def _more_statistics(self, loss: DistillationLoss) -> list[torch.Tensor]:
+        return [value.sum() for value in loss.predicted]
 
 
 class AMEDRun(Run):
@@ -199,12 +79,11 @@ class AMEDRun(Run):
 
     columns = STATISTICS
 
-    @property
-    def result(self) -> AMEDPredictor:
-        return self.trainer.predictor
+    def sample(self, latents, cond):
+        return self.trainer.predictor.sample(self.trainer.net, latents, cond=cond)
 
     def save_result(self, progress: dict) -> None:
-        on_main(save_predictor, self.result, self.result_path, {**self.provenance, **progress})
+        on_main(save_predictor, self.trainer.predictor, self.result_path, {**self.provenance, **progress})
 
     def failure_text(self, error: NotFinite) -> str:
         cur, nxt = self.trainer.sigmas[error.interval : error.interval + 2].tolist()

@@ -68,7 +68,10 @@ def load_predictor(path) -> AMEDPredictor | SpanSolver:
         if is_safetensors(head):
             tensors, metadata = read_safetensors(file.read(), name)
             if metadata.get("format") != FORMAT:
-                raise UserError(f"{name} is a safetensors file, but not a predictor: its format is not '{FORMAT}'")
+                hint = "; a network goes to --model_path" if "family" in metadata else ""
+                raise UserError(
+                    f"{name} is a safetensors file, but not a predictor: its format is not '{FORMAT}'{hint}"
+                )
             config = json_entry(metadata, "config", name)
             provenance = json_entry(metadata, "provenance", name) if "provenance" in metadata else {}
             kind = metadata.get("kind", "amed")
@@ -222,6 +225,9 @@ def _newest(folder: Path) -> Path:
             match = re.fullmatch(pattern, path.name)
             if match and path.is_file():
                 found.append((float(match[1]), -preference, path))
+    networks = sorted(folder.glob("network-*.safetensors"))
+    if not found and networks:
+        raise UserError(f"{folder} holds a network, not a predictor: use --model_path={networks[-1]}")
     if not found:
         raise UserError(f"{folder} holds no predictor yet (no predictor-*.safetensors, no network-snapshot-*.pkl)")
     return max(found)[2]

@@ -1,17 +1,19 @@
-"""Distillation from Python: a network in, a predictor out."""
+"""Distillation from Python: a network in, a predictor or a few-step network out."""
 
 from contextlib import nullcontext
 from tempfile import TemporaryDirectory
 
 import torch
 
+from models import create_model
 from models.denoiser import Denoiser
 from torch_utils.errors import UserError, did_you_mean
 from torch_utils.options import flags_of
 from training.amed_trainer import train_predictor
 from training.checkpoint import load_predictor
 from training.flags import OBJECTIVES, new_options
-from training.options import SpanOptions
+from training.options import SFDOptions, SpanOptions
+from training.sfd_trainer import train_sfd
 from training.span_run import train_span
 
 _OF_THE_NETWORK = {"model_path", "dataset_name", "tokenizer_path", "amp", "compile", "channels_last"}
@@ -26,6 +28,8 @@ def distill(
     **options,
 ):
     """Trains a few-step sampler for a network: an AMEDPredictor or a SpanSolver, on the CPU.
+
+    With objective="sfd" the result is a network for few steps, on the device (``EDMDenoiser``).
 
     net: a network of ``models.wrap`` or ``create_model``. It is used as it is and not changed.
     nfe: network evaluations of the result, with recommended settings for all that is not given.
@@ -49,10 +53,16 @@ def distill(
     for name in options:
         if name not in known:
             raise UserError(f"distill: there is no option '{name}'{did_you_mean(name, known, ())}")
-    given = {"sampler_stu": "span", **options, "dataset_name": net.dataset_name or "custom"}
+    given = {**options, "dataset_name": net.dataset_name or "custom"}
+    if options.get("objective") != "sfd":
+        given = {"sampler_stu": "span", **given}
+    elif net.few_step is not None:  # a second stage
+        given["teacher"] = net.source_path or "the network"
     with TemporaryDirectory() if outdir is None else nullcontext(outdir) as folder:
         given["outdir"] = str(folder)
         chosen = new_options(dict.fromkeys(known) | given, set(given), nfe)
+        if isinstance(chosen, SFDOptions):
+            return create_model(given["dataset_name"], train_sfd(chosen, device, net=net), device=device)
         if isinstance(chosen, SpanOptions):
             return load_predictor(train_span(chosen, device, net=net))
         return load_predictor(train_predictor(chosen, device, net=net))

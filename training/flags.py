@@ -8,10 +8,10 @@ from torch_utils.cli import PATH
 from torch_utils.distributed import print0
 from torch_utils.errors import UserError
 from torch_utils.options import flags_of
-from training.options import AMEDOptions, SpanOptions
+from training.options import AMEDOptions, RunOptions, SFDOptions, SpanOptions
 from training.sample_loss import own_code
 
-OBJECTIVES = {"per_step": AMEDOptions, "final": SpanOptions}
+OBJECTIVES = {"per_step": AMEDOptions, "final": SpanOptions, "sfd": SFDOptions}
 FILES = {  # options that name files or repositories of the hub
     name
     for kind in OBJECTIVES.values()
@@ -21,21 +21,25 @@ FILES = {  # options that name files or repositories of the hub
 
 
 def find_objective(values: dict, given: set[str]) -> str:
-    """The objective, "per_step" or "final". UserError for flags that contradict each other."""
+    """The objective, a key of ``OBJECTIVES``. UserError for flags that contradict each other."""
     span = values["sampler_stu"] == "span"
     objective = values["objective"] or ("final" if span else "per_step")
     if objective == "per_step" and span:
         raise UserError("--sampler_stu=span is trained on final samples: it needs --objective=final")
     if objective == "final" and not span and "sampler_stu" in given:
         raise UserError(f"--objective=final trains span solvers: use --sampler_stu=span, not {values['sampler_stu']}")
-    (other,) = set(OBJECTIVES) - {objective}
-    foreign = sorted(given & flags_of(OBJECTIVES[other]).keys() - flags_of(OBJECTIVES[objective]).keys())
-    if foreign:
-        raise UserError(f"--{foreign[0]} belongs to --objective={other}: leave it out")
+    if objective == "sfd" and "sampler_stu" in given:
+        raise UserError("--objective=sfd trains the network, for Euler steps: leave --sampler_stu out")
+    if objective != "sfd" and isinstance(values["num_steps"], str):
+        raise UserError(f"--num_steps={values['num_steps']}: only --objective=sfd trains for several numbers of steps")
+    for other in OBJECTIVES:
+        foreign = sorted(given & flags_of(OBJECTIVES[other]).keys() - flags_of(OBJECTIVES[objective]).keys())
+        if foreign:
+            raise UserError(f"--{foreign[0]} belongs to --objective={other}: leave it out")
     return objective
 
 
-def new_options(values: dict, given: set[str], nfe: int | None = None) -> AMEDOptions | SpanOptions:
+def new_options(values: dict, given: set[str], nfe: int | None = None) -> RunOptions:
     """The options of a new run. values: all flags by name; given: the names of the user's flags."""
     if values["dataset_name"] is None:
         raise UserError("--dataset_name is missing: give a network ('python -m models.zoo list'), or --resume a run")
@@ -57,7 +61,10 @@ def with_recipe(kind, written: dict, nfe: int) -> dict:
     if {"num_steps", "sigmas"} & written.keys():
         raise UserError("--nfe chooses the number of steps: leave out --nfe, or --num_steps and --sigmas")
     student = "span" if kind is SpanOptions else written.get("sampler_stu", "amed")
-    recipe, source = training_recipe(written["dataset_name"], student)
+    if kind is SFDOptions:
+        recipe, source = {}, "published settings"
+    else:
+        recipe, source = training_recipe(written["dataset_name"], student)
     chosen = merge(recipe, written)
     per_call = kind.from_dict(chosen).guess_evals_per_call()
     if kind is AMEDOptions and "afs" not in written and nfe // per_call % 2 == 0:
@@ -67,14 +74,15 @@ def with_recipe(kind, written: dict, nfe: int) -> dict:
         return kind.from_dict({**chosen, "num_steps": intervals + 1}).calls * per_call
 
     hint = f"; two evaluations in each interval, one less with --afs={recipe.get('afs')}" if kind is AMEDOptions else ""
-    what = f"--sampler_stu={student}" + (f" with --afs={chosen['afs']}" if "afs" in chosen else "")
+    what = "--objective=sfd" if kind is SFDOptions else f"--sampler_stu={student}"
+    what += f" with --afs={chosen['afs']}" if "afs" in chosen else ""
     chosen["num_steps"] = steps_for(nfe, cost, what, hint)
     shown = " ".join(f"--{name}={value}" for name, value in chosen.items() if name not in written)
     print0(f"{nfe} evaluations: {shown} ({source})", file=sys.stderr)
     return chosen
 
 
-def continued_options(stored: dict, values: dict, given: set[str], folder: Path) -> AMEDOptions | SpanOptions:
+def continued_options(stored: dict, values: dict, given: set[str], folder: Path) -> RunOptions:
     """The options of a resumed run, with changes that do not affect its results.
 
     stored: the recorded options.
@@ -84,7 +92,9 @@ def continued_options(stored: dict, values: dict, given: set[str], folder: Path)
     The folder may come from somebody else. Files that it names are read, but files are written only
     in it and in --outdir, and only what the command line names may be downloaded.
     """
-    objective = "final" if stored.get("objective") == "final" else "per_step"
+    objective = stored.get("objective", "per_step")
+    if objective not in OBJECTIVES:
+        raise UserError(f"--resume: {folder} is a run with the unknown objective '{str(objective)[:40]}'")
     options = OBJECTIVES[objective].from_dict(stored)
     flags = flags_of(OBJECTIVES[objective])
     if values["guidance_type"] == "none" and options.guidance_type is None:  # stored as None

@@ -5,6 +5,7 @@ Zhou et al. 2024, Section 3.3. The student's interval runs the code of sampling,
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -22,14 +23,19 @@ def make_solvers(config: dict) -> tuple[Solver, Solver]:
     Both have the options of the configuration, as in the original code. The teacher's order is
     limited to its highest.
     """
-    student = make_solver(config["sampler_stu"], common=config)
+    student, teacher = make_solver(config["sampler_stu"], common=config), make_teacher(config)
+    if not student.can_learn:
+        raise UserError(f"sampler_stu={config['sampler_stu']} cannot learn: choose another student")
+    return student, teacher
+
+
+def make_teacher(config: dict) -> Solver:
+    """The teacher's solver, with the options of the configuration."""
     highest = getattr(SOLVERS.get(config["sampler_tea"]), "highest_order", 1)
     order = None if config["max_order"] is None else min(config["max_order"], highest)
     teacher = make_solver(config["sampler_tea"], common={**config, "max_order": order})
-    if not student.can_learn:
-        raise UserError(f"sampler_stu={config['sampler_stu']} cannot learn: choose another student")
     check_teacher(teacher.name)
-    return student, teacher
+    return teacher
 
 
 @dataclass
@@ -45,27 +51,26 @@ class TeacherTargets:
     cached_evals: dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
-class DistillationLoss:
-    """Squared error per interval between a student with a predictor and its teacher.
+class IntervalLoss:
+    """Base class: the schedules of student and teacher, and the teacher's states.
 
-    net: a Denoiser.
-    config: the predictor's configuration (``PredictorConfig`` and options of solvers). Missing keys
-        take the defaults.
+    net: the teacher's network, a Denoiser.
+    config: settings of schedule and teacher by name (``PredictorConfig`` and options of solvers).
     checkpointing: see ``Sampler``. Default False.
 
     Attributes: ``sigmas``, the student's schedule, float64 [num_steps]; ``teacher_sigmas``, the
-    teacher's, with M more points in every interval. One-step students start every interval from the
-    teacher's state. Multistep students continue from their own state; this object keeps their
-    history from step_idx to step_idx + 1.
+    teacher's, with M more points in every interval; ``teacher_afs``, whether the teacher makes an
+    analytical first step.
     """
 
+    teacher_afs: bool | str = False
+
     def __init__(self, net, config: dict, checkpointing: bool = False):
-        self.net, self.checkpointing = net, checkpointing
-        self.config = config = {**DEFAULTS, **config}
+        self.net, self.config, self.checkpointing = net, config, checkpointing
         if int(config["M"]) != config["M"] or config["M"] < 0:
             raise UserError(f"M={config['M']} must be a whole number >= 0")
         self.extra = int(config["M"])
-        self.student_solver, self.teacher_solver = make_solvers(config)
+        self.teacher_solver = make_teacher(config)
         self.sigmas = resolve_sigmas(
             net,
             config["num_steps"],
@@ -77,8 +82,6 @@ class DistillationLoss:
             original_code=bool(config.get("original_code")),
         )
         self.teacher_sigmas = self._teacher_schedule()
-        self.predicted: tuple | None = None  # (r, scale_dir, scale_time) of the latest student step, detached
-        self._state: State | None = None
 
     def _teacher_schedule(self):
         if self.config["sigmas"] is not None:
@@ -100,8 +103,7 @@ class DistillationLoss:
     def teacher_trajectory(self, latents: torch.Tensor, cond=None) -> torch.Tensor:
         """The teacher's states at the student's noise levels but the first, [num_steps-1,B,C,H,W].
 
-        latents: starting points, already scaled by sigma_max. The teacher uses neither AFS nor a
-            predictor.
+        latents: starting points, already scaled by sigma_max. The teacher has no predictor.
         cond: keyword arguments of the network.
         """
         return self.run_teacher(latents, cond).targets
@@ -111,13 +113,20 @@ class DistillationLoss:
         """``teacher_trajectory`` with the evaluations that the student's intervals can reuse."""
         wanted = {k * (self.extra + 1): k for k in range(len(self.sigmas) - 1) if self._begins_as_teacher(k)}
         cached_evals = {}
-        with read_bottleneck(self.net) as reader:
+        with read_bottleneck(self.net) if wanted else nullcontext() as reader:
 
             def keep(i, sigma, x, denoised):
                 if i in wanted and x is state.x:  # a corrector evaluates elsewhere
                     cached_evals[wanted[i]] = ((x - denoised) / sigma, reader.read(len(x)).to(x.dtype))
 
-            run = Sampler(self.net, self.teacher_solver, self.teacher_sigmas, cond=cond, observer=keep)
+            run = Sampler(
+                self.net,
+                self.teacher_solver,
+                self.teacher_sigmas,
+                afs=self.teacher_afs,
+                cond=cond,
+                observer=keep if wanted else None,
+            )
             state, targets = State(latents), []
             for i in range(run.intervals):
                 state = run.advance(state, i)
@@ -127,6 +136,33 @@ class DistillationLoss:
 
     def _begins_as_teacher(self, k: int) -> bool:
         """Whether interval k of the student starts with an evaluation that the teacher has made."""
+        return False
+
+    def trains(self, k: int) -> bool:
+        """Whether something is learned in interval k."""
+        return True
+
+
+class DistillationLoss(IntervalLoss):
+    """Squared error per interval between a student with a predictor and its teacher.
+
+    net: a Denoiser.
+    config: the predictor's configuration (``PredictorConfig`` and options of solvers). Missing keys
+        take the defaults.
+    checkpointing: see ``Sampler``. Default False.
+
+    One-step students start every interval from the teacher's state. Multistep students continue
+    from their own state; this object keeps their history from step_idx to step_idx + 1.
+    """
+
+    def __init__(self, net, config: dict, checkpointing: bool = False):
+        config = {**DEFAULTS, **config}
+        self.student_solver, _ = make_solvers(config)
+        super().__init__(net, config, checkpointing)
+        self.predicted: tuple | None = None  # (r, scale_dir, scale_time) of the latest student step, detached
+        self._state: State | None = None
+
+    def _begins_as_teacher(self, k: int) -> bool:
         if k == 0 and self.config["afs"]:
             return False
         own, sigma_tea = self.sigmas[k].item(), self.teacher_sigmas[k * (self.extra + 1)].item()

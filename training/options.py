@@ -9,6 +9,7 @@ import torch
 from models import zoo
 from models.compile import AUTOCAST, COMPILE_MODES, DTYPES
 from models.denoiser import member
+from models.edm import EDMDenoiser
 from models.inputs import draw_inputs
 from solvers import SOLVERS
 from solvers.former_names import current, with_current_names
@@ -22,11 +23,28 @@ from torch_utils.kinds import check_kinds, kinds_of
 from torch_utils.memory import AUTO, BatchSize
 from torch_utils.options import COUNT, POSITIVE, REQUIRED, AFSType, SigmaList, check_options, click_type, flag
 from training.events import summary_writer
-from training.loss import make_solvers
+from training.loss import make_solvers, make_teacher
 from training.predictor import DEFAULTS, AMEDPredictor, solver_settings, trainable_options
 from training.sample_loss import TERM_NAMES, DenoiserFeatures, parse_loss
 from training.schedule_search import run_dmn
+from training.sfd_loss import FIRST_STAGE, SCHEDULE, SECOND_STAGE, STUDENT
 from training.teacher import TeacherSettings
+
+
+class StepCount(click.IntRange):
+    """A number of time steps, or a range of them as text, like "4-7"."""
+
+    name = "N|A-B"
+
+    def convert(self, value, param, ctx):
+        first, dash, last = str(value).partition("-")
+        if not (dash and first.isdecimal() and last.isdecimal()):
+            return super().convert(value, param, ctx)
+        self.convert(first, param, ctx)
+        if not int(first) < self.convert(last, param, ctx):
+            self.fail(f"'{value}': the second number must be larger", param, ctx)
+        return value
+
 
 STUDENTS = tuple(name for name, solver in SOLVERS.items() if solver.can_learn)
 
@@ -49,9 +67,7 @@ class RunOptions:
         changeable=True,
         metavar="FILE",
     )
-    num_steps: int = flag(
-        "Time steps; the student evaluates 2 (N - 1) times, one less with AFS", 4, click.IntRange(min=2)
-    )
+    num_steps: int = flag("Time steps; the student evaluates 2 (N - 1) times, one less with AFS", 4, StepCount(min=2))
     sampler_stu: str = flag("Student solver", "amed", tuple(dict.fromkeys([*STUDENTS, "span"])))
     sampler_tea: str = flag("Teacher solver", "heun", tuple(teachers()))
     guidance_type: str | None = flag("Guidance of the network", kind=("cg", "cfg", "uncond", "none"))
@@ -138,7 +154,7 @@ class RunOptions:
 
     def check(self, world_size: int) -> None:
         """Raises UserError for settings that are wrong for any network."""
-        needed = zoo.takes_prompts(self.dataset_name, self.model_path)
+        needed = zoo.takes_prompts(self.dataset_name, self.network_path)
         if needed is not None:
             self.check_prompts(needed)
         check_options(self)
@@ -166,6 +182,16 @@ class RunOptions:
         for name in ("prompt_path", "tokenizer_path"):
             if not needed and getattr(self, name) is not None:
                 raise UserError(f"--{name}: {self.dataset_name} is not a text-to-image network; leave it out")
+
+    @property
+    def network_path(self) -> str | None:
+        """The file of the network; None: embedded or downloaded."""
+        return self.model_path
+
+    def check_network(self, net) -> None:
+        """Raises UserError for a network that cannot be trained with these options."""
+        if member(net, "few_step") is not None:
+            raise UserError("this network was fine-tuned for few steps: train predictors with the original network")
 
     def guess_evals_per_call(self) -> int:
         """Evaluations that a call of the network costs, guessed from the guidance."""
@@ -195,8 +221,8 @@ SolverOptions = make_dataclass(
 
 
 @dataclass
-class AMEDOptions(SolverOptions):
-    """Options of train.py for an AMED predictor."""
+class StepwiseOptions(SolverOptions):
+    """The options of a run with one loss per interval (``training.stepwise_trainer``)."""
 
     max_order: int | None = flag(
         f"{', '.join(TRAINABLE['max_order'])}: order of the method",
@@ -204,14 +230,38 @@ class AMEDOptions(SolverOptions):
         click.IntRange(1, max(SOLVERS[name].highest_order for name in TRAINABLE["max_order"])),
     )
     M: int = flag("Intermediate points that the teacher adds to every interval", 1, click.IntRange(min=0))
-    scale_dir: float = flag("Directions are scaled by 1 +- at most this", 0.01, Number(0, 1, max_open=True))
-    scale_time: float = flag(
-        "Noise levels for the network are scaled by 1 +- at most this", 0.0, Number(0, 1, max_open=True)
-    )
     lr: float = flag("Learning rate of Adam", 5e-3, POSITIVE)
     teacher_cache: int | None = flag(
         "Teacher trajectories to store and reuse, a multiple of the batch (default: none, always new ones)",
         kind=COUNT,
+    )
+
+    def check(self, world_size: int) -> None:
+        """Raises UserError for settings that are wrong for any network."""
+        if self.sampler_tea in set(teachers()) - set(teachers(per_step=True)):
+            raise UserError(f"--sampler_tea={self.sampler_tea} can only make the pairs of --objective=final")
+        self._check_solvers()
+        super().check(world_size)
+        if self.teacher_cache is not None and (self.teacher_cache < self.batch or self.teacher_cache % self.batch):
+            raise UserError(f"--teacher_cache={self.teacher_cache} must be a multiple of the batch, {self.batch}")
+
+    def _check_solvers(self) -> None:
+        """Raises UserError for solvers and options that do not go together."""
+        raise NotImplementedError
+
+    def _idle(self) -> list[str]:
+        """Options of schedule and folder that have no effect with the others."""
+        idle = ["schedule_rho"] if self.schedule_type == "logsnr" else []
+        return [*idle, *(["desc"] if self.nosubdir else [])]
+
+
+@dataclass
+class AMEDOptions(StepwiseOptions):
+    """Options of train.py for an AMED predictor."""
+
+    scale_dir: float = flag("Directions are scaled by 1 +- at most this", 0.01, Number(0, 1, max_open=True))
+    scale_time: float = flag(
+        "Noise levels for the network are scaled by 1 +- at most this", 0.0, Number(0, 1, max_open=True)
     )
 
     def predictor_config(self, img_resolution: int | None = None) -> dict:
@@ -225,13 +275,11 @@ class AMEDOptions(SolverOptions):
 
         DistillationLoss checks the rest.
         """
-        if self.sampler_tea in set(teachers()) - set(teachers(per_step=True)):
-            raise UserError(f"--sampler_tea={self.sampler_tea} can only make the pairs of --objective=final")
-        make_solvers(self.to_dict())
         super().check(world_size)
-        if self.teacher_cache is not None and (self.teacher_cache < self.batch or self.teacher_cache % self.batch):
-            raise UserError(f"--teacher_cache={self.teacher_cache} must be a multiple of the batch, {self.batch}")
         AMEDPredictor(**self.predictor_config())
+
+    def _check_solvers(self) -> None:
+        make_solvers(self.to_dict())
 
     @property
     def calls(self) -> int:
@@ -254,13 +302,150 @@ class AMEDOptions(SolverOptions):
     def without_effect(self, names) -> list[str]:
         """The options among ``names`` that have no effect with the other settings."""
         used = solver_settings(self.to_dict())
-        idle = [name for name in TRAINABLE if name not in used]
+        idle = [*(name for name in TRAINABLE if name not in used), *self._idle()]
         if "predict_x0" in used and not self.predict_x0:
             idle.append("thresholding")
-        if self.schedule_type == "logsnr":
-            idle.append("schedule_rho")
-        if self.nosubdir:
-            idle.append("desc")
+        return [name for name in idle if name in names]
+
+
+# Published settings of SFD that differ between its stages, and for a range of steps.
+SFD_RUNS = {
+    "first": {**FIRST_STAGE, **SCHEDULE, "lr": 5e-5, "total_kimg": 200},
+    "variable": {**FIRST_STAGE, **SCHEDULE, "lr": 5e-5, "total_kimg": 800},
+    "second": {**SECOND_STAGE, "lr": 5e-4, "total_kimg": 2000},
+}
+
+
+@dataclass
+class SFDOptions(StepwiseOptions):
+    """Options of train.py for a network that is fine-tuned for few steps (``--objective=sfd``).
+
+    None stands for the published value, which depends on the stage (``SFD_RUNS``), and for the
+    schedule of a second stage, which is that of its teacher.
+    """
+
+    objective: str = "sfd"
+    sampler_stu: str = STUDENT
+    num_steps: int | str | None = None
+    sampler_tea: str | None = None
+    max_order: int | None = None
+    M: int | None = None
+    schedule_type: str | None = None
+    schedule_rho: float | None = None
+    lr: float | None = None
+    total_kimg: float | None = None
+    batch: int = 128
+    dump: int = 10
+    teacher: str | None = flag(
+        "second stage: the network of the first stage, whose steps are the targets",
+        kind=PATH,
+        changeable=True,
+        metavar="FILE",
+    )
+    lr_final: float = flag("learning rate in the second half, as a share", 0.1, Number(0, 1))
+    rank: int | None = flag(
+        "train low-rank adapters of this rank, and merge them in the result (default: all weights)", kind=COUNT
+    )
+    dropout: float = flag("dropout of the student", 0.0, Number(0, 1, max_open=True))
+    loss: str | None = flag(
+        f"second stage: terms added in the last step, {TERM_NAMES}, or none (default: features)",
+        metavar="W*TERM+...",
+    )
+    feature_sigma: float = flag("noise level of the denoiser when features are compared", 0.2, POSITIVE)
+
+    def __post_init__(self):
+        super().__post_init__()
+        kind = "second" if self.teacher is not None else "variable" if isinstance(self.num_steps, str) else "first"
+        for name, value in SFD_RUNS[kind].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    def check(self, world_size: int) -> None:
+        """Raises UserError for settings that are wrong for any network.
+
+        ``SFDLoss`` checks the rest.
+        """
+        if self.objective != "sfd" or self.sampler_stu != STUDENT:
+            raise UserError(f"objective={self.objective} with sampler_stu={self.sampler_stu}: the student is {STUDENT}")
+        super().check(world_size)
+        if self.compile != "none":
+            raise UserError("--compile: a network whose weights are trained is not compiled; leave it out")
+        if min(self.step_numbers()) < 2 + bool(self.afs):
+            raise UserError(
+                f"num_steps={self.num_steps} with afs={self.afs} makes no evaluation: use at least {2 + bool(self.afs)}"
+            )
+        if self.teacher is None:
+            if self.loss is not None:
+                raise UserError(
+                    "--loss belongs to the second stage (--teacher); the first one is trained with L1 alone"
+                )
+            return
+        if self.model_path is not None:
+            raise UserError("--teacher is the network that is trained: leave --model_path out")
+        for name in ("schedule_type", "schedule_rho", "sigma_min", "sigma_max", "sigmas"):
+            if getattr(self, name) is not None:
+                raise UserError(f"--{name}: the schedule of a second stage is that of its teacher; leave it out")
+        if len(self.step_numbers()) > 1:
+            raise UserError(f"num_steps={self.num_steps}: a second stage has one number of time steps")
+        if self.loss not in (None, "none"):
+            parse_loss(self.loss)
+
+    def _check_solvers(self) -> None:
+        make_teacher(self.to_dict())
+
+    @property
+    def network_path(self) -> str | None:
+        return self.model_path if self.teacher is None else self.teacher
+
+    def check_network(self, net) -> None:
+        if not isinstance(net, EDMDenoiser):
+            raise UserError(
+                f"--objective=sfd trains EDM networks, and saves them as such; this is {type(net).__name__}"
+            )
+        few = net.few_step is not None
+        if few and self.teacher is None:
+            raise UserError("this network was fine-tuned for few steps: for its second stage, give it as --teacher")
+        if not few and self.teacher is not None:
+            raise UserError(f"--teacher={self.teacher}: not a network of --objective=sfd; leave it out to train one")
+
+    def step_numbers(self) -> list[int]:
+        """The numbers of time steps that are trained."""
+        if not isinstance(self.num_steps, str):
+            return [self.num_steps]
+        first, _, last = self.num_steps.partition("-")
+        return list(range(int(first), int(last) + 1))
+
+    def loss_config(self) -> dict:
+        """The configuration of ``SFDLoss``."""
+        names = ("M", "afs", "sampler_tea", "max_order", "schedule_type", "schedule_rho")
+        names += ("sigma_min", "sigma_max", "sigmas", *TRAINABLE)
+        config = {name: getattr(self, name) for name in names}
+        return config if self.teacher is None else {name: config[name] for name in ("M", "afs", "sampler_tea")}
+
+    @property
+    def calls(self) -> int:
+        """Calls of the network that the student makes, at most."""
+        return max(self.step_numbers()) - 1 - bool(self.afs)
+
+    def folder_name(self, number: int, evals_per_call: int | None = None) -> str:
+        """``<number>-<dataset_name>-<num_steps>-<NFE>-sfd-<teacher>-<M>-<schedule>[-afs][-desc]``."""
+        nfe = "-".join(
+            str(n - 1 - bool(self.afs)) for n in sorted({min(self.step_numbers()), max(self.step_numbers())})
+        )
+        schedule = "sigmas" if self.sigmas is not None else self.schedule_type or "second"
+        parts = [f"{number:05d}", self.dataset_name, self.num_steps, nfe, "sfd", self.sampler_tea, self.M, schedule]
+        return "-".join(
+            str(part) for part in (*parts, *(["afs"] if self.afs else []), *([self.desc] if self.desc else []))
+        )
+
+    def without_effect(self, names) -> list[str]:
+        """The options among ``names`` that have no effect with the other settings."""
+        options = SOLVERS[self.sampler_tea].options
+        idle = [*(name for name in TRAINABLE if name not in options), *self._idle()]
+        if "predict_x0" in options and not self.predict_x0:
+            idle.append("thresholding")
+        if self.teacher is None or self.loss == "none":
+            idle.append("feature_sigma")
         return [name for name in idle if name in names]
 
 

@@ -54,6 +54,7 @@ class Run(BaseRun):
     """
 
     columns: tuple[str, ...]
+    result_name = "predictor"
     loss_unit = 1.0  # factor of the loss where people read it; stats.jsonl has it as it is trained
 
     def __init__(self, trainer: BaseTrainer, options: RunOptions, folder: Path, provenance: dict, elapsed: float = 0.0):
@@ -67,9 +68,8 @@ class Run(BaseRun):
         """Writes the current result to ``result_path``. progress: kimg, iteration and date."""
         raise NotImplementedError
 
-    @property
-    def result(self) -> torch.nn.Module:
-        """The current result: a predictor or a solver."""
+    def sample(self, latents: torch.Tensor, cond: dict) -> torch.Tensor:
+        """Images [B,C,H,W] by the current result from unit-variance noise."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -80,8 +80,7 @@ class Run(BaseRun):
         for first in range(0, len(seeds), trainer.chunk):
             part = seeds[first : first + trainer.chunk]
             latents, cond = draw_inputs(trainer.net, part, trainer.prompts, device=trainer.device)
-            found = self.result.sample(trainer.net, latents, cond=cond)
-            images.append(member(trainer.net, "decode")(found))
+            images.append(member(trainer.net, "decode")(self.sample(latents, cond)))
         return image_grid(to_uint8(torch.cat(images)), GRID_COLUMNS)
 
     def statistics(self) -> dict:
@@ -99,7 +98,7 @@ class Run(BaseRun):
     @property
     def result_path(self) -> Path:
         below = f".{self.nimg:03d}" if self.nimg < 1000 else ""  # short runs that are continued keep each result
-        return self.folder / f"predictor-{self.nimg // 1000:06d}{below}.safetensors"
+        return self.folder / f"{self.result_name}-{self.nimg // 1000:06d}{below}.safetensors"
 
     def train(self, net, resume: bool, notes: Sequence[str] = ()) -> Path:
         """Records the options, describes the run and trains to the end. Returns the result's file.
@@ -290,7 +289,7 @@ def load_network(options: RunOptions, device: torch.device, net=None):
     if net is None:
         net = create_model(
             options.dataset_name,
-            options.model_path,
+            options.network_path,
             options.guidance_type,
             options.guidance_rate,
             device=device,
@@ -299,6 +298,7 @@ def load_network(options: RunOptions, device: torch.device, net=None):
         prepare_network(net, options.amp, options.channels_last, options.compile)
     needs_prompts = member(net, "takes_prompts")
     options.check_prompts(needs_prompts)
+    options.check_network(net)
     if options.tokenizer_path is not None:
         use_tokenizer(net, options.tokenizer_path)
     # Defaults of the network are recorded, so that the predictor does not depend on them.
@@ -308,8 +308,8 @@ def load_network(options: RunOptions, device: torch.device, net=None):
         options.guidance_type = None
     if options.guidance_rate is None:
         options.guidance_rate = member(net, "guidance_rate") or 0.0
-    for name in ("model_path", "prompt_path", "tokenizer_path"):
-        value = getattr(options, name)
+    for name in ("model_path", "teacher", "prompt_path", "tokenizer_path"):
+        value = getattr(options, name, None)
         if value is not None and Path(value).exists():  # otherwise it is the id of a repository
             setattr(options, name, str(Path(value).resolve()))
     return net

@@ -149,9 +149,8 @@ class SpanRun(Run):
 
     columns = STATISTICS
 
-    @property
-    def result(self) -> SpanSolver:
-        return self.trainer.best_student()
+    def sample(self, latents, cond):
+        return self.trainer.best_student().sample(self.trainer.net, latents, cond=cond)
 
     def statistics(self) -> dict:
         return {"sigma": self.trainer.student.sigmas().tolist()}
@@ -160,7 +159,7 @@ class SpanRun(Run):
         trainer = self.trainer
         values = {"first": trainer.first[0], "best": trainer.best["value"], "best_iteration": trainer.best["iteration"]}
         provenance = {**self.provenance, **progress, "validation": values}
-        on_main(save_predictor, self.result, self.result_path, provenance)
+        on_main(save_predictor, trainer.best_student(), self.result_path, provenance)
 
     def failure_text(self, error: NotFinite) -> str:
         return (

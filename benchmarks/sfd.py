@@ -1,0 +1,211 @@
+r"""SFD beside the span solver with heads, at equal training time: 1 to 4 evaluations.
+
+    python -m benchmarks.sfd --dataset_name=digits    # measures
+    python -m benchmarks.sfd                          # renews docs/sfd.md
+
+Rows are appended to benchmarks/sfd.jsonl when they are measured, and are not measured again. Seeds,
+scores and the columns of a row are those of benchmarks/learned_solvers.py; test seeds are 0-999.
+Training takes the evaluations of ``BUDGET``, about as long as that of the span solver with heads.
+training_seconds: CPU time of train.py, with the teacher's trajectories; that of the span solver is
+without its teacher pairs.
+
+"SFD" trains the network for its number of evaluations. "SFD, second stage" trains half of the
+budget with 7 time steps, and with the other half one evaluation against these.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import shutil
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import click
+
+import train
+from benchmarks.demo_settings import FIRST_SEED, ROOT, Bench
+from benchmarks.learned_solvers import LearnedSolvers, flags, span_flags
+from benchmarks.report_learned_solvers import read as read_learned
+from evaluation.detectors import EMBEDDED
+from models.edm import load_edm_network
+from tools.make_docs import renew
+from torch_utils.cli import Command
+
+FILE, PAGE = ROOT / "benchmarks" / "sfd.jsonl", ROOT / "docs" / "sfd.md"
+IMAGES = 1000
+BUDGET = 10_000  # evaluations of the network in a training, where a backward pass counts two
+CACHE, BATCH = 128, 8  # teacher trajectories; samples per iteration
+RATES = (2e-4, 1e-3)
+CHOSEN_AT = 2  # evaluations at which the rate is chosen
+SPAN = "full + spatial,time"
+METHODS = ("SFD", "SFD, second stage", SPAN)
+
+
+def read():
+    return [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()] if FILE.exists() else []
+
+
+def settings_for(dataset_name, nfe, rate, budget=BUDGET, **more):
+    """Flags of train.py for a training of this length. more: further flags."""
+    num_steps = nfe + 2  # the first step is analytical
+    points = more.get("M", 3)
+    teacher = (points + 1) * (num_steps - 1) - ("teacher" in more)
+    samples = max((budget - CACHE * teacher) / (3 * nfe), BATCH)
+    return {
+        **{"dataset_name": dataset_name, "objective": "sfd", "num_steps": num_steps, "batch": BATCH, "lr": rate},
+        **{"total_kimg": round(samples / BATCH) * BATCH / 1000, "teacher_cache": CACHE, "device": "cpu", **more},
+    }
+
+
+class Tuned(LearnedSolvers):
+    """Trains, samples and scores few-step networks, except rows that exist."""
+
+    def __init__(self, dataset_name, work):
+        super().__init__(dataset_name, work, IMAGES)
+        self.file = FILE
+
+    def rows(self):
+        return read()
+
+    def tune(self, settings, seed, name):
+        """(what the row states about the training, the network), by train.py unless in ``work``."""
+        folder = self.work / name.replace(" ", "_")
+        settings = {**settings, "seed": seed}
+        command = "python train.py " + " ".join(flags({k: v for k, v in settings.items() if k != "teacher"}))
+        done = folder / "trained.json"
+        if not done.exists() or json.loads(done.read_text())["command"] != command:
+            shutil.rmtree(folder, ignore_errors=True)
+            started = time.process_time()
+            with contextlib.redirect_stdout(io.StringIO()):
+                train.main([*flags(settings | {"outdir": folder}), "--nosubdir"], standalone_mode=False)
+            seconds = round(time.process_time() - started, 1)
+            done.write_text(json.dumps({"command": command, "training_seconds": seconds}))
+        facts = json.loads(done.read_text())
+        (path,) = folder.glob("network-*.safetensors")
+        net = load_edm_network(path)
+        parameters = sum(value.numel() for value in net.parameters())
+        return {**facts, "parameters": parameters, "pairs": CACHE, "file": path}, net
+
+    def network(self, nfe, seed, rate):
+        return self.tune(settings_for(self.dataset_name, nfe, rate), seed, f"sfd-{nfe}-{seed}-{rate:g}")
+
+    def second_stage(self, seed, rate):
+        """One evaluation, with half of the budget for a first stage of 7 time steps."""
+        first = settings_for(self.dataset_name, 5, rate, BUDGET / 2)
+        facts, _ = self.tune(first, seed, f"sfd-first-{seed}-{rate:g}")
+        second = settings_for(self.dataset_name, 1, rate, BUDGET / 2, M=2, teacher=facts["file"])
+        after, net = self.tune(second, seed, f"sfd-second-{seed}-{rate:g}")
+        after["training_seconds"] = round(after["training_seconds"] + facts["training_seconds"], 1)
+        after["command"] = f"{facts['command']}; {after['command']} --teacher=<its network>"
+        return after, net
+
+    @staticmethod
+    def facts_of(facts):
+        return {name: value for name, value in facts.items() if name != "file"}
+
+    def images_of(self, bench, net, nfe):
+        """(images of the test or validation seeds, evaluations spent)."""
+        other = copy.copy(bench)
+        other.net = net
+        return other.solve(nfe=nfe)
+
+    def test(self, made, nfe):
+        facts, net = made()
+        x, spent = self.images_of(self.bench, net, nfe)
+        return {**self.facts_of(facts), "nfe_spent": spent, **self.scored(x)}
+
+    def validate(self, bench, nfe, seed, rate):
+        facts, net = self.network(nfe, seed, rate)
+        x, spent = self.images_of(bench, net, nfe)
+        return {**self.facts_of(facts), "nfe_spent": spent, **bench.score(x)}
+
+    def choices(self, seed):
+        bench = Bench(self.dataset_name, 256, first=FIRST_SEED, num_reference=64)
+        for rate in RATES:
+            key = {"part": "choice", "method": "SFD", "rate": rate, "nfe": CHOSEN_AT, "seed": seed}
+            self.once(key, partial(self.validate, bench, CHOSEN_AT, seed, rate))
+
+    def best_rate(self):
+        rows = [row for row in read() if row["part"] == "choice" and row["network"] == self.bench.net.weights_hash[:16]]
+        return min(rows, key=lambda row: row["fid"])["rate"]
+
+    def main(self, nfes, seed, wanted):
+        self.choices(seed)
+        rate = self.best_rate()
+        for nfe in nfes:
+            makers = {"SFD": partial(self.network, nfe, seed, rate)}
+            if nfe == 1:
+                makers["SFD, second stage"] = partial(self.second_stage, seed, rate)
+            works = {name: partial(self.test, made, nfe) for name, made in makers.items()}
+            settings = span_flags(self.dataset_name, nfe, "full", {"heads": "spatial,time"})
+            works[SPAN] = partial(self.trained, settings, seed, f"span-{nfe}-{seed}")
+            for name, work in works.items():
+                if (not wanted or name in wanted) and not self.known(name, nfe, seed):
+                    self.once({"part": "main", "method": name, "nfe": nfe, "seed": seed}, work)
+
+    def known(self, method, nfe, seed):
+        """Whether benchmarks/learned_solvers.py has measured this row."""
+        return any(
+            row["method"] == method and row["nfe"] == nfe and row.get("seed") == seed
+            for row in mains(self.dataset_name)
+        )
+
+
+def mains(dataset_name):
+    """The rows of the main part of benchmarks/learned_solvers.py, of as many test images."""
+    return [row for row in read_learned(dataset_name) if row["part"] == "main" and row["images"] == IMAGES]
+
+
+def table(dataset_name):
+    """One line per method: FID of both classifiers, distance, training time, for each NFE."""
+    own = [row for row in read() if row["part"] == "main" and f"--dataset_name={dataset_name} " in f"{row['command']} "]
+    nfes = sorted({row["nfe"] for row in own})
+    rows = [*mains(dataset_name), *own]
+    lines = [f"| | {' | '.join(f'{nfe} evaluations' for nfe in nfes)} |", "|---|" + "---|" * len(nfes)]
+    for method in ("plain, best fid", *METHODS):
+        found = {row["nfe"]: row for row in rows if row["method"] == method and row.get("seed") in (None, 0)}
+        lines.append(f"| {method} | {' | '.join(_cell(found.get(nfe)) for nfe in nfes)} |")
+    return "\n".join(lines)
+
+
+def _cell(row):
+    if row is None:
+        return ""
+    seconds = f", {row['training_seconds']:.0f} s" if row.get("training_seconds") else ""
+    return f"{row['fid']:.2f} / {row['fid2']:.2f} / {row['distance']:.3f}{seconds}"
+
+
+def choice_table():
+    lines = ["| network | rate | FID\\* | distance |", "|---|---|---|---|"]
+    for row in (row for row in read() if row["part"] == "choice"):
+        name = row["command"].split("--dataset_name=")[1].split()[0]
+        lines.append(f"| {name} | {row['rate']:g} | {row['fid']:.2f} | {row['distance']:.3f} |")
+    return "\n".join(lines)
+
+
+def document_parts():
+    return {**{f"{name} sfd": partial(table, name) for name in EMBEDDED}, "rates sfd": choice_table}
+
+
+@click.command(cls=Command)
+@click.option("--dataset_name", type=click.Choice(list(EMBEDDED)), help="Default: only renew docs/sfd.md")
+@click.option("--nfe", default="2,1,3,4", show_default=True)
+@click.option("--seed", default=0, show_default=True, help="Training seed")
+@click.option("--methods", default="", help="Methods to measure, separated by ; (default: all)")
+@click.option("--work", default=None, help="Folder of the trained networks (default: a temporary one)")
+def main(dataset_name, nfe, seed, methods, work):
+    """Trains and scores few-step networks beside the span solver with heads."""
+    if dataset_name is None:
+        renew(PAGE, document_parts(), check=False)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        wanted = [name.strip() for name in methods.split(";") if name.strip()]
+        tuned = Tuned(dataset_name, Path(work or temporary))
+        tuned.main([int(value) for value in nfe.split(",")], seed, wanted)
+
+
+if __name__ == "__main__":
+    main()
