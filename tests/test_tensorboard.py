@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from PIL import Image
 from test_final_training import USUAL, Toy
 from test_train_denoiser import invoke, only, write_images
+from test_training_loop import write_tiny
 
 import train as train_command
 from tools import train_denoiser
@@ -17,6 +18,7 @@ from torch_utils import distributed
 from training import run as run_module
 from training.amed_trainer import train_predictor
 from training.run_folder import RunLog
+from training.sfd_trainer import train_sfd
 from training.span_run import train_span
 
 AMED = {"dataset_name": "custom", "seed": 3, "batch": 4, "total_kimg": 0.012, "num_steps": 4, "tick": 0.004}
@@ -126,3 +128,12 @@ def test_without_the_package(tmp_path, monkeypatch):
         assert done.exit_code == 2
         assert "--tensorboard needs the package 'tensorboard': install it with" in done.output
     assert [path.name for path in tmp_path.iterdir()] == ["data.zip"]
+
+
+def test_few_step_network(tmp_path, monkeypatch):
+    monkeypatch.undo()  # a network that can be trained
+    net = write_tiny("edm_song_uncond", tmp_path / "tiny.safetensors")
+    options = {"dataset_name": "custom", "model_path": str(net), "num_steps": 3, "batch": 2, "total_kimg": 0.004}
+    train_sfd({**options, "seed": 0, "tick": 0.002, "tensorboard": True}, run_dir=tmp_path / "run")
+    found = same(tmp_path / "run")
+    assert [*found["loss"]] == [2, 4] and [*found["samples"]] == [4]
