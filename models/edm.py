@@ -149,7 +149,8 @@ def with_step_condition(net: EDMDenoiser, seed: int = 0) -> EDMDenoiser:
         larger = EDMDenoiser(**config)
     parameter = next(net.parameters())
     larger = larger.to(parameter.device, parameter.dtype)
-    larger.load_state_dict(net.state_dict(), strict=False)
+    own = {name: value.clone() for name, value in net.state_dict().items()}
+    larger.load_state_dict(own, strict=False, assign=True)  # keeps the memory format
     for name in ("data_mean", "data_std", "few_step", "autocast", "dataset_name", "source_path", "weights_hash"):
         setattr(larger, name, getattr(net, name))
     return larger.train(net.training)

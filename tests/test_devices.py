@@ -20,6 +20,7 @@ from torch_utils.seeds import SeededGenerators
 from training.amed_trainer import Distiller
 from training.options import SpanOptions
 from training.predictor import AMEDPredictor
+from training.sfd_trainer import SFDTrainer
 from training.span_run import head_sizes
 from training.span_trainer import SpanTrainer
 from training.teacher import teacher_set
@@ -291,6 +292,18 @@ def test_distillation(kind, student_solver, teacher, small):
         device.clear()
         assert distiller.iterate()[:, 0].isfinite().all()
     assert sum(device.waits.values()) <= 1, listed(device.waits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fine_tuning_for_few_steps(kind, small):
+    """An iteration waits for the loss of each trained interval, and for its statistics."""
+    with PretendedDevice(kind, ROOT) as device:
+        more = {"rank": 2} if kind == "mps" else {}
+        trainer = SFDTrainer(small.to(kind), {"M": 1}, num_steps=(4,), total=4, batch=1, device=kind, **more)
+        trainer.iterate()
+        device.clear()
+        assert trainer.iterate().isfinite().all()
+    assert sum(device.waits.values()) <= 3, listed(device.waits)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,6 +6,7 @@ import os
 import time
 
 import pytest
+import torch
 from ports import reserve_port
 
 from torch_utils import distributed
@@ -133,5 +134,30 @@ def test_a_training_waits_for_a_slow_process_only_where_gradients_are_summed(tmp
         statistics = Distiller(net, config, batch=2, seed=1).iterate()
         everyone = distributed.gather_objects(statistics.tolist())
         assert everyone[0] == everyone[1]
+
+    assert on_two(work)[0] == {0: "fine", 1: "fine"}
+
+
+def test_a_few_step_network_is_the_same_from_one_and_two_processes():
+    """Gradients are summed, and both processes draw the same number of time steps."""
+    from test_sfd import small_edm
+
+    from training.sfd_trainer import SFDTrainer
+
+    torch.set_num_threads(1)
+
+    def weights():
+        trainer = SFDTrainer(small_edm(), {"M": 1}, num_steps=(3, 4), total=8, batch=4, lr=1e-3, seed=2)
+        for _ in range(2):
+            trainer.iterate()
+        return torch.cat([value.detach().flatten() for value in trainer.student.parameters()])
+
+    alone = weights()
+
+    def work(rank):
+        own = weights()
+        assert torch.allclose(own, alone, atol=2e-4)
+        assert (own - alone).abs().mean() < 1e-5
+        assert len({value.sum().item() for value in distributed.gather_objects(own)}) == 1
 
     assert on_two(work)[0] == {0: "fine", 1: "fine"}

@@ -348,6 +348,8 @@ def test_one_network_for_several_numbers_of_steps_and_the_second_stage(folder):
     net = load_edm_network(final)
     assert net.few_step.num_steps == [3] and net.few_step.step_condition and "NFE=1" in output
     assert sample(net, latents, return_info=True)[1].nfe == 1
+    code, output = run(folder, f"--resume={folder / 'second'}", "--total_kimg=0.012", model=None)
+    assert code == 0 and "0.012" in output, output
     with_features, _ = trained(folder, "features", second[0], "--feature_sigma=0.5", model=None)
     assert not same(final, with_features)
     for wrong, message in (

@@ -192,24 +192,25 @@ def flags(cls, others: dict | None = None, **changes) -> Callable:
         the label, and a default that differs from that of ``cls`` is named.
     changes: as of ``part``.
     """
-    own, defaults, found = flags_of(cls), _defaults(cls), []
-    further: dict[str, tuple] = {}  # option that cls does not have -> (dataclass that has it, help)
+    own, found = flags_of(cls), []
+    known = {name: (cls, flag.help) for name, flag in own.items()}  # option -> its first dataclass, help
+    differing: dict[str, list[str]] = {}  # option -> other defaults
     for label, other in (others or {}).items():
         for name, flag in flags_of(other).items():
+            home, help = known.setdefault(name, (other, f"{label}: {flag.help}"))
+            if home is not cls and flag.help != flags_of(home)[name].help:
+                known[name] = (home, f"{help}; {label}: {flag.help}")
             default = _defaults(other)[name]
-            if name in further:
-                first, help = further[name]
-                notes = [f"; {label}: {flag.help}"] if flag.help != flags_of(first)[name].help else []
-                notes += [f" ({label}: {default})"] if default not in (None, MISSING, _defaults(first)[name]) else []
-                further[name] = (first, help + "".join(notes))
-            elif name not in own:
-                further[name] = (other, f"{label}: {flag.help}")
-            elif default not in (None, MISSING, defaults[name]):
-                help = changes.get(name, {"help": own[name].help})["help"]
-                changes[name] = {"help": f"{help} ({label}: {default})"}
+            if default not in (None, MISSING, _defaults(home)[name]):
+                differing.setdefault(name, []).append(f"{label}: {default}")
+    for name, notes in differing.items():
+        home, help = known[name]
+        known[name] = (home, f"{help} ({', '.join(notes)})")
+    changes |= {name: {"help": known[name][1]} for name in differing if name in own}
     more = [
-        _click_option(other, name, flags_of(other)[name].with_changes(help=help))
-        for name, (other, help) in further.items()
+        _click_option(home, name, flags_of(home)[name].with_changes(help=help))
+        for name, (home, help) in known.items()
+        if home is not cls
     ]
     for entry in fields(cls):
         change = changes.get(entry.name, {})

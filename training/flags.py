@@ -112,7 +112,7 @@ def continued_options(stored: dict, values: dict, given: set[str], folder: Path)
                 f"(only {changeable} and --device may change)"
             )
     own = getattr(options, "loss", None)
-    if own is not None and own_code(own) and "loss" not in given:  # a file must not choose which code runs
+    if own not in (None, "none") and own_code(own) and "loss" not in given:  # a file must not choose which code runs
         raise UserError(f"--resume: the loss of this run is your own code; repeat --loss='{own}' to run it")
     options.outdir = values["outdir"]
     for name in sorted(FILES & flags.keys() - given):

@@ -309,7 +309,7 @@ def load_network(options: RunOptions, device: torch.device, net=None):
     if options.guidance_rate is None:
         options.guidance_rate = member(net, "guidance_rate") or 0.0
     for name in ("model_path", "teacher", "prompt_path", "tokenizer_path"):
-        value = getattr(options, name, None)
+        value = vars(options).get(name)  # some options have a method teacher
         if value is not None and Path(value).exists():  # otherwise it is the id of a repository
             setattr(options, name, str(Path(value).resolve()))
     return net
