@@ -310,9 +310,11 @@ class _AMEDScheduler(NetworkHooks):
         self._plan(mu, device or "cpu")
         if sigmas is not None:
             given, count = torch.as_tensor(np.asarray(sigmas), dtype=torch.float32), len(self)
+            own = self.sigmas
+            assert own is not None  # they are planned
             if not any(
                 len(given) == count and torch.allclose(given, known, rtol=1e-3, atol=1 / steps)
-                for known in (*(torch.linspace(1, 1 / end, count) for end in (count, steps)), self.sigmas[:-1])
+                for known in (*(torch.linspace(1, 1 / end, count) for end in (count, steps)), own[:-1])
             ):
                 self._run = None
                 raise UserError("sigmas: the predictor brings its own noise levels; leave the argument out")

@@ -12,7 +12,7 @@ from torch_utils.options import flags_of
 from training.amed_trainer import train_predictor
 from training.checkpoint import load_predictor
 from training.flags import OBJECTIVES, new_options
-from training.options import SFDOptions, SpanOptions
+from training.options import AMEDOptions, SFDOptions, SpanOptions
 from training.sfd_trainer import train_sfd
 from training.span_run import train_span
 
@@ -65,4 +65,5 @@ def distill(
             return create_model(given["dataset_name"], train_sfd(chosen, device, net=net), device=device)
         if isinstance(chosen, SpanOptions):
             return load_predictor(train_span(chosen, device, net=net))
+        assert isinstance(chosen, AMEDOptions)
         return load_predictor(train_predictor(chosen, device, net=net))
