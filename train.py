@@ -40,7 +40,7 @@ from training.span_run import train_span
 
 GROUPS = {
     "What to train": "dataset_name sampler_stu nfe num_steps | model_path objective guidance_type guidance_rate"
-    " prompt_path tokenizer_path",
+    " prompt_path tokenizer_path images",
     "Teacher and schedule": "sampler_tea | M teacher_cache schedule schedule_type schedule_rho sigma_min sigma_max sigmas"
     " afs num_steps_tea schedule_tea rho_tea pairs val_pairs teacher_set",
     "Options of solvers": "| " + " ".join(TRAINABLE),

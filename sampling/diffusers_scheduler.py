@@ -26,6 +26,7 @@ from sampling.scheduler_hooks import NetworkHooks
 from solvers.learned import NetworkOfProcess, learned_run, solver_of
 from solvers.walk import Call, Walk
 from torch_utils.errors import UserError
+from torch_utils.transfer import to_device
 from training.checkpoint import find_predictor, load_predictor, save_predictor
 
 PREDICTOR_FILE = "predictor.safetensors"  # beside scheduler_config.json
@@ -204,7 +205,7 @@ class _AMEDScheduler(NetworkHooks):
         """
         if not self._calls:
             return None
-        levels = torch.stack([self._level(k)[0] for k in range(len(self._calls))]).cpu()
+        levels = torch.stack([self._level(k)[0] for k in range(len(self._calls))])
         if is_flow(self.config):
             levels = levels / (1 + levels)
         return torch.cat([levels, levels.new_zeros(1)]).to(torch.float32)
@@ -257,22 +258,20 @@ class _AMEDScheduler(NetworkHooks):
         They are exact in the time-only mode.
         """
         self.process, self._mu = noise_process(self.config, mu=mu), mu
-        run, config = learned_run(NetworkOfProcess(self.process), self.predictor, device), self.predictor.config
+        run, config = learned_run(NetworkOfProcess(self.process), self.predictor), self.predictor.config
         shape = config.get("image_shape") or (config.get("img_channels") or 1, 1, 1)  # of a span solver's images
         self._sigmas, self._calls, walk = run.sigmas, [], Walk(run, run.sigmas.new_ones(1, *shape))
         while walk.point is not None:
             levels = (value.flatten()[0] for value in (walk.point.sigma, walk.point.sigma_cond))
             self._calls.append(Call(walk.interval, walk.inside, *levels))
             walk.answer(torch.zeros_like(walk.point.x))
-        self._timesteps = torch.stack(
-            [self.process.timestep(call.sigma_cond.to(torch.float32)) for call in self._calls]
-        )
+        times = torch.stack([self.process.timestep(call.sigma_cond.to(torch.float32)) for call in self._calls])
         self.num_inference_steps = len(self._calls)
-        self._planned = self._timesteps.tolist()
+        self._timesteps, self._planned = to_device(times, device), times.tolist()
         # Whether a step without evaluation, or another scale, comes before the first call.
         self._prepares = not torch.isclose(self._calls[0].sigma_cond, self._sigmas[0], rtol=1e-6)
         self._forget()
-        self._run = learned_run(NetworkOfProcess(self.process), self.predictor, device, reader=self._reader)
+        self._run = run
 
     def _forget(self) -> None:
         """No run is in progress."""
@@ -324,29 +323,49 @@ class _AMEDScheduler(NetworkHooks):
         """(noise level, level for the scale) of the latents before call k."""
         return (self._sigmas[0],) * 2 if k == 0 else (self._calls[k].sigma, self._calls[k].sigma_cond)
 
-    def _is_now(self, time) -> bool:
-        """Whether a time, in training steps or in [0, 1], is that of the next step."""
-        time = float(torch.as_tensor(time).flatten()[0])
-        known = (float(self._timesteps[self._index]), self._planned[self._index])
-        return _is_one_of(time, known) or _is_one_of(time * self.config.get("num_train_timesteps", 1000), known)
+    def _place(self, time) -> int | None:
+        """The number of the step whose entry of ``timesteps`` this tensor is, without reading it.
+
+        Pipelines pass views of ``timesteps``, often expanded. None for anything else.
+        """
+        own = self._timesteps
+        if not isinstance(time, torch.Tensor) or not time.numel() or time.dtype != own.dtype:
+            return None
+        several = any(step and size > 1 for size, step in zip(time.shape, time.stride(), strict=True))
+        if several or time.untyped_storage()._cdata != own.untyped_storage()._cdata:
+            return None
+        place = time.storage_offset() - own.storage_offset()
+        return place if 0 <= place < len(own) else None
+
+    def _is_now(self, time, number=None) -> tuple[bool, float | None]:
+        """Whether a time, in training steps or in [0, 1], is that of the next step.
+
+        number: read it, too; a tensor or None. One wait serves for all that is on the device.
+
+        Returns (answer, the number).
+        """
+        if self._place(time) == self._index:
+            return True, None if number is None else _read(number)[0]
+        shown = self._timesteps[self._index]
+        time, shown, *rest = _read(time, shown, *([] if number is None else [number]))
+        known, steps = (shown, self._planned[self._index]), self.config.get("num_train_timesteps", 1000)
+        return _is_one_of(time, known) or _is_one_of(time * steps, known), rest[0] if rest else None
 
     def _match(self, time) -> int | None:
         """The number of the step with this time, or None."""
-        time = float(torch.as_tensor(time).flatten()[0])
-        found = [
-            k
-            for k, known in enumerate(zip(self._timesteps.tolist(), self._planned, strict=True))
-            if _is_one_of(time, known)
-        ]
+        if (place := self._place(time)) is not None:
+            return place
+        time, *shown = _read(time, *self._timesteps)
+        found = [k for k, known in enumerate(zip(shown, self._planned, strict=True)) if _is_one_of(time, known)]
         return min(found, key=lambda k: abs(self._planned[k] - time)) if found else None
 
     def _begin(self, sample: torch.Tensor, k: int) -> None:
         """Goes to the point of step k for these latents."""
         dtype = torch.float32 if sample.device.type == "mps" else torch.float64  # MPS has no float64
         # Some pipelines do not pass their device to set_timesteps.
-        self._run.sigmas = self._run.sigmas.to(sample.device, dtype)
-        self.predictor.to(sample.device)
-        scale = self.process.scale(self._level(k)[1].to(sample.device, dtype))
+        self._run = learned_run(NetworkOfProcess(self.process), self.predictor, sample.device, reader=self._reader)
+        self._run.sigmas = self._run.sigmas.to(dtype)
+        scale = self.process.scale(self._level(k)[1].to(dtype))
         self._walk = Walk(self._run, sample.to(dtype) / scale, self._calls[k] if k else None)
         self._start = self._index = k
         self._times = self._timesteps[k : k + 1]
@@ -355,7 +374,9 @@ class _AMEDScheduler(NetworkHooks):
         """The step at which a run begins, from ``set_begin_index`` or from its first time."""
         if self._begin_index is not None:
             return self._begin_index
-        found = None if timestep is None or self._is_now(timestep) else self._match(timestep)
+        if timestep is None or (place := self._place(timestep)) == self._index:
+            return self._index
+        found = self._match(timestep) if place is not None or not self._is_now(timestep)[0] else None
         return self._index if found is None else found
 
     def _input(self) -> torch.Tensor:
@@ -412,14 +433,15 @@ class _AMEDScheduler(NetworkHooks):
         if eta or use_clipped_model_output:
             name = "eta" if eta else "use_clipped_model_output"
             self._say(name, f"AMEDScheduler is deterministic and does not clip: {name} is ignored")
-        if self._returned is None:
+        starts = self._returned is None
+        if starts:
             self._start_run(model_output, sample, timestep)
-        elif not self._is_now(timestep) and (found := self._match(timestep)) is not None:
-            raise UserError(
-                f"AMEDScheduler: step() got the time {float(timestep):g} of step {found}, but step {self._index} is next; "
-                "the steps of a run follow in order, and the first one may be any of them"
-            )
-        if not self._is_now(timestep):
+        if not self._is_now(timestep)[0]:
+            if not starts and (found := self._match(timestep)) is not None:
+                raise UserError(
+                    f"AMEDScheduler: step() got the time {float(timestep):g} of step {found}, but step {self._index} is"
+                    " next; the steps of a run follow in order, and the first one may be any of them"
+                )
             self._say(
                 "time",
                 f"AMEDScheduler: step() got the time {float(timestep):g}, which is none of its times; "
@@ -428,8 +450,9 @@ class _AMEDScheduler(NetworkHooks):
         walk = self._walk
         point = walk.point
         x = point.x
-        if self._returned is not None and sample is not self._returned and not torch.equal(sample, self._returned):
-            x = sample.to(x.dtype) / self.process.scale(point.sigma_cond)
+        if not starts and sample is not self._returned:
+            # Where the latents are as they were, the state stays unrounded.
+            x = torch.where(sample == self._returned, x, sample.to(x.dtype) / self.process.scale(point.sigma_cond))
             if not walk.inside:
                 walk.change(x)
         walk.answer(self.process.denoised(x, point.sigma_cond, model_output.to(x.dtype)))
@@ -442,6 +465,7 @@ class _AMEDScheduler(NetworkHooks):
             result = self._input()
             self._times = self.process.timestep(walk.point.sigma_cond.to(torch.float32)).flatten()
             if self._reader is not None:
+                self._times = to_device(self._times, self._timesteps.device)
                 # A pipeline iterates over views of this tensor, so it sees the new value.
                 self._timesteps[self._index] = self._times.mean()
         self._returned = result = result.to(sample.dtype)
@@ -479,10 +503,12 @@ class _AMEDScheduler(NetworkHooks):
         if rate is None and len(output) == len(guided):
             rate = 1.0
         elif rate is None and len(output) == 2 * len(guided):  # guided = plain + rate (conditional - plain)
-            plain, conditional = output.to(torch.float64).chunk(2)
-            difference, change = conditional - plain, guided.to(torch.float64) - plain
-            rate = float((difference * change).sum() / difference.square().sum())
-            if not torch.allclose(change, rate * difference, rtol=0.02, atol=0.02 * float(change.abs().max())):
+            plain, conditional = output.to(self._walk.point.x.dtype).chunk(2)
+            difference, change = conditional - plain, guided.to(plain.dtype) - plain
+            rate = (difference * change).sum() / difference.square().sum()
+            fits = (change - rate * difference).abs() <= 0.02 * ((rate * difference).abs() + change.abs().max())
+            rate, fits = _read(rate, fits.all())
+            if not fits:
                 return  # another kind of guidance
         if rate is not None and abs(rate - trained) > 0.02 * max(abs(trained), 1):
             self._say(
@@ -498,7 +524,8 @@ class _AMEDScheduler(NetworkHooks):
         """
         x = original_samples
         sigma, sigma_cond = (
-            value.to(x.device, torch.float32).reshape(-1, *[1] * (x.ndim - 1)) for value in self._levels_at(timesteps)
+            to_device(value.to(torch.float32), x.device).reshape(-1, *[1] * (x.ndim - 1))
+            for value in self._levels_at(timesteps)
         )
         return (self.process.scale(sigma_cond) * (x + sigma * noise)).to(x.dtype)
 
@@ -508,15 +535,17 @@ class _AMEDScheduler(NetworkHooks):
 
     def _levels_at(self, timesteps) -> tuple[torch.Tensor, torch.Tensor]:
         """(noise levels, levels for the scale), each [B or 1], at times [B]."""
-        times = torch.as_tensor(timesteps).flatten()
-        if self._run is not None and (self._begin_index is not None or all(map(self._is_now, times))):
+        known, times = self._run is not None and self._begin_index is not None, [timesteps]
+        if not known and self._place(timesteps) is None:
+            times = torch.as_tensor(timesteps).flatten().cpu()
+        if known or (self._run is not None and all(self._is_now(time)[0] for time in times)):
             point = None if self._returned is None else self._walk.point
             return self._level(self._index) if point is None else (point.sigma, point.sigma_cond)
         found = [self._match(time) for time in times]
-        exact = self.process.sigma_of_timestep(times.to(torch.float32)).cpu()
+        exact = [self.process.sigma_of_timestep(torch.tensor(_read(time))).squeeze() for time in times]
         levels = [(s, s) if k is None else self._level(k) for s, k in zip(exact, found, strict=True)]
         sides = zip(*levels, strict=True)
-        first, second = (torch.stack([value.cpu().to(torch.float32) for value in side]) for side in sides)
+        first, second = (torch.stack([value.to(torch.float32) for value in side]) for side in sides)
         return first, second
 
     def _require_predictor(self) -> None:
@@ -570,6 +599,16 @@ def _hub_predictor(repo_id: str, subfolder, options):
 def _is_one_of(time: float, known) -> bool:
     relative, absolute = _SAME_TIME
     return any(abs(time - value) <= relative * abs(value) + absolute for value in known)
+
+
+def _read(*numbers) -> list[float]:
+    """The first entries of tensors, or numbers, as floats. Waits for the device once at most."""
+    values = [value.flatten()[0] if isinstance(value, torch.Tensor) else value for value in numbers]
+    away = [k for k, value in enumerate(values) if isinstance(value, torch.Tensor) and value.device.type != "cpu"]
+    if away:
+        there = torch.stack([values[k].to(torch.float32) for k in away]).tolist()
+        values = [there[away.index(k)] if k in away else value for k, value in enumerate(values)]
+    return [float(value) for value in values]
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import torch
 
 from models.denoiser import BottleneckReader, add_shift
 from torch_utils.errors import UserError
+from torch_utils.transfer import to_device
 
 
 class _FeatureGraph:
@@ -148,14 +149,13 @@ class NetworkHooks(_Diffusers):
     def _before_call(self, module, arguments, named):
         """The hook: replaces the input of the first call with AFS, and the times of later calls."""
         self._own_call, self._output = False, None
-        if self._run is None:
+        if self._run is None or not (self._returned is None or self._reader is not None or self._shifts):
             return None
         place = "timestep" if "timestep" in named else 1
-        self._own_call = self._is_now(named[place] if place in named else arguments[1])
+        guidance = named.get("guidance") if self._returned is None else None
+        self._own_call, self._told_rate = self._is_now(named[place] if place in named else arguments[1], guidance)
         if not self._own_call:
             return None  # a call for something else
-        guidance = named.get("guidance")
-        self._told_rate = None if guidance is None else float(torch.as_tensor(guidance).flatten()[0])
         if self._reader is not None and named.get("down_block_additional_residuals") is not None:
             self._hook_controlnets()
         if self._index == 0:
@@ -174,7 +174,7 @@ class NetworkHooks(_Diffusers):
         rows, batch = len(x), len(self._times)
         if rows % batch:
             return None
-        times = self._times.to(x.device).repeat(rows // batch)  # under guidance the batch comes twice
+        times = to_device(self._times, x.device).repeat(rows // batch)  # under guidance the batch comes twice
         return _replaced(arguments, named, place, lambda _: times)
 
     def _hook_controlnets(self) -> None:
@@ -195,7 +195,7 @@ class NetworkHooks(_Diffusers):
         self._hooks.callback(torch.nn.modules.module.register_module_forward_pre_hook(before).remove)
 
     def _before_controlnet(self, arguments):
-        if self._run is None or self._reader is None or len(arguments) < 2 or not self._is_now(arguments[1]):
+        if self._run is None or self._reader is None or len(arguments) < 2 or not self._is_now(arguments[1])[0]:
             return None
         changed = self._with_times(arguments, {}, 1)
         return None if changed is None else changed[0]

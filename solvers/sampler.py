@@ -54,17 +54,17 @@ def afs_direction(net, x: torch.Tensor, sigma, kind, cond: Mapping | None = None
         "data": exact for a Gaussian with mean image ``net.data_mean`` and standard deviation
         ``net.data_std``. Better if the mean is far from zero, as for white strokes on black.
         A function: called with (x, sigma).
-    cond: keyword arguments of net. Restoration networks centre the data at the degraded image, for
-        True and "data". Default: none.
+    cond: keyword arguments of net. For restoration networks x is the difference from the degraded
+        image. Default: none.
 
     For PFGM++ "data" replaces the noise variance sigma^2 by that of the kernel at x,
     (D sigma^2 + |x - mean|^2) / (D + N) for N pixels, so it is exact to first order there too.
     """
-    if callable(kind):
-        return kind(x, sigma)
     prior = member(net, "prior_mean")(**(cond or {}))
     if torch.is_tensor(prior):
         x = x - prior.to(x)
+    if callable(kind):
+        return kind(x, sigma)
     if kind is True:
         return x / (1 + sigma**2).sqrt()
     mean, std = member(net, "data_mean"), member(net, "data_std")
@@ -123,7 +123,7 @@ class Sampler:
         self.net, self.solver, self.sigmas = net, solver.setup(net, sigmas, predictor), sigmas
         self.sigmas_cond = None
         if sigmas_cond is not None:
-            self.sigmas_cond = levels_tensor("sigmas_cond", sigmas_cond, sigmas.dtype).to(sigmas.device)
+            self.sigmas_cond = to_device(levels_tensor("sigmas_cond", sigmas_cond, sigmas.dtype), sigmas.device)
             host = self.sigmas_cond.device.type == "cpu"  # elsewhere they come from a span solver: do not wait for them
             if self.sigmas_cond.shape != sigmas.shape or (host and not (self.sigmas_cond > 0).all()):
                 raise UserError(f"sigmas_cond must be {len(sigmas)} positive numbers, one per noise level")
@@ -290,7 +290,7 @@ class Sampler:
         elif i in self.cached_evals:
             feature = self.cached_evals[i][1]
         else:
-            feature = self.reader.read(x.shape[0]).to(x)
+            feature = to_device(self.reader.read(x.shape[0]), x.device).to(x.dtype)
         outputs = self.predictor(feature, self.sigma(i, x), self.sigma(i + 1, x))
         # Some diffusers pipelines pack their latents into fewer dimensions than images have.
         self.predicted = tuple(value.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) for value in outputs)
@@ -586,6 +586,9 @@ def integrate(
         method, levels, sigmas_cond = method.with_moves(predictor, moves), moves.sigmas, moves.sigmas_cond
     else:
         check_predictor(predictor, net, method, times, asked | {"original_code": original_code})
+        if latents.device.type != "cpu" and any(getattr(v, "requires_grad", False) for v in (times, sigmas_cond)):
+            # Their gradients come back in one copy. A gradient of each number would be waited for.
+            levels = to_device(times.to(latents.dtype), latents.device)
     run = Sampler(
         net,
         method,

@@ -38,8 +38,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.denoiser import embedding_layer
-from models.inputs import draw_condition, draw_noise
+from models.denoiser import embedding_layer, member
+from models.inputs import draw_condition, draw_noise, initial_state
 from solvers.deis import gauss_legendre, lagrange_basis
 from solvers.former_names import FORMER_NAMES, current, with_current_names
 from solvers.sampler import integrate, sample
@@ -643,7 +643,8 @@ class SpanSolver(nn.Module):
         make_cond: function from the generators of a batch to its cond; text-to-image networks need
             prompts. Default: that of the network.
 
-        For Gaussian data D = mu + v / (v + sigma^2) (x - mu). mu is the mean of D. v follows from
+        For Gaussian data D = mu + v / (v + sigma^2) (x - mu). For restoration networks x and D are
+        differences from the degraded image. mu is the mean of D. v follows from
         the slope of D against x, by least squares over all pixels; a negative slope counts as 0. At
         sigma = 80 the slope is below 1e-4, so that v hardly matters.
         """
@@ -654,9 +655,11 @@ class SpanSolver(nn.Module):
         images = 0
         for start in range(0, calls, batch):
             generators = SeededGenerators(range(seed + start, seed + min(start + batch, calls)))
-            x = draw_noise(net, generators).to(device) * float(sigma)
-            denoised = net(x, sigma.to(x), **make_cond(generators))
-            x, denoised = (value.to("cpu", torch.float64) for value in (x, denoised))
+            noise = draw_noise(net, generators).to(device)
+            cond = make_cond(generators)
+            x, prior = initial_state(net, noise, float(sigma), cond), member(net, "prior_mean")(**cond)
+            denoised = net(x, sigma.to(x), **cond)
+            x, denoised = ((value - prior).to("cpu", torch.float64) for value in (x, denoised))
             for name, value in (("x", x), ("d", denoised), ("xd", x * denoised), ("xx", x * x)):
                 total[name] = total[name] + value.sum(0)
             images += len(x)

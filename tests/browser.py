@@ -96,7 +96,14 @@ class Browser:
         )
 
     def open(self, path: Path) -> None:
+        """Loads a page, also one that is open, and waits for it."""
+        self._post("url", {"url": "about:blank"})
         self._post("url", {"url": path.as_uri()})
+        limit = time.monotonic() + PATIENCE
+        while self.run("return [location.href, document.readyState]") != [path.as_uri(), "complete"]:
+            if time.monotonic() > limit:
+                raise TimeoutError(f"{path} does not load")
+            time.sleep(0.05)
 
     def run(self, script: str, *arguments):
         """What a JavaScript function body returns."""

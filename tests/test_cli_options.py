@@ -137,6 +137,7 @@ OWN = {
         "scale_time": ["1", "-0.1", "nan"],
         "schedule_type": ["discrete"],
         "prompt_path": TEXT_ONLY,
+        "images": ["images"],  # digits does not restore images
         "total_kimg": POSITIVE,
         "batch_gpu": [*COUNT, ("--batch=3", "--batch_gpu=2")],
         "lr": POSITIVE,
@@ -238,6 +239,13 @@ OWN = {
         "workers": NATURAL,
         "metrics": ["nope", ",", "kid"],
     },
+    "fid pairs": {
+        "images": ["missing", "empty", "text.txt", "broken.zip"],
+        "ref": ["missing", "empty", "text.txt", "broken.zip"],
+        "metrics": ["nope", ","],
+        "channels": CHOICE,
+        "crop": NATURAL,
+    },
     "fid inspect": {"images": ["missing", "empty", "text.txt", "broken.zip"]},
     "fid ref": {
         "data": ["missing", "empty", "text.txt", "broken.zip", "mixed"],
@@ -316,6 +324,7 @@ OWN = {
     },
     "tools.train_denoiser": {
         "data": ["missing", "empty", "text.txt", "broken.zip", "mixed"],
+        "condition": ["missing", "empty", "text.txt", "broken.zip", "images"],
         "outdir": ["text.txt", "text.txt/out"],
         "arch": CHOICE,
         "model_channels": ["7", "1.5", "9"],
@@ -399,6 +408,7 @@ GOOD = {
     "train": [*DIGITS, "--num_steps=3", "--total_kimg=0.001", "--batch=1", "--seed=0"],
     "sample": [*DIGITS, "--solver=euler", "--num_steps=2", "--seeds=0-1"],
     "fid calc": ["--images=images", "--ref=digits", "--detector=digits"],
+    "fid pairs": ["--images=images", "--ref=images"],
     "fid ref": ["--data=images", "--dest=ref.npz", "--detector=digits"],
     "clip_score calc": ["--images=images", "--prompts=captions.csv", "--model=empty", "--offline"],
     "compare": [*DIGITS, "--solvers=euler", "--nfe=2", "--num=4", "--groups=2", "--num_reference=0"],

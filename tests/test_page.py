@@ -172,17 +172,15 @@ def test_it_fits_and_is_legible(browser, path, width, style):
     assert browser.messages() == []
 
 
-@pytest.mark.parametrize("width", [1366, 390])
-def test_forty_methods_fit(browser, tmp_path, width):
-    path = write(
-        tmp_path, make_rows([f"solver{i:02d}:option=value" for i in range(40)], nfes=(3, 5, 8)), pictures=False
-    )
+def test_forty_methods_fit(browser, tmp_path):
+    path = write(tmp_path, make_rows([f"solver{i:02d}:option=value" for i in range(40)]), pictures=False)
     assert "The same seeds" not in path.read_text(encoding="utf-8")
-    browser.show(width)
-    browser.open(path)
-    browser.run(CHOOSE, "solver07:option=value")
-    whole, _ = browser.run(WIDTHS)
-    assert whole <= width and len(browser.texts("tbody tr")) == 120
+    for width in (1366, 390):
+        browser.show(width)
+        browser.open(path)
+        browser.run(CHOOSE, "solver07:option=value")
+        whole, _ = browser.run(WIDTHS)
+        assert whole <= width and len(browser.texts("tbody tr")) == 80
     assert browser.messages() == []
 
 

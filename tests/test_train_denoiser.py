@@ -260,6 +260,7 @@ WRONG = {  # flag -> (value, what the error says)
     "xflip": [("maybe", "not a valid boolean")],
     "cond": [("maybe", "not a valid boolean"), (True, "has no labels")],
     "extra_dims": [(-1, "--extra_dims"), (1.5, "--extra_dims")],
+    "condition": [("missing", "no such folder or zip file")],
     "seed": [(-1, "--seed"), (1 << 63, "--seed")],
     "snap": [(-1, "--snap"), ("nan", "finite")],
     "grid": [("maybe", "not a valid boolean")],

@@ -23,7 +23,7 @@ from torch_utils import distributed
 from torch_utils.distributed import on_main
 from torch_utils.errors import UserError
 from torch_utils.files import remove_leftovers, sha256_of, write_json
-from torch_utils.images import image_grid, to_uint8
+from torch_utils.images import ImageSource, image_grid, to_uint8
 from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom, is_out_of_memory, release_memory
 from torch_utils.progress import progress_bar
@@ -186,7 +186,7 @@ class Run(BaseRun):
             "elapsed": self.elapsed,
             "options": self.options.to_dict(),
             "network_hash": self.provenance["network_hash"],
-            "prompts_sha256": self.provenance.get("prompts_sha256"),
+            **{name: self.provenance.get(name) for name in ("prompts_sha256", "images_sha256")},
         }
         on_main(save_state, self.folder, self.nimg // 1000, {**self.trainer.state(), **more})
         self._saved_at = self.trainer.iteration
@@ -224,13 +224,20 @@ def date() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+def hash_of_pool(options: RunOptions) -> dict:
+    """Hash of the texts or images that samples draw their condition from; {} if there are none."""
+    if options.prompt_path is not None:
+        return {"prompts_sha256": sha256_of(options.prompt_path)}
+    return {} if options.images is None else {"images_sha256": ImageSource(options.images).digest()}
+
+
 def provenance_of(net, options: RunOptions, names: tuple[str, ...]) -> dict:
     """Origin of a result: network, code, and the options ``names``."""
     return {
         "dataset_name": options.dataset_name,
         "network": net.source_path if is_remote(net.source_path) else Path(net.source_path).name,
         "network_hash": net.weights_hash,
-        **({"prompts_sha256": sha256_of(options.prompt_path)} if options.prompt_path is not None else {}),
+        **hash_of_pool(options),
         "code_version": code_version(),
         "torch": torch.__version__,
         **{name: getattr(options, name) for name in names},
@@ -258,9 +265,11 @@ def check_state(options: RunOptions, state: dict, net, folder) -> None:
     """Raises UserError if a training state does not fit this network and these options."""
     if state["network_hash"] != net.weights_hash:
         raise UserError(f"{net.source_path} is not the network that {folder} was trained on (another SHA-256)")
-    prompts = sha256_of(options.prompt_path) if options.prompt_path is not None else None
-    if state.get("prompts_sha256") != prompts:
+    pool = hash_of_pool(options)
+    if state.get("prompts_sha256") != pool.get("prompts_sha256"):
         raise UserError(f"{options.prompt_path} does not hold the prompts that {folder} was trained on")
+    if state.get("images_sha256") != pool.get("images_sha256"):
+        raise UserError(f"{options.images} does not hold the images that {folder} was trained on")
     if state["iteration"] * options.batch >= options.total_kimg * 1000 - 1e-6:
         reached = f"{state['iteration'] * options.batch / 1000:g} kimg"
         raise UserError(f"{folder} has reached {reached}: to continue, pass a larger --total_kimg")
@@ -308,15 +317,15 @@ def load_network(options: RunOptions, device: torch.device, net=None):
         options.guidance_type = None
     if options.guidance_rate is None:
         options.guidance_rate = member(net, "guidance_rate") or 0.0
-    for name in ("model_path", "teacher", "prompt_path", "tokenizer_path"):
-        value = vars(options).get(name)  # some options have a method teacher
+    for name in ("model_path", "teacher", "prompt_path", "tokenizer_path", "images"):
+        value = vars(options).get(name)
         if value is not None and Path(value).exists():  # otherwise it is the id of a repository
             setattr(options, name, str(Path(value).resolve()))
     return net
 
 
 def prepare(options: RunOptions, device: torch.device, net=None) -> tuple:
-    """(options, network, prompts or None): a checked copy of the options, with a seed.
+    """(options, network, prompts, images or None): a checked copy of the options, with a seed.
 
     net: the network. Default None: that of the options.
 
@@ -329,7 +338,9 @@ def prepare(options: RunOptions, device: torch.device, net=None) -> tuple:
     choose_backends(options.tf32, options.bench)
     options.prompt_path = zoo.resolve_prompts(options.prompt_path)
     prompts = None if options.prompt_path is None else list(read_prompts(options.prompt_path).values())
-    return options, load_network(options, device, net), prompts
+    net = load_network(options, device, net)
+    images = options.read_images(net)
+    return options, net, prompts if images is None else images
 
 
 def fitting_batch_gpu(probe_memory: Callable[[int], None], share: int, device) -> int:
