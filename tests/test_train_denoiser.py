@@ -264,6 +264,7 @@ WRONG = {  # flag -> (value, what the error says)
     "seed": [(-1, "--seed"), (1 << 63, "--seed")],
     "snap": [(-1, "--snap"), ("nan", "finite")],
     "grid": [("maybe", "not a valid boolean")],
+    "tensorboard": [("maybe", "not a valid boolean")],
     "resume": [("maybe", "not a valid boolean"), (True, "--resume: no such file")],
     "device": [("tpu9", "--device=tpu9")],
     "init": [("a.pkl", "--init: its network sets the architecture; leave out --model_channels")],
