@@ -344,12 +344,15 @@ class _AMEDScheduler(NetworkHooks):
 
         Returns (answer, the number).
         """
+        numbers = [] if number is None else [number]
         if self._place(time) == self._index:
-            return True, None if number is None else _read(number)[0]
-        shown = self._timesteps[self._index]
-        time, shown, *rest = _read(time, shown, *([] if number is None else [number]))
-        known, steps = (shown, self._planned[self._index]), self.config.get("num_train_timesteps", 1000)
-        return _is_one_of(time, known) or _is_one_of(time * steps, known), rest[0] if rest else None
+            return True, _read(*numbers)[0] if numbers else None
+        shown, planned = self._timesteps[self._index], self._planned[self._index]
+        if not isinstance(time, torch.Tensor) and _is_one_of(time, [planned]):
+            shown = planned
+        time, shown, *numbers = _read(time, shown, *numbers)
+        known, steps = (shown, planned), self.config.get("num_train_timesteps", 1000)
+        return _is_one_of(time, known) or _is_one_of(time * steps, known), numbers[0] if numbers else None
 
     def _match(self, time) -> int | None:
         """The number of the step with this time, or None."""
@@ -362,7 +365,7 @@ class _AMEDScheduler(NetworkHooks):
     def _begin(self, sample: torch.Tensor, k: int) -> None:
         """Goes to the point of step k for these latents."""
         dtype = torch.float32 if sample.device.type == "mps" else torch.float64  # MPS has no float64
-        # Some pipelines do not pass their device to set_timesteps.
+        # Only here the device is known: some pipelines do not pass theirs to set_timesteps.
         self._run = learned_run(NetworkOfProcess(self.process), self.predictor, sample.device, reader=self._reader)
         self._run.sigmas = self._run.sigmas.to(dtype)
         scale = self.process.scale(self._level(k)[1].to(dtype))

@@ -60,7 +60,7 @@ class ComputeOptions:
     bench: bool = flag("cuDNN benchmarking: faster, images may differ in the last bits", False, record=CHANGED)
     compile: str = flag(
         "torch.compile of the network (--compile is --compile=default), which takes minutes. reduce-overhead records"
-        " CUDA graphs, for small batches",
+        " CUDA graphs, for small batches on NVIDIA GPUs",
         "none",
         click.Choice(COMPILE_MODES),
         is_flag=False,
