@@ -538,7 +538,8 @@ class _AMEDScheduler(NetworkHooks):
 
     def _levels_at(self, timesteps) -> tuple[torch.Tensor, torch.Tensor]:
         """(noise levels, levels for the scale), each [B or 1], at times [B]."""
-        known, times = self._run is not None and self._begin_index is not None, [timesteps]
+        known = self._run is not None and self._begin_index is not None
+        times: Any = [timesteps]
         if not known and self._place(timesteps) is None:
             times = torch.as_tensor(timesteps).flatten().cpu()
         if known or (self._run is not None and all(self._is_now(time)[0] for time in times)):
