@@ -67,9 +67,16 @@ class _AMEDScheduler(NetworkHooks):
     _sigmas: Any
     _timesteps: Any
     _walk: Any
+    _start: Any
+    _begin_index: Any
+    _mu: Any
+    _output: Any
+    num_inference_steps: Any
     process: Any
 
-    def __init__(self, predictor=None, config=None, network=None, **settings):
+    def __init__(
+        self, predictor: Any = None, config: Any = None, network: torch.nn.Module | None = None, **settings: Any
+    ) -> None:
         super().__init__()
         if predictor is not None and not isinstance(predictor, torch.nn.Module):
             predictor = load_predictor(find_predictor(predictor))
