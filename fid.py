@@ -37,7 +37,7 @@ from pathlib import Path
 
 import click
 
-from evaluation.fid import calculate_fid, choose_detector, choose_images, image_statistics
+from evaluation.fid import calculate_fid, choose_detector, choose_images, image_statistics, metric_names
 from evaluation.frechet import Reference
 from evaluation.image_pairs import CHANNELS, METRICS, compare_pairs
 from torch_utils import distributed
@@ -121,7 +121,7 @@ def calc(images, ref, num, seed, batch, detector, workers, feature_cache, json_p
             device=device,
             trust=trust,
             workers=workers,
-            metrics=[name.strip() for name in metrics.split(",") if name.strip()],
+            metrics=metric_names(metrics),
         )
         if result is not None:
             if json_path is not None:

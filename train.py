@@ -48,7 +48,7 @@ GROUPS = {
     "Span solver": "| preset heads parallel sigma_scale_bound init init_pairs init_trial phases phase_rounds",
     "Optimisation": "total_kimg batch seed | batch_gpu lr lrs lr_final warmup clip ema val_every scale_dir scale_time loss"
     " feature_sigma w_dist w_anchor anchor w_delta",
-    "Output": "outdir resume | desc nosubdir tick snap dump dry_run",
+    "Output": "outdir resume | desc nosubdir tick snap dump tensorboard dry_run",
     "Speed": "device | amp compile channels_last dtype tf32 checkpointing bench offline",
 }
 

@@ -13,9 +13,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import torch
@@ -30,6 +33,7 @@ from torch_utils.cli import PATH, Command
 from torch_utils.distributed import pick_device
 from torch_utils.errors import UserError
 from torch_utils.files import write_json
+from torch_utils.seeds import SeededGenerators
 from torch_utils.version import code_version
 from training.amed_trainer import Distiller
 from training.options import SpanOptions
@@ -86,11 +90,52 @@ def doctor(device, small: bool) -> dict:
 
 
 def tests(device, small: bool) -> dict:
-    """The tests of devices, on the real device where there is one."""
+    """The tests of devices, which pretend one."""
     selected = ["tests/test_devices.py", "tests/test_device_handling.py"]
     if small:
         selected = ["tests/test_device_handling.py", "-k", "memory_is_full or follows"]
     return run_program([sys.executable, "-m", "pytest", "-q", *selected], 900)
+
+
+@contextmanager
+def waits_of(device) -> Iterator[list]:
+    """Context with a list of warnings, one for each time that the host waits for an NVIDIA GPU."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield (found := [])
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    found += [entry for entry in seen if "synchronizing" in str(entry.message)]
+
+
+def solvers(device, small: bool) -> dict:
+    """All solvers of tests/test_devices.py: images beside those of the CPU, and waits of a run."""
+    sys.path.append(str(ROOT / "tests"))
+    from test_devices import CASES, SHAPE, Halving
+
+    differences, waits = {}, {}
+    for name in list(CASES)[: 4 if small else None]:
+        images = []
+        for place in (torch.device("cpu"), device):
+            torch.manual_seed(0)
+            net, arguments = Halving(SimpleNamespace(silent=nullcontext)).to(place), CASES[name](5)
+            if "predictor" in arguments:
+                arguments["predictor"].to(place)
+            generators = SeededGenerators(range(2))
+            x = generators.randn(SHAPE).to(place)
+            draw = partial(generators.randn, SHAPE)
+            sample(net, x, noise=draw, **arguments)  # tables are moved in the first run
+            generators = SeededGenerators(range(2))
+            draw = partial(generators.randn, SHAPE)
+            with waits_of(place) as found:
+                made = sample(net, x, noise=draw, **arguments)
+            images.append(made.cpu())
+        differences[name], waits[name] = float((images[0] - images[1]).abs().max()), len(found)
+    return {"differences": differences, "waits": waits}
 
 
 VARIANTS = {
@@ -221,7 +266,7 @@ def run_program(command: list[str], timeout: int) -> dict:
 
 def parts(small: bool) -> dict[str, Callable]:
     """Name -> part, in the order in which they run."""
-    found: dict[str, Callable] = {"doctor": doctor, "tests": tests}
+    found: dict[str, Callable] = {"doctor": doctor, "tests": tests, "solvers": solvers}
     names = ("eager", "eager, bf16", "graphs, bf16") if small else VARIANTS
     for what, function in (("sampling", sampling), ("distillation", distillation), ("span training", span_training)):
         for name in names:
@@ -243,6 +288,10 @@ def page(record: dict) -> str:
             text = result.get("skipped") or result.get("failed")
         elif "output" in values:
             text = "passed"
+        elif "differences" in values:
+            worst, slowest = (max(values[what], key=values[what].get) for what in ("differences", "waits"))
+            text = f"images differ from those of the CPU by at most {values['differences'][worst]:.2g} ({worst})"
+            text += f"; at most {values['waits'][slowest]} waits in a run ({slowest})"
         elif "iteration" in values:
             text = f"{values['iteration']:.4g} s per iteration of {values['batch']} samples"
         elif name.startswith("sampling"):

@@ -6,6 +6,7 @@ x = image + sigma * noise. Solvers, distillation and evaluation use only this in
 
 import inspect
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -296,7 +297,8 @@ def read_bottleneck(net: torch.nn.Module):
         with compiled.shown_to(reader):
             yield reader
         return
-    handle = net.bottleneck.register_forward_hook(lambda module, inputs, output: reader.keep(output))
+    bottleneck = cast(torch.nn.Module, net.bottleneck)
+    handle = bottleneck.register_forward_hook(lambda module, inputs, output: reader.keep(output))
     try:
         yield reader
     finally:

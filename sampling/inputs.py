@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 
 import torch
 
-from models.posterior import OPERATORS, Posterior, make_operator
+from models.posterior import OPERATORS, Operator, Posterior, make_operator
 from torch_utils.cli import PATH, Number
 from torch_utils.errors import UserError
 from torch_utils.images import ImageSource, from_uint8
@@ -75,7 +75,7 @@ class ImageInputs:
         name, count = Counter(self.names).most_common(1)[0]
         if count > 1:
             raise UserError(f"{source.path}: {count} results would have the name {name}.png; rename the images")
-        self._operator = None
+        self._operator: Operator | None = None
 
     def __len__(self) -> int:
         return len(self.names)

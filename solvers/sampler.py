@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -134,7 +135,7 @@ class Sampler:
         self.cached_evals, self.train_network = dict(cached_evals or {}), train_network
         self.nfe = 0
         self.predicted: tuple | None = None  # (r, scale_dir, scale_time) of the latest interval
-        self.reader = None  # of the bottleneck, for the predictor
+        self.reader: Any = None  # of the bottleneck, for the predictor
 
     @property
     def intervals(self) -> int:
@@ -193,7 +194,7 @@ class Sampler:
         inputs = [v for p in points for v in (p.x, p.sigma, p.sigma_cond, p.shift) if v is not None]
         learned = self.train_network or any(v.requires_grad for v in inputs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and learned):
-            known = None if points is request else self.known_direction(request)
+            known = None if points is request else self.known_direction(points[0])
             directions = self._call_network(points) if known is None else [known]
         for point, d in zip(points, directions, strict=True):
             if self.observer is not None and point.index is not None:
@@ -216,7 +217,8 @@ class Sampler:
         if len(points) > 1:
             x = torch.cat([point.x for point in points])
             sigma = torch.cat([beside(point.sigma_cond, x).expand(batch, 1, 1, 1) for point in points])
-            shift = None if shift is None else torch.cat([point.shift for point in points])
+            shifts = [point.shift for point in points if point.shift is not None]
+            shift = torch.cat(shifts) if shifts else None
         denoised = self.denoise(x, sigma, len(points), shift).split(batch)
         return [(point.x - d) / self.divisor(point) for point, d in zip(points, denoised, strict=True)]
 
@@ -557,8 +559,8 @@ def integrate(
         sigmas = chosen.pop("sigmas", None)
         solver_options, common = {name: chosen[name] for name in chosen if name != "denoise_to_zero"}, {}
     trained = getattr(predictor, "config", {})
-    schedule = (num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas)
-    asked = dict(zip((*_SCHEDULE, "sigmas"), schedule, strict=True)) | {"solver": solver, "afs": afs}
+    values = (num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas)
+    asked = dict(zip((*_SCHEDULE, "sigmas"), values, strict=True)) | {"solver": solver, "afs": afs}
     given_afs, asked = afs, _with_defaults(asked, predictor, net)
     solver, afs, sigmas = asked["solver"], asked["afs"], asked["sigmas"]
     _check_guidance(predictor, net)

@@ -16,6 +16,7 @@ import functools
 import math
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -69,7 +70,7 @@ class Point:
 
     x: torch.Tensor
     sigma: torch.Tensor
-    sigma_cond: torch.Tensor | None = None
+    sigma_cond: torch.Tensor = None  # type: ignore[assignment]  # see below
     index: int | None = None
     shift: torch.Tensor | None = None
 
@@ -138,6 +139,10 @@ class Solver:
     max_order: int = 1
     highest_order: int = 1  # the option max_order may be 1..highest_order
     direction_sigma: str = "point"  # noise level that directions are divided by, see ``DIRECTION_SIGMA``
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # the options
 
     def __init__(self, **values):
         unknown = sorted(set(values) - set(self.options))
@@ -217,7 +222,7 @@ class Solver:
         """
         raise NotImplementedError
 
-    def step(self, run, state: State, i: int) -> Generator:
+    def step(self, run, state: State, i: int) -> Generator[Point | list[Point], Any, State]:
         """Generator of one step from schedule point i to the next. Returns the next ``State``.
 
         ``d = yield point`` gives the direction d [B,C,H,W] at a ``Point``; ``yield [point, ...]``
@@ -465,7 +470,7 @@ class DPMSolver2(TwoStageSolver):
     summary = "DPM-Solver-2 singlestep, order 2; 2 evaluations per step"
     # torchrun takes --r for one of its own options
     options = {"r": Option(float, 0.5, "place of the intermediate point, 0 < r <= 1", ("--solver_r",))}
-    learned_options = ("r",)
+    learned_options: tuple[str, ...] = ("r",)
 
     def combine(self, d, d_mid, r):
         return d_mid / (2 * r) + (1 - 1 / (2 * r)) * d

@@ -22,10 +22,9 @@ PATIENCE = 120  # seconds, on a busy machine
 
 def find_programs() -> tuple[str, str] | None:
     """(Chromium, chromedriver), or None if one of them is not installed."""
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    names = ("google-chrome", "chrome", "chromium", "chromium-browser")  # chromedriver is often that of the first
     browser = next(filter(None, map(shutil.which, names)), None)
-    places = os.pathsep.join([os.environ.get("CHROMEWEBDRIVER", ""), os.environ.get("PATH", "")])
-    driver = shutil.which("chromedriver", path=places)
+    driver = shutil.which("chromedriver", path=os.environ.get("CHROMEWEBDRIVER")) or shutil.which("chromedriver")
     return (browser, driver) if browser and driver else None
 
 

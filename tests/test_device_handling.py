@@ -12,7 +12,7 @@ from test_execution import tiny_network, watched
 
 from models import create_model
 from models.compile import choose_backends, choose_dtype, prepare_network
-from models.denoiser import Denoiser
+from models.denoiser import Denoiser, read_bottleneck
 from models.diffusers import _first_stage_dtype
 from sampling.generate import generate_fitting
 from solvers.sampler import Sampler, sample
@@ -231,42 +231,58 @@ class Recorded:
             value.fill_(float("nan"))
 
 
-def trained_for(solver):
-    torch.manual_seed(0)
-    return AMEDPredictor(sampler_stu=solver, num_steps=4, scale_dir=0.2, scale_time=0.2)
-
-
 GRAPHS = {
     "ipndm": lambda: {"solver": "ipndm", "num_steps": 6},
-    "dpmpp": lambda: {"solver": "dpmpp", "num_steps": 6},
     "unipc": lambda: {"solver": "unipc", "num_steps": 6},
-    "heun": lambda: {"solver": "heun", "num_steps": 4, "return_trajectory": True, "denoise_to_zero": True},
-    "amed": lambda: {"predictor": trained_for("amed")},
-    "dpmpp with predictor": lambda: {"predictor": trained_for("dpmpp")},
+    "amed": lambda: {"predictor": AMEDPredictor(num_steps=4, scale_dir=0.2, scale_time=0.2)},
     "span": lambda: {"predictor": SpanSolver.preset("full", num_steps=5, first_step="zero")},
     "span parallel": lambda: {"predictor": SpanSolver.preset("full", num_steps=4, first_step="zero", parallel=2)},
 }
 
 
+def arguments_of(case):
+    torch.manual_seed(0)
+    return GRAPHS[case]()
+
+
 @pytest.mark.parametrize("case", GRAPHS)
 @torch.no_grad()
-def test_results_of_cuda_graphs_are_kept(case, monkeypatch):
-    """Solvers remember evaluations, which the next replay of a graph overwrites."""
+def test_solvers_run_on_cuda_graphs(case, monkeypatch):
+    """Solvers remember evaluations, and the next replay of a graph overwrites its results."""
     plain = tiny_network("edm_song_uncond")[0]
     noise = torch.randn(3, 3, plain.img_resolution, plain.img_resolution, generator=torch.Generator().manual_seed(0))
-    expected = sample(plain, noise, **GRAPHS[case]())
+    expected = sample(plain, noise, **arguments_of(case))
     with PretendedDevice("cuda") as gpu:
         net = prepare_network(tiny_network("edm_song_uncond")[0].to("cuda"), compile_mode="reduce-overhead")
         net.compiled.graph = graph = Recorded(net.compiled._both)
         monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", graph.begin)
-        arguments = GRAPHS[case]()
+        arguments = arguments_of(case)
         if "predictor" in arguments:
             arguments["predictor"].to("cuda")
         gpu.clear()
         found = sample(net, noise.to("cuda"), **arguments)
+        sample(net, noise.flip(0).to("cuda"), **arguments)  # the next batch, which is started before this one is read
         assert len(graph.inputs) == len(graph.memory) <= 2  # a graph for each number of points, and no other
         found = found.cpu()
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_images_and_bottlenecks_of_cuda_graphs_are_kept(monkeypatch):
+    plain, _, io = tiny_network("edm_song_uncond")
+    results = []
+    with PretendedDevice("cuda"):
+        net = prepare_network(tiny_network("edm_song_uncond")[0].to("cuda"), compile_mode="reduce-overhead")
+        net.compiled.graph = graph = Recorded(net.compiled._both)
+        monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", graph.begin)
+        for network, kind in ((plain, "cpu"), (net, "cuda")):
+            x = io["x__2"].to(kind)
+            with read_bottleneck(network) as reader:
+                kept = [(network(x, torch.tensor(sigma)), reader.read(len(x))) for sigma in (2.0, 0.5)]
+            results.append([value.cpu() for pair in kept for value in pair])
+        assert len(graph.inputs) == 1  # whatever the noise level is
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["cpu", "mps"])

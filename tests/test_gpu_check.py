@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from benchmarks import gpu_check
@@ -61,7 +62,16 @@ def test_what_failed_is_tried_again(tmp_path, monkeypatch):
     assert calls == ["sampling", "absent", "program", "program"] and "absent: done before" in done.output
 
 
+def test_solvers_are_compared_with_the_cpu():
+    found = gpu_check.solvers(torch.device("cpu"), small=True)
+    assert len(found["differences"]) == 4 and set(found["differences"].values()) == {0.0}
+    record = {"machine": "", "code": "", "system": "", "small": True, "parts": {"s": {"result": found, "seconds": 1}}}
+    assert "by at most 0 (euler); at most 0 waits in a run (euler)" in gpu_check.page(record)
+
+
 @pytest.mark.parametrize("small", [True, False])
 def test_a_wrong_name_is_one_line(small, tmp_path):
     done = CliRunner().invoke(gpu_check.main, [f"--outdir={tmp_path}", "--only=cooking", *(["--small"] * small)])
-    assert done.exit_code == 2 and "--only=cooking: the parts are doctor; tests; sampling, eager" in done.output
+    assert (
+        done.exit_code == 2 and "--only=cooking: the parts are doctor; tests; solvers; sampling, eager" in done.output
+    )

@@ -75,11 +75,13 @@ from torch_utils.seeds import SeededGenerators, stream_seeds
 from torch_utils.session import session
 from torch_utils.tensor_file import write_state
 from training import run_folder
+from training.events import summary_writer
 from training.run_folder import OPTIONS_FILE
 from training.trainer import BaseRun, BaseTrainer, NotFinite
 
 STATE_FILE = "training-state.pt"
 LR, LR_OF_INIT = 2e-3, 1e-4
+LOG_EVERY = 50  # iterations between lines of statistics
 GRID_COLUMNS, GRID_STEPS = 10, 18
 GRID_CALLS = 2 * (GRID_STEPS - 1)
 ARCHITECTURES = {
@@ -223,8 +225,11 @@ def load_pairs(path, condition):
     return images, degraded, torch.from_numpy(mean).float().reshape(-1, 1, 1), std
 
 
-def save_restored(net, images, degraded, path, device, columns):
-    """Rows of the first images: degraded, restored by Heun's method, original; uint8 [N,C,H,W]."""
+def restored_grid(net, images, degraded, device, columns):
+    """Rows of the first images: degraded, restored by Heun's method, original; uint8 [H,W,C].
+
+    images, degraded: uint8 [N,C,H,W].
+    """
     columns = min(columns, len(images))
     count = columns * max(min(columns // 3, len(images) // columns), 1)
     mu = from_uint8(degraded[:count]).to(device)
@@ -233,15 +238,15 @@ def save_restored(net, images, degraded, path, device, columns):
         restored = sample(net, latents, solver="heun", num_steps=GRID_STEPS, cond=net.make_cond(images=mu))
     kinds = [to_uint8(mu), to_uint8(restored), images[:count].transpose(0, 2, 3, 1)]
     rows = [kind[start : start + columns] for start in range(0, count, columns) for kind in kinds]
-    save_image(image_grid(np.concatenate(rows), columns), path)
+    return image_grid(np.concatenate(rows), columns)
 
 
-def save_grid(net, path, device, columns=GRID_COLUMNS):
-    """A grid of columns^2 images of fixed seeds, by Heun's method."""
+def sample_grid(net, device, columns=GRID_COLUMNS):
+    """A grid of columns^2 images of fixed seeds, by Heun's method, uint8 [H,W,C]."""
     latents, cond = draw_inputs(net, range(columns * columns), device=device)
     with torch.no_grad():
         images = sample(net, latents, solver="heun", num_steps=GRID_STEPS, cond=cond)
-    save_image(image_grid(to_uint8(images), columns), path)
+    return image_grid(to_uint8(images), columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +316,7 @@ class Options:
     seed: int = flag("Random seed of the training", 0, SEED)
     snap: float = flag("kimg between snapshots, 0 = end", 100, Number(0))
     grid: bool = flag("Sample a grid at each snapshot", True)
+    tensorboard: bool = flag("Also write event files of TensorBoard: statistics and grids", False)
     resume: bool = flag("Continue the run in --outdir", False)
 
 
@@ -561,7 +567,7 @@ class DenoiserRun(BaseRun):
             seconds if self.trainer.iteration < 3 else max(seconds, 0.9 * self._longest)
         )  # the first is slow
         bar.update(min(100 * self._fraction, 100) - bar.n)
-        if self.trainer.iteration % 50 == 0:
+        if self.trainer.iteration % LOG_EVERY == 0:
             bar.set_postfix_str(f"{self.kimg:.3g} kimg, loss {self.loss:.4f} per pixel")
             self.log.stats({"kimg": self.kimg, "loss": self.loss, "seconds": self.elapsed, "lr": self._lr})
 
@@ -610,7 +616,6 @@ class DenoiserRun(BaseRun):
         write_state(self.state_path, self.trainer.state(copied=False) | more)
         self._writing = time.monotonic() - began
         if options.grid:
-            grid = self.folder / f"grid-{int(kimg):06d}.png"
             net, device, columns, batches = (
                 self.trainer.ema,
                 self.trainer.device,
@@ -618,9 +623,11 @@ class DenoiserRun(BaseRun):
                 self.trainer.batches,
             )
             if batches.degraded is None:
-                save_grid(net, grid, device, columns)
+                pixels = sample_grid(net, device, columns)
             else:
-                save_restored(net, batches.images, batches.degraded, grid, device, columns)
+                pixels = restored_grid(net, batches.images, batches.degraded, device, columns)
+            save_image(pixels, self.folder / f"grid-{int(kimg):06d}.png")
+            self.log.images(lambda: pixels, kimg)
 
     def _learning_rate(self, progress):
         """Linear warm-up, and linear decay over the second half.
@@ -687,6 +694,8 @@ def train(*, net_config, device, **options):
     data, outdir, resume = settings.data, settings.outdir, settings.resume
     if settings.lr is None:
         settings = replace(settings, lr=LR if settings.init is None else LR_OF_INIT)
+    if settings.tensorboard:
+        summary_writer()
     on_main(check_folder, outdir, resume)
     labels = degraded = None
     if settings.condition is None:
@@ -707,7 +716,10 @@ def train(*, net_config, device, **options):
             on_main(write_json, Path(outdir) / OPTIONS_FILE, {**net_config, **asdict(settings), **places})
         size = f"{count_parameters(trainer.net):,} parameters, {len(images):,} images"
         distributed.print0(f"{size}, batch {settings.batch}, {outdir}")
-        with explained_oom(device, f"lower --batch (now {settings.batch})"):
+        with (
+            run.log.event_file(settings.tensorboard, run.kimg),
+            explained_oom(device, f"lower --batch (now {settings.batch})"),
+        ):
             run.loop()
 
 

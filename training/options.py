@@ -23,6 +23,7 @@ from torch_utils.images import ImageSource, load_array
 from torch_utils.kinds import check_kinds, kinds_of
 from torch_utils.memory import AUTO, BatchSize
 from torch_utils.options import COUNT, POSITIVE, REQUIRED, AFSType, SigmaList, check_options, click_type, flag
+from training.events import summary_writer
 from training.loss import make_solvers, make_teacher
 from training.predictor import DEFAULTS, AMEDPredictor, solver_settings, trainable_options
 from training.sample_loss import TERM_NAMES, DenoiserFeatures, parse_loss
@@ -131,6 +132,9 @@ class RunOptions:
         "Ticks between snapshots of the predictor (default: only at the end)", kind=COUNT, changeable=True
     )
     dump: int = flag("Ticks between training states", 1, COUNT, changeable=True)
+    tensorboard: bool = flag(
+        "Also write event files of TensorBoard: statistics, and images at every snapshot", False, changeable=True
+    )
 
     def __post_init__(self):
         card = zoo.CARDS.get(self.dataset_name)
@@ -161,6 +165,8 @@ class RunOptions:
         if needed is not None:
             self.check_prompts(needed)
         check_options(self)
+        if self.tensorboard:
+            summary_writer()
         if self.batch % world_size:
             raise UserError(f"batch={self.batch} must be divisible by the number of processes ({world_size})")
         share = self.batch // world_size

@@ -11,17 +11,19 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from models import create_model, use_tokenizer, zoo
 from models.compile import choose_backends, prepare_network
 from models.denoiser import member
+from models.inputs import draw_inputs
 from torch_utils import distributed
 from torch_utils.distributed import on_main
 from torch_utils.errors import UserError
 from torch_utils.files import remove_leftovers, sha256_of, write_json
-from torch_utils.images import ImageSource
+from torch_utils.images import ImageSource, image_grid, to_uint8
 from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom, is_out_of_memory, release_memory
 from torch_utils.progress import progress_bar
@@ -37,6 +39,8 @@ from training.run_folder import (
     use_folder,
 )
 from training.trainer import BaseRun, BaseTrainer, NotFinite
+
+GRID_COLUMNS = 4  # of the images of a snapshot
 
 
 class Run(BaseRun):
@@ -63,6 +67,25 @@ class Run(BaseRun):
     def save_result(self, progress: dict) -> None:
         """Writes the current result to ``result_path``. progress: kimg, iteration and date."""
         raise NotImplementedError
+
+    def sample(self, latents: torch.Tensor, cond: dict) -> torch.Tensor:
+        """Images [B,C,H,W] by the current result from unit-variance noise."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def sample_grid(self) -> np.ndarray:
+        """Images of fixed seeds by the current result in a grid, uint8 [H,W,C]."""
+        trainer, seeds = self.trainer, range(GRID_COLUMNS**2)
+        images = []
+        for first in range(0, len(seeds), trainer.chunk):
+            part = seeds[first : first + trainer.chunk]
+            latents, cond = draw_inputs(trainer.net, part, trainer.prompts, device=trainer.device)
+            images.append(member(trainer.net, "decode")(self.sample(latents, cond)))
+        return image_grid(to_uint8(torch.cat(images)), GRID_COLUMNS)
+
+    def statistics(self) -> dict:
+        """Further statistics of a tick, for stats.jsonl."""
+        return {}
 
     def progress_text(self, latest: torch.Tensor) -> str:
         """Text for the progress bar. latest: smoothed statistics."""
@@ -99,7 +122,10 @@ class Run(BaseRun):
             self.log.say(f"from iteration {self.trainer.iteration} ({self.kimg:g} kimg)")
         for line in notes:
             self.log.say(line)
-        with explained_oom(self.trainer.device, f"lower --batch-gpu (now {self.trainer.chunk})"):
+        with (
+            self.log.event_file(self.options.tensorboard, self.kimg),
+            explained_oom(self.trainer.device, f"lower --batch-gpu (now {self.trainer.chunk})"),
+        ):
             self.loop()
         self.log.say(f"trained {self.result_path} NFE={self.trainer.evaluations} in {self.elapsed:.1f} s")
         return self.result_path
@@ -133,6 +159,7 @@ class Run(BaseRun):
         if done or crosses(self.options.snap):
             progress = {"kimg": self.kimg, "iteration": self.trainer.iteration, "date": date()}
             self.save_result(progress)
+            self.log.images(self.sample_grid, self.kimg)
         if done or crosses(self.options.dump):
             self.save_state()
 
@@ -142,7 +169,7 @@ class Run(BaseRun):
         means = torch.stack(self._collected).double().mean(dim=0)
         per_row = {name: means[:, column].tolist() for column, name in enumerate(self.columns)}
         pace = (now - self._tick_start) / kimg
-        record = {"kimg": self.kimg, "iteration": self.trainer.iteration, **per_row}
+        record = {"kimg": self.kimg, "iteration": self.trainer.iteration, **per_row, **self.statistics()}
         self.log.stats({**record, "sec": round(self.elapsed, 3), "sec_per_kimg": round(pace, 4)})
         means[:, 0] *= self.loss_unit
         shown = "  ".join(f"{name} {numbers(means[:, column])}" for column, name in enumerate(self.columns))

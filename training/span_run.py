@@ -149,6 +149,12 @@ class SpanRun(Run):
 
     columns = STATISTICS
 
+    def sample(self, latents, cond):
+        return self.trainer.best_student().sample(self.trainer.net, latents, cond=cond)
+
+    def statistics(self) -> dict:
+        return {"sigma": self.trainer.student.sigmas().tolist()}
+
     def save_result(self, progress: dict) -> None:
         trainer = self.trainer
         values = {"first": trainer.first[0], "best": trainer.best["value"], "best_iteration": trainer.best["iteration"]}
