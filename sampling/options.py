@@ -171,6 +171,8 @@ class SampleOptions:
         self.search.check()
         self.inputs.check(self.written)
         self.output.check(self.written)
+        if self.inputs.observe is not None and self.predictor_path is not None and self.compute.compile != "none":
+            raise UserError("--observe: a compiled network hides what the predictor reads; leave --compile out")
 
     def recorded_parts(self) -> tuple:
         """Option dataclasses that the images depend on besides the settings."""
