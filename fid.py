@@ -1,5 +1,7 @@
 """Fréchet inception distance of images to reference statistics (protocol and file format of EDM).
 
+``pairs`` compares images one by one instead: PSNR, SSIM and LPIPS of files with equal names.
+
     python fid.py calc --images=samples/cifar10/amed_nfe5 --ref=cifar10
     python fid.py ref --data=datasets/my-data.zip --dest=my-data.npz
     python fid.py inspect --images=photos.zip
@@ -10,6 +12,10 @@
     python fid.py ref --data=datasets/mnist-train.zip --dest=digits.npz --detector=digits
     python fid.py inspect --images=samples/cifar10/amed_nfe5
     python fid.py inspect --images=datasets/my-data.zip
+
+    python fid.py pairs --images=restored --ref=originals
+    python fid.py pairs --images=restored --ref=originals --channels=y --crop=4
+    python fid.py pairs --images=restored.zip --ref=originals --metrics=psnr,ssim,lpips
 
 --ref is a network of models/zoo.py (its reference is downloaded), a file or a URL. In a folder
 written by sample.py only the samples count, not grid.png and inters/. A folder that holds images of
@@ -31,8 +37,9 @@ from pathlib import Path
 
 import click
 
-from evaluation.fid import calculate_fid, choose_detector, choose_images, image_statistics
+from evaluation.fid import calculate_fid, choose_detector, choose_images, image_statistics, metric_names
 from evaluation.frechet import Reference
+from evaluation.image_pairs import CHANNELS, METRICS, compare_pairs
 from torch_utils import distributed
 from torch_utils.cli import PATH, SEED, Group, offline_flag
 from torch_utils.errors import UserError
@@ -46,6 +53,7 @@ CALC = {
     "Output": "json_path | feature_cache",
     "Speed": "batch device | workers offline",
 }
+PAIRS = {"What to measure": "images ref metrics channels crop", "Output": "json_path", "Speed": "device"}
 REF = {"What to measure": "data detector num seed trust", "Output": "dest", "Speed": "batch device offline"}
 
 
@@ -67,7 +75,7 @@ def device_flags(command):
 
 @click.group(cls=Group)
 def main():
-    """Fréchet inception distance (FID): calc; ref, which makes statistics; inspect."""
+    """Fréchet inception distance (FID): calc; ref, which makes statistics; inspect; pairs: PSNR."""
 
 
 @main.command(groups=CALC)
@@ -113,7 +121,7 @@ def calc(images, ref, num, seed, batch, detector, workers, feature_cache, json_p
             device=device,
             trust=trust,
             workers=workers,
-            metrics=[name.strip() for name in metrics.split(",") if name.strip()],
+            metrics=metric_names(metrics),
         )
         if result is not None:
             if json_path is not None:
@@ -166,6 +174,31 @@ def inspect(images):
     print(f"left out: {describe(source.ignored) or 'nothing'}")
     if source.labels is not None:
         print(f"labels: {len(set(source.labels))} classes")
+
+
+@main.command(groups=PAIRS)
+@click.option("--images", type=PATH, required=True, metavar="PATH", help="Folder or zip of images to evaluate")
+@click.option("--ref", type=PATH, required=True, metavar="PATH", help="Folder or zip of originals of the same names")
+@click.option("--metrics", default="psnr,ssim", show_default=True, metavar="NAME,...", help=", ".join(METRICS))
+@click.option("--channels", type=click.Choice(CHANNELS), default="rgb", show_default=True, help="y: only luma (BT.601)")
+@click.option("--crop", type=click.IntRange(0), default=0, show_default=True, help="Pixels to leave out at every side")
+@click.option("--json", "json_path", type=PATH, default=None, metavar="FILE", help="Also write all values to this file")
+@click.option("--device", help="For LPIPS: cpu, cuda or mps (default: the fastest available)")
+def pairs(images, ref, metrics, channels, crop, json_path, device):
+    """PSNR and SSIM of restored images and their originals, paired by file name.
+
+    Prints the means over images, 'PSNR 27.1234 SSIM 0.8123 images=... channels=... crop=...'.
+    """
+    if json_path is not None:
+        check_destination(json_path, "--json")
+    with session(device) as device:
+        if distributed.rank() == 0:
+            names = [name.strip() for name in metrics.split(",") if name.strip()]
+            result = compare_pairs(images, ref, names, channels, crop, device)
+            if json_path is not None:
+                write_json(json_path, {"means": result.means(), **asdict(result)})
+            print(result.line(), flush=True)
+        distributed.barrier()
 
 
 if __name__ == "__main__":

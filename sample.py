@@ -11,7 +11,8 @@ One seed is one image, for any batch size and any number of processes. A rerun c
 last one stopped. ``sampling.json`` beside the images records how they were made. Under torchrun
 write --r as --solver_r, since torchrun has an option --r of its own.
 
---fid_ref computes the FID while sampling. Images are then written only with --save_images=True.
+--fid_ref and --metrics measure the images while sampling (FID, KID, precision, recall, ...). Images
+are then written only with --save_images=True.
 """
 
 if __name__ == "__main__":
@@ -37,7 +38,7 @@ GROUPS = {
     " denoise_to_zero",
     "Options of solvers": "| " + " ".join(solver_option_names()),
     "Best of several images": "candidates verifier | search budget",
-    "Output": "outdir grid fid_ref | save_images fid_detector fid_json return_inters subdirs overwrite",
+    "Output": "outdir grid fid_ref metrics | save_images fid_detector fid_json return_inters subdirs overwrite",
     "Speed": "batch device | amp use_fp16 compile channels_last dtype tf32 bench quantize offline",
 }
 

@@ -40,7 +40,7 @@ from training.span_run import train_span
 
 GROUPS = {
     "What to train": "dataset_name sampler_stu nfe num_steps | model_path objective guidance_type guidance_rate"
-    " prompt_path tokenizer_path",
+    " prompt_path tokenizer_path images",
     "Teacher and schedule": "sampler_tea | M teacher_cache schedule schedule_type schedule_rho sigma_min sigma_max sigmas"
     " afs num_steps_tea schedule_tea rho_tea pairs val_pairs teacher_set",
     "Options of solvers": "| " + " ".join(TRAINABLE),
@@ -48,7 +48,7 @@ GROUPS = {
     "Span solver": "| preset heads parallel sigma_scale_bound init init_pairs init_trial phases phase_rounds",
     "Optimisation": "total_kimg batch seed | batch_gpu lr lrs lr_final warmup clip ema val_every scale_dir scale_time loss"
     " feature_sigma w_dist w_anchor anchor w_delta",
-    "Output": "outdir resume | desc nosubdir tick snap dump dry_run",
+    "Output": "outdir resume | desc nosubdir tick snap dump tensorboard dry_run",
     "Speed": "device | amp compile channels_last dtype tf32 checkpointing bench offline",
 }
 

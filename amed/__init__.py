@@ -17,6 +17,21 @@ import importlib.machinery
 import importlib.util
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # at run time the packages are imported when a name is first used
+    from models import build_denoiser as build_denoiser
+    from models import create_model as create_model
+    from models import wrap as wrap
+    from solvers import SOLVERS as SOLVERS
+    from solvers import get_schedule as get_schedule
+    from solvers import sample as sample
+    from tools.compare_models import compare as compare
+    from training.checkpoint import find_predictor as find_predictor
+    from training.checkpoint import load_predictor as load_predictor
+    from training.checkpoint import save_predictor as save_predictor
+    from training.distill import distill as distill
+    from training.schedule_search import optimize_schedule as optimize_schedule
 
 __version__ = "0.1.0"
 
@@ -39,7 +54,7 @@ _EXPORTS = {  # name here -> module that has it
 __all__ = ["__version__", *_EXPORTS, *ROOMS]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name in ROOMS:
         return importlib.import_module(name)
     if name in _EXPORTS:

@@ -25,6 +25,7 @@ def _run(name: str):
         check_usage(place, program)
         if name in SCRIPTS:
             spec = importlib.util.spec_from_file_location(name, script(name))
+            assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
         else:

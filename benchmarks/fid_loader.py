@@ -49,7 +49,7 @@ def make_folder(folder: Path, count: int, size: int, channels: int) -> float:
 @click.option("--device", default=None)
 def main(detector, num_images, size, channels, batch, workers, repeats, device):
     device = pick_device(device)
-    network = load_detector(detector, device)
+    batch, network = min(batch, num_images), load_detector(detector, device)
     with tempfile.TemporaryDirectory() as folder:
         written = make_folder(Path(folder), num_images, size, channels)
         source = ImageSource(folder)

@@ -13,9 +13,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import torch
@@ -30,6 +33,7 @@ from torch_utils.cli import PATH, Command
 from torch_utils.distributed import pick_device
 from torch_utils.errors import UserError
 from torch_utils.files import write_json
+from torch_utils.seeds import SeededGenerators
 from torch_utils.version import code_version
 from training.amed_trainer import Distiller
 from training.options import SpanOptions
@@ -38,6 +42,7 @@ from training.teacher import teacher_set
 
 ROOT = Path(__file__).resolve().parents[1]
 FID_IMAGES = 50_000
+LAST_WORDS = 2000  # characters of a failed program that are recorded
 
 
 class Skipped(Exception):
@@ -81,17 +86,56 @@ def seconds_of(function: Callable[[], object], device, repeats: int) -> float:
 
 
 def doctor(device, small: bool) -> dict:
-    done = run_program([sys.executable, "-m", "tools.doctor"], 300)
-    return {"output": done.stdout[-4000:], "exit": done.returncode}
+    return run_program([sys.executable, "-m", "tools.doctor"], 300)
 
 
 def tests(device, small: bool) -> dict:
-    """The tests of devices, on the real device where there is one."""
+    """The tests of devices, which pretend one."""
     selected = ["tests/test_devices.py", "tests/test_device_handling.py"]
     if small:
         selected = ["tests/test_device_handling.py", "-k", "memory_is_full or follows"]
-    done = run_program([sys.executable, "-m", "pytest", "-q", *selected], 900)
-    return {"output": done.stdout[-1500:], "exit": done.returncode}
+    return run_program([sys.executable, "-m", "pytest", "-q", *selected], 900)
+
+
+@contextmanager
+def waits_of(device) -> Iterator[list]:
+    """Context with a list of warnings, one for each time that the host waits for an NVIDIA GPU."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield (found := [])
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+    found += [entry for entry in seen if "synchronizing" in str(entry.message)]
+
+
+def solvers(device, small: bool) -> dict:
+    """All solvers of tests/test_devices.py: images beside those of the CPU, and waits of a run."""
+    sys.path.append(str(ROOT / "tests"))
+    from test_devices import CASES, SHAPE, Halving
+
+    differences, waits = {}, {}
+    for name in list(CASES)[: 4 if small else None]:
+        images = []
+        for place in (torch.device("cpu"), device):
+            torch.manual_seed(0)
+            net, arguments = Halving(SimpleNamespace(silent=nullcontext)).to(place), CASES[name](5)
+            if "predictor" in arguments:
+                arguments["predictor"].to(place)
+            generators = SeededGenerators(range(2))
+            x = generators.randn(SHAPE).to(place)
+            draw = partial(generators.randn, SHAPE)
+            sample(net, x, noise=draw, **arguments)  # tables are moved in the first run
+            generators = SeededGenerators(range(2))
+            draw = partial(generators.randn, SHAPE)
+            with waits_of(place) as found:
+                made = sample(net, x, noise=draw, **arguments)
+            images.append(made.cpu())
+        differences[name], waits[name] = float((images[0] - images[1]).abs().max()), len(found)
+    return {"differences": differences, "waits": waits}
 
 
 VARIANTS = {
@@ -176,14 +220,12 @@ def nccl(device, small: bool) -> dict:
         raise Skipped(f"{count} GPUs")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     command += ["sample.py", "--dataset_name=digits", "--solver=ipndm", "--num_steps=6", "--seeds=0-1023"]
-    done = run_program([*command, "--fid_ref=digits"], 600)
-    return {"processes": count, "output": done.stdout[-1000:] + done.stderr[-1000:], "exit": done.returncode}
+    return {"processes": count, **run_program([*command, "--fid_ref=digits"], 600)}
 
 
 def fid_loader(device, small: bool) -> dict:
     more = ["--num_images=50", "--repeats=1"] if small else ["--num_images=5000", "--repeats=3"]
-    done = run_program([sys.executable, "benchmarks/fid_loader.py", *more], 600)
-    return {"output": done.stdout[-3000:], "exit": done.returncode}
+    return run_program([sys.executable, "benchmarks/fid_loader.py", *more], 600)
 
 
 def published_fid(device, small: bool) -> dict:
@@ -207,27 +249,34 @@ def published_fid(device, small: bool) -> dict:
     for solver, (steps, published, more) in cases.items():
         command = [sys.executable, "sample.py", "--dataset_name=cifar10", f"--solver={solver}", "--batch=512"]
         command += [f"--num_steps={steps}", f"--seeds=0-{FID_IMAGES - 1}", "--fid_ref=cifar10", *more]
-        done = run_program(command, 3600)
-        found[solver] = {"output": done.stdout[-600:], "exit": done.returncode, "published": published}
+        found[solver] = {**run_program(command, 3600), "published": published}
     return found
 
 
-def run_program(command: list[str], timeout: int) -> subprocess.CompletedProcess:
+def run_program(command: list[str], timeout: int) -> dict:
+    """The output of a program. Raises RuntimeError with its last words if it fails."""
     try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
-        raise Skipped(f"took longer than {timeout} s") from None
+        raise RuntimeError(f"took longer than {timeout} s") from None
+    if done.returncode:
+        raise RuntimeError(f"exit {done.returncode}: {(done.stdout + done.stderr).strip()[-LAST_WORDS:]}")
+    return {"output": done.stdout[-4000:]}
 
 
 def parts(small: bool) -> dict[str, Callable]:
     """Name -> part, in the order in which they run."""
-    found: dict[str, Callable] = {"doctor": doctor, "tests": tests}
+    found: dict[str, Callable] = {"doctor": doctor, "tests": tests, "solvers": solvers}
     names = ("eager", "eager, bf16", "graphs, bf16") if small else VARIANTS
     for what, function in (("sampling", sampling), ("distillation", distillation), ("span training", span_training)):
         for name in names:
             if function is sampling or "graphs" not in name:  # a graph would overwrite what gradients need
                 found[f"{what}, {name}"] = partial(function, name=name)
     return found | {"nccl": nccl, "fid loader": fid_loader, "published FID": published_fid}
+
+
+def last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2]
 
 
 def page(record: dict) -> str:
@@ -237,8 +286,12 @@ def page(record: dict) -> str:
         values = result.get("result")
         if values is None:
             text = result.get("skipped") or result.get("failed")
-        elif "exit" in values:
-            text = "passed" if values["exit"] == 0 else f"exit {values['exit']}"
+        elif "output" in values:
+            text = "passed"
+        elif "differences" in values:
+            worst, slowest = (max(values[what], key=values[what].get) for what in ("differences", "waits"))
+            text = f"images differ from those of the CPU by at most {values['differences'][worst]:.2g} ({worst})"
+            text += f"; at most {values['waits'][slowest]} waits in a run ({slowest})"
         elif "iteration" in values:
             text = f"{values['iteration']:.4g} s per iteration of {values['batch']} samples"
         elif name.startswith("sampling"):
@@ -248,10 +301,10 @@ def page(record: dict) -> str:
             )
         else:
             text = "; ".join(
-                f"{key} (published {of['published']}): {of['output'].strip()}" for key, of in values.items()
+                f"{key} (published {of['published']}): {last_line(of['output'])}" for key, of in values.items()
             )
         state = "skipped: " if "skipped" in result else "failed: " if "failed" in result else ""
-        rows.append([name, state + str(text).replace("|", "/"), f"{result['seconds']:.0f} s"])
+        rows.append([name, state + last_line(text).replace("|", "/"), f"{result['seconds']:.0f} s"])
     head = f"# GPU check\n\n{record['machine']}\n\ncode {record['code']}, {record['system']}\n\n"
     note = "Made with the smallest sizes: the figures mean nothing.\n\n" if record["small"] else ""
     return head + note + table(["part", "result", "took"], rows) + "\n"
@@ -259,9 +312,10 @@ def page(record: dict) -> str:
 
 @click.command(cls=Command)
 @click.option("--outdir", type=PATH, default="gpu_check", show_default=True, metavar="DIR", help="Where to write")
+@click.option("--only", default=None, metavar="TEXT", help="Only the parts whose names contain this text")
 @click.option("--small", is_flag=True, help="The smallest sizes, to see that everything runs")
 @click.option("--device", default=None, help="cpu, cuda or mps (default: the fastest available)")
-def main(outdir, small, device):
+def main(outdir, only, small, device):
     """Measure everything that needs a GPU, and write one JSON and one Markdown page."""
     device, folder = pick_device(device), Path(outdir)
     (folder / "parts").mkdir(parents=True, exist_ok=True)
@@ -272,7 +326,10 @@ def main(outdir, small, device):
         "small": small,
         "parts": {},
     }
-    for name, part in parts(small).items():
+    chosen = {name: part for name, part in parts(small).items() if (only or "") in name}
+    if not chosen:
+        raise UserError(f"--only={only}: the parts are {'; '.join(parts(small))}")
+    for name, part in chosen.items():
         path = folder / "parts" / f"{name.replace(', ', '-').replace(' ', '_')}.json"
         if path.is_file():
             record["parts"][name] = json.loads(path.read_text())
@@ -284,12 +341,12 @@ def main(outdir, small, device):
         except Skipped as reason:
             result["skipped"] = str(reason)
         except (UserError, RuntimeError, MemoryError, OSError) as error:
-            result["failed"] = f"{type(error).__name__}: {str(error)[:500]}"
+            result["failed"] = f"{type(error).__name__}: {error}"
         result["seconds"] = time.perf_counter() - begin
         record["parts"][name] = result
         if "failed" not in result:
             write_json(path, result)
-        state = result.get("skipped") or result.get("failed") or "done"
+        state = "done" if "result" in result else ": ".join(list(result.items())[0])
         print(f"{name}: {state} ({result['seconds']:.1f} s)", flush=True)
         write_json(folder / "gpu_check.json", record)
         (folder / "gpu_check.md").write_text(page(record), encoding="utf-8")

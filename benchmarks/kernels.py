@@ -142,8 +142,11 @@ def span(heads=()) -> SpanSolver:
     return student
 
 
-def predictor() -> AMEDPredictor:
-    return AMEDPredictor(sampler_stu="amed", num_steps=STEPS + 1, scale_dir=0.01, scale_time=0.1)
+PLUGINS = {"iPNDM": "ipndm", "iPNDM, weights of the grid": "ipndm_v", "DPM-Solver++ 3M": "dpmpp", "DEIS": "deis"}
+
+
+def predictor(solver: str = "amed") -> AMEDPredictor:
+    return AMEDPredictor(sampler_stu=solver, num_steps=STEPS + 1, scale_dir=0.01, scale_time=0.1)
 
 
 def rows() -> list[tuple[str, Callable | None, Callable | None, Callable | None]]:
@@ -177,6 +180,10 @@ def rows() -> list[tuple[str, Callable | None, Callable | None, Callable | None]
         ("UniPC with thresholding", own("unipc"), None, None),
         ("DPM-Solver-v3 (plain statistics)", own("dpm_v3", statistics="data"), None, None),
         ("AMED-Solver", own("amed", predictor=predictor()), None, None),
+        *[
+            (f"AMED-Plugin on {name}", own(solver, predictor=predictor(solver)), None, None)
+            for name, solver in PLUGINS.items()
+        ],
         ("span", own("span", predictor=span()), None, None),
         ("span with all heads", own("span", predictor=span(("sample", "spatial", "time"))), None, None),
     ]

@@ -1,10 +1,12 @@
 """Tables and figures of benchmarks/learned_solvers_<network>.jsonl.
 
     python -m benchmarks.report_learned_solvers
+    python -m benchmarks.report_learned_solvers --html=runs/learned_solvers.html
     python -m benchmarks.report_learned_solvers --moved_since=COMMIT
 
 Writes benchmarks/learned_solvers.md, docs/learned_solvers.png and docs/span_tables_*.png. With
---moved_since, prints the rows that moved by more than their interval.
+--moved_since, prints the rows that moved by more than their interval. With --html, writes the
+tables as a page that sorts, filters and shows the differences to any method.
 
 It also renews the tables between the markers in docs/span_solver.md. Needs matplotlib (extra
 "plot") for the figures.
@@ -21,6 +23,7 @@ import statistics
 import subprocess
 from collections import defaultdict
 from functools import partial
+from pathlib import Path
 
 import click
 import numpy as np
@@ -29,6 +32,7 @@ from scipy.special import stdtrit
 from benchmarks.demo_settings import ROOT
 from evaluation.jackknife import CONFIDENCE, Estimate, jackknife
 from solvers.former_names import with_current_names
+from tools import page as results_page
 from tools.make_docs import renew
 from torch_utils.cli import Command
 from torch_utils.errors import UserError
@@ -388,6 +392,35 @@ def page(networks):
     return "\n".join(lines).rstrip() + "\n"
 
 
+def html_page(networks):
+    """The main table of every network as one page, with the differences to any method."""
+    columns = {"method": "Method", "nfe": "NFE"}
+    columns |= {score: title for score, (title, _) in (SCORES | MORE).items()} | {"seeds": "Training seeds"}
+    digits = {score: digits for score, (_, digits) in SCORES.items()}
+    parts = [f"<p>{' '.join(explained())}</p>"]
+    for network, rows in networks.items():
+        found = collect(rows, "main")
+        keys = sorted(found, key=lambda key: ([*ORDER, "teacher"].index(key[0]), key[1]))
+
+        def cell(method, nfe, score, found=found):
+            group, shown = found[method, nfe], (SCORES | MORE)[score][1]
+            text = spread([row[score] for row in group], shown) + ("" if with_groups(group) else f" {EARLIER}")
+            return results_page.Cell(text, mean(group, score), score in SCORES and best_of(found, nfe, score) == method)
+
+        def estimate(index, other, score, found=found, keys=keys):
+            pair = found[keys[index]], found[keys[other]]
+            return difference(*pair, score) if all(map(with_groups, pair)) else None
+
+        lines = []
+        for method, nfe in keys:
+            cells = {score: cell(method, nfe, score) for score in SCORES | MORE}
+            cells["seeds"] = results_page.Cell(seeds_of([found[method, nfe]]))
+            lines.append(results_page.Row(method, nfe, cells))
+        differences = results_page.Differences(digits, estimate, BASELINES[0])
+        parts += [f"<h2>{network}</h2>", results_page.results(results_page.table(columns, lines, differences))]
+    return results_page.page("Learned samplers, compared", *parts)
+
+
 def explained():
     """What the marks in the tables mean."""
     return [
@@ -505,8 +538,9 @@ def draw_tables(rows, dest, nfe):
 
 @click.command(cls=Command, help=__doc__.split("\n")[0])
 @click.option("--nfe", type=int, default=5, show_default=True, help="Of the picture of the tables")
+@click.option("--html", metavar="FILE", help="Also write a page with the tables")
 @click.option("--moved_since", metavar="COMMIT", help="Print the rows that moved by more than their interval, no more")
-def main(nfe, moved_since):
+def main(nfe, html, moved_since):
     if moved_since is not None:
         for name in NETWORKS:
             print("\n".join([f"{name}:", *moved(read_commit(name, moved_since), read(name)), ""]))
@@ -515,6 +549,9 @@ def main(nfe, moved_since):
     (ROOT / "benchmarks" / "learned_solvers.md").write_text(page(networks), encoding="utf-8")
     for document, parts in document_parts(networks).items():
         renew(document, parts, check=False)
+    if html is not None:
+        Path(html).parent.mkdir(parents=True, exist_ok=True)
+        Path(html).write_text(html_page(networks), encoding="utf-8")
     draw_scores(networks, ROOT / "docs" / "learned_solvers.png")
     for name, rows in networks.items():
         draw_tables(rows, ROOT / "docs" / f"span_tables_{name}.png", nfe)

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch_utils.hub import (
     refuse_code_in_configs,
     refuse_other_files,
 )
+from torch_utils.transfer import Arrival, to_device
 
 DEFAULT_CLIP = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"
 
@@ -29,6 +31,22 @@ _WEIGHTS = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "py
 
 
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class ImagePreparation:
+    """Resize, crop and normalise an image: uint8 [C,H,W], grey or RGB -> float32 [3,S,S].
+
+    processor: the image processor of transformers.
+
+    It can be called from several threads, and sent to other processes.
+    """
+
+    processor: Callable
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        rgb = np.ascontiguousarray(np.broadcast_to(image, (3, *image.shape[1:])).transpose(1, 2, 0))
+        return self.processor(images=Image.fromarray(rgb), return_tensors="np")["pixel_values"][0].astype(np.float32)
 
 
 class ClipNetwork:
@@ -41,6 +59,7 @@ class ClipNetwork:
 
     Attributes for the record of results:
 
+    prepare: the ``ImagePreparation``.
     revision: commit of the hub; None for a folder.
     digest: SHA-256 of the weights file, or of the list of digests if there are several.
     preprocessing: settings of the image processor.
@@ -68,7 +87,9 @@ class ClipNetwork:
                 raise UserError(f"--model={self.model}: its config.json is of the type '{kind}', expected 'clip'")
             # Transformers 5 has one processor per backend, and names them after it.
             processor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-            self._processor = self._load("preprocessor_config.json", lambda: processor.from_pretrained(folder))
+            self.prepare = ImagePreparation(
+                self._load("preprocessor_config.json", lambda: processor.from_pretrained(folder))
+            )
             self._tokenizer = self._load("tokenizer", lambda: transformers.CLIPTokenizer.from_pretrained(folder))
             network, report = self._load(
                 "weights",
@@ -83,7 +104,7 @@ class ClipNetwork:
             )
         self._network = network.float().eval().requires_grad_(False).to(self.device)
         self._check_tokenizer()
-        settings = self._processor.to_dict()
+        settings = self.prepare.processor.to_dict()
         plain = (dict, list, tuple, int, float)
         self.preprocessing = {name: value for name, value in settings.items() if isinstance(value, plain)}
         self.image_size = self.prepare(np.zeros([3, 64, 64], dtype=np.uint8)).shape[1:]
@@ -94,23 +115,19 @@ class ClipNetwork:
                 f" the network takes {vision.image_size}x{vision.image_size}"
             )
 
-    def prepare(self, image: np.ndarray) -> np.ndarray:
-        """Resize, crop and normalise an image: uint8 [C,H,W], grey or RGB -> float32 [3,S,S].
-
-        It can be called from several threads.
-        """
-        rgb = np.ascontiguousarray(np.broadcast_to(image, (3, *image.shape[1:])).transpose(1, 2, 0))
-        return self._processor(images=Image.fromarray(rgb), return_tensors="np")["pixel_values"][0].astype(np.float32)
-
     def tokenize(self, captions: Sequence[str]) -> torch.Tensor:
         """Token ids, int64 [B,T], cut or padded to the length T of the text transformer."""
         length = self._network.config.text_config.max_position_embeddings
         options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
         return self._tokenizer(list(captions), **options)["input_ids"]
 
-    @torch.inference_mode()
     def similarity(self, images: torch.Tensor, captions: Sequence[str]) -> torch.Tensor:
         """Cosine similarities, float64 [B], of prepared images [B,3,S,S] and B captions."""
+        return self.start(images, captions)()
+
+    @torch.no_grad()
+    def start(self, images: torch.Tensor, captions: Sequence[str]) -> Callable[[], torch.Tensor]:
+        """Start what ``similarity`` computes. The returned function waits for the result."""
         if len(images) != len(captions):
             raise ValueError(f"{len(images)} images for {len(captions)} captions")
         network = self._network
@@ -120,11 +137,10 @@ class ClipNetwork:
             torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32),
             torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False),
         ):
-            seen = network.vision_model(pixel_values=images.to(self.device)).pooler_output
-            read = network.text_model(input_ids=self.tokenize(captions).to(self.device)).pooler_output
-            seen, read = network.visual_projection(seen), network.text_projection(read)
-        seen, read = seen.cpu().double(), read.cpu().double()
-        return torch.nn.functional.cosine_similarity(seen, read, dim=1)
+            seen = network.vision_model(pixel_values=to_device(images, self.device)).pooler_output
+            read = network.text_model(input_ids=to_device(self.tokenize(captions), self.device)).pooler_output
+            both = Arrival(torch.stack([network.visual_projection(seen), network.text_projection(read)]))
+        return lambda: torch.nn.functional.cosine_similarity(*both.read().double(), dim=1)
 
     def _load(self, what: str, load: Callable):
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evaluation.clip import DEFAULT_CLIP, ClipNetwork
+from evaluation.clip import DEFAULT_CLIP, ClipNetwork, ImagePreparation
 from evaluation.reading import read_batches
 from models import zoo
 from torch_utils import distributed
@@ -17,6 +17,7 @@ from torch_utils.images import ImageSource, note
 from torch_utils.memory import explained_oom
 from torch_utils.progress import progress_bar
 from torch_utils.prompts import Captions, read_captions
+from torch_utils.transfer import one_ahead
 
 _EXAMPLES = 5  # number of ignored images that are named
 
@@ -113,17 +114,22 @@ def choose_pairs(count: int, num: int | None, seed: int) -> Sequence[int]:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """Source for ``read_batches`` whose threads also prepare the images for the network."""
+    """Source for ``read_batches`` that also prepares the images for the network.
+
+    It does not hold the network, which worker processes must not touch.
+    """
 
     source: ImageSource
-    network: ClipNetwork
+    prepare: ImagePreparation
+    shape: tuple[int, int, int]
+    itemsize = 4  # bytes per number
 
     @property
     def conversions(self) -> Counter:
         return self.source.conversions
 
     def read(self, index: int, done: Counter) -> np.ndarray:
-        return self.network.prepare(self.source.read(index, done))
+        return self.prepare(self.source.read(index, done))
 
 
 def image_similarities(
@@ -132,16 +138,24 @@ def image_similarities(
     """Cosine similarity of each pair, float64 [N], computed by all ranks, with a progress bar."""
     own = slice(distributed.rank(), None, distributed.world_size())
     indices_here, captions_here = indices[own], captions[own]
+    prepared = _Prepared(source, network.prepare, (3, *network.image_size))
     cosines: list[float] = []
     error = None
+
+    def started():
+        first = 0
+        for images in read_batches(prepared, indices_here, batch, network.device):
+            distributed.check_peers()
+            yield network.start(images, captions_here[first : first + len(images)])
+            first += len(images)
+
     try:
         advice = f"lower --batch (now {batch})"
         with progress_bar(len(indices_here), unit="img", desc="CLIP") as bar, explained_oom(network.device, advice):
-            for images in read_batches(_Prepared(source, network), indices_here, batch):
-                distributed.check_peers()
-                texts = captions_here[len(cosines) : len(cosines) + len(images)]
-                cosines.extend(network.similarity(images, texts).tolist())
-                bar.update(len(images))
+            for result in one_ahead(started()):
+                found = result().tolist()
+                cosines.extend(found)
+                bar.update(len(found))
     except Exception as exc:  # agree() raises it on every rank
         error = exc
     distributed.agree(error)

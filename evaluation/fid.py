@@ -101,6 +101,27 @@ def measure(real: np.ndarray, generated: np.ndarray, names: Sequence[str], group
     return result
 
 
+def metric_names(text: str) -> list[str]:
+    """The names in the text of --metrics, separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def check_metrics(names: Sequence[str], ref: str) -> list[str]:
+    """The measures beside FID.
+
+    Raises UserError for wrong names, or a reference that they cannot use.
+    """
+    if not names:
+        raise UserError(f"--metrics names no measure; choose from {', '.join(METRICS)}")
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise UserError(f"--metrics: unknown '{unknown[0]}'; choose from {', '.join(METRICS)}")
+    others = [name for name in names if name != "fid"]
+    if others and not holds_images(ref):
+        raise UserError(f"--metrics={others[0]} needs images as --ref, a folder or zip; {ref} has statistics only")
+    return others
+
+
 def find_reference(ref: str) -> Reference:
     """The reference statistics of a network of the zoo, a path or a URL (kept in the cache folder).
 
@@ -306,81 +327,116 @@ def calculate_fid(
     Features of reference images go into a second cache file, <name>-ref.npz. Returns the result on
     rank 0, None on the others.
     """
-    device, others = torch.device(device), [name for name in metrics if name != "fid"]
-    if not metrics:
-        raise UserError(f"--metrics names no measure; choose from {', '.join(METRICS)}")
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown:
-        raise UserError(f"--metrics: unknown '{unknown[0]}'; choose from {', '.join(METRICS)}")
-    reference = None if holds_images(str(ref)) else find_reference(str(ref))
-    if others and reference is not None:
-        raise UserError(f"--metrics={others[0]} needs images as --ref, a folder or zip; {ref} has statistics only")
+    device, ref = torch.device(device), str(ref)
+    others = check_metrics(metrics, ref)
+    reference = _open_reference(ref)
     source = ImageSource(images)
     source.check_one_run()
     source.by_seed()  # no image twice
     indices = choose_images(source, num, seed)
-    network = choose_detector(detector, reference, device, trust)
+    network = choose_detector(detector, reference if isinstance(reference, Reference) else None, device, trust)
     warn_about_count(len(indices), network)
     options = {"batch": batch, "device": device, "workers": workers, "keep": bool(others)}
-    real = None
-    if reference is None:
-        cache = Path(feature_cache) if feature_cache is not None else None
-        cache = cache and cache.with_name(f"{cache.stem}-ref{cache.suffix}")
-        real_source = ImageSource(ref)
-        real = image_statistics(real_source, range(len(real_source)), network, feature_cache=cache, **options)
+    real = _statistics_of_reference(reference, network, feature_cache, **options)
     statistics = image_statistics(source, indices, network, feature_cache=feature_cache, **options)
     if distributed.rank() != 0:
         return None
-    measures = measure(real.features, statistics.features, others) if others else None
-    if real is not None:
-        reference = Reference(*real.moments(), network.name, network.digest, real.count)
     seed = None if len(indices) == len(source) else seed
-    return _result(statistics, reference, network, ref=str(ref), source=str(images), seed=seed, measures=measures)
+    return _result(statistics, real, network, others, ref=ref, source=str(images), seed=seed)
 
 
-def _result(statistics: FeatureStatistics, reference: Reference, network: FeatureDetector, **more) -> FIDResult:
+def _open_reference(ref: str) -> Reference | ImageSource:
+    """Reference statistics, or reference images. Raises UserError if there are none."""
+    return ImageSource(ref) if holds_images(ref) else find_reference(ref)
+
+
+def _statistics_of_reference(
+    reference: Reference | ImageSource, network: FeatureDetector, feature_cache=None, **options
+) -> Reference | FeatureStatistics:
+    """Those of ``_open_reference``; reference images have a cache file of their own."""
+    if isinstance(reference, Reference):
+        return reference
+    cache = Path(feature_cache) if feature_cache is not None else None
+    cache = cache and cache.with_name(f"{cache.stem}-ref{cache.suffix}")
+    return image_statistics(reference, range(len(reference)), network, feature_cache=cache, **options)
+
+
+def _result(
+    statistics: FeatureStatistics,
+    real: Reference | FeatureStatistics,
+    network: FeatureDetector,
+    others: Sequence[str],
+    **more,
+) -> FIDResult:
+    """The result on rank 0. others: measures beside FID, for which both sides have features."""
+    measures = measure(real.features, statistics.features, others) if others else None
     mu, sigma = statistics.moments()
+    stored = isinstance(real, Reference)
     return FIDResult(
-        fid=frechet_distance(mu, sigma, reference.mu, reference.sigma),
+        fid=frechet_distance(mu, sigma, *((real.mu, real.sigma) if stored else real.moments())),
         images=statistics.count,
         detector=network.name,
         detector_file=network.file,
         detector_sha256=network.digest,
-        ref_images=reference.num,
+        ref_images=real.num if stored else real.count,
+        measures=measures,
         **more,
     )
 
 
 class StreamedFID:
-    """FID of images straight from a sampler. Each process of torchrun makes one object.
+    """FID of images straight from a sampler, and other measures. Each process makes one object.
 
-    ref: reference, see ``find_reference``.
+    ref: reference, see ``find_reference``; or a folder or zip of images.
     count: number of images of all processes together, for the warnings.
     detector: see ``choose_detector``.
     device: where the detector runs. Default: the CPU.
+    metrics: names of ``METRICS``; see ``calculate_fid``. Default: fid.
+    batch: images per call of the detector, for reference images. Default 250.
 
-    Raises UserError for an unknown reference, or a detector that is not that of the reference.
+    The result is that of ``calculate_fid`` for the same images in the order of their seeds. Raises
+    UserError for an unknown reference, or a detector that is not that of the reference.
     """
 
-    def __init__(self, ref: str, count: int, detector: str | None = None, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        ref: str,
+        count: int,
+        detector: str | None = None,
+        device: torch.device | str = "cpu",
+        metrics: Sequence[str] = ("fid",),
+        batch: int = 250,
+    ):
         self.ref, device = ref, torch.device(device)
         if count < 2:
             raise UserError(f"FID of {count} image is not defined: a covariance needs at least 2")
-        self.reference = find_reference(ref)
-        self.detector = choose_detector(detector, self.reference, device)
+        self.others = check_metrics(metrics, ref)
+        reference = _open_reference(ref)
+        self.detector = choose_detector(detector, reference if isinstance(reference, Reference) else None, device)
         self.statistics = FeatureStatistics(self.detector.feature_dim, device)
+        self._kept: list[tuple[int, np.ndarray]] = []  # seeds and features
         warn_about_count(count, self.detector)
+        more = {"batch": batch, "device": device, "keep": bool(self.others)}
+        self.reference = _statistics_of_reference(reference, self.detector, **more)
 
-    def append(self, pixels: torch.Tensor) -> None:
-        """Add images, uint8 [B,C,H,W] on any device."""
-        self.statistics.append(self.detector(pixels))
+    def append(self, pixels: torch.Tensor, seeds: Sequence[int]) -> None:
+        """Add images, uint8 [B,C,H,W] on any device, of these seeds."""
+        features = self.detector(pixels)
+        self.statistics.append(features)
+        if self.others:
+            self._kept += zip(seeds, features.cpu().numpy(), strict=True)
 
     def result(self, source: str) -> FIDResult | None:
-        """FID of all images on rank 0, None on the other ranks; source: for the record."""
+        """The measures of all images on rank 0, None on the other ranks; source: for the record."""
         self.statistics.all_reduce()
+        kept = distributed.gather_objects(self._kept) if self.others else []
         if distributed.rank() != 0:
             return None
-        return _result(self.statistics, self.reference, self.detector, ref=self.ref, source=source, seed=None)
+        if self.others:
+            everything = sorted((pair for part in kept for pair in part), key=lambda pair: pair[0])
+            self.statistics.features = np.stack([features for _, features in everything])
+        more = {"ref": self.ref, "source": source, "seed": None}
+        return _result(self.statistics, self.reference, self.detector, self.others, **more)
 
 
 def warn_about_count(count: int, detector: FeatureDetector) -> None:

@@ -47,10 +47,10 @@ def jackknife(whole: float, left_out: Sequence[float], confidence: float = CONFI
     differences of their left-out values, group by group. Both methods need the same seeds in the
     same groups; then the common effect of a seed cancels.
     """
-    left_out = np.asarray(left_out, dtype=np.float64)
-    groups = len(left_out)
-    if left_out.ndim != 1 or groups < 2:
-        raise ValueError(f"the jackknife needs the values of at least 2 groups, not {list(left_out.shape)}")
-    error = math.sqrt((groups - 1) / groups * float(np.square(left_out - left_out.mean()).sum()))
-    value = float(whole) - (groups - 1) * float(left_out.mean() - whole)
+    values = np.asarray(left_out, dtype=np.float64)
+    groups = len(values)
+    if values.ndim != 1 or groups < 2:
+        raise ValueError(f"the jackknife needs the values of at least 2 groups, not {list(values.shape)}")
+    error = math.sqrt((groups - 1) / groups * float(np.square(values - values.mean()).sum()))
+    value = float(whole) - (groups - 1) * float(values.mean() - whole)
     return Estimate(value, error, float(stdtrit(groups - 1, (1 + confidence) / 2)) * error)

@@ -52,7 +52,8 @@ def choose_workers(device: torch.device | str, source: ImageSource, batch: int) 
     if torch.device(device).type != "cuda" or not shared.is_dir():
         return 0
     processes = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    room = shutil.disk_usage(shared).free // 4 // processes // (_BATCHES_AHEAD * batch * math.prod(source.shape))
+    image = math.prod(source.shape) * getattr(source, "itemsize", 1)
+    room = shutil.disk_usage(shared).free // 4 // processes // (_BATCHES_AHEAD * batch * image)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = min(_MAX_WORKERS, cores // processes, room)
     return wanted if wanted > 1 else 0
@@ -65,9 +66,10 @@ def read_batches(
     device: torch.device | str = "cpu",
     workers: int | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Read batches of images, uint8 [B,C,H,W], decoded in advance.
+    """Read batches of images [B,C,H,W], uint8 from an ImageSource, decoded in advance.
 
-    source: the images.
+    source: the images, an ImageSource or what has its ``read``, ``shape`` and ``conversions``;
+        ``itemsize`` is the number of bytes of a value. Default 1.
     indices: which of them, in this order.
     batch: images per batch.
     device: where they are used. For CUDA the batches are in pinned memory. Default: the CPU.

@@ -10,6 +10,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from models.denoiser import Denoiser
 from torch_utils.errors import UserError, brief
 
 
@@ -30,7 +31,7 @@ class Family:
     build: Callable
     load: Callable
 
-    def create(self, config, state_dict, guidance_type, guidance_rate, device) -> torch.nn.Module:
+    def create(self, config, state_dict, guidance_type, guidance_rate, device) -> Denoiser:
         """``build``, frozen and in evaluation mode."""
         return self.build(config, state_dict, guidance_type, guidance_rate, device).eval().requires_grad_(False)
 

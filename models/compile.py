@@ -47,6 +47,11 @@ def prepare_network(
     net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     if compile_mode not in COMPILE_MODES:
         raise UserError(f"compile={compile_mode}: choose from {', '.join(COMPILE_MODES)}")
+    device = next(net.parameters(), torch.empty(0)).device
+    if compile_mode == "reduce-overhead" and device.type != "cuda":
+        raise UserError(
+            f"--compile=reduce-overhead records CUDA graphs, and the device is {device.type}: use --compile=default"
+        )
     net.compiled = None if compile_mode == "none" else CompiledForward(net, compile_mode)
     return net
 
@@ -153,6 +158,11 @@ class CompiledForward:
     A batch smaller than the largest one so far is padded with copies of its last sample. That costs
     less than another graph, and the last batch of a run is usually smaller than the others. Solvers
     that call the network at several points at once have a graph for each number of points.
+
+    CUDA graphs (reduce-overhead, max-autotune) write their results to the same memory in every
+    call. Here a call begins a new step of ``torch.compiler.cudagraph_mark_step_begin`` and returns
+    copies, so that results may be kept. All inputs are tensors on the device: a number of Python
+    would be a constant of the graph.
     """
 
     def __init__(self, net: Denoiser, mode: str = "default", backend: str = "inductor"):

@@ -5,7 +5,9 @@ x = image + sigma * noise. Solvers, distillation and evaluation use only this in
 """
 
 import inspect
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -212,6 +214,26 @@ class PreconditionedDenoiser(Denoiser):
         return torch.addcmul(c_skip * x, c_out, output)
 
 
+class RestorationMixin:
+    """Mix-in for networks that restore images: ``forward`` takes the degraded image mu."""
+
+    img_channels: int
+    parameters: Callable[..., Any]
+
+    def make_cond(self, generator=None, labels=None, images: torch.Tensor | None = None) -> dict:
+        """{"mu": images}; images: degraded images [B,C,H,W] in [-1, 1], of any size."""
+        if labels is not None:
+            raise UserError("this network restores images: it takes no class")
+        if images is None:
+            raise UserError("this network restores images: give --images, a folder of degraded images")
+        if images.ndim != 4 or images.shape[1] != self.img_channels:
+            raise UserError(f"images: expected [B,{self.img_channels},H,W], got {list(images.shape)}")
+        return {"mu": images.to(next(self.parameters()).device, torch.float32)}
+
+    def prior_mean(self, mu: torch.Tensor | None = None, **cond):
+        return 0.0 if mu is None else mu
+
+
 def standard_inputs(x: torch.Tensor, sigma) -> tuple[torch.Tensor, torch.Tensor]:
     """x as float32 [B,C,H,W], and sigma (a number, [B] or [B,1,1,1]) as float32 [B or 1,1,1,1]."""
     level = beside(torch.as_tensor(sigma, dtype=torch.float32), x)
@@ -279,7 +301,8 @@ def read_bottleneck(net: torch.nn.Module):
         with compiled.shown_to(reader):
             yield reader
         return
-    handle = net.bottleneck.register_forward_hook(lambda module, inputs, output: reader.keep(output))
+    bottleneck = cast(torch.nn.Module, net.bottleneck)
+    handle = bottleneck.register_forward_hook(lambda module, inputs, output: reader.keep(output))
     try:
         yield reader
     finally:

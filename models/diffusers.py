@@ -422,6 +422,7 @@ PIPELINES = {
 }
 
 
+_OWN_SCHEDULER = ["sampling.diffusers_scheduler", "AMEDScheduler"]  # in the index of a pipeline
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # large parts that are not loaded
 _INDEX = "model_index.json"
 
@@ -473,6 +474,8 @@ def load_diffusers(
         "local_files_only": True,
         "low_cpu_mem_usage": diffusers.utils.is_accelerate_available(),
     }
+    if index["scheduler"] == _OWN_SCHEDULER:
+        given["scheduler"] = _reading(path_or_hub_id, _plain_scheduler, diffusers, folder / "scheduler")
     for part, (variant, _) in weights.items():
         if variant is not None:  # diffusers uses one variant for all parts
             library, kind = index[part]
@@ -493,6 +496,13 @@ def load_diffusers(
     part = folder / net.network_name
     net.weights_hash = _hash_weights(part if part.is_dir() else folder)  # old pipelines have no subfolders
     return net.to(device).eval().requires_grad_(False)
+
+
+def _plain_scheduler(diffusers, folder: Path):
+    """A scheduler of diffusers with the settings of the network that an AMEDScheduler has saved."""
+    config = read_json(folder / "scheduler_config.json")
+    kind = diffusers.FlowMatchEulerDiscreteScheduler if is_flow(config) else diffusers.DDPMScheduler
+    return kind.from_config(config)
 
 
 def _first_stage_dtype(folder: Path, dtype: torch.dtype) -> torch.dtype:
@@ -573,6 +583,8 @@ def _check_index(index, source) -> str:
     for part, entry in index.items():
         if part.startswith("_") or part in _UNUSED or entry is None or isinstance(entry, (bool, int, float)):
             continue  # notes and settings
+        if part == "scheduler" and entry == _OWN_SCHEDULER:
+            continue
         library, kind = entry if isinstance(entry, list) and len(entry) == 2 else (str(entry)[:40], "")
         if library not in (None, "diffusers", "transformers"):
             raise UserError(f"{source}: its '{part}' is code from '{library}', which is not run")

@@ -6,9 +6,10 @@ import torch
 
 from models import zoo
 from models.building import Family, build_empty, check_guidance, check_weights, load_weights
-from models.denoiser import Denoiser, PreconditionedDenoiser, edm_scalings
+from models.denoiser import Denoiser, PreconditionedDenoiser, RestorationMixin, edm_scalings
 from models.edm_unet import NETWORKS
 from models.few_step import FewStep
+from models.restoration_unets import pad_to_multiple
 from torch_utils.errors import UserError, brief
 from torch_utils.safe_pickle import PersistentObject, open_binary, safe_load
 from torch_utils.tensor_file import is_safetensors, json_entry, read_safetensors, read_weights, write_safetensors
@@ -62,6 +63,8 @@ class EDMDenoiser(PreconditionedDenoiser):
     0.002 .. 80, as in the paper's samplers, even if the file has a wider one.
     """
 
+    images_at_input = 1  # images side by side at the input of the U-Net
+
     def __init__(
         self,
         img_resolution: int,
@@ -99,7 +102,7 @@ class EDMDenoiser(PreconditionedDenoiser):
         }
         self.model = NETWORKS[model_type](
             img_resolution=self.img_resolution,
-            in_channels=self.img_channels,
+            in_channels=self.images_at_input * self.img_channels,
             out_channels=self.img_channels,
             label_dim=self.label_dim,
             **model_kwargs,
@@ -154,6 +157,40 @@ def with_step_condition(net: EDMDenoiser, seed: int = 0) -> EDMDenoiser:
     for name in ("data_mean", "data_std", "few_step", "autocast", "dataset_name", "source_path", "weights_hash"):
         setattr(larger, name, getattr(net, name))
     return larger.train(net.training)
+
+
+class EDMRestorer(RestorationMixin, EDMDenoiser):
+    """D(x; sigma | mu) = mu + c_skip (x - mu) + c_out F(c_in (x - mu), mu; ln(sigma) / 4).
+
+    An EDM network of the residual x_0 - mu, which also sees mu, the degraded image. sigma_data,
+    data_mean and data_std describe the residual. The other arguments are those of EDMDenoiser.
+
+    ``forward`` takes mu [B,C,H,W] in [-1, 1]. Images may have any size; the U-Net gets them padded
+    at the right and bottom to multiples of its factor of downsampling.
+    """
+
+    images_at_input = 2
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        if self.label_dim:
+            raise UserError("a restoration network takes a degraded image, and no class (label_dim)")
+        self.config["restores"] = True
+        self._multiple = 1 << len(kwargs.get("channel_mult", (1, 2, 2, 2))) - 1
+
+    def forward(self, x, sigma, mu):
+        mu = mu.to(torch.float32)
+        return mu + super().forward(x.to(torch.float32) - mu, sigma, mu)
+
+    def predict(self, x, c_noise, sigma, mu):
+        height, width = x.shape[-2:]
+        both = pad_to_multiple(torch.cat([x, mu.expand_as(x)], 1), self._multiple, "replicate")
+        return self.model(both, c_noise, class_labels=None)[..., :height, :width]
+
+
+def make_edm(restores: bool = False, **config) -> EDMDenoiser:
+    """The network with these arguments: EDMRestorer if it restores images, else EDMDenoiser."""
+    return (EDMRestorer if restores else EDMDenoiser)(**config)
 
 
 _LARGEST = 1 << 14  # largest resolution in pixels
@@ -228,7 +265,8 @@ def _from_safetensors(data: bytes, name: str) -> EDMDenoiser:
         except UserError as error:
             raise UserError(f"{name}: its few_step is damaged: {error}") from None
     if "data_mean" in statistics:
-        shape = (net.img_channels, net.img_resolution, net.img_resolution)
+        size = 1 if net.takes_images else net.img_resolution  # a restoration network takes any size
+        shape = (net.img_channels, size, size)
         if statistics["data_mean"].shape != shape:
             raise UserError(f"{name}: data_mean has shape {list(statistics['data_mean'].shape)}, not {list(shape)}")
         net.data_mean = statistics["data_mean"]
@@ -245,7 +283,7 @@ def _build(config: dict, state: dict[str, torch.Tensor], name: str) -> EDMDenois
     It is built without memory first, so that wrong arguments cost nothing.
     """
     try:
-        net = build_empty(EDMDenoiser, config, "an EDM network", len(state))
+        net = build_empty(make_edm, config, "an EDM network", len(state))
         if not (0 < net.img_resolution <= _LARGEST and 0 < net.sigma_min < net.sigma_max and 0 < net.sigma_data < 1e6):
             raise UserError("its resolution or noise levels are impossible")
         check_weights(net.state_dict(), state)
@@ -266,7 +304,7 @@ def _describe(value) -> str:
 
 def build_edm(config, state_dict, guidance_type, guidance_rate, device) -> EDMDenoiser:
     """The builder of the family \"edm\"."""
-    net = build_empty(EDMDenoiser, config, "an EDM network", len(state_dict))
+    net = build_empty(make_edm, config, "an EDM network", len(state_dict))
     _check_edm_guidance(net, guidance_type, guidance_rate)
     load_weights(net, state_dict, device)
     return net

@@ -31,7 +31,7 @@ def initial_state(net, latents: torch.Tensor, sigma, cond: Mapping | None = None
 def draw_condition(
     net,
     generators: SeededGenerators,
-    prompts: Sequence[str] | None = None,
+    prompts: Sequence[str] | torch.Tensor | None = None,
     labels: int | Sequence[int] | None = None,
     negative_prompt: str | None = None,
 ) -> dict:
@@ -40,7 +40,7 @@ def draw_condition(
     net: the denoiser.
     generators: generators of the B samples; the same as for ``draw_noise``, which comes first.
     prompts: list of prompts, from which every sample draws one. Needed by text-to-image networks.
-        Default None.
+        For restoration networks: degraded images, uint8 [N,C,H,W]. Default None.
     labels: class of all samples, or one class per sample. Default: None, drawn at random.
     negative_prompt: prompt of the unconditional side. Default: that of the network.
     """
@@ -48,7 +48,13 @@ def draw_condition(
         return {}
     given: dict = {} if labels is None else {"labels": labels}
     if prompts is not None:
-        given["prompts"] = [prompts[number] for number in generators.randint(len(prompts)).tolist()]
+        drawn = generators.randint(len(prompts))
+        if torch.is_tensor(prompts):
+            from torch_utils.images import from_uint8  # here, since solvers do not need Pillow
+
+            given["images"] = from_uint8(prompts[drawn])
+        else:
+            given["prompts"] = [prompts[number] for number in drawn.tolist()]
         if negative_prompt is not None:
             given["negative_prompt"] = negative_prompt
     return net.make_cond(generators, **given)

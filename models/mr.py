@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from models.building import Family, build_empty, check_guidance, load_weights
-from models.denoiser import Denoiser, standard_inputs
+from models.denoiser import Denoiser, RestorationMixin, standard_inputs
 from models.noise import MeanReverting, TimeOfProcess
 from models.restoration_unets import NETWORKS
 from torch_utils.errors import UserError
@@ -23,23 +23,6 @@ RELEASED_CONFIGS = {
     "ir_sde_deshadow": {**_DEEP, "max_sigma": 30},
     "refusion": {**_NAFNET, "max_sigma": 50},
 }
-
-
-class RestorationMixin:
-    """Mix-in for networks that restore images: ``forward`` takes the degraded image mu."""
-
-    def make_cond(self, generator=None, labels=None, images: torch.Tensor | None = None) -> dict:
-        """{"mu": images}; images: degraded images [B,C,H,W] in [-1, 1], of any size."""
-        if labels is not None:
-            raise UserError("this network restores images: it takes no class")
-        if images is None:
-            raise UserError("this network restores images: give --images, a folder of degraded images")
-        if images.ndim != 4 or images.shape[1] != self.img_channels:
-            raise UserError(f"images: expected [B,{self.img_channels},H,W], got {list(images.shape)}")
-        return {"mu": images.to(next(self.parameters()).device, torch.float32)}
-
-    def prior_mean(self, mu: torch.Tensor | None = None, **cond):
-        return 0.0 if mu is None else mu
 
 
 class MRDenoiser(RestorationMixin, TimeOfProcess, Denoiser):

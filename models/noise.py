@@ -8,6 +8,7 @@ import math
 import torch
 
 from torch_utils.errors import UserError
+from torch_utils.transfer import to_device
 
 VP_EPS = 1e-3  # the time of sigma_min; sigma_max is at time 1
 _STEPS = 1000  # number of training times of pixel networks
@@ -122,7 +123,7 @@ class DiscreteTime(NoiseProcess):
             value = value.to(torch.get_default_dtype())
         key = (value.device, value.dtype)
         if key not in self._copies:
-            self._copies[key] = self._tables.to(*key)
+            self._copies[key] = to_device(self._tables.to(value.dtype), value.device)
         return value, self._copies[key]
 
     def sigma(self, t):

@@ -17,7 +17,15 @@ from torch_utils.errors import UserError
 from torch_utils.images import decode_image
 
 DEFAULT_STD = 0.5  # standard deviation of the data if the network does not have it
-_PASSED_ON = ("sigma_min", "sigma_max", "img_channels", "img_resolution", "label_dim", "evals_per_call", "D")
+_PASSED_ON: tuple[str, ...] = (
+    "sigma_min",
+    "sigma_max",
+    "img_channels",
+    "img_resolution",
+    "label_dim",
+    "evals_per_call",
+    "D",
+)
 _PASSED_ON += ("data_mean", "data_std", "dataset_name", "source_path", "weights_hash")
 
 

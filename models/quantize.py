@@ -89,6 +89,11 @@ class QuantizedLayer(nn.Module):
     stride, padding, groups: settings of the convolution. Default 1, 0, 1.
     """
 
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_zero: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(self, weight, bias, levels: Levels, scales, zeros, stride=1, padding=0, groups=1):
         super().__init__()
         rows = weight.detach().float().flatten(1)
@@ -163,7 +168,8 @@ class _Recorder:
     """Records the inputs of each layer by noise level, and the order of the calls."""
 
     def __init__(self, levels: Levels):
-        self.levels, self.seen, self.order = levels, {}, []
+        self.levels, self.order = levels, list[str]()
+        self.seen: dict[str, dict[int, list[torch.Tensor]]] = {}
 
     def hook(self, name: str):
         def record(layer, args):
@@ -196,6 +202,7 @@ def _quantized(layer: nn.Module, levels: Levels, scales, zeros) -> nn.Module:
     if isinstance(layer, nn.Conv2d):
         stride, padding = layer.stride[0], layer.padding[0]
         return QuantizedLayer(layer.weight, layer.bias, levels, scales, zeros, stride, padding, layer.groups)
+    assert isinstance(layer, EDMConv2d)
     quantized = QuantizedLayer(layer.weight, layer.bias, levels, scales, zeros, padding=layer.weight.shape[-1] // 2)
     return nn.Sequential(_resampling(layer), quantized) if layer.up or layer.down else quantized
 

@@ -349,7 +349,7 @@ def resolve(dataset_name: str, model_path: str | Path | None = None) -> Path:
     if card is None and not model_path:
         raise UserError(f"dataset_name '{dataset_name}' needs --model_path, the file of a network or MODULE:FUNCTION")
     if is_remote(model_path):
-        return fetch(model_path, REMOTE_NAMES, description=True)
+        return fetch(str(model_path), REMOTE_NAMES, description=True)
     if model_path:
         path = Path(model_path)
         if (path / "model_index.json").is_file():
@@ -357,6 +357,7 @@ def resolve(dataset_name: str, model_path: str | Path | None = None) -> Path:
         if not path.is_file():
             raise UserError(f"--model_path={path} is not a file; give the weights file itself")
         return path
+    assert card is not None  # see the first check
     names = (card.file, *card.other_files)
     name = next((name for name in names if (card.folder / name).is_file()), card.file)
     return _fetch(card, name, card.urls, "pass --model_path", card.member)

@@ -15,21 +15,18 @@ diffusers is optional: it is imported when ``AMEDScheduler`` is first used (``__
 import copy
 import functools
 import warnings
-import weakref
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from models.denoiser import BottleneckReader, add_shift
 from models.diffusers import import_diffusers, is_flow, noise_process
+from sampling.scheduler_hooks import NetworkHooks
 from solvers.learned import NetworkOfProcess, learned_run, solver_of
-from solvers.sampler import Sampler
-from solvers.solver import Point, State
+from solvers.walk import Call, Walk
 from torch_utils.errors import UserError
+from torch_utils.transfer import to_device
 from training.checkpoint import find_predictor, load_predictor, save_predictor
 
 PREDICTOR_FILE = "predictor.safetensors"  # beside scheduler_config.json
@@ -47,140 +44,7 @@ _DEFAULTS = {
 _SAME_TIME = (4e-3, 1e-3)
 
 
-@dataclass(frozen=True)
-class _Call:
-    """A planned call of the network.
-
-    interval: number of the interval.
-    inside: whether the call is inside the interval, not at its start.
-    sigma: noise level of the latents before it, a scalar.
-    sigma_cond: noise level that the network is conditioned on, and that scales the latents.
-    """
-
-    interval: int
-    inside: bool
-    sigma: torch.Tensor
-    sigma_cond: torch.Tensor
-
-
-class _Walk:
-    """A run of a solver in which the caller evaluates the network.
-
-    run: the ``Sampler``.
-    x: state [B,...] at the start.
-    start: the call to start at. Default: None, the start of the schedule.
-
-    ``point`` is the ``Point`` where the network is needed next. At the end of the schedule it is
-    None, and ``state`` is the result.
-    """
-
-    def __init__(self, run: Sampler, x, start: _Call | None = None):
-        self.run, self._lone = run, False
-        if start is not None and start.inside:
-            # The evaluations before this point were not made: an Euler step to the interval's end.
-            self._lone, self.state, self.interval = True, State(x), start.interval
-            self.point = Point(x, start.sigma.to(x), start.sigma_cond.to(x))
-            return
-        self._enter(x, 0 if start is None else start.interval)
-
-    def _enter(self, x, i: int) -> None:
-        self.run, first = self.run.tail(i)
-        self.point = None
-        if first < self.run.intervals:
-            self._begin(State(x), first)
-            self._proceed()
-        else:
-            self.state = State(x)
-
-    def _begin(self, state: State, i: int) -> None:
-        """Starts the step from schedule point i."""
-        self.state, self.interval = state, i
-        self._step = self.run.solver.step(self.run, state, i)
-        self._sent = []  # what the step has received so far
-
-    def _proceed(self, *answer) -> None:
-        """Goes to the next point. answer: direction [B,...] at the current one."""
-        self.point = None
-        while self.interval < self.run.intervals:
-            if answer:
-                self._sent.append(answer[0])
-            try:
-                request = self._step.send(*answer or [None])
-            except StopIteration as finished:
-                self._begin(finished.value, self.interval + self.run.solver.stride(self.interval, self.run.intervals))
-                answer = ()
-                continue
-            self._listed = isinstance(request, list)
-            point = request[0] if self._listed else request  # one only: solvers of parallel points are refused
-            d = self.run.known_direction(point)
-            if d is None:
-                self.point = point
-                return
-            answer = (d,)
-
-    @property
-    def inside(self) -> bool:
-        """Whether ``point`` lies inside an interval, not at its start."""
-        return self.point.index is None and not self._lone
-
-    def answer(self, denoised: torch.Tensor) -> None:
-        """Goes to the next point. denoised: the denoised image [B,...] at the current one."""
-        point = self.point
-        d = (point.x - denoised) / self.run.divisor(point)
-        if self._lone:
-            self._lone = False
-            self._enter(point.x + (self.run.sigma(self.interval + 1, d) - point.sigma) * d, self.interval + 1)
-        else:
-            self._proceed([d] if self._listed else d)
-
-    def change(self, x) -> None:
-        """Starts the current step again from another state [B,...]."""
-        if self._lone:
-            self.point.x = x
-            return
-        self._begin(State(x, self.state.history, self.state.updates), self.interval)
-        self._proceed()
-
-    def __deepcopy__(self, memo):
-        """The copy repeats the current step, because a generator cannot be copied."""
-        walk = object.__new__(_Walk)
-        memo[id(self)] = walk
-        walk.run = copy.deepcopy(self.run, memo)
-        kept = {k: v for k, v in self.__dict__.items() if k not in ("run", "_step", "_sent")}
-        walk.__dict__ |= copy.deepcopy(kept, memo)
-        if not self._lone and self.point is not None:
-            point = walk.point
-            sent = copy.deepcopy(self._sent, memo)
-            walk._begin(walk.state, walk.interval)
-            walk.run.predict = lambda x, i: walk.run.predicted  # the network's bottleneck was read already
-            for d in [None, *sent]:
-                walk._step.send(d)
-            del walk.run.predict
-            walk._sent, walk.point = sent, point
-        return walk
-
-
-class _FeatureGraph:
-    """A compiled network that returns its bottleneck as well, while its hook is in place.
-
-    network: the U-Net.
-    compile_like: compiles a function.
-    """
-
-    def __init__(self, network, compile_like):
-        self.network, self.feature = network, None
-        self.call = compile_like(self._both)
-
-    def keep(self, module, inputs, output) -> None:
-        self.feature = output
-
-    def _both(self, *arguments, **named):
-        output = self.network._call_impl(*arguments, **named)
-        feature, self.feature = self.feature, None
-        return output, feature
-
-
-class _AMEDScheduler:
+class _AMEDScheduler(NetworkHooks):
     """Scheduler for diffusers pipelines that samples with a trained AMED predictor or span solver.
 
     predictor: an AMEDPredictor, whose configuration gives the solver (AMED-Plugin on dpmpp, euler
@@ -200,8 +64,19 @@ class _AMEDScheduler:
     """
 
     order = 1  # one call of the network per step
+    _sigmas: Any
+    _timesteps: Any
+    _walk: Any
+    _start: Any
+    _begin_index: Any
+    _mu: Any
+    _output: Any
+    num_inference_steps: Any
+    process: Any
 
-    def __init__(self, predictor=None, config=None, network=None, **settings):
+    def __init__(
+        self, predictor: Any = None, config: Any = None, network: torch.nn.Module | None = None, **settings: Any
+    ) -> None:
         super().__init__()
         if predictor is not None and not isinstance(predictor, torch.nn.Module):
             predictor = load_predictor(find_predictor(predictor))
@@ -211,9 +86,8 @@ class _AMEDScheduler:
         self.register_to_config(**_complete(config, settings))
         self._network = self._hooks = self._finalizer = self._reader = self._graph = self._start = None
         self._said: set[str] = set()
-        self._run: Sampler | None = None
-        self._sigmas: torch.Tensor | None = None
-        self._calls: list[_Call] = []
+        self._run = self._sigmas = None
+        self._calls: list[Call] = []
         self._timesteps = self.num_inference_steps = self._begin_index = self._returned = None
         self.process = self._walk = self._mu = self._output = None
         self._asked = self._controlnets = False
@@ -301,168 +175,6 @@ class _AMEDScheduler:
     def __copy__(self):
         return copy.deepcopy(self, {id(self.predictor): self.predictor})
 
-    # Hooks on the network
-
-    def attach(self, network) -> None:
-        """Per-sample mode: the predictor reads the bottleneck, and every sample gets its own times.
-
-        A pipeline passes one time for the whole batch. A hook on the network, and on a ControlNet
-        beside it, replaces it by the times of the samples; ``timesteps`` then shows their mean. The
-        hook also makes AFS possible in pipelines that do not call scale_model_input. On networks
-        without bottleneck (transformers) this is its only effect, and the mode stays time-only. The
-        head "time" of a span solver adds to the embedding of the noise level. Hooks are on the
-        network during a run only. ``detach`` ends this mode.
-
-        network: the pipeline's U-Net or transformer.
-        """
-        if not isinstance(network, torch.nn.Module):
-            raise UserError("AMEDScheduler: network has to be the pipeline's unet or transformer")
-        self.detach()
-        if self._shifts:
-            self.predictor.check_network(SimpleNamespace(noise_embedding=_embedding(network)))
-        self._network = network
-        if getattr(network, "mid_block", None) is not None:
-            self._reader = BottleneckReader()
-
-    def detach(self) -> None:
-        """Returns to the time-only mode, from the next set_timesteps on."""
-        self._unhook()
-        self._network = self._reader = self._graph = self._run = None
-
-    def _hook(self) -> None:
-        """Puts the hooks on the network. They go when this scheduler goes."""
-        network = self._network
-        if network is None or self._hooks is not None:
-            return
-        other = _PREPARED.get(network, lambda: None)()
-        if other is not None and other is not self and other._returned is None:
-            other._unhook()  # it was prepared for a run that was not made
-        _PREPARED[network] = weakref.ref(self)
-        self._hooks = hooks = ExitStack()
-        self._finalizer = weakref.finalize(self, hooks.close)
-        compiled = _compilation(network)
-        if compiled is not None:
-            self._hook_compiled(hooks, *compiled)
-            return
-        before, after = _weak(self._before_call), _weak(self._after_call)
-        hooks.callback(network.register_forward_pre_hook(before, with_kwargs=True).remove)
-        hooks.callback(network.register_forward_hook(after).remove)
-        if self._reader is not None:
-            reader = self._reader
-            keep = network.mid_block.register_forward_hook(lambda module, inputs, output: reader.keep(output))
-            hooks.callback(keep.remove)
-        if self._shifts:
-            hooks.callback(_embedding(network).register_forward_hook(_weak(self._add_shift)).remove)
-
-    def _hook_compiled(self, hooks, inner, attribute, compile_like) -> None:
-        """The same for a compiled network, whose graph ignores hooks: replaces its call.
-
-        inner: the network itself.
-        attribute: of the network, where the compiled function is.
-        compile_like: compiles another function in the same way.
-        """
-        if self._shifts:
-            raise UserError("the student's head 'time' does not work in a compiled network")
-        network, call = self._network, getattr(self._network, attribute)
-        if self._reader is not None:
-            if self._graph is None:
-                self._graph = _FeatureGraph(inner, compile_like)
-            hooks.callback(inner.mid_block.register_forward_hook(self._graph.keep).remove)
-        scheduler = weakref.ref(self)
-
-        def around(*arguments, **named):
-            own = scheduler()
-            if own is None:
-                return call(*arguments, **named)
-            arguments, named = own._before_call(network, arguments, named) or (arguments, named)
-            if own._reader is None:
-                output = call(*arguments, **named)
-            else:
-                output, feature = own._graph.call(*arguments, **named)
-                own._reader.keep(feature)
-            own._after_call(network, arguments, output)
-            return output
-
-        setattr(network, attribute, around)
-        hooks.callback(setattr, network, attribute, call)
-
-    def _unhook(self) -> None:
-        if self._hooks is not None:
-            self._finalizer()
-        self._hooks = self._finalizer = None
-        self._controlnets = False  # whether ControlNets have a hook
-
-    @torch.no_grad()
-    def _before_call(self, module, arguments, named):
-        """The hook: replaces the input of the first call with AFS, and the times of later calls."""
-        self._own_call, self._output = False, None
-        if self._run is None:
-            return None
-        place = "timestep" if "timestep" in named else 1
-        self._own_call = self._is_now(named[place] if place in named else arguments[1])
-        if not self._own_call:
-            return None  # a call for something else
-        guidance = named.get("guidance")
-        self._told_rate = None if guidance is None else float(torch.as_tensor(guidance).flatten()[0])
-        if self._reader is not None and named.get("down_block_additional_residuals") is not None:
-            self._hook_controlnets()
-        if self._index == 0:
-            if not self._prepares or self._prepared == "by the pipeline":
-                return None
-            self._prepared = "by the hook"
-            place = 0 if arguments else "sample" if "sample" in named else "hidden_states"
-            return _replaced(arguments, named, place, self._first_input)
-        if self._reader is None:
-            return None
-        return self._with_times(arguments, named, place)
-
-    def _with_times(self, arguments, named, place):
-        """The arguments of a call with the times of the samples. None if its batch differs."""
-        x = arguments[0] if arguments else named["sample"]
-        rows, batch = len(x), len(self._times)
-        if rows % batch:
-            return None
-        times = self._times.to(x.device).repeat(rows // batch)  # under guidance the batch comes twice
-        return _replaced(arguments, named, place, lambda _: times)
-
-    def _hook_controlnets(self) -> None:
-        """Gives the times of the samples to ControlNets too, which are not known here.
-
-        They are called before the U-Net. The first call of a run has one time for all samples, so
-        this is early enough.
-        """
-        if self._controlnets:
-            return
-        self._controlnets = True
-        kinds = _controlnet_classes()
-        change = _weak(self._before_controlnet)
-
-        def before(module, arguments):
-            return change(arguments) if isinstance(module, kinds) else None
-
-        self._hooks.callback(torch.nn.modules.module.register_module_forward_pre_hook(before).remove)
-
-    def _before_controlnet(self, arguments):
-        if self._run is None or self._reader is None or len(arguments) < 2 or not self._is_now(arguments[1]):
-            return None
-        changed = self._with_times(arguments, {}, 1)
-        return None if changed is None else changed[0]
-
-    def _after_call(self, module, inputs, output) -> None:
-        """The hook: keeps the output of the first call, which tells the guidance rate."""
-        if self._own_call and self._returned is None:
-            self._output = output[0] if isinstance(output, tuple) else output.sample
-
-    @property
-    def _shifts(self) -> bool:
-        return "time" in getattr(self.predictor, "heads", {})
-
-    def _add_shift(self, module, inputs, output):
-        """The hook of the head "time"."""
-        if self._run is None or not self._own_call:
-            return output
-        return add_shift(output, self.predictor.heads["time"](self._index, 1).to(output.device))
-
     # The protocol of diffusers
 
     def __len__(self) -> int:
@@ -500,7 +212,7 @@ class _AMEDScheduler:
         """
         if not self._calls:
             return None
-        levels = torch.stack([self._level(k)[0] for k in range(len(self._calls))]).cpu()
+        levels = torch.stack([self._level(k)[0] for k in range(len(self._calls))])
         if is_flow(self.config):
             levels = levels / (1 + levels)
         return torch.cat([levels, levels.new_zeros(1)]).to(torch.float32)
@@ -553,22 +265,20 @@ class _AMEDScheduler:
         They are exact in the time-only mode.
         """
         self.process, self._mu = noise_process(self.config, mu=mu), mu
-        run, config = learned_run(NetworkOfProcess(self.process), self.predictor, device), self.predictor.config
+        run, config = learned_run(NetworkOfProcess(self.process), self.predictor), self.predictor.config
         shape = config.get("image_shape") or (config.get("img_channels") or 1, 1, 1)  # of a span solver's images
-        self._sigmas, self._calls, walk = run.sigmas, [], _Walk(run, run.sigmas.new_ones(1, *shape))
+        self._sigmas, self._calls, walk = run.sigmas, [], Walk(run, run.sigmas.new_ones(1, *shape))
         while walk.point is not None:
             levels = (value.flatten()[0] for value in (walk.point.sigma, walk.point.sigma_cond))
-            self._calls.append(_Call(walk.interval, walk.inside, *levels))
+            self._calls.append(Call(walk.interval, walk.inside, *levels))
             walk.answer(torch.zeros_like(walk.point.x))
-        self._timesteps = torch.stack(
-            [self.process.timestep(call.sigma_cond.to(torch.float32)) for call in self._calls]
-        )
+        times = torch.stack([self.process.timestep(call.sigma_cond.to(torch.float32)) for call in self._calls])
         self.num_inference_steps = len(self._calls)
-        self._planned = self._timesteps.tolist()
+        self._timesteps, self._planned = to_device(times, device), times.tolist()
         # Whether a step without evaluation, or another scale, comes before the first call.
         self._prepares = not torch.isclose(self._calls[0].sigma_cond, self._sigmas[0], rtol=1e-6)
         self._forget()
-        self._run = learned_run(NetworkOfProcess(self.process), self.predictor, device, reader=self._reader)
+        self._run = run
 
     def _forget(self) -> None:
         """No run is in progress."""
@@ -581,15 +291,21 @@ class _AMEDScheduler:
         self._times = self._timesteps[:1]
         self._index = 0
 
-    def set_timesteps(self, num_inference_steps: int | None = None, device=None, sigmas=None, mu=None) -> None:
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device=None, sigmas=None, mu=None, timesteps=None
+    ) -> None:
         """Starts a new batch.
 
         num_inference_steps: ``len(scheduler)`` or None; UserError for other numbers. Default None.
         device: where the pipeline samples. Default: the CPU.
-        sigmas: many pipelines pass n values from 1 to 1/n, without a wish of the user, so the
-            schedule remains the learned one. UserError for others. Default None.
+        sigmas: many pipelines pass n values from 1 to 1/n, or to 1/1000, without a wish of the
+            user, so the schedule remains the learned one. UserError for others. Default None.
         mu: shift of flow models whose pipeline computes one. Default None.
+        timesteps: the same as sigmas, times num_train_timesteps. Default None.
         """
+        steps = self.config.get("num_train_timesteps", 1000)
+        if timesteps is not None and sigmas is None:
+            sigmas = np.asarray(timesteps) / steps
         if num_inference_steps is None and sigmas is not None:
             num_inference_steps = len(sigmas)
         if num_inference_steps not in (None, len(self)):
@@ -600,9 +316,11 @@ class _AMEDScheduler:
         self._plan(mu, device or "cpu")
         if sigmas is not None:
             given, count = torch.as_tensor(np.asarray(sigmas), dtype=torch.float32), len(self)
+            own = self.sigmas
+            assert own is not None  # they are planned
             if not any(
-                len(given) == count and torch.allclose(given, known, rtol=1e-3)
-                for known in (torch.linspace(1, 1 / count, count), self.sigmas[:-1])
+                len(given) == count and torch.allclose(given, known, rtol=1e-3, atol=1 / steps)
+                for known in (*(torch.linspace(1, 1 / end, count) for end in (count, steps)), own[:-1])
             ):
                 self._run = None
                 raise UserError("sigmas: the predictor brings its own noise levels; leave the argument out")
@@ -612,30 +330,53 @@ class _AMEDScheduler:
         """(noise level, level for the scale) of the latents before call k."""
         return (self._sigmas[0],) * 2 if k == 0 else (self._calls[k].sigma, self._calls[k].sigma_cond)
 
-    def _is_now(self, time) -> bool:
-        """Whether a time, in training steps or in [0, 1], is that of the next step."""
-        time = float(torch.as_tensor(time).flatten()[0])
-        known = (float(self._timesteps[self._index]), self._planned[self._index])
-        return _is_one_of(time, known) or _is_one_of(time * self.config.get("num_train_timesteps", 1000), known)
+    def _place(self, time) -> int | None:
+        """The number of the step whose entry of ``timesteps`` this tensor is, without reading it.
+
+        Pipelines pass views of ``timesteps``, often expanded. None for anything else.
+        """
+        own = self._timesteps
+        if not isinstance(time, torch.Tensor) or not time.numel() or time.dtype != own.dtype:
+            return None
+        several = any(step and size > 1 for size, step in zip(time.shape, time.stride(), strict=True))
+        if several or time.untyped_storage()._cdata != own.untyped_storage()._cdata:
+            return None
+        place = time.storage_offset() - own.storage_offset()
+        return place if 0 <= place < len(own) else None
+
+    def _is_now(self, time, number=None) -> tuple[bool, float | None]:
+        """Whether a time, in training steps or in [0, 1], is that of the next step.
+
+        number: read it, too; a tensor or None. One wait serves for all that is on the device.
+
+        Returns (answer, the number).
+        """
+        numbers = [] if number is None else [number]
+        if self._place(time) == self._index:
+            return True, _read(*numbers)[0] if numbers else None
+        shown, planned = self._timesteps[self._index], self._planned[self._index]
+        if not isinstance(time, torch.Tensor) and _is_one_of(time, [planned]):
+            shown = planned
+        time, shown, *numbers = _read(time, shown, *numbers)
+        known, steps = (shown, planned), self.config.get("num_train_timesteps", 1000)
+        return _is_one_of(time, known) or _is_one_of(time * steps, known), numbers[0] if numbers else None
 
     def _match(self, time) -> int | None:
         """The number of the step with this time, or None."""
-        time = float(torch.as_tensor(time).flatten()[0])
-        found = [
-            k
-            for k, known in enumerate(zip(self._timesteps.tolist(), self._planned, strict=True))
-            if _is_one_of(time, known)
-        ]
+        if (place := self._place(time)) is not None:
+            return place
+        time, *shown = _read(time, *self._timesteps)
+        found = [k for k, known in enumerate(zip(shown, self._planned, strict=True)) if _is_one_of(time, known)]
         return min(found, key=lambda k: abs(self._planned[k] - time)) if found else None
 
     def _begin(self, sample: torch.Tensor, k: int) -> None:
         """Goes to the point of step k for these latents."""
         dtype = torch.float32 if sample.device.type == "mps" else torch.float64  # MPS has no float64
-        # Some pipelines do not pass their device to set_timesteps.
-        self._run.sigmas = self._run.sigmas.to(sample.device, dtype)
-        self.predictor.to(sample.device)
-        scale = self.process.scale(self._level(k)[1].to(sample.device, dtype))
-        self._walk = _Walk(self._run, sample.to(dtype) / scale, self._calls[k] if k else None)
+        # Only here the device is known: some pipelines do not pass theirs to set_timesteps.
+        self._run = learned_run(NetworkOfProcess(self.process), self.predictor, sample.device, reader=self._reader)
+        self._run.sigmas = self._run.sigmas.to(dtype)
+        scale = self.process.scale(self._level(k)[1].to(dtype))
+        self._walk = Walk(self._run, sample.to(dtype) / scale, self._calls[k] if k else None)
         self._start = self._index = k
         self._times = self._timesteps[k : k + 1]
 
@@ -643,7 +384,9 @@ class _AMEDScheduler:
         """The step at which a run begins, from ``set_begin_index`` or from its first time."""
         if self._begin_index is not None:
             return self._begin_index
-        found = None if timestep is None or self._is_now(timestep) else self._match(timestep)
+        if timestep is None or (place := self._place(timestep)) == self._index:
+            return self._index
+        found = self._match(timestep) if place is not None or not self._is_now(timestep)[0] else None
         return self._index if found is None else found
 
     def _input(self) -> torch.Tensor:
@@ -700,14 +443,15 @@ class _AMEDScheduler:
         if eta or use_clipped_model_output:
             name = "eta" if eta else "use_clipped_model_output"
             self._say(name, f"AMEDScheduler is deterministic and does not clip: {name} is ignored")
-        if self._returned is None:
+        starts = self._returned is None
+        if starts:
             self._start_run(model_output, sample, timestep)
-        elif not self._is_now(timestep) and (found := self._match(timestep)) is not None:
-            raise UserError(
-                f"AMEDScheduler: step() got the time {float(timestep):g} of step {found}, but step {self._index} is next; "
-                "the steps of a run follow in order, and the first one may be any of them"
-            )
-        if not self._is_now(timestep):
+        if not self._is_now(timestep)[0]:
+            if not starts and (found := self._match(timestep)) is not None:
+                raise UserError(
+                    f"AMEDScheduler: step() got the time {float(timestep):g} of step {found}, but step {self._index} is"
+                    " next; the steps of a run follow in order, and the first one may be any of them"
+                )
             self._say(
                 "time",
                 f"AMEDScheduler: step() got the time {float(timestep):g}, which is none of its times; "
@@ -716,8 +460,9 @@ class _AMEDScheduler:
         walk = self._walk
         point = walk.point
         x = point.x
-        if self._returned is not None and sample is not self._returned and not torch.equal(sample, self._returned):
-            x = sample.to(x.dtype) / self.process.scale(point.sigma_cond)
+        if not starts and sample is not self._returned:
+            # Where the latents are as they were, the state stays unrounded.
+            x = torch.where(sample == self._returned, x, sample.to(x.dtype) / self.process.scale(point.sigma_cond))
             if not walk.inside:
                 walk.change(x)
         walk.answer(self.process.denoised(x, point.sigma_cond, model_output.to(x.dtype)))
@@ -730,6 +475,7 @@ class _AMEDScheduler:
             result = self._input()
             self._times = self.process.timestep(walk.point.sigma_cond.to(torch.float32)).flatten()
             if self._reader is not None:
+                self._times = to_device(self._times, self._timesteps.device)
                 # A pipeline iterates over views of this tensor, so it sees the new value.
                 self._timesteps[self._index] = self._times.mean()
         self._returned = result = result.to(sample.dtype)
@@ -767,10 +513,12 @@ class _AMEDScheduler:
         if rate is None and len(output) == len(guided):
             rate = 1.0
         elif rate is None and len(output) == 2 * len(guided):  # guided = plain + rate (conditional - plain)
-            plain, conditional = output.to(torch.float64).chunk(2)
-            difference, change = conditional - plain, guided.to(torch.float64) - plain
-            rate = float((difference * change).sum() / difference.square().sum())
-            if not torch.allclose(change, rate * difference, rtol=0.02, atol=0.02 * float(change.abs().max())):
+            plain, conditional = output.to(self._walk.point.x.dtype).chunk(2)
+            difference, change = conditional - plain, guided.to(plain.dtype) - plain
+            rate = (difference * change).sum() / difference.square().sum()
+            fits = (change - rate * difference).abs() <= 0.02 * ((rate * difference).abs() + change.abs().max())
+            rate, fits = _read(rate, fits.all())
+            if not fits:
                 return  # another kind of guidance
         if rate is not None and abs(rate - trained) > 0.02 * max(abs(trained), 1):
             self._say(
@@ -786,7 +534,8 @@ class _AMEDScheduler:
         """
         x = original_samples
         sigma, sigma_cond = (
-            value.to(x.device, torch.float32).reshape(-1, *[1] * (x.ndim - 1)) for value in self._levels_at(timesteps)
+            to_device(value.to(torch.float32), x.device).reshape(-1, *[1] * (x.ndim - 1))
+            for value in self._levels_at(timesteps)
         )
         return (self.process.scale(sigma_cond) * (x + sigma * noise)).to(x.dtype)
 
@@ -796,16 +545,19 @@ class _AMEDScheduler:
 
     def _levels_at(self, timesteps) -> tuple[torch.Tensor, torch.Tensor]:
         """(noise levels, levels for the scale), each [B or 1], at times [B]."""
-        times = torch.as_tensor(timesteps).flatten()
-        if self._run is not None and (self._begin_index is not None or all(map(self._is_now, times))):
+        known = self._run is not None and self._begin_index is not None
+        times: Any = [timesteps]
+        if not known and self._place(timesteps) is None:
+            times = torch.as_tensor(timesteps).flatten().cpu()
+        if known or (self._run is not None and all(self._is_now(time)[0] for time in times)):
             point = None if self._returned is None else self._walk.point
             return self._level(self._index) if point is None else (point.sigma, point.sigma_cond)
         found = [self._match(time) for time in times]
-        exact = self.process.sigma_of_timestep(times.to(torch.float32)).cpu()
+        exact = [self.process.sigma_of_timestep(torch.tensor(_read(time))).squeeze() for time in times]
         levels = [(s, s) if k is None else self._level(k) for s, k in zip(exact, found, strict=True)]
-        return tuple(
-            torch.stack([value.cpu().to(torch.float32) for value in side]) for side in zip(*levels, strict=True)
-        )
+        sides = zip(*levels, strict=True)
+        first, second = (torch.stack([value.to(torch.float32) for value in side]) for side in sides)
+        return first, second
 
     def _require_predictor(self) -> None:
         if self.predictor is None:
@@ -860,54 +612,14 @@ def _is_one_of(time: float, known) -> bool:
     return any(abs(time - value) <= relative * abs(value) + absolute for value in known)
 
 
-def _embedding(network):
-    """The layer that the head "time" adds to, or None."""
-    return getattr(getattr(network, "time_embedding", None), "linear_2", None)
-
-
-_PREPARED = weakref.WeakKeyDictionary()  # network -> weak reference to the scheduler that hooked it last
-
-
-def _weak(method):
-    """The method as a hook that does not keep its object alive."""
-    reference = weakref.WeakMethod(method)
-
-    def hook(*arguments, **named):
-        own = reference()
-        return None if own is None else own(*arguments, **named)
-
-    return hook
-
-
-def _compilation(network):
-    """How a network was compiled, or None.
-
-    Returns the network itself, the attribute with the compiled function, and a function that
-    compiles another one in the same way.
-    """
-    if hasattr(network, "_orig_mod"):  # torch.compile(unet)
-        return network._orig_mod, "forward", network.dynamo_ctx
-    call = network._compiled_call_impl  # unet.compile()
-    if call is None:
-        return None
-    context = dict(zip(call.__code__.co_freevars, call.__closure__ or (), strict=True)).get("self")
-    same = getattr(context, "cell_contents", None)
-    return network, "_compiled_call_impl", same if callable(same) else functools.partial(torch.compile, fullgraph=True)
-
-
-@functools.cache
-def _controlnet_classes() -> tuple[type, ...]:
-    from diffusers.models import controlnets
-
-    names = ("ControlNetModel", "MultiControlNetModel", "ControlNetUnionModel", "MultiControlNetUnionModel")
-    return tuple(getattr(controlnets, name) for name in names if hasattr(controlnets, name))
-
-
-def _replaced(arguments: tuple, named: dict, place, change) -> tuple[tuple, dict]:
-    """The arguments of a call, with ``change`` applied to the one at ``place`` (number or name)."""
-    if isinstance(place, int):
-        return (*arguments[:place], change(arguments[place]), *arguments[place + 1 :]), named
-    return arguments, {**named, place: change(named[place])}
+def _read(*numbers) -> list[float]:
+    """The first entries of tensors, or numbers, as floats. Waits for the device once at most."""
+    values = [value.flatten()[0] if isinstance(value, torch.Tensor) else value for value in numbers]
+    away = [k for k, value in enumerate(values) if isinstance(value, torch.Tensor) and value.device.type != "cpu"]
+    if away:
+        there = torch.stack([values[k].to(torch.float32) for k in away]).tolist()
+        values = [there[away.index(k)] if k in away else value for k, value in enumerate(values)]
+    return [float(value) for value in values]
 
 
 @functools.cache
@@ -925,7 +637,11 @@ def _with_diffusers() -> type:
     return type("AMEDScheduler", (_AMEDScheduler, diffusers.SchedulerMixin, diffusers.ConfigMixin), content)
 
 
-def __getattr__(name):
+if TYPE_CHECKING:
+    AMEDScheduler = _AMEDScheduler
+
+
+def __getattr__(name: str):
     if name == "AMEDScheduler":
         return _with_diffusers()
     if name == "SchedulerMixin":  # diffusers looks for it in the module of a pipeline's scheduler

@@ -191,6 +191,11 @@ class Place:
             self._locks.enter_context(held(self._mark, f"{self._mark} is in use"))
         return todo
 
+    def note(self, entries: dict) -> None:
+        """Adds entries to the record."""
+        with self._locked():
+            write_json(self.folder.path / RECORD, (self.folder.record() or {}) | entries)
+
     def end(self) -> None:
         """Call this when all images are written."""
         with self._locked():

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -94,7 +95,8 @@ def generate_images(
         noises.join(generators)
         return denoiser, chosen, noises, latents, cond
 
-    drawn, start = draw(0) if rows else None, 0
+    drawn: Any = draw(0) if rows else None
+    start = 0
     while start < len(rows):
         denoiser, chosen, noises, latents, cond = drawn
         start += len(chosen)

@@ -3,7 +3,6 @@
 One file is one seed: file number k of the sorted names has the seed k, and its result has its name.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from pathlib import PurePosixPath
 
 import torch
 
-from models.posterior import OPERATORS, Posterior, make_operator
+from models.posterior import OPERATORS, Operator, Posterior, make_operator
 from torch_utils.cli import PATH, Number
 from torch_utils.errors import UserError
-from torch_utils.images import ImageSource
+from torch_utils.images import ImageSource, from_uint8
 from torch_utils.options import ALWAYS, flag
 
 
@@ -76,7 +75,7 @@ class ImageInputs:
         name, count = Counter(self.names).most_common(1)[0]
         if count > 1:
             raise UserError(f"{source.path}: {count} results would have the name {name}.png; rename the images")
-        self._operator = None
+        self._operator: Operator | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -113,7 +112,7 @@ class ImageInputs:
 
     def read(self, seeds: Sequence[int]) -> torch.Tensor:
         """The images [B,C,H,W] in [-1, 1]."""
-        return torch.stack([torch.tensor(self.source.read(seed)) for seed in seeds]).float() / 127.5 - 1
+        return from_uint8(torch.stack([torch.tensor(self.source.read(seed)) for seed in seeds]))
 
     def prepare(self, net, seeds: Sequence[int], device) -> tuple:
         """(denoiser of these images, size of the noise or None, arguments of make_cond)."""
@@ -123,8 +122,5 @@ class ImageInputs:
         return Posterior(net, self._operator, images, self.noise_level, self.jacobian), None, {}
 
     def record(self) -> dict:
-        """What the results depend on: a hash of the names and versions of the files."""
-        digest = hashlib.sha256()
-        for index in range(len(self)):
-            digest.update(f"{self.source.fingerprint(index)}\n".encode())
-        return {"inputs": str(self.source.path), "inputs_sha256": digest.hexdigest()}
+        """What the results depend on."""
+        return {"inputs": str(self.source.path), "inputs_sha256": self.source.digest()}

@@ -1,5 +1,7 @@
 """What there is to sample with: networks, predictors that come with the repository, solvers."""
 
+from collections.abc import Sequence
+
 import click
 
 from models import zoo
@@ -7,7 +9,7 @@ from solvers import SOLVERS
 from training.checkpoint import load_predictor, shipped_predictors
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(f"  {line.rstrip()}" for line in lines)

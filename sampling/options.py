@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 
 import click
+import torch
 
+from evaluation.fid import StreamedFID, metric_names
 from evaluation.verifiers import FORMS
+from models import zoo
 from sampling.flags import schedule_file_flag
 from sampling.folder import GRID_LIMIT
 from sampling.inputs import InputOptions
@@ -60,7 +63,7 @@ class SearchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    """What is written where: images, or only their FID."""
+    """What is written where: images, or only their measures."""
 
     outdir: str | None = flag(
         "Output folder (default: samples/<dataset_name>/<solver>[-plugin]_nfe<NFE>[_best<N>], or a folder beside it if"
@@ -72,32 +75,57 @@ class OutputOptions:
     grid: bool = flag(f"Also write grid.png, with up to {GRID_LIMIT} images", False)
     return_inters: bool = flag("Also write strips of denoised images, to inters/", False)
     fid_ref: str | None = flag(
-        "Also compute the FID to this reference, as fid.py calc --ref", kind=PATH, metavar="NPZ|URL|NAME"
+        "Measure the images against this reference, as fid.py calc --ref",
+        kind=PATH,
+        aliases=("--ref",),
+        metavar="NPZ|URL|NAME|PATH",
+    )
+    metrics: str | None = flag(
+        "Measures, as fid.py calc --metrics: fid, kid, precision, recall, density, coverage; all but fid need images as"
+        " --fid_ref (default: fid with --fid_ref). Without --fid_ref: against the reference of the network",
+        metavar="NAME,...",
     )
     fid_detector: str | None = flag(
-        "Detector of the FID (default: the reference's, else inception)", kind=PATH, metavar="NAME|PATH"
+        "Detector of --metrics (default: the reference's, else inception)", kind=PATH, metavar="NAME|PATH"
     )
     fid_json: str | None = flag(
-        "Also write the FID and the settings of the run to this file", kind=PATH, metavar="FILE"
+        "Also write the measures and the settings of the run to this file", kind=PATH, metavar="FILE"
     )
-    save_images: bool | None = flag("Write images (default: True; False with --fid_ref)")
+    save_images: bool | None = flag("Write images (default: True; False with --fid_ref or --metrics)")
     overwrite: bool = flag("Replace images that exist", False)
 
     @property
+    def measures(self) -> bool:
+        return self.fid_ref is not None or self.metrics is not None
+
+    @property
     def writes_images(self) -> bool:
-        return self.fid_ref is None or bool(self.save_images)
+        return not self.measures or bool(self.save_images)
+
+    def stream(self, dataset_name: str, count: int, device: torch.device) -> StreamedFID | None:
+        """What measures ``count`` images while they are sampled; None: nothing does.
+
+        dataset_name: network, whose reference is the default.
+        """
+        if not self.measures:
+            return None
+        if self.fid_ref is None and dataset_name not in zoo.CARDS:
+            raise UserError(f"--metrics: the network '{dataset_name}' has no reference of its own; give --fid_ref")
+        names = metric_names(self.metrics or "fid")
+        return StreamedFID(self.fid_ref or dataset_name, count, self.fid_detector, device, names)
 
     def check(self, written: frozenset[str]) -> None:
         """Raises UserError for flags without effect. written: names of the user's flags."""
-        if self.fid_ref is None:
+        if not self.measures:
             for name in ("fid_detector", "fid_json", "save_images"):
                 if getattr(self, name) not in (None, True):
-                    raise UserError(f"--{name} has no effect without --fid_ref: leave it out, or add --fid_ref")
+                    raise UserError(f"--{name} has no effect without --fid_ref or --metrics: leave it out, or add one")
         if not self.writes_images:
             for name in ("outdir", "grid", "return_inters", "overwrite", "subdirs", "candidates"):
                 if name in written:
+                    given = "--fid_ref" if self.fid_ref is not None else "--metrics"
                     raise UserError(
-                        f"--{name}: with --fid_ref no images are written; add --save_images=True, or leave it out"
+                        f"--{name}: with {given} no images are written; add --save_images=True, or leave it out"
                     )
 
 
@@ -143,6 +171,8 @@ class SampleOptions:
         self.search.check()
         self.inputs.check(self.written)
         self.output.check(self.written)
+        if self.inputs.observe is not None and self.predictor_path is not None and self.compute.compile != "none":
+            raise UserError("--observe: a compiled network hides what the predictor reads; leave --compile out")
 
     def recorded_parts(self) -> tuple:
         """Option dataclasses that the images depend on besides the settings."""

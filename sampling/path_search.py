@@ -63,8 +63,10 @@ def search_images(
             cond,
             finish,
         )
-        found = search_path(
-            search, latents, budget, method, uniform=lambda uniform=uniform: float(torch.rand((), generator=uniform))
-        )
+
+        def number(generator=uniform) -> float:
+            return float(torch.rand((), generator=generator))
+
+        found = search_path(search, latents, budget, method, uniform=number)
         info = SampleInfo(sigmas=search.sigmas, nfe=found.nfe)
         yield Batch([seed], net.decode(found.x), None, info, cond)

@@ -13,7 +13,7 @@ import torch
 
 from evaluation.fid import StreamedFID
 from evaluation.verifiers import Verifier, judge, load_verifier
-from sampling.folder import Folder, begin_folder, default_folder, format_seeds, write_grid
+from sampling.folder import Folder, Place, begin_folder, default_folder, format_seeds, write_grid
 from sampling.generate import Batch, generate_fitting, generate_images, prompts_of, text_of, until_stopped
 from sampling.options import SampleOptions
 from sampling.path_search import search_images
@@ -113,7 +113,7 @@ def write_images(
     folder: output folder; None: write no images.
     nfe: evaluations per image that every batch must have spent; None: they differ.
     progress: progress bar.
-    stream: receives the pixels of all images, for the FID. Default None.
+    stream: receives the pixels of all images, to measure them. Default None.
     ahead: start every batch before the one before it is read. Default False.
 
     Files are encoded and written in the background. Raises UserError with the seeds of images that
@@ -138,7 +138,7 @@ def write_images(
             everything = arrival.read()
             finite = [bool(value) for value in everything[-count:]]
             if stream is not None and all(finite):
-                stream.append(pixels[-1])
+                stream.append(pixels[-1], result.seeds)
             steps = everything[:-count].view(pixels.shape)
             images = to_uint8(steps[-1])
             for row, seed in enumerate(result.seeds):
@@ -174,18 +174,20 @@ def _search_paths(settings: Settings, options: SampleOptions, verifier: Verifier
     )
 
 
-def report_fid(stream: StreamedFID, path: str | None, record: dict, source: str) -> None:
-    """Prints the FID (rank 0), and writes it with the record of the run. Every process calls it.
+def report_measures(stream: StreamedFID, path: str | None, record: dict, place: Place | None) -> None:
+    """Prints the measures (rank 0), and records them. Every process calls it.
 
-    path: file for the result; None: none.
-    source: what the result says about where the images are.
+    path: file for them and the record of the run; None: none.
+    place: the folder of the images, whose record gets the measures; None: they were not written.
     """
-    result = stream.result(source)
+    result = stream.result("sample.py, not written" if place is None else str(place.folder.path))
     if result is None:
         return
     if path is not None:
         write_json(path, asdict(result) | {"sampling": record})
-    print(result.line(), flush=True)
+    if place is not None:
+        place.note({"measured": asdict(result) | {"seeds": record["seeds"]}})
+    print("\n".join(result.lines()), flush=True)
 
 
 def run(options: SampleOptions, device: torch.device) -> None:
@@ -233,9 +235,7 @@ def run(options: SampleOptions, device: torch.device) -> None:
     record |= {} if source is None else {"recommended": source}
     if inputs is not None:
         record["settings"] |= inputs.record()
-    stream = None
-    if output.fid_ref is not None:
-        stream = StreamedFID(output.fid_ref, len(seeds), output.fid_detector, device)
+    stream = output.stream(settings.dataset_name, len(seeds), device)
     nfe = settings.evaluations(net, predictor)
     inserted = predictor is not None and not SOLVERS[settings.solver].needs_predictor
     searched = None if verifier is None else candidates
@@ -299,6 +299,5 @@ def run(options: SampleOptions, device: torch.device) -> None:
                 flush=True,
             )
         if stream is not None:
-            source = str(folder.path) if output.writes_images else "sample.py, not written"
-            report_fid(stream, output.fid_json, record | {"seeds": format_seeds(seeds)}, source)
+            report_measures(stream, output.fid_json, record | {"seeds": format_seeds(seeds)}, place)
         distributed.barrier()

@@ -16,6 +16,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 
@@ -48,10 +49,11 @@ class _Contest:
     """The candidates of one seed, as they arrive. If two scores are equal, the earlier one wins."""
 
     def __init__(self, seed: int):
-        self.seed, self.scores, self.winner = seed, [], None
+        self.seed, self.scores = seed, list[float]()
+        self.winner: tuple[int, tuple] = (-1, ())
 
     def enter(self, score: float, row: tuple) -> None:
-        if self.winner is None or score > max(self.scores):
+        if not self.scores or score > max(self.scores):
             self.winner = (len(self.scores), row)
         self.scores.append(score)
 
@@ -130,6 +132,7 @@ class ScoreFile:
         An unfinished line of a killed process is skipped, since its image was not written either.
         """
         found: dict[int, Choice] = {}
+        kinds = get_type_hints(Choice).values()
         for path in [self.path] * self.path.exists() + self._parts():
             text = path.read_text(encoding="utf-8")
             complete = text[: text.rfind("\n") + 1]
@@ -137,7 +140,7 @@ class ScoreFile:
                 if path == self.path and number == 0:
                     continue
                 try:
-                    choice = Choice(*(field.type(value) for field, value in zip(fields(Choice), line, strict=True)))
+                    choice = Choice(*(kind(value) for kind, value in zip(kinds, line, strict=True)))
                 except (ValueError, TypeError):
                     raise UserError(f"{path}: line {number + 1} is damaged; delete the file, or sample again") from None
                 found[choice.seed] = choice

@@ -60,7 +60,7 @@ class ComputeOptions:
     bench: bool = flag("cuDNN benchmarking: faster, images may differ in the last bits", False, record=CHANGED)
     compile: str = flag(
         "torch.compile of the network (--compile is --compile=default), which takes minutes. reduce-overhead records"
-        " CUDA graphs, for small batches",
+        " CUDA graphs, for small batches on NVIDIA GPUs",
         "none",
         click.Choice(COMPILE_MODES),
         is_flag=False,
@@ -351,9 +351,9 @@ def check_network(net, settings: Settings, predictor, device: torch.device) -> N
         zero = torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution, device=device)
         kind = predictor.first_direction if isinstance(predictor, SpanSolver) else settings.afs
         afs_direction(net, zero, torch.ones((), device=device), kind)
-    check_few_step(
-        net, settings.make_solver(), settings.resolve(net), settings.afs, predictor, settings.denoise_to_zero
-    )
+    if settings.num_steps is not None or settings.sigmas is not None:  # compare.py checks the network before it knows
+        solver, sigmas = settings.make_solver(), settings.resolve(net)
+        check_few_step(net, solver, sigmas, settings.afs, predictor, settings.denoise_to_zero)
     if isinstance(predictor, SpanSolver):
         predictor.check_network(net)
     elif predictor is not None:

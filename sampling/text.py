@@ -68,7 +68,7 @@ class TextOptions:
         if without:
             raise UserError(
                 f"{self.prompt} has no caption for seeds {format_seeds(without)[:60]}; it has them for --seeds="
-                f"{format_seeds(captions)[:60]}"
+                f"{format_seeds(list(captions))[:60]}"
             )
         return captions
 

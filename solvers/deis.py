@@ -11,7 +11,7 @@ import torch
 
 from models.denoiser import beside
 from models.noise import VPTime
-from solvers.solver import Option, Solver, order_option, register
+from solvers.solver import Option, Solver, add_scaled, order_option, register, weighted_sum
 from torch_utils.transfer import to_device
 
 # Of the Gauss-Legendre quadrature in ln sigma. The integrand's singularities are pi/2 away from the
@@ -79,7 +79,7 @@ class DEIS(Solver):
             *sigmas, sigma_next = (self.grid[k] for k in (3, 2, 1, 0, 4))
         weights = self.constants(sigmas, sigma_next)
         outputs = (output for output, _ in reversed(history[-count:]))
-        return x + scale * sum(w.to(x.dtype) * output for w, output in zip(weights, outputs, strict=True))
+        return add_scaled(x, scale, weighted_sum([w.to(x.dtype) for w in weights], outputs))
 
     def constants(self, sigmas: list, sigma_next) -> list[torch.Tensor]:
         """``coefficients``, computed once per step of a schedule.

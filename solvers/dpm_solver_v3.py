@@ -21,6 +21,7 @@ import json
 import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,7 +103,8 @@ def load_statistics(path) -> Statistics:
     missing = [name for name in ("sigmas", "l", "s", "b") if name not in tensors]
     if missing:
         raise UserError(f"{path} is not a statistics file of dpm_v3: '{missing[0]}' is missing")
-    found = Statistics(*(tensors[name].double() for name in ("sigmas", "l", "s", "b")), entry)
+    sigmas, l, s, b = (tensors[name].double() for name in ("sigmas", "l", "s", "b"))  # noqa: E741
+    found = Statistics(sigmas, l, s, b, entry)
     shapes = {found.l.shape, found.s.shape, found.b.shape}
     if len(shapes) > 1 or found.l.ndim != 4 or found.sigmas.shape != found.l.shape[:1] or len(found.sigmas) < 2:
         raise UserError(f"{path}: the shapes of the statistics do not match; make the file again")
@@ -174,7 +176,8 @@ class Constants:
     """
 
     def __init__(self, steps: list[Step]):
-        self._steps, self._moved = steps, {}
+        self._steps = steps
+        self._moved: dict[tuple, list[Step]] = {}
         self._weights: dict[tuple, list] = {}
 
     def step(self, i: int, x: torch.Tensor) -> Step:
@@ -253,9 +256,9 @@ def make_step(curves: Curves, start: float, end: float) -> Step:
         moments = [moment + total(weight * u**j) for j, moment in enumerate(moments)]
         bias = bias + width * total(source)
         total_l, total_s = total_l + width * total(l), total_s + width * total(s)
-    ends = (curves.values(torch.tensor([at], dtype=torch.float64), curves.cell(at))[0][0] for at in (start, end))
+    first, last = (curves.values(torch.tensor([at], dtype=torch.float64), curves.cell(at))[0][0] for at in (start, end))
     decay = (-total_l).exp()
-    return Step(*ends, decay, total_s.exp(), bias, torch.stack(moments) * decay, drift * decay)
+    return Step(first, last, decay, total_s.exp(), bias, torch.stack(moments) * decay, drift * decay)
 
 
 def step_weights(moments: torch.Tensor, places: list[float], pseudo: bool = False) -> list[torch.Tensor]:
@@ -274,7 +277,8 @@ def step_weights(moments: torch.Tensor, places: list[float], pseudo: bool = Fals
                 matrix[j, k] = 1 / math.prod(places[k] - places[m] for m in range(j + 1) if m != k)
     else:
         matrix = np.linalg.inv(np.array(places)[:, None] ** np.arange(count))
-    return [sum(float(matrix[j, k]) * moments[j] for j in range(count)) for k in range(count)]
+    weights: list[Any] = [sum(float(matrix[j, k]) * moments[j] for j in range(count)) for k in range(count)]
+    return weights
 
 
 @functools.lru_cache(maxsize=2)

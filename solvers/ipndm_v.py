@@ -3,7 +3,7 @@
 Hairer, Norsett & Wanner 1993, "Solving Ordinary Differential Equations I", Section III.5.
 """
 
-from solvers.solver import Option, Solver, order_option, register
+from solvers.solver import Option, Solver, add_scaled, order_option, register, weighted_sum
 
 
 def adams_bashforth_weights(sigmas, sigma_next, published=False) -> list:
@@ -69,5 +69,4 @@ class IPNDMV(Solver):
     def update(self, x, history, sigma_next, index, total, scale=1.0):
         outputs, sigmas = zip(*reversed(history[-self.keep :]), strict=True)
         weights = adams_bashforth_weights(sigmas, sigma_next, self.original_code)
-        d = sum(w * output for w, output in zip(weights, outputs, strict=True))
-        return x + scale * (sigma_next - sigmas[0]) * d
+        return add_scaled(x, scale * (sigma_next - sigmas[0]), weighted_sum(weights, outputs))

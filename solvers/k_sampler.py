@@ -245,7 +245,8 @@ class _ComfyReader(BottleneckReader):
         self.begin()
 
     def begin(self) -> None:
-        self.which, self.maps = None, []
+        self.which: list[int] | None = None
+        self.maps: list[torch.Tensor] = []
 
     def before(self, module, arguments, named) -> None:
         options = named.get("transformer_options") or {}
@@ -270,8 +271,12 @@ class _ComfyReader(BottleneckReader):
 def _bottleneck(model, predictor, run: Sampler):
     """Context in which the run reads the bottleneck of the U-Net inside the model, if any."""
     names = ("middle_block", "mid_block", "bottleneck")
-    found = [(part, getattr(part, name, None)) for part in _chain(model) for name in names]
-    found = [(part, block) for part, block in found if isinstance(block, torch.nn.Module)]
+    found = [
+        (part, block)
+        for part in _chain(model)
+        for name in names
+        if isinstance(block := getattr(part, name, None), torch.nn.Module)
+    ]
     if run.solver.own_schedule or not found:
         yield
         return

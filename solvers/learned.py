@@ -8,6 +8,7 @@ from solvers.sampler import Sampler, resolve_sigmas
 from solvers.schedules import SCHEDULE_NAMES, check_sigmas
 from solvers.solver import SOLVERS, Solver, make_solver
 from torch_utils.errors import UserError
+from torch_utils.transfer import module_on
 
 
 class NoBottleneck:
@@ -41,26 +42,26 @@ def solver_of(predictor) -> Solver:
 
 
 def learned_run(net, predictor, device=None, dtype=torch.float32, reader=None) -> Sampler:
-    """The ``Sampler`` of a predictor.
+    """The ``Sampler`` of a predictor, with noise levels on the CPU.
 
     net: called as net(x, sigma) where the caller does not evaluate the network itself. Its
         sigma_min, sigma_max, sigma and sigma_inv give the schedule, as far as the predictor's
         settings leave it open.
     predictor: an AMEDPredictor or SpanSolver.
-    device: of the noise levels; the predictor is moved there, too. Default: the CPU.
+    device: of the states; the run has a copy of the predictor there. Default: the CPU.
     dtype: of the sampling. Default: float32.
     reader: of the bottleneck. Default: zeros, the time-only mode.
     """
-    solver = solver_of(predictor)
+    solver, predictor = solver_of(predictor), module_on(predictor, device or "cpu")
     if solver.own_schedule:
         own = predictor.brings()
-        sigmas = check_sigmas(own.pop("sigmas").detach(), device)
+        sigmas = check_sigmas(own.pop("sigmas").detach())
         return Sampler(net, solver, sigmas, predictor=predictor, **own)
     settings = predictor.config
     own = {name: settings[name] for name in (*SCHEDULE_NAMES, "sigmas")} | {
         "original_code": bool(settings.get("original_code"))
     }
-    sigmas = resolve_sigmas(net, **own, device=device, dtype=dtype)
-    run = Sampler(net, solver, sigmas, afs=settings["afs"], predictor=predictor.to(device))
+    sigmas = resolve_sigmas(net, **own, device="cpu", dtype=dtype)
+    run = Sampler(net, solver, sigmas, afs=settings["afs"], predictor=predictor)
     run.reader = reader or NoBottleneck()
     return run

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from models.denoiser import member
 from solvers.solver import SOLVERS, make_solver
@@ -98,7 +99,7 @@ def published(net, solver: str) -> tuple[dict, str]:
 
 
 # Settings of training in the AMED paper; other solvers use those of the plugin.
-TRAINING = {
+TRAINING: dict[str, dict[str, Any]] = {
     "amed": {
         **{"sampler_stu": "amed", "sampler_tea": "heun", "M": 1, "afs": True, "scale_dir": 0.01, "scale_time": 0},
         **{"schedule_type": "time_uniform", "schedule_rho": 1, "batch": 128, "total_kimg": 10},
@@ -267,6 +268,7 @@ def recommend(
         else:
             source += f": FID* {row['fid']:.2f}, distance {row['distance']:.3f} on validation seeds"
         return Recommendation(settings, source)
+    assert refusal is not None  # there is at least one row
     raise refusal
 
 

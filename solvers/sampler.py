@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -53,17 +54,17 @@ def afs_direction(net, x: torch.Tensor, sigma, kind, cond: Mapping | None = None
         "data": exact for a Gaussian with mean image ``net.data_mean`` and standard deviation
         ``net.data_std``. Better if the mean is far from zero, as for white strokes on black.
         A function: called with (x, sigma).
-    cond: keyword arguments of net. Restoration networks centre the data at the degraded image, for
-        True and "data". Default: none.
+    cond: keyword arguments of net. For restoration networks x is the difference from the degraded
+        image. Default: none.
 
     For PFGM++ "data" replaces the noise variance sigma^2 by that of the kernel at x,
     (D sigma^2 + |x - mean|^2) / (D + N) for N pixels, so it is exact to first order there too.
     """
-    if callable(kind):
-        return kind(x, sigma)
     prior = member(net, "prior_mean")(**(cond or {}))
     if torch.is_tensor(prior):
         x = x - prior.to(x)
+    if callable(kind):
+        return kind(x, sigma)
     if kind is True:
         return x / (1 + sigma**2).sqrt()
     mean, std = member(net, "data_mean"), member(net, "data_std")
@@ -122,7 +123,7 @@ class Sampler:
         self.net, self.solver, self.sigmas = net, solver.setup(net, sigmas, predictor), sigmas
         self.sigmas_cond = None
         if sigmas_cond is not None:
-            self.sigmas_cond = levels_tensor("sigmas_cond", sigmas_cond, sigmas.dtype).to(sigmas.device)
+            self.sigmas_cond = to_device(levels_tensor("sigmas_cond", sigmas_cond, sigmas.dtype), sigmas.device)
             host = self.sigmas_cond.device.type == "cpu"  # elsewhere they come from a span solver: do not wait for them
             if self.sigmas_cond.shape != sigmas.shape or (host and not (self.sigmas_cond > 0).all()):
                 raise UserError(f"sigmas_cond must be {len(sigmas)} positive numbers, one per noise level")
@@ -134,7 +135,7 @@ class Sampler:
         self.cached_evals, self.train_network = dict(cached_evals or {}), train_network
         self.nfe = 0
         self.predicted: tuple | None = None  # (r, scale_dir, scale_time) of the latest interval
-        self.reader = None  # of the bottleneck, for the predictor
+        self.reader: Any = None  # of the bottleneck, for the predictor
 
     @property
     def intervals(self) -> int:
@@ -193,7 +194,7 @@ class Sampler:
         inputs = [v for p in points for v in (p.x, p.sigma, p.sigma_cond, p.shift) if v is not None]
         learned = self.train_network or any(v.requires_grad for v in inputs)
         with torch.set_grad_enabled(torch.is_grad_enabled() and learned):
-            known = None if points is request else self.known_direction(request)
+            known = None if points is request else self.known_direction(points[0])
             directions = self._call_network(points) if known is None else [known]
         for point, d in zip(points, directions, strict=True):
             if self.observer is not None and point.index is not None:
@@ -216,7 +217,8 @@ class Sampler:
         if len(points) > 1:
             x = torch.cat([point.x for point in points])
             sigma = torch.cat([beside(point.sigma_cond, x).expand(batch, 1, 1, 1) for point in points])
-            shift = None if shift is None else torch.cat([point.shift for point in points])
+            shifts = [point.shift for point in points if point.shift is not None]
+            shift = torch.cat(shifts) if shifts else None
         denoised = self.denoise(x, sigma, len(points), shift).split(batch)
         return [(point.x - d) / self.divisor(point) for point, d in zip(points, denoised, strict=True)]
 
@@ -288,7 +290,7 @@ class Sampler:
         elif i in self.cached_evals:
             feature = self.cached_evals[i][1]
         else:
-            feature = self.reader.read(x.shape[0]).to(x)
+            feature = to_device(self.reader.read(x.shape[0]), x.device).to(x.dtype)
         outputs = self.predictor(feature, self.sigma(i, x), self.sigma(i + 1, x))
         # Some diffusers pipelines pack their latents into fewer dimensions than images have.
         self.predicted = tuple(value.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1)) for value in outputs)
@@ -557,8 +559,8 @@ def integrate(
         sigmas = chosen.pop("sigmas", None)
         solver_options, common = {name: chosen[name] for name in chosen if name != "denoise_to_zero"}, {}
     trained = getattr(predictor, "config", {})
-    schedule = (num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas)
-    asked = dict(zip((*_SCHEDULE, "sigmas"), schedule, strict=True)) | {"solver": solver, "afs": afs}
+    values = (num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas)
+    asked = dict(zip((*_SCHEDULE, "sigmas"), values, strict=True)) | {"solver": solver, "afs": afs}
     given_afs, asked = afs, _with_defaults(asked, predictor, net)
     solver, afs, sigmas = asked["solver"], asked["afs"], asked["sigmas"]
     _check_guidance(predictor, net)
@@ -584,6 +586,9 @@ def integrate(
         method, levels, sigmas_cond = method.with_moves(predictor, moves), moves.sigmas, moves.sigmas_cond
     else:
         check_predictor(predictor, net, method, times, asked | {"original_code": original_code})
+        if latents.device.type != "cpu" and any(getattr(v, "requires_grad", False) for v in (times, sigmas_cond)):
+            # Their gradients come back in one copy. A gradient of each number would be waited for.
+            levels = to_device(times.to(latents.dtype), latents.device)
     run = Sampler(
         net,
         method,

@@ -135,7 +135,9 @@ def levels_tensor(name: str, values, dtype: torch.dtype = torch.float64) -> torc
 def _number(name: str, value) -> float:
     """Return a number of Python, numpy or torch as a float. UserError for anything else."""
     try:
-        return float(None if isinstance(value, str) else value)
+        if isinstance(value, str):
+            raise TypeError
+        return float(value)
     except (TypeError, ValueError, RuntimeError):
         raise UserError(f"{name}={value!r} must be a number") from None
 

@@ -12,9 +12,11 @@ It also owns the schedule, AFS, the count of evaluations and the predictor. Ther
 A solver does not change while it samples.
 """
 
+import functools
 import math
 from collections.abc import Generator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -40,7 +42,8 @@ class State:
     """A point of a trajectory.
 
     x: state [B,C,H,W].
-    history: (output, sigma) of the evaluations that the solver remembers, the newest last.
+    history: (output, sigma) of the evaluations that the solver remembers, the newest last. Solvers
+        may remember more of each.
     updates: number of updates made so far.
     """
 
@@ -49,7 +52,7 @@ class State:
     updates: int = 0
 
     def detach(self) -> "State":
-        history = tuple((output.detach(), torch.as_tensor(sigma).detach()) for output, sigma in self.history)
+        history = tuple(tuple(torch.as_tensor(value).detach() for value in entry) for entry in self.history)
         return State(self.x.detach(), history, self.updates)
 
 
@@ -67,7 +70,7 @@ class Point:
 
     x: torch.Tensor
     sigma: torch.Tensor
-    sigma_cond: torch.Tensor | None = None
+    sigma_cond: torch.Tensor = None  # type: ignore[assignment]  # see below
     index: int | None = None
     shift: torch.Tensor | None = None
 
@@ -136,6 +139,10 @@ class Solver:
     max_order: int = 1
     highest_order: int = 1  # the option max_order may be 1..highest_order
     direction_sigma: str = "point"  # noise level that directions are divided by, see ``DIRECTION_SIGMA``
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...  # the options
 
     def __init__(self, **values):
         unknown = sorted(set(values) - set(self.options))
@@ -215,7 +222,7 @@ class Solver:
         """
         raise NotImplementedError
 
-    def step(self, run, state: State, i: int) -> Generator:
+    def step(self, run, state: State, i: int) -> Generator[Point | list[Point], Any, State]:
         """Generator of one step from schedule point i to the next. Returns the next ``State``.
 
         ``d = yield point`` gives the direction d [B,C,H,W] at a ``Point``; ``yield [point, ...]``
@@ -231,7 +238,7 @@ class Solver:
         if run.predictor is None:
             return self.make_update(state, d, cur, nxt, run.updates)
         r, scale_dir, scale_time = run.predict(state.x, i)
-        mid = nxt**r * cur ** (1 - r)
+        mid = intermediate_level(cur, nxt, r)
         state = self.make_update(state, d, cur, mid, run.updates)
         d_mid = yield run.inside(state.x, mid, i, r, scale_time)
         return self.make_update(state, d_mid, mid, nxt, run.updates, scale_dir)
@@ -241,6 +248,29 @@ class Solver:
         history = (*state.history, (self.output(state.x, d, sigma), sigma))[-self.keep :]
         x = self.update(state.x, history, sigma_next, state.updates, total, scale)
         return State(x, history, state.updates + 1)
+
+
+def add_scaled(x: torch.Tensor, factor, value: torch.Tensor, sign: int = 1) -> torch.Tensor:
+    """x + sign factor value; one operation if factor has a value per sample.
+
+    x, value: [B,C,H,W].
+    factor: a number, a scalar or [B,1,1,1].
+    sign: 1 (default) or -1.
+    """
+    if isinstance(factor, torch.Tensor) and factor.ndim:
+        return torch.addcmul(x, factor, value, value=sign)
+    return x + factor * value if sign > 0 else x - factor * value
+
+
+def weighted_sum(weights, values) -> torch.Tensor:
+    """The sum of weights times values [B,C,H,W]; weights are numbers, scalars or [B,1,1,1]."""
+    (first, value), *others = zip(weights, values, strict=False)
+    return functools.reduce(lambda total, pair: add_scaled(total, *pair), others, first * value)
+
+
+def intermediate_level(sigma, sigma_next, r: torch.Tensor) -> torch.Tensor:
+    """The noise level sigma^(1-r) sigma_next^r; r has a value per sample, [B,1,1,1]."""
+    return sigma * (sigma_next / sigma) ** r
 
 
 def order_option(default: int) -> Option:
@@ -268,7 +298,7 @@ class Euler(Solver):
 
     def update(self, x, history, sigma_next, index, total, scale=1.0):
         d, sigma = history[-1]
-        return x + scale * (sigma_next - sigma) * d
+        return add_scaled(x, scale * (sigma_next - sigma), d)
 
 
 @register("ipndm")
@@ -288,8 +318,8 @@ class IPNDM(Solver):
 
     def update(self, x, history, sigma_next, index, total, scale=1.0):
         weights = self.WEIGHTS[min(self.max_order, len(history)) - 1]
-        d = sum(w * past for w, (past, _) in zip(weights, reversed(history), strict=False))
-        return x + scale * (sigma_next - history[-1][1]) * d
+        d = weighted_sum(weights, (past for past, _ in reversed(history)))
+        return add_scaled(x, scale * (sigma_next - history[-1][1]), d)
 
 
 EXPONENTIAL_OPTIONS = {
@@ -306,7 +336,7 @@ def dynamic_threshold(denoised: torch.Tensor, quantile: float = 0.995) -> torch.
     """
     limit = upper_quantile(denoised.flatten(1).abs(), quantile)
     limit = limit.clamp(min=1).reshape(-1, *[1] * (denoised.ndim - 1))
-    return torch.clamp(denoised, -limit, limit) / limit
+    return (denoised / limit).clamp(-1, 1)
 
 
 def upper_quantile(values: torch.Tensor, quantile: float) -> torch.Tensor:
@@ -320,39 +350,52 @@ def upper_quantile(values: torch.Tensor, quantile: float) -> torch.Tensor:
     return torch.lerp(top[:, -1], top[:, max(-2, -top.shape[1])], float(rank - below))
 
 
+def log_ratio(sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
+    """ln(sigma / sigma_next), the length of a step in lambda."""
+    return (sigma / sigma_next).log()
+
+
 def exponential_multistep(x, history, sigma_next, order, predict_x0, scale=1.0):
     """Multistep DPM-Solver++ update (Lu et al. 2022, Algorithms 2 and 3) for x = x0 + sigma noise.
 
     x: state [B,C,H,W] at the noise level of the newest entry of history.
-    history: (model output, sigma), the newest last.
+    history: (model output, sigma) or (model output, sigma, ``log_ratio`` of sigma and the noise
+        level after it), the newest last.
     sigma_next: noise level of the result.
     order: 1 to 3.
     predict_x0: whether the model outputs are denoised images; else they are directions.
     scale: multiplies the terms of the model outputs only; default 1.
     """
-    outputs, sigmas = [h[0] for h in history], [h[1] for h in history]
-    h = (sigmas[-1] / sigma_next).log()
-    phi1 = torch.expm1(-h) if predict_x0 else torch.expm1(h)
+    outputs, sigmas = [entry[0] for entry in history], [entry[1] for entry in history]
+    after = [*sigmas[1:], sigma_next]
+    steps = [
+        entry[2] if len(entry) > 2 else log_ratio(entry[1], sigma)
+        for entry, sigma in zip(history[-order:], after[-order:], strict=True)
+    ]
+    h = steps[-1]
+    z = -h if predict_x0 else h
+    phi1 = torch.expm1(z)
     m0 = outputs[-1]
     terms = phi1 * m0
     if order >= 2:
-        r0 = (sigmas[-2] / sigmas[-1]).log() / h
+        r0 = steps[-2] / h
         change = m0 - outputs[-2]
     if order == 2:
-        terms = terms + 0.5 * phi1 / r0 * change
+        terms = add_scaled(terms, 0.5 * phi1 / r0, change)
     elif order == 3:
         d1_0 = change / r0
-        phi2 = phi1 / h + 1 if predict_x0 else phi1 / h - 1
-        phi3 = phi2 / h - 0.5
-        weight = phi2 if predict_x0 else -phi2  # of minus the first derivative
-        r1 = (sigmas[-3] / sigmas[-2]).log() / h
+        phi2 = phi1 / z - 1
+        phi3 = phi2 / z - 0.5
+        r1 = steps[-3] / h
         bend = d1_0 - (outputs[-2] - outputs[-3]) / r1
         # The first derivative is d1_0 + r0 / (r0 + r1) bend, the second bend / (r0 + r1).
-        terms = terms - weight * d1_0 + (phi3 - weight * r0) / (r0 + r1) * bend
+        terms = add_scaled(terms, phi2, d1_0)
+        terms = add_scaled(terms, add_scaled(phi3, phi2, r0) / (r0 + r1), bend)
     if not predict_x0:
-        return x - scale * sigma_next * terms
+        return add_scaled(x, scale * sigma_next, terms, -1)
     unscaled = isinstance(scale, float) and scale == 1
-    return sigma_next / sigmas[-1] * x - (terms if unscaled else scale * terms)
+    x = sigma_next / sigmas[-1] * x
+    return x - terms if unscaled else add_scaled(x, scale, terms, -1)
 
 
 @register("dpmpp")
@@ -372,8 +415,15 @@ class DPMSolverPP(Solver):
     def output(self, x, d, sigma):
         if not self.predict_x0:
             return d
-        denoised = x - sigma * d
+        denoised = add_scaled(x, sigma, d, -1)
         return dynamic_threshold(denoised) if self.thresholding else denoised
+
+    def make_update(self, state, d, sigma, sigma_next, total, scale=1.0):
+        """As in the base class. The length of the step is remembered for the next ones."""
+        entry = (self.output(state.x, d, sigma), sigma, log_ratio(sigma, sigma_next))
+        history = (*state.history, entry)[-self.keep :]
+        x = self.update(state.x, history, sigma_next, state.updates, total, scale)
+        return State(x, history, state.updates + 1)
 
     def update(self, x, history, sigma_next, index, total, scale=1.0):
         return exponential_multistep(x, history, sigma_next, self.order(index, total), self.predict_x0, scale)
@@ -400,9 +450,9 @@ class TwoStageSolver(Solver):
         x, cur, nxt = state.x, run.sigma(i, state.x), run.sigma(i + 1, state.x)
         d = yield run.at(x, i)
         r, scale_dir, scale_time = (self.r, 1.0, None) if run.predictor is None else run.predict(x, i)
-        mid = nxt**r * cur ** (1 - r)
-        d_mid = yield run.inside(x + (mid - cur) * d, mid, i, r, scale_time)
-        return State(x + scale_dir * (nxt - cur) * self.combine(d, d_mid, r), (), state.updates + 1)
+        mid = nxt**r * cur ** (1 - r) if run.predictor is None else intermediate_level(cur, nxt, r)
+        d_mid = yield run.inside(add_scaled(x, mid - cur, d), mid, i, r, scale_time)
+        return State(add_scaled(x, scale_dir * (nxt - cur), self.combine(d, d_mid, r)), (), state.updates + 1)
 
     def combine(self, d, d_mid, r):
         """The direction of the whole step.
@@ -420,7 +470,7 @@ class DPMSolver2(TwoStageSolver):
     summary = "DPM-Solver-2 singlestep, order 2; 2 evaluations per step"
     # torchrun takes --r for one of its own options
     options = {"r": Option(float, 0.5, "place of the intermediate point, 0 < r <= 1", ("--solver_r",))}
-    learned_options = ("r",)
+    learned_options: tuple[str, ...] = ("r",)
 
     def combine(self, d, d_mid, r):
         return d_mid / (2 * r) + (1 - 1 / (2 * r)) * d

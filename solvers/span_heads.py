@@ -5,12 +5,13 @@ at first, so that new heads do not change the images. Train the table first, the
 """
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-HEADS = ("sample", "spatial", "time")
+HEADS: tuple[str, ...] = ("sample", "spatial", "time")
 FEATURES, HIDDEN, RANK = 5, 16, 4
 LIFT_CHANNELS = 16
 LIFTED = 2  # number of last steps with a spatial head
@@ -51,7 +52,8 @@ def _initialise(module: nn.Module, seed: int) -> None:
             if isinstance(layer, nn.Linear | nn.Conv2d):
                 bound = 1 / math.sqrt(layer.weight[0].numel())
                 layer.weight.copy_((2 * torch.rand(layer.weight.shape, generator=generator) - 1) * bound)
-                layer.bias.zero_()
+                if layer.bias is not None:
+                    layer.bias.zero_()
 
 
 class SampleHead(nn.Module):
@@ -104,7 +106,7 @@ class SpatialHead(nn.Module):
             self.write[str(i)] = nn.utils.skip_init(nn.Conv2d, LIFT_CHANNELS, channels, 3, padding=1)
         _initialise(self, 1)
         for layer in self.write.values():
-            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(cast(torch.Tensor, layer.weight))
 
     def forward(self, i: int, x, sigma, directions: list, direction) -> torch.Tensor | None:
         """The direction [B,C,H,W] to add in step i, in the dtype of x. None if it has no head.

@@ -33,12 +33,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from models.denoiser import embedding_layer
-from models.inputs import draw_condition, draw_noise
+from models.denoiser import embedding_layer, member
+from models.inputs import draw_condition, draw_noise, initial_state
 from solvers.deis import gauss_legendre, lagrange_basis
 from solvers.former_names import FORMER_NAMES, current, with_current_names
 from solvers.sampler import integrate, sample
@@ -50,11 +51,19 @@ from torch_utils.kinds import MOST_STEPS, check_kinds, check_steps, defaults_of,
 from torch_utils.seeds import SeededGenerators
 from torch_utils.transfer import to_device
 
-GROUPS = ("knots", "substeps", "sigma_scale", "substep_sigma_scale", "coef_offset", "step_gain", "state_gain")
+GROUPS: tuple[str, ...] = (
+    "knots",
+    "substeps",
+    "sigma_scale",
+    "substep_sigma_scale",
+    "coef_offset",
+    "step_gain",
+    "state_gain",
+)
 
 
-BASES = ("ab", "midpoint", "euler", "ipndm", "deis", "dpmpp")
-FIRST_STEPS = ("none", "zero", "gaussian")
+BASES: tuple[str, ...] = ("ab", "midpoint", "euler", "ipndm", "deis", "dpmpp")
+FIRST_STEPS: tuple[str, ...] = ("none", "zero", "gaussian")
 LEAST_SHARE = 1e-6  # smallest share of an interval in ln(sigma_max / sigma_min): noise levels never coincide
 
 
@@ -114,7 +123,7 @@ def current_config(config: Mapping) -> dict:
     return config
 
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     # LD3 (Tong et al. 2024, "Learning to Discretize Denoising Diffusion ODEs"): schedule and
     # decoupled times of a fixed solver. Delta = 0; D is conditioned on a_i s_i.
     "ld3": {
@@ -366,11 +375,11 @@ class SpanSolver(nn.Module):
                 raise UserError(f"{name}={value!r} must be a whole number" + (f" in 1..{most}" if most else " above 0"))
         if c["parallel"] > 1 and c["base"] not in ("ab", "midpoint"):
             raise UserError(f"parallel={c['parallel']} needs base='ab' or 'midpoint', not '{c['base']}'")
-        for name, most in (("sigma_scale_bound", math.inf), ("step_gain_bound", 1), ("state_gain_bound", 1)):
+        for name, limit in (("sigma_scale_bound", math.inf), ("step_gain_bound", 1), ("state_gain_bound", 1)):
             if c[name] is None and name == "sigma_scale_bound":
                 continue
-            if not (isinstance(c[name], int | float) and 0 < c[name] < most):
-                raise UserError(f"{name}={c[name]!r} must be a number above 0" + ("" if most > 1 else " and below 1"))
+            if not (isinstance(c[name], int | float) and 0 < c[name] < limit):
+                raise UserError(f"{name}={c[name]!r} must be a number above 0" + ("" if limit > 1 else " and below 1"))
         if c["sigmas"] is None:
             names = ("num_steps", "sigma_min", "sigma_max", "schedule_type", "schedule_rho")
             return get_schedule(**{name: c[name] for name in names})
@@ -405,7 +414,7 @@ class SpanSolver(nn.Module):
 
     def _make_rows(self) -> list[Row]:
         """All rows in the order of ``coef_offset``: per interval the points e_ik, then x_{i+1}."""
-        rows, stages, window = [], [], self.config["window"]
+        rows, stages, window = [], list[int](), self.config["window"]
 
         def add(interval, substep):
             newest = stages[-1] if stages else 0
@@ -634,19 +643,23 @@ class SpanSolver(nn.Module):
         make_cond: function from the generators of a batch to its cond; text-to-image networks need
             prompts. Default: that of the network.
 
-        For Gaussian data D = mu + v / (v + sigma^2) (x - mu). mu is the mean of D. v follows from
+        For Gaussian data D = mu + v / (v + sigma^2) (x - mu). For restoration networks x and D are
+        differences from the degraded image. mu is the mean of D. v follows from
         the slope of D against x, by least squares over all pixels; a negative slope counts as 0. At
         sigma = 80 the slope is below 1e-4, so that v hardly matters.
         """
         sigma = torch.tensor(float(self.config["sigma_max"]), dtype=torch.float64)
         device = next(net.parameters(), torch.empty(0)).device
         make_cond = partial(draw_condition, net) if make_cond is None else make_cond
-        total, images = {"x": 0.0, "d": 0.0, "xd": 0.0, "xx": 0.0}, 0
+        total: dict[str, Any] = {"x": 0.0, "d": 0.0, "xd": 0.0, "xx": 0.0}
+        images = 0
         for start in range(0, calls, batch):
             generators = SeededGenerators(range(seed + start, seed + min(start + batch, calls)))
-            x = draw_noise(net, generators).to(device) * float(sigma)
-            denoised = net(x, sigma.to(x), **make_cond(generators))
-            x, denoised = (value.to("cpu", torch.float64) for value in (x, denoised))
+            noise = draw_noise(net, generators).to(device)
+            cond = make_cond(generators)
+            x, prior = initial_state(net, noise, float(sigma), cond), member(net, "prior_mean")(**cond)
+            denoised = net(x, sigma.to(x), **cond)
+            x, denoised = ((value - prior).to("cpu", torch.float64) for value in (x, denoised))
             for name, value in (("x", x), ("d", denoised), ("xd", x * denoised), ("xx", x * x)):
                 total[name] = total[name] + value.sum(0)
             images += len(x)
@@ -681,7 +694,8 @@ class SpanSolver(nn.Module):
     @property
     def afs(self) -> bool | str:
         """The first step as a value of the option afs: False, True (mean zero) or "gaussian"."""
-        return {"none": False, "zero": True, "gaussian": "gaussian"}[self.config["first_step"]]
+        values: dict[str, bool | str] = {"none": False, "zero": True, "gaussian": "gaussian"}
+        return values[self.config["first_step"]]
 
     def sample(self, net, latents, **options):
         """Images [B,C,H,W] from unit-variance noise; options: of ``solvers.sample``."""

@@ -112,8 +112,8 @@ class UniPC(DPMSolverPP):
         z, *places = (torch.as_tensor(value, dtype=torch.float64) for value in (z, *places))
         if fixed:
             return [0.5 * (z if self.variant == "bh1" else torch.expm1(z)) / places[0]]
-        count, places = len(places), torch.stack(places)
+        count, nodes = len(places), torch.stack(places)
         # int_0^1 z e^(z (1 - s)) s^k ds = k! z phi_{k+1}(z) is the exact result for the output s^k.
         moments = [math.factorial(k) * z * phi for k, phi in enumerate(phi_functions(z, count + 1))][1:]
-        powers = torch.stack([places**k for k in range(1, count + 1)])
+        powers = torch.stack([nodes**k for k in range(1, count + 1)])
         return list(torch.linalg.solve(powers, torch.stack(moments)))

@@ -22,10 +22,9 @@ PATIENCE = 120  # seconds, on a busy machine
 
 def find_programs() -> tuple[str, str] | None:
     """(Chromium, chromedriver), or None if one of them is not installed."""
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    names = ("google-chrome", "chrome", "chromium", "chromium-browser")  # chromedriver is often that of the first
     browser = next(filter(None, map(shutil.which, names)), None)
-    places = os.pathsep.join([os.environ.get("CHROMEWEBDRIVER", ""), os.environ.get("PATH", "")])
-    driver = shutil.which("chromedriver", path=places)
+    driver = shutil.which("chromedriver", path=os.environ.get("CHROMEWEBDRIVER")) or shutil.which("chromedriver")
     return (browser, driver) if browser and driver else None
 
 
@@ -96,7 +95,14 @@ class Browser:
         )
 
     def open(self, path: Path) -> None:
+        """Loads a page, also one that is open, and waits for it."""
+        self._post("url", {"url": "about:blank"})
         self._post("url", {"url": path.as_uri()})
+        limit = time.monotonic() + PATIENCE
+        while self.run("return [location.href, document.readyState]") != [path.as_uri(), "complete"]:
+            if time.monotonic() > limit:
+                raise TimeoutError(f"{path} does not load")
+            time.sleep(0.05)
 
     def run(self, script: str, *arguments):
         """What a JavaScript function body returns."""

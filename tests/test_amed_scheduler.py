@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner
 from latent_nets import relative_error
 from PIL import Image
+from pretend_device import PretendedDevice
 
 from models.diffusers import load_diffusers
 from solvers import SOLVERS, resolve_sigmas, sample
@@ -123,6 +124,34 @@ def test_stable_diffusion(solver, afs, time_only):
     times = torch.stack([call.float().mean() for call in calls[: len(scheduler)]])
     assert torch.allclose(times, scheduler.timesteps)
     assert (times[1:] < times[:-1]).all()
+
+
+@pytest.mark.parametrize(
+    "solver, kind, per_sample", [("amed", "sd", True), ("dpmpp", "sd", False), ("euler", "flux", True)]
+)
+def test_a_pipeline_does_not_wait_for_the_scheduler(solver, kind, per_sample):
+    """It waits once in a call, for the guidance rate, which it compares with the trained one."""
+    folder = pipeline_folder(kind, **({"guidance": True} if kind == "flux" else {}))
+    predictor = make_predictor(solver, afs=True, guidance_type="cfg", guidance_rate=RATE)
+    net = load_diffusers(folder, guidance_rate=RATE)
+    with PretendedDevice("cuda", Path(__file__).resolve().parents[1]) as gpu:
+        net.pipeline.to("cuda")
+        network = net.pipeline.unet if kind == "sd" else net.pipeline.transformer
+        scheduler = AMEDScheduler(predictor, net.pipeline.scheduler.config, network if per_sample else None)
+        noise = noise_like(net)
+        noise = net.pipeline._pack_latents(noise, 2, 4, SIZE, SIZE) if kind == "flux" else noise
+        size = {"height": 2 * SIZE, "width": 2 * SIZE} if kind == "flux" else {}
+        found = []
+        for _ in range(2):
+            gpu.clear()
+            found.append(run_pipeline(net, scheduler, noise.to("cuda"), **size).cpu())
+            waits = {line: count for (_, line), count in gpu.waits.items() if line != "elsewhere"}
+            assert sum(waits.values()) <= 1, waits
+    net = load_diffusers(folder, guidance_rate=RATE)
+    network = net.pipeline.unet if kind == "sd" else net.pipeline.transformer
+    scheduler = AMEDScheduler(predictor, net.pipeline.scheduler.config, network if per_sample else None)
+    expected = run_pipeline(net, scheduler, noise, **size)
+    assert all(relative_error(images, expected) < TOLERANCE for images in found)
 
 
 def test_without_guidance_and_with_other_predictions():

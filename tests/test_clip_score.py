@@ -5,6 +5,7 @@ import fnmatch
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -17,12 +18,13 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 from ports import reserve_port
+from pretend_device import PretendedDevice
 from safetensors.torch import load_file, save_file
 
 import clip_score
-from evaluation import clip
+from evaluation import clip, reading
 from evaluation.clip import ClipNetwork
-from evaluation.clip_score import calculate_clip_score, pair_by_seed
+from evaluation.clip_score import calculate_clip_score, image_similarities, pair_by_seed
 from torch_utils.errors import MissingExtra, UserError
 from torch_utils.images import ImageSource
 from torch_utils.prompts import read_prompts, seed_of
@@ -185,6 +187,30 @@ def check_part(path: Path, cosines: np.ndarray) -> None:
 
 
 needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+
+
+def test_a_batch_waits_for_the_device_once(model, images, cosines, monkeypatch):
+    """Images come from pinned memory, and the next batch is started before a result is read."""
+    monkeypatch.setattr(reading, "choose_workers", lambda *_: 0)  # threads: processes do not know the pretended device
+    source = ImageSource(images, uniform=False)
+    with PretendedDevice("cuda", ROOT) as gpu:
+        network = ClipNetwork(model, "cuda")
+        own = network.start
+        monkeypatch.setattr(network, "start", lambda *inputs: gpu.note("start") or own(*inputs))
+        gpu.clear()
+        found = image_similarities(source, range(7), CAPTIONS, network, 3)
+    np.testing.assert_allclose(found, np.diag(cosines), atol=1e-4)
+    assert sum(gpu.waits.values()) == 3, gpu.waits
+    assert [what for what in gpu.order if what != "record"] == ["start", "start", "wait", "start", "wait", "wait"]
+
+
+def test_images_are_prepared_in_other_processes(model, images):
+    """What the workers get holds no network."""
+    network = ClipNetwork(model)
+    prepared = pickle.loads(pickle.dumps(network.prepare))
+    picture = ImageSource(images, uniform=False).read(1)
+    np.testing.assert_array_equal(prepared(picture), network.prepare(picture))
+    assert len(pickle.dumps(prepared)) < 10_000
 
 
 @needs_fork
@@ -471,7 +497,7 @@ def test_too_large_a_batch_is_one_line(model, images, prompts, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    monkeypatch.setattr(ClipNetwork, "similarity", full)
+    monkeypatch.setattr(ClipNetwork, "start", full)
     code, _, stderr = run(f"--images={images}", f"--prompts={prompts}", f"--model={model}", "--batch=5")
     assert code == 2 and "Error: cpu is out of memory: lower --batch (now 5)" in stderr
 

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,17 +12,19 @@ from test_execution import tiny_network, watched
 
 from models import create_model
 from models.compile import choose_backends, choose_dtype, prepare_network
-from models.denoiser import Denoiser
+from models.denoiser import Denoiser, read_bottleneck
 from models.diffusers import _first_stage_dtype
 from sampling.generate import generate_fitting
-from solvers.sampler import Sampler
+from solvers.sampler import Sampler, sample
 from solvers.solver import Point, make_solver
+from solvers.span_table import SpanSolver
 from tools.model_statistics import Derivative
 from torch_utils import distributed
 from torch_utils.errors import UserError
 from torch_utils.memory import is_out_of_memory
 from torch_utils.transfer import one_ahead
 from training.amed_trainer import Distiller
+from training.predictor import AMEDPredictor
 from training.sample_loss import PairLoss
 from training.trainer import loss_scale_of
 
@@ -204,6 +207,91 @@ def test_the_search_for_a_batch_forgets_compiled_sizes(monkeypatch):
     settings = {"solver": "euler", "num_steps": 3, "sigma_min": net.sigma_min, "sigma_max": net.sigma_max}
     batches = list(generate_fitting(net, range(5), device=torch.device("cpu"), **settings))
     assert [len(batch.seeds) for batch in batches] == [2, 2, 1] and max(rows) == 5
+
+
+class Recorded:
+    """What a CUDA graph does: its results lie in the same memory in every call."""
+
+    def __init__(self, function):
+        self.function, self.memory, self.inputs = function, {}, set()
+
+    def __call__(self, *inputs):
+        leaves = torch.utils._pytree.tree_leaves(inputs)
+        assert all(isinstance(value, OnDevice) for value in leaves if value is not None)
+        self.inputs.add(
+            tuple((tuple(value.shape), value.stride(), value.dtype) for value in leaves if value is not None)
+        )
+        found = self.function(*inputs)
+        kept = self.memory.setdefault(len(inputs[0]), [value.clone() for value in found])
+        return tuple(memory.copy_(value) for memory, value in zip(kept, found, strict=True))
+
+    def begin(self):
+        """A new step: what earlier ones have returned is lost."""
+        for value in sum(self.memory.values(), []):
+            value.fill_(float("nan"))
+
+
+GRAPHS = {
+    "ipndm": lambda: {"solver": "ipndm", "num_steps": 6},
+    "unipc": lambda: {"solver": "unipc", "num_steps": 6},
+    "amed": lambda: {"predictor": AMEDPredictor(num_steps=4, scale_dir=0.2, scale_time=0.2)},
+    "span": lambda: {"predictor": SpanSolver.preset("full", num_steps=5, first_step="zero")},
+    "span parallel": lambda: {"predictor": SpanSolver.preset("full", num_steps=4, first_step="zero", parallel=2)},
+}
+
+
+def arguments_of(case):
+    torch.manual_seed(0)
+    return GRAPHS[case]()
+
+
+@pytest.mark.parametrize("case", GRAPHS)
+@torch.no_grad()
+def test_solvers_run_on_cuda_graphs(case, monkeypatch):
+    """Solvers remember evaluations, and the next replay of a graph overwrites its results."""
+    plain = tiny_network("edm_song_uncond")[0]
+    noise = torch.randn(3, 3, plain.img_resolution, plain.img_resolution, generator=torch.Generator().manual_seed(0))
+    expected = sample(plain, noise, **arguments_of(case))
+    with PretendedDevice("cuda") as gpu:
+        net = prepare_network(tiny_network("edm_song_uncond")[0].to("cuda"), compile_mode="reduce-overhead")
+        net.compiled.graph = graph = Recorded(net.compiled._both)
+        monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", graph.begin)
+        arguments = arguments_of(case)
+        if "predictor" in arguments:
+            arguments["predictor"].to("cuda")
+        gpu.clear()
+        found = sample(net, noise.to("cuda"), **arguments)
+        sample(net, noise.flip(0).to("cuda"), **arguments)  # the next batch, which is started before this one is read
+        assert len(graph.inputs) == len(graph.memory) <= 2  # a graph for each number of points, and no other
+        found = found.cpu()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_images_and_bottlenecks_of_cuda_graphs_are_kept(monkeypatch):
+    plain, _, io = tiny_network("edm_song_uncond")
+    results = []
+    with PretendedDevice("cuda"):
+        net = prepare_network(tiny_network("edm_song_uncond")[0].to("cuda"), compile_mode="reduce-overhead")
+        net.compiled.graph = graph = Recorded(net.compiled._both)
+        monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", graph.begin)
+        for network, kind in ((plain, "cpu"), (net, "cuda")):
+            x = io["x__2"].to(kind)
+            with read_bottleneck(network) as reader:
+                kept = [(network(x, torch.tensor(sigma)), reader.read(len(x))) for sigma in (2.0, 0.5)]
+            results.append([value.cpu() for pair in kept for value in pair])
+        assert len(graph.inputs) == 1  # whatever the noise level is
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "mps"])
+def test_cuda_graphs_are_refused_elsewhere(kind):
+    with PretendedDevice("mps") if kind == "mps" else nullcontext():
+        net = tiny_network("edm_song_uncond")[0].to(kind)
+        with pytest.raises(UserError, match=f"records CUDA graphs, and the device is {kind}: use --compile=default"):
+            prepare_network(net, compile_mode="reduce-overhead")
+        assert net.compiled is None
 
 
 def test_compilation_does_not_change_the_loss_of_features():

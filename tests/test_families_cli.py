@@ -512,6 +512,26 @@ def test_everything_that_makes_the_network_is_in_its_hash(files, tmp_path):
     assert digest() != plain
 
 
+def test_precision_of_a_pipeline(tmp_path):
+    """Weights in bf16 give nearly the images of float32; auto is float32 on the CPU."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    flags = ["--dataset_name=diffusers", f"--model_path={pipeline_folder('sd')}", "--prompt=a b", "--solver=dpmpp"]
+    flags += ["--thresholding=False", "--num_steps=4", "--seeds=0-1", "--device=cpu"]
+    found = {}
+    for dtype in ("fp32", "bf16", "auto"):
+        call(sample_cli.main, *flags, f"--dtype={dtype}", "--outdir", tmp_path / dtype)
+        found[dtype] = np.stack([image for _, image in sorted(pictures(tmp_path / dtype).items())])
+        settings = json.loads((tmp_path / dtype / "sampling.json").read_text())["settings"]
+        assert settings.get("dtype", "fp32") == dtype
+    assert (found["auto"] == found["fp32"]).all()
+    difference = abs(found["bf16"] - found["fp32"])
+    assert 0 < difference.mean() < 0.05 * found["fp32"].std()
+    assert "use --amp=bf16" in call(
+        sample_cli.main, "--dataset_name=digits", "--solver=euler", "--dtype=bf16", ok=False
+    )
+
+
 def test_diffusers_pipelines(files, tmp_path):
     """An unconditional one and a Stable Diffusion one, through both command lines."""
     pytest.importorskip("diffusers")

@@ -1,4 +1,4 @@
-"""The commands and snippets of docs/diffusers.md, docs/comfyui.md and docs/sharing.md run."""
+"""The commands and snippets of the pages about other people's programs run."""
 
 import json
 import re
@@ -12,7 +12,10 @@ from click.testing import CliRunner
 from test_k_sampler import span
 from toy import ToyNet
 
+import fid as fid_command
 import sample as sample_command
+import train as train_command
+from evaluation.fid import METRICS
 from tools import export, share
 from training import checkpoint
 from training.checkpoint import find_predictor, save_predictor
@@ -93,3 +96,35 @@ def test_diffusers(tmp_path, monkeypatch):
         scope["pipe"].register_to_config(requires_safety_checker=False)
         exec(saving, scope)
     assert len(scope["scheduler"]) == len(scope["pipe"].scheduler) == 6
+
+
+def test_measuring(tmp_path, monkeypatch):
+    """Thirty images instead of a thousand; measured while sampling and from the folder."""
+    monkeypatch.chdir(tmp_path)
+    (lines,) = blocks("measuring.md", "sh")
+    alone, real, while_sampling, calc, inspect = lines.replace("999", "029").replace("=18", "=3").strip().splitlines()
+    assert "ref=digits" in run(sample_command.main, alone + " --device=cpu", "python sample.py")
+    run(sample_command.main, real + " --device=cpu", "python sample.py")
+    found = [
+        [
+            line
+            for line in run(command, f"{line} --device=cpu", f"python {script}").splitlines()
+            if "sampled" not in line
+        ]
+        for command, line, script in (
+            (sample_command.main, while_sampling, "sample.py"),
+            (fid_command.main, calc, "fid.py"),
+        )
+    ]
+    measures = [[line for line in lines if line.split()[0] in ("FID", *METRICS)] for lines in found]
+    assert measures[0] == measures[1] and len(measures[0]) == len(METRICS)
+    assert "30 images" in run(fid_command.main, inspect, "python fid.py")
+
+
+def test_watching(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (lines,) = blocks("watching.md", "sh")
+    command, tensorboard = lines.replace("--total_kimg=1", "--total_kimg=0.008").replace("=16", "=4").splitlines()
+    run(train_command.main, command + " --device=cpu", "python train.py")
+    assert tensorboard.removeprefix("tensorboard --logdir=") == "exps"
+    assert len([*Path("exps").glob("00000-*/events.out.tfevents.*")]) == 1

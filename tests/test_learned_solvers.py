@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -170,6 +171,16 @@ def test_earlier_rows_are_marked_and_not_mixed_with_those_of_today():
     assert "**" not in "\n".join(report_learned_solvers.main_table(rows, "fid", 2))
     alone = [row_of("full", value=3.0), row_of("gs", value=4.0, groups=False)]
     assert "**" not in "\n".join(report_learned_solvers.main_table(alone, "fid", 2))
+
+
+def test_the_page_has_the_differences_of_the_tables():
+    rows = [row_of("full", value=3.0), row_of("ld3", value=2.5), row_of("gs", value=1.0, groups=False)]
+    text = report_learned_solvers.html_page({"digits": rows})
+    stored = json.loads(re.search(r'<script type="application/json">(.*?)</script>', text)[1])
+    (pair,) = stored["fid"]["pairs"]
+    wanted = report_learned_solvers.difference(rows[0:1], rows[1:2], "fid")
+    assert pair[:2] == [2, 0] and pair[2] == pytest.approx(wanted.value)  # ld3, gs, full: gs has no groups
+    assert pair[3] == pytest.approx(wanted.half_width) and "1.00 †" in text and "3.00 †" not in text
 
 
 def test_the_target_compares_rows_of_as_many_images_as_the_teacher():

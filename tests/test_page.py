@@ -89,7 +89,7 @@ def test_text_is_escaped(path):
     tags = [tag for tag, _ in found.tags]
     assert not found.open and tags.count("script") == 2 and "alert" not in "".join(re.findall("<script>.*", text))
     assert found.text.count(HOSTILE) == 2 + 1 + 2 + 2  # in the table, the choice, the commands, the strips
-    assert "Samplers on <b>digits" in found.text and "a note <b>" in found.text
+    assert "Samplers on <b>digits" in found.text and "a note <b>" in found.text and report.CHOSEN in found.text
     scores = json.loads(re.search('<script type="application/json">(.*?)</script>', text)[1])
     assert list(scores) == ["fid", "pixel", "feature"]
 
@@ -107,6 +107,8 @@ def test_what_is_missing_has_no_place():
     assert "FID" not in text and "Distance (pixels) minus baseline" in text
     text = report.table_html(make_rows(["euler"], nfes=[5]))
     assert "<form" not in text  # nothing to choose
+    text = report.page_html(make_rows(["euler"]), {"dataset_name": "digits"}, [], "", "")
+    assert "Minus baseline" not in text and "<h2>Plots" not in text and "<section" not in text
     text = report.table_html(make_rows(["euler"]))
     assert 'name="nfe"' in text and 'name="baseline"' not in text and 'name="method"' not in text
     nothing = [{**row, **{score: None for score in report.SCORES}} for row in make_rows(["euler", "ipndm"])]
@@ -172,17 +174,15 @@ def test_it_fits_and_is_legible(browser, path, width, style):
     assert browser.messages() == []
 
 
-@pytest.mark.parametrize("width", [1366, 390])
-def test_forty_methods_fit(browser, tmp_path, width):
-    path = write(
-        tmp_path, make_rows([f"solver{i:02d}:option=value" for i in range(40)], nfes=(3, 5, 8)), pictures=False
-    )
+def test_forty_methods_fit(browser, tmp_path):
+    path = write(tmp_path, make_rows([f"solver{i:02d}:option=value" for i in range(40)]), pictures=False)
     assert "The same seeds" not in path.read_text(encoding="utf-8")
-    browser.show(width)
-    browser.open(path)
-    browser.run(CHOOSE, "solver07:option=value")
-    whole, _ = browser.run(WIDTHS)
-    assert whole <= width and len(browser.texts("tbody tr")) == 120
+    for width in (1366, 390):
+        browser.show(width)
+        browser.open(path)
+        browser.run(CHOOSE, "solver07:option=value")
+        whole, _ = browser.run(WIDTHS)
+        assert whole <= width and len(browser.texts("tbody tr")) == 80
     assert browser.messages() == []
 
 

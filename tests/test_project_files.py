@@ -39,10 +39,10 @@ def test_workflows():
         content = yaml.safe_load(path.read_text())
         steps = [step for job in content["jobs"].values() for step in job["steps"]]
         commands[path.name] = [step["run"] for step in steps if "run" in step]
-    assert "ruff check ." in commands["tests.yml"] and "python -m pytest -n auto" in commands["tests.yml"]
+    assert {"ruff check .", "mypy", "python -m pytest -n auto"} <= set(commands["tests.yml"])
     assert "python -m pytest -n auto -m slow" in commands["slow.yml"]
     hooks = [hook["id"] for repo in yaml.safe_load(text(".pre-commit-config.yaml"))["repos"] for hook in repo["hooks"]]
-    assert hooks == ["ruff", "ruff-format", "make-docs"]
+    assert hooks == ["ruff", "ruff-format", "mypy", "make-docs"]
     citation = yaml.safe_load(text("CITATION.cff"))
     assert citation["license"] == "Apache-2.0" and citation["preferred-citation"]["year"] == 2024
 

@@ -16,11 +16,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 import sample as cli
-from evaluation.fid import calculate_fid
+from evaluation.fid import METRICS, calculate_fid
 from models import create_model
 from sampling import settings as settings_module
 from sampling.folder import Folder, format_seeds
 from sampling.generate import generate_images
+from sampling.options import OutputOptions
 from sampling.run import write_images
 from sampling.settings import Settings
 from solvers import SOLVERS, sample
@@ -411,39 +412,53 @@ def test_compilation_is_part_of_the_record(tmp_path, monkeypatch):
     assert done.exit_code == 2 and "'fast' is not one of" in done.output
 
 
+def measured(found):
+    """The numbers of a result by name."""
+    return {"fid": found["fid"]} | {name: entry["value"] for name, entry in found["measures"].items()}
+
+
 @pytest.fixture(scope="module")
 def streamed(tmp_path_factory):
-    """(folder of images, what --fid_json wrote while they were made)"""
+    """(folder of images, its measures as --fid_json has them, flags of the measures)"""
     folder = tmp_path_factory.mktemp("streamed")
-    flags = (
-        "--fid_ref=digits",
-        "--save_images=True",
-        f"--fid_json={folder / 'fid.json'}",
-        f"--outdir={folder / 'out'}",
-    )
-    done = call_here(*EULER, "--seeds=0-79", "--batch=30", *flags)
+    call_here(*EULER, "--seeds=100-159", f"--outdir={folder / 'real'}")
+    measures = (f"--ref={folder / 'real'}", f"--metrics={','.join(METRICS)}", "--fid_detector=digits")
+    flags = ("--save_images=True", f"--fid_json={folder / 'fid.json'}", f"--outdir={folder / 'out'}")
+    done = call_here(*EULER, "--seeds=0-79", "--batch=30", *measures, *flags)
     found = json.loads((folder / "fid.json").read_text())
     assert f"FID {found['fid']:.4f} images=80 detector=digits" in done.output
-    return folder / "out", found
+    assert f"\nkid {found['measures']['kid']['value']:.6g} ± " in done.output
+    return folder / "out", found, measures
 
 
-def test_streamed_fid_is_that_of_the_files(streamed):
-    folder, found = streamed
-    expected = asdict(calculate_fid(folder, "digits"))
-    assert found["fid"] == pytest.approx(expected["fid"], rel=1e-6) and found["fid"] > 10
+def test_streamed_measures_are_those_of_the_files(streamed):
+    folder, found, _ = streamed
+    expected = asdict(calculate_fid(folder, found["ref"], metrics=METRICS, detector="digits"))
+    assert set(measured(found)) == set(METRICS) and found["fid"] > 1
+    assert measured(found) == pytest.approx(measured(expected), rel=1e-6)
+    assert found["measures"]["kid"]["spread"] == pytest.approx(expected["measures"]["kid"]["spread"], rel=1e-6)
     same = ("images", "detector", "detector_sha256", "ref", "ref_images", "seed")
     assert {name: found[name] for name in same} == {name: expected[name] for name in same}
     assert found["sampling"]["seeds"] == "0-79" and found["sampling"]["settings"]["solver"] == "euler"
+    record = json.loads((folder / "sampling.json").read_text())["measured"]
+    assert measured(record) == measured(found) and record["seeds"] == "0-79"
 
 
-def test_streamed_fid_needs_no_files(streamed, tmp_path):
-    """Nor does it depend on batches and processes."""
-    flags = ("--fid_ref=digits", "--batch=17", f"--fid_json={tmp_path / 'fid.json'}")
+def test_streamed_measures_need_no_files(streamed, tmp_path):
+    """Nor do they depend on batches and processes."""
+    flags = (*streamed[2], "--batch=17", f"--fid_json={tmp_path / 'fid.json'}")
     done = call(*EULER, "--seeds=0-79", *flags, launcher=TORCHRUN, cwd=tmp_path)
     found = json.loads((tmp_path / "fid.json").read_text())
-    assert found["fid"] == pytest.approx(streamed[1]["fid"], rel=1e-4) and found["images"] == 80
+    assert measured(found) == pytest.approx(measured(streamed[1]), rel=1e-4) and found["images"] == 80
     assert [path.name for path in tmp_path.iterdir()] == ["fid.json"]
     assert done.stdout.count("FID ") == 1 and "not written" in found["source"]
+
+
+def test_measures_against_the_reference_of_the_network(streamed):
+    done = call_here(*EULER, "--seeds=0-79", "--metrics=fid")
+    assert f"FID {calculate_fid(streamed[0], 'digits').fid:.3f}" in done.output and "ref=digits" in done.output
+    with pytest.raises(UserError, match="'custom' has no reference of its own; give --fid_ref"):
+        OutputOptions(metrics="fid").stream("custom", 80, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -452,6 +467,8 @@ def test_streamed_fid_needs_no_files(streamed, tmp_path):
         (("--fid_ref=digits", "--grid=True"), "--grid: with --fid_ref no images are written"),
         (("--fid_ref=digits", "--seeds=4"), "covariance needs at least 2"),
         (("--fid_ref=nowhere.npz",), "no such file"),
+        (("--metrics=fid", "--overwrite=True"), "--overwrite: with --metrics no images are written"),
+        (("--metrics=kid",), "--metrics=kid needs images as --ref"),
         (("--save_images=False",), "--save_images has no effect without --fid_ref"),
         (("--fid_json=x.json",), "--fid_json has no effect without --fid_ref"),
     ],

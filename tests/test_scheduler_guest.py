@@ -331,6 +331,27 @@ def test_hooks_are_there_during_a_run_only(sd):
     assert hooks(unet) == 0
 
 
+@pytest.mark.parametrize("kind", ["sd", "sd3", "flux"])
+def test_a_saved_pipeline_is_a_network(kind, tmp_path):
+    """load_diffusers reads the network and the noise of a pipeline with an AMEDScheduler."""
+    net = load_diffusers(pipeline_folder(kind), guidance_rate=RATE)
+    net.pipeline.scheduler = AMEDScheduler(make_predictor(), net.pipeline.scheduler.config)
+    if kind == "sd":
+        net.pipeline.register_to_config(requires_safety_checker=False)
+    net.pipeline.save_pretrained(tmp_path)
+    loaded = load_diffusers(tmp_path, guidance_rate=RATE)
+    assert vars(loaded.process).keys() == vars(net.process).keys()
+    assert (loaded.sigma_min, loaded.sigma_max) == (net.sigma_min, net.sigma_max)
+    x, cond = noise_like(net) * 3, net.make_cond(prompts=PROMPTS)
+    with torch.no_grad():
+        assert torch.equal(loaded(x, torch.tensor(3.0), **cond), net(x, torch.tensor(3.0), **cond))
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["scheduler"] == ["sampling.diffusers_scheduler", "AMEDScheduler"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"scheduler": ["sampling.other", "AMEDScheduler"]}))
+    with pytest.raises(UserError, match="'scheduler' is code from 'sampling.other', which is not run"):
+        load_diffusers(tmp_path)
+
+
 def test_round_trip_of_a_pipeline(sd, tmp_path):
     pipe = diffusers.StableDiffusionPipeline(**load_diffusers(pipeline_folder("sd")).pipeline.components)
     pipe.scheduler = AMEDScheduler(make_predictor(), sd.pipeline.scheduler.config)

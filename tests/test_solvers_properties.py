@@ -168,7 +168,7 @@ class RepairedDPMSolverPP(DPMSolverPP):
 
     def update(self, x, history, sigma_next, index, total, scale=1.0):
         x = super().update(x, history, sigma_next, index, total, scale)
-        (m2, s2), (m1, s1), (m0, s0) = history[-3:]
+        (m2, s2, *_), (m1, s1, *_), (m0, s0, *_) = history[-3:]
         h, h0, h1 = (s0 / sigma_next).log(), (s1 / s0).log(), (s2 / s1).log()
         second = ((m0 - m1) / h0 - (m1 - m2) / h1) * h**2 / (h0 + h1)  # half of h^2 times the second derivative
         if self.predict_x0:

@@ -260,9 +260,11 @@ WRONG = {  # flag -> (value, what the error says)
     "xflip": [("maybe", "not a valid boolean")],
     "cond": [("maybe", "not a valid boolean"), (True, "has no labels")],
     "extra_dims": [(-1, "--extra_dims"), (1.5, "--extra_dims")],
+    "condition": [("missing", "no such folder or zip file")],
     "seed": [(-1, "--seed"), (1 << 63, "--seed")],
     "snap": [(-1, "--snap"), ("nan", "finite")],
     "grid": [("maybe", "not a valid boolean")],
+    "tensorboard": [("maybe", "not a valid boolean")],
     "resume": [("maybe", "not a valid boolean"), (True, "--resume: no such file")],
     "device": [("tpu9", "--device=tpu9")],
     "init": [("a.pkl", "--init: its network sets the architecture; leave out --model_channels")],
@@ -475,7 +477,12 @@ def test_minutes_are_kept_with_the_last_grid(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(train_denoiser, "DenoiserRun", Run)
     shapes = []
-    monkeypatch.setattr(train_denoiser, "save_grid", lambda net, path, device, columns: shapes.append(columns))
+
+    def grid(net, device, columns):
+        shapes.append(columns)
+        return np.zeros((8, 8, 1), dtype=np.uint8)
+
+    monkeypatch.setattr(train_denoiser, "sample_grid", grid)
     train_denoiser.train(**settings(tmp_path, tmp_path / "run", **more))
     image = 1 / 16 * train_denoiser.GRID_CALLS / 3  # seconds, a third of a training sample for each call
     assert shapes == [int((6 / image) ** 0.5)] == [2]  # a tenth of the minute for the grid

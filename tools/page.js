@@ -1,6 +1,5 @@
 "use strict";
 const all = (root, selector) => [...root.querySelectorAll(selector)];
-const announce = (place, text) => { if (place.textContent !== text) place.textContent = text; };
 
 // A number with `digits` decimals as Python writes it, with a sign.
 const signed = (value, digits) => `${value < 0 ? "" : "+"}${value.toFixed(digits)}`.replace("-", "−");
@@ -32,7 +31,7 @@ function setUp(results) {
       cell.hidden = baseline === "";
       cell.className = "";
       cell.textContent = cell.dataset.value = "";
-      if (other === undefined || cell.previousElementSibling.dataset.value === "") continue;  // no such score
+      if (other === undefined || cell.previousElementSibling.dataset.value === "") continue; // no such score
       if (other === index) {
         cell.dataset.value = 0;
         cell.textContent = "baseline";
@@ -68,7 +67,8 @@ function setUp(results) {
   }
 
   function filter() {
-    const wanted = (form?.elements.method?.value ?? "").toLowerCase().split(",").map(part => part.trim()).filter(Boolean);
+    const typed = (form?.elements.method?.value ?? "").toLowerCase();
+    const wanted = typed.split(",").map(part => part.trim()).filter(Boolean);
     const nfes = form ? all(form, "[name=nfe]:checked").map(box => box.value) : [];
     const hides = place => (place.dataset.nfe !== undefined && nfes.length > 0 && !nfes.includes(place.dataset.nfe)) ||
       (place.dataset.method !== undefined && wanted.length > 0 &&
@@ -94,7 +94,7 @@ function setUp(results) {
     }
     if (baseline) words.push(`row minus ${baseline} at the same evaluations`);
     fit();
-    announce(status, words.join("; "));
+    status.textContent = words.join("; ");
   }
 
   for (const head of heads) {

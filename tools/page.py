@@ -193,7 +193,7 @@ def _controls(columns: dict[str, str], rows: Sequence[Row], differences: Differe
         hint = "part of a name, or several: a, b"
         name = html.escape(columns["method"])
         parts.append(f'<label>{name} <input type="search" name="method" placeholder="{hint}" size="28"></label>')
-    if len(nfes) > 1:
+    if len(nfes) > 1 and "nfe" in columns:
         boxes = "".join(f'<label><input type="checkbox" name="nfe" value="{nfe}">{nfe}</label>' for nfe in nfes)
         title = html.escape(columns["nfe"])
         parts.append(f'<span role="group" aria-label="{title}">{title} {boxes}</span>')
@@ -269,7 +269,8 @@ def strips(nfe: int, found: Sequence[Strip], seeds: Sequence[int]) -> str:
     for strip in found:
         note = f"<small>{html.escape(strip.note)}</small>" if strip.note else ""
         image = picture(_strip(strip.images), strip.name, "small" if height < 128 else "", size)
-        figures += f"<figure{_marks(strip.method, None)}><figcaption>{_breakable(strip.name)}{note}</figcaption>{image}</figure>"
+        caption = f"<figcaption>{_breakable(strip.name)}{note}</figcaption>"
+        figures += f"<figure{_marks(strip.method, None)}>{caption}{image}</figure>"
     buttons = "".join(f'<button type="button" aria-label="seed {seed}">{seed}</button>' for seed in seeds)
     look = f"--whole:{whole * enlarged}px;--phone:{phone}/{height};--count:{len(seeds)}"
     return (

@@ -295,7 +295,8 @@ def pictures_html(comparison: Comparison, jobs: list[Job], rows: list[dict]) -> 
 
 def page_html(rows: list[dict], facts: dict, notes: list[str], plots: str, pictures: str) -> str:
     """The whole page, without links to other files."""
-    listed = "".join(f"<li>{html.escape(note)}</li>" for note in [*notes, CHOSEN])
+    chosen = [CHOSEN] if len({row["method"] for row in rows}) > 1 else []
+    listed = "".join(f"<li>{html.escape(note)}</li>" for note in [*notes, *chosen])
     parts = [
         "<p>Unfold a method for its settings and its command. Choose a heading to sort.</p>",
         table_html(rows, facts.get("baseline")),

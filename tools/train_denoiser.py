@@ -20,6 +20,12 @@ other (Huang 2024, "Optimizing Few-Step Sampler"; the rounds follow its abstract
             --schedule=runs/ofs$round.json --total_kimg=100 --outdir=runs/ofs$round
         net=$(ls runs/ofs$round/network-snapshot-*.safetensors | tail -n 1)
     done
+
+--condition trains a network that restores images: from degraded images to those of --data.
+
+    python -m tools.train_denoiser --data=sharp --condition=blurred --outdir=runs/deblur
+    python sample.py --dataset_name=custom --images=more_blurred --nfe=5 \
+        --model_path=runs/deblur/network-snapshot-002000.safetensors
 """
 
 if __name__ == "__main__":
@@ -41,9 +47,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from models.denoiser import rms_of_extra
-from models.edm import EDMDenoiser, load_edm_network, save_edm_safetensors
+from models.edm import load_edm_network, make_edm, save_edm_safetensors
 from models.edm_unet import count_parameters
-from models.inputs import draw_inputs
+from models.inputs import draw_inputs, draw_noise
 from solvers import sample
 from solvers.schedule_file import Schedule, load_schedule
 from torch_utils import distributed
@@ -51,20 +57,31 @@ from torch_utils.cli import PATH, SEED, Command, Number
 from torch_utils.distributed import on_main
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of, write_json
-from torch_utils.images import ImageSource, count_classes, load_array
+from torch_utils.images import (
+    ImageSource,
+    count_classes,
+    from_uint8,
+    image_grid,
+    load_array,
+    paired,
+    save_image,
+    to_uint8,
+)
 from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom
 from torch_utils.options import COUNT, POSITIVE, REQUIRED, flag, flags, given_flags, read_flags
 from torch_utils.progress import progress_bar
-from torch_utils.seeds import stream_seeds
+from torch_utils.seeds import SeededGenerators, stream_seeds
 from torch_utils.session import session
 from torch_utils.tensor_file import write_state
 from training import run_folder
+from training.events import summary_writer
 from training.run_folder import OPTIONS_FILE
 from training.trainer import BaseRun, BaseTrainer, NotFinite
 
 STATE_FILE = "training-state.pt"
 LR, LR_OF_INIT = 2e-3, 1e-4
+LOG_EVERY = 50  # iterations between lines of statistics
 GRID_COLUMNS, GRID_STEPS = 10, 18
 GRID_CALLS = 2 * (GRID_STEPS - 1)
 ARCHITECTURES = {
@@ -88,7 +105,7 @@ ARCHITECTURES = {
 }
 
 
-def edm_loss(net, images, labels, generator, p_mean, p_std, sigma_data, levels=None, extra_dims=None):
+def edm_loss(net, images, labels, generator, p_mean, p_std, sigma_data, levels=None, extra_dims=None, mu=None):
     """Weighted denoising loss of EDM (eq. 8 and Table 1), per element [B,C,H,W].
 
     net: the denoiser.
@@ -100,6 +117,7 @@ def edm_loss(net, images, labels, generator, p_mean, p_std, sigma_data, levels=N
     levels: noise levels to draw from instead, all with the same probability. Default None.
     extra_dims: extra dimensions D of PFGM++; the noise is then Student-t with D degrees of freedom.
         Default None, Gaussian noise.
+    mu: degraded images [B,C,H,W], for a restoration network. Default None.
     """
     shape = [images.shape[0], 1, 1, 1]
     if levels is None:
@@ -112,7 +130,8 @@ def edm_loss(net, images, labels, generator, p_mean, p_std, sigma_data, levels=N
         noise = noise / rms_of_extra(torch.randn(len(images), extra_dims, generator=generator))
     noise = noise.to(images.device) * sigma
     weight = (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
-    return weight * (net(images + noise, sigma, class_labels=labels) - images) ** 2
+    cond = {"class_labels": labels} if mu is None else {"mu": mu}
+    return weight * (net(images + noise, sigma, **cond) - images) ** 2
 
 
 class Batches:
@@ -121,8 +140,8 @@ class Batches:
     Batch ``it`` depends on (seed, it, rank) only, so a resumed run sees the same batches.
     """
 
-    def __init__(self, images, labels, batch, seed, xflip):
-        self.images, self.labels = images, labels
+    def __init__(self, images, labels, batch, seed, xflip, degraded=None):
+        self.images, self.labels, self.degraded = images, labels, degraded
         self.batch, self.seed, self.xflip = batch, seed, xflip
         self._epoch, self._order = -1, None
 
@@ -137,12 +156,15 @@ class Batches:
         start = it * self.batch
         share = range(start + distributed.rank(), start + self.batch, distributed.world_size())
         index = np.array([self._index(position) for position in share])
-        images = torch.from_numpy(self.images[index]).to(device).float() / 127.5 - 1
-        if self.xflip:
-            flip = torch.rand([len(index), 1, 1, 1], generator=generator).to(device) < 0.5
-            images = torch.where(flip, images.flip(3), images)
+        flip = torch.rand([len(index), 1, 1, 1], generator=generator).to(device) < 0.5 if self.xflip else None
+
+        def read(array):
+            images = from_uint8(torch.from_numpy(array[index]).to(device))
+            return images if flip is None else torch.where(flip, images.flip(3), images)
+
         labels = None if self.labels is None else torch.from_numpy(self.labels[index]).to(device)
-        return images, labels
+        mu = None if self.degraded is None else read(self.degraded)
+        return read(self.images), labels, mu
 
 
 def load_data(path, cond, gaps=False):
@@ -170,14 +192,61 @@ def load_data(path, cond, gaps=False):
     return images, labels, torch.from_numpy(scaled_mean).float(), std
 
 
-def save_grid(net, path, device, columns=GRID_COLUMNS):
-    """A grid of columns^2 images of fixed seeds, by Heun's method."""
-    from torch_utils.images import image_grid, save_image, to_uint8
+def load_pairs(path, condition):
+    """Images and their degraded versions, uint8 [N,C,H,W] each, and statistics of the difference.
 
+    path: the images: zip or folder.
+    condition: the degraded images: zip or folder with the same names.
+
+    Returns (images, degraded, mean [C,1,1], std) of image - degraded for images in [-1, 1].
+    """
+    source, other = ImageSource(path), ImageSource(condition)
+    pairs = paired(source, other)
+    images = load_array(source)
+    if images.shape[2] != images.shape[3]:
+        raise UserError(f"{path}: images are {images.shape[3]}x{images.shape[2]}, but must be square")
+    other.expect(images.shape[1], f"as the images of {path} are")
+    if other.shape != images.shape[1:]:
+        raise UserError(
+            f"--condition={condition}: its images are {other.shape[2]}x{other.shape[1]}, those of --data"
+            f" {images.shape[3]}x{images.shape[2]}; enlarge or crop them first"
+        )
+    degraded = load_array(other)[[partner for _, partner in pairs]]
+    total, second = np.zeros(images.shape[1]), 0.0
+    for start in range(0, len(images), 4096):
+        part = slice(start, start + 4096)
+        difference = (images[part].astype(np.float64) - degraded[part]) / 127.5
+        total += difference.sum(axis=(0, 2, 3))
+        second += np.square(difference).sum()
+    mean = total * len(total) / images.size
+    std = float(np.sqrt(second / images.size - np.square(mean).mean()))
+    if std == 0:
+        raise UserError(f"--condition={condition}: its images equal those of --data; give degraded versions of them")
+    return images, degraded, torch.from_numpy(mean).float().reshape(-1, 1, 1), std
+
+
+def restored_grid(net, images, degraded, device, columns):
+    """Rows of the first images: degraded, restored by Heun's method, original; uint8 [H,W,C].
+
+    images, degraded: uint8 [N,C,H,W].
+    """
+    columns = min(columns, len(images))
+    count = columns * max(min(columns // 3, len(images) // columns), 1)
+    mu = from_uint8(degraded[:count]).to(device)
+    latents = draw_noise(net, SeededGenerators(range(count))).to(device)
+    with torch.no_grad():
+        restored = sample(net, latents, solver="heun", num_steps=GRID_STEPS, cond=net.make_cond(images=mu))
+    kinds = [to_uint8(mu), to_uint8(restored), images[:count].transpose(0, 2, 3, 1)]
+    rows = [kind[start : start + columns] for start in range(0, count, columns) for kind in kinds]
+    return image_grid(np.concatenate(rows), columns)
+
+
+def sample_grid(net, device, columns=GRID_COLUMNS):
+    """A grid of columns^2 images of fixed seeds, by Heun's method, uint8 [H,W,C]."""
     latents, cond = draw_inputs(net, range(columns * columns), device=device)
     with torch.no_grad():
         images = sample(net, latents, solver="heun", num_steps=GRID_STEPS, cond=cond)
-    save_image(image_grid(to_uint8(images), columns), path)
+    return image_grid(to_uint8(images), columns)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,6 +288,11 @@ class Options:
     """How to train, on what, and where."""
 
     data: str = flag("Training images: zip or folder", REQUIRED, PATH)
+    condition: str | None = flag(
+        "Degraded versions of the images, under the same names: trains a network that restores images",
+        kind=PATH,
+        metavar="DIR|ZIP",
+    )
     init: str | None = flag(
         "Start from this EDM network (.safetensors, .pkl), with its architecture", kind=PATH, metavar="FILE"
     )
@@ -242,13 +316,14 @@ class Options:
     seed: int = flag("Random seed of the training", 0, SEED)
     snap: float = flag("kimg between snapshots, 0 = end", 100, Number(0))
     grid: bool = flag("Sample a grid at each snapshot", True)
+    tensorboard: bool = flag("Also write event files of TensorBoard: statistics and grids", False)
     resume: bool = flag("Continue the run in --outdir", False)
 
 
 def build_network(net_config):
     """The network. UserError if its widths do not fit the groups or attention heads."""
     try:
-        return EDMDenoiser(**net_config)
+        return make_edm(**net_config)
     except UserError:
         raise
     except ValueError as error:
@@ -264,7 +339,7 @@ def load_initial(path, shape):
     """The network of --init, and the SHA-256 of its file.
 
     path: the file.
-    shape: img_resolution, img_channels and label_dim that the network must have.
+    shape: img_resolution, img_channels, label_dim and takes_images that the network must have.
 
     Raises UserError if it is not an EDM network of this shape.
     """
@@ -273,6 +348,11 @@ def load_initial(path, shape):
     except (OSError, UserError) as error:
         raise UserError(f"--init={path}: {error}") from None
     for name, wanted in shape.items():
+        if name == "takes_images" and net.takes_images != wanted:
+            raise UserError(
+                f"--init={path}: its network {'restores' if net.takes_images else 'does not restore'} images;"
+                f" {'give' if net.takes_images else 'leave out'} --condition"
+            )
         if getattr(net, name) != wanted:
             raise UserError(
                 f"--init={path}: its network has {name}={getattr(net, name)}, the images of --data {wanted}"
@@ -298,8 +378,9 @@ def evaluated_levels(net, schedule: Schedule) -> tuple[float, ...]:
     handle = net.register_forward_pre_hook(lambda module, arguments: asked.append(float(arguments[1])))
     try:
         latents = torch.zeros(1, net.img_channels, net.img_resolution, net.img_resolution, dtype=torch.float64)
-        options = schedule.solver_options
-        sample(net, latents, solver=schedule.solver, sigmas=schedule.sigmas, afs=schedule.afs, **options)
+        arguments = {"sigmas": schedule.sigmas, "afs": schedule.afs, **schedule.solver_options}
+        cond = net.make_cond(images=latents) if net.takes_images else None
+        sample(net, latents, solver=schedule.solver, cond=cond, **arguments)
     finally:
         handle.remove()
     return tuple(sorted(set(asked), reverse=True))
@@ -310,9 +391,11 @@ class DenoiserTrainer(BaseTrainer):
 
     net_config: arguments of EDMDenoiser that the images do not determine. With options.init, only
         those that replace the initial network's.
-    images, labels, data_mean, data_std: see ``load_data``.
+    images, labels, data_mean, data_std: see ``load_data``, and ``load_pairs`` for restoration.
     options: see ``Options``.
     device: where to train.
+    degraded: degraded versions of the images, uint8 [N,C,H,W], for a restoration network. Default
+        None.
 
     Attributes: ``net``, ``ema``, ``optimizer``, ``iteration`` (iterations done), ``levels``
     (trained noise levels; None: all), ``origin`` (what written networks record about init and
@@ -321,12 +404,12 @@ class DenoiserTrainer(BaseTrainer):
 
     kept = {"net": "net", "ema": "ema", "optimizer": "optimizer", "it": "iteration"}
 
-    def __init__(self, net_config, images, labels, data_mean, data_std, options, device):
+    def __init__(self, net_config, images, labels, data_mean, data_std, options, device, degraded=None):
         label_dim = 0 if labels is None else labels.shape[1]
         shape = {"img_resolution": images.shape[2], "img_channels": images.shape[1], "label_dim": label_dim}
         self.origin, initial = {}, None
         if options.init is not None:
-            initial, digest = load_initial(options.init, shape)
+            initial, digest = load_initial(options.init, {"takes_images": degraded is not None, **shape})
             self.origin["init"] = {"file": Path(options.init).name, "sha256": digest}
             ends = {"sigma_min": initial.sigma_min, "sigma_max": initial.sigma_max}
             net_config = {**initial.config, **ends, **net_config}
@@ -337,7 +420,11 @@ class DenoiserTrainer(BaseTrainer):
                 f"--batch={options.batch} must be divisible by the number of processes ({distributed.world_size()})"
             )
         self.options, self.device = options, device
-        self.batches = Batches(images, labels, options.batch, options.seed, options.xflip)
+        self.batches = Batches(images, labels, options.batch, options.seed, options.xflip, degraded)
+        if degraded is not None and initial is None:
+            # The highest noise level is to the spread of the residual as 80 is to EDM's 0.5.
+            residual = {"sigma_data": data_std, "sigma_max": min(160 * data_std, 80.0)}
+            net_config = {**net_config, "restores": True, **residual}
         torch.manual_seed(options.seed)
         self.net = build_network({**shape, **net_config})
         self.net.data_mean, self.net.data_std = data_mean, data_std
@@ -386,10 +473,11 @@ class DenoiserTrainer(BaseTrainer):
         # Dropout draws from the global generators; indices below zero keep its masks apart from the
         # noise.
         torch.manual_seed(stream_seeds(seed, -1 - index, 1)[0])
-        images, labels = self.batches.get(self.iteration, generator, self.device)
+        images, labels, mu = self.batches.get(self.iteration, generator, self.device)
         self.optimizer.zero_grad(set_to_none=True)
         sigma_data, levels = self.net.sigma_data, self.levels
-        loss = edm_loss(self._ddp, images, labels, generator, p_mean, p_std, sigma_data, levels, self.net.D).mean()
+        noise = (p_mean, p_std, sigma_data, levels, self.net.D)
+        loss = edm_loss(self._ddp, images, labels, generator, *noise, mu).mean()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         mean_loss = self._agreed(loss.detach(), norm)
@@ -479,7 +567,7 @@ class DenoiserRun(BaseRun):
             seconds if self.trainer.iteration < 3 else max(seconds, 0.9 * self._longest)
         )  # the first is slow
         bar.update(min(100 * self._fraction, 100) - bar.n)
-        if self.trainer.iteration % 50 == 0:
+        if self.trainer.iteration % LOG_EVERY == 0:
             bar.set_postfix_str(f"{self.kimg:.3g} kimg, loss {self.loss:.4f} per pixel")
             self.log.stats({"kimg": self.kimg, "loss": self.loss, "seconds": self.elapsed, "lr": self._lr})
 
@@ -495,9 +583,10 @@ class DenoiserRun(BaseRun):
         if self._saved_at != self.trainer.iteration:
             self.snapshot()
         network = shlex.quote(str(self.network_path))
+        inputs = "--grid" if self.options.condition is None else "--images=FOLDER_OF_DEGRADED_IMAGES"
         distributed.print0(
             f"trained {self.kimg:.3g} kimg in {self.elapsed / 60:.1f} min -> {network}\n"
-            f"next: python sample.py --dataset_name=custom --model_path={network} --nfe=8 --grid"
+            f"next: python sample.py --dataset_name=custom --model_path={network} --nfe=8 {inputs}"
         )
 
     @property
@@ -518,6 +607,8 @@ class DenoiserRun(BaseRun):
         meta = {"trained_kimg": kimg, "minutes": self.elapsed / 60, "data": Path(options.data).name, "loss": self.loss}
         for name in ("seed", "batch", "lr", "p_mean", "p_std", "amp", "ema_kimg", "xflip"):
             meta[name] = getattr(options, name)
+        if options.condition is not None:
+            meta["condition"] = Path(options.condition).name
         meta |= self.trainer.origin
         began = time.monotonic()
         save_edm_safetensors(self.trainer.ema, self.network_path, {"training": meta})
@@ -525,8 +616,18 @@ class DenoiserRun(BaseRun):
         write_state(self.state_path, self.trainer.state(copied=False) | more)
         self._writing = time.monotonic() - began
         if options.grid:
-            grid = self.folder / f"grid-{int(kimg):06d}.png"
-            save_grid(self.trainer.ema, grid, self.trainer.device, self._grid_columns)
+            net, device, columns, batches = (
+                self.trainer.ema,
+                self.trainer.device,
+                self._grid_columns,
+                self.trainer.batches,
+            )
+            if batches.degraded is None:
+                pixels = sample_grid(net, device, columns)
+            else:
+                pixels = restored_grid(net, batches.images, batches.degraded, device, columns)
+            save_image(pixels, self.folder / f"grid-{int(kimg):06d}.png")
+            self.log.images(lambda: pixels, kimg)
 
     def _learning_rate(self, progress):
         """Linear warm-up, and linear decay over the second half.
@@ -593,9 +694,17 @@ def train(*, net_config, device, **options):
     data, outdir, resume = settings.data, settings.outdir, settings.resume
     if settings.lr is None:
         settings = replace(settings, lr=LR if settings.init is None else LR_OF_INIT)
+    if settings.tensorboard:
+        summary_writer()
     on_main(check_folder, outdir, resume)
-    images, labels, *statistics = load_data(data, settings.cond, gaps=settings.init is not None)
-    trainer = DenoiserTrainer(net_config, images, labels, *statistics, settings, device)
+    labels = degraded = None
+    if settings.condition is None:
+        images, labels, *statistics = load_data(data, settings.cond, gaps=settings.init is not None)
+    elif settings.cond:
+        raise UserError("--condition trains a network that restores images, without classes; leave --cond out")
+    else:
+        images, degraded, *statistics = load_pairs(data, settings.condition)
+    trainer = DenoiserTrainer(net_config, images, labels, *statistics, settings, device, degraded)
     refusal = f"another command is training in {outdir}: wait until it ends, or choose another --outdir"
     with only_command(Path(outdir) / ".lock", refusal):
         on_main(check_folder, outdir, resume)  # again, since another command may have used the folder until now
@@ -607,7 +716,10 @@ def train(*, net_config, device, **options):
             on_main(write_json, Path(outdir) / OPTIONS_FILE, {**net_config, **asdict(settings), **places})
         size = f"{count_parameters(trainer.net):,} parameters, {len(images):,} images"
         distributed.print0(f"{size}, batch {settings.batch}, {outdir}")
-        with explained_oom(device, f"lower --batch (now {settings.batch})"):
+        with (
+            run.log.event_file(settings.tensorboard, run.kimg),
+            explained_oom(device, f"lower --batch (now {settings.batch})"),
+        ):
             run.loop()
 
 
@@ -623,7 +735,7 @@ def parse_ints(text, option):
 
 
 GROUPS = {
-    "Data": "data cond xflip",
+    "Data": "data cond condition xflip",
     "How long": "minutes total_kimg",
     "Network": "init | arch model_channels channel_mult num_blocks attn dropout extra_dims",
     "Training": "batch lr seed | schedule warmup_kimg ema_kimg p_mean p_std",
@@ -640,8 +752,8 @@ GROUPS = {
 def main(ctx, device, **values):
     """Trains a small EDM denoiser on a zip or folder of images.
 
-    It starts from a network with --init, and trains only at the noise levels of a schedule file
-    with --schedule.
+    It starts from a network with --init, trains only at the noise levels of a schedule file with
+    --schedule, and trains a network that restores degraded images with --condition.
     """
     given = given_flags(ctx)
     options = read_flags(Options, values, given)

@@ -100,7 +100,7 @@ def remove_leftovers(folder: str | Path) -> int:
 _CHUNK = 1 << 14  # the most that a broken connection loses
 
 
-def sha256_of(path: Path) -> str:
+def sha256_of(path: str | Path) -> str:
     """SHA-256 of a file, as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

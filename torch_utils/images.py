@@ -1,5 +1,6 @@
 """Images in folders and archives, read and written."""
 
+import hashlib
 import os
 import re
 import struct
@@ -12,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -180,6 +181,13 @@ class ImageSource:
             return f"{name}|{entry.file_size}|{entry.CRC:08x}"
         status = (self.path / name).stat()
         return f"{name}|{status.st_size}|{status.st_mtime_ns}"
+
+    def digest(self) -> str:
+        """Hash of the names and versions of all images."""
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            digest.update(f"{self.fingerprint(index)}\n".encode())
+        return digest.hexdigest()
 
     def by_seed(self) -> tuple[dict[int, int], list[str]]:
         """The index of the image of each seed, and the names that are not numbers.
@@ -382,9 +390,43 @@ def load_array(source: ImageSource | str | Path, max_images: int | None = None) 
     return array
 
 
+def paired(first: ImageSource, second: ImageSource) -> list[tuple[int, int]]:
+    """Indices of the images of two sources that have the same name, in the order of the first.
+
+    Names count with their folders, except one around all images, and without extension. Raises
+    UserError unless every image has exactly one partner.
+    """
+    found: list[dict[str, int]] = []
+    for source in (first, second):
+        names: dict[str, int] = {}
+        for index, name in enumerate(source.names):
+            stem = str(PurePosixPath(name.removeprefix(source._wrapper)).with_suffix(""))
+            if stem in names:
+                both = f"{source.names[names[stem]]} and {name}"
+                raise UserError(f"{source.path}: {both} have the same name without extension; pairs need one each")
+            names[stem] = index
+        found.append(names)
+    mine, others = found
+    for source, other, lonely in (
+        (first, second, [name for name in mine if name not in others]),
+        (second, first, [name for name in others if name not in mine]),
+    ):
+        if lonely:
+            raise UserError(
+                f"{source.path}: {len(lonely)} of {len(source)} images have no partner of the same name in"
+                f" {other.path} ({', '.join(lonely[:3])}{', ...' if len(lonely) > 3 else ''})"
+            )
+    return [(index, others[name]) for name, index in mine.items()]
+
+
 def to_pixels(images: torch.Tensor) -> torch.Tensor:
     """Images in [-1, 1] -> uint8, on the same device, rounded as in EDM and clipped."""
     return (images.detach() * 127.5 + 128).clip(0, 255).to(torch.uint8)
+
+
+def from_uint8(pixels) -> torch.Tensor:
+    """uint8 pixels, an array or tensor -> float32 tensor in [-1, 1]."""
+    return torch.as_tensor(pixels).float() / 127.5 - 1
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:

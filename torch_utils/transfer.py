@@ -1,5 +1,6 @@
 """Copies between the host and a device that let neither of them wait for the other."""
 
+import copy
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -15,6 +16,14 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     if tensor.requires_grad and torch.is_grad_enabled():
         return _Moved.apply(tensor, device)
     return _copy(tensor.detach(), device)
+
+
+def module_on(module: torch.nn.Module, device: torch.device | str) -> torch.nn.Module:
+    """The module if all of it is on this device, else a copy there, made without waiting."""
+    device = torch.empty(0, device=device).device  # with its number
+    if all(value.device == device for value in (*module.parameters(), *module.buffers())):
+        return module
+    return copy.deepcopy(module)._apply(lambda value: to_device(value.detach(), device))
 
 
 def to_pinned(value):

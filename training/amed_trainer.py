@@ -79,6 +79,9 @@ class AMEDRun(Run):
 
     columns = STATISTICS
 
+    def sample(self, latents, cond):
+        return self.trainer.predictor.sample(self.trainer.net, latents, cond=cond)
+
     def save_result(self, progress: dict) -> None:
         on_main(save_predictor, self.trainer.predictor, self.result_path, {**self.provenance, **progress})
 

@@ -12,7 +12,7 @@ from torch_utils.options import flags_of
 from training.amed_trainer import train_predictor
 from training.checkpoint import load_predictor
 from training.flags import OBJECTIVES, new_options
-from training.options import SFDOptions, SpanOptions
+from training.options import AMEDOptions, SFDOptions, SpanOptions
 from training.sfd_trainer import train_sfd
 from training.span_run import train_span
 
@@ -63,5 +63,7 @@ def distill(
         chosen = new_options(dict.fromkeys(known) | given, set(given), nfe)
         if isinstance(chosen, SFDOptions):
             return create_model(given["dataset_name"], train_sfd(chosen, device, net=net), device=device)
-        train = train_span if isinstance(chosen, SpanOptions) else train_predictor
-        return load_predictor(train(chosen, device, net=net))
+        if isinstance(chosen, SpanOptions):
+            return load_predictor(train_span(chosen, device, net=net))
+        assert isinstance(chosen, AMEDOptions)
+        return load_predictor(train_predictor(chosen, device, net=net))

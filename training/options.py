@@ -19,9 +19,11 @@ from solvers.solver import Option, check_teacher, teachers
 from solvers.span_table import BASES, GROUPS, PRESETS, SpanSolver
 from torch_utils.cli import PATH, SEED, Number
 from torch_utils.errors import UserError
+from torch_utils.images import ImageSource, load_array
 from torch_utils.kinds import check_kinds, kinds_of
 from torch_utils.memory import AUTO, BatchSize
 from torch_utils.options import COUNT, POSITIVE, REQUIRED, AFSType, SigmaList, check_options, click_type, flag
+from training.events import summary_writer
 from training.loss import make_solvers, make_teacher
 from training.predictor import DEFAULTS, AMEDPredictor, solver_settings, trainable_options
 from training.sample_loss import TERM_NAMES, DenoiserFeatures, parse_loss
@@ -89,6 +91,12 @@ class RunOptions:
         changeable=True,
         metavar="FILE",
     )
+    images: str | None = flag(
+        "Restoration networks: folder or zip of degraded images; one is drawn per sample",
+        kind=PATH,
+        changeable=True,
+        metavar="DIR|ZIP",
+    )
     tokenizer_path: str | None = flag(
         "Tokenizer of Stable Diffusion (default: from the hub)", kind=PATH, changeable=True, metavar="DIR"
     )
@@ -124,6 +132,9 @@ class RunOptions:
         "Ticks between snapshots of the predictor (default: only at the end)", kind=COUNT, changeable=True
     )
     dump: int = flag("Ticks between training states", 1, COUNT, changeable=True)
+    tensorboard: bool = flag(
+        "Also write event files of TensorBoard: statistics, and images at every snapshot", False, changeable=True
+    )
 
     def __post_init__(self):
         card = zoo.CARDS.get(self.dataset_name)
@@ -154,6 +165,8 @@ class RunOptions:
         if needed is not None:
             self.check_prompts(needed)
         check_options(self)
+        if self.tensorboard:
+            summary_writer()
         if self.batch % world_size:
             raise UserError(f"batch={self.batch} must be divisible by the number of processes ({world_size})")
         share = self.batch // world_size
@@ -176,6 +189,26 @@ class RunOptions:
         for name in ("prompt_path", "tokenizer_path"):
             if not needed and getattr(self, name) is not None:
                 raise UserError(f"--{name}: {self.dataset_name} is not a text-to-image network; leave it out")
+
+    def read_images(self, net) -> torch.Tensor | None:
+        """The degraded images, uint8 [N,C,H,W], None for networks that do not restore images.
+
+        Raises UserError if the network needs them and there are none, or the reverse, and for
+        images of another size than the network's.
+        """
+        needed = member(net, "takes_images")
+        if needed != (self.images is not None):
+            if needed:
+                raise UserError(f"{self.dataset_name} restores images: give --images, a folder of degraded images")
+            raise UserError(f"--images: {self.dataset_name} does not restore images; leave it out")
+        if not needed:
+            return None
+        source, size = ImageSource(self.images), net.img_resolution
+        source.expect(net.img_channels, "as the network needs")
+        if source.shape[1:] != (size, size):
+            found = f"{source.shape[2]}x{source.shape[1]}"
+            raise UserError(f"--images: images of {found} pixels, but this network is distilled at {size}x{size}")
+        return torch.from_numpy(load_array(source))
 
     @property
     def network_path(self) -> str | None:
@@ -392,7 +425,7 @@ class SFDOptions(StepwiseOptions):
         return self.model_path if self.teacher is None else self.teacher
 
     def check_network(self, net) -> None:
-        if not isinstance(net, EDMDenoiser):
+        if not isinstance(net, EDMDenoiser) or net.takes_images:
             raise UserError(
                 f"--objective=sfd trains EDM networks, and saves them as such; this is {type(net).__name__}"
             )

@@ -119,25 +119,27 @@ class AMEDPredictor(nn.Module):
         if self.config["scale_time"]:
             self.fc_scale_time = plain(encoded + 2 * channels, 1)
 
-    def _embed(self, t, batch, like):
-        t = torch.as_tensor(t, dtype=like.dtype).reshape(-1)
-        emb = self.map_noise(t)  # where t is: on the CPU for a schedule that needs no gradient
-        emb = emb.reshape(len(t), 2, -1).flip(1).reshape(len(t), -1)  # sines first
-        return F.silu(self.map_layer0(to_device(emb, like.device))).expand(batch, -1)
-
-    def _scale(self, name, z):
-        bound = self.config[name]
-        if not bound:
-            return torch.ones_like(z[:, :1])
-        return 1 - bound + 2 * bound * torch.sigmoid(getattr(self, f"fc_{name}")(z))
+    def _embed(self, times, like):
+        """Embeddings of the times, side by side, [1 or B, number of times * noise_channels]."""
+        times = [torch.as_tensor(t, dtype=like.dtype).reshape(-1) for t in times]
+        t = torch.stack(torch.broadcast_tensors(*times), dim=1)
+        emb = self.map_noise(t.flatten())  # where t is: on the CPU for a schedule that needs no gradient
+        emb = emb.reshape(t.numel(), 2, -1).flip(1).reshape(*t.shape, -1)  # sines first
+        return F.silu(self.map_layer0(to_device(emb, like.device))).flatten(1)
 
     def forward(self, bottleneck, t_cur, t_next):
         bottleneck = bottleneck.to(self.fc_r.weight.dtype)
         batch = bottleneck.shape[0]
         code = self.enc_layer1(F.silu(self.enc_layer0(bottleneck.flatten(1))))
-        z = torch.cat([code, self._embed(t_cur, batch, bottleneck), self._embed(t_next, batch, bottleneck)], dim=1)
-        outputs = torch.sigmoid(self.fc_r(z)), self._scale("scale_dir", z), self._scale("scale_time", z)
-        return tuple(value.reshape(-1, 1, 1, 1) for value in outputs)
+        z = torch.cat([code, self._embed((t_cur, t_next), bottleneck).expand(batch, -1)], dim=1)
+        scales = {name: bound for name in ("scale_dir", "scale_time") if (bound := self.config[name])}
+        layers = [getattr(self, f"fc_{name}") for name in ("r", *scales)]
+        r, *found = torch.sigmoid(torch.cat([layer(z) for layer in layers], dim=1)).unbind(1)
+        outputs = {"r": r}
+        for (name, bound), value in zip(scales.items(), found, strict=True):
+            outputs[name] = torch.add(torch.tensor(1 - bound, dtype=z.dtype), value, alpha=2 * bound)
+        unscaled = None if len(scales) == 2 else torch.ones_like(r)
+        return tuple(outputs.get(name, unscaled).reshape(-1, 1, 1, 1) for name in ("r", "scale_dir", "scale_time"))
 
     def sample(self, net, latents, **options):
         """Images [B,C,H,W] from unit-variance noise; options: of ``solvers.sample``."""

@@ -11,16 +11,19 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from models import create_model, use_tokenizer, zoo
 from models.compile import choose_backends, prepare_network
 from models.denoiser import member
+from models.inputs import draw_inputs
 from torch_utils import distributed
 from torch_utils.distributed import on_main
 from torch_utils.errors import UserError
 from torch_utils.files import remove_leftovers, sha256_of, write_json
+from torch_utils.images import ImageSource, image_grid, to_uint8
 from torch_utils.locks import only_command
 from torch_utils.memory import explained_oom, is_out_of_memory, release_memory
 from torch_utils.progress import progress_bar
@@ -36,6 +39,8 @@ from training.run_folder import (
     use_folder,
 )
 from training.trainer import BaseRun, BaseTrainer, NotFinite
+
+GRID_COLUMNS = 4  # of the images of a snapshot
 
 
 class Run(BaseRun):
@@ -62,6 +67,25 @@ class Run(BaseRun):
     def save_result(self, progress: dict) -> None:
         """Writes the current result to ``result_path``. progress: kimg, iteration and date."""
         raise NotImplementedError
+
+    def sample(self, latents: torch.Tensor, cond: dict) -> torch.Tensor:
+        """Images [B,C,H,W] by the current result from unit-variance noise."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def sample_grid(self) -> np.ndarray:
+        """Images of fixed seeds by the current result in a grid, uint8 [H,W,C]."""
+        trainer, seeds = self.trainer, range(GRID_COLUMNS**2)
+        images = []
+        for first in range(0, len(seeds), trainer.chunk):
+            part = seeds[first : first + trainer.chunk]
+            latents, cond = draw_inputs(trainer.net, part, trainer.prompts, device=trainer.device)
+            images.append(member(trainer.net, "decode")(self.sample(latents, cond)))
+        return image_grid(to_uint8(torch.cat(images)), GRID_COLUMNS)
+
+    def statistics(self) -> dict:
+        """Further statistics of a tick, for stats.jsonl."""
+        return {}
 
     def progress_text(self, latest: torch.Tensor) -> str:
         """Text for the progress bar. latest: smoothed statistics."""
@@ -98,7 +122,10 @@ class Run(BaseRun):
             self.log.say(f"from iteration {self.trainer.iteration} ({self.kimg:g} kimg)")
         for line in notes:
             self.log.say(line)
-        with explained_oom(self.trainer.device, f"lower --batch-gpu (now {self.trainer.chunk})"):
+        with (
+            self.log.event_file(self.options.tensorboard, self.kimg),
+            explained_oom(self.trainer.device, f"lower --batch-gpu (now {self.trainer.chunk})"),
+        ):
             self.loop()
         self.log.say(f"trained {self.result_path} NFE={self.trainer.evaluations} in {self.elapsed:.1f} s")
         return self.result_path
@@ -132,6 +159,7 @@ class Run(BaseRun):
         if done or crosses(self.options.snap):
             progress = {"kimg": self.kimg, "iteration": self.trainer.iteration, "date": date()}
             self.save_result(progress)
+            self.log.images(self.sample_grid, self.kimg)
         if done or crosses(self.options.dump):
             self.save_state()
 
@@ -141,7 +169,7 @@ class Run(BaseRun):
         means = torch.stack(self._collected).double().mean(dim=0)
         per_row = {name: means[:, column].tolist() for column, name in enumerate(self.columns)}
         pace = (now - self._tick_start) / kimg
-        record = {"kimg": self.kimg, "iteration": self.trainer.iteration, **per_row}
+        record = {"kimg": self.kimg, "iteration": self.trainer.iteration, **per_row, **self.statistics()}
         self.log.stats({**record, "sec": round(self.elapsed, 3), "sec_per_kimg": round(pace, 4)})
         means[:, 0] *= self.loss_unit
         shown = "  ".join(f"{name} {numbers(means[:, column])}" for column, name in enumerate(self.columns))
@@ -158,7 +186,7 @@ class Run(BaseRun):
             "elapsed": self.elapsed,
             "options": self.options.to_dict(),
             "network_hash": self.provenance["network_hash"],
-            "prompts_sha256": self.provenance.get("prompts_sha256"),
+            **{name: self.provenance.get(name) for name in ("prompts_sha256", "images_sha256")},
         }
         on_main(save_state, self.folder, self.nimg // 1000, {**self.trainer.state(), **more})
         self._saved_at = self.trainer.iteration
@@ -196,13 +224,20 @@ def date() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+def hash_of_pool(options: RunOptions) -> dict:
+    """Hash of the texts or images that samples draw their condition from; {} if there are none."""
+    if options.prompt_path is not None:
+        return {"prompts_sha256": sha256_of(options.prompt_path)}
+    return {} if options.images is None else {"images_sha256": ImageSource(options.images).digest()}
+
+
 def provenance_of(net, options: RunOptions, names: tuple[str, ...]) -> dict:
     """Origin of a result: network, code, and the options ``names``."""
     return {
         "dataset_name": options.dataset_name,
         "network": net.source_path if is_remote(net.source_path) else Path(net.source_path).name,
         "network_hash": net.weights_hash,
-        **({"prompts_sha256": sha256_of(options.prompt_path)} if options.prompt_path is not None else {}),
+        **hash_of_pool(options),
         "code_version": code_version(),
         "torch": torch.__version__,
         **{name: getattr(options, name) for name in names},
@@ -230,9 +265,11 @@ def check_state(options: RunOptions, state: dict, net, folder) -> None:
     """Raises UserError if a training state does not fit this network and these options."""
     if state["network_hash"] != net.weights_hash:
         raise UserError(f"{net.source_path} is not the network that {folder} was trained on (another SHA-256)")
-    prompts = sha256_of(options.prompt_path) if options.prompt_path is not None else None
-    if state.get("prompts_sha256") != prompts:
+    pool = hash_of_pool(options)
+    if state.get("prompts_sha256") != pool.get("prompts_sha256"):
         raise UserError(f"{options.prompt_path} does not hold the prompts that {folder} was trained on")
+    if state.get("images_sha256") != pool.get("images_sha256"):
+        raise UserError(f"{options.images} does not hold the images that {folder} was trained on")
     if state["iteration"] * options.batch >= options.total_kimg * 1000 - 1e-6:
         reached = f"{state['iteration'] * options.batch / 1000:g} kimg"
         raise UserError(f"{folder} has reached {reached}: to continue, pass a larger --total_kimg")
@@ -280,15 +317,15 @@ def load_network(options: RunOptions, device: torch.device, net=None):
         options.guidance_type = None
     if options.guidance_rate is None:
         options.guidance_rate = member(net, "guidance_rate") or 0.0
-    for name in ("model_path", "teacher", "prompt_path", "tokenizer_path"):
-        value = getattr(options, name, None)
+    for name in ("model_path", "teacher", "prompt_path", "tokenizer_path", "images"):
+        value = vars(options).get(name)
         if value is not None and Path(value).exists():  # otherwise it is the id of a repository
             setattr(options, name, str(Path(value).resolve()))
     return net
 
 
 def prepare(options: RunOptions, device: torch.device, net=None) -> tuple:
-    """(options, network, prompts or None): a checked copy of the options, with a seed.
+    """(options, network, prompts, images or None): a checked copy of the options, with a seed.
 
     net: the network. Default None: that of the options.
 
@@ -301,7 +338,9 @@ def prepare(options: RunOptions, device: torch.device, net=None) -> tuple:
     choose_backends(options.tf32, options.bench)
     options.prompt_path = zoo.resolve_prompts(options.prompt_path)
     prompts = None if options.prompt_path is None else list(read_prompts(options.prompt_path).values())
-    return options, load_network(options, device, net), prompts
+    net = load_network(options, device, net)
+    images = options.read_images(net)
+    return options, net, prompts if images is None else images
 
 
 def fitting_batch_gpu(probe_memory: Callable[[int], None], share: int, device) -> int:

@@ -3,7 +3,11 @@
 import json
 import math
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 from torch_utils import distributed
 from torch_utils.errors import UserError, parse_json
@@ -11,6 +15,7 @@ from torch_utils.files import atomic_path, read_json
 from torch_utils.progress import say
 from torch_utils.safe_pickle import safe_load
 from torch_utils.tensor_file import write_state
+from training.events import EventFile
 
 OPTIONS_FILE = "training_options.json"
 _STATE = re.compile(r"training-state-(\d+)\.pt")
@@ -176,11 +181,15 @@ def _value(line: bytes, key: str) -> float:
 
 
 class RunLog:
-    """log.txt and stats.jsonl of a run. Only the first process writes them."""
+    """log.txt and stats.jsonl of a run. Only the first process writes them.
+
+    Attributes: ``events``, an event file that receives the statistics as well, or None.
+    """
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.active = distributed.rank() == 0
+        self.events: EventFile | None = None
 
     def say(self, text: str) -> None:
         """Writes a line to the screen (beside the progress bar) and to the log."""
@@ -194,6 +203,29 @@ class RunLog:
 
     def stats(self, record: dict) -> None:
         self._append("stats.jsonl", json.dumps(record))
+        if self.events is not None:
+            self.events.scalars(record)
+
+    @contextmanager
+    def event_file(self, wanted: bool, kimg: float) -> Iterator[None]:
+        """Context in which an event file of TensorBoard is written, if wanted.
+
+        kimg: see ``EventFile``.
+        """
+        if not (wanted and self.active):
+            yield
+            return
+        self.events = EventFile(self.folder, kimg)
+        try:
+            yield
+        finally:
+            self.events.close()
+            self.events = None
+
+    def images(self, draw: Callable[[], np.ndarray], kimg: float) -> None:
+        """Writes a picture, uint8 [H,W,C], to the event file. Without one, it is not drawn."""
+        if self.events is not None:
+            self.events.image("samples", draw(), kimg)
 
     def rewind(self, key: str, limit: float) -> None:
         """Drops incomplete lines of stats.jsonl, and those beyond ``limit`` (for a resumed run)."""

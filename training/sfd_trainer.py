@@ -14,7 +14,7 @@ import torch
 from models.compile import convert_weights
 from models.denoiser import member
 from models.edm import EDMDenoiser, save_edm_safetensors, with_step_condition
-from solvers.sampler import afs_direction
+from solvers.sampler import afs_direction, sample
 from solvers.schedule_file import Schedule
 from torch_utils import distributed
 from torch_utils.distributed import on_main
@@ -164,6 +164,10 @@ class SFDRun(Run):
 
     columns = STATISTICS
     result_name = "network"
+
+    def sample(self, latents, cond):
+        net = self.trainer.result()
+        return sample(net, latents, num_steps=net.few_step.num_steps[-1], cond=cond)
 
     def save_result(self, progress: dict) -> None:
         more = {"provenance": {**self.provenance, **progress}}

@@ -15,7 +15,6 @@ from solvers.span_table import SpanSolver
 from torch_utils import distributed
 from torch_utils.distributed import on_main
 from torch_utils.errors import UserError
-from torch_utils.files import sha256_of
 from torch_utils.memory import AUTO, explained_oom
 from torch_utils.progress import progress_bar
 from training.checkpoint import save_predictor
@@ -24,6 +23,7 @@ from training.run import (
     Run,
     check_state,
     fitting_batch_gpu,
+    hash_of_pool,
     iterations_of,
     numbers,
     prepare,
@@ -149,6 +149,12 @@ class SpanRun(Run):
 
     columns = STATISTICS
 
+    def sample(self, latents, cond):
+        return self.trainer.best_student().sample(self.trainer.net, latents, cond=cond)
+
+    def statistics(self) -> dict:
+        return {"sigma": self.trainer.student.sigmas().tolist()}
+
     def save_result(self, progress: dict) -> None:
         trainer = self.trainer
         values = {"first": trainer.first[0], "best": trainer.best["value"], "best_iteration": trainer.best["iteration"]}
@@ -242,8 +248,7 @@ def _pairs(net, options: SpanOptions, ends, prompts, device, run_dir=None) -> Te
     more = {name: getattr(options, name) for name in ("guidance_type", "guidance_rate", "amp")}
     changed = {"tf32": options.tf32 or None, "dtype": None if options.dtype == "fp32" else options.dtype}
     more |= {name: value for name, value in changed.items() if value is not None}
-    if options.prompt_path is not None:
-        more["prompts_sha256"] = sha256_of(options.prompt_path)
+    more |= hash_of_pool(options)
     path = options.teacher_set
     if path is None:
         places = [options.outdir, *([] if run_dir is None else [Path(run_dir).parent])]

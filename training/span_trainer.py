@@ -46,6 +46,7 @@ class SpanTrainer(BaseTrainer):
 
     def __init__(self, net, student: SpanSolver, pairs: TeacherSet, options: SpanOptions, total: int, device="cpu"):
         self.net, self.student, self.pairs, self.options = net, student, pairs, options
+        self.prompts = pairs.prompts
         self.total, self.device = total, torch.device(device)
         self.split_batch(options.batch, options.batch_gpu)
         self.pair_loss = PairLoss(options.loss, net, options.feature_sigma)

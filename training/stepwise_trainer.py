@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch.utils._pytree import tree_map
 
-from models.inputs import draw_inputs
+from models.inputs import draw_inputs, initial_state
 from torch_utils import distributed
 from torch_utils.errors import UserError
 from torch_utils.seeds import stream_seeds
@@ -106,7 +106,7 @@ class StepwiseTrainer(BaseTrainer):
             key = (first, len(loss.sigmas))
             if key not in self._cached:
                 latents, cond = self._draw(first)
-                targets = loss.run_teacher(latents * loss.sigma_max, cond)
+                targets = loss.run_teacher(initial_state(self.net, latents, loss.sigma_max, cond), cond)
                 self._cached[key] = tree_map(to_pinned, (latents, cond, targets.targets, targets.cached_evals))
             latents, cond, states, evals = tree_map(self._to_device, self._cached[key])
             cached.append((latents, cond, TeacherTargets(states, evals)))
@@ -128,7 +128,7 @@ class StepwiseTrainer(BaseTrainer):
         optimizer are then as before, else as after the last good interval.
         """
         before = self.state() if self.undoes else None
-        xs = [latents * self.losses[0].sigma_max for latents, _ in micro_batches]
+        xs = [initial_state(self.net, latents, self.losses[0].sigma_max, cond) for latents, cond in micro_batches]
         conds = [cond for _, cond in micro_batches]
         if teacher_targets is None:
             teacher_targets = [loss.run_teacher(*start) for loss, *start in zip(self.losses, xs, conds, strict=True)]
@@ -186,7 +186,8 @@ class StepwiseTrainer(BaseTrainer):
         ``teacher_cache`` are kept on the host. The history of the solvers is invalid afterwards.
         """
         latents, cond = self.draw()[0]
-        x, loss = latents * self.losses[0].sigma_max, self.losses[0]
+        loss = self.losses[0]
+        x = initial_state(self.net, latents, loss.sigma_max, cond)
         teacher = loss.run_teacher(x, cond)
         held = [tree_map(torch.clone, (x, teacher.targets, teacher.cached_evals)) for _ in self.losses[1:]]
         for k, target in enumerate(teacher.targets):

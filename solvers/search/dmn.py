@@ -120,11 +120,11 @@ def dmn_sigmas(
     if initial is None:
         of_latents = "discrete" if hasattr(net, "sigma_inv") else "time_uniform"
         initial = get_schedule(num_steps, sigma_min, sigma_max, "logsnr" if kind == "pixel" else of_latents, 1, net)
-    start = check_sigmas(initial).cpu().clone()
-    if len(start) != num_steps:
-        raise UserError(f"the initial schedule has {len(start)} noise levels instead of num_steps={num_steps}")
-    start[0], start[-1] = sigma_max, sigma_min
-    start = check_sigmas(start).numpy()
+    levels = check_sigmas(initial).cpu().clone()
+    if len(levels) != num_steps:
+        raise UserError(f"the initial schedule has {len(levels)} noise levels instead of num_steps={num_steps}")
+    levels[0], levels[-1] = sigma_max, sigma_min
+    start = check_sigmas(levels).numpy()
     ends = -np.log(start[[0, -1]])
     intervals = num_steps - 1
     unit = (ends[1] - ends[0]) / intervals

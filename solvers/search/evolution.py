@@ -13,7 +13,7 @@ Two differences from the published search:
   noisy for fewer, and is usually the measure that the result is evaluated by.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -90,7 +90,7 @@ def cross(a: Genome, b: Genome, rng: np.random.Generator) -> Genome:
     """The child of two genomes of one length: the points they share, and random ones of either."""
     common = set(a) & set(b)
     others = sorted(set(a) ^ set(b))
-    chosen = rng.choice(len(others), len(a) - len(common), replace=False) if others else []
+    chosen: Iterable[int] = rng.choice(len(others), len(a) - len(common), replace=False) if others else []
     return tuple(sorted(common | {others[k] for k in chosen}))
 
 
@@ -297,6 +297,7 @@ class Objectives:
                     return
                 yield decoded
 
+        assert self.fid_fn is not None  # set for the objective fid
         value = self.fid_fn(images())
         return float("nan") if any(distributed.gather_objects(len(broken))) else value
 

@@ -7,6 +7,7 @@ any solver.
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,12 +113,13 @@ def gits_cost(
     """
     check_teacher(solver)
     settings = {**settings, "afs": afs if original_code else False, "original_code": original_code}
-    total, count = 0.0, 0
+    total: Any = 0.0
+    count = 0
     for batch in latents:
         if batch.ndim != 4:
             raise UserError(f"gits_cost: latents must be [rounds,batch,C,H,W], not [rounds,{_shape(batch)}]")
-        trajectory = teacher_trajectory(net, batch, solver, num_steps=num_steps, cond=cond, **settings)
-        total = total + len(batch) * jump_costs(*trajectory, metric)
+        states, offsets, sigmas = teacher_trajectory(net, batch, solver, num_steps=num_steps, cond=cond, **settings)
+        total = total + len(batch) * jump_costs(states, offsets, sigmas, metric)
         count += len(batch)
     if not count:
         raise UserError("gits_cost: latents must have at least one batch")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -64,8 +65,8 @@ class Problem:
     solver: str
     num_steps: int
     options: dict = field(default_factory=dict)
-    sigma_min: float | None = None
-    sigma_max: float | None = None
+    sigma_min: float = None  # type: ignore[assignment]  # the network's, see below
+    sigma_max: float = None  # type: ignore[assignment]
     afs: bool | str = False
     seed: int = 0
     batch: int = 64
@@ -125,7 +126,7 @@ class Problem:
     def noise(self, seeds: list[int]) -> tuple[torch.Tensor, dict]:
         """Unit-variance noise [B,C,H,W] and cond of these seeds, float64 if the device has it."""
         dtype = torch.float32 if torch.device(self.device).type == "mps" else torch.float64
-        more = {"labels": self.labels, "negative_prompt": self.negative_prompt}
+        more: dict[str, Any] = {"labels": self.labels, "negative_prompt": self.negative_prompt}
         latents, cond = draw_inputs(self.net, seeds, self.prompts, **more)
         return latents.to(self.device, dtype), cond
 
