@@ -144,7 +144,7 @@ def ratios(seconds: dict) -> list[list[str]]:
 @click.option("--num_images", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--num_steps", type=click.IntRange(min=2), default=6, show_default=True, help="Time steps of sampling")
 @click.option("--batch", type=click.IntRange(min=1), default=32, show_default=True, help="Batch of the distillation")
-@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--repeats", type=click.IntRange(min=1), default=4, show_default=True)
 @click.option("--compile", "compiled", is_flag=True, help="Also compiled networks, which takes minutes")
 @click.option("--only", type=click.Choice(["both", "sampling", "distillation"]), default="both", show_default=True)
 def main(dataset_name, num_images, num_steps, batch, repeats, compiled, only):

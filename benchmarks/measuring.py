@@ -3,6 +3,7 @@
 Variants run in turn, so that other load on the machine slows all of them alike.
 """
 
+import json
 import os
 import platform
 import statistics
@@ -76,3 +77,24 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 def table_line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a ``.jsonl`` file; none if it does not exist."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def measured(path: Path, key: dict, measure: Callable[[], dict]) -> None:
+    """Appends the row ``key | measure()``, with date and machine, unless it exists."""
+    if any(all(row.get(name) == value for name, value in key.items()) for row in read_rows(path)):
+        return
+    row = {**key, **measure(), "date": time.strftime("%Y-%m-%d"), "machine": describe_machine()}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
+def mean_and_error(values) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval (normal approximation)."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    return float(values.mean()), 1.96 * float(values.std()) / len(values) ** 0.5

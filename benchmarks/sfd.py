@@ -163,6 +163,8 @@ def table(dataset_name):
     """One line per method: FID of both classifiers, distance, training time, for each NFE."""
     own = [row for row in read() if row["part"] == "main" and f"--dataset_name={dataset_name} " in f"{row['command']} "]
     nfes = sorted({row["nfe"] for row in own})
+    if not nfes:
+        return "Not measured."
     rows = [*mains(dataset_name), *own]
     lines = [f"| | {' | '.join(f'{nfe} evaluations' for nfe in nfes)} |", "|---|" + "---|" * len(nfes)]
     for method in ("plain, best fid", *METHODS):

@@ -334,28 +334,36 @@ def calculate_fid(
     """
     device, ref = torch.device(device), str(ref)
     others = check_metrics(metrics, ref)
-    reference = None if holds_images(ref) else find_reference(ref)
+    reference = _open_reference(ref)
     source = ImageSource(images)
     source.check_one_run()
     source.by_seed()  # no image twice
     indices = choose_images(source, num, seed)
-    network = choose_detector(detector, reference, device, trust)
+    network = choose_detector(detector, reference if isinstance(reference, Reference) else None, device, trust)
     warn_about_count(len(indices), network)
     options = {"batch": batch, "device": device, "workers": workers, "keep": bool(others)}
-    real = None if reference is not None else _statistics_of_reference(ref, network, feature_cache, **options)
+    real = _statistics_of_reference(reference, network, feature_cache, **options)
     statistics = image_statistics(source, indices, network, feature_cache=feature_cache, **options)
     if distributed.rank() != 0:
         return None
     seed = None if len(indices) == len(source) else seed
-    return _result(statistics, reference or real, network, others, ref=ref, source=str(images), seed=seed)
+    return _result(statistics, real, network, others, ref=ref, source=str(images), seed=seed)
 
 
-def _statistics_of_reference(ref: str, network: FeatureDetector, feature_cache=None, **options) -> FeatureStatistics:
-    """The statistics of a folder or zip of reference images, with a cache file of their own."""
+def _open_reference(ref: str) -> Reference | ImageSource:
+    """Reference statistics, or reference images. Raises UserError if there are none."""
+    return ImageSource(ref) if holds_images(ref) else find_reference(ref)
+
+
+def _statistics_of_reference(
+    reference: Reference | ImageSource, network: FeatureDetector, feature_cache=None, **options
+) -> Reference | FeatureStatistics:
+    """Those of ``_open_reference``; reference images have a cache file of their own."""
+    if isinstance(reference, Reference):
+        return reference
     cache = Path(feature_cache) if feature_cache is not None else None
     cache = cache and cache.with_name(f"{cache.stem}-ref{cache.suffix}")
-    source = ImageSource(ref)
-    return image_statistics(source, range(len(source)), network, feature_cache=cache, **options)
+    return image_statistics(reference, range(len(reference)), network, feature_cache=cache, **options)
 
 
 def _result(
@@ -408,15 +416,13 @@ class StreamedFID:
         if count < 2:
             raise UserError(f"FID of {count} image is not defined: a covariance needs at least 2")
         self.others = check_metrics(metrics, ref)
-        reference = None if holds_images(ref) else find_reference(ref)
-        self.detector = choose_detector(detector, reference, device)
+        reference = _open_reference(ref)
+        self.detector = choose_detector(detector, reference if isinstance(reference, Reference) else None, device)
         self.statistics = FeatureStatistics(self.detector.feature_dim, device)
         self._kept: list[tuple[int, np.ndarray]] = []  # seeds and features
         warn_about_count(count, self.detector)
-        keep = bool(self.others)
-        self.reference = reference or _statistics_of_reference(
-            ref, self.detector, batch=batch, device=device, keep=keep
-        )
+        more = {"batch": batch, "device": device, "keep": bool(self.others)}
+        self.reference = _statistics_of_reference(reference, self.detector, **more)
 
     def append(self, pixels: torch.Tensor, seeds: Sequence[int]) -> None:
         """Add images, uint8 [B,C,H,W] on any device, of these seeds."""

@@ -5,8 +5,9 @@ x = image + sigma * noise. Solvers, distillation and evaluation use only this in
 """
 
 import inspect
+from collections.abc import Callable
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -215,6 +216,9 @@ class PreconditionedDenoiser(Denoiser):
 
 class RestorationMixin:
     """Mix-in for networks that restore images: ``forward`` takes the degraded image mu."""
+
+    img_channels: int
+    parameters: Callable[..., Any]
 
     def make_cond(self, generator=None, labels=None, images: torch.Tensor | None = None) -> dict:
         """{"mu": images}; images: degraded images [B,C,H,W] in [-1, 1], of any size."""

@@ -67,9 +67,16 @@ class _AMEDScheduler(NetworkHooks):
     _sigmas: Any
     _timesteps: Any
     _walk: Any
+    _start: Any
+    _begin_index: Any
+    _mu: Any
+    _output: Any
+    num_inference_steps: Any
     process: Any
 
-    def __init__(self, predictor=None, config=None, network=None, **settings):
+    def __init__(
+        self, predictor: Any = None, config: Any = None, network: torch.nn.Module | None = None, **settings: Any
+    ) -> None:
         super().__init__()
         if predictor is not None and not isinstance(predictor, torch.nn.Module):
             predictor = load_predictor(find_predictor(predictor))
@@ -538,7 +545,8 @@ class _AMEDScheduler(NetworkHooks):
 
     def _levels_at(self, timesteps) -> tuple[torch.Tensor, torch.Tensor]:
         """(noise levels, levels for the scale), each [B or 1], at times [B]."""
-        known, times = self._run is not None and self._begin_index is not None, [timesteps]
+        known = self._run is not None and self._begin_index is not None
+        times: Any = [timesteps]
         if not known and self._place(timesteps) is None:
             times = torch.as_tensor(timesteps).flatten().cpu()
         if known or (self._run is not None and all(self._is_now(time)[0] for time in times)):

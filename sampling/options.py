@@ -188,6 +188,8 @@ class SampleOptions:
             raise UserError("--quantize needs noise as its start, and one prompt for all images")
         if self.quantize != "none" and (self.compute.compile != "none" or self.compute.amp != "none"):
             raise UserError("--quantize replaces --compile and --amp: leave them out")
+        if self.inputs.observe is not None and self.predictor_path is not None and self.compute.compile != "none":
+            raise UserError("--observe: a compiled network hides what the predictor reads; leave --compile out")
 
     def recorded_parts(self) -> tuple:
         """Option dataclasses that the images depend on besides the settings."""

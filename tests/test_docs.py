@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 from test_layout import FLOORS
 
-from benchmarks import report_learned_solvers, report_shipped
+from benchmarks import report_learned_solvers, report_shipped, sfd
 from solvers import SCHEDULES, SOLVERS
 from tools import draw_architecture, make_docs
 from torch_utils.errors import UserError
@@ -108,10 +108,10 @@ def test_no_placeholder_is_left(name):
     assert "@@" not in (ROOT / name).read_text(encoding="utf-8")
 
 
-def test_the_tables_of_shipped_predictors_follow_from_their_files():
-    for document, parts in report_shipped.document_parts().items():
+def test_the_tables_of_results_follow_from_their_files():
+    for document, parts in [*report_shipped.document_parts().items(), (sfd.PAGE, sfd.document_parts())]:
         text = document.read_text(encoding="utf-8")
-        assert make_docs.render(text, parts) == text, "run  python -m benchmarks.report_shipped"
+        assert make_docs.render(text, parts) == text, "run  python -m benchmarks.report_shipped, or benchmarks.sfd"
 
 
 def test_links_between_documents_lead_somewhere():

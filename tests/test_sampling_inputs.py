@@ -100,6 +100,7 @@ def test_inverse_problem_from_files(tmp_path, monkeypatch):
         (["--noise_level=0.1"], "--noise_level has no effect without --observe"),
         (["--images=degraded", "--observe=sr:2", "--observations=degraded"], "give one of them"),
         (["--observe=zoom", "--observations=degraded"], "is not an operator"),
+        (["--observe=sr:2", "--observations=degraded", "--predictor_path=1", "--compile"], "leave --compile out"),
     ],
 )
 def test_what_is_wrong_is_said(flags, text, degraded, tmp_path, monkeypatch):

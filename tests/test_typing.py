@@ -10,6 +10,8 @@ import amed
 ROOT = Path(__file__).resolve().parents[1]
 
 USER = """
+from typing import Any
+
 import torch
 
 import amed
@@ -21,7 +23,7 @@ latents = torch.randn(4, net.img_channels, net.img_resolution, net.img_resolutio
 sigmas: torch.Tensor = get_schedule(5, net.sigma_min, net.sigma_max)
 images: torch.Tensor = amed.sample(net, latents, solver="heun", sigmas=sigmas)
 predictor = amed.load_predictor(amed.find_predictor("digits-span-4"))
-rows: list[dict] = amed.compare(net, solvers=["euler"], nfe=4, predictors=[predictor])
+rows: list[dict[str, Any]] = amed.compare(net, solvers=["euler"], nfe=4, predictors=[predictor])
 count: int = len(AMEDScheduler(predictor))
 """
 WRONG = {
