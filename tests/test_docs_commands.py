@@ -54,6 +54,7 @@ NOT_RUN = {
     "python -m benchmarks.report_shipped": "rewrites files of the repository; test_docs.py compares them",
     "python -m benchmarks.report_learned_solvers": "rewrites files of the repository; test_docs.py compares them",
     "python -m tools.demo": "takes minutes; test_demo.py runs its parts",
+    "python -m tools.draw_pages": "takes minutes and diffusers; it draws figures of docs/",
 }
 
 # What makes the commands small.
