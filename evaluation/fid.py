@@ -12,7 +12,7 @@ import torch
 
 from evaluation.detectors import KNOWN, FeatureDetector, is_published_inception, load_detector
 from evaluation.frechet import FeatureStatistics, Reference, frechet_distance
-from evaluation.jackknife import jackknife
+from evaluation.jackknife import interval_text, jackknife
 from evaluation.precision_recall import MANIFOLD, groups_left_out, kid_of_subsets, manifold
 from evaluation.reading import compute_statistics
 from models import zoo
@@ -62,8 +62,13 @@ class FIDResult:
         """One line per measure."""
         lines = [self.line()]
         for name, found in (self.measures or {}).items():
-            spread = "" if found["spread"] is None else f" ± {found['spread']:.2g} ({found['spread_is']})"
-            lines.append(f"{name} {found['value']:.6g}{spread}")
+            value, spread = found["value"], found["spread"]
+            if spread is None:
+                lines.append(f"{name} {value:.6g}")
+            elif name == "kid":  # unbiased, so it may be negative
+                lines.append(f"{name} {value:.6g} ± {spread:.2g} ({found['spread_is']})")
+            else:
+                lines.append(f"{name} {interval_text(value, spread, '.6g', '.2g')} ({found['spread_is']})")
         return lines
 
 

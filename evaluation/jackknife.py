@@ -35,6 +35,19 @@ class Estimate:
         return self.value + self.half_width < 0
 
 
+def interval_text(value: float, half_width: float, form: str = ".2f", form_of_width: str | None = None) -> str:
+    """The text "1.23 ± 0.05" of a score that cannot be negative.
+
+    Where the interval would reach below 0 it ends there: "0.10 (0 to 0.35)".
+
+    value, half_width: as in ``Estimate``.
+    form: format of the value. form_of_width: of the half width; default: the same.
+    """
+    if half_width > value >= 0:
+        return f"{value:{form}} (0 to {value + half_width:{form}})"
+    return f"{value:{form}} ± {half_width:{form_of_width or form}}"
+
+
 def jackknife(whole: float, left_out: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
     """Estimate a statistic from its value on all seeds and its values with one group left out.
 

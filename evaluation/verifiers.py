@@ -26,10 +26,11 @@ import torch
 
 from evaluation.clip import DEFAULT_CLIP, ClipNetwork
 from evaluation.detectors import EMBEDDED, PRETRAINED, load_classifier
+from models import zoo
 from models.denoiser import member
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
-from torch_utils.functions import find_function
+from torch_utils.functions import find_function, names_function
 
 FORMS = "classifier[:FILE], clip[:ID|DIR] or MODULE:FUNCTION"
 
@@ -87,6 +88,33 @@ class FunctionVerifier(Verifier):
         return self._function(images, seeds=seeds, classes=classes, prompts=prompts)
 
 
+def check_verifier(text: str, dataset_name: str) -> None:
+    """Raises UserError where text and the network's name tell that the verifier cannot work."""
+    kind, _, argument = text.partition(":")
+    card = zoo.find_card(dataset_name)
+    if kind == "classifier":
+        if argument and not Path(argument).is_file():
+            raise UserError(f"--verifier={text}: no such file: {argument}; give a file of tools/train_classifier.py")
+        if not argument and card is not None and card.family != "adm" and dataset_name not in EMBEDDED:
+            raise _no_classifier(text)
+    elif kind == "clip":
+        if card is not None and not card.takes_prompts:
+            raise _no_prompts(text)
+    elif not names_function(text):
+        raise UserError(f"--verifier={text[:100]}: choose {FORMS}")
+
+
+def _no_classifier(text: str) -> UserError:
+    return UserError(
+        f"--verifier={text}: there is no classifier for this network; give --verifier=classifier:FILE"
+        " (tools/train_classifier.py makes one), clip or MODULE:FUNCTION"
+    )
+
+
+def _no_prompts(text: str) -> UserError:
+    return UserError(f"--verifier={text}: this network has no prompts to compare images with; choose another verifier")
+
+
 def load_verifier(text: str, net, device: torch.device | str = "cpu") -> Verifier:
     """Load a verifier for the images of a network.
 
@@ -111,10 +139,7 @@ def _classifier(text: str, file: str, net, device) -> ClassifierVerifier:
         return ClassifierVerifier(text, net.weights_hash, lambda images: net.classify(_to_range(images, device)))
     embedded = EMBEDDED.get(member(net, "dataset_name"))
     if not file and embedded is None:
-        raise UserError(
-            f"--verifier={text}: there is no classifier for this network; give --verifier=classifier:FILE"
-            " (tools/train_classifier.py makes one), clip or MODULE:FUNCTION"
-        )
+        raise _no_classifier(text)
     path = Path(file) if file else PRETRAINED / embedded
     try:
         model, _ = load_classifier(path)
@@ -139,9 +164,7 @@ def _to_range(images: torch.Tensor, device) -> torch.Tensor:
 
 def _clip(text: str, model: str, net, device) -> ClipVerifier:
     if not member(net, "takes_prompts"):
-        raise UserError(
-            f"--verifier={text}: this network has no prompts to compare images with; choose another verifier"
-        )
+        raise _no_prompts(text)
     try:
         return ClipVerifier(text, ClipNetwork(model, device))
     except UserError as error:  # it names the flag of clip_score.py

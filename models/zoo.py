@@ -85,6 +85,10 @@ class Card:
         return self.family == "sd"
 
     @property
+    def takes_images(self) -> bool:
+        return self.family == "mr"
+
+    @property
     def folder(self) -> Path:
         """Folder of the files, relative to the working directory unless embedded."""
         return PRETRAINED if self.embedded else Path("src") / self.name

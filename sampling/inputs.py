@@ -10,6 +10,7 @@ from pathlib import PurePosixPath
 
 import torch
 
+from models import zoo
 from models.posterior import OPERATORS, Operator, Posterior, make_operator
 from torch_utils.cli import PATH, Number
 from torch_utils.errors import UserError
@@ -52,12 +53,34 @@ class InputOptions:
             if self.observe is None and name in written:
                 raise UserError(f"--{name} has no effect without --observe: leave it out")
 
+    def check_name(self, dataset_name: str) -> None:
+        """Raises UserError where the name of a network tells that the images do not fit it."""
+        card = zoo.find_card(dataset_name)
+        if card is None:
+            return
+        if card.takes_images and (self.images or self.observations) is None:
+            raise UserError(f"{dataset_name} restores images: give --images, a folder of degraded images")
+        check_kind(self.images is not None, self.observe is not None, card.takes_images)
+        if self.observe is not None and card.family in ("ldm", "sd"):
+            raise UserError(f"--observe needs a network of images: {dataset_name} samples latents")
+
     def open(self) -> "ImageInputs | None":
         """The images; None where sampling starts from noise alone."""
         path = self.images or self.observations
         if path is None:
             return None
         return ImageInputs(ImageSource(path, uniform=False), self.observe, self.noise_level, self.jacobian)
+
+
+def check_kind(degraded: bool, observed: bool, restores: bool) -> None:
+    """Raises UserError where --images or --observe is for the other kind of network.
+
+    degraded, observed: which of the flags was given. restores: the network restores images.
+    """
+    if degraded and not restores:
+        raise UserError("--images: this network does not restore images; use --observe and --observations")
+    if observed and restores:
+        raise UserError("--observe: this network restores images; give the degraded images as --images")
 
 
 class ImageInputs:
@@ -80,22 +103,22 @@ class ImageInputs:
     def __len__(self) -> int:
         return len(self.names)
 
-    def check(self, net, seeds: Sequence[int]) -> None:
-        """Raises UserError where the network, the images and the seeds do not go together."""
-        restores = net.takes_images
-        if self.observe is None and not restores:
-            raise UserError("--images: this network does not restore images; use --observe and --observations")
-        if self.observe is not None and restores:
-            raise UserError("--observe: this network restores images; give the degraded images as --images")
+    def check_seeds(self, seeds: Sequence[int]) -> None:
+        """Raises UserError for a seed without a file."""
         wrong = [seed for seed in seeds if seed >= len(self)]
         if wrong:
             raise UserError(
                 f"--seeds: file number {wrong[0]} does not exist, {self.source.path} holds {len(self)} images (0-"
                 f"{len(self) - 1})"
             )
+
+    def check(self, net) -> None:
+        """Raises UserError where the network and the images do not go together."""
+        check_kind(self.observe is None, self.observe is not None, net.takes_images)
         self.source.expect(None if self.observe else net.img_channels)
         if self.observe is not None:
             self._operator = make_operator(self.observe, net.img_channels)
+            Posterior(net, self._operator, torch.empty(0), self.noise_level, self.jacobian)  # refuses some networks
 
     def size(self, seed: int) -> tuple[int, int]:
         """(height, width) of an image."""

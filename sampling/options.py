@@ -1,6 +1,7 @@
 """The options of one run of sample.py."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import click
 import torch
@@ -17,6 +18,7 @@ from solvers.particle_search import METHODS
 from solvers.schedule_file import Schedule
 from torch_utils.cli import PATH
 from torch_utils.errors import UserError
+from torch_utils.files import check_destination
 from torch_utils.memory import BatchSize
 from torch_utils.options import ALWAYS, CHANGED, COUNT, derived, flag, names_of_written, part
 
@@ -115,7 +117,14 @@ class OutputOptions:
         return StreamedFID(self.fid_ref or dataset_name, count, self.fid_detector, device, names)
 
     def check(self, written: frozenset[str]) -> None:
-        """Raises UserError for flags without effect. written: names of the user's flags."""
+        """Raises UserError for flags without effect, and files that cannot be written.
+
+        written: names of the user's flags.
+        """
+        if self.fid_json is not None:
+            check_destination(self.fid_json, "--fid_json")
+        if self.outdir is not None and Path(self.outdir).is_file():
+            raise UserError(f"--outdir={self.outdir} is a file; choose a folder")
         if not self.measures:
             for name in ("fid_detector", "fid_json", "save_images"):
                 if getattr(self, name) not in (None, True):
@@ -171,6 +180,14 @@ class SampleOptions:
         self.search.check()
         self.inputs.check(self.written)
         self.output.check(self.written)
+        from_noise = self.inputs.images is None and self.inputs.observe is None
+        alone = self.predictor_path is None and not self.output.return_inters and from_noise
+        if self.search.along_path and not alone:
+            raise UserError(f"--search={self.search.search} works from noise, without predictor and --return_inters")
+        if self.quantize != "none" and not from_noise:
+            raise UserError("--quantize needs noise as its start, and one prompt for all images")
+        if self.quantize != "none" and (self.compute.compile != "none" or self.compute.amp != "none"):
+            raise UserError("--quantize replaces --compile and --amp: leave them out")
         if self.inputs.observe is not None and self.predictor_path is not None and self.compute.compile != "none":
             raise UserError("--observe: a compiled network hides what the predictor reads; leave --compile out")
 

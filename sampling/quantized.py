@@ -28,8 +28,6 @@ def quantized_network(net, arguments: dict, predictor=None, device: torch.device
     device: where net is. Default: that of its parameters.
     conditions: labels, prompts and negative_prompt of ``generate_images``; a single one for all.
     """
-    if net.compiled is not None or net.autocast is not None:
-        raise UserError("--quantize replaces --compile and --amp: leave them out")
     learned = None if predictor is None else {**predictor.config, "hash": _hash_tensors(predictor)}
     described = [net.weights_hash, arguments, learned, conditions, IMAGES, quantize.SAMPLES]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:16]

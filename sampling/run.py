@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from evaluation.fid import StreamedFID
-from evaluation.verifiers import Verifier, judge, load_verifier
+from evaluation.verifiers import Verifier, check_verifier, judge, load_verifier
 from sampling.folder import Folder, Place, begin_folder, default_folder, format_seeds, write_grid
 from sampling.generate import Batch, generate_fitting, generate_images, prompts_of, text_of, until_stopped
 from sampling.options import SampleOptions
@@ -199,8 +199,17 @@ def run(options: SampleOptions, device: torch.device) -> None:
     seeds = list(range(len(inputs))) if every else parse_seeds(options.seeds)
     settings, predictor, predictor_file = open_predictor(options.predictor_path, options.settings, options.written)
     compute = remembered_network(predictor_file, settings, options.compute)
+    # What is wrong for sure is noticed before anything large is loaded.
+    options.inputs.check_name(settings.dataset_name)
+    if inputs is not None:
+        inputs.check_seeds(seeds)
     options = replace(options, text=options.text.resolve(), compute=compute)
-    prompts = options.text.read(settings.dataset_name, seeds, options.compute.model_path)
+    prompts = options.text.read(settings, seeds, options.compute.model_path)
+    if options.quantize != "none" and not isinstance(prompts, str | None):
+        raise UserError("--quantize needs noise as its start, and one prompt for all images")
+    if options.search.verifier is not None:
+        check_verifier(options.search.verifier, settings.dataset_name)
+    stream = output.stream(settings.dataset_name, len(seeds), device)
     net = open_network(settings, options.compute, device, options.class_idx)
     source = None
     if predictor is None and settings.nfe is not None:
@@ -211,18 +220,14 @@ def run(options: SampleOptions, device: torch.device) -> None:
     if inputs is None and net.takes_images:
         raise UserError(f"{settings.dataset_name} restores images: give --images, a folder of degraded images")
     if inputs is not None:
-        inputs.check(net, seeds)
+        inputs.check(net)
         seeds = inputs.order(seeds)
         if output.grid and inputs.same_size(seeds) < len(seeds):
             raise UserError("--grid needs images of one size: leave it out, or choose by --seeds")
-    if options.search.along_path and (predictor is not None or output.return_inters or inputs is not None):
-        raise UserError(f"--search={options.search.search} works from noise, without predictor and --return_inters")
     if options.search.along_path and net.few_step is not None:
         raise UserError(f"--search={options.search.search} changes the steps: use the original network")
     if options.quantize != "none":
         one = {"labels": options.class_idx, "negative_prompt": options.text.negative_prompt}
-        if inputs is not None or not isinstance(prompts, str | None):
-            raise UserError("--quantize needs noise as its start, and one prompt for all images")
         net = quantized_network(net, settings.arguments(), predictor, device, prompts=prompts, **one)
     warnings = settings.warnings()
     if options.schedule is not None:
@@ -235,7 +240,6 @@ def run(options: SampleOptions, device: torch.device) -> None:
     record |= {} if source is None else {"recommended": source}
     if inputs is not None:
         record["settings"] |= inputs.record()
-    stream = output.stream(settings.dataset_name, len(seeds), device)
     nfe = settings.evaluations(net, predictor)
     inserted = predictor is not None and not SOLVERS[settings.solver].needs_predictor
     searched = None if verifier is None else candidates

@@ -138,7 +138,7 @@ def run(options: ScheduleOptions, device: torch.device) -> None:
     if dest.exists() and not options.overwrite:
         raise UserError(f"{dest} exists: choose another --dest, or --overwrite=True to replace it")
     text = options.text.resolve()
-    prompts = text.read(dataset_name, [], options.compute.model_path)
+    prompts = text.read(options.network, [], options.compute.model_path)
     net = open_network(options.network, options.compute, device, options.class_idx)
     text.prepare(net, dataset_name, prompts)
     if options.nfe is not None:

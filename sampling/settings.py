@@ -2,6 +2,7 @@
 
 import math
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import torch
 from models import create_model, zoo
 from models.compile import AUTOCAST, COMPILE_MODES, DTYPES, choose_backends, prepare_network
 from models.denoiser import member
+from models.edm import class_indices
 from sampling.flags import solver_flags, solver_option_names
 from solvers import SOLVERS, make_solver, resolve_sigmas
 from solvers.recommended import DEFAULT_NFE, recommend
-from solvers.sampler import afs_direction, check_few_step, check_predictor
+from solvers.sampler import afs_direction, check_few_step, check_predictor, check_trained
 from solvers.schedules import SCHEDULE_NAMES, SCHEDULES
 from solvers.span_table import SpanSolver
 from torch_utils import distributed
@@ -280,6 +282,15 @@ def _span_settings(student: SpanSolver, asked: Settings, written: frozenset[str]
     return replace(asked, **brought)
 
 
+@contextmanager
+def _as_flag():
+    """Turns "name=value: ..." of an error into "--name=value: ..."."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"--{error}") from None
+
+
 def settings_of(predictor, asked: Settings, written: frozenset[str] = frozenset()) -> Settings:
     """Settings that a predictor of any kind was trained for.
 
@@ -289,7 +300,14 @@ def settings_of(predictor, asked: Settings, written: frozenset[str] = frozenset(
     """
     if isinstance(predictor, SpanSolver):
         return _span_settings(predictor, asked, written)
-    return _predictor_settings(predictor.config, asked, written)
+    settings = _predictor_settings(predictor.config, asked, written)
+    used = {"solver": settings.solver, "afs": settings.afs} | settings.options
+    if predictor.config["sigmas"] is None and settings.sigmas is None:  # else check_network compares noise levels
+        names = ("num_steps", "schedule_type", "schedule_rho")[: 2 if settings.schedule_type == "logsnr" else 3]
+        used |= {name: getattr(settings, name) for name in names}
+    with _as_flag():
+        check_trained(predictor, used)
+    return settings
 
 
 def open_predictor(predictor_path: str | None, asked: Settings, written: frozenset[str]):
@@ -324,8 +342,23 @@ def remembered_network(predictor_file: Path | None, settings: Settings, compute:
     raise UserError(f"the network of {predictor_file} was {known[:200]}, which is not here: give --model_path as well")
 
 
+def check_class(dataset_name: str, model_path: str | None, class_idx: int | None) -> None:
+    """Raises UserError for a class that the network lacks, where its name alone tells this."""
+    if class_idx is None:
+        return
+    if zoo.takes_prompts(dataset_name, model_path):
+        raise UserError("this network takes prompts, not classes")
+    card = zoo.find_card(dataset_name)
+    if card is None or model_path is not None:
+        return
+    if card.label_dim == 0:
+        raise UserError(f"--class={class_idx}: {dataset_name} is unconditional: it takes no class")
+    class_indices(class_idx, 1, card.label_dim)
+
+
 def open_network(network: NetworkSettings, compute: ComputeOptions, device: torch.device, class_idx: int | None = None):
     """The network, with precision and memory format. UserError if it lacks the class."""
+    check_class(network.dataset_name, compute.model_path, class_idx)
     choose_backends(compute.tf32, compute.bench)
     net = create_model(
         network.dataset_name,
@@ -358,10 +391,8 @@ def check_network(net, settings: Settings, predictor, device: torch.device) -> N
         predictor.check_network(net)
     elif predictor is not None:
         solver, sigmas = settings.make_solver(), settings.resolve(net)
-        try:
+        with _as_flag():
             check_predictor(predictor, net, solver, sigmas, vars(settings))
-        except UserError as error:
-            raise UserError(f"--{error}") from None
     if predictor is not None:
         spent = settings.evaluations(net, predictor)
         if settings.nfe not in (None, spent):

@@ -49,18 +49,21 @@ class TextOptions:
         """These options, with the (maybe downloaded) file of a named set of captions."""
         return replace(self, prompt=zoo.resolve_prompts(self.prompt))
 
-    def read(self, dataset_name: str, seeds: list[int], model_path: str | None = None) -> str | dict[int, str] | None:
+    def read(self, network, seeds: list[int], model_path: str | None = None) -> str | dict[int, str] | None:
         """The text for all images, or the captions of a .txt or .csv file by seed.
 
-        dataset_name: the network.
+        network: its ``dataset_name`` and ``guidance_type`` (``NetworkSettings``).
         seeds: must all have a caption.
         model_path: of the network. Default: none.
         """
+        dataset_name = network.dataset_name
         wanted = zoo.takes_prompts(dataset_name, model_path)  # noticed before gigabytes are read
         if self.prompt is None and wanted:
             raise _text_is_missing(dataset_name)
         if wanted is False:
             self._refuse(dataset_name)
+        if self.negative_prompt is not None and network.guidance_type == "none":
+            raise _negative_is_idle()
         if self.prompt is None or not _is_file_of_prompts(self.prompt):
             return self.prompt
         captions = read_prompts(self.prompt)
@@ -88,7 +91,7 @@ class TextOptions:
         if prompts is None:
             raise _text_is_missing(dataset_name)
         if self.negative_prompt is not None and net.evals_per_call == 1:
-            raise UserError("--negative_prompt has no effect without classifier-free guidance; leave it out")
+            raise _negative_is_idle()
         if self.tokenizer_path is not None:
             use_tokenizer(net, self.tokenizer_path)
         seed = next(iter(prompts)) if isinstance(prompts, dict) else 0
@@ -97,3 +100,7 @@ class TextOptions:
 
 def _text_is_missing(dataset_name: str) -> UserError:
     return UserError(f"{dataset_name} needs a text: give --prompt=TEXT, or --prompt=FILE with captions (.txt or .csv)")
+
+
+def _negative_is_idle() -> UserError:
+    return UserError("--negative_prompt has no effect without classifier-free guidance; leave it out")

@@ -362,6 +362,28 @@ def _within_range(net, sigmas):
 _SCHEDULE = ("num_steps", "schedule_type", "schedule_rho", "sigma_min", "sigma_max")
 
 
+def _trained(predictor) -> dict:
+    """The settings of the training that are recorded in a predictor's file."""
+    trained = {name: predictor.config[name] for name in getattr(predictor, "stated", ())}
+    return trained | ({"solver": trained["sampler_stu"]} if "sampler_stu" in trained else {})
+
+
+def _trained_otherwise(name: str, used: Mapping, trained: Mapping) -> UserError:
+    values = [_short(values.get(name)) for values in (used, trained)]
+    return UserError(
+        f"{name}={values[0]}: the predictor was trained with {name}={values[1]} and works only with that;"
+        f" leave {name} out, or choose another predictor"
+    )
+
+
+def check_trained(predictor, used: Mapping) -> None:
+    """Raises UserError for a setting that differs from that of the predictor's training."""
+    trained = _trained(predictor)
+    for name, value in used.items():
+        if trained.get(name) is not None and value != trained[name] and not callable(value):
+            raise _trained_otherwise(name, used, trained)
+
+
 def check_predictor(predictor, net, solver: Solver, sigmas: torch.Tensor, settings: Mapping) -> None:
     """Raises UserError if the run differs from the settings that the predictor was trained with.
 
@@ -370,33 +392,21 @@ def check_predictor(predictor, net, solver: Solver, sigmas: torch.Tensor, settin
 
     Only settings recorded in the predictor's file are compared (``AMEDPredictor.stated``).
     """
-    trained = {name: predictor.config[name] for name in getattr(predictor, "stated", ())}
-    if "sampler_stu" in trained:
-        trained["solver"] = trained["sampler_stu"]
+    trained = _trained(predictor)
     used = {"solver": solver.name, "afs": settings["afs"]} | {name: getattr(solver, name) for name in solver.options}
-    different = [
-        name
-        for name, value in used.items()
-        if trained.get(name) is not None and value != trained[name] and not callable(value)
-    ]
-    if not different:
-        if trained.keys().isdisjoint((*_SCHEDULE, "sigmas")):
-            return
-        own = {name: trained.get(name, settings[name]) for name in _SCHEDULE} | {"sigmas": trained.get("sigmas")}
-        own["original_code"] = bool(trained.get("original_code"))
-        levels = resolve_sigmas(net, **own, device=sigmas.device, dtype=sigmas.dtype)
-        if len(levels) == len(sigmas) and torch.allclose(levels, sigmas.detach(), rtol=1e-6, atol=0):
-            return
-        used, trained = {name: settings[name] for name in (*_SCHEDULE, "original_code")}, predictor.config
-        if settings["sigmas"] is not None:
-            used, trained = {"sigmas": sigmas.tolist()}, {"sigmas": levels.tolist()}
-        different = [name for name, value in used.items() if value not in (None, False, trained.get(name))]
-    name = different[0]
-    values = [_short(values.get(name)) for values in (used, trained)]
-    raise UserError(
-        f"{name}={values[0]}: the predictor was trained with {name}={values[1]} and works only with that;"
-        f" leave {name} out, or choose another predictor"
-    )
+    check_trained(predictor, used)
+    if trained.keys().isdisjoint((*_SCHEDULE, "sigmas")):
+        return
+    own = {name: trained.get(name, settings[name]) for name in _SCHEDULE} | {"sigmas": trained.get("sigmas")}
+    own["original_code"] = bool(trained.get("original_code"))
+    levels = resolve_sigmas(net, **own, device=sigmas.device, dtype=sigmas.dtype)
+    if len(levels) == len(sigmas) and torch.allclose(levels, sigmas.detach(), rtol=1e-6, atol=0):
+        return
+    used, trained = {name: settings[name] for name in (*_SCHEDULE, "original_code")}, predictor.config
+    if settings["sigmas"] is not None:
+        used, trained = {"sigmas": sigmas.tolist()}, {"sigmas": levels.tolist()}
+    name = next(name for name, value in used.items() if value not in (None, False, trained.get(name)))
+    raise _trained_otherwise(name, used, trained)
 
 
 def check_few_step(net, solver: Solver, sigmas: torch.Tensor, afs, predictor=None, denoise_to_zero=False) -> None:

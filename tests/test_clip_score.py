@@ -38,11 +38,9 @@ CAPTIONS = ["a cat", "Two DOGS", "x", "the cat the cat the cat the cat", "no", "
 SIZES = [(16, 16), (40, 23), (23, 41), (100, 100), (17, 16), (16, 33), (9, 9)]  # width, height
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def write_clip(folder):
     """A folder as of transformers; large random weights give every pair its own score."""
     transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("clip")
     (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(WORDS)}))
     (folder / "merges.txt").write_text("#version: 0.2\nc a\nca t</w>\n")
     layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -64,6 +62,12 @@ def model(tmp_path_factory):
     steps = {f"do_{step}": True for step in ("resize", "center_crop", "rescale", "normalize", "convert_rgb")}
     kind = {"image_processor_type": "CLIPImageProcessor"}
     (folder / "preprocessor_config.json").write_text(json.dumps({**kind, **settings, **values, **steps}))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    write_clip(folder)
     return folder
 
 

@@ -657,7 +657,16 @@ def test_markdown_has_methods_down_and_evaluations_across(baseline):
     assert lines[2] == "| method | 2 | 3 | 4 |"
     for row in rows.values():
         (line,) = [line for line in lines[4:10] if line.startswith(f"| {row['method']} |")]
-        assert f"{row['fid']:.2f} ± {row['fid_ci95']:.2f}" in line
+        fid, width = row["fid"], row["fid_ci95"]
+        assert (f"{fid:.2f} ± {width:.2f}" if width <= fid else f"{fid:.2f} (0 to {fid + width:.2f})") in line
+
+
+def test_no_score_has_an_interval_below_zero():
+    row = make_row("few", 4, [0.1, 0.1, 0.4]) | {"fid_ci95": 0.43}
+    assert comparison_report.with_interval(row, "fid") == "0.20 (0 to 0.63)"
+    worse = make_row("more", 4, [0.4, 0.5, 0.4])
+    (changed, _) = add_differences([row, worse], "more")
+    assert comparison_report.with_interval(changed, "fid_difference", 2, "+").startswith("-0.23 ± ")
 
 
 def make_row(method, nfe, groups):

@@ -6,7 +6,9 @@ from click.testing import CliRunner
 from PIL import Image
 
 import sample as sample_cli
+import train as train_cli
 from tools import demo
+from training.checkpoint import find_predictor
 
 
 def test_the_demo_from_the_first_picture_to_the_page(tmp_path, monkeypatch):
@@ -34,3 +36,23 @@ def test_the_demo_from_the_first_picture_to_the_page(tmp_path, monkeypatch):
     assert page.count("data:image/png") == 1 + len(rows) and "python sample.py --predictor_path=digits-span-5" in page
     again = CliRunner().invoke(demo.main, [f"--outdir={tmp_path}"])
     assert "is not an earlier demo" in again.output
+
+
+def test_the_full_demo_trains_every_method(tmp_path, monkeypatch):
+    """With its own recipes, only shorter; sampling finds the results."""
+
+    def run(script, *arguments, **more):
+        small = ["--total_kimg=0.004", "--batch=4", "--device=cpu"]
+        if "--sampler_stu=span" in arguments:
+            small += ["--pairs=4", "--val_pairs=4", "--num_steps_tea=8", "--init=preset"]
+        done = CliRunner().invoke(train_cli.main, [*map(str, arguments), *small])
+        assert script == "train.py" and done.exit_code == 0, done.output
+        return 1.0
+
+    monkeypatch.setattr(demo, "run", run)
+    found = demo.train_all("digits", demo.FULL, tmp_path, {"amp": "none"})
+    assert set(found) == set(demo.LEARNED)
+    for folder, seconds, command in found.values():
+        assert (
+            find_predictor(folder).is_file() and seconds == 1 and command.startswith("python train.py --dataset_name")
+        )

@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from diffusers_pipelines import pipeline_folder
 from latent_nets import tiny_case
 from PIL import Image
 from safetensors.torch import save_file
+from small_world import adm_config, describe, write_adm, write_cm, write_latent, write_tokenizer
 
 import compare as compare_cli
 import optimize_schedule as optimize_cli
@@ -53,18 +53,6 @@ SETTINGS = {  # dataset_name -> (solver, flags of the network, flags of the sche
 EACH = [pytest.param(name, marks=TEXT if name == "ms_coco" else ()) for name in SETTINGS]
 
 
-def describe(path: Path, family: str, config: dict) -> None:
-    Path(f"{path}.json").write_text(json.dumps({"family": family, "config": config}))
-
-
-def adm_config(facts: dict) -> dict:
-    return {"model": facts["init_kwargs_model"], "classifier": facts["init_kwargs_classifier"]}
-
-
-def part(weights: dict, prefix: str) -> dict:
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
     """dataset_name -> checkpoint with its description; also "tokenizer", "captions" and "table"."""
@@ -78,22 +66,12 @@ def files(tmp_path_factory) -> dict[str, Path]:
         "captions": folder / "captions.txt",
         "table": folder / "captions.csv",
     }
-    for name in ("imagenet256", "tokenizer"):
-        (folder / {"imagenet256": "adm"}.get(name, name)).mkdir()
-    facts, weights, _ = tiny_case("cm_lsun")
-    torch.save(weights, files["lsun_bedroom"])
-    describe(files["lsun_bedroom"], "cm", facts["init_kwargs"])
-    facts, weights, _ = tiny_case("adm_guided")
-    torch.save(part(weights, "model."), files["imagenet256"])
-    torch.save(part(weights, "classifier."), folder / "adm" / "256x256_classifier.pt")
-    describe(files["imagenet256"], "adm", adm_config(facts))
-    for name, case, family in (("lsun_bedroom_ldm", "ldm_uncond_vq", "ldm"), ("ms_coco", "sd_cfg_kl", "sd")):
-        facts, weights, _ = tiny_case(case)
-        torch.save({"state_dict": weights, "global_step": 3, "callbacks": {SimpleNamespace: 1}}, files[name])
-        describe(files[name], family, facts["init_kwargs"])
-    words = ["<|startoftext|>", "<|endoftext|>", *"abcde", *(f"{letter}</w>" for letter in "abcde")]
-    (files["tokenizer"] / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}))
-    (files["tokenizer"] / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "adm").mkdir()
+    write_cm(files["lsun_bedroom"])
+    write_adm(files["imagenet256"], "256x256_classifier.pt")
+    write_latent(files["lsun_bedroom_ldm"], "ldm_uncond_vq", "ldm")
+    write_latent(files["ms_coco"], "sd_cfg_kl", "sd")
+    write_tokenizer(files["tokenizer"])
     files["captions"].write_text("a b\nc d\ne\na\n")
     files["table"].write_text("seed,caption\n5,a b\n7,c d\n")
     return files

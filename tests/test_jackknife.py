@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from evaluation.frechet import frechet_distance
-from evaluation.jackknife import jackknife
+from evaluation.jackknife import interval_text, jackknife
 
 GROUPS, FEATURES, IMAGES, REPETITIONS = 5, 8, 200, 200
 
@@ -19,6 +19,12 @@ def test_a_mean_of_equal_groups_has_the_textbook_interval():
     assert (estimate.value - estimate.half_width, estimate.value + estimate.half_width) == pytest.approx(interval)
     narrow = scipy.stats.t.interval(0.8, 4, scale=scipy.stats.sem(values))
     assert jackknife(values.mean(), left_out, 0.8).half_width == pytest.approx(narrow[1])
+
+
+def test_an_interval_of_a_score_ends_at_zero():
+    assert interval_text(1.234, 0.05) == "1.23 ± 0.05" and interval_text(0.1, 0.1) == "0.10 ± 0.10"
+    assert interval_text(0.1, 0.25) == "0.10 (0 to 0.35)"
+    assert interval_text(1.234, 0.05, ".3g", ".1g") == "1.23 ± 0.05"
 
 
 def test_the_bias_of_a_variance_is_removed():

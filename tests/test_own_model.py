@@ -347,6 +347,15 @@ def test_code_of_your_own_on_the_command_line(here):
         (["--dataset_name=custom", "--model_path=people_own_net:none"], "has no function 'none'"),
         (["--dataset_name=custom", "--model_path=people_no_net:f"], "cannot import the module 'people_no_net'"),
         (["--dataset_name=digits", "--model_path=people_own_net:raw"], "use it with --dataset_name=custom"),
+        (
+            ["--dataset_name=custom", "--model_path=people_own_net.py:raw"],
+            "write the module, not its file: --model_path=people_own_net:raw$",
+        ),
+        (["--dataset_name=custom", "--model_path=nets/own.py:raw"], "not its file: --model_path=nets.own:raw$"),
+        (
+            ["--dataset_name=custom", "--model_path=/elsewhere/own.py:raw"],
+            "not its file: --model_path=own:raw, in the folder /elsewhere$",
+        ),
         (["--dataset_name=custom"], "needs --model_path, the file of a network or MODULE:FUNCTION"),
     ],
 )

@@ -357,7 +357,11 @@ def test_analytic_step_that_the_network_cannot_take_is_said_at_once(tmp_path, mo
 def test_mistake_through_the_shell(tmp_path):
     (tmp_path / "taken").write_text("a file")
     done = call(*EULER, "--outdir", tmp_path / "taken", check=False)
-    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "cannot write" in done.stderr
+    assert (
+        done.returncode == 2
+        and len(done.stderr.strip().splitlines()) == 1
+        and "is a file; choose a folder" in done.stderr
+    )
     assert (tmp_path / "taken").read_text() == "a file"
 
 

@@ -603,7 +603,14 @@ def prepare(options: CompareOptions, device: torch.device, net=None) -> tuple[Co
     check_destination(folder / "results.csv", "--outdir")
     seeds = list(range(protocol.first, protocol.first + protocol.num))
     options = replace(options, text=options.text.resolve())
-    prompts = options.text.read(options.network.dataset_name, seeds, options.compute.model_path)
+    prompts = options.text.read(options.network, seeds, options.compute.model_path)
+    target = detector = None
+    if options.reference_name is not None:
+        target = find_reference(options.reference_name)
+    else:
+        distributed.print0("Note: no FIDs, distances only: --ref names reference statistics", file=sys.stderr)
+    if target is not None or options.detector is not None:
+        detector = choose_detector(options.detector, target, device, options.trust)
     for method in methods:
         if net is None:
             found = remembered_network(method.predictor_file, method.settings, options.compute)
@@ -619,13 +626,6 @@ def prepare(options: CompareOptions, device: torch.device, net=None) -> tuple[Co
     else:
         check_network(net, methods[0].settings, None, device)
     options.text.prepare(net, options.network.dataset_name, prompts)
-    target = detector = None
-    if options.reference_name is not None:
-        target = find_reference(options.reference_name)
-    else:
-        distributed.print0("Note: no FIDs, distances only: --ref names reference statistics", file=sys.stderr)
-    if target is not None or options.detector is not None:
-        detector = choose_detector(options.detector, target, device, options.trust)
     # As many columns as fit side by side; fewer of large images, which the page embeds.
     protocol = replace(protocol, pictured=min(protocol.num, 16, max(4, 2**16 // net.img_resolution**2)))
     comparison = Comparison(net, detector, target, protocol, options, device, prompts)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from evaluation.jackknife import CONFIDENCE
+from evaluation.jackknife import CONFIDENCE, interval_text
 from tools import page
 from tools.compare_run import SCORES, Comparison, Job, add_differences, describe_settings, difference
 from tools.page import Cell, Differences, Row, Strip
@@ -106,7 +106,8 @@ def make_notes(comparison: Comparison, rows: list[dict]) -> list[str]:
         *_fid_notes(comparison),
         f"±: half the {share}% confidence interval: Student's t with {protocol.groups - 1} degrees of freedom times the"
         f" standard error of the jackknife, which leaves out one of the {protocol.groups} groups of seeds at a time. It"
-        " covers the choice of the seeds, not the bias of the FID.",
+        " covers the choice of the seeds, not the bias of the FID. A score cannot be negative: (0 to b) is an interval"
+        " that would reach below 0, cut off there.",
         "Bold: better than every other method at the same NFE by more than the interval of the paired difference."
         + (
             f" Differences to '{baseline}': row minus baseline at the same NFE and seeds. Negative is better, bold if the"
@@ -139,11 +140,14 @@ def make_notes(comparison: Comparison, rows: list[dict]) -> list[str]:
 
 
 def with_interval(row: dict, score: str, digits: int | None = None, sign: str = "") -> str:
-    """The text "1.234 ± 0.056"; empty without such a score."""
+    """The text "1.234 ± 0.056"; empty without such a score. sign: "+" for a difference."""
     if row[score] is None:
         return ""
     digits = DIGITS[score.removesuffix("_difference")] if digits is None else digits
-    return f"{row[score]:{sign}.{digits}f} ± {row[f'{score}_ci95']:.{digits}f}"
+    value, width = row[score], row[f"{score}_ci95"]
+    if score.endswith("_difference"):  # may be negative
+        return f"{value:{sign}.{digits}f} ± {width:.{digits}f}"
+    return interval_text(value, width, f".{digits}f")
 
 
 def beats_baseline(row: dict, score: str) -> bool:
@@ -222,7 +226,8 @@ def plot(rows: list[dict], score: str) -> str:
             x, y, interval = zip(*points, strict=True)
             style = {"color": COLOURS[index % 10], "marker": "osv^D*"[index // 10 % 6]}
             style["linestyle"] = "-:"[index // 10 % 2]
-            axes.errorbar(x, y, yerr=interval, label=method, capsize=2, markersize=4, linewidth=1.2, **style)
+            below = [min(width, value) for width, value in zip(interval, y, strict=True)]  # a score is at least 0
+            axes.errorbar(x, y, yerr=(below, interval), label=method, capsize=2, markersize=4, linewidth=1.2, **style)
     if any(row[score] for row in rows):  # the distance of the reference solution to itself is zero everywhere
         axes.set_yscale("log")
     axes.set_xticks(sorted({row["nfe"] for row in rows}))

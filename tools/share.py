@@ -27,7 +27,8 @@ import numpy as np
 if not __package__:  # run as a file: the repository root is not on the path
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models.zoo import CUSTOM, DIFFUSERS, find_card
+from evaluation.jackknife import interval_text
+from models.zoo import CUSTOM, DIFFUSERS, find_card, takes_prompts
 from sampling.generate import generate_images
 from sampling.settings import ComputeOptions, Settings, check_network, open_network, open_predictor
 from solvers.span_table import SpanSolver
@@ -88,15 +89,21 @@ def read_figures(paths) -> list[dict]:
 def sample_images(source, count: int, model_path, prompt, device) -> np.ndarray:
     """A grid [H,W,C] of the images of the seeds 0, 1, ..., as sample.py makes them."""
     settings, predictor, _ = open_predictor(str(source), Settings(), frozenset())
+    if prompt is None and takes_prompts(settings.dataset_name, model_path):
+        raise _text_is_missing()
     net = open_network(settings, ComputeOptions(model_path=model_path), device)
     check_network(net, settings, predictor, device)
     if net.takes_prompts and prompt is None:
-        raise UserError("this network needs a text for its images: give --prompt, or --images=0")
+        raise _text_is_missing()
     batches = generate_images(
         net, range(count), predictor=predictor.to(device), prompts=prompt, device=device, **settings.arguments()
     )
     images = np.concatenate([to_uint8(batch.images) for batch in batches])
     return image_grid(images, columns=math.ceil(math.sqrt(count)))
+
+
+def _text_is_missing() -> UserError:
+    return UserError("this network needs a text for its images: give --prompt, or --images=0")
 
 
 def _front_matter(entries: dict) -> str:
@@ -111,7 +118,7 @@ def _table(header, rows) -> str:
 
 
 def _figure(row: dict) -> str:
-    return f"{row['fid']:.3g}" + (f" ± {row['ci95']:.2g}" if row["ci95"] else "")
+    return interval_text(row["fid"], row["ci95"], ".3g", ".2g") if row["ci95"] else f"{row['fid']:.3g}"
 
 
 def _short(value) -> str:

@@ -76,7 +76,8 @@ def train(model, images, labels, *, epochs, batch, lr, shift, flip, device) -> N
     """Cross-entropy with AdamW and a one-cycle learning rate."""
     steps = epochs * (len(images) // batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.25)
+    cycle = {"total_steps": max(steps, 5), "pct_start": 0.25}  # with 4 steps PyTorch divides by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, **cycle)
     model.train()
     with progress_bar(steps, unit="step") as bar:
         for _ in range(epochs):

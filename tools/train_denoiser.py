@@ -739,7 +739,7 @@ GROUPS = {
     "How long": "minutes total_kimg",
     "Network": "init | arch model_channels channel_mult num_blocks attn dropout extra_dims",
     "Training": "batch lr seed | schedule warmup_kimg ema_kimg p_mean p_std",
-    "Output": "outdir resume | snap grid",
+    "Output": "outdir resume | snap grid tensorboard",
     "Speed": "device | amp compile channels_last",
 }
 
