@@ -54,6 +54,9 @@ NOT_RUN = {
     "python -m benchmarks.report_shipped": "rewrites files of the repository; test_docs.py compares them",
     "python -m benchmarks.report_learned_solvers": "rewrites files of the repository; test_docs.py compares them",
     "python -m tools.demo": "takes minutes; test_demo.py runs its parts",
+    "python -m benchmarks.sfd": "takes hours; test_sfd.py runs its parts",
+    "python -m benchmarks.path_search": "takes minutes",
+    "tensorboard --logdir": "is a program of its own, which serves a page",
     "python -m tools.draw_pages": "takes minutes and diffusers; it draws figures of docs/",
 }
 
