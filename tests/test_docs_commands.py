@@ -217,7 +217,7 @@ def shrink(shown: Shown) -> list[str]:
     if shown.name == "sample" and not any(word in text for word in ("--dataset_name", "--predictor_path", "--list")):
         small.append("--predictor_path=0")
     if shown.name == "sample" and re.search("--(metrics|outdir)=", text):  # some metrics compare five neighbours
-        small.append("--seeds=0-5")
+        small.append("--seeds=0-11")
     if "--dataset_name=ms_coco" in text:
         small += TEXT
     for index, word in enumerate(words):  # the result of a shorter training has another number
@@ -266,7 +266,7 @@ def place_inputs(inputs: Path, here: Path, page: str) -> None:
         if entry.name in ("samples", "exps"):  # the commands add to these
             if entry.name == "samples" or "train.py" not in page.partition("--predictor_path=0")[0]:
                 shutil.copytree(entry, here / entry.name)
-        else:
+        elif f"--outdir={entry.name} " not in page:  # else the commands make it
             (here / entry.name).symlink_to(entry)
 
 
