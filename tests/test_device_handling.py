@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch._inductor.cudagraph_trees  # noqa: F401  torch.compiler.reset() fails if it is the first to import it
 import torch.distributed as dist
 from pretend_device import OnDevice, PretendedDevice
 from test_execution import tiny_network, watched
