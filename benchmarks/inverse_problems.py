@@ -141,9 +141,9 @@ def draw(problems: Problems) -> None:
 @click.command(cls=Command)
 @click.option("--test", type=PATH, help="Test images of the data set: measures what is missing, draws the picture")
 @click.option("--num", type=click.IntRange(JACOBIAN_IMAGES), default=64, show_default=True, help="Number of images")
+@torch.no_grad()
 def main(test, num):
     """Measures what is missing, and renews the tables of docs/inverse_problems.md."""
-    torch.set_grad_enabled(False)
     if test is not None:
         problems = Problems(test, num)
         for key, measure in problems.rows():

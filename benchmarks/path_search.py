@@ -101,9 +101,9 @@ def report(num: int) -> str:
 @click.command(cls=Command)
 @click.option("--num", type=click.IntRange(2), default=64, show_default=True, help="Seeds 0 to num - 1")
 @click.option("--picture", is_flag=True, help="Also draw docs/path_search.png, ten seeds of each method")
+@torch.no_grad()
 def main(num, picture):
     """Measures what is missing, and renews the table of docs/path_search.md."""
-    torch.set_grad_enabled(False)
     net = create_model("digits")
     folders = (PRETRAINED / EMBEDDED["digits"], Path(__file__).parent / "judges" / "digits.safetensors")
     verifier, judge = (load_classifier(path)[0] for path in folders)

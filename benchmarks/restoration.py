@@ -174,9 +174,9 @@ def draw(bench: Restoration) -> None:
 @click.option("--test", "test_path", type=PATH, help="prepare: test images")
 @click.option("--model", type=PATH, help="measure: the network")
 @click.option("--predictors", default="", help="measure: NAME=FILE,... of trained predictors")
+@torch.no_grad()
 def main(part, work, train_path, test_path, model, predictors):
     """Prepares pairs of images, measures a network, and renews the table of docs/restoration.md."""
-    torch.set_grad_enabled(False)
     work = Path(work)
     if part == "prepare":
         write_pairs(ImageSource(train_path), TRAINING_IMAGES, work / "train", 0)

@@ -404,7 +404,7 @@ class SFDOptions(StepwiseOptions):
         if self.teacher is None:
             if self.loss is not None:
                 raise UserError(
-                    "--loss belongs to the second stage (--teacher); the first one is trained with L1 alone"
+                    "leave out --loss, which belongs to the second stage (--teacher): the first one is trained with L1 alone"
                 )
             return
         if self.model_path is not None:
