@@ -135,8 +135,8 @@ class EDMDenoiser(PreconditionedDenoiser):
             class_labels = torch.zeros([1, self.label_dim], device=x.device)
         else:
             class_labels = class_labels.to(torch.float32).reshape(-1, self.label_dim)
-        told = {} if step_condition is None else {"step_condition": step_condition}
-        return self.model(x, c_noise, class_labels=class_labels, augment_labels=augment_labels, **told)
+        step = {} if step_condition is None else {"step_condition": step_condition}
+        return self.model(x, c_noise, class_labels=class_labels, augment_labels=augment_labels, **step)
 
 
 def with_step_condition(net: EDMDenoiser, seed: int = 0) -> EDMDenoiser:

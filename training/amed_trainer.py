@@ -94,13 +94,7 @@ class AMEDRun(Run):
         )
 
     def progress_text(self, latest: torch.Tensor) -> str:
-        return f"loss {numbers(latest[:, 0] * self.loss_unit)} r {numbers(latest[:, 1])}"
-
-    @property
-    def loss_unit(self) -> float:
-        """The loss is a sum over the values of an image; its mean is shown."""
-        net = self.trainer.net
-        return 1 / (net.img_channels * net.img_resolution**2)
+        return f"loss {numbers(latest[:, 0] * self.trainer.loss_unit)} r {numbers(latest[:, 1])}"
 
     def describe(self, net) -> list[str]:
         options, distiller, world = self.options, self.trainer, distributed.world_size()

@@ -55,7 +55,6 @@ class Run(BaseRun):
 
     columns: tuple[str, ...]
     result_name = "predictor"
-    loss_unit = 1.0  # factor of the loss where people read it; stats.jsonl has it as it is trained
 
     def __init__(self, trainer: BaseTrainer, options: RunOptions, folder: Path, provenance: dict, elapsed: float = 0.0):
         super().__init__(trainer, options, folder, elapsed)
@@ -171,7 +170,7 @@ class Run(BaseRun):
         pace = (now - self._tick_start) / kimg
         record = {"kimg": self.kimg, "iteration": self.trainer.iteration, **per_row, **self.statistics()}
         self.log.stats({**record, "sec": round(self.elapsed, 3), "sec_per_kimg": round(pace, 4)})
-        means[:, 0] *= self.loss_unit
+        means[:, 0] *= self.trainer.loss_unit
         shown = "  ".join(f"{name} {numbers(means[:, column])}" for column, name in enumerate(self.columns))
         self.log.note(f"kimg {self.kimg:<8g} {shown}  sec {self.elapsed:.1f}  s/kimg {pace:.2f}")
         self._collected, self._tick_start = [], now

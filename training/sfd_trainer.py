@@ -181,14 +181,8 @@ class SFDRun(Run):
         )
 
     def progress_text(self, latest: torch.Tensor) -> str:
-        loss, last = (latest[0] * self.loss_unit).tolist()
+        loss, last = (latest[0] * self.trainer.loss_unit).tolist()
         return f"loss {loss:.4g} last {last:.4g}"
-
-    @property
-    def loss_unit(self) -> float:
-        """The loss is a sum over the values of an image; its mean is shown."""
-        net = self.trainer.net
-        return 1 / (net.img_channels * net.img_resolution**2)
 
     def describe(self, net) -> list[str]:
         options, trainer, world = self.options, self.trainer, distributed.world_size()

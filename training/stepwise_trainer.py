@@ -97,6 +97,11 @@ class StepwiseTrainer(BaseTrainer):
     def _draw(self, first: int) -> tuple[torch.Tensor, dict]:
         return draw_inputs(self.net, stream_seeds(self.seed, first, self.chunk), self.prompts, self.dtype, self.device)
 
+    @property
+    def loss_unit(self) -> float:
+        """The loss is a sum over the values of an image; its mean is shown."""
+        return 1 / (self.net.img_channels * self.net.img_resolution**2)
+
     def iterate(self) -> torch.Tensor:
         """The next iteration; see ``step``."""
         if self.teacher_cache is None:
