@@ -522,12 +522,17 @@ class Start:
     grid: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.base or 'preset'}{f':{self.order}' if self.order else ''}@{self.grid or 'given'}"
+        return f"{self.solver or 'preset'}@{self.grid or 'given'}"
+
+    @property
+    def solver(self) -> str:
+        """The classical solver with its order; "" for that of the preset."""
+        return f"{self.base or ''}{f':{self.order}' if self.order else ''}"
 
     @property
     def init(self) -> str:
         """The value of ``--init``."""
-        return str(self).removesuffix("@given") if self.base or self.grid else "preset"
+        return f"{self.solver}{f'@{self.grid}' if self.grid else ''}" or "preset"
 
 
 @dataclass

@@ -164,11 +164,10 @@ def _train_span(options: SpanOptions | dict, device, run_dir, resume: bool, lock
     if state is None and clock is not None:
         search = Search(net, replace(options, open=sorted(chosen)), ends, prompts, device, clock)
         folder, trainer = _search(search, folder, resume, locks)
-        options, lines, more = search.options, search.table(), {"search": search.record()}
+        options, more = search.options, {"search": search.record()}
         best = search.plain[0]
         plain = {"name": best.name, "score": best.value, "config": dict(best.student.config)}
         plain["state"] = best.student.state_dict()
-        lines = ["candidates, trained for some seconds, and their scores:", *lines, f"chosen: {search.why()}"]
         elapsed = clock.elapsed()
     else:
         pairs = _pairs(net, options, ends, prompts, device, run_dir if resume else None)
@@ -236,6 +235,8 @@ def _search(search: Search, folder: Path | None, resume: bool, locks: ExitStack)
             shown = ", ".join(f"{one.name} {one.value:.4g}" for one in search.plain[:3])
             log.say(f"best plain solvers with {search.calls} calls, by score: {shown}")
             search.trials(pairs, save)
+            for line in [*(search.table() if search.round else []), f"chosen: {search.why()}"]:
+                log.say(line)
             return folder, search.finish(pairs)
     except KeyboardInterrupt:
         log.say(f"Interrupted; continue with: {resume_command(folder)}")

@@ -192,16 +192,14 @@ class Clock:
 
     minutes: that the run may take.
     spent: seconds of its earlier parts. Default 0.
-    now: function that returns seconds. Default: wall time.
     """
 
-    def __init__(self, minutes: float, spent: float = 0.0, now: Callable[[], float] = time.monotonic):
-        self.limit, self.spent, self.now = 60.0 * minutes, spent, now
-        self.start = now()
+    def __init__(self, minutes: float, spent: float = 0.0):
+        self.limit, self.spent, self.start = 60.0 * minutes, spent, time.monotonic()
 
     def elapsed(self) -> float:
         """Seconds so far, with the earlier parts."""
-        return distributed.broadcast_object(self.spent + self.now() - self.start)
+        return distributed.broadcast_object(self.spent + time.monotonic() - self.start)
 
     def left(self) -> float:
         return self.limit - self.elapsed()
@@ -222,18 +220,18 @@ class Costs:
 BATCHES = (8, 16, 32)
 ENOUGH_ITERATIONS = 250  # with so many, larger batches are better than more iterations
 LEAST_ITERATIONS = 10
-TRIAL_ITERATIONS = 12  # the least in the first round of trials
+TRIAL_ITERATIONS = 8  # the least in the first round of trials
 ROUNDS = 3
-SCORE_CALLS = 1.5  # a score costs as much as this number of network calls, at most
+SCORE_CALLS = 1  # a score costs as much as this number of network calls, at most
 RESERVE = 0.06  # share of the time for what is not planned
-SHARES = {"pairs": 0.33, "validation": 0.06, "screening": 0.08, "trials": 0.24}  # the rest is the last training
+SHARES = {"pairs": 0.37, "validation": 0.05, "screening": 0.06, "trials": 0.3}  # the rest is the last training
 GAUSSIAN_CALLS = (16, 256)  # network calls for the mean and variance of the first step, least and most
 VALIDATION = (8, 128)  # pairs for validation, least and most
 MOST_PAIRS, MOST_BYTES = 4096, 1 << 30
 SCREENED = (4, 16)  # pairs on which all plain solvers are measured, least and most
-BEST_PLAIN = 12  # plain solvers that are measured on all pairs for validation
+BEST_PLAIN = (4, 12)  # plain solvers that are measured on all pairs for validation, least and most
 WITHOUT_FIRST = 6  # plain solvers that are also measured without analytical first step
-TRIAL_PAIRS = 32  # pairs for the validation in trials, at most
+TRIAL_PAIRS = 24  # pairs for the validation in trials, at most
 CANDIDATES = (8, 7, 6, 5, 4, 3, 2)
 
 
@@ -250,9 +248,11 @@ class Plan:
     gaussian: network calls for the mean and variance of the first step.
     starts: number of plain solvers to measure.
     screened: number of pairs on which all of them are measured.
+    best: number of the best ones, which are measured on all pairs for validation.
     candidates: number of candidates to train in the first round of trials; 1: no trials.
     trial: seconds of training of each candidate in the first round.
-    iterations: of the whole training, about.
+    iterations: of the last training, about.
+    pace: seconds of an iteration.
     seconds: by part: "pairs", "plain solvers", "trials", "training".
     """
 
@@ -263,9 +263,11 @@ class Plan:
     gaussian: int
     starts: int
     screened: int
+    best: int
     candidates: int
     trial: float
     iterations: int
+    pace: float
     seconds: dict[str, float]
 
 
@@ -324,10 +326,11 @@ def make_plan(
         screened = min(SCREENED[0], val_pairs)
         number = max(min(6, starts), min(starts, int(0.5 * screening / (screened * scored))))
         screened = min(val_pairs, SCREENED[1], max(screened, int(0.5 * screening / (number * scored))))
-        best = min(BEST_PLAIN, number) * val_pairs + min(WITHOUT_FIRST, number) * screened * ("afs" in open)
+        best = min(number, BEST_PLAIN[1], max(BEST_PLAIN[0], int(0.5 * screening / (val_pairs * scored))))
+        measured = (number + WITHOUT_FIRST * ("afs" in open)) * screened + best * val_pairs
         seconds = {
             "pairs": (pairs + val_pairs) * pair,
-            "plain solvers": gaussian * costs.call + (number * screened + best) * scored,
+            "plain solvers": gaussian * costs.call + measured * scored,
         }
         candidates, trial = 1, 0.0
         for count in () if least else CANDIDATES:
@@ -343,8 +346,14 @@ def make_plan(
         iterations = int(training / each)
         return Plan(
             **{"batch": batch, "pairs": pairs, "val_pairs": val_pairs, "val_every": min(val_every, max(1, iterations))},
-            **{"gaussian": gaussian, "starts": number, "screened": screened, "candidates": candidates},
-            **{"trial": trial, "iterations": iterations, "seconds": seconds},
+            **{"gaussian": gaussian, "starts": number, "screened": screened, "best": best},
+            **{
+                "candidates": candidates,
+                "trial": trial,
+                "iterations": iterations,
+                "pace": iteration,
+                "seconds": seconds,
+            },
         )
 
     for least in (False, True):
@@ -367,11 +376,17 @@ def _rounded_up(value: float) -> str:
     return f"{math.ceil(1.1 * value / unit) * unit:.6g}"
 
 
-def probe(net, options: SpanOptions, ends: tuple, prompts, device, batch_gpu: int) -> float:
-    """Makes an iteration for one network call, without learning. Returns once it is finished."""
+def _unmeasured(net, options: SpanOptions, ends: tuple, device) -> SpanSolver:
+    """A student for measurements of time and memory, with the mean zero."""
     shape = [net.img_channels, net.img_resolution, net.img_resolution]
     student = options.make_student(*ends, **head_sizes(net, options), image_shape=shape)
     student.heads.to(device)
+    return student
+
+
+def probe(net, options: SpanOptions, ends: tuple, prompts, device, batch_gpu: int) -> float:
+    """Makes an iteration for one network call, without learning. Returns once it is finished."""
+    student = _unmeasured(net, options, ends, device)
     latents, cond = draw_inputs(net, range(batch_gpu), prompts, device=device)
     x = student.run(net, latents, cond, checkpointing=options.checkpointing)
     PairLoss(options.loss, net, options.feature_sigma)(x, latents, cond).sum().backward()
@@ -391,15 +406,15 @@ def measure_costs(
     def seconds(work) -> float:
         """Mean duration on the slowest process, after a first call."""
         work()
-        begin, count = clock.now(), 0
+        begin, count = time.monotonic(), 0
         if clock.left() < 0:
             raise UserError(
                 f"minutes={options.minutes:g} is too short: the first iteration ends only after {clock.elapsed():.0f} s"
             )
-        while count < 3 and (count == 0 or clock.now() - begin < 0.005 * clock.limit):
+        while count < 3 and (count == 0 or time.monotonic() - begin < 0.005 * clock.limit):
             work()
             count += 1
-        return max(distributed.gather_objects((clock.now() - begin) / count))
+        return max(distributed.gather_objects((time.monotonic() - begin) / count))
 
     for batch in sorted(batches):
         if iteration and min(iteration.values()) * ENOUGH_ITERATIONS > 0.5 * clock.limit:
@@ -408,7 +423,7 @@ def measure_costs(
         chunk = math.gcd(options.batch_gpu or share, share)
         iteration[batch] = seconds(lambda n=chunk: probe(net, options, ends, prompts, device, n)) * share / chunk
         if not call:
-            student = options.make_student(*ends, image_shape=[net.img_channels, *[net.img_resolution] * 2])
+            student = _unmeasured(net, options, ends, device)
             inputs = draw_inputs(net, range(chunk), prompts, device=device)
             with torch.no_grad():
                 once = seconds(lambda s=student, at=inputs: float(s.run(net, *at).sum()))
@@ -454,7 +469,10 @@ class Search:
 
     def batches(self) -> list[int]:
         """Numbers of samples per iteration to choose from."""
-        return batches(distributed.world_size()) if "batch" in self.open else [self.options.batch]
+        if "batch" not in self.open:
+            return [self.options.batch]
+        found, pairs = batches(distributed.world_size()), self.options.pairs
+        return [batch for batch in found if "pairs" in self.open or batch <= pairs] or found[:1]
 
     def make_plan(self) -> None:
         """Measures the costs and plans. UserError if the time is too short."""
@@ -539,7 +557,7 @@ class Search:
             more = self._plain([one.start for one in found[:WITHOUT_FIRST]], False)
             _measure(self.net, more, pairs, few, self.score, chunk)
             found = sorted([*found, *more], key=lambda one: one.value)
-        self.plain = found[:BEST_PLAIN]
+        self.plain = found[: plan.best]
         if self._named_starts():
             self.own = untrained(self.net, self.options, self.ends, self.gaussian, self.device)
         for some in (self.plain, self.own):
@@ -608,16 +626,24 @@ class Search:
             save()
 
     def _try(self, one: Candidate, pairs: TeacherSet, length: float) -> None:
-        """Trains a candidate until it has had ``length`` seconds, and validates it."""
+        """Trains a candidate until it has had ``length`` seconds, and validates it.
+
+        The rates decay within every round, as a longer training would end: without that, large
+        rates look worse than they are.
+        """
         failed = bool(one.values) and not math.isfinite(one.value)
         one.value = math.inf
         if not failed:
             trainer = self._trainer(one, pairs)
-            begin = self.clock.elapsed() - one.seconds
+            first, before, begin = trainer.iteration, one.seconds, self.clock.elapsed() - one.seconds
+            trainer.hold = first
 
             def done() -> bool:
-                one.seconds = self.clock.elapsed() - begin
-                return one.seconds >= length and trainer.iteration > 0
+                one.seconds, made = self.clock.elapsed() - begin, trainer.iteration - first
+                pace = (one.seconds - before) / made if made else self.plan.pace
+                left = max(round((length - one.seconds) / pace), 0)
+                trainer.total = trainer.iteration + left + 1  # one more, since it validates at the end
+                return made > 0 and left == 0
 
             if _train(trainer, done):
                 few = pairs.validation[: min(self.plan.val_pairs, TRIAL_PAIRS)]
@@ -625,13 +651,12 @@ class Search:
         one.values.append(one.value)
 
     def _trainer(self, one: Candidate, pairs: TeacherSet) -> SpanTrainer:
-        """The trainer of a candidate. The rates do not decay before ``finish``."""
+        """The trainer of a candidate, which goes on from round to round."""
         if one.trainer is None:
             options = replace(one.options, warmup=min(one.options.warmup, TRIAL_ITERATIONS // 3), val_every=1 << 30)
             total = max(self.plan.iterations, 1)
             student = copy.deepcopy(one.student)
             trainer = one.trainer = SpanTrainer(self.net, student, pairs, options, total, self.device, self.score)
-            trainer.hold = total
             if trainer.distribution is not None:
                 trainer.validate()  # its queue needs features
             trainer.first = (math.nan, math.nan)
@@ -676,7 +701,7 @@ class Search:
         rows = [[*self.settings(one).values(), *(f"{value:.4g}" for value in one.values)] for one in found]
         count = max(len(one.values) for one in found)
         head = [*AXES, *(f"{self.plan.trial * 2**k:.3g} s" for k in range(count))]
-        rows = [head, *(row + [""] * (len(head) - len(row)) for row in rows)]
+        rows = [head, *([*row, *[""] * (len(head) - len(row))] for row in rows)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
