@@ -15,9 +15,10 @@ from functools import partial
 
 import torch
 
-from models.denoiser import embedding_layer
+from models.denoiser import shifted_layers
 from models.inputs import draw_condition, draw_inputs
 from solvers.solver import make_solver
+from solvers.span_heads import SHIFTS
 from solvers.span_table import SpanSolver
 from torch_utils import distributed
 from torch_utils.distributed import on_main
@@ -67,9 +68,11 @@ class Candidate:
 
 def head_sizes(net, options: SpanOptions) -> dict:
     """The sizes of the heads that depend on the network."""
-    if not options.head_names():
+    heads, width = options.head_names(), None
+    if not heads:
         return {}
-    width = embedding_layer(net).out_features if "time" in options.head_names() else None
+    if set(heads) & set(SHIFTS):
+        width = sum(layer.out_features for layer in shifted_layers(net, "blocks" in heads))
     return {"img_channels": net.img_channels, "embedding_width": width}
 
 
