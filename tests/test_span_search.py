@@ -231,18 +231,19 @@ def test_a_finished_run_can_be_trained_for_longer(done):
     assert facts["validation"]["plain"] == load_predictor(path).provenance["validation"]["plain"]
 
 
-def test_what_training_does_not_improve_is_the_plain_solver(tmp_path, monkeypatch, capsys):
-    """Every step goes up the gradient: the file holds the best plain solver. The log says so."""
+@pytest.mark.parametrize("how", ["upwards", "nan"])
+def test_what_training_does_not_improve_is_the_plain_solver(tmp_path, monkeypatch, capsys, how):
+    """Every step goes up the gradient, or fails: the file holds the best plain solver."""
     accumulate = SpanTrainer._accumulate
 
-    def upwards(self, trained):
+    def spoilt(self, trained):
         found = accumulate(self, trained)
         for parameters in self.groups.values():
             for parameter in parameters:
                 parameter.grad = None if parameter.grad is None else -parameter.grad
-        return found
+        return found if how == "upwards" else (math.nan, math.nan)
 
-    monkeypatch.setattr(SpanTrainer, "_accumulate", upwards)
+    monkeypatch.setattr(SpanTrainer, "_accumulate", spoilt)
     path = train_span(options(tmp_path, afs=True))
     assert "training has not beaten it, so the file holds this plain solver, as a table" in capsys.readouterr().out
     student = load_predictor(path)

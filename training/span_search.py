@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from models.denoiser import shifted_layers
+from models.denoiser import member, shifted_layers
 from models.inputs import draw_condition, draw_inputs
 from solvers.solver import make_solver
 from solvers.span_heads import SHIFTS
@@ -590,9 +590,8 @@ class Search:
         changes["start"] = begun[1:]
         if {"lrs", "lr_factor"} <= self.open:
             changes["rates"] = [{"lr_factor": factor} for factor in RATE_FACTORS]
-        usual = self.options.head_names()
-        if "heads" in self.open and usual:
-            changes["heads"] = [{"heads": name} for name in ("none", *(usual if len(usual) > 1 else ()))]
+        if "heads" in self.open and self.options.head_names():
+            changes["heads"] = [{"heads": ",".join(names) or "none"} for names in self._other_heads()]
         if "loss" in self.open and self.by_features:
             changes["loss"] = [{"loss": loss} for loss in (DEFAULT_LOSS, "huber") if loss != self.options.loss]
         found = [self._candidate(begun[0], "")]
@@ -601,6 +600,14 @@ class Search:
                 if turn < len(changes[axis]):
                     found.append(self._candidate(begun[0] | changes[axis][turn], axis))
         return found[: self.plan.candidates]
+
+    def _other_heads(self) -> list[list[str]]:
+        """Lists of heads to try instead of the default."""
+        usual = self.options.head_names()
+        fewer = [[], *([name] for name in usual if len(usual) > 1)]
+        if "time" in usual and member(self.net, "block_layers"):
+            return [["blocks" if name == "time" else name for name in usual], *fewer]
+        return fewer
 
     def _candidate(self, changes: dict, axis: str | None) -> Candidate:
         options = replace(self.options, **changes)
@@ -656,7 +663,7 @@ class Search:
     def _trainer(self, one: Candidate, pairs: TeacherSet) -> SpanTrainer:
         """The trainer of a candidate, which goes on from round to round."""
         if one.trainer is None:
-            options = replace(one.options, warmup=min(one.options.warmup, TRIAL_ITERATIONS // 3), val_every=1 << 30)
+            options = replace(one.options, warmup=min(one.options.warmup, TRIAL_ITERATIONS // 2), val_every=1 << 30)
             total = max(self.plan.iterations, 1)
             student = copy.deepcopy(one.student)
             trainer = one.trainer = SpanTrainer(self.net, student, pairs, options, total, self.device, self.score)
