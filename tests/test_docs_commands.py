@@ -48,6 +48,7 @@ NOT_RUN = {
     "python benchmarks/scaling.py": "takes minutes and several processes",
     "python -m benchmarks.learned_solvers": "takes hours; test_learned_solvers.py runs its parts",
     "python -m benchmarks.demo_settings": "takes hours",
+    "python -m benchmarks.score_agreement": "takes minutes",
     "python -m benchmarks.make_predictors": "takes an hour",
     "python -m benchmarks.kernels": "needs a GPU",
     "python -m benchmarks.recommend": "rewrites files of the repository; test_recommended.py compares them",

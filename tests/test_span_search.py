@@ -93,7 +93,7 @@ def test_a_plan_uses_its_time_and_more_time_gives_more_of_everything():
     plans = [plan_for(minutes) for minutes in (0.3, 1, 3, 10, 60)]
     for minutes, plan in zip((0.3, 1, 3, 10, 60), plans, strict=True):
         assert 0.9 * 60 * minutes < sum(plan.seconds.values()) <= 60 * minutes
-        assert plan.seconds["pairs"] == pytest.approx(0.03 * (plan.pairs + plan.val_pairs))
+        assert plan.seconds["teacher pairs"] == pytest.approx(0.03 * (plan.pairs + plan.val_pairs))
         assert 8 <= plan.val_pairs <= plan.pairs and plan.screened <= plan.val_pairs
     for name in ("batch", "pairs", "val_pairs", "starts", "screened", "best", "candidates", "iterations"):
         values = [getattr(plan, name) for plan in plans]

@@ -256,7 +256,7 @@ class Plan:
     trial: seconds of training of each candidate in the first round.
     iterations: of the last training, about.
     pace: seconds of an iteration.
-    seconds: by part: "pairs", "plain solvers", "trials", "training".
+    seconds: by part: "teacher pairs", "plain solvers", "trials", "training".
     """
 
     batch: int
@@ -332,7 +332,7 @@ def make_plan(
         best = min(number, BEST_PLAIN[1], max(BEST_PLAIN[0], int(0.5 * screening / (val_pairs * scored))))
         measured = (number + WITHOUT_FIRST * ("afs" in open)) * screened + best * val_pairs
         seconds = {
-            "pairs": (pairs + val_pairs) * pair,
+            "teacher pairs": (pairs + val_pairs) * pair,
             "plain solvers": gaussian * costs.call + measured * scored,
         }
         candidates, trial = 1, 0.0
@@ -496,13 +496,13 @@ class Search:
 
     def describe_plan(self) -> str:
         plan = self.plan
-        parts = {
-            "pairs": f"{plan.pairs} + {plan.val_pairs} teacher pairs",
-            "plain solvers": f"{plan.starts} plain solvers",
-            "trials": f"trials of {plan.candidates} candidates",
-            "training": f"training in batches of {plan.batch}",
+        notes = {
+            "teacher pairs": f"{plan.pairs} for training, {plan.val_pairs} for validation",
+            "plain solvers": f"{plan.starts}",
+            "trials": f"{plan.candidates} candidates",
+            "training": f"batch {plan.batch}",
         }
-        shown = ", ".join(f"{text} {plan.seconds[name]:.0f} s" for name, text in parts.items() if name in plan.seconds)
+        shown = "; ".join(f"{name} {seconds:.0f} s ({notes[name]})" for name, seconds in plan.seconds.items())
         return f"plan for {self.options.minutes:g} minutes: {shown}"
 
     # Plain solvers
