@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from evaluation.fid import StreamedFID
-from evaluation.verifiers import Verifier, check_verifier, judge, load_verifier
+from evaluation.verifiers import Verifier, check_verifier, load_verifier, score_images
 from sampling.folder import Folder, Place, begin_folder, default_folder, format_seeds, write_grid
 from sampling.generate import Batch, generate_fitting, generate_images, prompts_of, text_of, until_stopped
 from sampling.options import SampleOptions
@@ -54,7 +54,7 @@ def score_of(verifier: Verifier, images: torch.Tensor, seeds: list[int], cond, r
     labels = cond.get("class_labels")
     if labels is not None:
         labels = labels.index_select(0, to_device(torch.tensor(list(rows)), labels.device))
-    return judge(verifier, pixels, seeds, labels, prompts_of(seeds, prompts))
+    return score_images(verifier, pixels, seeds, labels, prompts_of(seeds, prompts))
 
 
 def search(

@@ -44,6 +44,7 @@ from tools.page import Cell, Row, Strip
 from torch_utils.cli import PATH, Command
 from torch_utils.errors import UserError
 from torch_utils.images import ImageSource, image_grid, load_array, save_image, to_uint8
+from torch_utils.markdown import table
 from torch_utils.seeds import SeededGenerators
 from torch_utils.version import code_version, cpu_name
 from training.checkpoint import find_predictor, load_predictor
@@ -209,15 +210,12 @@ def draw_figure(rows, path, columns=8, zoom=2):
 
 
 def table_text(rows):
-    lines = [
-        "| method | NFE | FID* | distance | seconds | training s |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for row in rows:
         fid = f"{row['fid']:.2f}" + (f" ({row['images']} images)" if row["method"] == "Reference" else "")
         cells = [row["method"], row["nfe"], fid, f"{row['distance']:.3f}", f"{row['seconds']:.0f}", _training(row)]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return table(["method", "NFE", "FID*", "distance", "seconds", "training s"], lines)
 
 
 def _training(row):
