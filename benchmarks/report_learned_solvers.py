@@ -214,9 +214,17 @@ def seeds_of(groups):
     return "-" if not any(counts) else "/".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
 
 
-def main_table(rows, score, digits):
+def on_most_images(rows):
+    """``collect`` of the main part, without methods that have fewer test images than others."""
     found = collect(rows, "main")
-    nfes = sorted({nfe for method, nfe in found if method != "teacher"})
+    most = max((group[0]["images"] for group in found.values()), default=0)
+    return {key: group for key, group in found.items() if group[0]["images"] == most}
+
+
+def main_table(rows, score, digits):
+    """Scores of all methods. Numbers of evaluations without any interval are left out."""
+    found = on_most_images(rows)
+    nfes = sorted({nfe for (method, nfe), group in found.items() if method != "teacher" and with_groups(group)})
     lines = ["| evaluations | training seeds | " + " | ".join(map(str, nfes)) + " |", "|---" * (len(nfes) + 2) + "|"]
     best = {nfe: best_of(found, nfe, score) for nfe in nfes} if score in SCORES else {}
     for method in ORDER:
@@ -269,7 +277,7 @@ def target_table(rows):
         f"| evaluations | metric | excess of AMED-Plugin | {' | '.join(f'of {name} (ratio)' for name in WHOLE)} | best restriction | its excess |",
         "|---" * (5 + len(WHOLE)) + "|",
     ]
-    for nfe in sorted({nfe for method, nfe in found if method in WHOLE}):
+    for nfe in sorted({nfe for (method, nfe), group in found.items() if method in WHOLE and with_groups(group)}):
         for score, (title, _) in SCORES.items():
             if score == "distance" or ("AMED-Plugin (iPNDM)", nfe) not in found:
                 continue
@@ -327,7 +335,10 @@ def choice_table(rows):
 
 
 def ablation_table(rows):
-    found, base = collect(rows, "ablation"), defaultdict(list, collect(rows, "main"))
+    """The ablations beside ``full`` on as many test images."""
+    found = collect(rows, "ablation")
+    images = {row["images"] for group in found.values() for row in group}
+    base = defaultdict(list, collect([row for row in rows if row["images"] in images], "main"))
     nfes = sorted({nfe for _, nfe in found})
     lines = []
     for nfe in nfes:

@@ -173,6 +173,18 @@ def test_earlier_rows_are_marked_and_not_mixed_with_those_of_today():
     assert "**" not in "\n".join(report_learned_solvers.main_table(alone, "fid", 2))
 
 
+def test_tables_do_not_mix_numbers_of_images():
+    rows = [row_of("full", value=3.0) | {"images": 5000}, row_of("gs", value=1.0) | {"images": 1000}]
+    rows += [row_of("full", nfe=8, value=0.5, groups=False) | {"images": 5000}]
+    text = "\n".join(report_learned_solvers.main_table(rows, "fid", 2))
+    assert "3.00" in text and "gs" not in text
+    assert "| 8 |" not in text and "0.50" not in text  # no row of eight evaluations has an interval
+    rows = [row_of("full", value=3.0) | {"images": 5000}, row_of("full", value=4.0) | {"images": 1000}]
+    rows += [row_of("no contrast", value=4.5) | {"images": 1000, "part": "ablation"}]
+    text = "\n".join(report_learned_solvers.ablation_table(rows))
+    assert "| full | 4.00" in text and "3.00" not in text
+
+
 def test_the_page_has_the_differences_of_the_tables():
     rows = [row_of("full", value=3.0), row_of("ld3", value=2.5), row_of("gs", value=1.0, groups=False)]
     text = report_learned_solvers.html_page({"digits": rows})
