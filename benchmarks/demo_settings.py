@@ -22,7 +22,8 @@ import click
 import numpy as np
 import torch
 
-from benchmarks.measuring import ROOT, measured
+from benchmarks import ROOT
+from benchmarks.measuring import measured
 from evaluation.detectors import EMBEDDED, load_detector
 from evaluation.frechet import FeatureStatistics, Reference, frechet_distance
 from models import create_model, zoo

@@ -19,7 +19,6 @@ import click
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.measuring import peak_memory
 from models import create_model
 from models.adm import RELEASED_CONFIGS, ADMDenoiser
 from models.building import build_empty
@@ -27,6 +26,7 @@ from models.inputs import draw_noise
 from models.sd import STABLE_DIFFUSION_1_5, StableDiffusionDenoiser
 from solvers import sample
 from torch_utils.cli import Command
+from torch_utils.memory import peak_memory
 from torch_utils.seeds import SeededGenerators
 from training.amed_trainer import Distiller
 

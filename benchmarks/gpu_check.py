@@ -23,7 +23,8 @@ from types import SimpleNamespace
 import click
 import torch
 
-from benchmarks.measuring import ROOT, describe_machine, interleaved
+from benchmarks import ROOT
+from benchmarks.measuring import describe_machine, interleaved
 from models import build_denoiser
 from models.compile import prepare_network
 from solvers import sample

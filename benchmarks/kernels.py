@@ -20,7 +20,7 @@ from unittest import mock
 import click
 import torch
 
-from benchmarks.measuring import ROOT
+from benchmarks import ROOT
 from solvers import sample
 from solvers.span_table import SpanSolver
 from torch_utils.cli import Command

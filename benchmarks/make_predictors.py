@@ -17,8 +17,9 @@ from pathlib import Path
 
 import click
 
+from benchmarks import ROOT
 from benchmarks.demo_settings import Bench
-from benchmarks.measuring import ROOT, describe_machine
+from benchmarks.measuring import describe_machine
 from evaluation.detectors import EMBEDDED
 from models.zoo import PREDICTORS
 from sampling.settings import Settings, settings_of

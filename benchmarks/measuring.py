@@ -1,4 +1,4 @@
-"""Shared parts of the benchmarks: interleaved repetitions, the machine, measured rows.
+"""Shared parts of the benchmarks: interleaved repetitions, the machine, Markdown tables.
 
 Variants run in turn, so that other load on the machine slows all of them alike.
 """
@@ -6,36 +6,34 @@ Variants run in turn, so that other load on the machine slows all of them alike.
 import json
 import os
 import platform
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
-from torch_utils.markdown import table  # noqa: F401 (for the reports)
-from torch_utils.version import cpu_name
 
-ROOT = Path(__file__).resolve().parents[1]
+def processor() -> str:
+    """The name of the CPU and of the GPU, where there is one."""
+    names = [platform.processor() or platform.machine()]
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")][:1] or names
+    if torch.cuda.is_available():
+        names.append(torch.cuda.get_device_name())
+    return " + ".join(names)
 
 
 def describe_machine(device: torch.device | str = "cpu") -> str:
     """One line: hardware, versions, threads, and how busy the machine is."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
-    names = " + ".join([cpu_name(), *([torch.cuda.get_device_name()] if torch.cuda.is_available() else [])])
     return (
-        f"{names}, {cores} of {os.cpu_count()} CPU cores, {torch.get_num_threads()} torch threads, device {device};"
+        f"{processor()}, {cores} of {os.cpu_count()} CPU cores, {torch.get_num_threads()} torch threads, device {device};"
         f" Python {platform.python_version()}, torch {torch.__version__}{load}; {time.strftime('%Y-%m-%d')}"
     )
-
-
-def peak_memory() -> float:
-    """MB of this process at its peak; pages of a mapped file, which the system may drop, count."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def synchronize(device: torch.device | str) -> None:
@@ -70,6 +68,15 @@ def interleaved(
 def spread(values: list[float], digits: int = 3) -> str:
     """Median and range, "1.23 (1.20-1.31)"."""
     return f"{statistics.median(values):.{digits}g} ({min(values):.{digits}g}-{max(values):.{digits}g})"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(table_line(line) for line in [header, ["---"] * len(header), *rows])
+
+
+def table_line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def read_rows(path: Path) -> list[dict]:

@@ -12,10 +12,11 @@ import sys
 
 import click
 
-from benchmarks.measuring import describe_machine, peak_memory
+from benchmarks.measuring import describe_machine
 from models import create_model
 from torch_utils.cli import Command
 from torch_utils.markdown import table_line
+from torch_utils.memory import peak_memory
 from training.amed_trainer import Distiller
 
 

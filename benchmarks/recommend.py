@@ -16,7 +16,8 @@ from collections import defaultdict
 
 import click
 
-from benchmarks.measuring import ROOT, read_rows
+from benchmarks import ROOT
+from benchmarks.measuring import read_rows
 from evaluation.detectors import EMBEDDED
 from models import create_model
 from solvers.recommended import FOLDER

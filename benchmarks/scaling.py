@@ -19,7 +19,8 @@ from pathlib import Path
 
 import click
 
-from benchmarks.measuring import ROOT, describe_machine, spread
+from benchmarks import ROOT
+from benchmarks.measuring import describe_machine, spread
 from torch_utils.cli import Command
 from torch_utils.markdown import table_line
 
