@@ -162,6 +162,11 @@ class Bench:
         self.target = Reference.load(zoo.resolve_fid_ref(dataset_name))
         self.reference = None
 
+    def use(self, net):
+        """Takes another network of the same images, with its own starting noise."""
+        self.net, self.reference = net, None
+        self.latents = draw_noise(net, SeededGenerators(range(self.first, self.first + self.num)))
+
     def solve(self, count=None, **settings):
         """(images of the first ``count`` seeds, evaluations spent)."""
         parts, info = [], None

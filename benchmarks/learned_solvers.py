@@ -115,7 +115,7 @@ PINNED = {
 }  # dyweight with a last row that sums to one, like the others
 METHODS = {  # method -> preset, flags, changes of the student's configuration
     **{preset: (preset, {}, {}) for preset in ("ld3", "s4s", "dyweight", "gs", "amed-table", "epd", "full")},
-    **{f"full + {heads}": ("full", {"heads": heads}, {}) for heads in ("spatial,time", "spatial")},
+    **{f"full + {heads}": ("full", {"heads": heads}, {}) for heads in ("spatial,time", "spatial,blocks", "spatial")},
     **{
         f"{preset}, rate 0.2": (preset, *_rates(groups, 0.2)) for preset, groups in _PLACES.items()
     },  # the published rate

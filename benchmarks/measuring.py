@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from torch_utils.errors import UserError
+
 
 def processor() -> str:
     """The name of the CPU and of the GPU, where there is one."""
@@ -98,3 +100,11 @@ def mean_and_error(values) -> tuple[float, float]:
     """Mean, and half the width of its 95 % interval (normal approximation)."""
     values = torch.as_tensor(values, dtype=torch.float64)
     return float(values.mean()), 1.96 * float(values.std()) / len(values) ** 0.5
+
+
+def network_of(folder: Path) -> Path:
+    """The one network that tools.train_denoiser left in a folder."""
+    found = sorted(folder.glob("network-snapshot-*.safetensors"))
+    if len(found) != 1:
+        raise UserError(f"{folder} must have one network, but has {len(found)}: train it with --snap=0")
+    return found[0]

@@ -44,7 +44,7 @@ ORDER = [
     *("ld3", "s4s", "dyweight", "dyweight, last sum one", "gs"),
     *("amed-table", "amed-table, rate 0.2", "epd", "epd, rate 0.2"),
     *("dyweight + spatial,time", "dyweight, last sum one + spatial,time"),
-    *("full", "full + spatial", "full + spatial,time"),
+    *("full", "full + spatial", "full + spatial,time", "full + spatial,blocks"),
 ]
 LEARNED = [method for method in ORDER if not method.startswith("plain")]
 BASELINES = ("full + spatial,time", "AMED-Plugin (iPNDM)")  # of the tables of differences

@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from models import edm_unet
-from models.denoiser import BottleneckReader, Denoiser, add_shift, beside, bottleneck_map
+from models.denoiser import BottleneckReader, Denoiser, beside, bottleneck_map, shift_hooks
 from torch_utils.errors import UserError
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -177,7 +177,7 @@ class CompiledForward:
         # Hooks that exist before compilation become part of the graph.
         net.bottleneck.register_forward_hook(self._keep)
         if net.noise_embedding is not None:
-            net.noise_embedding.register_forward_hook(self._add)
+            shift_hooks([net.noise_embedding, *net.block_layers], lambda: self._shift)
         self._compile()
 
     def _compile(self) -> None:
@@ -192,9 +192,6 @@ class CompiledForward:
 
     def _keep(self, module, inputs, output) -> None:
         self._feature = output
-
-    def _add(self, module, inputs, output):
-        return output if self._shift is None else add_shift(output, self._shift)
 
     def _both(self, x, sigma, cond, shift) -> tuple[torch.Tensor, torch.Tensor]:
         """(denoised images [B,C,H,W], bottleneck map [B,8,8]); shift as in ``call_shifted``."""

@@ -107,6 +107,11 @@ class Denoiser(torch.nn.Module):
     def noise_embedding(self) -> torch.nn.Module | None:
         return None
 
+    @property
+    def block_layers(self) -> list[torch.nn.Module]:
+        """The linear layers that pass the noise embedding to the residual blocks, in order."""
+        return find_block_layers(self)
+
     def make_cond(self, generator=None, labels=None) -> dict:
         """Keyword arguments of ``forward`` for one batch; an empty dict for unconditional networks.
 
@@ -309,6 +314,20 @@ def read_bottleneck(net: torch.nn.Module):
         handle.remove()
 
 
+# Names of the layers between noise embedding and block: EDM's U-Nets, OpenAI's, those of diffusers.
+_BLOCK_LAYERS = ("affine", "emb_layers", "time_emb_proj")
+
+
+def find_block_layers(network: torch.nn.Module) -> list[torch.nn.Module]:
+    """See ``Denoiser.block_layers``."""
+    found = []
+    for block in network.modules():
+        for layer in (getattr(block, name, None) for name in _BLOCK_LAYERS):
+            if isinstance(layer, torch.nn.Module):
+                found.append([inner for inner in layer.modules() if hasattr(inner, "out_features")][-1])
+    return found
+
+
 def add_shift(embedding: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     """The noise embedding [B' or 1, E] plus shift [1, E] or [B, E]; with guidance B' = k B."""
     if len(shift) > 1:
@@ -320,22 +339,59 @@ def embedding_layer(net: torch.nn.Module) -> torch.nn.Module:
     """``net.noise_embedding``. Raises UserError if the network has none."""
     layer = member(net, "noise_embedding")
     if layer is None:
-        raise UserError(f"{type(net).__name__} has no noise_embedding: leave the head 'time' out")
+        raise UserError(f"{type(net).__name__} has no noise_embedding: leave the heads 'time' and 'blocks' out")
     return layer
+
+
+def shifted_layers(net: torch.nn.Module, blocks: bool) -> list[torch.nn.Module]:
+    """The layers whose outputs a span solver shifts.
+
+    blocks: not only ``net.noise_embedding``, but also all ``net.block_layers``.
+
+    Raises UserError if the network has none.
+    """
+    layers = [embedding_layer(net)]
+    if blocks:
+        layers += member(net, "block_layers")
+        if len(layers) == 1:
+            raise UserError(f"{type(net).__name__} has no block_layers: use the head 'time' instead of 'blocks'")
+    return layers
+
+
+def shift_hooks(layers: list[torch.nn.Module], shift: Callable[[], torch.Tensor | None]) -> list:
+    """Hooks that add a shift to the outputs of layers; returns their handles.
+
+    layers: see ``shifted_layers``.
+    shift: returns the shifts of all layers beside each other, [1, E] or [B, E], or of the first
+        layer only, or None: no shift.
+    """
+    handles, start = [], 0
+    for layer in layers:
+        place = slice(start, start + layer.out_features)
+
+        def add(module, inputs, output, place=place):
+            given = shift()
+            return output if given is None or given.shape[1] <= place.start else add_shift(output, given[:, place])
+
+        handles.append(layer.register_forward_hook(add))
+        start = place.stop
+    return handles
 
 
 def call_shifted(net: torch.nn.Module, shift: torch.Tensor, x, sigma, **cond) -> torch.Tensor:
     """D(x; sigma) with ``shift`` added to the embedding of the noise level.
 
-    shift: [1, E] or [B, E]; gradients flow to it.
+    shift: [1, E] or [B, E], with E the width of the noise embedding, or of it and all block layers;
+        gradients flow to it.
 
     Raises UserError if the network has no ``noise_embedding``.
     """
-    layer, compiled = embedding_layer(net), member(net, "compiled")
+    embedding, compiled = embedding_layer(net), member(net, "compiled")
     if compiled is not None:
         return compiled(x, sigma, cond, shift)
-    handle = layer.register_forward_hook(lambda module, inputs, output: add_shift(output, shift))
+    handles = shift_hooks(shifted_layers(net, shift.shape[1] > embedding.out_features), lambda: shift)
     try:
         return net(x, sigma, **cond)
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -133,7 +133,9 @@ class QuantizedLayer(nn.Module):
             self._packed[key] = torch.ops.onednn.qconv_prepack(
                 self.weight, self.weight_scale, scale, zero, *settings, shape
             )
-        x = x.contiguous(memory_format=torch.channels_last).div(scale).round_().add_(zero).clamp_(0, 255)
+        x = x.contiguous(memory_format=torch.channels_last)
+        # Adding one half rounds to the nearest number, since the conversion to uint8 rounds down.
+        x = torch.add(x.new_tensor(zero + 0.5), x, alpha=1 / scale).clamp_(0, 255)
         return torch.ops.onednn.qconv_pointwise(
             x.to(torch.uint8),
             scale,

@@ -487,7 +487,7 @@ class _AMEDScheduler(NetworkHooks):
         k = self._first_step(timestep)
         if self._shifts and self._network is None:
             raise UserError(
-                "the span solver's head 'time' acts inside the network: pass it to the scheduler (network=pipe.unet)"
+                "a head of this span solver acts inside the network: pass it to the scheduler (network=pipe.unet)"
             )
         if k == 0 and self._prepares and self._prepared is None:
             raise UserError(

@@ -36,7 +36,7 @@ def quantized_network(net, arguments: dict, predictor=None, device: torch.device
         calibration = _read(path)
         if calibration is None:
             distributed.print0(f"calibrating 8-bit layers on {IMAGES} images, kept in {path}")
-            calibration = quantize.calibrate(net, _states(net, arguments, predictor, device, conditions))
+            calibration = quantize.calibrate(net, sampled_states(net, arguments, predictor, device, **conditions))
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, calibration)
     return quantize.apply_ranges(net, calibration)
@@ -64,8 +64,8 @@ def _read(path: Path) -> dict | None:
     return {"sigmas": levels, "layers": grids}
 
 
-def _states(net, arguments: dict, predictor, device, conditions: dict) -> list:
-    """(x, sigma, cond) of every evaluation of one sampled batch."""
+def sampled_states(net, arguments: dict, predictor=None, device: torch.device | None = None, **conditions) -> list:
+    """(x, sigma, cond) of every evaluation of one sampled batch; see ``quantized_network``."""
     states = []
 
     def record(module, args, kwargs):

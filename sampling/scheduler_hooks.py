@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from models.denoiser import BottleneckReader, add_shift
+from models.denoiser import BottleneckReader, find_block_layers, shift_hooks, shifted_layers
 from torch_utils.errors import UserError
 from torch_utils.transfer import to_device
 
@@ -63,7 +63,7 @@ class NetworkHooks(_Diffusers):
         beside it, replaces it by the times of the samples; ``timesteps`` then shows their mean. The
         hook also makes AFS possible in pipelines that do not call scale_model_input. On networks
         without bottleneck (transformers) this is its only effect, and the mode stays time-only. The
-        head "time" of a span solver adds to the embedding of the noise level. Hooks are on the
+        heads "time" and "blocks" of a span solver act inside the network. Hooks are on the
         network during a run only. ``detach`` ends this mode.
 
         network: the pipeline's U-Net or transformer.
@@ -72,7 +72,7 @@ class NetworkHooks(_Diffusers):
             raise UserError("AMEDScheduler: network has to be the pipeline's unet or transformer")
         self.detach()
         if self._shifts:
-            self.predictor.check_network(SimpleNamespace(noise_embedding=_embedding(network)))
+            self.predictor.check_network(_shifted_part(network))
         self._network = network
         if getattr(network, "mid_block", None) is not None:
             self._reader = BottleneckReader()
@@ -105,7 +105,9 @@ class NetworkHooks(_Diffusers):
             keep = network.mid_block.register_forward_hook(lambda module, inputs, output: reader.keep(output))
             hooks.callback(keep.remove)
         if self._shifts:
-            hooks.callback(_embedding(network).register_forward_hook(_weak(self._add_shift)).remove)
+            layers = shifted_layers(_shifted_part(network), "blocks" in self.predictor.heads)
+            for handle in shift_hooks(layers, _weak(self._shift)):
+                hooks.callback(handle.remove)
 
     def _hook_compiled(self, hooks, inner, attribute, compile_like) -> None:
         """The same for a compiled network, whose graph ignores hooks: replaces its call.
@@ -115,7 +117,7 @@ class NetworkHooks(_Diffusers):
         compile_like: compiles another function in the same way.
         """
         if self._shifts:
-            raise UserError("the student's head 'time' does not work in a compiled network")
+            raise UserError("the heads 'time' and 'blocks' of a span solver do not work in a compiled network")
         network, call = self._network, getattr(self._network, attribute)
         if self._reader is not None:
             if self._graph is None:
@@ -207,13 +209,13 @@ class NetworkHooks(_Diffusers):
 
     @property
     def _shifts(self) -> bool:
-        return "time" in getattr(self.predictor, "heads", {})
+        return getattr(self.predictor, "shift_head", None) is not None
 
-    def _add_shift(self, module, inputs, output):
-        """The hook of the head "time"."""
+    def _shift(self) -> torch.Tensor | None:
+        """What the head "time" or "blocks" adds in this call."""
         if self._run is None or not self._own_call:
-            return output
-        return add_shift(output, self.predictor.heads["time"](self._index, 1).to(output.device))
+            return None
+        return self.predictor.shift_head(self._index, 1).to(next(self._network.parameters()).device)
 
 
 # network -> weak reference to the scheduler that hooked it last
@@ -262,6 +264,7 @@ def _replaced(arguments: tuple, named: dict, place, change) -> tuple[tuple, dict
     return arguments, {**named, place: change(named[place])}
 
 
-def _embedding(network):
-    """The layer that the head "time" adds to, or None."""
-    return getattr(getattr(network, "time_embedding", None), "linear_2", None)
+def _shifted_part(network) -> SimpleNamespace:
+    """What a span solver needs to know of a network for its head "time" or "blocks"."""
+    embedding = getattr(getattr(network, "time_embedding", None), "linear_2", None)
+    return SimpleNamespace(noise_embedding=embedding, block_layers=find_block_layers(network))

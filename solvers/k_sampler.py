@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from tqdm.auto import tqdm
 
-from models.denoiser import BottleneckReader, bottleneck_map
+from models.denoiser import BottleneckReader, bottleneck_map, find_block_layers
 from models.noise import DiscreteTime, RectifiedFlow
 from solvers.learned import NetworkOfProcess, learned_run
 from solvers.sampler import Sampler
@@ -195,7 +195,8 @@ class _Network:
     def __init__(self, model, levels: _Levels, extra_args: dict, batch: int):
         self.model, self.levels, self.extra_args, self.batch = model, levels, extra_args, batch
         self.reader: _ComfyReader | None = None
-        self.noise_embedding = _embedding(model)  # for the head "time" of a span solver
+        # For the heads "time" and "blocks" of a span solver.
+        self.noise_embedding, self.block_layers = _shifted_layers(model)
         for name in ("sigma_min", "sigma_max", "sigma", "sigma_inv"):
             if hasattr(levels, name):
                 setattr(self, name, getattr(levels, name))
@@ -222,14 +223,15 @@ def _chain(model):
         part = next((inner for name in _LAYERS if (inner := getattr(part, name, None)) is not None), None)
 
 
-def _embedding(model):
-    """The linear layer whose output tells the U-Net inside the model its noise level, or None."""
+def _shifted_layers(model):
+    """The ``noise_embedding`` of the U-Net inside the model, or None, and its ``block_layers``."""
     for part in _chain(model):
         for name in ("noise_embedding", "time_embed", "time_embedding"):
             layer = getattr(part, name, None)
             if isinstance(layer, torch.nn.Module):
-                return [inner for inner in layer.modules() if hasattr(inner, "out_features")][-1]
-    return None
+                embedding = [inner for inner in layer.modules() if hasattr(inner, "out_features")][-1]
+                return embedding, find_block_layers(part)
+    return None, []
 
 
 class _ComfyReader(BottleneckReader):

@@ -86,9 +86,9 @@ class Span(Solver):
         ]
 
     def _shift(self, number):
-        """The noise embedding offset [1,E] of the head "time" for direction ``number``, or None."""
-        call, heads = number - self.student.analytic, self.student.heads
-        return heads["time"](call, 1) if "time" in heads and call >= 0 else None
+        """The offset [1,E] of the head "time" or "blocks" for direction ``number``, or None."""
+        call, head = number - self.student.analytic, self.student.shift_head
+        return None if head is None or call < 0 else head(call, 1)
 
     def _average(self, i, x, sigma, directions, known, c):
         """The direction [B,C,H,W] of step i, from the table and the heads.

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-HEADS: tuple[str, ...] = ("sample", "spatial", "time")
+HEADS: tuple[str, ...] = ("sample", "spatial", "time", "blocks")
+SHIFTS = ("time", "blocks")  # heads that act inside the network; at most one of them
 FEATURES, HIDDEN, RANK = 5, 16, 4
 LIFT_CHANNELS = 16
 LIFTED = 2  # number of last steps with a spatial head
@@ -125,10 +126,11 @@ class TimeHead(nn.Module):
     """Embedding offset: one vector per call, added to the network's embedding of the noise level.
 
     The time scale a_i moves this embedding along a curve; the vector moves it in any direction. It
-    is zero at first. MTEO (arXiv 2603.22375) learns such vectors for every layer.
+    is zero at first. The head "blocks" has a longer vector: it also shifts what every residual
+    block gets from the embedding, as MTEO does (arXiv 2603.22375).
 
     calls: number of network calls of a trajectory.
-    width: width of the embedding.
+    width: of the embedding; for "blocks" with the inputs of all blocks.
     """
 
     def __init__(self, calls: int, width: int):

@@ -38,14 +38,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.denoiser import embedding_layer, member
+from models.denoiser import member, shifted_layers
 from models.inputs import draw_condition, draw_noise, initial_state
 from solvers.deis import gauss_legendre, lagrange_basis
 from solvers.former_names import FORMER_NAMES, current, with_current_names
 from solvers.sampler import integrate, sample
 from solvers.schedules import check_sigmas, get_schedule
 from solvers.solver import State, make_solver
-from solvers.span_heads import HEADS, LIFTED, SampleHead, SpatialHead, TimeHead
+from solvers.span_heads import HEADS, LIFTED, SHIFTS, SampleHead, SpatialHead, TimeHead
 from torch_utils.errors import UserError
 from torch_utils.kinds import MOST_STEPS, check_kinds, check_steps, defaults_of, kinds_of
 from torch_utils.seeds import SeededGenerators
@@ -102,7 +102,7 @@ class SpanConfig:
     # optional networks beside the table (solvers/span_heads.py); their outputs are zero at first
     heads: list[str] = field(default_factory=list)  # names in HEADS
     img_channels: int | None = None  # for "spatial"
-    embedding_width: int | None = None  # for "time": width of the network's noise embedding
+    embedding_width: int | None = None  # for "time" and "blocks": numbers that they shift in a call
 
 
 CONFIG_KINDS = kinds_of(SpanConfig)
@@ -366,8 +366,11 @@ class SpanSolver(nn.Module):
         if "spatial" in c["heads"] and not (isinstance(c["img_channels"], int) and c["img_channels"] > 0):
             raise UserError("the head 'spatial' needs img_channels, the number of channels of the images or latents")
         width = c["embedding_width"]
-        if "time" in c["heads"] and not (isinstance(width, int) and width > 0):
-            raise UserError("the head 'time' needs embedding_width, the length of the network's noise embedding")
+        shifts = [name for name in SHIFTS if name in c["heads"]]
+        if len(shifts) > 1:
+            raise UserError("heads: 'blocks' contains 'time'; name one of them")
+        if shifts and not (isinstance(width, int) and width > 0):
+            raise UserError(f"the head '{shifts[0]}' needs embedding_width, the number of values that it shifts")
         for name, most in (("parallel", 16), ("window", None), ("last_step_gains", None), ("max_order", 4)):
             value = c[name]
             whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= (most or value)
@@ -437,9 +440,15 @@ class SpanSolver(nn.Module):
             heads["sample"] = SampleHead([row.free for row in steps], [row.count - 1 - row.free for row in steps])
         if "spatial" in self.config["heads"]:
             heads["spatial"] = SpatialHead(self.config["img_channels"], {r.interval: r.count for r in steps[-LIFTED:]})
-        if "time" in self.config["heads"]:
-            heads["time"] = TimeHead(self.evaluations(), self.config["embedding_width"])
+        for name in SHIFTS:
+            if name in self.config["heads"]:
+                heads[name] = TimeHead(self.evaluations(), self.config["embedding_width"])
         return heads
+
+    @property
+    def shift_head(self) -> TimeHead | None:
+        """The head "time" or "blocks", if there is one."""
+        return next((self.heads[name] for name in SHIFTS if name in self.heads), None)
 
     def head_parameters(self) -> list[nn.Parameter]:
         """Weights of the heads, float32. ``groups`` does not contain them."""
@@ -465,10 +474,15 @@ class SpanSolver(nn.Module):
         own, channels = self.config["img_channels"], getattr(net, "img_channels", None)
         if "spatial" in self.heads and channels not in (None, own):
             raise UserError(f"the head 'spatial' of the span solver needs {own} channels, this network has {channels}")
-        if "time" in self.heads:
-            own, width = self.config["embedding_width"], embedding_layer(net).out_features
+        if self.shift_head is not None:
+            blocks = "blocks" in self.heads
+            own = self.config["embedding_width"]
+            width = sum(layer.out_features for layer in shifted_layers(net, blocks))
             if width != own:
-                raise UserError(f"the head 'time' needs a noise embedding of {own} numbers, this network's has {width}")
+                name = "blocks" if blocks else "time"
+                raise UserError(
+                    f"the head '{name}' needs a noise embedding of {own} numbers, this network's has {width}"
+                )
 
     # Numbers
 

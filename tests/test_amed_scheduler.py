@@ -14,6 +14,7 @@ from latent_nets import relative_error
 from PIL import Image
 from pretend_device import PretendedDevice
 
+from models.denoiser import shifted_layers
 from models.diffusers import load_diffusers
 from solvers import SOLVERS, resolve_sigmas, sample
 from solvers.span_table import SpanSolver
@@ -376,14 +377,15 @@ def test_example(kind, tmp_path, monkeypatch):
     ("preset", "first_step", "heads"),
     [
         *[("gs", "none", []), ("ld3", "zero", []), ("full", "gaussian", []), ("amed-table", "zero", [])],
-        *[("full", "gaussian", ["spatial", "time"]), ("gs", "none", ["time"])],
+        *[("full", "gaussian", ["spatial", "time"]), ("gs", "none", ["time"]), ("gs", "none", ["blocks"])],
     ],
 )
 def test_span_student(preset, first_step, heads, tmp_path):
     """A table in the place of the predictor: the pipeline makes the images of the loop."""
     net = load_diffusers(pipeline_folder("sd"), guidance_rate=RATE)
     ends = {"sigma_min": net.sigma_min, "sigma_max": net.sigma_max}
-    sizes = {"img_channels": net.img_channels, "embedding_width": net.noise_embedding.out_features}
+    width = sum(layer.out_features for layer in shifted_layers(net, "blocks" in heads))
+    sizes = {"img_channels": net.img_channels, "embedding_width": width}
     student = SpanSolver.preset(preset, num_steps=4, first_step=first_step, heads=heads, **sizes, **ends)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -403,14 +405,14 @@ def test_span_student(preset, first_step, heads, tmp_path):
         assert relative_error(run_pipeline(net, scheduler, noise), expected.float()) < TOLERANCE
     with pytest.raises(UserError, match="only span solvers with parallel=1"):
         AMEDScheduler(SpanSolver(parallel=2), net.pipeline.scheduler.config)
-    if "time" in heads:
+    if {"time", "blocks"} & set(heads):
         unet, wrong = net.pipeline.unet, SpanSolver(heads=["time"], embedding_width=4)
         with torch.no_grad():
-            student.heads["time"].vectors.zero_()
+            student.shift_head.vectors.zero_()
         other = sample(net, noise.double(), solver="span", predictor=student, cond=cond)
         assert relative_error(other.float(), expected.float()) > 100 * TOLERANCE
         scheduler.detach()
-        assert not unet.time_embedding.linear_2._forward_hooks
+        assert not any(layer._forward_hooks for layer in shifted_layers(net, True))
         with pytest.raises(UserError, match="network=pipe.unet"):
             run_pipeline(net, scheduler, noise)
         with pytest.raises(UserError, match="needs a noise embedding of 4 numbers"):

@@ -6,7 +6,7 @@ from latent_nets import relative_error, tiny_case
 
 from models import build_denoiser, create_model
 from models.compile import CompiledForward, prepare_network
-from models.denoiser import Denoiser, call_shifted, member, read_bottleneck
+from models.denoiser import Denoiser, call_shifted, member, read_bottleneck, shifted_layers
 from solvers import sample
 from torch_utils.errors import UserError
 from torch_utils.seeds import SeededGenerators
@@ -116,6 +116,32 @@ def test_a_shift_of_the_noise_embedding_is_a_shift_of_the_bias_that_puts_it_out(
             assert relative_error(call_shifted(net, shifts[:1], x, 2.0, **cond), expected[0]) < 1e-4
             assert relative_error(net(x, 2.0, **cond), before) < 1e-4 and len(graphs) == 2
             assert relative_error(call_shifted(net, shifts, x, sigma, **cond), each) < 1e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shifts_of_blocks_are_shifts_of_their_biases(case):
+    """For every family: offsets of the noise embedding and of what each block makes of it."""
+    net, cond, io = tiny_network(case)
+    x, layers = io["x__2"], shifted_layers(net, True)
+    assert len(layers) > 4 and len(set(map(id, layers))) == len(layers)
+    widths, generator = [layer.out_features for layer in layers], torch.Generator().manual_seed(0)
+    shifts = torch.randn(2, sum(widths), generator=generator)
+    with torch.no_grad():
+        before, expected = net(x, 2.0, **cond), []
+        for shift in shifts:
+            for sign in (1, -1):
+                for layer, part in zip(layers, shift.split(widths), strict=True):
+                    layer.bias.add_(sign * part)
+                expected += [net(x, 2.0, **cond)] if sign == 1 else []
+        each = torch.cat([expected[0][:1], expected[1][1:]])
+        assert relative_error(call_shifted(net, shifts[:1], x, 2.0, **cond), expected[0]) < 1e-4
+        assert relative_error(call_shifted(net, shifts, x, torch.full((2,), 2.0), **cond), each) < 1e-4
+        first = call_shifted(net, shifts[:1, : widths[0]], x, 2.0, **cond)  # of the noise embedding alone
+        assert relative_error(expected[0], first) > 1e-3 and relative_error(first, before) > 1e-3
+        assert relative_error(net(x, 2.0, **cond), before) < 1e-4 and not any(layer._forward_hooks for layer in layers)
+        if case == "sd_cfg_kl":
+            watched(net)
+            assert relative_error(call_shifted(net, shifts[:1], x, 2.0, **cond), expected[0]) < 1e-4
 
 
 @pytest.mark.slow

@@ -95,6 +95,10 @@ def test_heads_and_loss_that_are_not_given_suit_the_network(tiny, tmp_path):
         recorded = json.loads((path.parent / "training_options.json").read_text())
         assert (recorded["heads"], recorded["loss"]) == (heads, "features+0.2*huber")
         assert ",".join(load_predictor(path).config["heads"]) == heads.replace("none", "")
+    done = invoke(*usual(tiny, tmp_path), "--heads=blocks")
+    assert done.exit_code == 0, done.output
+    learned = load_predictor(trained(done.output)).shift_head.vectors
+    assert learned.shape[1] > 64 and learned.abs().min(dim=1).values.max() > 0  # trained in every block
 
     class Blind(ToyNet):
         def forward(self, x, sigma):

@@ -845,7 +845,11 @@ SPAN = [
     *({"learn": value} for value in ({"knots": 1}, 5, [5], "knots", ["knots"] * 3 + ["x"])),
     *({"heads": value} for value in (5, {"time": 1}, [["time"]], "time")),
     *({"image_shape": value} for value in ([1 << 20] * 3, "abc", 5, [-1])),
-    *({"img_channels": 1 << 20, "heads": ["spatial"]}, {"embedding_width": 1 << 30, "heads": ["time"]}),
+    *(
+        {"img_channels": 1 << 20, "heads": ["spatial"]},
+        {"embedding_width": 1 << 30, "heads": ["time"]},
+        {"embedding_width": 1 << 30, "heads": ["blocks"]},
+    ),
     *({"sigmas": value} for value in ([1.0] * 5000, "x", [10**40, 1], {"a": 1})),
     *({name: value} for name in ("sigma_min", "schedule_rho", "sigma_scale_bound") for value in ("1", [1], True)),
 ]

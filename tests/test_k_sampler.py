@@ -11,6 +11,7 @@ import torch
 from toy import ToyNet
 
 from models import create_model
+from models.denoiser import shifted_layers
 from solvers import sample
 from solvers.k_sampler import learned_sigmas, sample_learned
 from solvers.span_table import SpanSolver
@@ -117,10 +118,12 @@ def test_a_part_of_the_schedule():
         learned_sigmas(amed(sigma_min=None, sigma_max=None), lambda x, sigma: x)
 
 
-def test_the_head_time_acts_inside_the_network():
-    """On the layer of the embedding, wherever the wrapper keeps it."""
+@pytest.mark.parametrize("head", ["time", "blocks"])
+def test_heads_act_inside_the_network(head):
+    """On the layers of the embedding, wherever the wrapper keeps them."""
     net = create_model("digits")
-    student = span(heads=["time"], embedding_width=net.noise_embedding.out_features, sigma_min=0.002, sigma_max=80.0)
+    width = sum(layer.out_features for layer in shifted_layers(net, head == "blocks"))
+    student = span(heads=[head], embedding_width=width, sigma_min=0.002, sigma_max=80.0)
     with torch.no_grad():
         for value in student.head_parameters():
             value.normal_(generator=torch.Generator().manual_seed(0))

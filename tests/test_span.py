@@ -643,7 +643,7 @@ def test_the_time_head_shifts_the_embedding_of_its_own_call(structure):
         assert network.asked == student.evaluations()
     unchanged = plain.run(ToyNet(), latents()).detach()
     assert all(float((image - unchanged).abs().max()) > 1e-3 for image in images)
-    with pytest.raises(UserError, match="leave the head 'time' out"):
+    with pytest.raises(UserError, match="leave the heads 'time' and 'blocks' out"):
         student.run(ToyNet(), latents())
 
 
@@ -762,6 +762,8 @@ def test_files_that_are_no_students(tmp_path):
         ({"heads": ["tail"]}, "heads: unknown 'tail'"),
         ({"heads": ["spatial"]}, "needs img_channels"),
         ({"heads": ["time"]}, "needs embedding_width"),
+        ({"heads": ["blocks"]}, "needs embedding_width"),
+        ({"heads": ["time", "blocks"], "embedding_width": 2}, "'blocks' contains 'time'"),
         ({"sigmas": [3.0, 4.0]}, "strictly decreasing"),
         ({"sigmas": [3.0, 3.0 - 1e-9, 1.0]}, "nearly coincide"),
     ],
@@ -793,12 +795,17 @@ def test_learned_solvers_and_solvers_that_do_not_belong_together():
             {"solver": "span", "predictor": SpanSolver(heads=["spatial"], img_channels=1)},
             "needs 1 channels, this network has 3",
         ),
-        ({"solver": "span", "predictor": SpanSolver(heads=["time"], embedding_width=2)}, "leave the head 'time' out"),
+        (
+            {"solver": "span", "predictor": SpanSolver(heads=["time"], embedding_width=2)},
+            "leave the heads 'time' and 'blocks' out",
+        ),
     ):
         with pytest.raises(UserError, match=message):
             integrate(ToyNet(), latents(), **{"num_steps": 4, **options} if options["solver"] != "span" else options)
     with pytest.raises(UserError, match="needs a noise embedding of 3 numbers, this network's has 2"):
         sample(EmbeddedToy(), latents(), solver="span", predictor=SpanSolver(heads=["time"], embedding_width=3))
+    with pytest.raises(UserError, match="no block_layers: use the head 'time'"):
+        sample(EmbeddedToy(), latents(), solver="span", predictor=SpanSolver(heads=["blocks"], embedding_width=3))
     with pytest.raises(UserError, match="'amed' needs"):
         Sampler(ToyNet(), make_solver("amed"), get_schedule(4, 0.002, 80.0))
 

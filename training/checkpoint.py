@@ -13,6 +13,7 @@ import torch
 
 from models import zoo
 from solvers.former_names import with_current_names
+from solvers.span_heads import SHIFTS
 from solvers.span_table import CONFIG_KINDS, SpanSolver, current_config
 from torch_utils.errors import UserError, brief
 from torch_utils.kinds import check_kinds
@@ -103,13 +104,14 @@ def _check_table(config: dict, tensors: dict[str, torch.Tensor], name: str) -> N
     channels = {size[0] for key, size in sizes.items() if key.startswith("heads.spatial.write.") and len(size) == 4}
     if "spatial" in (config.get("heads") or []) and {config.get("img_channels")} != channels:
         raise UserError(f"{name}: its 'img_channels' does not belong to its weights (heads)")
-    width = sizes.get("heads.time.vectors", [None])[-1]
-    if "time" in (config.get("heads") or []) and config.get("embedding_width") != width:
-        raise UserError(f"{name}: its 'embedding_width' does not belong to its weights (heads)")
+    for head in set(SHIFTS) & set(config.get("heads") or []):
+        if config.get("embedding_width") != sizes.get(f"heads.{head}.vectors", [None])[-1]:
+            raise UserError(f"{name}: its 'embedding_width' does not belong to its weights (heads)")
     # The largest layers of the heads grow with the number of intervals.
     held, intervals = sum(value.numel() for value in tensors.values()), (config["num_steps"] or 1) - 1
     heads = config.get("heads") or ()
-    for head, key, per_interval in (("spatial", "img_channels", 16 * 9), ("time", "embedding_width", 1)):
+    held_by = [("spatial", "img_channels", 16 * 9), *((head, "embedding_width", 1) for head in SHIFTS)]
+    for head, key, per_interval in held_by:
         if head in heads and config[key] * per_interval * (intervals - 1) > held:
             raise UserError(f"{name}: its '{key}' does not belong to its weights")
     if config.get("image_shape") != sizes.get("mean"):

@@ -16,6 +16,7 @@ from solvers.former_names import current, with_current_names
 from solvers.schedules import SCHEDULES, check_sigmas, get_schedule
 from solvers.search.problem import Problem
 from solvers.solver import Option, check_teacher, teachers
+from solvers.span_heads import SHIFTS
 from solvers.span_table import BASES, GROUPS, PRESETS, SpanSolver
 from torch_utils.cli import PATH, SEED, Number
 from torch_utils.errors import UserError
@@ -526,7 +527,7 @@ class SpanOptions(RunOptions):
     sampler_tea: str = "deis"
     preset: str = flag("kind of span solver: what it learns", "full", tuple(PRESETS))
     heads: str | None = flag(
-        "heads: sample, spatial (residual net), time (embedding offset), or none (default: spatial,time for full)",
+        "heads: sample, spatial (residual net), time (embedding offset), blocks (offsets in all blocks), or none (default: spatial,time for full)",
         metavar="NAME,...",
     )
     parallel: int | None = flag("network calls per interval that run as one batch (default: the preset's)", kind=COUNT)
@@ -760,10 +761,10 @@ def has_features(net, sigma: float, prompts=None, device="cpu") -> bool:
 
 
 def learned(student: SpanSolver) -> dict[str, list[torch.nn.Parameter]]:
-    """Learned parameters by group: those of the table, "shifts" (head "time"), other "heads"."""
+    """Learned parameters by group: the table's, "shifts" ("time", "blocks"), other "heads"."""
     groups = {name: [parameter] for name, parameter in student.groups().items()}
     for name, head in student.heads.items():
-        groups.setdefault("shifts" if name == "time" else "heads", []).extend(head.parameters())
+        groups.setdefault("shifts" if name in SHIFTS else "heads", []).extend(head.parameters())
     return groups
 
 

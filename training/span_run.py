@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
-from models.denoiser import embedding_layer, member
+from models.denoiser import member, shifted_layers
 from models.inputs import draw_condition, draw_inputs
+from solvers.span_heads import SHIFTS
 from solvers.span_table import SpanSolver
 from torch_utils import distributed
 from torch_utils.distributed import on_main
@@ -42,9 +43,11 @@ FINALISTS = 3  # starts that are trained briefly before one is chosen
 
 def head_sizes(net, options: SpanOptions) -> dict:
     """The sizes of the heads that depend on the network."""
-    if not options.head_names():
+    heads, width = options.head_names(), None
+    if not heads:
         return {}
-    width = embedding_layer(net).out_features if "time" in options.head_names() else None
+    if set(heads) & set(SHIFTS):
+        width = sum(layer.out_features for layer in shifted_layers(net, "blocks" in heads))
     return {"img_channels": net.img_channels, "embedding_width": width}
 
 
