@@ -2,6 +2,7 @@
 
     python train.py --dataset_name=cifar10 --num_steps=4 --sampler_stu=amed --sampler_tea=heun
     python train.py --dataset_name=cifar10 --num_steps=6 --sampler_stu=span
+    python train.py --dataset_name=cifar10 --nfe=4 --sampler_stu=span --minutes=30
     python train.py --dataset_name=cifar10 --num_steps=4 --objective=sfd
     torchrun --standalone --nproc_per_node=8 train.py --dataset_name=imagenet64 ...
     python train.py --resume=7            # continue ./exps/00007-* where it stopped
@@ -43,8 +44,8 @@ GROUPS = {
     " afs num_steps_tea schedule_tea rho_tea pairs val_pairs teacher_set",
     "Options of solvers": "| " + " ".join(TRAINABLE),
     "Few-step network": "| teacher rank dropout",
-    "Span solver": "| preset heads parallel sigma_scale_bound init init_pairs init_trial phases phase_rounds",
-    "Optimisation": "total_kimg batch seed | batch_gpu lr lrs lr_final warmup clip ema val_every scale_dir scale_time loss"
+    "Span solver": "minutes | preset heads parallel sigma_scale_bound init init_pairs init_trial phases phase_rounds",
+    "Optimisation": "total_kimg batch seed | batch_gpu lr lrs lr_factor lr_final warmup clip ema val_every scale_dir scale_time loss"
     " feature_sigma w_dist w_anchor anchor w_delta",
     "Output": "outdir resume | desc nosubdir tick snap dump tensorboard dry_run",
     "Speed": "device | amp compile channels_last dtype tf32 checkpointing bench offline",

@@ -29,6 +29,7 @@ network at x_i first, then at the K points e_ik in one batch, and steps along th
 """
 
 import copy
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ from solvers.deis import gauss_legendre, lagrange_basis
 from solvers.former_names import FORMER_NAMES, current, with_current_names
 from solvers.sampler import integrate, sample
 from solvers.schedules import check_sigmas, get_schedule
-from solvers.solver import State, make_solver
+from solvers.solver import Point, State, make_solver
 from solvers.span_heads import HEADS, LIFTED, SHIFTS, SampleHead, SpatialHead, TimeHead
 from torch_utils.errors import UserError
 from torch_utils.kinds import MOST_STEPS, check_kinds, check_steps, defaults_of, kinds_of
@@ -62,7 +63,7 @@ GROUPS: tuple[str, ...] = (
 )
 
 
-BASES: tuple[str, ...] = ("ab", "midpoint", "euler", "ipndm", "deis", "dpmpp")
+BASES: tuple[str, ...] = ("ab", "midpoint", "euler", "ipndm", "deis", "dpmpp", "unipc")
 FIRST_STEPS: tuple[str, ...] = ("none", "zero", "gaussian")
 LEAST_SHARE = 1e-6  # smallest share of an interval in ln(sigma_max / sigma_min): noise levels never coincide
 
@@ -269,6 +270,25 @@ class Moves:
         steps = [tuple(next(moved) for _ in step) for step in self.steps]
         substeps = [[tuple(next(moved) for _ in point) for point in points] for points in self.substeps]
         return Moves(sigmas, sigmas_cond, steps, substeps)
+
+
+class _Coordinates:
+    """What the step of a linear solver needs of a run. sigmas: noise levels [N + 1]."""
+
+    predictor = None
+
+    def __init__(self, sigmas: torch.Tensor):
+        self.sigmas = sigmas
+        self.intervals = self.updates = len(sigmas) - 1
+
+    def sigma(self, i: int, x) -> torch.Tensor:
+        return self.sigmas[i]
+
+    def sigma_cond(self, i: int) -> None:
+        return None
+
+    def at(self, x, i: int) -> Point:
+        return Point(x, self.sigmas[i], index=i)
 
 
 class SpanSolver(nn.Module):
@@ -541,18 +561,30 @@ class SpanSolver(nn.Module):
         """The rows of a registered linear solver.
 
         The solver steps with coordinates in the span of the directions instead of images. This also
-        works for solvers that combine denoised images x - sigma g.
+        works for solvers that combine denoised images x - sigma g. The rows lead from each point
+        where the network is called to the next: for UniPC these are the predicted points, and the
+        correction of a point is part of the next row.
         """
         names = ("max_order", "lower_order_final")
         common = {name: self.config[name] for name in names} | {"thresholding": False}
         solver = make_solver(self.config["base"], common=common).setup(None, sigmas)
         directions = torch.eye(self.intervals, dtype=torch.float64)
-        state, rows = State(sigmas.new_zeros(self.intervals)), []
+        run = _Coordinates(sigmas)
+        state, points = State(sigmas.new_zeros(self.intervals)), []
         for i in range(self.intervals):
-            before = state.x
-            state = solver.make_update(state, directions[i], sigmas[i], sigmas[i + 1], self.intervals)
-            rows.append(((state.x - before) / (sigmas[i + 1] - sigmas[i]))[: i + 1])
-        return rows
+            step = solver.step(run, state, i)
+            answer = None
+            try:
+                while True:
+                    points.append(step.send(answer).x)
+                    answer = directions[len(points) - 1]
+            except StopIteration as end:
+                state = end.value
+        points.append(state.x)
+        return [
+            ((after - before) / (sigmas[i + 1] - sigmas[i]))[: i + 1]
+            for i, (before, after) in enumerate(itertools.pairwise(points))
+        ]
 
     def _coefficients(self, sigmas, substeps) -> list[torch.Tensor]:
         """The coefficients c_theory + Delta of all rows."""

@@ -24,7 +24,7 @@ from training.amed_trainer import Distiller
 from training.options import SpanOptions
 from training.predictor import AMEDPredictor
 from training.sfd_trainer import SFDTrainer
-from training.span_run import head_sizes
+from training.span_search import head_sizes
 from training.span_trainer import SpanTrainer
 from training.teacher import teacher_set
 

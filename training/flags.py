@@ -8,7 +8,7 @@ from torch_utils.cli import PATH
 from torch_utils.distributed import print0
 from torch_utils.errors import UserError
 from torch_utils.options import flags_of
-from training.options import AMEDOptions, RunOptions, SFDOptions, SpanOptions
+from training.options import CHOSEN, AMEDOptions, RunOptions, SFDOptions, SpanOptions
 from training.sample_loss import own_code
 
 OBJECTIVES = {"per_step": AMEDOptions, "final": SpanOptions, "sfd": SFDOptions}
@@ -32,6 +32,10 @@ def find_objective(values: dict, given: set[str]) -> str:
         raise UserError("--objective=sfd trains the network, for Euler steps: leave --sampler_stu out")
     if objective != "sfd" and isinstance(values["num_steps"], str):
         raise UserError(f"--num_steps={values['num_steps']}: only --objective=sfd trains for several numbers of steps")
+    if objective != "final" and "minutes" in given:
+        raise UserError(
+            "--minutes chooses the settings of a span solver: use --sampler_stu=span, or leave --minutes out"
+        )
     for other in OBJECTIVES:
         foreign = sorted(given & flags_of(OBJECTIVES[other]).keys() - flags_of(OBJECTIVES[objective]).keys())
         if foreign:
@@ -51,6 +55,10 @@ def new_options(values: dict, given: set[str], nfe: int | None = None) -> RunOpt
             raise UserError(f"--sigmas replaces --{min(replaced)}: give only one of them")
     kind = OBJECTIVES[find_objective(values, given)]
     written = {name: values[name] for name in given & flags_of(kind).keys()}
+    if "minutes" in given:
+        if "total_kimg" in given:
+            raise UserError("--minutes decides how long the training is: leave --total_kimg out")
+        written["open"] = sorted(set(CHOSEN) - given)
     return kind.from_dict(written if nfe is None else with_recipe(kind, written, nfe))
 
 
@@ -65,6 +73,8 @@ def with_recipe(kind, written: dict, nfe: int) -> dict:
         recipe, source = {}, "published settings"
     else:
         recipe, source = training_recipe(written["dataset_name"], student)
+    if "minutes" in written:  # chosen in the run instead
+        recipe = {name: value for name, value in recipe.items() if name not in (*CHOSEN, "total_kimg")}
     chosen = merge(recipe, written)
     per_call = kind.from_dict(chosen).guess_evals_per_call()
     if kind is AMEDOptions and "afs" not in written and nfe // per_call % 2 == 0:

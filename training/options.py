@@ -1,7 +1,7 @@
 """The options of a training run, and the parsers of those written in a syntax of their own."""
 
 import math
-from dataclasses import asdict, dataclass, make_dataclass, replace
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 
 import click
 import torch
@@ -504,6 +504,36 @@ DEFAULT_LOSS = "features+0.2*huber"
 GRID_GROUPS = ("knots", "substeps", "sigma_scale", "substep_sigma_scale")
 INITIAL_BASES = ("ab", "dpmpp", "ipndm")
 INITIAL_GRIDS = ("polynomial:7", "polynomial:4", "logsnr", "time_uniform:1")
+# What --minutes chooses, unless it is given. The length of the training follows from the time.
+CHOSEN = ("init", "afs", "lrs", "lr_factor", "heads", "loss", "batch", "pairs", "val_pairs", "val_every")
+
+
+@dataclass(frozen=True)
+class Start:
+    """A start of the student, as in ``--init``: base:order@grid.
+
+    base: the classical solver. None: that of the preset.
+    order: its highest order. None: that of the preset.
+    grid: "dmn", or a schedule with its exponent, as "polynomial:7". None: of the preset, or by
+        schedule_type and sigmas.
+    """
+
+    base: str | None = None
+    order: int | None = None
+    grid: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.solver or 'preset'}@{self.grid or 'given'}"
+
+    @property
+    def solver(self) -> str:
+        """The classical solver with its order; "" for that of the preset."""
+        return f"{self.base or ''}{f':{self.order}' if self.order else ''}"
+
+    @property
+    def init(self) -> str:
+        """The value of ``--init``."""
+        return f"{self.solver}{f'@{self.grid}' if self.grid else ''}" or "preset"
 
 
 @dataclass
@@ -534,7 +564,15 @@ class SpanOptions(RunOptions):
     sigma_scale_bound: float | None = flag(
         "bound of |ln a| of the sigma scales (default: the preset's)", kind=POSITIVE, aliases=("--time_bound",)
     )
-    init: str | None = flag("starts to try: base@grid,... or preset (default: several for full)", metavar="LIST")
+    minutes: float | None = flag(
+        "wall time of the whole run: starts, rates, heads, loss and numbers of samples that are not given are chosen by"
+        " validation",
+        kind=POSITIVE,
+    )
+    open: list[str] | None = None  # what ``minutes`` chooses; None: all of ``CHOSEN`` that have their default value
+    init: str | None = flag(
+        "starts to try: base@grid or base:order@grid,... or preset (default: several for full)", metavar="LIST"
+    )
     init_pairs: int = flag("teacher pairs for the trial of each start", 16, COUNT)
     init_trial: float = flag(
         "share of the run for which the three best starts are trained before one is chosen", 0.1, Number(0, 1)
@@ -559,6 +597,7 @@ class SpanOptions(RunOptions):
         "file of the teacher pairs (default: one in outdir/teacher-sets)", kind=PATH, changeable=True, metavar="FILE"
     )
     lrs: str = flag("learning rates of groups, knots=0.01,coef_offset=0.02,...", "", metavar="GROUP=RATE,...")
+    lr_factor: float = flag("factor of all learning rates", 1.0, POSITIVE)
     lr_final: float = flag("learning rates at the end, as a share", 0.02, Number(0, 1))
     warmup: int = flag("iterations of linear warm-up of the rates", 10, click.IntRange(min=0))
     clip: float = flag("largest norm of the gradient", 1.0, POSITIVE)
@@ -575,10 +614,12 @@ class SpanOptions(RunOptions):
         if self.objective != "final" or self.sampler_stu != "span":
             raise UserError(f"objective={self.objective} with sampler_stu={self.sampler_stu}: it trains a span student")
         check_teacher(self.sampler_tea, per_step=False)
-        super().check(world_size)
+        fitting = max(1, self.batch // world_size) * world_size  # a batch that the run may choose
+        checked = replace(self, batch=fitting) if "batch" in self.to_choose() else self
+        super(SpanOptions, checked).check(world_size)
         if self.w_dist and self.val_pairs < 2:
             raise UserError("w_dist needs val_pairs of at least 2")
-        if self.pairs < self.batch:
+        if self.pairs < self.batch and not {"pairs", "batch"} & self.to_choose():
             raise UserError(f"pairs={self.pairs} must be at least the batch, {self.batch}")
         if self.init is not None and (self.schedule_type is not None or self.sigmas is not None):
             raise UserError("--init: the student starts from --sigmas or --schedule_type; give only one of them")
@@ -590,6 +631,16 @@ class SpanOptions(RunOptions):
         self.phase_list(student)
         self.rates(student)
         self.teacher(0.002, 80.0)
+
+    def to_choose(self) -> set[str]:
+        """The options that ``minutes`` chooses."""
+        if self.minutes is None:
+            return set()
+        if self.open is not None:
+            return set(self.open)
+        return {
+            entry.name for entry in fields(self) if entry.name in CHOSEN and getattr(self, entry.name) == entry.default
+        }
 
     # The student
 
@@ -638,12 +689,12 @@ class SpanOptions(RunOptions):
             )
         return student
 
-    def starts(self) -> list[tuple[str | None, str | None]]:
-        """(base, grid) of each start to try. None: of the preset, or by schedule_type and sigmas.
+    def starts(self) -> list[Start]:
+        """The starts to try.
 
-        ``init`` is "preset", or a comma-separated list of ``base``, ``base@grid`` or ``@grid``. A
-        grid is "dmn", or a schedule with its exponent, as "polynomial:7". Default: several bases
-        and grids for the preset "full", else "preset".
+        ``init`` is "preset", or a comma-separated list of ``base``, ``base@grid`` or ``@grid``; a
+        base may have an order, as "ipndm:4". Default: several bases and grids for the preset
+        "full", else "preset".
         """
         text = self.init
         if text is None:
@@ -656,18 +707,8 @@ class SpanOptions(RunOptions):
                 bases = INITIAL_BASES if self.parallel in (None, 1) else ("ab",)
                 text = ",".join(f"{base}@{grid}" for base in bases for grid in INITIAL_GRIDS)
         if text == "preset":
-            return [(None, None)]
-        starts = []
-        for part in text.split(","):
-            base, _, grid = part.strip().partition("@")
-            if base and base not in BASES:
-                raise UserError(f"--init={text}: unknown base '{base}'; choose from {', '.join(BASES)}")
-            if grid:
-                _check_grid(text, grid)
-            if not base and not grid:
-                raise UserError(f"--init={text}: must be 'preset', or base@grid for each start")
-            starts.append((base or None, grid or None))
-        return starts
+            return [Start()]
+        return [parse_start(part.strip(), text) for part in text.split(",")]
 
     @property
     def calls(self) -> int:
@@ -687,7 +728,7 @@ class SpanOptions(RunOptions):
             idle.append("feature_sigma")
         if not self.w_anchor:
             idle.append("anchor")
-        if len(self.starts()) == 1:
+        if len(self.starts()) == 1 or self.minutes is not None:
             idle += ["init_pairs", "init_trial"]
         if self.schedule_tea == "logsnr":
             idle.append("rho_tea")
@@ -713,7 +754,7 @@ class SpanOptions(RunOptions):
                 raise UserError(f"--lrs: the preset {self.preset} does not learn '{name}'; leave it out")
             given[name] = rate
         rates = {**RATES, **PRESET_RATES.get(self.preset, {}), **given}
-        rates = {name: rates[name] for name in learned(student)}
+        rates = {name: self.lr_factor * rates[name] for name in learned(student)}
         if not any(rates.values()):
             raise UserError("--lrs: all learning rates are 0")
         return rates
@@ -792,6 +833,28 @@ def parse_phases(text: str, rounds: int, names: set[str]) -> list[tuple[frozense
     phases = phases * rounds
     total = sum(share for _, share in phases)
     return [(groups, share / total) for groups, share in phases]
+
+
+def parse_start(part: str, text: str | None = None) -> Start:
+    """The start "base@grid", "base:order@grid" or "@grid". text: the value of ``--init``."""
+    text = part if text is None else text
+    solver, _, grid = part.partition("@")
+    base, colon, order = solver.partition(":")
+    if base and base not in BASES:
+        raise UserError(f"--init={text}: unknown base '{base}'; choose from {', '.join(BASES)}")
+    if colon:
+        _check_order(text, base, order)
+    if grid:
+        _check_grid(text, grid)
+    if not base and not grid:
+        raise UserError(f"--init={text}: must be 'preset', or base@grid for each start")
+    return Start(base or None, int(order) if colon else None, grid or None)
+
+
+def _check_order(text: str, base: str, order: str) -> None:
+    highest = {"ab": 4, "midpoint": 1}.get(base) or (SOLVERS[base].highest_order if base else 0)
+    if not order.isdecimal() or not 1 <= int(order) <= highest:
+        raise UserError(f"--init={text}: the order of '{base}' must be a whole number in 1..{highest}")
 
 
 def _check_grid(text: str, grid: str) -> None:

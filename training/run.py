@@ -82,6 +82,10 @@ class Run(BaseRun):
             images.append(member(trainer.net, "decode")(self.sample(latents, cond)))
         return image_grid(to_uint8(torch.cat(images)), GRID_COLUMNS)
 
+    def more_state(self) -> dict:
+        """Further entries of the state for resuming."""
+        return {}
+
     def statistics(self) -> dict:
         """Further statistics of a tick, for stats.jsonl."""
         return {}
@@ -133,10 +137,7 @@ class Run(BaseRun):
         return self.trainer.iteration >= self.total
 
     def on_interruption(self) -> str:
-        world = distributed.world_size()
-        start = "python" if world == 1 else f"torchrun --standalone --nproc_per_node={world}"
-        command = f"{start} train.py --resume={shlex.quote(str(self.folder))}"
-        self.log.say(f"Interrupted after {self.kimg:g} kimg; continue with: {command}")
+        self.log.say(f"Interrupted after {self.kimg:g} kimg; continue with: {resume_command(self.folder)}")
         return ""
 
     def on_failure(self, error: NotFinite) -> None:
@@ -186,6 +187,7 @@ class Run(BaseRun):
             "options": self.options.to_dict(),
             "network_hash": self.provenance["network_hash"],
             **{name: self.provenance.get(name) for name in ("prompts_sha256", "images_sha256")},
+            **self.more_state(),
         }
         on_main(save_state, self.folder, self.nimg // 1000, {**self.trainer.state(), **more})
         self._saved_at = self.trainer.iteration
@@ -213,6 +215,13 @@ class Run(BaseRun):
 def iterations_of(options: RunOptions) -> int:
     """Number of iterations of a whole run."""
     return max(1, math.ceil(options.total_kimg * 1000 / options.batch - 1e-9))
+
+
+def resume_command(folder) -> str:
+    """The command that continues the run in a folder with as many processes."""
+    world = distributed.world_size()
+    start = "python" if world == 1 else f"torchrun --standalone --nproc_per_node={world}"
+    return f"{start} train.py --resume={shlex.quote(str(folder))}"
 
 
 def numbers(values) -> str:

@@ -113,6 +113,7 @@ def _unit(feature: torch.Tensor) -> torch.Tensor:
 
 
 HUBER = 0.00054  # width of the pseudo-Huber loss / sqrt(dimension) (Song & Dhariwal 2023, Section 3.3)
+SCORE_SIGMA = 0.5  # of ``SampleScore``; the loss "features" has 0.2 by default
 LPIPS_LEAST = 64  # smaller images are enlarged, since VGG halves them four times
 
 
@@ -254,6 +255,33 @@ class PairLoss:
     def __call__(self, x, target, cond) -> torch.Tensor:
         x, target = x.float(), target.float()
         return sum(weight * term(x, target, cond) for weight, term in self.terms)
+
+
+class SampleScore:
+    """score(x, target, cond) -> [B]: distance to the teacher's samples that compares solvers.
+
+    net: the network.
+    by_features: whether the network has an encoder (``DenoiserFeatures``).
+
+    The geometric mean of two distances: root mean square difference (pixels, or latents), and root
+    of ``feature_distance`` at noise level ``SCORE_SIGMA``. A factor of either distance changes all
+    scores alike, so they need no weights, and a solver is better if it gains more in one, in per
+    cent, than it loses in the other. So solvers that are trained with different losses can be
+    compared: pixels and features are treated alike, and the loss ``features`` uses another noise
+    level. Without an encoder: the root mean square difference alone.
+    """
+
+    def __init__(self, net, by_features: bool):
+        level = min(max(SCORE_SIGMA, net.sigma_min), net.sigma_max)
+        self.features = DenoiserFeatures(net, level) if by_features else None
+
+    @torch.no_grad()
+    def __call__(self, x, target, cond) -> torch.Tensor:
+        x, target = x.float(), target.float()
+        rms = l2(x, target).sqrt()
+        if self.features is None:
+            return rms
+        return (rms * feature_distance(self.features(x, cond), self.features(target, cond)).sqrt()).sqrt()
 
 
 def mean_distance(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """A run that trains a span solver: its start, its teacher pairs, its folder."""
 
-import copy
-import math
+import shlex
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -9,17 +8,16 @@ from pathlib import Path
 
 import torch
 
-from models.denoiser import member, shifted_layers
-from models.inputs import draw_condition, draw_inputs
-from solvers.span_heads import SHIFTS
+from models.denoiser import member
 from solvers.span_table import SpanSolver
 from torch_utils import distributed
 from torch_utils.distributed import on_main
 from torch_utils.errors import UserError
+from torch_utils.files import write_json
 from torch_utils.memory import AUTO, explained_oom
-from torch_utils.progress import progress_bar
+from torch_utils.tensor_file import write_state
 from training.checkpoint import save_predictor
-from training.options import SpanOptions, grid_sigmas
+from training.options import SpanOptions, has_features
 from training.run import (
     Run,
     check_state,
@@ -30,130 +28,65 @@ from training.run import (
     prepare,
     provenance_of,
     restore,
+    resume_command,
     working_folder,
 )
-from training.run_folder import newest_state
-from training.sample_loss import PairLoss
-from training.span_trainer import PATIENCE, STATISTICS, SpanTrainer, measure
+from training.run_folder import OPTIONS_FILE, RunLog, newest_state, read_state
+from training.sample_loss import SampleScore
+from training.span_search import RESERVE, STATE_FILE, Clock, Search, batches, choose_start, probe
+from training.span_trainer import PATIENCE, STATISTICS, SpanTrainer
 from training.teacher import TeacherSet, file_of, identity_of, teacher_set
 from training.trainer import NotFinite
 
-FINALISTS = 3  # starts that are trained briefly before one is chosen
-
-
-def head_sizes(net, options: SpanOptions) -> dict:
-    """The sizes of the heads that depend on the network."""
-    heads, width = options.head_names(), None
-    if not heads:
-        return {}
-    if set(heads) & set(SHIFTS):
-        width = sum(layer.out_features for layer in shifted_layers(net, "blocks" in heads))
-    return {"img_channels": net.img_channels, "embedding_width": width}
-
-
-def probe_memory(net, options: SpanOptions, ends: tuple, prompts, device, batch_gpu: int) -> None:
-    """Uses the memory of an iteration for one network call, without learning."""
-    shape = [net.img_channels, net.img_resolution, net.img_resolution]
-    student = options.make_student(*ends, **head_sizes(net, options), image_shape=shape)
-    student.heads.to(device)
-    latents, cond = draw_inputs(net, range(batch_gpu), prompts, device=device)
-    x = student.run(net, latents, cond, checkpointing=options.checkpointing)
-    PairLoss(options.loss, net, options.feature_sigma)(x, latents, cond).sum().backward()
-
-
-def choose_start(net, options: SpanOptions, pairs: TeacherSet, ends: tuple, chunk: int, total: int, say) -> SpanSolver:
-    """The untrained solver to start from.
-
-    Picks the ``options.starts`` with the least loss on the first init_pairs pairs, and of these the
-    one that is best after a short training (``try_finalists``).
-
-    total: iterations of the run.
-    say: function that receives the scores as text.
-    """
-    pair_loss = PairLoss(options.loss, net, options.feature_sigma)
-    starts, indices = options.starts(), pairs.train[: options.init_pairs]
-    gaussian = _data_gaussian(net, options, ends, pairs.prompts, chunk)
-    results = []
-    bar = progress_bar(len(starts), unit="start", disable=len(starts) == 1 or None, leave=False)
-    for base, grid in starts:
-        bar.update()
-        more = {"image_shape": list(gaussian["mean"].shape)} if gaussian else {}
-        more |= head_sizes(net, options)
-        if base is not None:
-            more["base"] = base
-        if grid is not None:
-            more["sigmas"] = grid_sigmas(grid, options.num_steps, *ends, net)
-        try:
-            student = options.make_student(*ends, **more)
-        except UserError:
-            if len(starts) == 1:
-                raise
-            continue  # for example, two levels of this grid coincide
-        student.load_state_dict(gaussian, strict=False)
-        student.heads.to(pairs.device)
-        loss = measure(net, student, pairs, indices, pair_loss, chunk)[0] if len(starts) > 1 else 0.0
-        results.append((loss, len(results), f"{base or 'preset'}@{grid or 'given'}", student))
-    bar.close()
-    if not results:
-        raise UserError(f"--init={options.init}: none of its starts is possible with num_steps={options.num_steps}")
-    results.sort(key=lambda result: result[:2])
-    if not math.isfinite(results[0][0]):
-        raise UserError("no start of the student has a finite loss: check the network, or --amp=none")
-    if len(results) > 1:
-        say("starts: " + ", ".join(f"{name} {loss:.4g}" for loss, _, name, _ in results))
-    finalists = [(name, student) for loss, _, name, student in results[:FINALISTS] if math.isfinite(loss)]
-    if len(finalists) == 1 or not options.init_trial:
-        return finalists[0][1]
-    return try_finalists(net, options, pairs, finalists, math.ceil(options.init_trial * total), say)
-
-
-def try_finalists(net, options: SpanOptions, pairs: TeacherSet, finalists: list, iterations: int, say) -> SpanSolver:
-    """The untrained start that is best in validation after a short training.
-
-    finalists: (name, solver) pairs.
-    iterations: length of the training.
-
-    Solvers with equal errors before training may differ much after it, and a few iterations show
-    this.
-    """
-    short = replace(options, warmup=min(options.warmup, iterations // 4))
-    results = []
-    for name, student in finalists:
-        trainer = SpanTrainer(net, copy.deepcopy(student), pairs, short, iterations, pairs.device)
-        if trainer.distribution is None:  # it would need features of the untrained solver
-            trainer.first = (math.nan, math.nan)  # skips the first validation
-        try:
-            for _ in range(iterations):
-                trainer.iterate()
-        except NotFinite:
-            trainer.best["value"] = math.inf
-        results.append((trainer.best["value"], len(results), name, student))
-    results.sort(key=lambda result: result[:2])
-    say(f"after {iterations} iterations: " + ", ".join(f"{name} {value:.4g}" for value, _, name, _ in results))
-    return results[0][-1]
-
-
-def _data_gaussian(net, options: SpanOptions, ends: tuple, prompts, batch: int) -> dict:
-    """Mean and variance of the data for the first step, measured by one process; {}: not needed."""
-    student = options.make_student(*ends)
-    if student.config["first_step"] != "gaussian":
-        return {}
-
-    def measured():
-        make_cond = partial(draw_condition, net, prompts=prompts)
-        student.measure_gaussian(net, batch=batch, make_cond=make_cond)
-        return {name: student.state_dict()[name].cpu() for name in ("mean", "variance")}
-
-    return on_main(measured)
-
 
 class SpanRun(Run):
-    """The training of a span solver in a folder."""
+    """The training of a span solver in a folder.
+
+    plain: the best plain solver, which has to be beaten: name, score, config, state. Default None.
+    """
 
     columns = STATISTICS
 
+    def __init__(self, trainer, options, folder, provenance, elapsed=0.0, plain: dict | None = None):
+        super().__init__(trainer, options, folder, provenance, elapsed)
+        self.plain, self._first_iteration = plain, trainer.iteration
+
+    def result(self) -> SpanSolver:
+        """The best solver: the trained one, or the plain one if training has not beaten it."""
+        if self.beaten:
+            return self.trainer.best_student()
+        assert self.plain is not None
+        student = SpanSolver(**self.plain["config"])
+        student.load_state_dict(self.plain["state"])
+        return student
+
+    @property
+    def beaten(self) -> bool:
+        """Whether the trained solver is better than the best plain one, or there is none."""
+        return self.plain is None or self.trainer.best["value"] < self.plain["score"]
+
     def sample(self, latents, cond):
-        return self.trainer.best_student().sample(self.trainer.net, latents, cond=cond)
+        return self.result().sample(self.trainer.net, latents, cond=cond)
+
+    def after_iteration(self, stopping: bool) -> None:
+        if self.options.minutes is not None and self.trainer.iteration % self.options.val_every == 0:
+            self._keep_time()
+        super().after_iteration(stopping)
+
+    def _keep_time(self) -> None:
+        """Changes the number of iterations so that the run ends in time."""
+        trainer, elapsed = self.trainer, self.elapsed
+        pace = (elapsed - self._elapsed_before) / (trainer.iteration - self._first_iteration)
+        more = int((60 * self.options.minutes * (1 - RESERVE / 2) - elapsed) / pace)
+        trainer.total = self.total = trainer.iteration + distributed.broadcast_object(max(more, 0))
+        self.options.total_kimg = self.total * self.options.batch / 1000
+
+    def show(self, bar, statistics, seconds) -> None:
+        bar.total = self.total
+        super().show(bar, statistics, seconds)
+
+    def more_state(self) -> dict:
+        return {"plain": self.plain, "search": self.provenance.get("search")}
 
     def statistics(self) -> dict:
         return {"sigma": self.trainer.student.sigmas().tolist()}
@@ -161,8 +94,10 @@ class SpanRun(Run):
     def save_result(self, progress: dict) -> None:
         trainer = self.trainer
         values = {"first": trainer.first[0], "best": trainer.best["value"], "best_iteration": trainer.best["iteration"]}
+        if self.plain is not None:
+            values |= {"plain": self.plain["score"], "saved": "trained" if self.beaten else self.plain["name"]}
         provenance = {**self.provenance, **progress, "validation": values}
-        on_main(save_predictor, trainer.best_student(), self.result_path, provenance)
+        on_main(save_predictor, self.result(), self.result_path, provenance)
 
     def failure_text(self, error: NotFinite) -> str:
         return (
@@ -203,7 +138,9 @@ def _train_span(options: SpanOptions | dict, device, run_dir, resume: bool, lock
     """``train_span``; ``locks`` holds the lock of the folder."""
     device = torch.device(device)
     options = SpanOptions.from_dict(options) if isinstance(options, dict) else options
+    clock = None if options.minutes is None else Clock(options.minutes)
     options, net, prompts = prepare(options, device, net)
+    chosen = options.to_choose()
     options = options.resolved(net, prompts, device)
     ends = tuple(
         float(getattr(net, name) if getattr(options, name) is None else getattr(options, name))
@@ -217,32 +154,99 @@ def _train_span(options: SpanOptions | dict, device, run_dir, resume: bool, lock
     state = on_main(newest_state, run_dir) if resume else None  # None: killed before its first state
     if state is not None:
         check_state(options, state, net, run_dir)
+    world = distributed.world_size()
     if options.batch_gpu == AUTO:
-        share = options.batch // distributed.world_size()
-        options.batch_gpu = fitting_batch_gpu(partial(probe_memory, net, options, ends, prompts, device), share, device)
-    pairs = _pairs(net, options, ends, prompts, device, run_dir if resume else None)
-    chunk = min(options.batch_gpu or options.batch, options.batch // distributed.world_size())
-    total = iterations_of(options)
-    lines: list[str] = []
-    if state is None:
-        with explained_oom(device, f"lower --batch-gpu (now {chunk})"):
-            student = choose_start(net, options, pairs, ends, chunk, total, lines.append)
-    else:
-        student = _student_of(state, run_dir)
-    trainer = SpanTrainer(net, student, pairs, options, total, device)
+        share = (max(batches(world)) if "batch" in chosen else options.batch) // world
+        options.batch_gpu = fitting_batch_gpu(partial(probe, net, options, ends, prompts, device), share, device)
     names = ("seed", "batch", "amp", "tf32", "dtype", "objective", "loss", "sampler_tea", "num_steps_tea", "pairs")
-    provenance = provenance_of(net, options, names)
-    elapsed = 0.0
+    lines: list[str] = []
+    plain, elapsed, more = None, 0.0, {}
+    if state is None and clock is not None:
+        search = Search(net, replace(options, open=sorted(chosen)), ends, prompts, device, clock)
+        folder, trainer = _search(search, folder, resume, locks)
+        options, more = search.options, {"search": search.record()}
+        best = search.plain[0]
+        plain = {"name": best.name, "score": best.value, "config": dict(best.student.config)}
+        plain["state"] = best.student.state_dict()
+        elapsed = clock.elapsed()
+    else:
+        pairs = _pairs(net, options, ends, prompts, device, run_dir if resume else None)
+        chunk, total = min(options.batch_gpu or options.batch, options.batch // world), iterations_of(options)
+        score = None
+        if state is None:
+            with explained_oom(device, f"lower --batch-gpu (now {chunk})"):
+                student = choose_start(net, options, pairs, ends, chunk, total, lines.append)
+        else:
+            student, plain, more = _student_of(state, run_dir), state.get("plain"), {"search": state.get("search")}
+            if plain is not None:
+                score = SampleScore(net, has_features(net, options.feature_sigma, prompts, device))
+        trainer = SpanTrainer(net, student, pairs, options, total, device, score)
+    provenance = provenance_of(net, options, names) | {name: value for name, value in more.items() if value is not None}
     if state is not None:
         elapsed = restore(trainer, options, state, net, run_dir)
     if folder is None:
         folder = locks.enter_context(working_folder(options, net, run_dir))
-    run = SpanRun(trainer, options, folder, provenance, elapsed)
+    run = SpanRun(trainer, options, folder, provenance, elapsed, plain)
     trainer.report = run.log.say
     path = run.train(net, resume, lines)
     first, best = trainer.first[0], trainer.best
     run.log.say(f"validation {first:.4g} before, {best['value']:.4g} in the best state (iteration {best['iteration']})")
+    if plain is not None:
+        text = f"the best plain solver, {plain['name']}, has {plain['score']:.4g}"
+        if not run.beaten:
+            text += ": training has not beaten it, so the file holds this plain solver, as a table"
+        run.log.say(text)
+        run.log.say(f"next: python sample.py --predictor_path={shlex.quote(str(path.parent))} --seeds=0-63 --grid")
     return path
+
+
+def _search(search: Search, folder: Path | None, resume: bool, locks: ExitStack) -> tuple[Path, SpanTrainer]:
+    """Chooses the settings. Returns the folder and the trainer for the rest of the time.
+
+    folder: of the run. None: it is made as soon as the plan is possible.
+    resume: the search may have begun earlier, in this folder.
+    """
+    clock, net = search.clock, search.net
+    state = on_main(_search_state, folder) if resume else None
+    if state is None:
+        search.make_plan()
+    else:
+        clock.spent = state["elapsed"]
+        search.load_plan(state)
+    options = search.options
+    if folder is None:
+        folder = locks.enter_context(working_folder(options, net, None))
+    log = RunLog(folder)
+    log.say(search.describe_plan())
+    record = {**options.to_dict(), "provenance": {"network_hash": net.weights_hash}}
+    on_main(write_json, folder / OPTIONS_FILE, record)
+
+    def save() -> None:
+        on_main(write_state, folder / STATE_FILE, search.state())
+
+    try:
+        with explained_oom(search.device, f"lower --batch-gpu (now {options.batch_gpu or options.batch})"):
+            pairs = _pairs(net, options, search.ends, search.prompts, search.device, folder if resume else None)
+            if state is not None and state["plain"]:
+                search.load_state(state, pairs)
+            else:
+                search.screen(pairs)
+                save()
+            shown = ", ".join(f"{one.name} {one.value:.4g}" for one in search.plain[:3])
+            log.say(f"best plain solvers with {search.calls} calls, by score: {shown}")
+            search.trials(pairs, save)
+            for line in [*(search.table() if search.round else []), f"chosen: {search.why()}"]:
+                log.say(line)
+            return folder, search.finish(pairs)
+    except KeyboardInterrupt:
+        log.say(f"Interrupted; continue with: {resume_command(folder)}")
+        raise
+
+
+def _search_state(folder: Path) -> dict | None:
+    """The state of an unfinished search; None if there is none."""
+    path = Path(folder) / STATE_FILE
+    return read_state(path, {"plan", "plain", "contenders", "elapsed"}) if path.is_file() else None
 
 
 def _pairs(net, options: SpanOptions, ends, prompts, device, run_dir=None) -> TeacherSet:

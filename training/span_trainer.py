@@ -35,21 +35,26 @@ class SpanTrainer(BaseTrainer):
     options: SpanOptions.
     total: iterations of the whole run, which set the decay of the rates and the phases.
     device: where to train. Default CPU.
+    score: function (samples, targets, cond) -> [B] to validate by. Default None: the loss.
 
-    Attributes: ``averaged``, the solver with the moving average of the parameters; ``best``, its
-    best state in validation with its value; ``validation``, the latest (objective, root mean square
-    distance to the teacher); ``report``, function that receives warnings.
+    Attributes: ``hold``, number of iterations before the rates decay; ``averaged``, the solver with
+    the moving average of the parameters; ``best``, its best state in validation with its value;
+    ``validation``, the latest (objective, root mean square distance to the teacher); ``report``,
+    function that receives warnings.
     """
 
     kept = {name: name for name in ("optimizer", "iteration", "averaged", "best", "validation", "first", "failures")}
-    kept |= {"predictor": "student", "latest": "_latest", "loss_scale": "loss_scale"}
+    kept |= {"predictor": "student", "latest": "_latest", "loss_scale": "loss_scale", "hold": "hold"}
+    hold = 0
 
-    def __init__(self, net, student: SpanSolver, pairs: TeacherSet, options: SpanOptions, total: int, device="cpu"):
+    def __init__(
+        self, net, student: SpanSolver, pairs: TeacherSet, options: SpanOptions, total: int, device="cpu", score=None
+    ):
         self.net, self.student, self.pairs, self.options = net, student, pairs, options
         self.prompts = pairs.prompts
         self.total, self.device = total, torch.device(device)
         self.split_batch(options.batch, options.batch_gpu)
-        self.pair_loss = PairLoss(options.loss, net, options.feature_sigma)
+        self.pair_loss, self.score = PairLoss(options.loss, net, options.feature_sigma), score
         self.distribution = DistributionTerm(net, options.feature_sigma, QUEUE) if options.w_dist else None
         self.rates, self.phases = options.rates(student), options.phase_list(student)
         student.heads.to(self.device)
@@ -117,7 +122,8 @@ class SpanTrainer(BaseTrainer):
     def _rate(self) -> float:
         """Factor of the learning rates: linear warm-up, then a cosine down to lr_final."""
         warm = min(1.0, (self.iteration + 1) / max(self.options.warmup, 1))
-        cosine = 0.5 * (1 + math.cos(math.pi * min(self.iteration / self.total, 1.0)))
+        share = max(self.iteration - self.hold, 0) / max(self.total - self.hold, 1)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
         return warm * (self.options.lr_final + (1 - self.options.lr_final) * cosine)
 
     def _anchor_weight(self) -> float:
@@ -224,11 +230,11 @@ class SpanTrainer(BaseTrainer):
     @torch.no_grad()
     def validate(self) -> tuple[float, float]:
         """Validates the average, each process a share. Keeps the best. Returns ``validation``."""
-        loss, rms, vectors = measure(
-            self.net, self.averaged, self.pairs, self.pairs.validation, self.pair_loss, self.chunk, self.distribution
-        )
+        by, at = self.score or self.pair_loss, self.pairs.validation
+        loss, rms, vectors = measure(self.net, self.averaged, self.pairs, at, by, self.chunk, self.distribution)
         if self.distribution is not None:
-            loss += self.options.w_dist * float(energy_distance(vectors, self.distribution.reference_features))
+            if self.score is None:
+                loss += self.options.w_dist * float(energy_distance(vectors, self.distribution.reference_features))
             if self.distribution.queue is None:
                 self.distribution.push(vectors)
         self.validation = (loss, rms)
@@ -253,7 +259,7 @@ class SpanTrainer(BaseTrainer):
         return super().state(copied) | more
 
     def load_state(self, state: dict) -> None:
-        super().load_state({"loss_scale": self.loss_scale, **state})  # states of earlier versions have none
+        super().load_state({"loss_scale": self.loss_scale, "hold": 0, **state})  # earlier versions have none
         if self.distribution is not None:
             self.distribution.queue = None if state["queue"] is None else state["queue"].to(self.device)
 
