@@ -32,12 +32,10 @@ from torch_utils.download import no_network
 from torch_utils.errors import UserError
 from torch_utils.options import flags
 from torch_utils.session import session
-from training.amed_trainer import train_predictor
 from training.flags import FILES, OBJECTIVES, continued_options, new_options
+from training.objectives import TRAINERS
 from training.options import TRAINABLE, AMEDOptions, SFDOptions, SpanOptions
 from training.run_folder import find_run, stored_options
-from training.sfd_trainer import train_sfd
-from training.span_run import train_span
 
 GROUPS = {
     "What to train": "dataset_name sampler_stu nfe num_steps | model_path objective guidance_type guidance_rate"
@@ -102,12 +100,8 @@ def main(ctx, device, resume, dry_run, nfe, **values):
             distributed.print0(json.dumps(options.to_dict(), indent=2))
             distributed.print0(f"Would run on {device}, in {folder or options.folder_name(0)}")
             return
-        if isinstance(options, SpanOptions):
-            train_span(options, device, folder, resume=folder is not None)
-        elif isinstance(options, SFDOptions):
-            train_sfd(options, device, folder, resume=folder is not None, schedule=schedule)
-        else:
-            train_predictor(options, device, folder, resume=folder is not None, schedule=schedule)
+        more = {} if isinstance(options, SpanOptions) else {"schedule": schedule}
+        TRAINERS[type(options)](options, device, folder, resume=folder is not None, **more)
 
 
 if __name__ == "__main__":

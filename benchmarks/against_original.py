@@ -12,7 +12,6 @@ The variants run in turn, and ratios are those within a round, so other load mat
 """
 
 import os
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -23,11 +22,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from benchmarks.distillation_speed import SETTINGS, Straightforward
 from benchmarks.forward_pass import with_original_structure
-from benchmarks.measuring import describe_machine, interleaved, spread, table
+from benchmarks.measuring import describe_machine, interleaved, spread
 from models import create_model
 from models.compile import prepare_network
 from sampling.folder import Folder
@@ -37,6 +34,7 @@ from sampling.run import write_images
 from solvers import get_schedule
 from solvers.solver import IPNDM
 from torch_utils.cli import Command
+from torch_utils.markdown import table
 from training.amed_trainer import Distiller
 
 # Variant -> (options of prepare_network, images per network call, whether it is quantized).

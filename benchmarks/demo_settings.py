@@ -16,14 +16,14 @@ Fréchet distance of ``--num`` images in the features of the network's own class
 (root mean square over pixels in [-1, 1]) to Heun with 51 time steps from the same noise.
 """
 
-import json
 import time
-from pathlib import Path
 
 import click
 import numpy as np
 import torch
 
+from benchmarks import ROOT
+from benchmarks.measuring import measured
 from evaluation.detectors import EMBEDDED, load_detector
 from evaluation.frechet import FeatureStatistics, Reference, frechet_distance
 from models import create_model, zoo
@@ -36,7 +36,6 @@ from torch_utils.remote import cache_dir
 from torch_utils.seeds import SeededGenerators
 from training.amed_trainer import Distiller
 
-ROOT = Path(__file__).resolve().parent.parent
 REFERENCE = {"solver": "heun", "num_steps": 51}
 FIRST_SEED = 100_000  # the demo's table uses seeds 0-999
 
@@ -245,8 +244,6 @@ def main(dataset_name, part, num, kimg, batch, seed):
     """Measures candidate settings of the demo on validation seeds."""
     bench = Bench(dataset_name, num)
     results = ROOT / "benchmarks" / f"{dataset_name}_settings.jsonl"
-    text = results.read_text(encoding="utf-8") if results.exists() else ""
-    known = [json.loads(line) for line in text.splitlines()]
     learned = part in ("amed", "demo")
     training = {"kimg": kimg, "batch": batch, "seed": seed} if learned else {}
     jobs = {
@@ -265,14 +262,7 @@ def main(dataset_name, part, num, kimg, batch, seed):
             **training,
             "settings": job,
         }
-        if any(all(row.get(k) == v for k, v in key.items()) for row in known):
-            continue
-        scores = bench.learned(job, **training) if learned else bench.plain(job)
-        row = {**key, **scores, "date": time.strftime("%Y-%m-%d")}
-        known.append(row)
-        with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps({**job, **scores}), flush=True)
+        measured(results, key, lambda job=job: bench.learned(job, **training) if learned else bench.plain(job))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Seconds per kimg of distillation and its final loss, compared with a simple training loop.
 
-    OMP_NUM_THREADS=1 python benchmarks/distillation_speed.py --dataset_name=digits --num_seeds=3
+    OMP_NUM_THREADS=1 python -m benchmarks.distillation_speed --dataset_name=digits --num_seeds=3
 
 The simple loop computes every teacher trajectory in full, and calls the network again at every
 starting point of the student. Variant "shared" reuses the teacher's evaluations; "cache" also
@@ -8,20 +8,15 @@ stores its trajectories. The variants train in turn, so that other load slows al
 validation loss is the student's squared error per sample and interval on unseen noise.
 """
 
-import platform
-import sys
-import time
-from pathlib import Path
-
 import click
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from benchmarks.measuring import describe_machine, interleaved, spread
 from models import create_model
 from models.inputs import draw_inputs
 from torch_utils.cli import Command
+from torch_utils.markdown import table
 from torch_utils.seeds import stream_seeds
 from training.amed_trainer import Distiller
 from training.loss import DistillationLoss
@@ -78,39 +73,28 @@ def main(dataset_name, setting, num_steps, batch, iterations, cache, num_seeds, 
     net = create_model(dataset_name, device=device)
     config = {**SETTINGS[setting], "num_steps": num_steps, "afs": True, "scale_dir": 0.01}
     variants = {"straightforward": (Straightforward, None), "shared": (Distiller, None), "cache": (Distiller, cache)}
-    seconds = {name: [] for name in variants}
-    losses = {name: [] for name in variants}
+    seconds, losses = ({name: [] for name in variants} for _ in range(2))
     for seed in range(num_seeds):
         runs = {
             name: kind(net, config, batch=batch, seed=seed, teacher_cache=kept, device=device)
             for name, (kind, kept) in variants.items()
         }
-        spent = dict.fromkeys(variants, 0.0)
-        for _ in range(iterations):
-            for name, distiller in runs.items():
-                start = time.perf_counter()
-                distiller.iterate()
-                if device != "cpu":
-                    torch.cuda.synchronize()
-                spent[name] += time.perf_counter() - start
-        for name, distiller in runs.items():
-            seconds[name].append(spent[name] / (iterations * batch / 1000))
-            losses[name].append(validation_loss(distiller, validation, batch))
+        steps = {name: distiller.iterate for name, distiller in runs.items()}
+        for name, spent in interleaved(steps, iterations, device, warmup=0).items():
+            seconds[name].append(sum(wall for wall, _ in spent) / (iterations * batch / 1000))
+            losses[name].append(validation_loss(runs[name], validation, batch))
+    print(describe_machine(device))
     print(
         f"{dataset_name}, {setting}, {num_steps} time steps, batch {batch}, {iterations} iterations, {num_seeds} seeds, "
-        f"{cache} trajectories kept; torch {torch.__version__}, {platform.processor() or platform.machine()}, {device}, "
-        f"{torch.get_num_threads()} threads"
-    )
-    print(
-        "| loop | s/kimg, median (least - most) | ratio | validation loss, mean ± sd of the seeds |\n|---|---|---|---|"
+        f"{cache} trajectories kept\n"
     )
     plain = np.median(seconds["straightforward"])
-    for name in variants:
-        median, spread = np.median(seconds[name]), np.std(losses[name], ddof=1) if num_seeds > 1 else float("nan")
-        print(
-            f"| {name} | {median:.1f} ({min(seconds[name]):.1f} - {max(seconds[name]):.1f}) | {plain / median:.2f} | "
-            f"{np.mean(losses[name]):.3f} ± {spread:.3f} |"
-        )
+    rows = [
+        [name, spread(seconds[name]), f"{plain / np.median(seconds[name]):.2f}"]
+        + [f"{np.mean(losses[name]):.3f} ± {np.std(losses[name], ddof=min(num_seeds, 2) - 1):.3f}"]
+        for name in variants
+    ]
+    print(table(["loop", "s/kimg", "ratio", "validation loss, mean ± sd of the seeds"], rows))
 
 
 if __name__ == "__main__":

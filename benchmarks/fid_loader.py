@@ -1,14 +1,13 @@
 r"""Speed of reading images for the FID, and of the detector's features.
 
-    python benchmarks/fid_loader.py --num_images=5000 --workers=0,4   # detector of the digits
-    python benchmarks/fid_loader.py --detector=inception --device=cuda --size=32 --channels=3 \
+    python -m benchmarks.fid_loader --num_images=5000 --workers=0,4   # detector of the digits
+    python -m benchmarks.fid_loader --detector=inception --device=cuda --size=32 --channels=3 \
         --num_images=50000
 
 The loader should not be slower than the detector. Times are wall times, since images are decoded in
 threads and processes.
 """
 
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -16,15 +15,14 @@ from pathlib import Path
 import click
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.measuring import describe_machine, interleaved, spread, table
+from benchmarks.measuring import describe_machine, interleaved, spread
 from evaluation.detectors import load_detector
 from evaluation.frechet import FeatureStatistics
 from evaluation.reading import compute_statistics, read_batches
 from torch_utils.cli import Command
 from torch_utils.distributed import pick_device
 from torch_utils.images import ImageSource, ImageWriter
+from torch_utils.markdown import table
 
 
 def make_folder(folder: Path, count: int, size: int, channels: int) -> float:

@@ -1,7 +1,7 @@
 """Images per second of a network evaluation with each option, against the original structure.
 
-    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/forward_pass.py
-    python benchmarks/forward_pass.py --dataset_name=cifar10 --batch=64 --compile=True   # minutes
+    OMP_NUM_THREADS=1 taskset -c 1 python -m benchmarks.forward_pass
+    python -m benchmarks.forward_pass --dataset_name=cifar10 --batch=64 --compile=True   # minutes
 
 The baseline is float32, NCHW, eager, with attention as two products and a softmax, and resampling
 by depthwise convolutions. PSNR compares images of the same seeds (four steps of DPM-Solver++) with
@@ -10,16 +10,12 @@ that baseline, peak 2.
 
 import copy
 import math
-import sys
-from pathlib import Path
 
 import click
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.measuring import describe_machine, interleaved, spread, table
+from benchmarks.measuring import describe_machine, interleaved, spread
 from models import create_model, openai_unet
 from models import edm_unet as networks
 from models.compile import prepare_network
@@ -27,6 +23,7 @@ from models.inputs import draw_inputs
 from solvers import sample
 from torch_utils.cli import Command
 from torch_utils.distributed import pick_device
+from torch_utils.markdown import table
 
 
 def explicit_attention(query, key, value):
@@ -89,11 +86,6 @@ def variants_of(net, device, compiled: bool) -> dict:
     }
 
 
-def psnr(found: torch.Tensor, expected: torch.Tensor) -> float:
-    error = (found.clamp(-1, 1) - expected.clamp(-1, 1)).square().mean().item()
-    return math.inf if error == 0 else 10 * math.log10(4 / error)
-
-
 @click.command(cls=Command)
 @click.option("--dataset_name", default="digits", show_default=True)
 @click.option("--model_path", default=None)
@@ -125,15 +117,15 @@ def main(dataset_name, model_path, batch, repeats, compiled, device):
 
 def rows_of(seconds: dict, images: dict, batch: int, device: torch.device) -> tuple[list[str], list[list[str]]]:
     clock = 1 if device.type == "cpu" else 0  # CPU seconds, on a busy machine the steadier ones
-    labels = list(seconds)
-    baseline = [times[clock] for times in seconds[labels[0]]]
+    first = next(iter(seconds))
+    baseline = [times[clock] for times in seconds[first]]
+    shown = {label: x.clamp(-1, 1).double() for label, x in images.items()}
     rows = []
-    for label in labels:
-        own = [times[clock] for times in seconds[label]]
-        ratios = [first / second for first, second in zip(baseline, own, strict=True)]
-        rows.append(
-            [label, spread([batch / s for s in own]), spread(ratios), f"{psnr(images[label], images[labels[0]]):.1f}"]
-        )
+    for label, times in seconds.items():
+        own = [pair[clock] for pair in times]
+        ratios = [one / other for one, other in zip(baseline, own, strict=True)]
+        quality = 10 * torch.log10(4 / (shown[label] - shown[first]).square().mean())
+        rows.append([label, spread([batch / s for s in own]), spread(ratios), f"{quality:.1f}"])
     return ["variant", f"images per {'CPU ' if clock else ''}second", "speed, baseline = 1", "PSNR, dB"], rows
 
 

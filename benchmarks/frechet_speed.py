@@ -1,19 +1,15 @@
 """Times frechet_distance against the textbook formula with scipy.linalg.sqrtm.
 
-    OMP_NUM_THREADS=1 python benchmarks/frechet_speed.py --dim=2048
+    OMP_NUM_THREADS=1 python -m benchmarks.frechet_speed --dim=2048
 
 Both use the same number of threads.
 """
 
-import sys
 import time
-from pathlib import Path
 
 import click
 import numpy as np
 import scipy.linalg
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluation.frechet import frechet_distance
 from torch_utils.cli import Command

@@ -1,14 +1,13 @@
 """Builds and times the largest networks of the paper, with random weights in the official layout.
 
-    python benchmarks/full_size.py sd      # Stable Diffusion 1.5: 1.07 billion parameters, 4.3 GB
-    python benchmarks/full_size.py adm     # ADM 256x256 and classifier: 0.61 billion, 2.4 GB
+    python -m benchmarks.full_size sd      # Stable Diffusion 1.5: 1.07 billion parameters, 4.3 GB
+    python -m benchmarks.full_size adm     # ADM 256x256 and classifier: 0.61 billion, 2.4 GB
 
 The files are written to --folder (and kept with --keep), then read by ``create_model`` like the
 published ones. Prints the peak memory of reading, and times one training iteration of a predictor
 and one sample. The weights are noise, so this says nothing about quality.
 """
 
-import resource
 import shutil
 import subprocess
 import sys
@@ -20,8 +19,6 @@ import click
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from models import create_model
 from models.adm import RELEASED_CONFIGS, ADMDenoiser
 from models.building import build_empty
@@ -29,6 +26,7 @@ from models.inputs import draw_noise
 from models.sd import STABLE_DIFFUSION_1_5, StableDiffusionDenoiser
 from solvers import sample
 from torch_utils.cli import Command
+from torch_utils.memory import peak_memory
 from torch_utils.seeds import SeededGenerators
 from training.amed_trainer import Distiller
 
@@ -64,12 +62,6 @@ def write_files(family: str, folder: Path) -> list[Path]:
     return places
 
 
-def peak_memory() -> float:
-    """GB of this process at its peak; pages of a mapped file, which the system may drop, count."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIGA
-
-
 def condition(net, generators: SeededGenerators) -> dict:
     """Classes, or the contexts of random tokens where prompts would need a tokenizer."""
     if not hasattr(net, "cond_stage_model"):
@@ -96,7 +88,15 @@ def main(family, folder, keep, device, num_steps, loaded):
             written = write_files(family, place)
             size = sum(path.stat().st_size for path in written) / GIGA
             print(f"{', '.join(path.name for path in written)}: {size:.2f} GB", flush=True)
-            command = [sys.executable, __file__, family, f"--folder={place}", f"--device={device}", "--loaded"]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.full_size",
+                family,
+                f"--folder={place}",
+                f"--device={device}",
+                "--loaded",
+            ]
             sys.exit(subprocess.run([*command, f"--num_steps={num_steps}"]).returncode)
         finally:
             if not keep:
@@ -109,7 +109,7 @@ def main(family, folder, keep, device, num_steps, loaded):
     parameters = sum(value.numel() for value in net.parameters())
     print(
         f"{dataset_name}: {parameters / 1e9:.2f} billion parameters ({parameters * 4 / GIGA:.2f} GB in float32), read in "
-        f"{time.perf_counter() - start:.0f} s, memory at its peak {peak_memory() - before:.2f} GB",
+        f"{time.perf_counter() - start:.0f} s, memory at its peak {(peak_memory() - before) / 1e3:.2f} GB",
         flush=True,
     )
     generators = SeededGenerators([0])
@@ -137,7 +137,7 @@ def main(family, folder, keep, device, num_steps, loaded):
     print(
         f"one training iteration (batch 1, {num_steps} time steps, {distiller.evaluations} evaluations of the student): "
         f"{seconds:.0f} s, losses {', '.join(f'{loss:.3g}' for loss in losses.tolist())}, memory at its peak "
-        f"{peak_memory():.2f} GB",
+        f"{peak_memory() / 1e3:.2f} GB",
         flush=True,
     )
     start = time.perf_counter()

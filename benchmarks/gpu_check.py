@@ -23,9 +23,8 @@ from types import SimpleNamespace
 import click
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.measuring import describe_machine, synchronize, table
+from benchmarks import ROOT
+from benchmarks.measuring import describe_machine, interleaved
 from models import build_denoiser
 from models.compile import prepare_network
 from solvers import sample
@@ -33,6 +32,7 @@ from torch_utils.cli import PATH, Command
 from torch_utils.distributed import pick_device
 from torch_utils.errors import UserError
 from torch_utils.files import write_json
+from torch_utils.markdown import table
 from torch_utils.seeds import SeededGenerators
 from torch_utils.version import code_version
 from training.amed_trainer import Distiller
@@ -40,7 +40,6 @@ from training.options import SpanOptions
 from training.span_trainer import SpanTrainer
 from training.teacher import teacher_set
 
-ROOT = Path(__file__).resolve().parents[1]
 FID_IMAGES = 50_000
 LAST_WORDS = 2000  # characters of a failed program that are recorded
 
@@ -70,16 +69,7 @@ def cifar_network(device, small: bool):
 
 def seconds_of(function: Callable[[], object], device, repeats: int) -> float:
     """Median seconds of a call, after two that are not counted."""
-    for _ in range(2):
-        function()
-    synchronize(device)
-    found = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        function()
-        synchronize(device)
-        found.append(time.perf_counter() - begin)
-    return statistics.median(found)
+    return statistics.median(wall for wall, _ in interleaved({"": function}, repeats, device, warmup=2)[""])
 
 
 # Parts: functions of (device, small) that return what is recorded, or raise Skipped.
@@ -225,7 +215,7 @@ def nccl(device, small: bool) -> dict:
 
 def fid_loader(device, small: bool) -> dict:
     more = ["--num_images=50", "--repeats=1"] if small else ["--num_images=5000", "--repeats=3"]
-    return run_program([sys.executable, "benchmarks/fid_loader.py", *more], 600)
+    return run_program([sys.executable, "-m", "benchmarks.fid_loader", *more], 600)
 
 
 def published_fid(device, small: bool) -> dict:
@@ -331,27 +321,22 @@ def main(outdir, only, small, device):
         raise UserError(f"--only={only}: the parts are {'; '.join(parts(small))}")
     for name, part in chosen.items():
         path = folder / "parts" / f"{name.replace(', ', '-').replace(' ', '_')}.json"
-        if path.is_file():
-            record["parts"][name] = json.loads(path.read_text())
-            print(f"{name}: done before", flush=True)
-            continue
         begin, result = time.perf_counter(), {}
         try:
-            result["result"] = part(device, small)
+            result = json.loads(path.read_text()) if path.is_file() else {"result": part(device, small)}
         except Skipped as reason:
             result["skipped"] = str(reason)
         except (UserError, RuntimeError, MemoryError, OSError) as error:
             result["failed"] = f"{type(error).__name__}: {error}"
-        result["seconds"] = time.perf_counter() - begin
-        record["parts"][name] = result
-        if "failed" not in result:
-            write_json(path, result)
         state = "done" if "result" in result else ": ".join(list(result.items())[0])
-        print(f"{name}: {state} ({result['seconds']:.1f} s)", flush=True)
+        if "seconds" in result:
+            state = "done before"
+        elif "failed" not in result:
+            write_json(path, result | {"seconds": time.perf_counter() - begin})
+        record["parts"][name] = {"seconds": time.perf_counter() - begin} | result
+        print(f"{name}: {state} ({record['parts'][name]['seconds']:.1f} s)", flush=True)
         write_json(folder / "gpu_check.json", record)
         (folder / "gpu_check.md").write_text(page(record), encoding="utf-8")
-    write_json(folder / "gpu_check.json", record)
-    (folder / "gpu_check.md").write_text(page(record), encoding="utf-8")
     print(f"wrote {folder / 'gpu_check.md'} and {folder / 'gpu_check.json'}")
 
 

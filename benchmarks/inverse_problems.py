@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.demo_settings import ROOT, Bench
-from benchmarks.measuring import mean_and_error, measured, read_rows, table
+from benchmarks.measuring import mean_and_error, measured, read_rows
 from evaluation.image_pairs import psnr
 from models.inputs import draw_noise
 from models.posterior import Posterior, make_operator
@@ -25,6 +25,7 @@ from solvers import sample
 from tools.make_docs import renew
 from torch_utils.cli import PATH, Command
 from torch_utils.images import ImageSource, evenly_spaced, from_uint8, image_grid, save_image, to_pixels, to_uint8
+from torch_utils.markdown import table
 from torch_utils.seeds import SeededGenerators
 
 ROWS, PAGE = ROOT / "benchmarks" / "inverse_problems.jsonl", ROOT / "docs" / "inverse_problems.md"

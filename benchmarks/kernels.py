@@ -15,22 +15,20 @@ import sys
 import types
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from unittest import mock
 
 import click
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from benchmarks import ROOT
+from solvers import sample
+from solvers.span_table import SpanSolver
+from torch_utils.cli import Command
+from torch_utils.markdown import table
+from training.predictor import AMEDPredictor
 
-from pretend_device import PretendedDevice  # noqa: E402
-
-from benchmarks.measuring import table  # noqa: E402
-from solvers import sample  # noqa: E402
-from solvers.span_table import SpanSolver  # noqa: E402
-from torch_utils.cli import Command  # noqa: E402
-from training.predictor import AMEDPredictor  # noqa: E402
+sys.path.insert(0, str(ROOT / "tests"))
+from pretend_device import PretendedDevice
 
 STEPS = 6
 SHAPE = (2, 3, 16, 16)

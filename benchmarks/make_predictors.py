@@ -9,7 +9,6 @@ holds the command, the seed, the date, the machine and the scores. A predictor t
 is not made again; delete its file to replace it.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -17,20 +16,19 @@ import time
 from pathlib import Path
 
 import click
-import torch
 
+from benchmarks import ROOT
 from benchmarks.demo_settings import Bench
+from benchmarks.measuring import describe_machine
 from evaluation.detectors import EMBEDDED
 from models.zoo import PREDICTORS
 from sampling.settings import Settings, settings_of
 from torch_utils.cli import PATH, Command
 from torch_utils.errors import UserError
-from torch_utils.version import cpu_name
 from training.checkpoint import find_predictor, load_predictor, save_predictor
 from training.flags import with_recipe
 from training.options import AMEDOptions, SpanOptions
 
-ROOT = Path(__file__).resolve().parent.parent
 STUDENTS = {"amed": "amed", "plugin": "ipndm", "span": "span"}
 EVALUATIONS = (3, 4, 5, 6)
 IMAGES, NEAR = 1000, 256  # images scored; those compared with the converged solution
@@ -83,7 +81,7 @@ def main(work, only):
         figures = {
             **{"name": name, "nfe": nfe, "command": f"python {' '.join(command)}", **bench.score(x)},
             **{"seeds": f"0-{IMAGES - 1}", "distance_seeds": f"0-{NEAR - 1}", "date": time.strftime("%Y-%m-%d")},
-            "machine": f"{os.cpu_count()} CPU cores, {cpu_name()}, {torch.get_num_threads()} threads",
+            "machine": describe_machine(),
             "sampling_seconds": round(time.perf_counter() - started, 1),
         }
         path.parent.mkdir(exist_ok=True)

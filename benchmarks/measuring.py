@@ -1,4 +1,4 @@
-"""Shared parts of the benchmarks: interleaved repetitions, the machine, Markdown tables.
+"""Shared parts of the benchmarks: interleaved repetitions, the machine, measured rows.
 
 Variants run in turn, so that other load on the machine slows all of them alike.
 """
@@ -14,26 +14,16 @@ from pathlib import Path
 import torch
 
 from torch_utils.errors import UserError
-
-
-def processor() -> str:
-    """The name of the CPU and of the GPU, where there is one."""
-    names = [platform.processor() or platform.machine()]
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text(encoding="utf-8", errors="replace").splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")][:1] or names
-    if torch.cuda.is_available():
-        names.append(torch.cuda.get_device_name())
-    return " + ".join(names)
+from torch_utils.version import cpu_name
 
 
 def describe_machine(device: torch.device | str = "cpu") -> str:
     """One line: hardware, versions, threads, and how busy the machine is."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     load = f", load average {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    names = " + ".join([cpu_name(), *([torch.cuda.get_device_name()] if torch.cuda.is_available() else [])])
     return (
-        f"{processor()}, {cores} of {os.cpu_count()} CPU cores, {torch.get_num_threads()} torch threads, device {device};"
+        f"{names}, {cores} of {os.cpu_count()} CPU cores, {torch.get_num_threads()} torch threads, device {device};"
         f" Python {platform.python_version()}, torch {torch.__version__}{load}; {time.strftime('%Y-%m-%d')}"
     )
 
@@ -70,15 +60,6 @@ def interleaved(
 def spread(values: list[float], digits: int = 3) -> str:
     """Median and range, "1.23 (1.20-1.31)"."""
     return f"{statistics.median(values):.{digits}g} ({min(values):.{digits}g}-{max(values):.{digits}g})"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(table_line(line) for line in [header, ["---"] * len(header), *rows])
-
-
-def table_line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def read_rows(path: Path) -> list[dict]:

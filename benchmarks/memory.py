@@ -1,32 +1,23 @@
 """Peak memory of distillation by number of time steps, micro-batches and checkpointing.
 
-    OMP_NUM_THREADS=1 python benchmarks/memory.py --dataset_name=digits --batch=64
+    OMP_NUM_THREADS=1 python -m benchmarks.memory --dataset_name=digits --batch=64
 
 Every setting is one iteration in its own process. Prints how far its resident memory rises above
-that of the loaded network. For the reading of checkpoints see benchmarks/full_size.py.
+that of the loaded network. For the reading of checkpoints see benchmarks.full_size.
 """
 
 import json
-import platform
-import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import click
-import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from benchmarks.measuring import describe_machine
 from models import create_model
 from torch_utils.cli import Command
+from torch_utils.markdown import table_line
+from torch_utils.memory import peak_memory
 from training.amed_trainer import Distiller
-
-
-def peak_memory() -> float:
-    """MB of this process at its peak."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def measure(dataset_name, num_steps, batch, batch_gpu, checkpointing) -> float:
@@ -54,21 +45,20 @@ def main(dataset_name, batch, one):
     if one is not None:
         print(measure(**json.loads(one)))
         return
-    print(
-        f"{dataset_name}, AMED-Plugin(iPNDM), batch {batch}; torch {torch.__version__}, "
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads; MB above the loaded network"
-    )
-    print("| time steps | plain | batch_gpu = a quarter | checkpointing |\n|---|---|---|---|")
+    print(f"{dataset_name}, AMED-Plugin(iPNDM), batch {batch}, MB above the loaded network; {describe_machine()}\n")
+    print(table_line(["time steps", "plain", "batch_gpu = a quarter", "checkpointing"]), "|---|---|---|---|", sep="\n")
     for num_steps in (3, 4, 6, 11):
         found = []
         for batch_gpu, checkpointing in ((None, False), (batch // 4, False), (None, True)):
             own = {"num_steps": num_steps, "batch_gpu": batch_gpu, "checkpointing": checkpointing}
             setting = json.dumps({"dataset_name": dataset_name, "batch": batch, **own})
-            done = subprocess.run([sys.executable, __file__, f"--one={setting}"], capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.memory", f"--one={setting}"], capture_output=True, text=True
+            )
             if done.returncode:
                 raise click.ClickException(done.stderr[-2000:])
             found.append(float(done.stdout))
-        print(f"| {num_steps} | " + " | ".join(f"{value:.0f}" for value in found) + " |", flush=True)
+        print(table_line([num_steps, *(f"{value:.0f}" for value in found)]), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import click
 import torch
 
 from benchmarks.demo_settings import ROOT
-from benchmarks.measuring import mean_and_error, measured, read_rows, table
+from benchmarks.measuring import mean_and_error, measured, read_rows
 from evaluation.detectors import EMBEDDED, PRETRAINED, load_classifier
 from models import create_model
 from models.inputs import draw_noise
@@ -25,6 +25,7 @@ from solvers.recommended import recommend
 from tools.make_docs import renew
 from torch_utils.cli import Command
 from torch_utils.images import image_grid, save_image, to_pixels, to_uint8
+from torch_utils.markdown import table
 from torch_utils.seeds import SeededGenerators, candidate_seed
 
 ROWS, PAGE = ROOT / "benchmarks" / "path_search.jsonl", ROOT / "docs" / "path_search.md"

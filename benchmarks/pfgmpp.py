@@ -24,11 +24,11 @@ import torch
 from benchmarks.demo_settings import ROOT
 from benchmarks.learned_solvers import LearnedSolvers, amed_flags, span_flags
 from benchmarks.measuring import network_of, read_rows
-from benchmarks.measuring import table as markdown
 from benchmarks.report_learned_solvers import difference
 from models import create_model
 from tools.make_docs import renew
 from torch_utils.cli import PATH, Command
+from torch_utils.markdown import table as markdown
 
 FILE, PAGE = ROOT / "benchmarks" / "pfgmpp.jsonl", ROOT / "docs" / "pfgmpp.md"
 DATASET = "cifar10-small"

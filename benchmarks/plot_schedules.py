@@ -1,17 +1,14 @@
 r"""Draws schedules in ln sigma: files of optimize_schedule.py, fixed ones, grids of the literature.
 
-    python benchmarks/plot_schedules.py --nfe=5 --dest=docs/schedules.png \
+    python -m benchmarks.plot_schedules --nfe=5 --dest=docs/schedules.png \
         runs/schedules-digits/files/*-5.json
 
 Needs matplotlib (extra "plot").
 """
 
-import sys
 from pathlib import Path
 
 import click
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from solvers import get_schedule
 from solvers.schedule_file import load_schedule

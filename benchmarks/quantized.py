@@ -18,7 +18,6 @@ import torch
 from benchmarks.demo_settings import ROOT
 from benchmarks.learned_solvers import LearnedSolvers
 from benchmarks.measuring import interleaved, measured, read_rows
-from benchmarks.measuring import table as markdown
 from benchmarks.report_learned_solvers import difference
 from evaluation.detectors import EMBEDDED
 from models import create_model
@@ -27,6 +26,7 @@ from sampling.quantized import sampled_states
 from solvers import sample
 from tools.make_docs import renew
 from torch_utils.cli import Command
+from torch_utils.markdown import table as markdown
 
 FILE, PAGE = ROOT / "benchmarks" / "quantized.jsonl", ROOT / "docs" / "quantization.md"
 FEW, IMAGES, BATCH, ROUNDS = 5, 1000, 64, 9

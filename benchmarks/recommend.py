@@ -16,7 +16,8 @@ from collections import defaultdict
 
 import click
 
-from benchmarks.demo_settings import ROOT
+from benchmarks import ROOT
+from benchmarks.measuring import read_rows
 from evaluation.detectors import EMBEDDED
 from models import create_model
 from solvers.recommended import FOLDER
@@ -34,8 +35,7 @@ def choose(dataset_name: str, network: str) -> tuple[dict, dict]:
     found = defaultdict(lambda: defaultdict(list))
     for name in FILES:
         path = ROOT / "benchmarks" / name.format(dataset_name)
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for row in read_rows(path):
             if row["part"] == "plain" and network.startswith(row["network"]):
                 settings = {key: value for key, value in row["settings"].items() if key != "num_steps"}
                 found[settings.pop("solver")][row["nfe"]].append({**row, "settings": settings, "file": path.name})

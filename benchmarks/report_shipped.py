@@ -9,30 +9,23 @@ plain solver, with its recommended settings, go to ``benchmarks/shipped_plain.js
 and docs/choosing.md, and draws docs/choosing.png (extra "plot").
 """
 
-import json
-import os
-import time
 from functools import partial
 
 import click
-import torch
 
 from benchmarks.demo_settings import ROOT, Bench
 from benchmarks.make_predictors import EVALUATIONS, IMAGES, NEAR
+from benchmarks.measuring import measured, read_rows
 from evaluation.detectors import EMBEDDED
 from solvers.recommended import recommend
 from tools.make_docs import renew
 from torch_utils.cli import Command
-from torch_utils.version import cpu_name
+from torch_utils.plots import new_figure
 from training.checkpoint import load_predictor, shipped_predictors
 
 ROWS = ROOT / "benchmarks" / "shipped_plain.jsonl"
 METHODS = {"amed": "AMED-Solver", "plugin": "AMED-Plugin (iPNDM)", "span": "span solver"}
 PLAIN, PLAIN_STEPS = "best plain solver", (*EVALUATIONS, 8)
-
-
-def plain_rows() -> list[dict]:
-    return [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()] if ROWS.exists() else []
 
 
 def measure(dataset_name: str) -> None:
@@ -41,20 +34,20 @@ def measure(dataset_name: str) -> None:
     for nfe in PLAIN_STEPS:
         settings = recommend(bench.net, nfe).settings
         key = {"network": dataset_name, "nfe": nfe, "settings": settings}
-        if any(all(row.get(name) == value for name, value in key.items()) for row in plain_rows()):
-            continue
-        x, spent = bench.solve(**settings)
-        row = {**key, "nfe": spent, **bench.score(x), "date": time.strftime("%Y-%m-%d")}
-        row["machine"] = f"{os.cpu_count()} CPU cores, {cpu_name()}, {torch.get_num_threads()} threads"
-        with ROWS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        print(json.dumps(row), flush=True)
+        measured(ROWS, key, partial(measure_plain, bench, settings, nfe))
+
+
+def measure_plain(bench: Bench, settings: dict, nfe: int) -> dict:
+    x, spent = bench.solve(**settings)
+    if spent != nfe:
+        raise RuntimeError(f"{settings} spent {spent} evaluations instead of {nfe}")
+    return bench.score(x)
 
 
 def scores(dataset_name: str) -> dict[str, dict[int, tuple[float, float]]]:
     """Method -> evaluations -> (FID*, distance)."""
     found = {PLAIN: {}, **{name: {} for name in METHODS.values()}}
-    for row in plain_rows():  # the latest settings are the last
+    for row in read_rows(ROWS):  # the latest settings are the last
         if row["network"] == dataset_name:
             found[PLAIN][row["nfe"]] = (row["fid"], row["distance"])
     for name, path in shipped_predictors().items():
@@ -83,14 +76,11 @@ def document_parts() -> dict:
 
 def draw(dest) -> None:
     """FID* and distance over evaluations, a row of panels for each network."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     colours = dict(zip((PLAIN, *METHODS.values()), ("tab:gray", "tab:orange", "tab:red", "black"), strict=True))
-    figure, panels = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
+    figure = new_figure("the figure", figsize=(11, 8.5), layout="constrained")
+    panels = figure.subplots(2, 2)
     titles = {"cifar10-small": "natural images", "digits": "digits"}
     for row, name in zip(panels, titles, strict=True):
         for panel, place, label in zip(row, (0, 1), ("FID*", "distance"), strict=True):
@@ -113,7 +103,6 @@ def draw(dest) -> None:
             panel.set_xlabel("network evaluations", fontsize=15)
             panel.grid(alpha=0.3, which="both")
     figure.savefig(dest, dpi=100)
-    plt.close(figure)
 
 
 def spread(panel, ends, colours) -> None:

@@ -29,7 +29,7 @@ from PIL import Image
 
 import train
 from benchmarks.demo_settings import REFERENCE, ROOT
-from benchmarks.measuring import mean_and_error, measured, network_of, read_rows, table
+from benchmarks.measuring import mean_and_error, measured, network_of, read_rows
 from evaluation.image_pairs import psnr, ssim
 from models import create_model
 from models.inputs import draw_noise
@@ -48,6 +48,7 @@ from torch_utils.images import (
     to_pixels,
     to_uint8,
 )
+from torch_utils.markdown import table
 from torch_utils.seeds import SeededGenerators
 from training.checkpoint import find_predictor
 

@@ -1,13 +1,12 @@
 """Cost of sampling beside the network: sample.py end to end against its evaluations alone.
 
-    OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/sampling_overhead.py
+    OMP_NUM_THREADS=1 taskset -c 1 python -m benchmarks.sampling_overhead
 
 End to end is everything from drawing the noise to the last PNG file (network, predictor, solver,
 decoding, rounding, checks, writing), without start-up and loading. The evaluations alone are the
 same number of calls of the network on the same batches.
 """
 
-import sys
 import tempfile
 from pathlib import Path
 
@@ -15,9 +14,7 @@ import click
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.measuring import describe_machine, interleaved, spread, table, table_line
+from benchmarks.measuring import describe_machine, interleaved, spread
 from evaluation.fid import StreamedFID
 from models import create_model
 from models.compile import AUTOCAST, prepare_network
@@ -27,6 +24,7 @@ from sampling.run import write_images
 from solvers import make_solver
 from torch_utils.cli import Command
 from torch_utils.distributed import pick_device
+from torch_utils.markdown import table, table_line
 from torch_utils.seeds import SeededGenerators
 from training.predictor import AMEDPredictor
 

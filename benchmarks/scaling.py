@@ -1,7 +1,7 @@
 """Throughput of sample.py, fid.py and train.py with one and several processes of one thread.
 
-    python benchmarks/scaling.py --processes=2 --repeats=5
-    python benchmarks/scaling.py --processes=2 --repeats=5 --weak
+    python -m benchmarks.scaling --processes=2 --repeats=5
+    python -m benchmarks.scaling --processes=2 --repeats=5 --weak
 
 Every command runs twice, with less and more work; the difference of the times excludes start-up.
 Strong scaling splits the same work between more processes; weak scaling gives each process the work
@@ -9,7 +9,6 @@ of one. Repetitions alternate between the numbers of processes.
 """
 
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -19,11 +18,11 @@ import time
 from pathlib import Path
 
 import click
-import torch
 
+from benchmarks import ROOT
+from benchmarks.measuring import describe_machine, spread
 from torch_utils.cli import Command
-
-ROOT = Path(__file__).resolve().parents[1]
+from torch_utils.markdown import table_line
 
 
 def timed(processes: int, arguments: list) -> float:
@@ -94,10 +93,11 @@ def main(dataset_name, processes, repeats, images, batch, weak, only):
                 [*sample((processes if weak else 1) * 4 * images)[:-1], "--num_steps=2", f"--outdir={place / 'many'}"],
             )
         print(
-            f"{'weak' if weak else 'strong'} scaling, {dataset_name}, batch {batch} per call of sample.py and fid.py, {batch} in all of train.py; {repeats} repeats; "
-            f"torch {torch.__version__}, {platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+            f"{'weak' if weak else 'strong'} scaling, {dataset_name}, batch {batch} per call of sample.py and fid.py,"
+            f" {batch} in all of train.py; {repeats} repeats; {describe_machine()}\n"
         )
-        print(f"| | 1 process | {processes} processes | ratio, median (least - most) |\n|---|---|---|---|")
+        header = ["", "1 process", f"{processes} processes", "ratio, median (range)"]
+        print(table_line(header), "|---|---|---|---|", sep="\n")
         for name, (part, arguments, work) in parts.items():
             if only and part not in only:
                 continue
@@ -105,8 +105,7 @@ def main(dataset_name, processes, repeats, images, batch, weak, only):
             pairs = [(rate(1, work, arguments), rate(processes, work, arguments, times)) for _ in range(repeats)]
             ratios = [several / one for one, several in pairs]
             one, several = (statistics.median(column) for column in zip(*pairs, strict=True))
-            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} - {max(ratios):.2f})"
-            print(f"| {name} | {one:.1f} | {several:.1f} | {spread} |", flush=True)
+            print(table_line([name, f"{one:.1f}", f"{several:.1f}", spread(ratios)]), flush=True)
     finally:
         shutil.rmtree(place)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from evaluation.clip import DEFAULT_CLIP, ClipNetwork, ImagePreparation
-from evaluation.reading import read_batches
+from evaluation.reading import choose_indices, read_batches
 from models import zoo
 from torch_utils import distributed
 from torch_utils.errors import UserError
@@ -103,15 +103,6 @@ def pair_by_seed(source: ImageSource, prompts: Mapping[int, str]) -> Pairs:
     return Pairs([found[seed] for seed in kept], [prompts[seed] for seed in kept], lost, unnumbered)
 
 
-def choose_pairs(count: int, num: int | None, seed: int) -> Sequence[int]:
-    """Indices of all ``count`` pairs, or of ``num`` random ones, which depend on the seed only."""
-    if num is None or num == count:
-        return range(count)
-    if num > count:
-        raise UserError(f"--num={num}: only {count} images have a caption")
-    return np.sort(np.random.default_rng(seed).permutation(count)[:num])
-
-
 @dataclass(frozen=True)
 class _Prepared:
     """Source for ``read_batches`` that also prepares the images for the network.
@@ -140,7 +131,6 @@ def image_similarities(
     indices_here, captions_here = indices[own], captions[own]
     prepared = _Prepared(source, network.prepare, (3, *network.image_size))
     cosines: list[float] = []
-    error = None
 
     def started():
         first = 0
@@ -149,16 +139,15 @@ def image_similarities(
             yield network.start(images, captions_here[first : first + len(images)])
             first += len(images)
 
-    try:
-        advice = f"lower --batch (now {batch})"
-        with progress_bar(len(indices_here), unit="img", desc="CLIP") as bar, explained_oom(network.device, advice):
-            for result in one_ahead(started()):
-                found = result().tolist()
-                cosines.extend(found)
-                bar.update(len(found))
-    except Exception as exc:  # agree() raises it on every rank
-        error = exc
-    distributed.agree(error)
+    with (
+        distributed.together(),
+        progress_bar(len(indices_here), unit="img", desc="CLIP") as bar,
+        explained_oom(network.device, f"lower --batch (now {batch})"),
+    ):
+        for result in one_ahead(started()):
+            found = result().tolist()
+            cosines.extend(found)
+            bar.update(len(found))
     source.report_conversions(shared=True)
     result = np.empty(len(indices))
     for rank, part in enumerate(distributed.gather_objects(cosines)):
@@ -194,7 +183,9 @@ def calculate_clip_score(
     source = ImageSource(images, uniform=False)
     source.check_one_run()
     pairs = pair(source, captions)
-    chosen = choose_pairs(len(pairs.indices), num, seed)
+    if num is not None and num > len(pairs.indices):
+        raise UserError(f"--num={num}: only {len(pairs.indices)} images have a caption")
+    chosen = choose_indices(len(pairs.indices), num, seed)
     _report("have no caption", pairs.without_caption, len(source))
     _report("are not named after a seed number", pairs.without_number, len(source))
     with distributed.local_main_first():

@@ -14,7 +14,7 @@ from evaluation.detectors import KNOWN, FeatureDetector, is_published_inception,
 from evaluation.frechet import FeatureStatistics, Reference, frechet_distance
 from evaluation.jackknife import interval_text, jackknife
 from evaluation.precision_recall import MANIFOLD, groups_left_out, kid_of_subsets, manifold
-from evaluation.reading import compute_statistics
+from evaluation.reading import choose_indices, compute_statistics
 from models import zoo
 from torch_utils import distributed
 from torch_utils.arrays import read_npz, write_npz
@@ -198,15 +198,12 @@ def _same_weights(stored: str | None, digest: str) -> bool:
 
 def choose_images(source: ImageSource, num: int | None, seed: int) -> Sequence[int]:
     """Indices of all images, or of ``num`` random ones, which depend on the names and the seed."""
-    if num is None:
-        num = len(source)
-    if num > len(source):
+    count = len(source) if num is None else num
+    if count > len(source):
         raise UserError(f"--num={num}: {source.path} has only {len(source)} images")
-    if num < 2:
-        raise UserError(f"{source.path}: {num} image is too few; a covariance needs at least 2")
-    if num == len(source):
-        return range(num)
-    return np.sort(np.random.default_rng(seed).permutation(len(source))[:num])
+    if count < 2:
+        raise UserError(f"{source.path}: {count} image is too few; a covariance needs at least 2")
+    return choose_indices(len(source), num, seed)
 
 
 def image_statistics(
@@ -268,20 +265,21 @@ def _from_cache(
 
     Rank 0 reads the file; all ranks get the same answer.
     """
-    rows, error = None, None
-    if distributed.rank() == 0 and path.exists():
-        try:
-            data = read_npz(path)
-            keys, features, digest = data["keys"], data["features"], str(data["detector_sha256"])
-            if features.shape != (len(keys), detector.feature_dim) or features.dtype.kind != "f":
-                raise ValueError(f"features {list(features.shape)} of {len(keys)} images")
-        except (ValueError, KeyError, TypeError) as exc:
-            error = UserError(f"--feature-cache={path}: not a feature cache ({exc}); give another file or delete it")
-        else:
+    rows = None
+    with distributed.together():
+        if distributed.rank() == 0 and path.exists():
+            try:
+                data = read_npz(path)
+                keys, features, digest = data["keys"], data["features"], str(data["detector_sha256"])
+                if features.shape != (len(keys), detector.feature_dim) or features.dtype.kind != "f":
+                    raise ValueError(f"features {list(features.shape)} of {len(keys)} images")
+            except (ValueError, KeyError, TypeError) as exc:
+                raise UserError(
+                    f"--feature-cache={path}: not a feature cache ({exc}); give another file or delete it"
+                ) from None
             known = {str(key): row for row, key in enumerate(keys)} if digest == detector.digest else {}
             wanted = [known.get(source.fingerprint(int(index))) for index in indices]
             rows = None if None in wanted else features[wanted]
-    distributed.agree(error)
     if not distributed.broadcast_object(rows is not None):
         return None
     statistics = FeatureStatistics(detector.feature_dim)

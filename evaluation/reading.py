@@ -20,6 +20,11 @@ _BATCHES_AHEAD = 3
 _MAX_WORKERS = 8
 
 
+def choose_indices(count: int, num: int | None, seed: int) -> Sequence[int]:
+    """All ``count`` indices, or ``num`` random ones in order, which depend on the seed only."""
+    return range(count) if num in (None, count) else np.sort(np.random.default_rng(seed).permutation(count)[:num])
+
+
 class _Chunks(torch.utils.data.Dataset):
     """Batches of an ImageSource by number, as tensors uint8 [B,C,H,W]."""
 

@@ -31,6 +31,7 @@ from models.denoiser import member
 from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
 from torch_utils.functions import find_function, names_function
+from torch_utils.images import from_uint8
 
 FORMS = "classifier[:FILE], clip[:ID|DIR] or MODULE:FUNCTION"
 
@@ -136,7 +137,7 @@ def load_verifier(text: str, net, device: torch.device | str = "cpu") -> Verifie
 def _classifier(text: str, file: str, net, device) -> ClassifierVerifier:
     own = getattr(net, "classifier", None)
     if not file and own is not None:
-        return ClassifierVerifier(text, net.weights_hash, lambda images: net.classify(_to_range(images, device)))
+        return ClassifierVerifier(text, net.weights_hash, lambda images: net.classify(from_uint8(images.to(device))))
     embedded = EMBEDDED.get(member(net, "dataset_name"))
     if not file and embedded is None:
         raise _no_classifier(text)
@@ -157,11 +158,6 @@ def _classifier(text: str, file: str, net, device) -> ClassifierVerifier:
     return ClassifierVerifier(text, sha256_of(path), lambda images: model(images.to(device).float() / 255))
 
 
-def _to_range(images: torch.Tensor, device) -> torch.Tensor:
-    """Convert uint8 images to float32 in [-1, 1], the range of denoisers."""
-    return images.to(device).float() / 127.5 - 1
-
-
 def _clip(text: str, model: str, net, device) -> ClipVerifier:
     if not member(net, "takes_prompts"):
         raise _no_prompts(text)
@@ -171,7 +167,7 @@ def _clip(text: str, model: str, net, device) -> ClipVerifier:
         raise UserError(str(error).replace(f"--model={model}", f"--verifier=clip:{model}")) from None
 
 
-def judge(
+def score_images(
     verifier: Verifier,
     images: torch.Tensor,
     seeds: Sequence[int],

@@ -233,10 +233,8 @@ def load_adm(
         weights.update({f"{part}.{name}": value for name, value in tensors.items()})
     if "model.label_emb.weight" not in weights:
         arguments["model"]["num_classes"] = None
-    try:
-        return FAMILY.create(arguments, weights, guidance_type, guidance_rate, device)
-    except UserError as error:
-        raise UserError(f"checkpoint {' and '.join(str(path) for path, _, _ in parts.values())}: {error}") from None
+    files = " and ".join(str(path) for path, _, _ in parts.values())
+    return FAMILY.create(arguments, weights, guidance_type, guidance_rate, device, files)
 
 
 FAMILY = Family("adm", build_adm, load_adm)

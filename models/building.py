@@ -31,9 +31,13 @@ class Family:
     build: Callable
     load: Callable
 
-    def create(self, config, state_dict, guidance_type, guidance_rate, device) -> Denoiser:
-        """``build``, frozen and in evaluation mode."""
-        return self.build(config, state_dict, guidance_type, guidance_rate, device).eval().requires_grad_(False)
+    def create(self, config, state_dict, guidance_type, guidance_rate, device, file=None) -> Denoiser:
+        """``build``, frozen and in evaluation mode. file: of the weights, for errors."""
+        try:
+            net = self.build(config, state_dict, guidance_type, guidance_rate, device)
+        except UserError as error:
+            raise error if file is None else UserError(f"checkpoint {file}: {error}") from None
+        return net.eval().requires_grad_(False)
 
 
 _LONGEST_LIST = 32  # longest list among a network's arguments: levels, resolutions, taps of a filter

@@ -16,7 +16,6 @@ from models.openai_unet import (
     choose_settings,
     unet_arguments,
 )
-from torch_utils.errors import UserError
 from torch_utils.tensor_file import read_weights
 
 # The settings published with edm_bedroom256_ema.pt and edm_cat256_ema.pt.
@@ -86,10 +85,7 @@ def load_cm(
     arguments = choose_precision(choose_settings(RELEASED_CONFIGS, dataset_name, config), use_fp16, device)
     weights = read_weights(path)
     check_family(path, weights, CONSISTENCY)
-    try:
-        return FAMILY.create(arguments, weights, guidance_type, guidance_rate, device)
-    except UserError as error:
-        raise UserError(f"checkpoint {path}: {error}") from None
+    return FAMILY.create(arguments, weights, guidance_type, guidance_rate, device, path)
 
 
 FAMILY = Family("cm", build_cm, load_cm)

@@ -313,10 +313,7 @@ def build_edm(config, state_dict, guidance_type, guidance_rate, device) -> EDMDe
 def load_edm(path, *, config, dataset_name, guidance_type, guidance_rate, device) -> EDMDenoiser:
     """Load the denoiser of an official pickle, a file of this project, or weights with a config."""
     if config is not None:
-        try:
-            return FAMILY.create(config, read_weights(path), guidance_type, guidance_rate, device)
-        except UserError as error:
-            raise UserError(f"checkpoint {path}: {error}") from None
+        return FAMILY.create(config, read_weights(path), guidance_type, guidance_rate, device, path)
     net = load_edm_network(path)
     if (card := zoo.find_card(dataset_name)) is not None:
         expected = _kind_of_images(card.channels, card.resolution, card.label_dim)

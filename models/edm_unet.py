@@ -252,26 +252,94 @@ class UNetBlock(nn.Module):
         return (x + shortcut) * self.skip_scale
 
 
-def _last_block(encoder: nn.ModuleDict) -> nn.Module:
-    return [block for name, block in encoder.items() if "block" in name][-1]
+class _UNet(nn.Module):
+    """Base class of both U-Nets: the embedding of the condition, and the levels."""
+
+    label_dropout = 0.0  # share of the class labels that are replaced by zeros in training
+
+    def _make_layers(self, noise_channels: int, emb_channels: int, init: dict, step_condition: bool) -> None:
+        """The layers of the embedding, twice with a step condition (Zhou et al. 2024)."""
+        for prefix in ("map_layer", "map_step_layer") if step_condition else ("map_layer",):
+            setattr(self, f"{prefix}0", Linear(noise_channels, emb_channels, **init))
+            setattr(self, f"{prefix}1", Linear(emb_channels, emb_channels, **init))
+
+    def _make_levels(
+        self, block, in_channels, first, widths, num_blocks, img_resolution, attn_resolutions, init, sparse=False
+    ) -> int:
+        """Encoder ``enc`` and decoder ``dec``. Returns the channels of the decoder's output.
+
+        block: function (channels, out_channels, **options) -> UNetBlock.
+        in_channels, first: channels of the images, and of the first convolution.
+        widths: channels of each level.
+        num_blocks: blocks per level of the encoder; the decoder has one more.
+        img_resolution, attn_resolutions: of the images, and of levels with attention, in pixels.
+        init: initialisation of the first convolution.
+        sparse: only the last block of a level of the decoder has attention. Default False.
+        """
+        self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
+        skips, channels = [], in_channels
+        for level, width in enumerate(widths):
+            res = img_resolution >> level
+            if level == 0:
+                self.enc[f"{res}x{res}_conv"] = Conv2d(channels, first, 3, **init)
+                channels = first
+            else:
+                self.enc[f"{res}x{res}_down"] = block(channels, channels, down=True)
+                self._add_to_encoder(f"{res}x{res}", channels)
+            skips.append(channels)
+            for index in range(num_blocks):
+                self.enc[f"{res}x{res}_block{index}"] = block(channels, width, attention=res in attn_resolutions)
+                channels = width
+                skips.append(channels)
+        for level, width in reversed(list(enumerate(widths))):
+            res = img_resolution >> level
+            if level == len(widths) - 1:
+                self.dec[f"{res}x{res}_in0"] = block(channels, channels, attention=True)
+                self.dec[f"{res}x{res}_in1"] = block(channels, channels)
+            else:
+                self.dec[f"{res}x{res}_up"] = block(channels, channels, up=True)
+            for index in range(num_blocks + 1):
+                attention = res in attn_resolutions and (index == num_blocks or not sparse)
+                self.dec[f"{res}x{res}_block{index}"] = block(channels + skips.pop(), width, attention=attention)
+                channels = width
+            self._add_to_decoder(f"{res}x{res}", channels, lowest=level == len(widths) - 1, highest=level == 0)
+        return channels
+
+    def _add_to_encoder(self, name: str, channels: int) -> None:
+        """Adds layers behind the change to the resolution ``name``."""
+
+    def _add_to_decoder(self, name: str, channels: int, lowest: bool, highest: bool) -> None:
+        """Adds layers behind the blocks of the resolution ``name``."""
+
+    @property
+    def bottleneck(self) -> nn.Module:
+        return [block for name, block in self.enc.items() if "block" in name][-1]
+
+    def _embed(self, number):
+        """The features of ``number`` [B]."""
+        return self.map_noise(number)
+
+    def _drop_labels(self, labels, x):
+        """The one-hot class labels [B or 1,L] of a batch x; in training, some of them are zeros."""
+        if self.training and self.label_dropout:
+            labels = labels * (torch.rand([x.shape[0], 1], device=x.device) >= self.label_dropout).to(labels.dtype)
+        return labels
+
+    def _embed_steps(self, step_condition, noise_labels: torch.Tensor) -> torch.Tensor | None:
+        """The embedding [1,E] of a number of time steps (Zhou et al. 2024, arXiv 2409.19681).
+
+        step_condition: the number; None: no embedding.
+        noise_labels: tensor whose type and device to use.
+        """
+        if step_condition is None:
+            return None
+        if not hasattr(self, "map_step_layer0"):
+            raise UserError("this network has no step condition: leave step_condition out")
+        emb = self._embed(torch.full([1], float(step_condition), dtype=noise_labels.dtype, device=noise_labels.device))
+        return F.silu(self.map_step_layer1(F.silu(self.map_step_layer0(emb))))
 
 
-def _embed_steps(net: nn.Module, step_condition, noise_labels: torch.Tensor) -> torch.Tensor | None:
-    """The embedding [1,E] of a number of time steps (Zhou et al. 2024, arXiv 2409.19681).
-
-    net: a U-Net with ``step_condition``.
-    step_condition: the number; None: no embedding.
-    noise_labels: tensor whose type and device to use.
-    """
-    if step_condition is None:
-        return None
-    if not hasattr(net, "map_step_layer0"):
-        raise UserError("this network has no step condition: leave step_condition out")
-    emb = net._embed(torch.full([1], float(step_condition), dtype=noise_labels.dtype, device=noise_labels.device))
-    return F.silu(net.map_step_layer1(F.silu(net.map_step_layer0(emb))))
-
-
-class SongUNet(nn.Module):
+class SongUNet(_UNet):
     """DDPM++ (positional embedding, standard encoder) or NCSN++ (Fourier, residual encoder)."""
 
     def __init__(
@@ -302,12 +370,12 @@ class SongUNet(nn.Module):
             raise ValueError(f"encoder_type '{encoder_type}' is not standard, skip or residual")
         if decoder_type not in ("standard", "skip"):
             raise ValueError(f"decoder_type '{decoder_type}' is not standard or skip")
-        self.label_dropout = label_dropout
+        self.label_dropout, self._types = label_dropout, (encoder_type, decoder_type)
+        self._image_channels = [in_channels, out_channels]  # of the auxiliary branches
+        self._resample = {"resample_filter": resample_filter}
         emb_channels = model_channels * channel_mult_emb
         noise_channels = model_channels * channel_mult_noise
-        init = {"init": "xavier_uniform"}
-        init_zero = {"init": "xavier_uniform", "gain": 1e-5}
-        resample = {"resample_filter": resample_filter}
+        init, self._init_zero = {"init": "xavier_uniform"}, {"init": "xavier_uniform", "gain": 1e-5}
 
         def block(cin, cout, **kwargs):
             return UNetBlock(
@@ -321,10 +389,10 @@ class SongUNet(nn.Module):
                 resample_proj=True,
                 adaptive_scale=False,
                 init=init,
-                init_zero=init_zero,
+                init_zero=self._init_zero,
                 init_attn={"init": "xavier_uniform", "gain": math.sqrt(0.2)},
                 step_condition=step_condition,
-                **resample,
+                **self._resample,
                 **kwargs,
             )
 
@@ -334,61 +402,28 @@ class SongUNet(nn.Module):
             self.map_noise = FourierEmbedding(noise_channels)
         self.map_label = Linear(label_dim, noise_channels, **init) if label_dim else None
         self.map_augment = Linear(augment_dim, noise_channels, bias=False, **init) if augment_dim else None
-        self.map_layer0 = Linear(noise_channels, emb_channels, **init)
-        self.map_layer1 = Linear(emb_channels, emb_channels, **init)
-        if step_condition:
-            self.map_step_layer0 = Linear(noise_channels, emb_channels, **init)
-            self.map_step_layer1 = Linear(emb_channels, emb_channels, **init)
+        self._make_layers(noise_channels, emb_channels, init, step_condition)
+        widths = [model_channels * mult for mult in channel_mult]
+        levels = (num_blocks, img_resolution, attn_resolutions, init)
+        self._make_levels(block, in_channels, model_channels, widths, *levels, sparse=True)
 
-        self.enc = nn.ModuleDict()
-        cout = caux = in_channels
-        skips = []
-        for level, mult in enumerate(channel_mult):
-            res = img_resolution >> level
-            name = f"{res}x{res}"
-            if level == 0:
-                self.enc[f"{name}_conv"] = Conv2d(cout, model_channels, 3, **init)
-                cout = model_channels
-            else:
-                self.enc[f"{name}_down"] = block(cout, cout, down=True)
-                if encoder_type == "skip":
-                    self.enc[f"{name}_aux_down"] = Conv2d(caux, caux, 0, down=True, **resample)
-                    self.enc[f"{name}_aux_skip"] = Conv2d(caux, cout, 1, **init)
-                elif encoder_type == "residual":
-                    self.enc[f"{name}_aux_residual"] = Conv2d(
-                        caux, cout, 3, down=True, fused_resample=True, **resample, **init
-                    )
-                    caux = cout
-            skips.append(cout)
-            for index in range(num_blocks):
-                width = model_channels * mult
-                self.enc[f"{name}_block{index}"] = block(cout, width, attention=res in attn_resolutions)
-                cout = width
-                skips.append(cout)
+    def _add_to_encoder(self, name, channels):
+        aux, init = self._image_channels[0], {"init": "xavier_uniform"}
+        if self._types[0] == "skip":
+            self.enc[f"{name}_aux_down"] = Conv2d(aux, aux, 0, down=True, **self._resample)
+            self.enc[f"{name}_aux_skip"] = Conv2d(aux, channels, 1, **init)
+        elif self._types[0] == "residual":
+            fused = {"down": True, "fused_resample": True, **self._resample}
+            self.enc[f"{name}_aux_residual"] = Conv2d(aux, channels, 3, **fused, **init)
+            self._image_channels[0] = channels
 
-        self.dec = nn.ModuleDict()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            res = img_resolution >> level
-            name = f"{res}x{res}"
-            if level == len(channel_mult) - 1:
-                self.dec[f"{name}_in0"] = block(cout, cout, attention=True)
-                self.dec[f"{name}_in1"] = block(cout, cout)
-            else:
-                self.dec[f"{name}_up"] = block(cout, cout, up=True)
-            for index in range(num_blocks + 1):
-                width = model_channels * mult
-                attention = index == num_blocks and res in attn_resolutions
-                self.dec[f"{name}_block{index}"] = block(cout + skips.pop(), width, attention=attention)
-                cout = width
-            if decoder_type == "skip" or level == 0:
-                if decoder_type == "skip" and level < len(channel_mult) - 1:
-                    self.dec[f"{name}_aux_up"] = Conv2d(out_channels, out_channels, 0, up=True, **resample)
-                self.dec[f"{name}_aux_norm"] = GroupNorm(cout, eps=1e-6)
-                self.dec[f"{name}_aux_conv"] = Conv2d(cout, out_channels, 3, **init_zero)
-
-    @property
-    def bottleneck(self) -> nn.Module:
-        return _last_block(self.enc)
+    def _add_to_decoder(self, name, channels, lowest, highest):
+        skip, out = self._types[1] == "skip", self._image_channels[1]
+        if skip and not lowest:
+            self.dec[f"{name}_aux_up"] = Conv2d(out, out, 0, up=True, **self._resample)
+        if skip or highest:
+            self.dec[f"{name}_aux_norm"] = GroupNorm(channels, eps=1e-6)
+            self.dec[f"{name}_aux_conv"] = Conv2d(channels, out, 3, **self._init_zero)
 
     def _embed(self, number):
         """The sinusoids of ``number`` [B], sines first, as the checkpoints expect."""
@@ -398,15 +433,12 @@ class SongUNet(nn.Module):
     def forward(self, x, noise_labels, class_labels=None, augment_labels=None, step_condition=None):
         emb = self._embed(noise_labels)
         if self.map_label is not None:
-            labels = class_labels
-            if self.training and self.label_dropout:
-                labels = labels * (torch.rand([x.shape[0], 1], device=x.device) >= self.label_dropout).to(labels.dtype)
-            emb = emb + self.map_label(labels * math.sqrt(self.map_label.in_features))
+            emb = emb + self.map_label(self._drop_labels(class_labels, x) * math.sqrt(self.map_label.in_features))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels)
         emb = F.silu(self.map_layer0(emb))
         emb = F.silu(self.map_layer1(emb))
-        emb_step = _embed_steps(self, step_condition, noise_labels)
+        emb_step = self._embed_steps(step_condition, noise_labels)
 
         skips = []
         aux = x
@@ -437,7 +469,7 @@ class SongUNet(nn.Module):
         return aux
 
 
-class DhariwalUNet(nn.Module):
+class DhariwalUNet(_UNet):
     """ADM as trained by EDM on ImageNet-64: scale-shift norm, 64 channels per attention head."""
 
     def __init__(
@@ -467,56 +499,16 @@ class DhariwalUNet(nn.Module):
 
         self.map_noise = PositionalEmbedding(model_channels)
         self.map_augment = Linear(augment_dim, model_channels, bias=False, gain=0.0) if augment_dim else None
-        self.map_layer0 = Linear(model_channels, emb_channels, **init)
-        self.map_layer1 = Linear(emb_channels, emb_channels, **init)
-        if step_condition:
-            self.map_step_layer0 = Linear(model_channels, emb_channels, **init)
-            self.map_step_layer1 = Linear(emb_channels, emb_channels, **init)
+        self._make_layers(model_channels, emb_channels, init, step_condition)
         self.map_label = None
         if label_dim:
             self.map_label = Linear(label_dim, emb_channels, bias=False, gain=math.sqrt(label_dim))
 
-        self.enc = nn.ModuleDict()
-        cout = in_channels
-        skips = []
-        for level, mult in enumerate(channel_mult):
-            res = img_resolution >> level
-            if level == 0:
-                width = model_channels * mult
-                self.enc[f"{res}x{res}_conv"] = Conv2d(cout, width, 3, **init)
-                cout = width
-            else:
-                self.enc[f"{res}x{res}_down"] = block(cout, cout, down=True)
-            skips.append(cout)
-            for index in range(num_blocks):
-                width = model_channels * mult
-                self.enc[f"{res}x{res}_block{index}"] = block(cout, width, attention=res in attn_resolutions)
-                cout = width
-                skips.append(cout)
-
-        self.dec = nn.ModuleDict()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            res = img_resolution >> level
-            if level == len(channel_mult) - 1:
-                self.dec[f"{res}x{res}_in0"] = block(cout, cout, attention=True)
-                self.dec[f"{res}x{res}_in1"] = block(cout, cout)
-            else:
-                self.dec[f"{res}x{res}_up"] = block(cout, cout, up=True)
-            for index in range(num_blocks + 1):
-                width = model_channels * mult
-                self.dec[f"{res}x{res}_block{index}"] = block(
-                    cout + skips.pop(), width, attention=res in attn_resolutions
-                )
-                cout = width
+        widths = [model_channels * mult for mult in channel_mult]
+        levels = (num_blocks, img_resolution, attn_resolutions, init)
+        cout = self._make_levels(block, in_channels, widths[0], widths, *levels)
         self.out_norm = GroupNorm(cout)
         self.out_conv = Conv2d(cout, out_channels, 3, gain=0.0)
-
-    @property
-    def bottleneck(self) -> nn.Module:
-        return _last_block(self.enc)
-
-    def _embed(self, number):
-        return self.map_noise(number)
 
     def forward(self, x, noise_labels, class_labels=None, augment_labels=None, step_condition=None):
         emb = self._embed(noise_labels)
@@ -525,12 +517,9 @@ class DhariwalUNet(nn.Module):
         emb = F.silu(self.map_layer0(emb))
         emb = self.map_layer1(emb)
         if self.map_label is not None:
-            labels = class_labels
-            if self.training and self.label_dropout:
-                labels = labels * (torch.rand([x.shape[0], 1], device=x.device) >= self.label_dropout).to(labels.dtype)
-            emb = emb + self.map_label(labels)
+            emb = emb + self.map_label(self._drop_labels(class_labels, x))
         emb = F.silu(emb)
-        emb_step = _embed_steps(self, step_condition, noise_labels)
+        emb_step = self._embed_steps(step_condition, noise_labels)
 
         skips = []
         for module in self.enc.values():

@@ -255,10 +255,7 @@ def load_latent(family: Family, kind, path, config, guidance_type, guidance_rate
     check_family(path, weights, kind)
     averaged = any(name.startswith("model_ema.diffusion_model") for name in weights)
     config = {**config, "use_ema": config.get("use_ema", True) and averaged}
-    try:
-        return family.create(config, weights, guidance_type, guidance_rate, device)
-    except UserError as error:
-        raise UserError(f"checkpoint {path}: {error}") from None
+    return family.create(config, weights, guidance_type, guidance_rate, device, path)
 
 
 FAMILY = Family("ldm", build_ldm, load_ldm)

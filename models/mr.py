@@ -106,11 +106,8 @@ def load_mr(
     """
     if config is None and dataset_name not in RELEASED_CONFIGS:
         raise UserError(f"checkpoint {path}: describe the network in {path}.json (family mr), see docs/restoration.md")
-    try:
-        settings = RELEASED_CONFIGS[dataset_name] if config is None else config
-        return FAMILY.create(settings, read_weights(path), guidance_type, guidance_rate, device)
-    except UserError as error:
-        raise UserError(f"checkpoint {path}: {error}") from None
+    settings = RELEASED_CONFIGS[dataset_name] if config is None else config
+    return FAMILY.create(settings, read_weights(path), guidance_type, guidance_rate, device, path)
 
 
 FAMILY = Family("mr", build_mr, load_mr)

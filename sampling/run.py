@@ -5,16 +5,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from evaluation.fid import StreamedFID
-from evaluation.verifiers import Verifier, check_verifier, judge, load_verifier
+from evaluation.verifiers import Verifier, check_verifier, load_verifier, score_images
 from sampling.folder import Folder, Place, begin_folder, default_folder, format_seeds, write_grid
 from sampling.generate import Batch, generate_fitting, generate_images, prompts_of, text_of, until_stopped
+from sampling.inputs import ImageInputs
 from sampling.options import SampleOptions
 from sampling.path_search import search_images
 from sampling.quantized import quantized_network
@@ -54,7 +56,7 @@ def score_of(verifier: Verifier, images: torch.Tensor, seeds: list[int], cond, r
     labels = cond.get("class_labels")
     if labels is not None:
         labels = labels.index_select(0, to_device(torch.tensor(list(rows)), labels.device))
-    return judge(verifier, pixels, seeds, labels, prompts_of(seeds, prompts))
+    return score_images(verifier, pixels, seeds, labels, prompts_of(seeds, prompts))
 
 
 def search(
@@ -190,8 +192,36 @@ def report_measures(stream: StreamedFID, path: str | None, record: dict, place: 
     print("\n".join(result.lines()), flush=True)
 
 
-def run(options: SampleOptions, device: torch.device) -> None:
-    """Samples the images of the options. Every process of a torchrun calls it."""
+@dataclass
+class Opened:
+    """What a run needs, opened and checked, before anything is written.
+
+    options, settings: with everything that the network, a predictor or a rerun decides.
+    net: the network.
+    predictor, predictor_file: None: a plain solver.
+    inputs: images that sampling starts from. None: noise.
+    seeds: of the images, in the order in which they are sampled.
+    prompts: a text, texts by seed, or None.
+    verifier: of a search. None: no search.
+    stream: measures the images. None: nothing does.
+    source: where recommended settings come from. None: they are the user's.
+    """
+
+    options: SampleOptions
+    settings: Settings
+    net: Any
+    predictor: Any
+    predictor_file: Path | None
+    inputs: ImageInputs | None
+    seeds: list[int]
+    prompts: Any
+    verifier: Verifier | None
+    stream: StreamedFID | None
+    source: str | None
+
+
+def open_run(options: SampleOptions, device: torch.device) -> Opened:
+    """Opens the files of a run, and makes all checks. UserError for what cannot work."""
     output = options.output
     options.check()
     inputs = options.inputs.open()
@@ -235,20 +265,62 @@ def run(options: SampleOptions, device: torch.device) -> None:
     for line in warnings:
         distributed.print0(f"Warning: {line}", file=sys.stderr)
     options.text.prepare(net, settings.dataset_name, prompts)
-    verifier, candidates = open_verifier(options.search.verifier, net, device), options.search.candidates or 1
-    record = describe_run(settings, options, net, predictor, predictor_file, verifier, device)
-    record |= {} if source is None else {"recommended": source}
-    if inputs is not None:
-        record["settings"] |= inputs.record()
-    nfe = settings.evaluations(net, predictor)
-    inserted = predictor is not None and not SOLVERS[settings.solver].needs_predictor
-    searched = None if verifier is None else candidates
-    default = default_folder(settings.dataset_name, settings.solver, nfe, inserted, searched)
+    verifier = open_verifier(options.search.verifier, net, device)
+    return Opened(options, settings, net, predictor, predictor_file, inputs, seeds, prompts, verifier, stream, source)
+
+
+def asked_folder(opened: Opened, nfe: int) -> Folder:
+    """The output folder that the options name, or the default one."""
+    options, settings, inputs = opened.options, opened.settings, opened.inputs
     if options.search.along_path:
-        nfe, found = None, default_folder(settings.dataset_name, settings.solver, options.search.budget)
+        found = default_folder(settings.dataset_name, settings.solver, options.search.budget)
         default = found.with_name(f"{found.name}_{options.search.search}")
+    else:
+        inserted = opened.predictor is not None and not SOLVERS[settings.solver].needs_predictor
+        searched = None if opened.verifier is None else options.search.candidates or 1
+        default = default_folder(settings.dataset_name, settings.solver, nfe, inserted, searched)
     names = () if inputs is None else tuple(inputs.names)
-    folder = Folder(Path(output.outdir or default), output.subdirs, output.return_inters, names)
+    output = options.output
+    return Folder(Path(output.outdir or default), output.subdirs, output.return_inters, names)
+
+
+def batches_of(opened: Opened, share: list[int], folder: Folder, device: torch.device) -> Iterator[Batch]:
+    """The images of these seeds, the best candidates of a search."""
+    options, settings, verifier = opened.options, opened.settings, opened.verifier
+    candidates = options.search.candidates or 1
+    generate = generate_fitting if options.batch == AUTO else partial(generate_images, batch=options.batch)
+    if options.search.along_path:
+        generate = partial(_search_paths, settings, options, verifier)
+    batches = generate(
+        opened.net,
+        share,
+        predictor=None if opened.predictor is None else opened.predictor.to(device),
+        labels=options.class_idx,
+        prompts=opened.prompts,
+        negative_prompt=options.text.negative_prompt,
+        candidates=candidates,
+        keep_intermediates=folder.inters,
+        inputs=opened.inputs,
+        device=device,
+        **settings.arguments(),
+    )
+    if verifier is None or options.search.along_path:
+        return batches
+    return search(batches, verifier, candidates, opened.prompts, folder.scores())
+
+
+def run(options: SampleOptions, device: torch.device) -> None:
+    """Samples the images of the options. Every process of a torchrun calls it."""
+    opened = open_run(options, device)
+    options, settings, seeds, stream = opened.options, opened.settings, opened.seeds, opened.stream
+    output, verifier = options.output, opened.verifier
+    record = describe_run(settings, options, opened.net, opened.predictor, opened.predictor_file, verifier, device)
+    record |= {} if opened.source is None else {"recommended": opened.source}
+    if opened.inputs is not None:
+        record["settings"] |= opened.inputs.record()
+    nfe = settings.evaluations(opened.net, opened.predictor)
+    folder = asked_folder(opened, nfe)
+    nfe = None if options.search.along_path else nfe
     distributed.barrier()  # nothing is written before every process has passed all checks
     with ExitStack() as locks:
         place, todo = None, None
@@ -262,26 +334,9 @@ def run(options: SampleOptions, device: torch.device) -> None:
 
         share = todo[distributed.rank() :: distributed.world_size()]
         started = time.perf_counter()
-        generate = generate_fitting if options.batch == AUTO else partial(generate_images, batch=options.batch)
         advice = f"lower --batch (now {options.batch}), or --batch=auto"
         with distributed.together():
-            if options.search.along_path:
-                generate = partial(_search_paths, settings, options, verifier)
-            batches = generate(
-                net,
-                share,
-                predictor=None if predictor is None else predictor.to(device),
-                labels=options.class_idx,
-                prompts=prompts,
-                negative_prompt=options.text.negative_prompt,
-                candidates=candidates,
-                keep_intermediates=folder.inters,
-                inputs=inputs,
-                device=device,
-                **settings.arguments(),
-            )
-            if verifier is not None and not options.search.along_path:
-                batches = search(batches, verifier, candidates, prompts, folder.scores())
+            batches = batches_of(opened, share, folder, device)
             with (
                 deferred_signals() as received,
                 progress_bar(len(share), unit="img", desc=folder.path.name) as bar,
@@ -295,7 +350,7 @@ def run(options: SampleOptions, device: torch.device) -> None:
                 place.end()
             if output.grid:
                 write_grid(folder, seeds)
-            each = "" if verifier is None or nfe is None else f" ({candidates} candidates of {nfe})"
+            each = "" if verifier is None or nfe is None else f" ({options.search.candidates} candidates of {nfe})"
             print(
                 f"sampled {len(todo)} images ({len(seeds) - len(todo)} skipped) NFE={record['nfe']}{each} in {seconds:.1f} s"
                 f" ({len(todo) / max(seconds, 1e-9):.1f} img/s)"

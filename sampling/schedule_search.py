@@ -163,12 +163,8 @@ def run(options: ScheduleOptions, device: torch.device) -> None:
     lock = only_command(dest.with_name(f".{dest.name}.lock"), refusal)
     with lock, explained_oom(device, f"lower --batch (now {options.batch})"):
         schedule = optimize(problem, options.method, method_options, versions)
-    error = None
-    if distributed.rank() == 0:
-        try:
+    with together():
+        if distributed.rank() == 0:
             save_schedule(dest, schedule)
             print(describe(schedule, dest), flush=True)
-        except UserError as exc:  # agree() raises it on every rank
-            error = exc
-    distributed.agree(error)
     problem.drop_state()

@@ -6,7 +6,7 @@ the step needs it. Distillation trains through ``advance``.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -555,76 +555,28 @@ def integrate(
     sigmas_cond = solver_options.pop("sigmas_net", sigmas_cond)  # the former name
     common = {"max_order": max_order, "predict_x0": predict_x0, "lower_order_final": lower_order_final}
     common = {name: value for name, value in common.items() if value is not None}
-    if nfe is not None:
-        if num_steps is not None or sigmas is not None or predictor is not None:
-            raise UserError(
-                "sample: nfe chooses the steps, which num_steps, sigmas or a predictor bring: give one of them"
-            )
-        given = {"schedule_type": schedule_type, "schedule_rho": schedule_rho, "afs": afs}
-        given = {name: value for name, value in given.items() if value is not None}
-        given |= {**common, **solver_options, "denoise_to_zero": denoise_to_zero}
-        chosen = recommend(net, nfe, solver, given).settings
-        solver, num_steps, afs = chosen.pop("solver"), chosen.pop("num_steps"), chosen.pop("afs", None)
-        schedule_type, schedule_rho = chosen.pop("schedule_type", None), chosen.pop("schedule_rho", None)
-        sigmas = chosen.pop("sigmas", None)
-        solver_options, common = {name: chosen[name] for name in chosen if name != "denoise_to_zero"}, {}
-    trained = getattr(predictor, "config", {})
     values = (num_steps, schedule_type, schedule_rho, sigma_min, sigma_max, sigmas)
     asked = dict(zip((*_SCHEDULE, "sigmas"), values, strict=True)) | {"solver": solver, "afs": afs}
-    given_afs, asked = afs, _with_defaults(asked, predictor, net)
-    solver, afs, sigmas = asked["solver"], asked["afs"], asked["sigmas"]
+    if nfe is not None:
+        given = {**common, **solver_options, "denoise_to_zero": denoise_to_zero}
+        asked, solver_options = _recommended(net, nfe, asked, given, predictor)
+        common = {}
+    chosen = _with_defaults(asked, predictor, net)
     _check_guidance(predictor, net)
-    original_code = bool(original_code or trained.get("original_code"))
-    common = {**trained, **common, "original_code": original_code}
-    method = make_solver(solver, solver_options, common)
-    if method.own_schedule:
-        method.check_predictor(predictor)
-        predictor.check_network(net)
-        plan = predictor.plan()
-        own = predictor.brings(num_steps, sigmas, sigmas_cond, given_afs, plan)
-        sigmas, sigmas_cond, afs = own["sigmas"], own["sigmas_cond"], own["afs"]
-    schedule = {name: asked[name] for name in _SCHEDULE}
-    if sigmas is None and schedule["num_steps"] is None:
-        raise UserError("sample: give num_steps or an explicit list of sigmas")
-    times = resolve_sigmas(
-        net, **schedule, sigmas=sigmas, device="cpu", original_code=original_code, dtype=latents.dtype
+    trained = getattr(predictor, "config", {})
+    chosen["original_code"] = bool(original_code or trained.get("original_code"))
+    method = make_solver(
+        chosen["solver"], solver_options, {**trained, **common, "original_code": chosen["original_code"]}
     )
-    check_few_step(net, method, times, afs, predictor, denoise_to_zero)
-    levels = times
-    if method.own_schedule:
-        moves = plan.moves().beside(latents)
-        method, levels, sigmas_cond = method.with_moves(predictor, moves), moves.sigmas, moves.sigmas_cond
-    else:
-        check_predictor(predictor, net, method, times, asked | {"original_code": original_code})
-        if latents.device.type != "cpu" and any(getattr(v, "requires_grad", False) for v in (times, sigmas_cond)):
-            # Their gradients come back in one copy. A gradient of each number would be waited for.
-            levels = to_device(times.to(latents.dtype), latents.device)
-    run = Sampler(
-        net,
-        method,
-        levels,
-        afs=afs,
-        predictor=predictor,
-        cond=cond,
-        observer=callback,
-        noise=noise,
-        sigmas_cond=sigmas_cond,
-        checkpointing=checkpointing,
-    )
+    more = {"cond": cond, "observer": callback, "noise": noise, "checkpointing": checkpointing}
+    run, times = _make_run(net, method, latents, asked, chosen, sigmas_cond, predictor, more, denoise_to_zero)
     info = SampleInfo(sigmas=times.detach())
-    state = State(initial_state(net, latents, run.sigma(0, latents), cond))
-    points = [state.x]
-    with run.reading():
-        i = 0
-        while i < run.intervals:
-            state = run.advance(state, i)
-            i += run.solver.stride(i, run.intervals)
-            if return_trajectory:
-                points.append(state.x)
-            if run.predicted is not None:
-                for name, value in zip(("r", "scale_dir", "scale_time"), run.predicted, strict=True):
-                    getattr(info, name).append(value.flatten())
-    x = state.x
+    x = initial_state(net, latents, run.sigma(0, latents), cond)
+    points = [x]
+    for state in _states(run, x, info):
+        x = state.x
+        if return_trajectory:
+            points.append(x)
     if denoise_to_zero:
         last = run.sigma_cond(-1)
         x = run.denoise(x, (times[-1] if last is None else last).to(x.dtype))
@@ -632,6 +584,67 @@ def integrate(
     info.nfe = run.nfe
     result = torch.stack(points) if return_trajectory else x
     return (result, info) if return_info else result
+
+
+def _recommended(net, nfe: int, asked: dict, options: dict, predictor) -> tuple[dict, dict]:
+    """The settings of ``asked`` and the solver's options that ``recommend`` chooses for nfe.
+
+    options: those that are given, and denoise_to_zero.
+    """
+    if asked["num_steps"] is not None or asked["sigmas"] is not None or predictor is not None:
+        raise UserError("sample: nfe chooses the steps, which num_steps, sigmas or a predictor bring: give one of them")
+    given = {name: asked[name] for name in ("schedule_type", "schedule_rho", "afs") if asked[name] is not None}
+    found = recommend(net, nfe, asked["solver"], {**given, **options}).settings
+    names = ("solver", "num_steps", "schedule_type", "schedule_rho", "afs", "sigmas")
+    asked = asked | {name: found.pop(name, None) for name in names}
+    found.pop("denoise_to_zero", None)
+    return asked, found
+
+
+def _make_run(
+    net, method: Solver, latents, asked: dict, chosen: dict, sigmas_cond, predictor, more: dict, denoise_to_zero: bool
+) -> tuple[Sampler, torch.Tensor]:
+    """(the run of ``integrate``, its noise levels [N] on the CPU).
+
+    method: the solver with its options.
+    asked, chosen: the settings as given, and with defaults.
+    more: further arguments of ``Sampler``.
+    """
+    afs, sigmas = chosen["afs"], chosen["sigmas"]
+    if method.own_schedule:
+        method.check_predictor(predictor)
+        predictor.check_network(net)
+        plan = predictor.plan()
+        own = predictor.brings(asked["num_steps"], asked["sigmas"], sigmas_cond, asked["afs"], plan)
+        sigmas, sigmas_cond, afs = own["sigmas"], own["sigmas_cond"], own["afs"]
+    schedule = {name: chosen[name] for name in (*_SCHEDULE, "original_code")}
+    if sigmas is None and schedule["num_steps"] is None:
+        raise UserError("sample: give num_steps or an explicit list of sigmas")
+    times = resolve_sigmas(net, **schedule, sigmas=sigmas, device="cpu", dtype=latents.dtype)
+    check_few_step(net, method, times, afs, predictor, denoise_to_zero)
+    levels = times
+    if method.own_schedule:
+        moves = plan.moves().beside(latents)
+        method, levels, sigmas_cond = method.with_moves(predictor, moves), moves.sigmas, moves.sigmas_cond
+    else:
+        check_predictor(predictor, net, method, times, chosen)
+        if latents.device.type != "cpu" and any(getattr(v, "requires_grad", False) for v in (times, sigmas_cond)):
+            # Their gradients come back in one copy. A gradient of each number would be waited for.
+            levels = to_device(times.to(latents.dtype), latents.device)
+    return Sampler(net, method, levels, afs=afs, predictor=predictor, sigmas_cond=sigmas_cond, **more), times
+
+
+def _states(run: Sampler, x: torch.Tensor, info: SampleInfo) -> Iterator[State]:
+    """The states after each step from x [B,C,H,W]; what a predictor said is added to ``info``."""
+    state, i = State(x), 0
+    with run.reading():
+        while i < run.intervals:
+            state = run.advance(state, i)
+            i += run.solver.stride(i, run.intervals)
+            if run.predicted is not None:
+                for name, value in zip(("r", "scale_dir", "scale_time"), run.predicted, strict=True):
+                    getattr(info, name).append(value.flatten())
+            yield state
 
 
 sample = torch.no_grad()(integrate)

@@ -45,7 +45,7 @@ NOT_RUN = {
     "head=$(scontrol": "needs SLURM",
     "pytest tests/test_faults.py": "is a part of this suite",
     "python tests/fuzz_loaders.py": "takes minutes; test_fuzz.py runs it with fewer files",
-    "python benchmarks/scaling.py": "takes minutes and several processes",
+    "python -m benchmarks.scaling": "takes minutes and several processes",
     "python -m benchmarks.learned_solvers": "takes hours; test_learned_solvers.py runs its parts",
     "python -m benchmarks.demo_settings": "takes hours",
     "python -m benchmarks.score_agreement": "takes minutes",

@@ -22,7 +22,7 @@ import sample as cli
 from evaluation import verifiers
 from evaluation.clip import ClipNetwork
 from evaluation.detectors import EMBEDDED, PRETRAINED, ConvClassifier, load_classifier, save_classifier
-from evaluation.verifiers import FORMS, judge, load_verifier
+from evaluation.verifiers import FORMS, load_verifier, score_images
 from models import build_denoiser, create_model
 from sampling.folder import Folder
 from sampling.generate import Batch, generate_images
@@ -290,9 +290,9 @@ def test_classes_and_prompts_reach_a_verifier():
         return np.zeros(len(images))
 
     mine.name = "mine"
-    judge(mine, torch.zeros(2, 1, 4, 4, dtype=torch.uint8), [5, 6], torch.tensor([[0, 1], [1, 0]]), None)
+    score_images(mine, torch.zeros(2, 1, 4, 4, dtype=torch.uint8), [5, 6], torch.tensor([[0, 1], [1, 0]]), None)
     assert seen.got == ([5, 6], [1, 0], None)
-    judge(mine, torch.zeros(2, 1, 4, 4, dtype=torch.uint8), [5, 6], torch.tensor([3, 0]), ["a", "b"])
+    score_images(mine, torch.zeros(2, 1, 4, 4, dtype=torch.uint8), [5, 6], torch.tensor([3, 0]), ["a", "b"])
     assert seen.got == ([5, 6], [3, 0], ["a", "b"])
 
 
@@ -305,9 +305,9 @@ def test_classifier_of_a_file(tmp_path):
     pixels = torch.randint(256, [4, 1, 8, 8], dtype=torch.uint8)
     with torch.no_grad():
         expected = classifier(pixels.float() / 255).double().log_softmax(1)
-    found = judge(verifier, pixels, range(4), torch.tensor([2, 0, 1, 1]))
+    found = score_images(verifier, pixels, range(4), torch.tensor([2, 0, 1, 1]))
     torch.testing.assert_close(found, expected[range(4), [2, 0, 1, 1]])
-    torch.testing.assert_close(judge(verifier, pixels, range(4)), expected.amax(1))
+    torch.testing.assert_close(score_images(verifier, pixels, range(4)), expected.amax(1))
     for changes, message in (({"img_resolution": 16}, "is for images of 1x8x8"), ({"label_dim": 5}, "has 3 classes")):
         with pytest.raises(UserError, match=message):
             load_verifier(verifier.name, SimpleNamespace(**vars(net) | changes))
@@ -324,7 +324,7 @@ def test_the_noisy_classifier_of_adm():
     with torch.no_grad():  # sigma_min belongs to t = 0.001, of the steps 0..999
         logits = net.classifier(x.float(), torch.full([3], 0.999)).double()
     labels = torch.tensor([1, 0, 2])
-    found = judge(verifier, pixels, range(3), labels)
+    found = score_images(verifier, pixels, range(3), labels)
     torch.testing.assert_close(found, logits.log_softmax(1)[range(3), labels], rtol=1e-3, atol=1e-4)
     assert found.std() > 1e-4
     plain = build_denoiser("adm", adm_config(facts), weights)
@@ -338,7 +338,7 @@ def test_clip(model, images, cosines):
     for seed, path in enumerate(sorted(images.iterdir())):
         with Image.open(path) as image:
             pixels = torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1)[None]
-        found = judge(verifier, pixels, [seed], None, [CAPTIONS[seed]])
+        found = score_images(verifier, pixels, [seed], None, [CAPTIONS[seed]])
         assert found.item() == pytest.approx(cosines[seed, seed], abs=1e-5)
     with pytest.raises(UserError, match=r"^--verifier=clip:/nowhere: no such folder"):
         load_verifier("clip:/nowhere", net)

@@ -32,6 +32,7 @@ from torch_utils.errors import UserError
 from torch_utils.locks import held, is_held, locked
 from torch_utils.seeds import among, parse_ranges
 from training.checkpoint import save_predictor
+from training.options import AMEDOptions
 from training.predictor import AMEDPredictor
 from training.run_folder import RunLog
 from training.schedule_search import optimize
@@ -375,7 +376,8 @@ def test_resume_writes_only_where_it_may(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = stranger(tmp_path / "run", outdir=str(tmp_path / "evil"))
     seen = []
-    monkeypatch.setattr(train, "train_predictor", lambda options, *arguments, **more: seen.append(options.outdir))
+    trained = {AMEDOptions: lambda options, *arguments, **more: seen.append(options.outdir)}
+    monkeypatch.setattr(train, "TRAINERS", trained)
     call("train", f"--resume={folder}", "--device=cpu")
     call("train", f"--resume={folder}", "--device=cpu", f"--outdir={tmp_path / 'mine'}")
     assert seen == ["./exps", str(tmp_path / "mine")]

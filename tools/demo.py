@@ -5,12 +5,14 @@
     python -m tools.demo --only=digits --images=100 --outdir=demo-digits
 
 The first picture needs no training: the same seeds by plain solvers and by shipped predictors, with
-three evaluations each. Then every method samples natural images (and, with --full, digits) with
-five evaluations, scored by Fréchet distance and by the distance to the converged solution from the
-same noise. Solvers have their recommended settings (solvers/recommended.py). Predictors are trained
-by train.py or, without --full, partly taken from the repository.
+three evaluations each. Then all methods are compared on natural images (and, with --full, on
+digits) with five evaluations, as compare.py does it: Fréchet distance, and distance to the
+converged solution from the same noise. Solvers have their recommended settings
+(solvers/recommended.py). Predictors are trained by train.py or, without --full, partly taken from
+the repository.
 
-Writes first.png, table.json, index.html and one figure per network to --outdir.
+Writes first.png, index.html and, for each network, a folder with the results of the comparison to
+--outdir.
 """
 
 if __name__ == "__main__":
@@ -19,8 +21,6 @@ if __name__ == "__main__":
     check_usage("tools.demo")
 
 import html
-import json
-import re
 import shutil
 import subprocess
 import sys
@@ -34,28 +34,30 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from amed.commands import script
-from evaluation.fid import calculate_fid
 from models import create_model
 from models.inputs import draw_noise
-from sampling.settings import Settings, settings_of
+from sampling.settings import ComputeOptions, NetworkSettings, Settings, settings_of
+from sampling.text import TextOptions
 from solvers import recommended, sample
-from tools import page
-from tools.page import Cell, Row, Strip
+from tools import page, report
+from tools.compare_options import CompareOptions
+from tools.compare_run import compute, prepare
 from torch_utils.cli import PATH, Command
+from torch_utils.distributed import pick_device
 from torch_utils.errors import UserError
-from torch_utils.images import ImageSource, image_grid, load_array, save_image, to_uint8
+from torch_utils.files import write_text
+from torch_utils.images import save_image, to_uint8
 from torch_utils.seeds import SeededGenerators
 from torch_utils.version import code_version, cpu_name
 from training.checkpoint import find_predictor, load_predictor
 
 ROOT = Path(__file__).resolve().parent.parent
 NFE = 5  # of the table; settings were chosen on seeds 100000-100255, which it never uses
-PLAIN = {"Euler": "euler", "DPM-Solver-2": "dpm", "DPM-Solver++": "dpmpp", "UniPC": "unipc", "iPNDM": "ipndm"}
+PLAIN = ("euler", "dpm", "dpmpp", "unipc", "ipndm")
 LEARNED = {"AMED-Solver": "amed", "AMED-Plugin (iPNDM)": "ipndm", "Span solver": "span"}  # --sampler_stu
 SHIPPED = {"amed": "amed", "ipndm": "plugin", "span": "span"}  # the same in the names of predictors
 TITLES = {"cifar10-small": "Natural images", "digits": "Handwritten digits"}
-REFERENCE = {"solver": "heun", "num_steps": 51, "schedule_type": "polynomial", "schedule_rho": 7}
-REFERENCE_SEEDS = 256
+REFERENCE_STEPS, REFERENCE_SEEDS = 50, 256  # of the converged solution, by Heun's method
 MARKER = ".amed-demo"
 FIRST_NFE, FIRST_SEEDS = 3, range(12)
 
@@ -90,7 +92,7 @@ def first_picture(path):
         predictor = load_predictor(find_predictor(f"{name}-{SHIPPED[LEARNED[method]]}-{FIRST_NFE}"))
         settings = settings_of(predictor, Settings(dataset_name=name))
         jobs[method] = {**settings.arguments(), "predictor": predictor}
-    jobs["Converged"] = REFERENCE
+    jobs["Converged"] = {"solver": "heun", "num_steps": REFERENCE_STEPS + 1}
     rows = []
     for method, arguments in jobs.items():
         images, info = sample(net, latents, return_info=True, **arguments)
@@ -146,84 +148,23 @@ def train_all(dataset_name, scale, out, extra):
     return found
 
 
-def sample_all(dataset_name, scale, out, learned, extra):
-    """Samples every method. Returns the rows of the table, without scores."""
-    network = {"dataset_name": dataset_name}
-    jobs = {
-        name: (flags({**network, "solver": solver, "nfe": NFE}), scale.images, None, None)
-        for name, solver in PLAIN.items()
-    }
-    for name, (predictor, seconds, command) in learned.items():
-        jobs[name] = ([f"--predictor_path={predictor}"], scale.images, seconds, command)
-    jobs["Reference"] = (flags({**network, **REFERENCE}), scale.reference, None, None)
-    rows = []
-    for name, (arguments, count, training, command) in jobs.items():
-        print(f"\n== {dataset_name}: sampling {name}", flush=True)
-        folder = out / "samples" / dataset_name / re.sub(r"[^a-z0-9+]+", "-", name.lower()).strip("-")
-        chosen = [*arguments, f"--seeds=0-{count - 1}", "--batch=100", f"--outdir={folder}", *flags(extra)]
-        seconds = run("sample.py", *chosen)
-        record = json.loads((folder / "sampling.json").read_text(encoding="utf-8"))
-        row = {"method": name, "nfe": record["nfe"], "images": count, "seconds": round(seconds, 1), "folder": folder}
-        row["training_seconds"] = None if training is None else round(training, 1)
-        row["command"] = "python sample.py " + " ".join(arguments)
-        row["training_command"] = command
-        rows.append(row)
-    return rows
-
-
-def score(rows, reference_name):
-    """Adds FID* and mean distance to the reference (root mean square over pixels in [-1, 1])."""
-    scaled = {row["method"]: load_array(ImageSource(row["folder"])).astype(np.float32) / 127.5 for row in rows}
-    reference = scaled["Reference"]
-    for row in rows:
-        row["fid"] = round(calculate_fid(row["folder"], reference_name).fid, 3)
-        apart = scaled[row["method"]][: len(reference)] - reference
-        row["distance"] = round(float(np.sqrt((apart**2).mean(axis=(1, 2, 3))).mean()), 4)
-    return rows
-
-
-def draw_figure(rows, path, columns=8, zoom=2):
-    """Draws the same seeds for every method side by side, with names and scores above."""
-    panels = []
-    font, small = ImageFont.load_default(28), ImageFont.load_default(24)
-    for row in rows:
-        images = load_array(ImageSource(row["folder"]))[: columns * columns].transpose(0, 2, 3, 1)
-        grid = image_grid(images, columns)
-        grid = Image.fromarray(grid.squeeze()).convert("RGB")
-        grid = grid.resize((grid.width * zoom, grid.height * zoom), Image.NEAREST)
-        panel = Image.new("RGB", (grid.width, grid.height + 72), "white")
-        panel.paste(grid, (0, 72))
-        text, scores = row["method"], f"FID* {row['fid']:.2f}, distance {row['distance']:.3f}"
-        if row["method"] == "Reference":
-            text, scores = "Converged solution", f"Heun, {row['nfe']} evaluations"
-        draw = ImageDraw.Draw(panel)
-        draw.text((4, 4), text, fill="black", font=font)
-        draw.text((4, 40), scores, fill="dimgray", font=small)
-        panels.append(panel)
-    across = (len(panels) + 2) // 3
-    gap, (width, height) = 16, panels[0].size
-    figure = Image.new("RGB", (across * (width + gap) - gap, 3 * (height + gap) - gap), "white")
-    for index, panel in enumerate(panels):
-        figure.paste(panel, ((index % across) * (width + gap), (index // across) * (height + gap)))
-    save_image(np.asarray(figure), path)
-
-
-def table_text(rows):
-    lines = [
-        "| method | NFE | FID* | distance | seconds | training s |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        fid = f"{row['fid']:.2f}" + (f" ({row['images']} images)" if row["method"] == "Reference" else "")
-        cells = [row["method"], row["nfe"], fid, f"{row['distance']:.3f}", f"{row['seconds']:.0f}", _training(row)]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
-
-
-def _training(row):
-    if row["training_seconds"] is not None:
-        return f"{row['training_seconds']:.0f}"
-    return "comes with the repository" if "--predictor_path" in row["command"] else ""
+def compare(dataset_name, scale, out, learned, amp, device):
+    """Compares the plain solvers and the predictors; as compare.py, (comparison, jobs)."""
+    options = CompareOptions(
+        network=NetworkSettings(dataset_name=dataset_name),
+        solvers=",".join(PLAIN),
+        nfe=str(NFE),
+        predictor_path=",".join(str(place) for place, _, _ in learned.values()),
+        num=scale.images,
+        num_reference=scale.reference,
+        reference_steps=REFERENCE_STEPS,
+        text=TextOptions(),
+        compute=ComputeOptions(amp=amp),
+        outdir=str(out / dataset_name),
+    )
+    comparison, jobs = prepare(options, device)
+    compute(comparison, jobs)
+    return comparison, jobs
 
 
 FIRST = """<p>Each column starts from the same noise, and each image took THREE evaluations of the network; those of the
@@ -232,65 +173,27 @@ Euler and iPNDM are solvers without training. The AMED-Plugin and the span solve
 the predictors of this picture came with the repository.</p>
 """
 EXPLANATION = """<p>What to look for: blur and washed-out colours (too few evaluations for the solver), wrong shapes
-(the method left the path of the exact solution).</p><ul>
-<li><b>FID*</b>: distance between the images and real ones, in the features of a small classifier; lower is better. It is
-not comparable with FIDs from the Inception network.</li>
-<li><b>Distance</b>: how far the images are from the converged solution from the same noise (root mean square over pixels
-in [-1, 1]); lower is better.</li>
-<li><b>NFE</b>: evaluations of the network per image, which is nearly all of the cost.</li></ul>
+(the method left the path of the exact solution). The FID is in the features of a small classifier of the network's own,
+so it cannot be compared with FIDs from the Inception network.</p>
 """
-COLUMNS = {
-    "method": "Method",
-    "nfe": "NFE",
-    "images": "Images",
-    "fid": "FID*",
-    "distance": "Distance",
-    "seconds": "Seconds",
-    "training": "Training (s)",
-}
-PICTURED = 16  # seeds on the page
 
 
-def write_page(done, facts, first, path):
-    """Writes the page. done: (network, rows, figure) of each. first: the first picture."""
-    words = {3: "three"}
-    introduction = FIRST.replace("THREE", words.get(FIRST_NFE, str(FIRST_NFE)))
-    parts = [introduction, page.picture(first.read_bytes(), "the same seeds by five methods")]
-    for dataset_name, rows, _ in done:
-        parts += [
-            f"<h2>{html.escape(TITLES[dataset_name])}, {NFE} evaluations</h2>",
-            f"<p>The network <code>{dataset_name}</code>; the same {rows[0]['images']} seeds for every method.</p>",
-            EXPLANATION if dataset_name == done[0][0] else "",
-            page.results(page.table(COLUMNS, [_line(row) for row in rows]), _pictures(rows)),
-        ]
-    about = f"<h2>About</h2>{page.facts(facts)}"
-    text = page.page("Sampling in a few network evaluations", *parts, about)
-    path.write_text(text, encoding="utf-8")
-
-
-def _line(row):
-    cells = {
-        "images": Cell(str(row["images"]), row["images"]),
-        "fid": Cell(f"{row['fid']:.2f}", row["fid"]),
-        "distance": Cell(f"{row['distance']:.3f}", row["distance"]),
-        "seconds": Cell(f"{row['seconds']:.0f}", row["seconds"]),
-        "training": Cell(_training(row), row["training_seconds"]),
-    }
-    commands = [command for command in (row["training_command"], row["command"]) if command]
-    return Row(row["method"], row["nfe"], cells, commands=commands)
-
-
-def _pictures(rows):
-    """The first seeds of every method, the converged solution first."""
-    strips, count = [], min(PICTURED, *(row["images"] for row in rows))
-    for row in sorted(rows, key=lambda row: row["method"] != "Reference"):
-        images = load_array(ImageSource(row["folder"]))[:count].transpose(0, 2, 3, 1)
-        if row["method"] == "Reference":
-            strips.append(Strip("Converged solution", f"Heun, {row['nfe']} evaluations", images, None))
-        else:
-            note = f"FID* {row['fid']:.2f}, distance {row['distance']:.3f}"
-            strips.append(Strip(row["method"], note, images, row["method"]))
-    return page.strips(NFE, strips, range(count))
+def part_of_page(comparison, jobs, learned, explanation):
+    """The part of the page about one network, as HTML."""
+    rows = [comparison.row(job) for job in jobs]
+    name, count = comparison.options.network.dataset_name, comparison.protocol.num
+    trained = "".join(
+        f"<p>Trained here in {seconds:.0f} s: {html.escape(method)}</p>{page.command(command)}"
+        for method, (_, seconds, command) in learned.items()
+        if command is not None
+    )
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in report.make_notes(comparison, rows))
+    return (
+        f"<h2>{html.escape(TITLES[name])}, {NFE} evaluations</h2>\n"
+        f"<p>The network <code>{name}</code>; the same {count} seeds for every method.</p>{explanation}"
+        f"{page.results(report.table_html(rows), report.pictures_html(comparison, jobs, rows))}"
+        f"{trained}<h3>What the numbers mean</h3><ul>{notes}</ul>"
+    )
 
 
 def prepare_folder(out):
@@ -301,10 +204,10 @@ def prepare_folder(out):
         raise UserError(f"--outdir={out} exists and is not an earlier demo; choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).write_text("made by tools/demo.py, which may replace its products here\n", encoding="utf-8")
-    for name in ("exps", "samples"):
+    for name in ("exps", *TITLES):
         if (out / name).is_dir():
             shutil.rmtree(out / name)
-    for name in ("table.json", "index.html", "first.png", *(f"{name}.png" for name in TITLES)):
+    for name in ("index.html", "first.png"):
         (out / name).unlink(missing_ok=True)
 
 
@@ -330,18 +233,16 @@ def main(outdir, full, only, images, amp):
     print("== the first picture: predictors of the repository, 3 evaluations", flush=True)
     first_picture(first)
     print(f"the same seeds by five methods: {first} ({time.perf_counter() - started:.0f} s)", flush=True)
-    extra = {"amp": amp}
-    done, seconds = [], {}
+    introduction = FIRST.replace("THREE", {3: "three"}.get(FIRST_NFE, str(FIRST_NFE)))
+    parts, device = [introduction, page.picture(first.read_bytes(), "the same seeds by five methods")], pick_device()
     for dataset_name in scale.networks:
-        started = time.perf_counter()
-        learned = train_all(dataset_name, scale, out, extra)
-        rows = score(sample_all(dataset_name, scale, out, learned, extra), dataset_name)
-        figure = out / f"{dataset_name}.png"
-        draw_figure(rows, figure)
-        done.append((dataset_name, rows, figure))
-        seconds[dataset_name] = round(time.perf_counter() - started)
+        learned = train_all(dataset_name, scale, out, {"amp": amp})
+        print(f"\n== {dataset_name}: comparing {len(PLAIN)} solvers and {len(learned)} predictors", flush=True)
+        comparison, jobs = compare(dataset_name, scale, out, learned, amp, device)
+        print(f"\n{report.write_report(comparison, jobs, 'tools.demo')}", flush=True)
+        parts.append(part_of_page(comparison, jobs, learned, EXPLANATION if len(parts) == 2 else ""))
     facts = {
-        "seconds": json.dumps(seconds),
+        "seconds": f"{time.perf_counter() - started:.0f}",
         "date": time.strftime("%Y-%m-%d"),
         "code": code_version(),
         "torch": torch.__version__,
@@ -349,16 +250,9 @@ def main(outdir, full, only, images, amp):
         "machine": cpu_name(),
         "amp": amp,
     }
-    networks = {
-        dataset_name: [row | {"folder": str(row["folder"].relative_to(out))} for row in rows]
-        for dataset_name, rows, _ in done
-    }
-    (out / "table.json").write_text(json.dumps({"networks": networks, **facts}, indent=2), encoding="utf-8")
-    write_page(done, facts, first, out / "index.html")
-    for dataset_name, rows, figure in done:
-        print(f"\n{TITLES[dataset_name]}, {NFE} evaluations ({figure})\n\n{table_text(rows)}")
-    print(f"\n{sum(seconds.values())} s in all. FID*: in the features of the network's own small classifier.")
-    print(f"All on one page: {out / 'index.html'}")
+    about = f"<h2>About</h2>{page.facts(facts)}"
+    write_text(out / "index.html", page.page("Sampling in a few network evaluations", *parts, about))
+    print(f"{facts['seconds']} s in all. All on one page: {out / 'index.html'}")
 
 
 if __name__ == "__main__":

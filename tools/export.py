@@ -29,7 +29,7 @@ from solvers.schedules import SCHEDULES, get_schedule
 from solvers.span_table import SpanSolver
 from torch_utils.cli import PATH, Command, Number
 from torch_utils.errors import UserError
-from torch_utils.files import atomic_path
+from torch_utils.files import write_text
 from training.checkpoint import find_predictor, load_predictor
 
 FORMATS = ("json", "comfyui", "k-diffusion")
@@ -186,8 +186,7 @@ def main(
     if outfile is None:
         click.echo(text, nl=False)
         return
-    with atomic_path(Path(outfile)) as path:
-        path.write_text(text, encoding="utf-8")
+    write_text(outfile, text)
 
 
 if __name__ == "__main__":

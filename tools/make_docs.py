@@ -19,7 +19,8 @@ from solvers import SCHEDULES, SOLVERS
 from torch_utils import usage
 from torch_utils.cli import Command
 from torch_utils.errors import UserError
-from torch_utils.files import atomic_path
+from torch_utils.files import write_text
+from torch_utils.markdown import table
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 MANY = 600  # intervals, for the average number of evaluations
@@ -46,11 +47,6 @@ SCRIPTS = {
 def order(rule) -> str:
     found = re.search(r"order ([\d-]+)", rule.summary)
     return found[1] if found else "-"
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def solver_table() -> str:
@@ -117,16 +113,19 @@ def render(text: str, parts=None) -> str:
 def renew_commands(check: bool) -> bool:
     """Renews what torch_utils/usage.py reads, or only looks; returns whether it was stale."""
     parts = (f"{json.dumps(name)}: {json.dumps(described)}" for name, described in commands().items())
-    new = "{\n" + ",\n".join(parts) + "\n}\n"
     old = usage.FILE.read_text(encoding="utf-8") if usage.FILE.is_file() else ""
+    return replace_text(usage.FILE, old, "{\n" + ",\n".join(parts) + "\n}\n", check)
+
+
+def replace_text(path: Path, old: str, new: str, check: bool) -> bool:
+    """Writes the new text of a file, or only says that it differs; returns whether it does."""
     if new == old:
-        click.echo(f"{usage.FILE} is up to date")
+        click.echo(f"{path} is up to date")
     elif check:
-        click.echo(f"{usage.FILE} is stale: run  python -m tools.make_docs", err=True)
+        click.echo(f"{path} is stale: run  python -m tools.make_docs", err=True)
     else:
-        with atomic_path(usage.FILE) as temporary:
-            temporary.write_text(new, encoding="utf-8")
-        click.echo(f"{usage.FILE} renewed")
+        write_text(path, new)
+        click.echo(f"{path} renewed")
     return new != old
 
 
@@ -145,15 +144,7 @@ def renew(path: Path, parts: dict, check: bool) -> bool:
         new = render(old, parts)
     except UserError as error:
         raise UserError(f"--file={path}: {error}") from None
-    if new == old:
-        click.echo(f"{path} is up to date")
-    elif check:
-        click.echo(f"{path} is stale: run  python -m tools.make_docs", err=True)
-    else:
-        with atomic_path(path) as temporary:
-            temporary.write_text(new, encoding="utf-8")
-        click.echo(f"{path} renewed")
-    return new != old
+    return replace_text(path, old, new, check)
 
 
 @click.command(cls=Command)

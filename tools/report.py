@@ -3,7 +3,6 @@
 import csv
 import html
 import io
-import json
 import platform
 import sys
 import time
@@ -17,7 +16,8 @@ from tools import page
 from tools.compare_run import SCORES, Comparison, Job, add_differences, describe_settings, difference
 from tools.page import Cell, Differences, Row, Strip
 from torch_utils.errors import MissingExtra
-from torch_utils.files import atomic_path
+from torch_utils.files import write_json, write_text
+from torch_utils.markdown import table
 from torch_utils.options import recorded
 from torch_utils.plots import new_figure
 
@@ -176,10 +176,10 @@ def pivot(rows: list[dict], score: str, cell: Callable[[dict], str]) -> str:
     rows = [row for row in rows if row[score] is not None]
     nfes = sorted({row["nfe"] for row in rows})
     found = {(row["method"], row["nfe"]): row for row in rows}
-    lines = [["method", *map(str, nfes)], ["---"] * (len(nfes) + 1)]
+    lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
         lines.append([method, *(cell(found[method, nfe]) if (method, nfe) in found else "" for nfe in nfes)])
-    return "\n".join("| " + " | ".join(text.replace("|", "\\|") for text in line) + " |" for line in lines)
+    return table(["method", *nfes], lines)
 
 
 def markdown_text(rows: list[dict], facts: dict, notes: list[str]) -> str:
@@ -318,16 +318,13 @@ def write_report(comparison: Comparison, jobs: list[Job], command: str) -> str:
     rows = [comparison.row(job) for job in jobs]
     if comparison.options.baseline is not None:
         rows = add_differences(rows, comparison.options.baseline)
-    facts, notes = make_facts(comparison, command), make_notes(comparison, rows)
+    facts, notes, folder = make_facts(comparison, command), make_notes(comparison, rows), comparison.folder
     markdown = markdown_text(rows, facts, notes)
 
-    def write(name: str, text: str) -> None:
-        with atomic_path(comparison.folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # file names may not be UTF-8
-
     # The tables first, so that they exist even if the plots fail.
-    write("results.csv", csv_text(rows))
-    write("results.json", json.dumps({"facts": facts, "notes": notes, "rows": rows}, indent=2) + "\n")
-    write("results.md", markdown)
-    write("index.html", page_html(rows, facts, notes, plots_html(rows), pictures_html(comparison, jobs, rows)))
+    write_text(folder / "results.csv", csv_text(rows))
+    write_json(folder / "results.json", {"facts": facts, "notes": notes, "rows": rows})
+    write_text(folder / "results.md", markdown)
+    plots, pictures = plots_html(rows), pictures_html(comparison, jobs, rows)
+    write_text(folder / "index.html", page_html(rows, facts, notes, plots, pictures))
     return markdown

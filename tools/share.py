@@ -35,9 +35,10 @@ from solvers.span_table import SpanSolver
 from torch_utils.cli import PATH, Command, offline_flag
 from torch_utils.download import offline
 from torch_utils.errors import MissingExtra, UserError, brief
-from torch_utils.files import atomic_path, read_json, write_json
+from torch_utils.files import read_json, write_json, write_text
 from torch_utils.hub import first_line
 from torch_utils.images import image_grid, save_image, to_uint8
+from torch_utils.markdown import table
 from torch_utils.session import session
 from training.checkpoint import save_predictor
 
@@ -110,11 +111,6 @@ def _front_matter(entries: dict) -> str:
     """The metadata of a card. JSON values are YAML."""
     lines = [f"{name}: {json.dumps(value)}" for name, value in entries.items() if value not in (None, [], {})]
     return "\n".join(["---", *lines, "---", ""])
-
-
-def _table(header, rows) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def _figure(row: dict) -> str:
@@ -190,14 +186,14 @@ def make_card(predictor, name: str, place: str, figures: list[dict], images: boo
         rows = [
             (row["method"], row["nfe"] or "", _figure(row), row["images"], row["detector"] or "") for row in figures
         ]
-        parts.append("## Measured\n\n" + _table(("method", "NFE", "FID", "images", "features"), rows) + "\n")
+        parts.append("## Measured\n\n" + table(("method", "NFE", "FID", "images", "features"), rows) + "\n")
         if network in ("digits", "cifar10-small"):
             parts.append(
                 "The features are those of a small network of its own: compare with figures of the same kind only.\n"
             )
     else:
         parts.append("## Measured\n\nNothing was measured for this card.\n")
-    parts.append("## Settings\n\n" + _table(("setting", "value"), settings) + f"\n\nAll of them are in `{DETAILS}`.\n")
+    parts.append("## Settings\n\n" + table(("setting", "value"), settings) + f"\n\nAll of them are in `{DETAILS}`.\n")
     parts.append("## Use\n\n" + _usage(place, path, text_to_image or network == DIFFUSERS))
     return "\n".join(parts)
 
@@ -242,8 +238,7 @@ def write_folder(folder: Path, predictor, card: str, figures: list[dict], grid) 
         save_image(grid, folder / IMAGES)
     elif (folder / IMAGES).exists():
         (folder / IMAGES).unlink()
-    with atomic_path(folder / CARD) as path:
-        path.write_text(card, encoding="utf-8")
+    write_text(folder / CARD, card)
 
 
 def upload(folder: Path, repo: str, private: bool) -> str:

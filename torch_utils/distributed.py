@@ -413,13 +413,9 @@ def local_main_first():
 
     If it fails there, every process fails.
     """
-    error = None
     if local_rank() == 0:
-        try:
+        with together():
             yield
-        except Exception as exc:  # re-raised by agree() below, on every rank
-            error = exc
-        agree(error)
     else:
         agree(None)
         yield

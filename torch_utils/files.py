@@ -118,7 +118,12 @@ def read_json(path: str | Path, most_bytes: int = MOST_BYTES):
     return parse_json(data.decode("utf-8"))
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text file atomically. Bytes of file names that are not UTF-8 become escapes."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def write_json(path: str | Path, value, allow_nan: bool = True) -> None:
     """Writes a JSON file atomically. allow_nan=False: ValueError for NaN and infinity."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=allow_nan) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2, allow_nan=allow_nan) + "\n")

@@ -1,6 +1,7 @@
 """Out of memory on every kind of device: recognising it, and finding a batch that fits."""
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,6 +25,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS)
+
+
+def peak_memory() -> float:
+    """MB of this process at its peak; pages of a mapped file, which the system may drop, count."""
+    import resource  # does not exist on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
 
 def release_memory() -> None:

@@ -9,12 +9,10 @@ from models import create_model
 from models.denoiser import Denoiser
 from torch_utils.errors import UserError, did_you_mean
 from torch_utils.options import flags_of
-from training.amed_trainer import train_predictor
 from training.checkpoint import load_predictor
 from training.flags import OBJECTIVES, new_options
-from training.options import AMEDOptions, SFDOptions, SpanOptions
-from training.sfd_trainer import train_sfd
-from training.span_run import train_span
+from training.objectives import TRAINERS
+from training.options import SFDOptions
 
 _OF_THE_NETWORK = {"model_path", "dataset_name", "tokenizer_path", "amp", "compile", "channels_last"}
 
@@ -61,9 +59,7 @@ def distill(
     with TemporaryDirectory() if outdir is None else nullcontext(outdir) as folder:
         given["outdir"] = str(folder)
         chosen = new_options(dict.fromkeys(known) | given, set(given), nfe)
+        path = TRAINERS[type(chosen)](chosen, device, net=net)
         if isinstance(chosen, SFDOptions):
-            return create_model(given["dataset_name"], train_sfd(chosen, device, net=net), device=device)
-        if isinstance(chosen, SpanOptions):
-            return load_predictor(train_span(chosen, device, net=net))
-        assert isinstance(chosen, AMEDOptions)
-        return load_predictor(train_predictor(chosen, device, net=net))
+            return create_model(given["dataset_name"], path, device=device)
+        return load_predictor(path)

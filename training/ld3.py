@@ -526,8 +526,9 @@ class LD3Run(BaseRun):
         if None in updates:
             return False
         common = [one for one in state["snapshots"] if one["updates"] == min(updates)]
-        error = None if common else UserError("the states of the processes do not belong together: delete them")
-        distributed.agree(error)
+        with distributed.together():
+            if not common:
+                raise UserError("the states of the processes do not belong together: delete them")
         self.before = common[0]
         self.trainer.load_state(self.before)
         for pairs, targets in zip(self.trainer.calls, state["targets"], strict=True):

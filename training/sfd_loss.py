@@ -64,7 +64,7 @@ class SFDLoss(IntervalLoss):
     def few_step(self, step_condition: bool, num_steps: list[int] | None = None) -> FewStep:
         """How a student of this loss is sampled.
 
-        step_condition: whether it is told the number of time steps.
+        step_condition: whether it gets the number of time steps.
         num_steps: the numbers that it is trained for. Default: that of this loss.
         """
         names = ("afs", *SCHEDULE, "sigmas")
@@ -103,13 +103,13 @@ class SFDLoss(IntervalLoss):
         return error, after.detach()
 
 
-def _schedule_of_teacher(few: FewStep, config: dict, stamps: int) -> dict:
+def _schedule_of_teacher(few: FewStep, config: dict, num_steps: int) -> dict:
     """The schedule of a second stage. UserError if the first stage does not have these steps."""
-    if stamps not in few.num_steps:
+    if num_steps not in few.num_steps:
         there = ", ".join(map(str, few.num_steps))
         raise UserError(
             f"the second stage with num_steps={config['num_steps']} and M={config['M']} needs a first stage with "
-            f"{stamps} time steps; this network was trained for {there}: choose another num_steps or M, or teacher"
+            f"{num_steps} time steps; this network was trained for {there}: choose another num_steps or M, or teacher"
         )
     if config["sampler_tea"] != few.solver:
         raise UserError(f"the teacher of a second stage makes its own steps, sampler_tea={few.solver}")

@@ -6,7 +6,6 @@ is a network. Its file says how it is sampled (``models.few_step.FewStep``).
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,27 +13,16 @@ import torch
 from models.compile import convert_weights
 from models.denoiser import member
 from models.edm import EDMDenoiser, save_edm_safetensors, with_step_condition
-from solvers.sampler import afs_direction, sample
-from solvers.schedule_file import Schedule
+from solvers.sampler import sample
 from torch_utils import distributed
 from torch_utils.distributed import on_main
-from torch_utils.memory import AUTO
 from torch_utils.seeds import stream_seeds
 from training.low_rank import add_adapters, merged
 from training.options import SFDOptions, has_features
-from training.run import (
-    Run,
-    fitting_batch_gpu,
-    numbers,
-    prepare,
-    provenance_of,
-    resume_run,
-    working_folder,
-)
+from training.run import numbers
 from training.sample_loss import PairLoss
 from training.sfd_loss import SFDLoss
-from training.stepwise_trainer import StepwiseTrainer
-from training.trainer import NotFinite
+from training.stepwise_trainer import StepwiseRun, StepwiseTrainer, train_stepwise
 
 STATISTICS = ("loss", "last")  # L1 sums per sample: mean over the trained steps, and of the last step
 STEP_LAYERS = ("map_step_layer", "affine_step")
@@ -70,7 +58,7 @@ class SFDTrainer(StepwiseTrainer):
         (``few_step``) trains a second stage.
     config: the configuration of ``SFDLoss``, without num_steps.
     num_steps: numbers of time steps; with several each iteration draws one, and the student is
-        told it (SFD-v).
+        conditioned on it (SFD-v).
     total: samples of the whole run.
     lr: learning rate of Adam. Default 5e-5.
     lr_final: factor of the rate in the second half of the run. Default 0.1.
@@ -159,11 +147,28 @@ class SFDTrainer(StepwiseTrainer):
         return merged(self.student).eval().requires_grad_(False)
 
 
-class SFDRun(Run):
+class SFDRun(StepwiseRun):
     """The training of a few-step network in a folder."""
 
     columns = STATISTICS
     result_name = "network"
+    options_type = SFDOptions
+    recorded = (
+        *("objective", "seed", "batch", "num_steps", "sampler_tea", "M", "lr", "lr_final", "rank", "dropout"),
+        *("loss", "amp", "tf32", "teacher_cache", "total_kimg"),
+    )
+
+    @staticmethod
+    def make_trainer(net, options, **common):
+        return SFDTrainer(
+            net,
+            options.loss_config(),
+            num_steps=options.step_numbers(),
+            total=options.total_kimg * 1000,
+            distance=perceptual_distance(net, options, common["device"]),
+            **{name: getattr(options, name) for name in ("lr_final", "rank", "dropout")},
+            **common,
+        )
 
     def sample(self, latents, cond):
         net = self.trainer.result()
@@ -172,13 +177,6 @@ class SFDRun(Run):
     def save_result(self, progress: dict) -> None:
         more = {"provenance": {**self.provenance, **progress}}
         on_main(lambda: save_edm_safetensors(self.trainer.result(), self.result_path, more))
-
-    def failure_text(self, error: NotFinite) -> str:
-        return (
-            f"the loss is not finite in iteration {self.trainer.iteration + 1} ({self.kimg:g} kimg), step "
-            f"{error.interval}, rank {', '.join(map(str, error.ranks))}; the state before this step is kept in "
-            f"{self.folder}: start again with a smaller --lr, or --amp=none"
-        )
 
     def progress_text(self, latest: torch.Tensor) -> str:
         loss, last = (latest[0] * self.trainer.loss_unit).tolist()
@@ -214,48 +212,9 @@ def perceptual_distance(net, options: SFDOptions, device) -> PairLoss | None:
     return PairLoss(options.loss or "features", net, options.feature_sigma)
 
 
-def train_sfd(
-    options: SFDOptions | dict,
-    device="cpu",
-    run_dir=None,
-    resume: bool = False,
-    schedule: Schedule | None = None,
-    net=None,
-) -> Path:
+def train_sfd(options: SFDOptions | dict, device="cpu", run_dir=None, resume=False, schedule=None, net=None) -> Path:
     """Fine-tunes a network for few steps. Returns ``<folder>/network-<kimg>.safetensors``.
 
-    Arguments and errors are those of ``train_predictor``.
+    Arguments and errors are those of ``train_stepwise``.
     """
-    device = torch.device(device)
-    options = SFDOptions.from_dict(options) if isinstance(options, dict) else options
-    options, net, _ = prepare(options, device, net)
-    if options.afs:  # checked before a folder is made: afs="data" needs statistics of the network
-        afs_direction(net, torch.zeros(1, net.img_channels, 1, 1, device=device), torch.ones(()), options.afs)
-    make = partial(
-        SFDTrainer,
-        net,
-        options.loss_config(),
-        num_steps=options.step_numbers(),
-        total=options.total_kimg * 1000,
-        lr=options.lr,
-        lr_final=options.lr_final,
-        rank=options.rank,
-        dropout=options.dropout,
-        distance=perceptual_distance(net, options, device),
-        checkpointing=options.checkpointing,
-        batch=options.batch,
-        seed=options.seed,
-        teacher_cache=options.teacher_cache,
-        device=device,
-    )
-    if options.batch_gpu == AUTO:
-        share = options.batch // distributed.world_size()
-        options.batch_gpu = fitting_batch_gpu(lambda batch_gpu: make(batch_gpu=batch_gpu).probe_memory(), share, device)
-    trainer = make(batch_gpu=options.batch_gpu)
-    names = ("objective", "seed", "batch", "num_steps", "sampler_tea", "M", "lr", "lr_final", "rank", "dropout")
-    provenance = provenance_of(net, options, (*names, "loss", "amp", "tf32", "teacher_cache", "total_kimg"))
-    with working_folder(options, net, run_dir, resume) as folder:
-        elapsed = resume_run(trainer, options, net, folder) if resume else 0.0
-        warnings = [] if schedule is None else schedule.warnings(net, "euler", options.afs)
-        run = SFDRun(trainer, options, folder, provenance, elapsed)
-        return run.train(net, resume, [f"Warning: {line}" for line in warnings])
+    return train_stepwise(SFDRun, options, device, run_dir, resume, schedule, net)

@@ -1,21 +1,30 @@
 """Training interval by interval: an Adam step in each interval of the student, against a teacher.
 
+``StepwiseTrainer`` is one iteration, ``StepwiseRun`` and ``train_stepwise`` are a run in a folder.
+
 Every sample of the training stream has its own seed (``stream_seeds``). Gradients are sums over
 samples, divided by the total batch. So the number of processes and of micro-batches changes results
 only by rounding.
 """
 
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch.utils._pytree import tree_map
 
 from models.inputs import draw_inputs, initial_state
+from solvers.sampler import afs_direction
+from solvers.schedule_file import Schedule
 from torch_utils import distributed
 from torch_utils.errors import UserError
+from torch_utils.memory import AUTO
 from torch_utils.seeds import stream_seeds
 from torch_utils.transfer import to_device, to_pinned
 from training.loss import IntervalLoss, TeacherTargets
+from training.options import StepwiseOptions
+from training.run import Run, fitting_batch_gpu, prepare, provenance_of, resume_run, working_folder
 from training.trainer import BaseTrainer, NotFinite
 
 
@@ -201,3 +210,66 @@ class StepwiseTrainer(BaseTrainer):
             if loss.trains(k):
                 error.sum().backward()
         del held
+
+
+class StepwiseRun(Run):
+    """A run with one loss per interval."""
+
+    options_type: type[StepwiseOptions]
+    recorded: tuple[str, ...]  # options that the result's file names
+
+    @staticmethod
+    def make_trainer(net, options, **common) -> StepwiseTrainer:
+        """The trainer of these options. common: arguments of ``StepwiseTrainer``, checkpointing."""
+        raise NotImplementedError
+
+    def failure_text(self, error: NotFinite) -> str:
+        cur, nxt = self.trainer.sigmas[error.interval : error.interval + 2].tolist()
+        return (
+            f"the loss is not finite in iteration {self.trainer.iteration + 1} ({self.kimg:g} kimg), interval "
+            f"{error.interval} (sigma {cur:.4g} -> {nxt:.4g}), rank {', '.join(map(str, error.ranks))}; the state "
+            f"before it is kept in {self.folder}: check the network, or start again with a smaller --lr or --amp=none"
+        )
+
+
+def train_stepwise(
+    kind: type[StepwiseRun],
+    options: StepwiseOptions | dict,
+    device="cpu",
+    run_dir=None,
+    resume: bool = False,
+    schedule: Schedule | None = None,
+    net=None,
+) -> Path:
+    """Trains to the end. Returns the file of the result.
+
+    kind: class of the run.
+    options: of its ``options_type``, or a dict of its fields.
+    device: where to train. Default CPU.
+    run_dir: folder to use. Default None: the next numbered folder in ``options.outdir``.
+    resume: continue the run in run_dir from its newest state, which ``options`` must match. Default
+        False.
+    schedule: the file that options.sigmas come from; warns if it was made for other settings.
+        Default None.
+    net: the network. Default None: that of the options.
+
+    Every process of a torchrun calls this. Raises UserError for settings that cannot work and for a
+    loss that is not finite; Interrupted after Ctrl-C or SIGTERM, with everything saved.
+    """
+    device = torch.device(device)
+    options = kind.options_type.from_dict(options) if isinstance(options, dict) else options
+    options, net, pool = prepare(options, device, net)
+    if options.afs:  # checked before a folder is made: afs="data" needs statistics of the network
+        afs_direction(net, torch.zeros(1, net.img_channels, 1, 1, device=device), torch.ones(()), options.afs)
+    common = {name: getattr(options, name) for name in ("batch", "lr", "seed", "teacher_cache", "checkpointing")}
+    make = partial(kind.make_trainer, net, options, prompts=pool, device=device, **common)
+    if options.batch_gpu == AUTO:
+        share = options.batch // distributed.world_size()
+        options.batch_gpu = fitting_batch_gpu(lambda batch_gpu: make(batch_gpu=batch_gpu).probe_memory(), share, device)
+    trainer = make(batch_gpu=options.batch_gpu)
+    provenance = provenance_of(net, options, kind.recorded)
+    with working_folder(options, net, run_dir, resume) as folder:
+        elapsed = resume_run(trainer, options, net, folder) if resume else 0.0
+        warnings = [] if schedule is None else schedule.warnings(net, options.sampler_stu, options.afs)
+        run = kind(trainer, options, folder, provenance, elapsed)
+        return run.train(net, resume, [f"Warning: {line}" for line in warnings])
