@@ -35,7 +35,7 @@ FINALISTS = 3  # starts that are trained briefly before one is chosen
 # Candidates
 
 
-@dataclass
+@dataclass(eq=False)
 class Candidate:
     """A start with settings.
 
@@ -445,6 +445,14 @@ AXES = {"start": ("init", "afs", "num_steps"), "rates": ("lr_factor",), "heads":
 STATE_FILE = "search-state.pt"
 
 
+def _best_of_each(candidates: list[Candidate]) -> list[Candidate]:
+    """The first candidate of each base, up to ``FINALISTS``."""
+    found: dict[str | None, Candidate] = {}
+    for one in candidates:
+        found.setdefault(one.start.base, one)
+    return list(found.values())[:FINALISTS]
+
+
 class Search:
     """The settings of a run with ``minutes``: a plan of its time, plain solvers, and trials.
 
@@ -563,7 +571,8 @@ class Search:
             more = self._plain([one.start for one in found[:WITHOUT_FIRST]], False)
             _measure(self.net, more, pairs, few, self.score, chunk)
             found = sorted([*found, *more], key=lambda one: one.value)
-        self.plain = found[: plan.best]
+        others = _best_of_each(found)  # starts of the trials
+        self.plain = [*found[: plan.best], *(one for one in others if one not in found[: plan.best])]
         if self._named_starts():
             self.own = untrained(self.net, self.options, self.ends, self.gaussian, self.device)
         for some in (self.plain, self.own):
@@ -584,10 +593,8 @@ class Search:
 
     def _candidates(self) -> list[Candidate]:
         """The candidates of the first round: the best start, other starts, and single changes."""
-        starts, bases = self.own, set()
-        if not self._named_starts():
-            starts = [one for one in self.plain if not (one.start.base in bases or bases.add(one.start.base))]
-        starts = [one for one in starts if math.isfinite(one.value)][:FINALISTS]
+        starts = self.own[:FINALISTS] if self._named_starts() else _best_of_each(self.plain)
+        starts = [one for one in starts if math.isfinite(one.value)]
         changes: dict[str, list[dict]] = dict.fromkeys(AXES, [])
         begun = [{name: getattr(one.options, name) for name in AXES["start"]} for one in starts]
         changes["start"] = begun[1:]
