@@ -48,6 +48,7 @@ NOT_RUN = {
     "python -m benchmarks.scaling": "takes minutes and several processes",
     "python -m benchmarks.learned_solvers": "takes hours; test_learned_solvers.py runs its parts",
     "python -m benchmarks.demo_settings": "takes hours",
+    "python -m benchmarks.score_agreement": "takes minutes",
     "python -m benchmarks.make_predictors": "takes an hour",
     "python -m benchmarks.kernels": "needs a GPU",
     "python -m benchmarks.recommend": "rewrites files of the repository; test_recommended.py compares them",
@@ -209,6 +210,8 @@ def run(name: str, arguments: list[str]) -> None:
 def shrink(shown: Shown) -> list[str]:
     """Arguments with which a command takes a moment, and finds its files here."""
     words = [SUBSTITUTES.get(word, word) for word in shown.arguments if word != "..."]
+    if shown.name == "train":  # would take its time; test_span_search.py runs it
+        words = [word for word in words if not word.startswith("--minutes=")]
     small, text = list(SMALL.get(shown.name, ())), shlex.join(words)
     if shown.name == "train":
         small += SPAN if "--sampler_stu=span" in text else []
@@ -377,6 +380,7 @@ def test_own_model(here):
     (here / "my_net.py").write_text(first)
     small_world.write_images(here / "photos" / "cat", 4, (40, 48, 3), "jpg")
     small = {"distill(net,": "distill(net, total_kimg=0.016, batch=4, pairs=8, val_pairs=4, init='preset',"}
+    small |= {"minutes=10, ": ""}
     small |= {"compare(net,": "compare(net, num=4, reference_steps=3,"}
     small |= {"optimize_schedule(net,": "optimize_schedule(net, num_steps_tea=12, num_warmup=4,"}
     for code in codes:

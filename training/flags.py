@@ -121,6 +121,8 @@ def continued_options(stored: dict, values: dict, given: set[str], folder: Path)
                 f"--resume: this run has {name}={known[name]}, not {values[name]}; leave --{name} out "
                 f"(only {changeable} and --device may change)"
             )
+    if "total_kimg" in given and isinstance(options, SpanOptions):
+        options.minutes = None  # the length is given now
     own = getattr(options, "loss", None)
     if own not in (None, "none") and own_code(own) and "loss" not in given:  # a file must not choose which code runs
         raise UserError(f"--resume: the loss of this run is your own code; repeat --loss='{own}' to run it")

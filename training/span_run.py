@@ -21,6 +21,7 @@ from training.options import SpanOptions, has_features
 from training.run import (
     Run,
     check_state,
+    date,
     fitting_batch_gpu,
     hash_of_pool,
     iterations_of,
@@ -106,6 +107,12 @@ class SpanRun(Run):
             "again with smaller --lrs or --amp=none"
         )
 
+    def on_failure(self, error: NotFinite) -> None:
+        if self.plain is None:
+            super().on_failure(error)
+        self.log.say(f"Warning: {self.failure_text(error)}")
+        self.save_result({"kimg": self.kimg, "iteration": self.trainer.iteration, "date": date()})
+
     def progress_text(self, latest: torch.Tensor) -> str:
         loss, (val, rms) = float(latest[0, 0]), self.trainer.validation  # validation is not smoothed, since it is rare
         return f"loss {loss:.4g} val {val:.4g} (first {self.trainer.first[0]:.4g}) rms {rms:.4g}"
@@ -113,6 +120,7 @@ class SpanRun(Run):
     def describe(self, net) -> list[str]:
         options, trainer, world = self.options, self.trainer, distributed.world_size()
         config = trainer.student.config
+        by_score = [] if self.plain is None else ["val: score, the mean distance to the teacher that compares solvers"]
         return [
             f"span solver ({options.preset}, base {config['base']}), teacher {options.sampler_tea}, on "
             f"{options.dataset_name} ({Path(net.source_path).name}), {config['num_steps']} time steps, "
@@ -121,6 +129,7 @@ class SpanRun(Run):
             f"loss {options.loss}, {options.pairs} pairs, batch {options.batch} ({trainer.chunk} per call, {world} "
             f"processes), {self.total} iterations, {trainer.device}",
             f"rms: root mean square difference to the teacher per {'latent' if member(net, 'latent') else 'pixel'} value",
+            *by_score,
         ]
 
 
@@ -233,7 +242,8 @@ def _search(search: Search, folder: Path | None, resume: bool, locks: ExitStack)
                 search.screen(pairs)
                 save()
             shown = ", ".join(f"{one.name} {one.value:.4g}" for one in search.plain[:3])
-            log.say(f"best plain solvers with {search.calls} calls, by score: {shown}")
+            nfe = search.calls * member(net, "evals_per_call")
+            log.say(f"best plain solvers with {nfe} evaluations, by score: {shown}")
             search.trials(pairs, save)
             for line in [*(search.table() if search.round else []), f"chosen: {search.why()}"]:
                 log.say(line)

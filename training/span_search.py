@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from models.denoiser import shifted_layers
+from models.denoiser import member, shifted_layers
 from models.inputs import draw_condition, draw_inputs
 from solvers.solver import make_solver
 from solvers.span_heads import SHIFTS
@@ -256,7 +256,7 @@ class Plan:
     trial: seconds of training of each candidate in the first round.
     iterations: of the last training, about.
     pace: seconds of an iteration.
-    seconds: by part: "pairs", "plain solvers", "trials", "training".
+    seconds: by part: "teacher pairs", "plain solvers", "trials", "training".
     """
 
     batch: int
@@ -332,7 +332,7 @@ def make_plan(
         best = min(number, BEST_PLAIN[1], max(BEST_PLAIN[0], int(0.5 * screening / (val_pairs * scored))))
         measured = (number + WITHOUT_FIRST * ("afs" in open)) * screened + best * val_pairs
         seconds = {
-            "pairs": (pairs + val_pairs) * pair,
+            "teacher pairs": (pairs + val_pairs) * pair,
             "plain solvers": gaussian * costs.call + measured * scored,
         }
         candidates, trial = 1, 0.0
@@ -496,13 +496,13 @@ class Search:
 
     def describe_plan(self) -> str:
         plan = self.plan
-        parts = {
-            "pairs": f"{plan.pairs} + {plan.val_pairs} teacher pairs",
-            "plain solvers": f"{plan.starts} plain solvers",
-            "trials": f"trials of {plan.candidates} candidates",
-            "training": f"training in batches of {plan.batch}",
+        notes = {
+            "teacher pairs": f"{plan.pairs} for training, {plan.val_pairs} for validation",
+            "plain solvers": f"{plan.starts}",
+            "trials": f"{plan.candidates} candidates",
+            "training": f"batch {plan.batch}",
         }
-        shown = ", ".join(f"{text} {plan.seconds[name]:.0f} s" for name, text in parts.items() if name in plan.seconds)
+        shown = "; ".join(f"{name} {seconds:.0f} s ({notes[name]})" for name, seconds in plan.seconds.items())
         return f"plan for {self.options.minutes:g} minutes: {shown}"
 
     # Plain solvers
@@ -590,9 +590,8 @@ class Search:
         changes["start"] = begun[1:]
         if {"lrs", "lr_factor"} <= self.open:
             changes["rates"] = [{"lr_factor": factor} for factor in RATE_FACTORS]
-        usual = self.options.head_names()
-        if "heads" in self.open and usual:
-            changes["heads"] = [{"heads": name} for name in ("none", *(usual if len(usual) > 1 else ()))]
+        if "heads" in self.open and self.options.head_names():
+            changes["heads"] = [{"heads": ",".join(names) or "none"} for names in self._other_heads()]
         if "loss" in self.open and self.by_features:
             changes["loss"] = [{"loss": loss} for loss in (DEFAULT_LOSS, "huber") if loss != self.options.loss]
         found = [self._candidate(begun[0], "")]
@@ -601,6 +600,14 @@ class Search:
                 if turn < len(changes[axis]):
                     found.append(self._candidate(begun[0] | changes[axis][turn], axis))
         return found[: self.plan.candidates]
+
+    def _other_heads(self) -> list[list[str]]:
+        """Lists of heads to try instead of the default."""
+        usual = self.options.head_names()
+        fewer = [[], *([name] for name in usual if len(usual) > 1)]
+        if "time" in usual and member(self.net, "block_layers"):
+            return [["blocks" if name == "time" else name for name in usual], *fewer]
+        return fewer
 
     def _candidate(self, changes: dict, axis: str | None) -> Candidate:
         options = replace(self.options, **changes)
@@ -656,7 +663,7 @@ class Search:
     def _trainer(self, one: Candidate, pairs: TeacherSet) -> SpanTrainer:
         """The trainer of a candidate, which goes on from round to round."""
         if one.trainer is None:
-            options = replace(one.options, warmup=min(one.options.warmup, TRIAL_ITERATIONS // 3), val_every=1 << 30)
+            options = replace(one.options, warmup=min(one.options.warmup, TRIAL_ITERATIONS // 2), val_every=1 << 30)
             total = max(self.plan.iterations, 1)
             student = copy.deepcopy(one.student)
             trainer = one.trainer = SpanTrainer(self.net, student, pairs, options, total, self.device, self.score)
