@@ -45,7 +45,7 @@ GROUPS = {
     "Options of solvers": "| " + " ".join(TRAINABLE),
     "Few-step network": "| teacher rank dropout",
     "Span solver": "minutes | preset heads parallel sigma_scale_bound init init_pairs init_trial phases phase_rounds",
-    "Optimisation": "total_kimg batch seed | batch_gpu lr lrs lr_factor lr_final warmup clip ema val_every scale_dir scale_time loss"
+    "Optimisation": "total_kimg batch seed | batch_gpu lr lrs lr_factor lr_final warmup clip ema val_every scale_dir scale_time interval_loss loss"
     " feature_sigma w_dist w_anchor anchor w_delta",
     "Output": "outdir resume | desc nosubdir tick snap dump tensorboard dry_run",
     "Speed": "device | amp compile channels_last dtype tf32 checkpointing bench offline",

@@ -462,9 +462,7 @@ def document_parts(networks):
 
 
 def draw_scores(networks, dest):
-    """FID over evaluations, one panel for each network and classifier; hollow: measured earlier, on
-    1,000 images.
-    """
+    """FID over evaluations, of rows with intervals; one panel for each network and classifier."""
     shown = {
         "plain, best fid": ("best without training", "tab:gray"), "gits": ("GITS", "tab:olive"),
         "AMED-Solver": ("AMED-Solver", "tab:orange"), "AMED-Plugin (iPNDM)": ("AMED-Plugin", "tab:red"),
@@ -472,11 +470,12 @@ def draw_scores(networks, dest):
         "dyweight, last sum one": ("DyWeight, last sum one", "mediumpurple"), "gs": ("GS", "tab:brown"),
         "amed-table": ("AMED's table", "gold"), "epd": ("EPD", "tab:pink"), "full": ("span (full)", "tab:blue"),
         "full + spatial,time": ("span (full + spatial, time)", "black"),
+        "full + spatial,blocks": ("span (full + spatial, blocks)", "black"),
     }  # fmt: skip
-    figure = new_figure("the figures", figsize=(10, 3.6 * len(networks)))
+    figure = new_figure("the figures", figsize=(10, 3.6 * len(networks) + 0.6))
     grid = figure.subplots(len(networks), 2, squeeze=False)
     for line, (network, rows) in zip(grid, networks.items(), strict=True):
-        found = collect(rows, "main")
+        found = {key: with_groups(group) for key, group in on_most_images(rows).items() if with_groups(group)}
         for axes, score in zip(line, ("fid", "fid2"), strict=True):
             for method, (label, colour) in shown.items():
                 nfes = sorted(nfe for name, nfe in found if name == method)
@@ -484,12 +483,9 @@ def draw_scores(networks, dest):
                     continue
                 values = [[row[score] for row in found[method, nfe]] for nfe in nfes]
                 errors = [statistics.stdev(group) if len(group) > 1 else 0 for group in values]
-                style = {"color": colour, "linewidth": 2.2 if method.startswith("full") else 1.2, "markersize": 4}
-                axes.errorbar(nfes, list(map(statistics.mean, values)), errors, fmt="o-", label=label, **style)
-                earlier = [
-                    (nfe, mean(found[method, nfe], score)) for nfe in nfes if not with_groups(found[method, nfe])
-                ]
-                axes.plot(*zip(*earlier, strict=True), "o", color="white", markersize=2, zorder=3) if earlier else None
+                style = {"color": colour, "linewidth": 2.2 if method in WHOLE else 1.2, "markersize": 4}
+                style["linestyle"] = "--" if method.endswith("blocks") else "-"
+                axes.errorbar(nfes, list(map(statistics.mean, values)), errors, marker="o", label=label, **style)
             if ("teacher", 30) in found:
                 axes.axhline(found["teacher", 30][0][score], color="black", linestyle=":", label="teacher, 30")
             axes.set_yscale("log")
@@ -500,8 +496,8 @@ def draw_scores(networks, dest):
             axes.set_xlabel("network evaluations")
             axes.set_title(f"{network}: {SCORES[score][0]}", fontsize=10)
             axes.grid(alpha=0.3, which="both")
-    grid[0][0].legend(fontsize=7, ncols=2)
-    figure.tight_layout()
+    figure.legend(*grid[-1][0].get_legend_handles_labels(), fontsize=8, ncols=5, loc="lower center")
+    figure.tight_layout(rect=(0, 0.6 / figure.get_figheight(), 1, 1))
     figure.savefig(dest, dpi=100)
 
 

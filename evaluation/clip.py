@@ -28,8 +28,6 @@ DEFAULT_CLIP = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"
 
 # In the order of transformers' preference; a repository often has the same weights several times.
 _WEIGHTS = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
-
-
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 

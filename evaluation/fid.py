@@ -26,8 +26,6 @@ from torch_utils.progress import progress_bar
 from torch_utils.remote import cache_dir
 
 _USUAL_COUNT = 10_000  # below this number the bias of FID depends strongly on the number of images
-
-
 METRICS = ("fid", "kid", *MANIFOLD)
 
 

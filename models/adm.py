@@ -40,7 +40,6 @@ _COMMON = {
     "use_fp16": True,
 }
 
-
 _CLASSIFIER = {
     "classifier_width": 128,
     "classifier_depth": 2,
@@ -62,14 +61,12 @@ def _preset(image_size: int, model: Mapping, classifier: Mapping, noise_schedule
 
 _SMALL = {"num_channels": 192, "num_res_blocks": 3, "dropout": 0.1, "use_new_attention_order": True}
 
-
 RELEASED_CONFIGS = {
     "imagenet64_adm": _preset(64, _SMALL, {"classifier_depth": 4}, "cosine"),
     "imagenet128": _preset(128, {"num_heads": 4, "num_head_channels": -1}, {}),
     "imagenet256": _preset(256, {}, {}),
     "imagenet512": _preset(512, {"use_fp16": False}, {}),
 }
-
 
 _NOISE = {"linear": LinearNoise, "cosine": CosineNoise}
 

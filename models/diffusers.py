@@ -421,7 +421,6 @@ PIPELINES = {
     "FluxPipeline": (Flux, "FluxTransformer2DModel"),
 }
 
-
 _OWN_SCHEDULER = ["sampling.diffusers_scheduler", "AMEDScheduler"]  # in the index of a pipeline
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # large parts that are not loaded
 _INDEX = "model_index.json"
@@ -618,7 +617,6 @@ _WEIGHTS_NAME = re.compile(
     r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+)?"
     r"(?:\.(?P<old_variant>\w+))?\.(?P<format>safetensors|bin)"
 )
-
 
 _VARIANTS = (None, "fp32", "ema", "bf16", "fp16")  # the best first; others come after these
 

@@ -13,9 +13,8 @@ import torch
 
 from models.autoencoder import build_first_stage
 from models.building import Family, build_empty, check_guidance, load_weights
-from models.denoiser import PreconditionedDenoiser
 from models.noise import DiscreteTime, TimeOfProcess
-from models.openai_unet import LATENT_DIFFUSION, UNetModel, check_family, choose_settings
+from models.openai_unet import LATENT_DIFFUSION, UNetDenoiser, UNetModel, check_family, choose_settings
 from torch_utils.errors import UserError
 from torch_utils.tensor_file import read_weights
 
@@ -64,7 +63,6 @@ VQ_F4_LDM = {
     "cond_stage_config": "__is_unconditional__",
 }
 
-
 RELEASED_CONFIGS = {"lsun_bedroom_ldm": VQ_F4_LDM, "ffhq_ldm": VQ_F4_LDM}
 
 
@@ -75,11 +73,10 @@ _TRAINING_ONLY = (
     *("original_elbo_weight", "scheduler_config", "use_positional_encodings", "v_posterior"),
 )
 
-
 DECODE_BATCH = 8  # images decoded at a time, because their feature maps are large
 
 
-class LatentDenoiser(TimeOfProcess, PreconditionedDenoiser):
+class LatentDenoiser(TimeOfProcess, UNetDenoiser):
     """Base class of latent diffusion: time, U-Net and first stage.
 
     The arguments are those of the published ``LatentDiffusion`` configurations; ``target`` entries
@@ -144,18 +141,6 @@ class LatentDenoiser(TimeOfProcess, PreconditionedDenoiser):
     @property
     def unet(self) -> UNetModel:
         return self.model["diffusion_model"]
-
-    @property
-    def bottleneck(self) -> torch.nn.Module:
-        return self.unet.middle_block
-
-    @property
-    def noise_embedding(self) -> torch.nn.Module:
-        return self.unet.time_embed[-1]
-
-    def convert_torso(self, dtype: torch.dtype) -> None:
-        """Set the dtype (float16, bfloat16, float32) between the U-Net's first and last layers."""
-        self.unet.convert_torso(dtype)
 
     def predict_noise(self, x: torch.Tensor, timesteps: torch.Tensor, **cond) -> torch.Tensor:
         """The network's output [B,C,H,W] for x [B,C,H,W] of unit variance and timesteps [B]."""

@@ -514,11 +514,31 @@ class EncoderUNetModel(_Encoder):
         return self.out(h.to(x.dtype))
 
 
-class PixelUNetDenoiser(PreconditionedDenoiser):
-    """Base class of the denoisers around a ``UNetModel`` on pixels.
+class UNetDenoiser(PreconditionedDenoiser):
+    """Base class of the denoisers around a ``UNetModel``, their attribute ``unet``."""
 
-    ``convert_torso`` changes the dtype of the weights; ``autocast`` can be used with it.
-    """
+    @property
+    def unet(self) -> UNetModel:
+        raise NotImplementedError
+
+    @property
+    def bottleneck(self) -> torch.nn.Module:
+        return self.unet.middle_block
+
+    @property
+    def noise_embedding(self) -> torch.nn.Module:
+        return self.unet.time_embed[-1]
+
+    def convert_torso(self, dtype: torch.dtype) -> None:
+        """Set the dtype (float16, bfloat16, float32) between the U-Net's first and last layers.
+
+        ``autocast`` can be used with it.
+        """
+        self.unet.convert_torso(dtype)
+
+
+class PixelUNetDenoiser(UNetDenoiser):
+    """Base class of those on pixels."""
 
     def __init__(self, model: UNetModel):
         super().__init__()
@@ -528,16 +548,8 @@ class PixelUNetDenoiser(PreconditionedDenoiser):
         self.label_dim = model.num_classes or 0
 
     @property
-    def bottleneck(self) -> torch.nn.Module:
-        return self.model.middle_block
-
-    @property
-    def noise_embedding(self) -> torch.nn.Module:
-        return self.model.time_embed[-1]
-
-    def convert_torso(self, dtype: torch.dtype) -> None:
-        """Set the dtype (float16, bfloat16, float32) between the first and the last layers."""
-        self.model.convert_torso(dtype)
+    def unet(self) -> UNetModel:
+        return self.model
 
     def make_cond(self, generator=None, labels=None) -> dict:
         """As for EDM, with class indices int64 [B] instead of one-hot rows."""

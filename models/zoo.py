@@ -302,12 +302,9 @@ CARDS: dict[str, Card] = {
     )
 }
 
-
 REMOTE_NAMES = ("network.safetensors", "[!p]*.safetensors")  # of a network in a repository of the hub
 CUSTOM = "custom"  # any network of the user, at model_path; it has no card
 DIFFUSERS = "diffusers"  # a pipeline in diffusers format: model_path is its folder or hub id
-
-
 NAMES = Known((*CARDS, CUSTOM, DIFFUSERS), "dataset_name '{}' is unknown")
 
 

@@ -62,7 +62,6 @@ GROUPS: tuple[str, ...] = (
     "state_gain",
 )
 
-
 BASES: tuple[str, ...] = ("ab", "midpoint", "euler", "ipndm", "deis", "dpmpp", "unipc")
 FIRST_STEPS: tuple[str, ...] = ("none", "zero", "gaussian")
 LEAST_SHARE = 1e-6  # smallest share of an interval in ln(sigma_max / sigma_min): noise levels never coincide

@@ -152,6 +152,7 @@ OWN = {
         "resume": ["99", "missing", "true", "empty"],
         "dry_run": FLAG,
         "model_path": [*FILE, "broken.pkl", "text.txt"],
+        "interval_loss": ["cubed"],
         "teacher_cache": [*COUNT, ("--batch=2", "--teacher_cache=3"), ("--batch=2", "--teacher_cache=1")],
         "objective": [
             "nope",

@@ -201,7 +201,7 @@ def test_the_target_compares_rows_of_as_many_images_as_the_teacher():
     rows += [row_of("gs", value=2.5), row_of("ld3", value=1.1) | {"images": 5000}]
     rows += [row_of("dyweight + spatial,time", value=1.2)]  # not a restriction: it has heads
     line = next(line for line in report_learned_solvers.target_table(rows) if line.startswith("| 3 | FID |"))
-    assert [cell.strip() for cell in line.split("|")[3:-1]] == ["2.00", "1.00 (0.50)", "", "", "gs", "1.50"]
+    assert [cell.strip() for cell in line.split("|")[3:-1]] == ["2.00", "1.00 (0.50)", "", "", "", "gs", "1.50"]
 
 
 def test_rows_that_moved_by_more_than_their_interval():

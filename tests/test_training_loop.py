@@ -248,6 +248,18 @@ def test_what_a_run_leaves(tiny, tmp_path):
     assert f"trained {path} NFE=3 in" in log and log.count("\nkimg ") == 3
 
 
+def test_the_error_of_an_interval_is_chosen(tiny, tmp_path):
+    """The first interval of the first iteration starts from the same state in all runs."""
+    found = {}
+    for kind in (None, "squared", "absolute"):
+        path = train_predictor(settings(tiny, tmp_path, total_kimg=0.001, batch=1, interval_loss=kind))
+        found[kind] = stats(path.parent)[0]["loss"][0]
+        assert f"loss: {kind or 'squared'} difference" in (path.parent / "log.txt").read_text()
+    assert found[None] == found["squared"]
+    pixels = 3 * 16**2  # the mean square is at least the squared mean, and equal only for equal values
+    assert found["squared"] / pixels > (found["absolute"] / pixels) ** 2 * 1.1 > 0
+
+
 def test_class_labels_are_drawn_per_sample(tmp_path):
     net = write_tiny("edm_song_cond", tmp_path / "cond.safetensors")
     path = train_predictor(settings(net, tmp_path, total_kimg=0.002, batch=2))

@@ -35,7 +35,6 @@ SCHEDULE_SETTINGS = {  # settings that a method may have besides the options of 
     "original_code": click.BOOL,  # of the solver and of the schedule
 }
 
-
 SCHEDULE_FILE, NFE_MARK = "schedule", "{nfe}"  # one more setting of a method: a file or a pattern of files
 
 

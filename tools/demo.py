@@ -239,7 +239,8 @@ def main(outdir, full, only, images, amp):
         learned = train_all(dataset_name, scale, out, {"amp": amp})
         print(f"\n== {dataset_name}: comparing {len(PLAIN)} solvers and {len(learned)} predictors", flush=True)
         comparison, jobs = compare(dataset_name, scale, out, learned, amp, device)
-        print(f"\n{report.write_report(comparison, jobs, 'tools.demo')}", flush=True)
+        text = report.write_report(comparison, jobs, "tools.demo")
+        print("\n" + text.partition("\n\n* ")[0], flush=True)
         parts.append(part_of_page(comparison, jobs, learned, EXPLANATION if len(parts) == 2 else ""))
     facts = {
         "seconds": f"{time.perf_counter() - started:.0f}",

@@ -29,20 +29,10 @@ from torch_utils.progress import progress_bar
 from torch_utils.zip_file import BadMember, check_member
 
 _TIMEOUT_S = (15, 60)  # to connect, and between two chunks
-
-
 _ATTEMPTS = 3  # per mirror, consecutive ones without progress
-
-
 _BACKOFF_S = 1.0  # doubled after each attempt without progress
-
-
 _SLOW_TO_READ = 1 << 28  # bytes; the checksum of a smaller file takes less than a second
-
-
 _UNANNOUNCED = 1 << 30  # bytes of a reply of unknown length, if the size is not known either
-
-
 _RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 

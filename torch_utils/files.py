@@ -18,8 +18,6 @@ _LEFTOVER = re.compile(r"-[0-9a-f]{12}\.part$")
 
 # Errors of a full, protected or failing disk; atomic_path passes on other errors of its block.
 _DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM})
-
-
 _LEFT_S = 3600.0  # a temporary file unchanged for so long is from a killed program
 
 

@@ -60,13 +60,11 @@ _LARGEST_CONFIG = 1 << 24  # bytes; usual ones have thousands
 # fetches its own weights.
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 
-
 _REFUSED = {
     *(f"{prefix}{name}{suffix}" for name in _IMPLEMENTATIONS for prefix in ("", "_") for suffix in ("", "_internal")),
     *("auto_map", "trust_remote_code", "custom_pipeline", "custom_pipelines", "custom_generate", "use_kernels"),
     *("quantization_config", "compression_config", "use_timm_backbone", "use_pretrained_backbone"),
 }
-
 
 _HARMLESS = ("eager", "sdpa")  # of PyTorch itself
 

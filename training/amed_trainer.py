@@ -24,7 +24,7 @@ class Distiller(StepwiseTrainer):
     net: a Denoiser.
     config: the configuration of the predictor.
     lr: learning rate of Adam. Default 5e-3.
-    checkpointing: see ``solvers.Sampler``. Default False.
+    checkpointing, error: see ``DistillationLoss``. Default False, None.
     others: see ``StepwiseTrainer``.
 
     Attributes: ``predictor``, ``optimizer``, ``iteration`` (iterations done), ``sigmas``.
@@ -39,6 +39,7 @@ class Distiller(StepwiseTrainer):
         *,
         lr=5e-3,
         checkpointing: bool = False,
+        error: str | None = None,
         seed=0,
         device="cpu",
         dtype=torch.float32,
@@ -51,7 +52,7 @@ class Distiller(StepwiseTrainer):
         super().__init__(net, self.predictor, len(STATISTICS), lr=lr, seed=seed, device=device, dtype=dtype, **others)
         # A multistep student keeps a history between intervals, so each micro-batch has its own
         # loss.
-        self.losses = [DistillationLoss(net, config, checkpointing) for _ in range(self.share // self.chunk)]
+        self.losses = [DistillationLoss(net, config, checkpointing, error) for _ in range(self.share // self.chunk)]
 
     @property
     def evaluations(self) -> int:
@@ -67,7 +68,7 @@ class AMEDRun(StepwiseRun):
 
     columns = STATISTICS
     options_type = AMEDOptions
-    recorded = ("seed", "batch", "lr", "amp", "tf32", "dtype", "compile", "teacher_cache")
+    recorded = ("seed", "batch", "lr", "amp", "tf32", "dtype", "compile", "teacher_cache", "interval_loss")
 
     @staticmethod
     def make_trainer(net, options, **common):
@@ -91,7 +92,7 @@ class AMEDRun(StepwiseRun):
             f"({Path(net.source_path).name}), {config['num_steps']} time steps, NFE {distiller.evaluations}",
             f"noise levels {numbers(distiller.sigmas)}; seed {options.seed}",
             f"batch {options.batch} ({steps} on each of {world} processes), {self.total} iterations, {distiller.device}",
-            f"loss: squared difference to the teacher per {'latent' if member(net, 'latent') else 'pixel'} value, mean of a batch",
+            f"loss: {options.interval_loss or 'squared'} difference to the teacher per {'latent' if member(net, 'latent') else 'pixel'} value, mean of a batch",
         ]
 
 

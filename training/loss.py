@@ -5,6 +5,7 @@ Zhou et al. 2024, Section 3.3. The student's interval runs the code of sampling,
 """
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -15,6 +16,12 @@ from solvers import SOLVERS, Sampler, Solver, State, get_schedule, make_solver, 
 from solvers.solver import check_teacher
 from torch_utils.errors import UserError
 from training.predictor import DEFAULTS
+
+# Errors of an interval by name: function (student's state, teacher's state) -> [B,C,H,W].
+INTERVAL_LOSSES: dict[str, Callable] = {
+    "squared": lambda x, target: (x - target) ** 2,
+    "absolute": lambda x, target: (x - target).abs(),
+}
 
 
 def make_solvers(config: dict) -> tuple[Solver, Solver]:
@@ -57,6 +64,7 @@ class IntervalLoss:
     net: the teacher's network, a Denoiser.
     config: settings of schedule and teacher by name (``PredictorConfig`` and options of solvers).
     checkpointing: see ``Sampler``. Default False.
+    error: name in ``INTERVAL_LOSSES``. Default None: ``published_error``.
 
     Attributes: ``sigmas``, the student's schedule, float64 [num_steps]; ``teacher_sigmas``, the
     teacher's, with M more points in every interval; ``teacher_afs``, whether the teacher makes an
@@ -64,9 +72,11 @@ class IntervalLoss:
     """
 
     teacher_afs: bool | str = False
+    published_error = "squared"
 
-    def __init__(self, net, config: dict, checkpointing: bool = False):
+    def __init__(self, net, config: dict, checkpointing: bool = False, error: str | None = None):
         self.net, self.config, self.checkpointing = net, config, checkpointing
+        self.error = INTERVAL_LOSSES[error or self.published_error]
         if int(config["M"]) != config["M"] or config["M"] < 0:
             raise UserError(f"M={config['M']} must be a whole number >= 0")
         self.extra = int(config["M"])
@@ -144,21 +154,21 @@ class IntervalLoss:
 
 
 class DistillationLoss(IntervalLoss):
-    """Squared error per interval between a student with a predictor and its teacher.
+    """The error per interval between a student with a predictor and its teacher.
 
     net: a Denoiser.
     config: the predictor's configuration (``PredictorConfig`` and options of solvers). Missing keys
         take the defaults.
-    checkpointing: see ``Sampler``. Default False.
+    checkpointing, error: see ``IntervalLoss``. Default False, squared.
 
     One-step students start every interval from the teacher's state. Multistep students continue
     from their own state; this object keeps their history from step_idx to step_idx + 1.
     """
 
-    def __init__(self, net, config: dict, checkpointing: bool = False):
+    def __init__(self, net, config: dict, checkpointing: bool = False, error: str | None = None):
         config = {**DEFAULTS, **config}
         self.student_solver, _ = make_solvers(config)
-        super().__init__(net, config, checkpointing)
+        super().__init__(net, config, checkpointing, error)
         self.predicted: tuple | None = None  # (r, scale_dir, scale_time) of the latest student step, detached
         self._state: State | None = None
 
@@ -179,7 +189,7 @@ class DistillationLoss(IntervalLoss):
         start: cached (direction, bottleneck) at x, from ``TeacherTargets``; x is then the teacher's
             state. Default None.
 
-        Returns the squared error per element [B,C,H,W], and the state (detached) where the next
+        Returns the error per element [B,C,H,W], and the state (detached) where the next
         interval
         starts: the target for one-step students, their own result for multistep students.
         """
@@ -200,5 +210,4 @@ class DistillationLoss(IntervalLoss):
             after = run.advance(State(x.detach(), history, updates), step_idx)
         self.predicted = tuple(value.detach() for value in run.predicted)
         self._state = after.detach()
-        error = (after.x - target) ** 2
-        return error, (target.detach() if self.student_solver.one_step else self._state.x)
+        return self.error(after.x, target), (target.detach() if self.student_solver.one_step else self._state.x)

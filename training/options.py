@@ -25,7 +25,7 @@ from torch_utils.kinds import check_kinds, kinds_of
 from torch_utils.memory import AUTO, BatchSize
 from torch_utils.options import COUNT, POSITIVE, REQUIRED, AFSType, SigmaList, check_options, click_type, flag
 from training.events import summary_writer
-from training.loss import make_solvers, make_teacher
+from training.loss import INTERVAL_LOSSES, make_solvers, make_teacher
 from training.predictor import DEFAULTS, AMEDPredictor, solver_settings, trainable_options
 from training.sample_loss import TERM_NAMES, DenoiserFeatures, parse_loss
 from training.schedule_search import run_dmn
@@ -262,6 +262,10 @@ class StepwiseOptions(SolverOptions):
     teacher_cache: int | None = flag(
         "Teacher trajectories to store and reuse, a multiple of the batch (default: none, always new ones)",
         kind=COUNT,
+    )
+    interval_loss: str | None = flag(
+        "Error of an interval, a difference to the teacher (default: squared for predictors, absolute for sfd)",
+        kind=tuple(INTERVAL_LOSSES),
     )
 
     def check(self, world_size: int) -> None:

@@ -202,8 +202,6 @@ TERMS: dict[str, Callable] = {
     "lpips": lambda net, sigma: LPIPSTerm(net),
 }
 TERM_NAMES = f"{', '.join(TERMS)}, module:function"
-
-
 _OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 

@@ -21,13 +21,13 @@ STUDENT = "euler"
 
 
 class SFDLoss(IntervalLoss):
-    """L1 distance per step between a network that makes Euler steps and its teacher.
+    """The error per step between a network that makes Euler steps and its teacher.
 
     net: the teacher's network, a Denoiser, which is not changed. With ``few_step`` (the network of
         a first stage) this is a second stage: the teacher makes its own steps.
     config: settings by name. Missing ones are those of ``FIRST_STAGE`` or ``SECOND_STAGE``; options
         of the teacher's solver have their defaults.
-    checkpointing: see ``Sampler``. Default False.
+    checkpointing, error: see ``IntervalLoss``. Default False, absolute.
     distance: function (x, target, cond) -> [B], whose mean over the batch is added to every element
         of the last step's error (the second stage's perceptual term). Default None.
 
@@ -35,7 +35,16 @@ class SFDLoss(IntervalLoss):
     Raises UserError if the settings do not fit the network.
     """
 
-    def __init__(self, net, config: dict, checkpointing: bool = False, distance: Callable | None = None):
+    published_error = "absolute"
+
+    def __init__(
+        self,
+        net,
+        config: dict,
+        checkpointing: bool = False,
+        error: str | None = None,
+        distance: Callable | None = None,
+    ):
         few = member(net, "few_step")
         schedule = {**SCHEDULE, "sigma_min": None, "sigma_max": None, "sigmas": None}
         config = {**schedule, **(FIRST_STAGE if few is None else SECOND_STAGE), **config}
@@ -44,7 +53,7 @@ class SFDLoss(IntervalLoss):
             self.teacher_afs = few.afs
         if config["sigma_min"] is None:
             config["sigma_min"] = max(SIGMA_MIN, net.sigma_min)
-        super().__init__(net, config, checkpointing)
+        super().__init__(net, config, checkpointing, error)
         if few is not None and few.sigmas is not None:
             self.teacher_sigmas = check_sigmas(few.sigmas)
         self.student_solver = make_solver(STUDENT)
@@ -97,7 +106,7 @@ class SFDLoss(IntervalLoss):
             train_network=True,
         )
         after = run.advance(State(x.detach()), step_idx).x
-        error = (after - target).abs()
+        error = self.error(after, target)
         if self.distance is not None and step_idx == run.intervals - 1:
             error = error + self.distance(after, target, cond).mean()
         return error, after.detach()

@@ -63,7 +63,7 @@ class SFDTrainer(StepwiseTrainer):
     lr: learning rate of Adam. Default 5e-5.
     lr_final: factor of the rate in the second half of the run. Default 0.1.
     rank, dropout: see ``make_student``. Default None, 0.
-    distance, checkpointing: see ``SFDLoss``. Default None, False.
+    distance, checkpointing, error: see ``SFDLoss``. Default None, False, None.
     others: see ``StepwiseTrainer``.
 
     Attributes: ``student``, ``optimizer``, ``iteration`` (iterations done).
@@ -85,13 +85,15 @@ class SFDTrainer(StepwiseTrainer):
         dropout: float = 0.0,
         distance: Callable | None = None,
         checkpointing: bool = False,
+        error: str | None = None,
         seed: int = 0,
         **others,
     ):
         self.num_steps, self.total, self.lr, self.lr_final = list(num_steps), total, lr, lr_final
         self.dropout = dropout
         self._losses = {
-            number: SFDLoss(net, {**config, "num_steps": number}, checkpointing, distance) for number in self.num_steps
+            number: SFDLoss(net, {**config, "num_steps": number}, checkpointing, error, distance)
+            for number in self.num_steps
         }
         few = member(net, "few_step")
         tells = len(self.num_steps) > 1 if few is None else few.step_condition
@@ -155,7 +157,7 @@ class SFDRun(StepwiseRun):
     options_type = SFDOptions
     recorded = (
         *("objective", "seed", "batch", "num_steps", "sampler_tea", "M", "lr", "lr_final", "rank", "dropout"),
-        *("loss", "amp", "tf32", "teacher_cache", "total_kimg"),
+        *("loss", "interval_loss", "amp", "tf32", "teacher_cache", "total_kimg"),
     )
 
     @staticmethod
@@ -199,7 +201,8 @@ class SFDRun(StepwiseRun):
             f"{trainer.device}; {trained / 1e6:.3g} million trained weights, training states of {state:.3g} MB",
             f"cost of a sample: {teacher:g} evaluations of the teacher, {student:g} of the student with gradients "
             f"(about {teacher + 3 * student:.3g} evaluations), {options.total_kimg:g} thousand samples",
-            "loss: absolute difference to the teacher per value, mean of the trained steps; last: that of the result",
+            f"loss: {options.interval_loss or 'absolute'} difference to the teacher per value, mean of the trained steps; "
+            "last: that of the result",
         ]
 
 

@@ -220,7 +220,7 @@ class StepwiseRun(Run):
 
     @staticmethod
     def make_trainer(net, options, **common) -> StepwiseTrainer:
-        """The trainer of these options. common: arguments of ``StepwiseTrainer``, checkpointing."""
+        """The trainer of these options. common: arguments of ``StepwiseTrainer``, and others."""
         raise NotImplementedError
 
     def failure_text(self, error: NotFinite) -> str:
@@ -262,7 +262,8 @@ def train_stepwise(
     if options.afs:  # checked before a folder is made: afs="data" needs statistics of the network
         afs_direction(net, torch.zeros(1, net.img_channels, 1, 1, device=device), torch.ones(()), options.afs)
     common = {name: getattr(options, name) for name in ("batch", "lr", "seed", "teacher_cache", "checkpointing")}
-    make = partial(kind.make_trainer, net, options, prompts=pool, device=device, **common)
+    more = {"error": options.interval_loss, "prompts": pool, "device": device}
+    make = partial(kind.make_trainer, net, options, **common, **more)
     if options.batch_gpu == AUTO:
         share = options.batch // distributed.world_size()
         options.batch_gpu = fitting_batch_gpu(lambda batch_gpu: make(batch_gpu=batch_gpu).probe_memory(), share, device)
