@@ -1,11 +1,14 @@
 """train.py and sample.py on a miniature official checkpoint of every family, and refusals."""
 
 import importlib.util
+import itertools
 import json
 import re
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,6 +41,7 @@ from torch_utils.errors import UserError
 from torch_utils.files import sha256_of
 from torch_utils.images import to_uint8
 from torch_utils.seeds import SeededGenerators
+from training import run, span_search, trainer
 from training.amed_trainer import Distiller
 from training.checkpoint import load_predictor
 from training.predictor import DEFAULTS
@@ -541,3 +545,20 @@ def test_diffusers_pipelines(files, tmp_path):
     for model, flags, message in wrong:
         assert message in call(train_cli.main, *size, model, *flags, f"--outdir={tmp_path / 'none'}", ok=False)
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["imagenet256", pytest.param("ms_coco", marks=TEXT)])
+def test_a_span_solver_within_a_given_time(files, name, tmp_path, monkeypatch):
+    """Guided by a classifier, and latent with prompts. The clock moves when it is read."""
+    clock = SimpleNamespace(monotonic=partial(lambda ticks: 0.1 * next(ticks), itertools.count()))
+    for module in (run, span_search, trainer):
+        monkeypatch.setattr(module, "time", clock)
+    network = [f"--dataset_name={name}", *network_flags(files, name, "train"), *SETTINGS[name][1]]
+    sizes = ["--pairs=4", "--val_pairs=2", "--batch=2", "--num_steps_tea=4", "--minutes=0.5"]
+    per_call = SETTINGS[name][3]
+    call(train_cli.main, *network, *sizes, "--sampler_stu=span", f"--nfe={2 * per_call}", f"--outdir={tmp_path}")
+    student = load_predictor(next(tmp_path.glob("0*/predictor-*.safetensors")))
+    found = student.provenance["search"]
+    assert student.evaluations() == 2 and student.config["guidance_type"] == SETTINGS[name][1][0].split("=")[1]
+    assert len(found["trials"]) > 1 and student.provenance["validation"]["best"] <= found["trials"][0]["scores"][-1]
