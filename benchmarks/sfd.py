@@ -40,8 +40,8 @@ BUDGET = 10_000  # evaluations of the network in a training, where a backward pa
 CACHE, BATCH = 128, 8  # teacher trajectories; samples per iteration
 RATES = (2e-4, 1e-3)
 CHOSEN_AT = 2  # evaluations at which the rate is chosen
-SPAN = "full + spatial,time"
-METHODS = ("SFD", "SFD, second stage", SPAN)
+HEADS = ("spatial,time", "spatial,blocks")  # of the span solver
+METHODS = ("SFD", "SFD, second stage", *(f"full + {heads}" for heads in HEADS))
 
 
 def read():
@@ -140,8 +140,9 @@ class Tuned(LearnedSolvers):
             if nfe == 1:
                 makers["SFD, second stage"] = partial(self.second_stage, seed, rate)
             works = {name: partial(self.test, made, nfe) for name, made in makers.items()}
-            settings = span_flags(self.dataset_name, nfe, "full", {"heads": "spatial,time"})
-            works[SPAN] = partial(self.trained, settings, seed, f"span-{nfe}-{seed}")
+            for heads in HEADS:
+                settings = span_flags(self.dataset_name, nfe, "full", {"heads": heads})
+                works[f"full + {heads}"] = partial(self.trained, settings, seed, f"span {heads}-{nfe}-{seed}")
             for name, work in works.items():
                 if (not wanted or name in wanted) and not self.known(name, nfe, seed):
                     self.once({"part": "main", "method": name, "nfe": nfe, "seed": seed}, work)

@@ -575,8 +575,10 @@ class SpanSolver(nn.Module):
             answer = None
             try:
                 while True:
-                    points.append(step.send(answer).x)
-                    answer = directions[len(points) - 1]
+                    point = step.send(answer)
+                    assert isinstance(point, Point)  # these solvers have no calls in one batch
+                    answer = directions[len(points)]
+                    points.append(point.x)
             except StopIteration as end:
                 state = end.value
         points.append(state.x)

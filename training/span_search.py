@@ -35,7 +35,7 @@ FINALISTS = 3  # starts that are trained briefly before one is chosen
 # Candidates
 
 
-@dataclass
+@dataclass(eq=False)
 class Candidate:
     """A start with settings.
 
@@ -227,13 +227,14 @@ TRIAL_ITERATIONS = 8  # the least in the first round of trials
 ROUNDS = 3
 SCORE_CALLS = 1  # a score costs as much as this number of network calls, at most
 RESERVE = 0.06  # share of the time for what is not planned
-SHARES = {"pairs": 0.37, "validation": 0.05, "screening": 0.06, "trials": 0.3}  # the rest is the last training
+SHARES = {"pairs": 0.37, "validation": 0.05, "screening": 0.07, "trials": 0.3}  # the rest is the last training
 GAUSSIAN_CALLS = (16, 256)  # network calls for the mean and variance of the first step, least and most
 VALIDATION = (8, 128)  # pairs for validation, least and most
 MOST_PAIRS, MOST_BYTES = 4096, 1 << 30
 SCREENED = (4, 16)  # pairs on which all plain solvers are measured, least and most
+LEAST_STARTS = 12  # plain solvers that are measured, at least
 BEST_PLAIN = (4, 12)  # plain solvers that are measured on all pairs for validation, least and most
-WITHOUT_FIRST = 6  # plain solvers that are also measured without analytical first step
+WITHOUT_FIRST = 4  # plain solvers that are also measured without analytical first step
 TRIAL_PAIRS = 24  # pairs for the validation in trials, at most
 CANDIDATES = (8, 7, 6, 5, 4, 3, 2)
 
@@ -327,7 +328,7 @@ def make_plan(
         gaussian = max(GAUSSIAN_CALLS[0], min(GAUSSIAN_CALLS[1], int(0.05 * time / costs.call)))
         screening = SHARES["screening"] * time
         screened = min(SCREENED[0], val_pairs)
-        number = max(min(6, starts), min(starts, int(0.5 * screening / (screened * scored))))
+        number = max(min(LEAST_STARTS, starts), min(starts, int(0.5 * screening / (screened * scored))))
         screened = min(val_pairs, SCREENED[1], max(screened, int(0.5 * screening / (number * scored))))
         best = min(number, BEST_PLAIN[1], max(BEST_PLAIN[0], int(0.5 * screening / (val_pairs * scored))))
         measured = (number + WITHOUT_FIRST * ("afs" in open)) * screened + best * val_pairs
@@ -436,12 +437,20 @@ def measure_costs(
 
 # Choices
 
-PLAIN_BASES = ("ipndm:4", "dpmpp:3", "unipc:3", "deis:3", "ab:3", "dpmpp:2", "ipndm:3", "euler")
-PLAIN_GRIDS = ("polynomial:7", "logsnr", "polynomial:5", "time_uniform:1", "polynomial:3", "time_uniform:2")
+PLAIN_BASES = ("ipndm:4", "dpmpp:3", "ab:3", "unipc:3", "deis:3", "dpmpp:2", "ipndm:3", "euler")
+PLAIN_GRIDS = ("polynomial:7", "polynomial:4", "time_uniform:1", "logsnr", "polynomial:5", "time_uniform:2")
 RATE_FACTORS = (2.0, 0.5)
 # What candidates differ in, and the options of each choice.
 AXES = {"start": ("init", "afs", "num_steps"), "rates": ("lr_factor",), "heads": ("heads",), "loss": ("loss",)}
 STATE_FILE = "search-state.pt"
+
+
+def _best_of_each(candidates: list[Candidate]) -> list[Candidate]:
+    """The first candidate of each base, up to ``FINALISTS``."""
+    found: dict[str | None, Candidate] = {}
+    for one in candidates:
+        found.setdefault(one.start.base, one)
+    return list(found.values())[:FINALISTS]
 
 
 class Search:
@@ -508,8 +517,10 @@ class Search:
     # Plain solvers
 
     def _plain_starts(self) -> list[Start]:
+        """In an order whose first ones, for a short time, have different solvers and schedules."""
         grids = [*PLAIN_GRIDS, *(["discrete:1"] if hasattr(self.net, "sigma_inv") else [])]
-        return [parse_start(f"{base}@{grid}") for grid in grids for base in PLAIN_BASES]
+        pairs = [(i + j, j, f"{base}@{grid}") for i, base in enumerate(PLAIN_BASES) for j, grid in enumerate(grids)]
+        return [parse_start(text) for _, _, text in sorted(pairs)]
 
     def _named_starts(self) -> bool:
         """Whether the training starts as the options say, not from the best plain solvers."""
@@ -560,7 +571,8 @@ class Search:
             more = self._plain([one.start for one in found[:WITHOUT_FIRST]], False)
             _measure(self.net, more, pairs, few, self.score, chunk)
             found = sorted([*found, *more], key=lambda one: one.value)
-        self.plain = found[: plan.best]
+        others = _best_of_each(found)  # starts of the trials
+        self.plain = [*found[: plan.best], *(one for one in others if one not in found[: plan.best])]
         if self._named_starts():
             self.own = untrained(self.net, self.options, self.ends, self.gaussian, self.device)
         for some in (self.plain, self.own):
@@ -581,10 +593,8 @@ class Search:
 
     def _candidates(self) -> list[Candidate]:
         """The candidates of the first round: the best start, other starts, and single changes."""
-        starts, bases = self.own, set()
-        if not self._named_starts():
-            starts = [one for one in self.plain if not (one.start.base in bases or bases.add(one.start.base))]
-        starts = [one for one in starts if math.isfinite(one.value)][:FINALISTS]
+        starts = self.own[:FINALISTS] if self._named_starts() else _best_of_each(self.plain)
+        starts = [one for one in starts if math.isfinite(one.value)]
         changes: dict[str, list[dict]] = dict.fromkeys(AXES, [])
         begun = [{name: getattr(one.options, name) for name in AXES["start"]} for one in starts]
         changes["start"] = begun[1:]
