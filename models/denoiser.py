@@ -335,7 +335,7 @@ def add_shift(embedding: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     return embedding + shift.to(embedding.dtype)
 
 
-def embedding_layer(net: torch.nn.Module) -> torch.nn.Module:
+def embedding_layer(net) -> torch.nn.Module:
     """``net.noise_embedding``. Raises UserError if the network has none."""
     layer = member(net, "noise_embedding")
     if layer is None:
@@ -343,7 +343,7 @@ def embedding_layer(net: torch.nn.Module) -> torch.nn.Module:
     return layer
 
 
-def shifted_layers(net: torch.nn.Module, blocks: bool) -> list[torch.nn.Module]:
+def shifted_layers(net, blocks: bool) -> list[torch.nn.Module]:
     """The layers whose outputs a span solver shifts.
 
     blocks: not only ``net.noise_embedding``, but also all ``net.block_layers``.
@@ -367,14 +367,15 @@ def shift_hooks(layers: list[torch.nn.Module], shift: Callable[[], torch.Tensor 
     """
     handles, start = [], 0
     for layer in layers:
-        place = slice(start, start + layer.out_features)
+        width = cast(int, layer.out_features)
+        place = slice(start, start + width)
 
         def add(module, inputs, output, place=place):
             given = shift()
             return output if given is None or given.shape[1] <= place.start else add_shift(output, given[:, place])
 
         handles.append(layer.register_forward_hook(add))
-        start = place.stop
+        start += width
     return handles
 
 
@@ -389,7 +390,8 @@ def call_shifted(net: torch.nn.Module, shift: torch.Tensor, x, sigma, **cond) ->
     embedding, compiled = embedding_layer(net), member(net, "compiled")
     if compiled is not None:
         return compiled(x, sigma, cond, shift)
-    handles = shift_hooks(shifted_layers(net, shift.shape[1] > embedding.out_features), lambda: shift)
+    blocks = shift.shape[1] > cast(int, embedding.out_features)
+    handles = shift_hooks(shifted_layers(net, blocks), lambda: shift)
     try:
         return net(x, sigma, **cond)
     finally:

@@ -34,7 +34,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -496,7 +496,7 @@ class SpanSolver(nn.Module):
         if self.shift_head is not None:
             blocks = "blocks" in self.heads
             own = self.config["embedding_width"]
-            width = sum(layer.out_features for layer in shifted_layers(net, blocks))
+            width = sum(cast(int, layer.out_features) for layer in shifted_layers(net, blocks))
             if width != own:
                 name = "blocks" if blocks else "time"
                 raise UserError(
@@ -569,7 +569,7 @@ class SpanSolver(nn.Module):
         solver = make_solver(self.config["base"], common=common).setup(None, sigmas)
         directions = torch.eye(self.intervals, dtype=torch.float64)
         run = _Coordinates(sigmas)
-        state, points = State(sigmas.new_zeros(self.intervals)), []
+        state, points = State(sigmas.new_zeros(self.intervals)), list[torch.Tensor]()
         for i in range(self.intervals):
             step = solver.step(run, state, i)
             answer = None
