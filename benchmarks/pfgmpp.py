@@ -71,6 +71,8 @@ class Networks(LearnedSolvers):
 def table():
     """Scores of every network, and differences of FID to EDM."""
     rows = {(row["method"], row["extra_dims"]): {**row, "current": True} for row in read_rows(FILE)}
+    if not rows:
+        return "Not measured."
     lines = []
     for method in (*PLAIN, AMED, SPAN):
         cells = []

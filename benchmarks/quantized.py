@@ -73,6 +73,8 @@ def measure(dataset_name, work):
 
 def table():
     rows, lines = [{**row, "current": True} for row in read_rows(FILE)], []
+    if not rows:
+        return "Not measured."
     for row in rows:
         exact = next(one for one in rows if one["dataset_name"] == row["dataset_name"] and one["variant"] == FLOAT)
         apart = difference([row], [exact], "fid")

@@ -194,7 +194,8 @@ def report(data: str) -> str:
 
 
 def document_parts():
-    return {f"restoration of {data}": partial(report, data) for data in CHANNELS}
+    measured = sorted({row["data"] for row in read_rows(ROWS)})
+    return {f"restoration of {data}": partial(report, data) for data in measured}
 
 
 def draw(bench: Restoration, path: Path) -> None:

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from PIL import Image
 from test_layout import FLOORS
 
-from benchmarks import report_learned_solvers, report_shipped, sfd
+from benchmarks import pfgmpp, quantized, report_learned_solvers, report_shipped, restoration, sfd
 from solvers import SCHEDULES, SOLVERS
 from tools import draw_architecture, make_docs
 from torch_utils.errors import UserError
@@ -109,9 +109,10 @@ def test_no_placeholder_is_left(name):
 
 
 def test_the_tables_of_results_follow_from_their_files():
-    for document, parts in [*report_shipped.document_parts().items(), (sfd.PAGE, sfd.document_parts())]:
+    own = [(bench.PAGE, bench.document_parts()) for bench in (pfgmpp, quantized, restoration, sfd)]
+    for document, parts in [*report_shipped.document_parts().items(), *own]:
         text = document.read_text(encoding="utf-8")
-        assert make_docs.render(text, parts) == text, "run  python -m benchmarks.report_shipped, or benchmarks.sfd"
+        assert make_docs.render(text, parts) == text, f"{document}: run  python -m benchmarks...., which makes it"
 
 
 def test_links_between_documents_lead_somewhere():
