@@ -335,14 +335,13 @@ def choice_table(rows):
 
 
 def ablation_table(rows):
-    """The ablations beside ``full`` on as many test images."""
+    """The ablations with the most test images beside ``full``, for each number of evaluations."""
     found = collect(rows, "ablation")
-    images = {row["images"] for group in found.values() for row in group}
-    base = defaultdict(list, collect([row for row in rows if row["images"] in images], "main"))
-    nfes = sorted({nfe for _, nfe in found})
     lines = []
-    for nfe in nfes:
-        names = ["full", *(method for method, at in found if at == nfe)]
+    for nfe in sorted({nfe for _, nfe in found}):
+        images = max(group[0]["images"] for (_, at), group in found.items() if at == nfe)
+        base = defaultdict(list, collect([row for row in rows if row["images"] == images], "main"))
+        names = ["full", *(name for (name, at), group in found.items() if at == nfe and group[0]["images"] == images)]
         mixed = any(with_groups(group) for (_, at), group in found.items() if at == nfe)
         lines += [
             "",
