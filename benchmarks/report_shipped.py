@@ -1,12 +1,14 @@
-"""What the shipped predictors and the recommended plain solvers reach, as tables and a figure.
+"""What learned solvers and the best plain solvers reach, as tables and a figure.
 
     python -m benchmarks.report_shipped --measure    # measures the plain solvers first (3 minutes)
     python -m benchmarks.report_shipped              # reports
 
-The scores of the predictors are in their files (benchmarks/make_predictors.py); those of the best
-plain solver, with its recommended settings, go to ``benchmarks/shipped_plain.jsonl``. All are of
-1,000 images, seeds 0-999, which chose nothing. Renews the tables between the markers in README.md
-and docs/choosing.md, and draws docs/choosing.png (extra "plot").
+Natural images: the scores of the shipped predictors are in their files
+(benchmarks/make_predictors.py); those of the best plain solver, with its recommended settings, go
+to ``benchmarks/shipped_plain.jsonl``. All are of 1,000 images, seeds 0-999, which chose nothing.
+Digits: those of the same methods in benchmarks/learned_solvers_digits.jsonl, of 5,000 images.
+Renews the tables between the markers in README.md and docs/choosing.md, and draws
+docs/choosing.png (extra "plot").
 """
 
 from functools import partial
@@ -16,6 +18,7 @@ import click
 from benchmarks.demo_settings import ROOT, Bench
 from benchmarks.make_predictors import EVALUATIONS, IMAGES, NEAR
 from benchmarks.measuring import measured, read_rows
+from benchmarks.report_learned_solvers import mean, on_most_images, read
 from evaluation.detectors import EMBEDDED
 from solvers.recommended import recommend
 from tools.make_docs import renew
@@ -25,15 +28,18 @@ from training.checkpoint import load_predictor, shipped_predictors
 
 ROWS = ROOT / "benchmarks" / "shipped_plain.jsonl"
 METHODS = {"amed": "AMED-Solver", "plugin": "AMED-Plugin (iPNDM)", "span": "span solver"}
-PLAIN, PLAIN_STEPS = "best plain solver", (*EVALUATIONS, 8)
+PLAIN = "best plain solver"
+NATURAL = "cifar10-small"
+# Rows of benchmarks/learned_solvers_digits.jsonl.
+LEARNED = {PLAIN: "plain, best fid", "span solver": "full + spatial,time"}
 
 
-def measure(dataset_name: str) -> None:
-    """Appends the rows of a network that are not there, or are of other settings than today's."""
-    bench = Bench(dataset_name, IMAGES, first=0, num_reference=NEAR)
-    for nfe in PLAIN_STEPS:
+def measure() -> None:
+    """Appends the rows of plain solvers that are missing, or have other settings than today's."""
+    bench = Bench(NATURAL, IMAGES, first=0, num_reference=NEAR)
+    for nfe in EVALUATIONS:
         settings = recommend(bench.net, nfe).settings
-        key = {"network": dataset_name, "nfe": nfe, "settings": settings}
+        key = {"network": NATURAL, "nfe": nfe, "settings": settings}
         measured(ROWS, key, partial(measure_plain, bench, settings, nfe))
 
 
@@ -47,9 +53,15 @@ def measure_plain(bench: Bench, settings: dict, nfe: int) -> dict:
 def scores(dataset_name: str) -> dict[str, dict[int, tuple[float, float]]]:
     """Method -> evaluations -> (FID*, distance)."""
     found = {PLAIN: {}, **{name: {} for name in METHODS.values()}}
+    if dataset_name != NATURAL:
+        rows = on_most_images(read(dataset_name))
+        for method, by_nfe in found.items():
+            for nfe in EVALUATIONS:
+                group = rows[LEARNED.get(method, method), nfe]
+                by_nfe[nfe] = (mean(group, "fid"), mean(group, "distance"))
+        return found
     for row in read_rows(ROWS):  # the latest settings are the last
-        if row["network"] == dataset_name:
-            found[PLAIN][row["nfe"]] = (row["fid"], row["distance"])
+        found[PLAIN][row["nfe"]] = (row["fid"], row["distance"])
     for name, path in shipped_predictors().items():
         network, kind, nfe = name.rsplit("-", 2)
         if network == dataset_name:
@@ -96,8 +108,8 @@ def draw(dest) -> None:
             panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 6)))
             panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             panel.yaxis.set_minor_formatter(NullFormatter())
-            panel.set_xlim(0.6, 8.2)
-            panel.set_xticks([3, 4, 5, 6, 8])
+            panel.set_xlim(0.6, 6.2)
+            panel.set_xticks(EVALUATIONS)
             panel.tick_params(labelsize=14, which="both")
             panel.set_title(f"{label}, {titles[name]}", fontsize=15)
             panel.set_xlabel("network evaluations", fontsize=15)
@@ -127,8 +139,7 @@ def spread(panel, ends, colours) -> None:
 def main(measured):
     """Tables and figure of the shipped predictors and the recommended plain solvers."""
     if measured:
-        for dataset_name in EMBEDDED:
-            measure(dataset_name)
+        measure()
     for document, parts in document_parts().items():
         renew(document, parts, check=False)
     draw(ROOT / "docs" / "choosing.png")
