@@ -119,7 +119,8 @@ def draw(dest) -> None:
 
 def spread(panel, ends, colours) -> None:
     """Names of the lines at their left ends; evenly apart, in the order of the ends."""
-    low, high = min(value for _, value, _ in ends), max(value for _, value, _ in ends)
+    high = max(value for _, value, _ in ends)
+    low = min(high / 2, *(value for _, value, _ in ends))  # names of near lines do not overlap
     for number, (first, value, method) in enumerate(sorted(ends, key=lambda end: end[1])):
         place = low * (high / low) ** (number / max(len(ends) - 1, 1))
         panel.annotate(
