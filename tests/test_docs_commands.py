@@ -57,8 +57,6 @@ NOT_RUN = {
     "python -m tools.demo": "takes minutes; test_demo.py runs its parts",
     "python -m benchmarks.sfd": "takes hours; test_sfd.py runs its parts",
     "python -m benchmarks.path_search": "takes minutes",
-    "python -m benchmarks.pfgmpp": "needs networks that take an hour to train",
-    "python -m benchmarks.quantized": "takes minutes",
     "tensorboard --logdir": "is a program of its own, which serves a page",
     "python -m tools.draw_pages": "takes minutes and diffusers; it draws figures of docs/",
 }
