@@ -376,8 +376,14 @@ def test_ld3_waits_for_its_gradients_only(solver):
     assert waits[0] == waits[1] and sum(waits[0].values()) <= 2, listed(waits[1])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["gits", "ofs", "ld3"])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        *[(kind, method) for kind in KINDS for method in ("gits", "ofs")],
+        ("cuda", "ld3"),
+        pytest.param("mps", "ld3", marks=pytest.mark.slow),
+    ],
+)
 def test_optimised_schedules(kind, method, tmp_path, monkeypatch):
     import optimize_schedule
 
