@@ -35,6 +35,7 @@ def copy(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_the_page(copy):
     outputs = {}
     for line in re.search(r"```sh\n(.*?)```", PAGE, re.DOTALL)[1].splitlines():

@@ -86,6 +86,7 @@ def test_output_never_raises(encoding, group):
         assert (part if "end" in part else f"{letter} {part}") in text, part
 
 
+@pytest.mark.slow
 def test_training_and_sampling_in_a_folder_with_a_foreign_name(tmp_path):
     """The first line of train.py names the folder; the records name it as well."""
     folder = tmp_path / "\u56fe\u50cf"
