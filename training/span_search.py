@@ -221,7 +221,7 @@ class Costs:
 
 
 BATCHES = (8, 16, 32)
-ENOUGH_ITERATIONS = 250  # with so many, larger batches are better than more iterations
+ENOUGH_ITERATIONS = 250  # from here on, larger batches are better than more iterations
 LEAST_ITERATIONS = 10
 TRIAL_ITERATIONS = 8  # the least in the first round of trials
 ROUNDS = 3

@@ -57,7 +57,7 @@ class BaseTrainer:
 
     kept: Mapping[str, str] = {}  # entry of the state -> attribute: a module, an optimizer or a plain value
     iteration = 0
-    loss_unit = 1.0  # factor of the loss where people read it; stats.jsonl has it as it is trained
+    loss_unit = 1.0  # factor of the printed loss; stats.jsonl has the trained loss
 
     def split_batch(self, batch: int, batch_gpu: int | None = None) -> None:
         """Sets ``batch``, ``share`` (samples of this process) and ``chunk`` (per network call).
