@@ -1,9 +1,7 @@
 """clip_score.py and the caption files, with a tiny random CLIP that is written to disk here."""
 
-import contextlib
 import fnmatch
 import json
-import multiprocessing
 import os
 import pickle
 import shutil
@@ -17,9 +15,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from ports import reserve_port
 from pretend_device import PretendedDevice
 from safetensors.torch import load_file, save_file
+from two_processes import call_on_two
 
 import clip_score
 from evaluation import clip, reading
@@ -158,39 +156,11 @@ def test_batch_size_does_not_matter(model, images, prompts, cosines):
     assert torch.equal(alone[0], other[0]) and alone.shape == (1, LENGTH)
 
 
-def run_as_rank(rank: int, port: int, arguments: list[str], stdout: Path) -> None:
-    torch.set_num_threads(1)  # a forked process does not have the threads of its parent
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    with stdout.open("w") as file, contextlib.redirect_stdout(file):
-        clip_score.main(["calc", "--device=cpu", *arguments])
-
-
-def launch_two(arguments: list[str], folder: Path) -> tuple[str, list[int]]:
-    """Output and exit codes of two forked processes (importing transformers takes seconds)."""
-    context = multiprocessing.get_context("fork")
-    outputs = [folder / f"stdout{rank}.txt" for rank in range(2)]
-    with reserve_port() as held:
-        port = held.getsockname()[1]
-        ranks = [context.Process(target=run_as_rank, args=(rank, port, arguments, outputs[rank])) for rank in range(2)]
-        for process in ranks:
-            process.start()
-        for process in ranks:
-            process.join(300)  # far more than it takes, also on a busy machine
-            if process.is_alive():
-                process.kill()
-                process.join()
-    return "".join(path.read_text() for path in outputs), [process.exitcode for process in ranks]
-
-
 def check_part(path: Path, cosines: np.ndarray) -> None:
     chosen = np.sort(np.random.default_rng(0).permutation(7)[:5])
     result = json.loads(path.read_text())
     assert result["clip_score"] == pytest.approx(np.diagonal(cosines)[chosen].mean(), abs=1e-6)
     assert (result["images"], result["seed"]) == (5, 0)
-
-
-needs_fork = pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
 
 
 def test_a_batch_waits_for_the_device_once(model, images, cosines, monkeypatch):
@@ -217,28 +187,27 @@ def test_images_are_prepared_in_other_processes(model, images):
     assert len(pickle.dumps(prepared)) < 10_000
 
 
-@needs_fork
 def test_two_processes_give_the_score_of_one(model, images, prompts, cosines, tmp_path):
     out = tmp_path / "clip.json"
-    arguments = [f"--images={images}", f"--prompts={prompts}", f"--model={model}", f"--json={out}"]
-    stdout, codes = launch_two([*arguments, "--num=5", "--batch=2"], tmp_path)
-    assert codes == [0, 0] and stdout.count("CLIP score") == 1
+    arguments = ["calc", "--device=cpu", f"--images={images}", f"--prompts={prompts}", f"--model={model}"]
+    done = call_on_two(clip_score.main, *arguments, "--num=5", "--batch=2", f"--json={out}")
+    assert done.codes == [0, 0] and "".join(done.outputs).count("CLIP score") == 1
     check_part(out, cosines)
     part = calculate_clip_score(images, prompts, model=model, num=5)
     assert json.loads(out.read_text())["clip_score"] == pytest.approx(part.clip_score, abs=1e-6)
     other = calculate_clip_score(images, prompts, model=model, num=5, seed=1)
     assert abs(other.clip_score - part.clip_score) > 1e-3
     one = tmp_path / "one.json"  # a rank without images
-    stdout, codes = launch_two([*arguments, "--num=1", f"--json={one}"], tmp_path)
-    assert codes == [0, 0] and json.loads(one.read_text())["standard_error"] is None
+    assert call_on_two(clip_score.main, *arguments, "--num=1", f"--json={one}").codes == [0, 0]
+    assert json.loads(one.read_text())["standard_error"] is None
 
 
-@needs_fork
 def test_a_damaged_image_stops_both_processes(model, images, prompts, tmp_path):
     shutil.copytree(images, tmp_path / "damaged")
     (tmp_path / "damaged" / "000002.png").write_bytes(b"hello")
     arguments = [f"--images={tmp_path / 'damaged'}", f"--prompts={prompts}", f"--model={model}"]
-    assert launch_two(arguments, tmp_path) == ("", [2, 2])
+    done = call_on_two(clip_score.main, "calc", "--device=cpu", *arguments)
+    assert done.codes == [2, 2] and "CLIP score" not in "".join(done.outputs)
 
 
 @pytest.mark.slow

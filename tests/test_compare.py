@@ -4,7 +4,6 @@ import base64
 import csv
 import io
 import json
-import multiprocessing
 import os
 import re
 import shlex
@@ -19,7 +18,7 @@ import scipy.stats
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from ports import reserve_port
+from two_processes import call_on_two
 
 import compare
 import sample as sample_cli
@@ -505,35 +504,11 @@ def test_a_damaged_file_is_named(files, tmp_path):
     assert done.exit_code == 2 and f"{path}: damaged cache file" in done.output
 
 
-def _one_of_two(rank: int, port: int, arguments: list[str], command, environment: pytest.MonkeyPatch) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name, value in names.items():
-        environment.setenv(name, str(value))
-    done = CliRunner().invoke(command, arguments)
-    raise SystemExit(done.exit_code)
-
-
-def run_on_two(arguments: list[str], command=compare.main) -> list[int]:
-    """Exit codes of the two processes of a group."""
-    context = multiprocessing.get_context("fork")
-    with reserve_port() as held:
-        given = (held.getsockname()[1], arguments, command, pytest.MonkeyPatch())
-        both = [context.Process(target=_one_of_two, args=(k, *given)) for k in range(2)]
-        for process in both:
-            process.start()
-        for process in both:
-            process.join(300)  # far more than it takes, also on a busy machine
-    codes = [process.exitcode for process in both]
-    for process in both:
-        process.kill()
-    return codes
-
-
 def test_two_processes_give_the_table_of_one(files, baseline, tmp_path):
     _, rows, _ = baseline
     more = ["--solvers=euler,heun,dpmpp:max_order=2:thresholding=False"]
     more += [f"--predictor_path={files / 'a'},{files / 'b'}"]
-    assert run_on_two(flags(files, tmp_path, *more)) == [0, 0]
+    assert call_on_two(compare.main, *flags(files, tmp_path, *more)).codes == [0, 0]
     found = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert measured(dict(enumerate(found))) == measured(rows)
     assert all("processes 2" in row["timed_on"] for row in found)
@@ -541,7 +516,7 @@ def test_two_processes_give_the_table_of_one(files, baseline, tmp_path):
 
 
 def test_a_mistake_ends_both_processes(files, tmp_path):
-    assert run_on_two(flags(files, tmp_path / "out", "--solvers=euler:magic=1")) == [2, 2]
+    assert call_on_two(compare.main, *flags(files, tmp_path / "out", "--solvers=euler:magic=1")).codes == [2, 2]
     assert not (tmp_path / "out").exists()
 
 

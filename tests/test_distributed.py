@@ -1,54 +1,14 @@
 """Waiting for each other: longer than an exchange may take, but not for a process that has died."""
 
-import datetime
-import multiprocessing
 import os
 import time
 
 import pytest
 import torch
-from ports import reserve_port
+from two_processes import TIMEOUT, on_two
 
 from torch_utils import distributed
 from torch_utils.errors import UserError
-
-TIMEOUT = 10  # seconds, of an exchange: much longer than one takes, also on a busy machine
-
-
-def _process(rank: int, port: int, work, results) -> None:
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in names.items()})
-    distributed._TIMEOUT = datetime.timedelta(seconds=TIMEOUT)
-    distributed.init("cpu")
-    try:
-        work(rank)
-        results.put((rank, "fine"))
-    except Exception as exc:  # what the test looks at
-        results.put((rank, f"{type(exc).__name__}: {exc}"))
-    finally:
-        distributed.shutdown()
-
-
-def on_two(work) -> tuple[dict[int, str], float]:
-    """(what became of each of two processes that do ``work(rank)``, seconds)"""
-    context = multiprocessing.get_context("fork")
-    results, started = context.Queue(), time.perf_counter()
-    with reserve_port() as held:
-        port = held.getsockname()[1]
-        both = [context.Process(target=_process, args=(rank, port, work, results)) for rank in range(2)]
-        for process in both:
-            process.start()
-        for process in both:
-            process.join(60)
-    hung = [rank for rank, process in enumerate(both) if process.is_alive()]
-    for process in both:
-        process.kill()
-    assert not hung
-    found = {}
-    while not results.empty():
-        rank, text = results.get()
-        found[rank] = text
-    return found, time.perf_counter() - started
 
 
 def test_a_late_process_is_waited_for():

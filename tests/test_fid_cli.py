@@ -15,7 +15,9 @@ import pytest
 import scipy.linalg
 import torch
 from PIL import Image
+from two_processes import call_on_two
 
+import fid
 from evaluation import detectors
 from evaluation import fid as fid_module
 from evaluation import reading as reading_module
@@ -92,8 +94,9 @@ def test_calc_equals_the_formula(noise, tmp_path):
 
 def test_two_processes_give_the_value_of_one(noise, tmp_path):
     cache, out = tmp_path / "features.npz", tmp_path / "fid.json"
-    two = run_fid("calc", f"--images={noise}", "--ref=digits", f"--feature-cache={cache}", f"--json={out}", processes=2)
-    value_of(two)  # printed once
+    flags = ["--ref=digits", f"--feature-cache={cache}", f"--json={out}"]
+    two = call_on_two(fid.main, "calc", f"--images={noise}", *flags)
+    assert two.codes == [0, 0] and "".join(two.outputs).count("detector=digits") == 1
     one = calculate_fid(noise, "digits")
     assert json.loads(out.read_text())["fid"] == pytest.approx(one.fid, rel=1e-7)
     kept = np.load(cache, allow_pickle=False)  # in the order of the names, whichever process made them

@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
-from test_train_cli import invoke, run_train, trained
+from test_train_cli import invoke, trained
 from test_training_loop import write_tiny
 from toy import ToyNet
+from two_processes import call_on_two
 
 from models.edm import EDMDenoiser
 from torch_utils.errors import UserError
+from train import main
 from training.checkpoint import load_predictor
 from training.options import SpanOptions
 from training.run_folder import load_newest_state
@@ -30,9 +32,10 @@ def usual(tiny, outdir) -> list[str]:
 def test_two_processes_give_the_student_of_one(tiny, tmp_path):
     """Class-conditional, with every part of the loss; the same up to rounding."""
     parts = ["--w_dist=0.1", "--w_anchor=0.1", "--w_delta=0.01", "--loss=features+huber", "--preset=full"]
-    two = run_train(*usual(tiny, tmp_path), *parts, "--tick=0.004", processes=2)
-    assert two.returncode == 0, two.stderr
-    path = trained(two.stdout)
+    two = call_on_two(main, *usual(tiny, tmp_path), *parts, "--tick=0.004")
+    assert two.codes == [0, 0], two.outputs
+    output = "".join(two.outputs)
+    path = trained(output)
     state = load_newest_state(path.parent)
     one = train_span({**state["options"], "outdir": str(tmp_path / "one")})
     other = load_newest_state(one.parent)
@@ -41,7 +44,7 @@ def test_two_processes_give_the_student_of_one(tiny, tmp_path):
         torch.testing.assert_close(state["predictor"][name], value, rtol=1e-3, atol=1e-4)
     assert state["validation"] == pytest.approx(other["validation"], rel=1e-3)
     torch.testing.assert_close(state["queue"], other["queue"], rtol=1e-2, atol=1e-3)
-    assert two.stdout.count("teacher pairs: ") == 1
+    assert output.count("teacher pairs: ") == 1
 
 
 def test_defaults_and_flags_reach_the_run(tiny, tmp_path):

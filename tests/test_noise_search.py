@@ -14,9 +14,9 @@ from click.testing import CliRunner
 from latent_nets import tiny_case
 from PIL import Image
 from test_clip_score import CAPTIONS
-from test_compare import run_on_two
 from test_families_cli import adm_config, pictures, sd_flags
 from test_sample_cli import BrokenNet, ClassNet, assert_same_pictures, numbered
+from two_processes import call_on_two
 
 import sample as cli
 from evaluation import verifiers
@@ -136,7 +136,7 @@ def test_batches_do_not_change_the_choice(searched, tmp_path, options):
 
 def test_two_processes_and_a_rerun_choose_the_same(searched, tmp_path):
     run(*SEARCH[:-1], "--seeds=3-4", "--outdir", tmp_path)
-    assert run_on_two([*SEARCH, "--batch=2", f"--outdir={tmp_path}"], cli.main) == [0, 0]
+    assert call_on_two(cli.main, *SEARCH, "--batch=2", f"--outdir={tmp_path}").codes == [0, 0]
     assert_same_choices(choices(tmp_path), choices(searched[0]))
     assert_same_pictures(numbered(tmp_path), numbered(searched[0]))
     assert not list(tmp_path.glob("candidates.csv.*"))

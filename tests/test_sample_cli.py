@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from two_processes import call_on_two
 
 import sample as cli
 from evaluation.fid import METRICS, calculate_fid
@@ -451,11 +452,12 @@ def test_streamed_measures_are_those_of_the_files(streamed):
 def test_streamed_measures_need_no_files(streamed, tmp_path):
     """Nor do they depend on batches and processes."""
     flags = (*streamed[2], "--batch=17", f"--fid_json={tmp_path / 'fid.json'}")
-    done = call(*EULER, "--seeds=0-79", *flags, launcher=TORCHRUN, cwd=tmp_path)
+    done = call_on_two(cli.main, *EULER, "--seeds=0-79", *flags)
+    assert done.codes == [0, 0], done.outputs
     found = json.loads((tmp_path / "fid.json").read_text())
     assert measured(found) == pytest.approx(measured(streamed[1]), rel=1e-4) and found["images"] == 80
     assert [path.name for path in tmp_path.iterdir()] == ["fid.json"]
-    assert done.stdout.count("FID ") == 1 and "not written" in found["source"]
+    assert "".join(done.outputs).count("\nFID ") == 1 and "not written" in found["source"]
 
 
 def test_measures_against_the_reference_of_the_network(streamed):

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_distributed import on_two
 from test_train_cli import invoke
 from toy import ToyNet
+from two_processes import on_two
 
 from solvers import sample
 from torch_utils import distributed

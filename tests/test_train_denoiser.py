@@ -2,9 +2,7 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
+import math
 import zipfile
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from two_processes import on_two
 
 from models.edm import EDMDenoiser, load_edm_network
 from solvers.schedule_file import Schedule, save_schedule
@@ -164,42 +163,26 @@ def test_processes_share_the_batches_of_one(monkeypatch):
     assert stream[:20] != stream[20:40]
 
 
-# Trains with the flags given; continues by the half with a loss that is once infinite, with a
-# finite gradient, on rank 1.
-DRIVER = """
-import math, sys
-from pathlib import Path
-from tools import train_denoiser
-from torch_utils import distributed
-from torch_utils.errors import UserError
-
-original, calls = train_denoiser.edm_loss, []
-leave, distributed.shutdown = distributed.shutdown, lambda: None  # one process group for both runs
-
-def poisoned(*args):
-    calls.append(1)
-    return original(*args) + (math.inf if distributed.rank() == 1 and len(calls) == 2 else 0.0)
-
-train_denoiser.main(sys.argv[1:], standalone_mode=False)
-train_denoiser.edm_loss = poisoned
-try:
-    train_denoiser.main([*sys.argv[1:], "--resume=True", "--total_kimg=0.128"], standalone_mode=False)
-except UserError as error:
-    Path(__file__).with_name(f"rank{distributed.rank()}.txt").write_text(f"{len(calls)} {error}")
-leave()
-"""
-
-
-def test_two_processes(tmp_path):
+def test_two_processes(tmp_path, monkeypatch):
+    """Trains, then goes on; a loss is once infinite on rank 1, where its gradient is finite."""
     write_images(tmp_path / "data.zip")
-    (tmp_path / "driver.py").write_text(DRIVER)
     flags = arguments(data=tmp_path / "data.zip", outdir=tmp_path / "run", total_kimg=0.064, grid=False)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "driver.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *launcher, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr
+    original, calls = train_denoiser.edm_loss, []
+
+    def poisoned(*given):
+        calls.append(1)
+        return original(*given) + (math.inf if distributed.rank() == 1 and len(calls) == 2 else 0.0)
+
+    def work(rank):
+        with monkeypatch.context() as patch:
+            patch.setattr(distributed, "shutdown", lambda: None)  # one process group for both runs
+            train_denoiser.main(flags, standalone_mode=False)
+            patch.setattr(train_denoiser, "edm_loss", poisoned)
+            with pytest.raises(UserError) as stopped:
+                train_denoiser.main([*flags, "--resume=True", "--total_kimg=0.128"], standalone_mode=False)
+        (tmp_path / f"rank{rank}.txt").write_text(f"{len(calls)} {stopped.value}")
+
+    assert on_two(work)[0] == {0: "fine", 1: "fine"}
     state = torch.load(tmp_path / "run" / "training-state.pt", weights_only=True)
     assert state["it"] == 4  # and not what followed the infinite loss
     assert all(torch.isfinite(value).all() for value in state["net"].values())
