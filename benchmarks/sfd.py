@@ -4,13 +4,14 @@ r"""SFD beside the span solver with heads, at equal training time: 1 to 4 evalua
     python -m benchmarks.sfd                          # renews docs/sfd.md
 
 Rows are appended to benchmarks/sfd.jsonl when they are measured, and are not measured again. Seeds,
-scores and the columns of a row are those of benchmarks/learned_solvers.py; test seeds are 0-999.
-Training takes the evaluations of ``BUDGET``, about as long as that of the span solver with heads.
+test images, scores and the columns of a row are those of benchmarks/learned_solvers.py. Training
+takes the evaluations of ``BUDGET``, about as long as that of the span solver with heads.
 training_seconds: CPU time of train.py, with the teacher's trajectories; that of the span solver is
 without its teacher pairs.
 
-"SFD" trains the network for its number of evaluations. "SFD, second stage" trains half of the
-budget with 7 time steps, and with the other half one evaluation against these.
+"SFD" trains the network for its number of evaluations. "SFD, longer" does so ``LONGER`` times as
+long. "SFD, second stage" trains half of the budget with 7 time steps, and with the other half one
+evaluation against these.
 """
 
 import contextlib
@@ -28,24 +29,23 @@ import click
 import train
 from benchmarks.demo_settings import FIRST_SEED, ROOT, Bench
 from benchmarks.learned_solvers import LearnedSolvers, flags, span_flags
+from benchmarks.measuring import read_rows
+from benchmarks.report_learned_solvers import collect, difference, mean, seeds_of, spread
 from benchmarks.report_learned_solvers import read as read_learned
 from evaluation.detectors import EMBEDDED
 from models.edm import load_edm_network
 from tools.make_docs import renew
 from torch_utils.cli import Command
+from torch_utils.markdown import table as markdown
 
 FILE, PAGE = ROOT / "benchmarks" / "sfd.jsonl", ROOT / "docs" / "sfd.md"
-IMAGES = 1000
 BUDGET = 10_000  # evaluations of the network in a training, where a backward pass counts two
+LONGER = 5  # times the budget
 CACHE, BATCH = 128, 8  # teacher trajectories; samples per iteration
 RATES = (2e-4, 1e-3)
 CHOSEN_AT = 2  # evaluations at which the rate is chosen
 HEADS = ("spatial,time", "spatial,blocks")  # of the span solver
-METHODS = ("SFD", "SFD, second stage", *(f"full + {heads}" for heads in HEADS))
-
-
-def read():
-    return [json.loads(line) for line in FILE.read_text(encoding="utf-8").splitlines()] if FILE.exists() else []
+METHODS = ("plain, best fid", *(f"full + {heads}" for heads in HEADS), "SFD", "SFD, longer", "SFD, second stage")
 
 
 def settings_for(dataset_name, nfe, rate, budget=BUDGET, **more):
@@ -64,11 +64,11 @@ class Tuned(LearnedSolvers):
     """Trains, samples and scores few-step networks, except rows that exist."""
 
     def __init__(self, dataset_name, work):
-        super().__init__(dataset_name, work, IMAGES)
+        super().__init__(dataset_name, work)
         self.file = FILE
 
     def rows(self):
-        return read()
+        return [{**row, "current": True} for row in read_rows(FILE)]
 
     def tune(self, settings, seed, name):
         """(what the row states about the training, the network), by train.py unless in ``work``."""
@@ -89,8 +89,10 @@ class Tuned(LearnedSolvers):
         parameters = sum(value.numel() for value in net.parameters())
         return {**facts, "parameters": parameters, "pairs": CACHE, "file": path}, net
 
-    def network(self, nfe, seed, rate):
-        return self.tune(settings_for(self.dataset_name, nfe, rate), seed, f"sfd-{nfe}-{seed}-{rate:g}")
+    def network(self, nfe, seed, rate, longer=1):
+        settings = settings_for(self.dataset_name, nfe, rate, longer * BUDGET)
+        name = f"sfd-{nfe}-{seed}-{rate:g}" + (f"-{longer}" if longer > 1 else "")
+        return self.tune(settings, seed, name)
 
     def second_stage(self, seed, rate):
         """One evaluation, with half of the budget for a first stage of 7 time steps."""
@@ -129,61 +131,66 @@ class Tuned(LearnedSolvers):
             self.once(key, partial(self.validate, bench, CHOSEN_AT, seed, rate))
 
     def best_rate(self):
-        rows = [row for row in read() if row["part"] == "choice" and row["network"] == self.bench.net.weights_hash[:16]]
+        rows = [
+            row
+            for row in read_rows(FILE)
+            if row["part"] == "choice" and row["network"] == self.bench.net.weights_hash[:16]
+        ]
         return min(rows, key=lambda row: row["fid"])["rate"]
 
     def main(self, nfes, seed, wanted):
-        self.choices(seed)
+        self.choices(0)
         rate = self.best_rate()
         for nfe in nfes:
             makers = {"SFD": partial(self.network, nfe, seed, rate)}
+            makers["SFD, longer"] = partial(self.network, nfe, seed, rate, LONGER)
             if nfe == 1:
                 makers["SFD, second stage"] = partial(self.second_stage, seed, rate)
             works = {name: partial(self.test, made, nfe) for name, made in makers.items()}
             for heads in HEADS:
                 settings = span_flags(self.dataset_name, nfe, "full", {"heads": heads})
                 works[f"full + {heads}"] = partial(self.trained, settings, seed, f"span {heads}-{nfe}-{seed}")
+            known = {(row["method"], row["nfe"], row.get("seed")) for row in solvers_of(self.dataset_name)}
             for name, work in works.items():
-                if (not wanted or name in wanted) and not self.known(name, nfe, seed):
+                if (not wanted or name in wanted) and (name, nfe, seed) not in known:
                     self.once({"part": "main", "method": name, "nfe": nfe, "seed": seed}, work)
 
-    def known(self, method, nfe, seed):
-        """Whether benchmarks/learned_solvers.py has measured this row."""
-        return any(
-            row["method"] == method and row["nfe"] == nfe and row.get("seed") == seed
-            for row in mains(self.dataset_name)
-        )
 
-
-def mains(dataset_name):
-    """The rows of the main part of benchmarks/learned_solvers.py, of as many test images."""
-    return [row for row in read_learned(dataset_name) if row["part"] == "main" and row["images"] == IMAGES]
+def solvers_of(dataset_name):
+    """The rows of benchmarks/learned_solvers.py on all of its test images."""
+    return [row for row in read_learned(dataset_name) if row["part"] == "main" and row["current"]]
 
 
 def table(dataset_name):
-    """One line per method: FID of both classifiers, distance, training time, for each NFE."""
-    own = [row for row in read() if row["part"] == "main" and f"--dataset_name={dataset_name} " in f"{row['command']} "]
-    nfes = sorted({row["nfe"] for row in own})
-    if not nfes:
-        return "Not measured."
-    rows = [*mains(dataset_name), *own]
-    lines = [f"| | {' | '.join(f'{nfe} evaluations' for nfe in nfes)} |", "|---|" + "---|" * len(nfes)]
-    for method in ("plain, best fid", *METHODS):
-        found = {row["nfe"]: row for row in rows if row["method"] == method and row.get("seed") in (None, 0)}
-        lines.append(f"| {method} | {' | '.join(_cell(found.get(nfe)) for nfe in nfes)} |")
-    return "\n".join(lines)
+    """Scores and costs of every method; intervals are those of the difference to SFD."""
+    own = [row for row in read_rows(FILE) if f"--dataset_name={dataset_name} " in f"{row['command']} "]
+    found = collect([{**row, "current": True} for row in [*solvers_of(dataset_name), *own]], "main")
+    lines = []
+    for nfe in sorted({row["nfe"] for row in own if row["part"] == "main"}):
+        for method in METHODS:
+            group = found.get((method, nfe))
+            if group:
+                lines.append([nfe, method, seeds_of([group]), *_cells(group, found.get(("SFD", nfe)))])
+    titles = ["FID\\*", "minus that of SFD", "second classifier", "precision", "recall", "distance", "CPU seconds"]
+    return markdown(["evaluations", "method", "training seeds", *titles], lines) if lines else "Not measured."
 
 
-def _cell(row):
-    if row is None:
-        return ""
-    seconds = f", {row['training_seconds']:.0f} s" if row.get("training_seconds") else ""
-    return f"{row['fid']:.2f} / {row['fid2']:.2f} / {row['distance']:.3f}{seconds}"
+def _cells(group, sfd):
+    apart = difference(group, sfd, "fid") if sfd and group is not sfd else None
+    values = {name: [row[name] for row in group] for name in ("fid", "fid2", "precision", "recall", "distance")}
+    return [
+        spread(values["fid"], 2),
+        f"{apart.value:+.2f} ± {apart.half_width:.2f}" if apart else "",
+        spread(values["fid2"], 1),
+        *(f"{mean(group, name):.2f}" for name in ("precision", "recall")),
+        spread(values["distance"], 3),
+        f"{mean(group, 'training_seconds'):.0f}" if "training_seconds" in group[0] else "-",
+    ]
 
 
 def choice_table():
     lines = ["| network | rate | FID\\* | distance |", "|---|---|---|---|"]
-    for row in (row for row in read() if row["part"] == "choice"):
+    for row in (row for row in read_rows(FILE) if row["part"] == "choice"):
         name = row["command"].split("--dataset_name=")[1].split()[0]
         lines.append(f"| {name} | {row['rate']:g} | {row['fid']:.2f} | {row['distance']:.3f} |")
     return "\n".join(lines)
@@ -196,10 +203,10 @@ def document_parts():
 @click.command(cls=Command)
 @click.option("--dataset_name", type=click.Choice(list(EMBEDDED)), help="Default: only renew docs/sfd.md")
 @click.option("--nfe", default="2,1,3,4", show_default=True)
-@click.option("--seed", default=0, show_default=True, help="Training seed")
+@click.option("--seeds", default="0", show_default=True, help="Training seeds")
 @click.option("--methods", default="", help="Methods to measure, separated by ; (default: all)")
 @click.option("--work", default=None, help="Folder of the trained networks (default: a temporary one)")
-def main(dataset_name, nfe, seed, methods, work):
+def main(dataset_name, nfe, seeds, methods, work):
     """Trains and scores few-step networks beside the span solver with heads."""
     if dataset_name is None:
         renew(PAGE, document_parts(), check=False)
@@ -207,7 +214,8 @@ def main(dataset_name, nfe, seed, methods, work):
     with tempfile.TemporaryDirectory() as temporary:
         wanted = [name.strip() for name in methods.split(";") if name.strip()]
         tuned = Tuned(dataset_name, Path(work or temporary))
-        tuned.main([int(value) for value in nfe.split(",")], seed, wanted)
+        for seed in seeds.split(","):
+            tuned.main([int(value) for value in nfe.split(",")], int(seed), wanted)
 
 
 if __name__ == "__main__":
