@@ -10,8 +10,8 @@ training_seconds: CPU time of train.py, with the teacher's trajectories; that of
 without its teacher pairs.
 
 "SFD" trains the network for its number of evaluations. "SFD, longer" does so ``LONGER`` times as
-long. "SFD, second stage" trains half of the budget with 7 time steps, and with the other half one
-evaluation against these.
+long. "SFD, features" adds the features of the denoiser's encoder to the loss. "SFD, second stage"
+trains half of the budget with 7 time steps, and with the other half one evaluation against these.
 """
 
 import contextlib
@@ -45,7 +45,14 @@ CACHE, BATCH = 128, 8  # teacher trajectories; samples per iteration
 RATES = (2e-4, 1e-3)
 CHOSEN_AT = 2  # evaluations at which the rate is chosen
 HEADS = ("spatial,time", "spatial,blocks")  # of the span solver
-METHODS = ("plain, best fid", *(f"full + {heads}" for heads in HEADS), "SFD", "SFD, longer", "SFD, second stage")
+METHODS = (
+    "plain, best fid",
+    *(f"full + {heads}" for heads in HEADS),
+    "SFD",
+    "SFD, longer",
+    "SFD, features",
+    "SFD, second stage",
+)
 
 
 def settings_for(dataset_name, nfe, rate, budget=BUDGET, **more):
@@ -89,9 +96,9 @@ class Tuned(LearnedSolvers):
         parameters = sum(value.numel() for value in net.parameters())
         return {**facts, "parameters": parameters, "pairs": CACHE, "file": path}, net
 
-    def network(self, nfe, seed, rate, longer=1):
-        settings = settings_for(self.dataset_name, nfe, rate, longer * BUDGET)
-        name = f"sfd-{nfe}-{seed}-{rate:g}" + (f"-{longer}" if longer > 1 else "")
+    def network(self, nfe, seed, rate, longer=1, **more):
+        settings = settings_for(self.dataset_name, nfe, rate, longer * BUDGET, **more)
+        name = f"sfd-{nfe}-{seed}-{rate:g}" + (f"-{longer}" if longer > 1 else "") + "".join(more.values())
         return self.tune(settings, seed, name)
 
     def second_stage(self, seed, rate):
@@ -145,6 +152,7 @@ class Tuned(LearnedSolvers):
             makers = {"SFD": partial(self.network, nfe, seed, rate)}
             makers["SFD, longer"] = partial(self.network, nfe, seed, rate, LONGER)
             if nfe == 1:
+                makers["SFD, features"] = partial(self.network, nfe, seed, rate, loss="features")
                 makers["SFD, second stage"] = partial(self.second_stage, seed, rate)
             works = {name: partial(self.test, made, nfe) for name, made in makers.items()}
             for heads in HEADS:

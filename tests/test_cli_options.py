@@ -176,7 +176,7 @@ OWN = {
         "rank": ["4", *sfd("rank", COUNT)],
         "dropout": ["0.1", *sfd("dropout", ["1", "-0.1", "nan"])],
         "loss": [
-            *sfd("loss", ["l2"]),
+            *sfd("loss", ["nope", "0*l2"]),
             "l2",
             *final("loss", ["nope", "0*l2", "-1*l2", "x*l2", "l2+l2", "l2+", "nan*l2"]),
         ],

@@ -259,21 +259,22 @@ SIGMAS = {
 SIGMAS |= {"of the host": lambda kind: torch.tensor(2.0), "a number": lambda kind: 2.0}
 
 
-@pytest.mark.parametrize("sigma", SIGMAS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name, guidance", FAMILIES)
 @torch.no_grad()
-def test_a_network_does_not_wait(kind, name, guidance, sigma):
+def test_a_network_does_not_wait(kind, name, guidance):
     """Whatever its noise level is, a tensor of the device or a number of the host."""
     family, config, weights, cond = tiny(name)
     with PretendedDevice(kind, ROOT) as device:
         net = build_denoiser(family, config, weights, guidance, device=kind)
         cond = {key: value[:2].to(kind) for key, value in cond.items()}
         x = torch.randn(2, net.img_channels, net.img_resolution, net.img_resolution).to(kind)
-        level = SIGMAS[sigma](kind)
         net(x, torch.tensor(2.0).to(kind), **cond)  # tables are moved now
-        device.clear()
-        assert net(x, level, **cond).device == device.device
+        for form, level in SIGMAS.items():
+            sigma = level(kind)
+            device.clear()
+            assert net(x, sigma, **cond).device == device.device
+            assert not device.waits and not device.doubles, form + listed(device.waits) + listed(device.doubles)
         net.decode(x)
     assert not device.waits and not device.doubles, listed(device.waits) + listed(device.doubles)
 

@@ -329,6 +329,14 @@ def test_from_training_to_images(folder):
     assert code == 2 and "original network" in output
 
 
+def test_a_first_stage_has_l1_alone_unless_terms_are_given(folder):
+    plain, without, features = (
+        trained(folder, name, "--num_steps=3", "--feature_sigma=0.5", *more)[0]
+        for name, more in (("l1", []), ("l1-given", ["--loss=none"]), ("l1-features", ["--loss=0.5*features"]))
+    )
+    assert same(plain, without) and not same(plain, features)
+
+
 def test_one_network_for_several_numbers_of_steps_and_the_second_stage(folder):
     network, _ = trained(folder, "variable", "--num_steps=6-7", "--M=1")
     net = load_edm_network(network)
@@ -456,7 +464,7 @@ def test_errors_of_the_command_line(folder):
         (["--sampler_stu=amed"], "leave --sampler_stu out"),
         (["--scale_dir=0.1"], "belongs to --objective=per_step"),
         (["--heads=time"], "belongs to --objective=final"),
-        (["--loss=features"], "belongs to the second stage"),
+        (["--loss=nope"], "unknown term 'nope'"),
         (["--compile"], "not compiled"),
     ):
         code, output = run(folder, "--objective=sfd", *wrong, f"--outdir={folder / 'none'}")

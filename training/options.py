@@ -380,7 +380,7 @@ class SFDOptions(StepwiseOptions):
     )
     dropout: float = flag("dropout of the student", 0.0, Number(0, 1, max_open=True))
     loss: str | None = flag(
-        f"second stage: terms added in the last step, {TERM_NAMES}, or none (default: features)",
+        f"terms added in the last step, {TERM_NAMES}, or none (default: features in a second stage, none before)",
         metavar="W*TERM+...",
     )
     feature_sigma: float = flag("noise level of the denoiser when features are compared", 0.2, POSITIVE)
@@ -406,11 +406,9 @@ class SFDOptions(StepwiseOptions):
             raise UserError(
                 f"num_steps={self.num_steps} with afs={self.afs} makes no evaluation: use at least {2 + bool(self.afs)}"
             )
+        if self.loss not in (None, "none"):
+            parse_loss(self.loss)
         if self.teacher is None:
-            if self.loss is not None:
-                raise UserError(
-                    "leave out --loss, which belongs to the second stage (--teacher): the first one is trained with L1 alone"
-                )
             return
         if self.model_path is not None:
             raise UserError("--teacher is the network that is trained: leave --model_path out")
@@ -419,8 +417,6 @@ class SFDOptions(StepwiseOptions):
                 raise UserError(f"--{name}: the schedule of a second stage is that of its teacher; leave it out")
         if len(self.step_numbers()) > 1:
             raise UserError(f"num_steps={self.num_steps}: a second stage has one number of time steps")
-        if self.loss not in (None, "none"):
-            parse_loss(self.loss)
 
     def _check_solvers(self) -> None:
         make_teacher(self.to_dict())

@@ -207,8 +207,8 @@ class SFDRun(StepwiseRun):
 
 
 def perceptual_distance(net, options: SFDOptions, device) -> PairLoss | None:
-    """What a second stage adds to the error of its last step; None: nothing."""
-    if options.teacher is None or options.loss == "none":
+    """What is added to the last step's error: by default, as published, only in a second stage."""
+    if options.loss == "none" or (options.loss is None and options.teacher is None):
         return None
     if options.loss is None and not has_features(net, options.feature_sigma, device=device):
         return None
