@@ -40,7 +40,7 @@ from torch_utils.markdown import table as markdown
 
 FILE, PAGE = ROOT / "benchmarks" / "sfd.jsonl", ROOT / "docs" / "sfd.md"
 BUDGET = 10_000  # evaluations of the network in a training, where a backward pass counts two
-LONGER = 5  # times the budget
+LONGER = 5  # times the budget, and the teacher trajectories
 CACHE, BATCH = 128, 8  # teacher trajectories; samples per iteration
 RATES = (2e-4, 1e-3)
 CHOSEN_AT = 2  # evaluations at which the rate is chosen
@@ -60,7 +60,7 @@ def settings_for(dataset_name, nfe, rate, budget=BUDGET, **more):
     num_steps = nfe + 2  # the first step is analytical
     points = more.get("M", 3)
     teacher = (points + 1) * (num_steps - 1) - ("teacher" in more)
-    samples = max((budget - CACHE * teacher) / (3 * nfe), BATCH)
+    samples = max((budget - more.get("teacher_cache", CACHE) * teacher) / (3 * nfe), BATCH)
     return {
         **{"dataset_name": dataset_name, "objective": "sfd", "num_steps": num_steps, "batch": BATCH, "lr": rate},
         **{"total_kimg": round(samples / BATCH) * BATCH / 1000, "teacher_cache": CACHE, "device": "cpu", **more},
@@ -94,11 +94,12 @@ class Tuned(LearnedSolvers):
         (path,) = folder.glob("network-*.safetensors")
         net = load_edm_network(path)
         parameters = sum(value.numel() for value in net.parameters())
-        return {**facts, "parameters": parameters, "pairs": CACHE, "file": path}, net
+        return {**facts, "parameters": parameters, "pairs": settings["teacher_cache"], "file": path}, net
 
     def network(self, nfe, seed, rate, longer=1, **more):
+        more["teacher_cache"] = longer * CACHE
         settings = settings_for(self.dataset_name, nfe, rate, longer * BUDGET, **more)
-        name = f"sfd-{nfe}-{seed}-{rate:g}" + (f"-{longer}" if longer > 1 else "") + "".join(more.values())
+        name = f"sfd-{nfe}-{seed}-{rate:g}" + (f"-{longer}" if longer > 1 else "") + more.get("loss", "")
         return self.tune(settings, seed, name)
 
     def second_stage(self, seed, rate):

@@ -399,8 +399,16 @@ def test_statistics_of_strangers_are_read_line_by_line(tmp_path):
 # All programs
 
 
+@pytest.fixture
+def interruptible():
+    """A process that a shell has started in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("name", "command"), [pytest.param(*entry, id=entry[0]) for entry in commands()])
-def test_ctrl_c_is_130_and_paths_may_begin_at_home(name, command, monkeypatch):
+def test_ctrl_c_is_130_and_paths_may_begin_at_home(name, command, monkeypatch, interruptible):
     given = {}
 
     def interrupted(*arguments, **values):
