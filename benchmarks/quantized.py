@@ -4,8 +4,8 @@
     python -m benchmarks.quantized                                 # renews docs/quantization.md
 
 The solver is the best plain one of benchmarks/learned_solvers.py. Variants are timed in turn on one
-batch of 64 images, in CPU seconds of one thread. Seeds and scores are those of
-benchmarks/learned_solvers.py. Rows are appended to benchmarks/quantized.jsonl when they are
+batch of 64 images, in CPU seconds of one thread, after they are compiled. Seeds and scores are those
+of benchmarks/learned_solvers.py. Rows are appended to benchmarks/quantized.jsonl when they are
 measured, and are not measured again.
 """
 
@@ -21,8 +21,9 @@ from benchmarks.measuring import interleaved, measured, read_rows
 from benchmarks.report_learned_solvers import difference
 from evaluation.detectors import EMBEDDED
 from models import create_model
+from models.compile import prepare_network
 from models.quantize import quantize
-from sampling.quantized import sampled_states
+from sampling.quantized import compile_quantized, sampled_states
 from solvers import sample
 from tools.make_docs import renew
 from torch_utils.cli import Command
@@ -31,19 +32,29 @@ from torch_utils.markdown import table as markdown
 FILE, PAGE = ROOT / "benchmarks" / "quantized.jsonl", ROOT / "docs" / "quantization.md"
 FEW, IMAGES, BATCH, ROUNDS = 5, 1000, 64, 9
 FLOAT = "float32"
+REPLACED = ("aten::mkldnn_convolution", "aten::addmm", "aten::mm")  # what 8-bit layers replace
 
 
 def variants(dataset_name, settings):
     """{name: network}."""
-    net, half = (create_model(dataset_name).to(memory_format=torch.channels_last) for _ in range(2))
-    half.autocast = torch.bfloat16
-    states = sampled_states(net, settings)
-    return {
-        FLOAT: net,
-        "bfloat16": half,
-        "int8, ranges per noise level": quantize(net, states),
-        "int8, one range per layer": quantize(net, states, per_level=False),
+    made = {
+        FLOAT: prepare_network(create_model(dataset_name)),
+        "float32, compiled": prepare_network(create_model(dataset_name), compile_mode="default"),
+        "bfloat16": prepare_network(create_model(dataset_name), "bf16"),
+        "bfloat16, compiled": prepare_network(create_model(dataset_name), "bf16", compile_mode="default"),
     }
+    states = sampled_states(made[FLOAT], settings)
+    made["int8"], made["int8, compiled"] = (quantize(made[FLOAT], states) for _ in range(2))
+    compile_quantized(made["int8, compiled"], "default")
+    return {**made, "int8, one range per layer": quantize(made[FLOAT], states, per_level=False)}
+
+
+def replaced_share(call):
+    """The part of the time of a call that is spent in convolutions and linear layers."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call()
+    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    return sum(times.get(name, 0) for name in REPLACED) / sum(times.values())
 
 
 @torch.no_grad()
@@ -55,7 +66,7 @@ def measure(dataset_name, work):
     networks = variants(dataset_name, plain)
     calls = {name: lambda net=net: sample(net, latents, **plain) for name, net in networks.items()}
     seconds = {name: [cpu for _, cpu in rounds] for name, rounds in interleaved(calls, ROUNDS, warmup=2).items()}
-    images = {}
+    share, images = round(replaced_share(calls[FLOAT]), 3), {}
     for name, net in networks.items():
         bench.net = net
         images[name], _ = bench.solve(**plain)
@@ -63,6 +74,7 @@ def measure(dataset_name, work):
         ratios = [first / second for first, second in zip(seconds[FLOAT], seconds[name], strict=True)]
         row = {
             "settings": plain,
+            "replaced_share": share,
             "faster": round(statistics.median(ratios), 3),
             "faster_range": [round(min(ratios), 3), round(max(ratios), 3)],
             "rms": round(float((images[name] - images[FLOAT]).square().mean().sqrt()), 4),
@@ -83,7 +95,10 @@ def table():
         faster = "1" if row is exact else f"{row['faster']:.2f} ({low:.2f}-{high:.2f})"
         cells = [row["dataset_name"], row["variant"], faster, f"{row['rms']:.4f}", f"{row['fid']:.2f}{change}"]
         lines.append(cells)
-    return markdown(["network", "numbers", "times as fast", "rms to float32", "FID\\* (change)"], lines)
+    shares = {row["dataset_name"]: row["replaced_share"] for row in rows}
+    parts = " and ".join(f"{100 * share:.0f} % ({name})" for name, share in shares.items())
+    lines_below = f"\n\nShare of convolutions and linear layers in the time of float32: {parts}."
+    return markdown(["network", "numbers", "times as fast", "rms to float32", "FID\\* (change)"], lines) + lines_below
 
 
 def document_parts():

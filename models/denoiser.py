@@ -76,6 +76,7 @@ class Denoiser(torch.nn.Module):
     can_autocast: bool = False
     autocast: torch.dtype | None = None
     compiled = None
+    choose_level = None  # of a network in 8 bits: sets the noise level of a call
     few_step = None
     dataset_name: str | None = None
     source_path: str | None = None
@@ -84,6 +85,8 @@ class Denoiser(torch.nn.Module):
     def __call__(self, x, sigma, *args, **cond):
         if isinstance(sigma, torch.Tensor):
             sigma = beside(sigma, x)
+        if self.choose_level is not None:
+            self.choose_level(sigma)
         if self.compiled is None or args:
             return super().__call__(x, sigma, *args, **cond)
         return self.compiled(x, sigma, cond)

@@ -1,11 +1,13 @@
 """8-bit networks: post-training quantisation, calibrated on the states of the sampler itself.
 
 The recipe of PTQ4DM (Shang et al. 2023): weights and activations in 8 bits, ranges that minimise
-mean |error|^2.4. On x86 CPUs convolutions and linear layers run as int8 kernels; elsewhere the same
-numbers are simulated in floating point.
+mean |error|^2.4. On x86 CPUs convolutions run as int8 kernels; elsewhere, and in linear layers, the
+same numbers are simulated in floating point. Compiled, the rounding is part of the other loops.
 """
 
 import copy
+import itertools
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -63,20 +65,44 @@ class Levels:
     def __init__(self, sigmas: Sequence[float]):
         self.sigmas = torch.tensor(sorted(sigmas, reverse=True), dtype=torch.float64)
         self.index = 0
+        self.input = torch.zeros(1, dtype=torch.long)  # the index as an input of a compiled graph
 
     def choose(self, sigma) -> None:
         """Set the index to the level nearest to sigma, for a batch to its highest noise level."""
         level = torch.as_tensor(sigma).detach().double().max().cpu()
         self.index = int((self.sigmas.log() - level.log()).abs().argmin())
-
-    def before_call(self, module, args, kwargs) -> None:
-        self.choose(args[1] if len(args) > 1 else kwargs["sigma"])
+        self.input.fill_(self.index)
 
 
 def int8_kernels(device: torch.device) -> bool:
     """Whether int8 kernels run on this device: x86 CPUs with oneDNN."""
     engines = torch.backends.quantized.supported_engines
     return device.type == "cpu" and "x86" in engines and torch.backends.mkldnn.is_available()
+
+
+_layer_of: "weakref.WeakValueDictionary[int, QuantizedLayer]" = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@torch.library.custom_op("amed::int8_convolution", mutates_args=())
+def int8_convolution(x: torch.Tensor, level: torch.Tensor, number: int) -> torch.Tensor:
+    """The convolution of rounded values without its scale and bias, as one node of a graph.
+
+    x: rounded values [B,C,H,W], uint8.
+    level: index of the noise level [1].
+    number: of the layer.
+    """
+    layer = _layer_of[number]
+    return layer.convolve(x, 1.0, layer.zeros[int(level)], None)
+
+
+@int8_convolution.register_fake
+def _(x, level, number):
+    layer = _layer_of[number]
+    sizes = zip(x.shape[2:], layer.padding, layer.weight.shape[2:], layer.stride, strict=True)
+    size = [(pixels + 2 * padding - kernel) // stride + 1 for pixels, padding, kernel, stride in sizes]
+    made = x.new_empty(len(x), len(layer.weight), *size, dtype=torch.float32)
+    return made.contiguous(memory_format=torch.channels_last)
 
 
 class QuantizedLayer(nn.Module):
@@ -104,26 +130,59 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("weight_zero", torch.zeros(len(rows), dtype=torch.int32))
         self.register_buffer("bias", None if bias is None else bias.detach().float())
         self.levels, self.scales, self.zeros = levels, list(map(float, scales)), [int(zero) for zero in zeros]
+        grid = torch.tensor([self.scales, self.zeros], dtype=torch.float32)
+        self.register_buffer("grid", grid, persistent=False)
         self.stride, self.padding, self.groups = (stride,) * 2, (padding,) * 2, groups
+        self._enter()
+
+    def _enter(self) -> None:
         self._packed: dict = {}
+        self.number = next(_numbers)
+        _layer_of[self.number] = self
+
+    def __setstate__(self, state):
+        super().__setstate__({**state, "_packed": {}})
+        self._enter()  # a copy is another layer
 
     def dequantized_weight(self) -> torch.Tensor:
         return self.weight.float() * self.weight_scale.reshape(-1, *[1] * (self.weight.ndim - 1))
 
     def forward(self, x):
+        if torch.compiler.is_compiling():
+            return self._traced(x.float())
         scale, zero = self.scales[self.levels.index], self.zeros[self.levels.index]
         if self.weight.ndim == 4 and int8_kernels(x.device) and not torch.is_grad_enabled():
             return self._kernel(x.float(), scale, zero)
         return self.simulate(x.float(), scale, zero)
 
-    def simulate(self, x, scale: float, zero: int):
-        """The layer in floating point, with the same rounded numbers."""
-        x = _round(x, scale, zero)
+    def simulate(self, x, scale, zero):
+        """The layer in floating point, with the same rounded numbers.
+
+        Its gradient is that of the layer without rounding (straight-through estimator).
+        """
+        rounded = _round(x, scale, zero)
+        x = x + (rounded - x).detach() if x.requires_grad else rounded
         if self.weight.ndim == 2:
             return F.linear(x, self.dequantized_weight(), self.bias)
         return F.conv2d(x, self.dequantized_weight(), self.bias, self.stride, self.padding, groups=self.groups)
 
     def _kernel(self, x, scale: float, zero: int):
+        x = x.contiguous(memory_format=torch.channels_last)
+        # Adding one half rounds to the nearest number, since the conversion to uint8 rounds down.
+        x = torch.add(x.new_tensor(zero + 0.5), x, alpha=1 / scale).clamp_(0, 255)
+        return self.convolve(x.to(torch.uint8), scale, zero, self.bias)
+
+    def _traced(self, x):
+        """``forward`` for torch.compile, on x86 CPUs. One graph serves all noise levels."""
+        scale, zero = self.grid.index_select(1, self.levels.input).unbind(0)
+        if self.weight.ndim == 2 or torch.is_grad_enabled():
+            return self.simulate(x, scale, zero)
+        x = (x * (1 / scale) + (zero + 0.5)).clamp(0, 255).to(torch.uint8)
+        x = int8_convolution(x.contiguous(memory_format=torch.channels_last), self.levels.input, self.number) * scale
+        return x if self.bias is None else x + self.bias[:, None, None]
+
+    def convolve(self, x, scale: float, zero: int, bias: torch.Tensor | None) -> torch.Tensor:
+        """The int8 kernel. x: rounded values [B,C,H,W], uint8, channels last. Returns float32."""
         key = (tuple(x.shape), scale, zero)
         settings = (self.stride, self.padding, (1, 1), self.groups)
         if key not in self._packed:
@@ -133,17 +192,14 @@ class QuantizedLayer(nn.Module):
             self._packed[key] = torch.ops.onednn.qconv_prepack(
                 self.weight, self.weight_scale, scale, zero, *settings, shape
             )
-        x = x.contiguous(memory_format=torch.channels_last)
-        # Adding one half rounds to the nearest number, since the conversion to uint8 rounds down.
-        x = torch.add(x.new_tensor(zero + 0.5), x, alpha=1 / scale).clamp_(0, 255)
         return torch.ops.onednn.qconv_pointwise(
-            x.to(torch.uint8),
+            x,
             scale,
             zero,
             self._packed[key],
             self.weight_scale,
             self.weight_zero,
-            self.bias,
+            bias,
             *settings,
             1.0,
             0,
@@ -256,7 +312,7 @@ def apply_ranges(net: Denoiser, calibration: dict) -> Denoiser:
         parent, _, child = name.rpartition(".")
         layer = _quantized(layers[name], levels, *zip(*grid, strict=True))
         setattr(result.get_submodule(parent), child, layer)
-    result.register_forward_pre_hook(levels.before_call, with_kwargs=True)
+    result.choose_level = levels.choose
     return result.eval().requires_grad_(False)
 
 
@@ -268,8 +324,11 @@ def quantize(net: Denoiser, states: Sequence, per_level: bool = True) -> Denoise
         of its noise levels. Ranges from other levels lose most of the quality.
     per_level: see ``calibrate``. Default True.
 
-    Raises UserError for compiled networks, mixed precision, and no states.
+    Compile the result instead of ``net``, with ``prepare_network(..., compile_mode="default")``, on x86
+    CPUs only. Raises UserError for compiled networks, mixed precision, and no states.
     """
-    if net.compiled is not None or net.autocast is not None:
-        raise UserError("quantize: leave out --compile and --amp, 8-bit layers replace them")
+    if net.compiled is not None:
+        raise UserError("quantize: compile the 8-bit network, not this one")
+    if net.autocast is not None:
+        raise UserError("quantize: leave out --amp, 8-bit layers replace it")
     return apply_ranges(net, calibrate(net, states, per_level))

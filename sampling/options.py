@@ -165,7 +165,7 @@ class SampleOptions:
         "Class of all images (default: drawn per seed)", kind=click.IntRange(min=0), called="class", record=ALWAYS
     )
     quantize: str = flag(
-        "int8: 8-bit layers, calibrated on the run's own settings; faster on x86 CPUs",
+        "int8: 8-bit layers, calibrated on the run's own settings; faster on x86 CPUs with --compile",
         "none",
         click.Choice(["none", "int8"]),
         record=CHANGED,
@@ -186,8 +186,8 @@ class SampleOptions:
             raise UserError(f"--search={self.search.search} works from noise, without predictor and --return_inters")
         if self.quantize != "none" and not from_noise:
             raise UserError("--quantize needs noise as its start, and one prompt for all images")
-        if self.quantize != "none" and (self.compute.compile != "none" or self.compute.amp != "none"):
-            raise UserError("--quantize replaces --compile and --amp: leave them out")
+        if self.quantize != "none" and self.compute.amp != "none":
+            raise UserError("--quantize replaces --amp: leave it out")
         if self.inputs.observe is not None and self.predictor_path is not None and self.compute.compile != "none":
             raise UserError("--observe: a compiled network hides what the predictor reads; leave --compile out")
 

@@ -19,7 +19,7 @@ from sampling.generate import Batch, generate_fitting, generate_images, prompts_
 from sampling.inputs import ImageInputs
 from sampling.options import SampleOptions
 from sampling.path_search import search_images
-from sampling.quantized import quantized_network
+from sampling.quantized import compile_quantized, quantized_network
 from sampling.search import ScoreFile, keep_best
 from sampling.settings import (
     Settings,
@@ -240,7 +240,8 @@ def open_run(options: SampleOptions, device: torch.device) -> Opened:
     if options.search.verifier is not None:
         check_verifier(options.search.verifier, settings.dataset_name)
     stream = output.stream(settings.dataset_name, len(seeds), device)
-    net = open_network(settings, options.compute, device, options.class_idx)
+    compiled_later = {} if options.quantize == "none" else {"compile": "none"}
+    net = open_network(settings, replace(options.compute, **compiled_later), device, options.class_idx)
     source = None
     if predictor is None and settings.nfe is not None:
         asked = settings.nfe if "nfe" in options.written else default_nfe(net)
@@ -259,6 +260,8 @@ def open_run(options: SampleOptions, device: torch.device) -> Opened:
     if options.quantize != "none":
         one = {"labels": options.class_idx, "negative_prompt": options.text.negative_prompt}
         net = quantized_network(net, settings.arguments(), predictor, device, prompts=prompts, **one)
+        if options.compute.compile != "none":
+            compile_quantized(net, options.compute.compile, options.compute.channels_last)
     warnings = settings.warnings()
     if options.schedule is not None:
         warnings += options.schedule.warnings(net, settings.solver, settings.afs)

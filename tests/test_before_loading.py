@@ -77,7 +77,7 @@ OBSERVED = "--observe=sr:2 --observations=photos"
         (f"--dataset_name=ms_coco --prompt=a {OBSERVED}", "ms_coco samples latents"),
         (f"--dataset_name=cifar10 --seeds=1-2 {OBSERVED}", "file number 2 does not exist"),
         (f"--dataset_name=cifar10 --quantize=int8 {OBSERVED}", "--quantize needs noise as its start"),
-        ("--dataset_name=cifar10 --quantize=int8 --compile", "--quantize replaces --compile and --amp"),
+        ("--dataset_name=cifar10 --quantize=int8 --amp=bf16", "--quantize replaces --amp"),
         ("--dataset_name=ms_coco --quantize=int8 --prompt=captions.txt", "one prompt for all images"),
         (
             "--predictor_path=digits-span-4 --search=quota --budget=9 --candidates=2 --verifier=classifier",

@@ -1,12 +1,14 @@
 """8-bit networks: the range search, int8 kernels against their simulation, and quality."""
 
+import copy
+
 import pytest
 import torch
 from systems_golden import arrays, assert_relative, cases
 
 from models import create_model
 from models import quantize as q
-from models.compile import prepare_network
+from models.compile import CompiledForward, prepare_network
 from models.inputs import draw_inputs
 from solvers import sample
 from torch_utils.errors import UserError
@@ -66,6 +68,34 @@ def test_kernels_agree_with_the_simulation(channels):
     assert_relative(layer(x), conv(x), 0.03)
 
 
+@pytest.mark.skipif(not q.int8_kernels(torch.device("cpu")), reason="needs an x86 CPU")
+@torch.no_grad()
+def test_one_graph_for_all_noise_levels(digits):
+    """aot_eager traces as inductor does, and compiles nothing."""
+    net, _, latents, calibration = digits
+    quantized = q.apply_ranges(net, calibration)
+    compiled = copy.deepcopy(quantized)
+    compiled.compiled, graphs = CompiledForward(compiled, backend="aot_eager"), torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for sigma in calibration["sigmas"][::2]:
+        x, level = latents[:2] * sigma, torch.tensor(sigma)
+        exact = net(x, level)
+        errors = [(network(x, level) - exact).square().mean().sqrt() for network in (quantized, compiled)]
+        assert errors[1] < 1.2 * errors[0] < 0.03  # single values are rounded another way
+    assert graphs["unique_graphs"] == before + 1
+
+
+def test_gradients_pass_through_the_rounding(digits):
+    """Solvers can be distilled on an 8-bit network."""
+    net, _, latents, calibration = digits
+    gradients = []
+    for network in (net, q.apply_ranges(net, calibration)):
+        x = latents[:2].clone().requires_grad_()
+        network(x, torch.tensor(1.0)).square().sum().backward()
+        gradients.append(x.grad)
+    assert_relative(gradients[1], gradients[0], 0.3)
+
+
 def test_each_noise_level_has_its_ranges(digits):
     net, states, _, calibration = digits
     assert calibration["sigmas"] == pytest.approx([float(sigma) for _, sigma in states])
@@ -90,5 +120,5 @@ def test_what_does_not_go_together_is_said(digits):
     net, states, *_ = digits
     with pytest.raises(UserError, match="no states"):
         q.quantize(net, [])
-    with pytest.raises(UserError, match="leave out --compile and --amp"):
+    with pytest.raises(UserError, match="leave out --amp"):
         q.quantize(prepare_network(create_model("digits"), amp="bf16"), states)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -38,13 +39,23 @@ def test_search_along_the_path(tmp_path, monkeypatch):
         (["--search=quota", "--budget=20"], "needs --candidates=N starting noises and a score"),
         ([*SEARCH[:1], "--budget=4", *SEARCH[2:]], "is too small for 3 starting noises and 4 steps"),
         ([*SEARCH, "--return_inters=True"], "without predictor and --return_inters"),
-        (["--quantize=int8", "--amp=bf16"], "--quantize replaces --compile and --amp"),
+        (["--quantize=int8", "--amp=bf16"], "--quantize replaces --amp"),
     ],
 )
 def test_what_is_wrong_is_said(flags, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run(*DIGITS, "--seeds=0", *flags)
     assert result.exit_code and text in result.output
+
+
+@pytest.mark.slow
+def test_a_network_in_8_bits_is_compiled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, flags in (("eager", []), ("compiled", ["--compile"])):
+        result = run(*DIGITS, "--quantize=int8", *flags, "--num_steps=3", "--seeds=0-3", f"--outdir={tmp_path / name}")
+        assert result.exit_code == 0, result.output
+    both = [[ImageSource(tmp_path / name).read(k).astype(float) for k in range(4)] for name in ("eager", "compiled")]
+    assert np.abs(np.subtract(*both)).mean() < 1
 
 
 def test_quantized_sampling_keeps_its_calibration(tmp_path, monkeypatch):
