@@ -4,8 +4,8 @@
     python -m benchmarks.quantized                                 # renews docs/quantization.md
 
 The solver is the best plain one of benchmarks/learned_solvers.py. Variants are timed in turn on one
-batch of 64 images, in CPU seconds of one thread, after they are compiled. Seeds and scores are those
-of benchmarks/learned_solvers.py. Rows are appended to benchmarks/quantized.jsonl when they are
+batch of 64 images, in CPU seconds of one thread, without compiling. Seeds and scores are those of
+benchmarks/learned_solvers.py. Rows are appended to benchmarks/quantized.jsonl when they are
 measured, and are not measured again.
 """
 

@@ -324,8 +324,8 @@ def quantize(net: Denoiser, states: Sequence, per_level: bool = True) -> Denoise
         of its noise levels. Ranges from other levels lose most of the quality.
     per_level: see ``calibrate``. Default True.
 
-    Compile the result instead of ``net``, with ``prepare_network(..., compile_mode="default")``, on x86
-    CPUs only. Raises UserError for compiled networks, mixed precision, and no states.
+    Compile the result instead of ``net``, on x86 CPUs only (``models.compile.prepare_network``).
+    Raises UserError for compiled networks, mixed precision, and no states.
     """
     if net.compiled is not None:
         raise UserError("quantize: compile the 8-bit network, not this one")
