@@ -23,7 +23,7 @@ from evaluation.detectors import EMBEDDED
 from models import create_model
 from models.compile import prepare_network
 from models.quantize import quantize
-from sampling.quantized import compile_quantized, sampled_states
+from sampling.quantized import sampled_states
 from solvers import sample
 from tools.make_docs import renew
 from torch_utils.cli import Command
@@ -32,7 +32,7 @@ from torch_utils.markdown import table as markdown
 FILE, PAGE = ROOT / "benchmarks" / "quantized.jsonl", ROOT / "docs" / "quantization.md"
 FEW, IMAGES, BATCH, ROUNDS = 5, 1000, 64, 9
 FLOAT = "float32"
-REPLACED = ("aten::mkldnn_convolution", "aten::addmm", "aten::mm")  # what 8-bit layers replace
+CONVOLUTIONS = ("aten::mkldnn_convolution", "aten::addmm", "aten::mm")  # with linear layers
 
 
 def variants(dataset_name, settings):
@@ -45,16 +45,16 @@ def variants(dataset_name, settings):
     }
     states = sampled_states(made[FLOAT], settings)
     made["int8"], made["int8, compiled"] = (quantize(made[FLOAT], states) for _ in range(2))
-    compile_quantized(made["int8, compiled"], "default")
+    prepare_network(made["int8, compiled"], compile_mode="default")
     return {**made, "int8, one range per layer": quantize(made[FLOAT], states, per_level=False)}
 
 
-def replaced_share(call):
+def convolution_share(call):
     """The part of the time of a call that is spent in convolutions and linear layers."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()
     times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
-    return sum(times.get(name, 0) for name in REPLACED) / sum(times.values())
+    return sum(times.get(name, 0) for name in CONVOLUTIONS) / sum(times.values())
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def measure(dataset_name, work):
     networks = variants(dataset_name, plain)
     calls = {name: lambda net=net: sample(net, latents, **plain) for name, net in networks.items()}
     seconds = {name: [cpu for _, cpu in rounds] for name, rounds in interleaved(calls, ROUNDS, warmup=2).items()}
-    share, images = round(replaced_share(calls[FLOAT]), 3), {}
+    share, images = round(convolution_share(calls[FLOAT]), 3), {}
     for name, net in networks.items():
         bench.net = net
         images[name], _ = bench.solve(**plain)
@@ -74,7 +74,7 @@ def measure(dataset_name, work):
         ratios = [first / second for first, second in zip(seconds[FLOAT], seconds[name], strict=True)]
         row = {
             "settings": plain,
-            "replaced_share": share,
+            "convolution_share": share,
             "faster": round(statistics.median(ratios), 3),
             "faster_range": [round(min(ratios), 3), round(max(ratios), 3)],
             "rms": round(float((images[name] - images[FLOAT]).square().mean().sqrt()), 4),
@@ -95,7 +95,7 @@ def table():
         faster = "1" if row is exact else f"{row['faster']:.2f} ({low:.2f}-{high:.2f})"
         cells = [row["dataset_name"], row["variant"], faster, f"{row['rms']:.4f}", f"{row['fid']:.2f}{change}"]
         lines.append(cells)
-    shares = {row["dataset_name"]: row["replaced_share"] for row in rows}
+    shares = {row["dataset_name"]: row["convolution_share"] for row in rows}
     parts = " and ".join(f"{100 * share:.0f} % ({name})" for name, share in shares.items())
     lines_below = f"\n\nShare of convolutions and linear layers in the time of float32: {parts}."
     return markdown(["network", "numbers", "times as fast", "rms to float32", "FID\\* (change)"], lines) + lines_below

@@ -4,6 +4,7 @@ The command lines call ``prepare_network``. A compiled denoiser is one graph wit
 inputs have one noise level per sample, and it returns the bottleneck as a second output.
 """
 
+import itertools
 from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 
@@ -45,15 +46,28 @@ def prepare_network(
     if channels_last is None:
         channels_last = amp == "none" and next(net.parameters(), torch.empty(0)).device.type == "cpu"
     net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    if compile_mode not in COMPILE_MODES:
-        raise UserError(f"compile={compile_mode}: choose from {', '.join(COMPILE_MODES)}")
-    device = next(net.parameters(), torch.empty(0)).device
-    if compile_mode == "reduce-overhead" and device.type != "cuda":
+    device = next(itertools.chain(net.parameters(), net.buffers()), torch.empty(0)).device
+    check_compile(compile_mode, device, net.choose_level is not None)
+    net.compiled = None if compile_mode == "none" else CompiledForward(net, compile_mode)
+    return net
+
+
+def check_compile(mode: str, device: torch.device, eight_bits: bool = False) -> None:
+    """Raises UserError if networks, or 8-bit ones, cannot be compiled so on the device."""
+    if mode not in COMPILE_MODES:
+        raise UserError(f"compile={mode}: choose from {', '.join(COMPILE_MODES)}")
+    if mode == "reduce-overhead" and device.type != "cuda":
         raise UserError(
             f"--compile=reduce-overhead records CUDA graphs, and the device is {device.type}: use --compile=default"
         )
-    net.compiled = None if compile_mode == "none" else CompiledForward(net, compile_mode)
-    return net
+    if mode != "none" and eight_bits and not int8_kernels(device):
+        raise UserError("--quantize with --compile needs the int8 kernels of an x86 CPU: leave --compile out")
+
+
+def int8_kernels(device: torch.device) -> bool:
+    """Whether int8 kernels run on this device: x86 CPUs with oneDNN."""
+    engines = torch.backends.quantized.supported_engines
+    return device.type == "cpu" and "x86" in engines and torch.backends.mkldnn.is_available()
 
 
 DTYPES = ("fp32", "fp16", "bf16", "auto")
@@ -228,6 +242,8 @@ class CompiledForward:
         return fill(x), fill(sigma), {name: fill(value) for name, value in cond.items()}, fill(shift)
 
     def __call__(self, x: torch.Tensor, sigma, cond: Mapping, shift: torch.Tensor | None = None) -> torch.Tensor:
+        if self.net.choose_level is not None:
+            self.net.choose_level(sigma)
         recorded = x.is_cuda and self.mode in _CUDA_GRAPHS
         if recorded:
             torch.compiler.cudagraph_mark_step_begin()

@@ -53,6 +53,7 @@ class Denoiser(torch.nn.Module):
     can_autocast: whether the network can run in mixed precision.
     autocast: dtype of matrix products (torch.bfloat16, torch.float16), or None for its own dtype.
     compiled: a ``models.compile.CompiledForward`` that replaces ``forward``, or None.
+    choose_level: function of sigma that a compiled network calls first, or None; of 8-bit networks.
     few_step: ``models.few_step.FewStep`` of a network that was fine-tuned for few steps, or None.
     dataset_name, source_path, weights_hash: name, file and SHA-256 of a network that was loaded
         with ``create_model``; else None.
@@ -76,7 +77,7 @@ class Denoiser(torch.nn.Module):
     can_autocast: bool = False
     autocast: torch.dtype | None = None
     compiled = None
-    choose_level = None  # of a network in 8 bits: sets the noise level of a call
+    choose_level = None
     few_step = None
     dataset_name: str | None = None
     source_path: str | None = None
@@ -85,8 +86,6 @@ class Denoiser(torch.nn.Module):
     def __call__(self, x, sigma, *args, **cond):
         if isinstance(sigma, torch.Tensor):
             sigma = beside(sigma, x)
-        if self.choose_level is not None:
-            self.choose_level(sigma)
         if self.compiled is None or args:
             return super().__call__(x, sigma, *args, **cond)
         return self.compiled(x, sigma, cond)

@@ -2,7 +2,7 @@
 
 The recipe of PTQ4DM (Shang et al. 2023): weights and activations in 8 bits, ranges that minimise
 mean |error|^2.4. On x86 CPUs convolutions run as int8 kernels; elsewhere, and in linear layers, the
-same numbers are simulated in floating point. Compiled, the rounding is part of the other loops.
+same numbers are simulated in floating point. torch.compile fuses the rounding with its neighbours.
 """
 
 import copy
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from models.compile import int8_kernels
 from models.denoiser import Denoiser
 from models.edm_unet import Conv2d as EDMConv2d
 from torch_utils.errors import UserError
@@ -65,7 +66,8 @@ class Levels:
     def __init__(self, sigmas: Sequence[float]):
         self.sigmas = torch.tensor(sorted(sigmas, reverse=True), dtype=torch.float64)
         self.index = 0
-        self.input = torch.zeros(1, dtype=torch.long)  # the index as an input of a compiled graph
+        with torch.inference_mode(False):  # it is changed in any mode
+            self.input = torch.zeros(1, dtype=torch.long)  # the index as an input of a compiled graph
 
     def choose(self, sigma) -> None:
         """Set the index to the level nearest to sigma, for a batch to its highest noise level."""
@@ -73,11 +75,8 @@ class Levels:
         self.index = int((self.sigmas.log() - level.log()).abs().argmin())
         self.input.fill_(self.index)
 
-
-def int8_kernels(device: torch.device) -> bool:
-    """Whether int8 kernels run on this device: x86 CPUs with oneDNN."""
-    engines = torch.backends.quantized.supported_engines
-    return device.type == "cpu" and "x86" in engines and torch.backends.mkldnn.is_available()
+    def before_call(self, module, args, kwargs) -> None:
+        self.choose(args[1] if len(args) > 1 else kwargs["sigma"])
 
 
 _layer_of: "weakref.WeakValueDictionary[int, QuantizedLayer]" = weakref.WeakValueDictionary()
@@ -140,8 +139,11 @@ class QuantizedLayer(nn.Module):
         self.number = next(_numbers)
         _layer_of[self.number] = self
 
+    def __getstate__(self):
+        return {**self.__dict__, "_packed": {}}  # packed weights cannot be copied
+
     def __setstate__(self, state):
-        super().__setstate__({**state, "_packed": {}})
+        super().__setstate__(state)
         self._enter()  # a copy is another layer
 
     def dequantized_weight(self) -> torch.Tensor:
@@ -183,14 +185,14 @@ class QuantizedLayer(nn.Module):
 
     def convolve(self, x, scale: float, zero: int, bias: torch.Tensor | None) -> torch.Tensor:
         """The int8 kernel. x: rounded values [B,C,H,W], uint8, channels last. Returns float32."""
-        key = (tuple(x.shape), scale, zero)
+        key = (tuple(x.shape), zero)
         settings = (self.stride, self.padding, (1, 1), self.groups)
         if key not in self._packed:
             if len(self._packed) > MOST_LEVELS:
                 self._packed.clear()
             shape = list(x.shape)
             self._packed[key] = torch.ops.onednn.qconv_prepack(
-                self.weight, self.weight_scale, scale, zero, *settings, shape
+                self.weight, self.weight_scale, 1.0, zero, *settings, shape
             )
         return torch.ops.onednn.qconv_pointwise(
             x,
@@ -312,7 +314,11 @@ def apply_ranges(net: Denoiser, calibration: dict) -> Denoiser:
         parent, _, child = name.rpartition(".")
         layer = _quantized(layers[name], levels, *zip(*grid, strict=True))
         setattr(result.get_submodule(parent), child, layer)
-    result.choose_level = levels.choose
+    result.register_forward_pre_hook(levels.before_call, with_kwargs=True)
+    result.choose_level = levels.choose  # a compiled network has no hooks
+    for module in result.modules():
+        if hasattr(module, "use_checkpoint"):
+            module.use_checkpoint = False  # layers that run again in the backward pass would do so at another level
     return result.eval().requires_grad_(False)
 
 

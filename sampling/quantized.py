@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from models import quantize
-from models.compile import prepare_network
 from sampling.generate import generate_images
 from torch_utils import distributed
 from torch_utils.errors import UserError
@@ -41,14 +40,6 @@ def quantized_network(net, arguments: dict, predictor=None, device: torch.device
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, calibration)
     return quantize.apply_ranges(net, calibration)
-
-
-def compile_quantized(net, mode: str, channels_last: bool | None = None) -> None:
-    """Compiles a network with 8-bit layers in place; UserError where they are only simulated."""
-    device = next(net.buffers()).device
-    if not quantize.int8_kernels(device):
-        raise UserError(f"--quantize with --compile needs an x86 CPU, here it is {device}: leave --compile out")
-    prepare_network(net, "none", channels_last, mode)
 
 
 def _hash_tensors(module: torch.nn.Module) -> str:

@@ -14,12 +14,13 @@ import torch
 
 from evaluation.fid import StreamedFID
 from evaluation.verifiers import Verifier, check_verifier, load_verifier, score_images
+from models.compile import check_compile, prepare_network
 from sampling.folder import Folder, Place, begin_folder, default_folder, format_seeds, write_grid
 from sampling.generate import Batch, generate_fitting, generate_images, prompts_of, text_of, until_stopped
 from sampling.inputs import ImageInputs
 from sampling.options import SampleOptions
 from sampling.path_search import search_images
-from sampling.quantized import compile_quantized, quantized_network
+from sampling.quantized import quantized_network
 from sampling.search import ScoreFile, keep_best
 from sampling.settings import (
     Settings,
@@ -240,8 +241,11 @@ def open_run(options: SampleOptions, device: torch.device) -> Opened:
     if options.search.verifier is not None:
         check_verifier(options.search.verifier, settings.dataset_name)
     stream = output.stream(settings.dataset_name, len(seeds), device)
-    compiled_later = {} if options.quantize == "none" else {"compile": "none"}
-    net = open_network(settings, replace(options.compute, **compiled_later), device, options.class_idx)
+    opened_with = options.compute
+    if options.quantize != "none":
+        check_compile(options.compute.compile, device, eight_bits=True)
+        opened_with = replace(options.compute, compile="none")  # the 8-bit network is compiled
+    net = open_network(settings, opened_with, device, options.class_idx)
     source = None
     if predictor is None and settings.nfe is not None:
         asked = settings.nfe if "nfe" in options.written else default_nfe(net)
@@ -260,8 +264,7 @@ def open_run(options: SampleOptions, device: torch.device) -> Opened:
     if options.quantize != "none":
         one = {"labels": options.class_idx, "negative_prompt": options.text.negative_prompt}
         net = quantized_network(net, settings.arguments(), predictor, device, prompts=prompts, **one)
-        if options.compute.compile != "none":
-            compile_quantized(net, options.compute.compile, options.compute.channels_last)
+        prepare_network(net, "none", options.compute.channels_last, options.compute.compile)
     warnings = settings.warnings()
     if options.schedule is not None:
         warnings += options.schedule.warnings(net, settings.solver, settings.afs)

@@ -266,11 +266,11 @@ def test_a_network_does_not_wait(kind, name, guidance):
     """Whatever its noise level is, a tensor of the device or a number of the host."""
     family, config, weights, cond = tiny(name)
     with PretendedDevice(kind, ROOT) as device:
-        net = build_denoiser(family, config, weights, guidance, device=kind)
         cond = {key: value[:2].to(kind) for key, value in cond.items()}
-        x = torch.randn(2, net.img_channels, net.img_resolution, net.img_resolution).to(kind)
-        net(x, torch.tensor(2.0).to(kind), **cond)  # tables are moved now
         for form, level in SIGMAS.items():
+            net = build_denoiser(family, config, weights, guidance, device=kind)
+            x = torch.randn(2, net.img_channels, net.img_resolution, net.img_resolution).to(kind)
+            net(x, torch.tensor(2.0).to(kind), **cond)  # tables are moved now
             sigma = level(kind)
             device.clear()
             assert net(x, sigma, **cond).device == device.device

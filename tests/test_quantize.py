@@ -1,18 +1,24 @@
 """8-bit networks: the range search, int8 kernels against their simulation, and quality."""
 
 import copy
+import pickle
 
 import pytest
 import torch
+from click.testing import CliRunner
 from systems_golden import arrays, assert_relative, cases
 from test_execution import tiny_network
 
+import sample as sample_cli
+from models import compile as compile_module
 from models import create_model
 from models import quantize as q
 from models.compile import CompiledForward, prepare_network
+from models.denoiser import call_shifted
 from models.inputs import draw_inputs
 from solvers import sample
 from torch_utils.errors import UserError
+from training.sample_loss import DenoiserFeatures
 
 IPNDM = {"solver": "ipndm", "num_steps": 6}
 SYMMETRIC = [case for case in cases("ptq/quantiser") if case["symmetric"]]
@@ -85,6 +91,51 @@ def test_one_graph_for_all_noise_levels():
         errors = [(network(*state) - exact).square().mean().sqrt() for network in (quantized, compiled)]
         assert 0 < errors[1] < 1.2 * errors[0] < 0.15 * exact.square().mean().sqrt()  # roundings differ a little
     assert graphs["unique_graphs"] == before + 1
+
+
+@torch.no_grad()
+def test_every_way_to_call_it_chooses_the_level(digits):
+    """As sample.py does; with a shift of a learned solver; for the features of a loss; compiled."""
+    net, _, latents, calibration = digits
+    quantized, seen = q.apply_ranges(net, calibration), []
+    levels = next(layer.levels for layer in quantized.modules() if isinstance(layer, q.QuantizedLayer))
+    x, shift = latents[:1], torch.zeros(1, net.noise_embedding.out_features)
+    compiled = copy.copy(quantized)
+    compiled.compiled = CompiledForward(compiled, backend="eager")
+    compiled.compiled.graph = compiled.compiled._both
+    calls = {
+        "call": lambda: quantized(x, torch.tensor(0.01)),
+        "by name": lambda: quantized(x, sigma=0.01),
+        "shifted": lambda: call_shifted(quantized, shift, x, torch.tensor(0.01)),
+        "features": lambda: DenoiserFeatures(quantized, 0.01)(x, {}),
+        "compiled": lambda: compiled(x, torch.tensor(0.01)),
+        "compiled, shifted": lambda: call_shifted(compiled, shift, x, torch.tensor(0.01)),
+    }
+    for call in calls.values():
+        levels.choose(80.0)
+        call()
+        seen.append(levels.index)
+    assert seen == [len(calibration["sigmas"]) - 1] * len(calls)
+
+
+@torch.no_grad()
+def test_copies_of_a_network_that_has_run(digits):
+    net, _, latents, calibration = digits
+    quantized, x = q.apply_ranges(net, calibration), latents[:1]
+    expected = quantized(x, torch.tensor(0.5))
+    for made in (copy.deepcopy(quantized), pickle.loads(pickle.dumps(quantized))):
+        levels = [next(m.levels for m in n.modules() if isinstance(m, q.QuantizedLayer)) for n in (made, quantized)]
+        quantized(x, torch.tensor(80.0))  # changes nothing for the copy
+        assert torch.equal(made(x, torch.tensor(0.5)), expected) and levels[0] is not levels[1]
+
+
+def test_compiling_needs_int8_kernels(digits, monkeypatch):
+    net, _, _, calibration = digits
+    monkeypatch.setattr(compile_module, "int8_kernels", lambda device: False)
+    with pytest.raises(UserError, match="needs the int8 kernels of an x86 CPU"):
+        prepare_network(q.apply_ranges(net, calibration), compile_mode="default")
+    done = CliRunner().invoke(sample_cli.main, ["--dataset_name=digits", "--quantize=int8", "--compile", "--seeds=0"])
+    assert done.exit_code == 2 and "needs the int8 kernels" in done.output and "calibrating" not in done.output
 
 
 def test_gradients_pass_through_the_rounding(digits):

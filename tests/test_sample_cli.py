@@ -449,9 +449,10 @@ def test_streamed_measures_are_those_of_the_files(streamed):
     assert measured(record) == measured(found) and record["seeds"] == "0-79"
 
 
-def test_streamed_measures_need_no_files(streamed, tmp_path):
+def test_streamed_measures_need_no_files(streamed, tmp_path, monkeypatch):
     """Nor do they depend on batches and processes."""
-    flags = (*streamed[2], "--batch=17", f"--fid_json={tmp_path / 'fid.json'}")
+    monkeypatch.chdir(tmp_path)
+    flags = (*streamed[2], "--batch=17", "--fid_json=fid.json", "--device=cpu")
     done = call_on_two(cli.main, *EULER, "--seeds=0-79", *flags)
     assert done.codes == [0, 0], done.outputs
     found = json.loads((tmp_path / "fid.json").read_text())

@@ -4,6 +4,7 @@ import datetime
 import multiprocessing
 import os
 import time
+import traceback
 from typing import NamedTuple
 
 import pytest
@@ -13,7 +14,7 @@ from ports import reserve_port
 
 from torch_utils import distributed
 
-TIMEOUT = 5  # seconds, of an exchange: much longer than one takes, also on a busy machine
+TIMEOUT = 120  # seconds, of an exchange: much longer than one takes, also on a busy machine
 LONGEST = 300  # seconds, of both processes: far more than they take
 
 
@@ -56,11 +57,11 @@ def _run(work) -> dict:
     return found
 
 
-def on_two(work) -> tuple[dict[int, str], float]:
-    """({rank: "fine" or the error of ``work(rank)`` in a group}, seconds)"""
+def on_two(work, timeout: float = TIMEOUT) -> tuple[dict[int, str], float]:
+    """({rank: "fine" or the error of ``work(rank)`` in a group}, seconds)."""
 
     def in_group(rank: int) -> str:
-        distributed._TIMEOUT = datetime.timedelta(seconds=TIMEOUT)
+        distributed._TIMEOUT = datetime.timedelta(seconds=timeout)
         distributed.init("cpu")
         try:
             work(rank)
@@ -79,7 +80,8 @@ def call_on_two(command, *arguments) -> Both:
 
     def called(_rank: int) -> tuple[int, str]:
         done = CliRunner().invoke(command, [str(argument) for argument in arguments])
-        return done.exit_code, done.output
+        unexpected = [] if isinstance(done.exception, SystemExit | None) else traceback.format_exception(*done.exc_info)
+        return done.exit_code, "".join([done.output, *unexpected])
 
     found = _run(called)
     assert sorted(found) == [0, 1]

@@ -202,7 +202,7 @@ class SFDRun(StepwiseRun):
             f"cost of a sample: {teacher:g} evaluations of the teacher, {student:g} of the student with gradients "
             f"(about {teacher + 3 * student:.3g} evaluations), {options.total_kimg:g} thousand samples",
             f"loss: {options.interval_loss or 'absolute'} difference to the teacher per value, mean of the trained steps; "
-            "last: that of the result",
+            f"last: that of the result{'' if loss.distance is None else ' and ' + (options.loss or 'features')}",
         ]
 
 
