@@ -12,7 +12,7 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 from models import edm_unet
-from models.denoiser import BottleneckReader, Denoiser, beside, bottleneck_map, shift_hooks
+from models.denoiser import BottleneckReader, Denoiser, beside, bottleneck_map, member, shift_hooks
 from torch_utils.errors import UserError
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,7 +47,7 @@ def prepare_network(
         channels_last = amp == "none" and next(net.parameters(), torch.empty(0)).device.type == "cpu"
     net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     device = next(itertools.chain(net.parameters(), net.buffers()), torch.empty(0)).device
-    check_compile(compile_mode, device, net.choose_level is not None)
+    check_compile(compile_mode, device, member(net, "choose_level") is not None)
     net.compiled = None if compile_mode == "none" else CompiledForward(net, compile_mode)
     return net
 
@@ -242,8 +242,9 @@ class CompiledForward:
         return fill(x), fill(sigma), {name: fill(value) for name, value in cond.items()}, fill(shift)
 
     def __call__(self, x: torch.Tensor, sigma, cond: Mapping, shift: torch.Tensor | None = None) -> torch.Tensor:
-        if self.net.choose_level is not None:
-            self.net.choose_level(sigma)
+        choose_level = member(self.net, "choose_level")
+        if choose_level is not None:
+            choose_level(sigma)
         recorded = x.is_cuda and self.mode in _CUDA_GRAPHS
         if recorded:
             torch.compiler.cudagraph_mark_step_begin()

@@ -77,7 +77,7 @@ class Denoiser(torch.nn.Module):
     can_autocast: bool = False
     autocast: torch.dtype | None = None
     compiled = None
-    choose_level = None
+    choose_level: Callable[[Any], None] | None = None
     few_step = None
     dataset_name: str | None = None
     source_path: str | None = None

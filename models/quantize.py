@@ -18,6 +18,7 @@ from torch import nn
 from models.compile import int8_kernels
 from models.denoiser import Denoiser
 from models.edm_unet import Conv2d as EDMConv2d
+from models.openai_unet import TimestepEmbedSequential
 from torch_utils.errors import UserError
 
 THRESHOLDS = 100  # candidates of the range search
@@ -317,8 +318,8 @@ def apply_ranges(net: Denoiser, calibration: dict) -> Denoiser:
     result.register_forward_pre_hook(levels.before_call, with_kwargs=True)
     result.choose_level = levels.choose  # a compiled network has no hooks
     for module in result.modules():
-        if hasattr(module, "use_checkpoint"):
-            module.use_checkpoint = False  # layers that run again in the backward pass would do so at another level
+        if isinstance(module, TimestepEmbedSequential):
+            module.use_checkpoint = False  # its layers would run again at another level
     return result.eval().requires_grad_(False)
 
 
