@@ -1,11 +1,11 @@
-r"""SFD beside the span solver with heads, at equal training time: 1 to 4 evaluations.
+r"""SFD beside the span solver with heads: 1 to 4 evaluations.
 
     python -m benchmarks.sfd --dataset_name=digits    # measures
     python -m benchmarks.sfd                          # renews docs/sfd.md
 
 Rows are appended to benchmarks/sfd.jsonl when they are measured, and are not measured again. Seeds,
 test images, scores and the columns of a row are those of benchmarks/learned_solvers.py. Training
-takes the evaluations of ``BUDGET``, about as long as that of the span solver with heads.
+takes the evaluations of ``BUDGET``, about as long as that of the span solver at three and four.
 training_seconds: CPU time of train.py, with the teacher's trajectories; that of the span solver is
 without its teacher pairs.
 
