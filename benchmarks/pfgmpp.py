@@ -26,14 +26,18 @@ from benchmarks.learned_solvers import LearnedSolvers, amed_flags, span_flags
 from benchmarks.measuring import network_of, read_rows
 from benchmarks.report_learned_solvers import difference
 from models import create_model
+from models.inputs import draw_inputs
+from solvers import sample
 from tools.make_docs import renew
 from torch_utils.cli import PATH, Command
+from torch_utils.images import image_grid, save_image, to_uint8
 from torch_utils.markdown import table as markdown
 
 FILE, PAGE = ROOT / "benchmarks" / "pfgmpp.jsonl", ROOT / "docs" / "pfgmpp.md"
 DATASET = "cifar10-small"
 DIMS = (0, 128, 2048)
 LEARNED_ON, FEW = 128, 5
+ACROSS = 16  # images in a row of the picture
 PLAIN = {
     f"iPNDM-3, {FEW}": {"solver": "ipndm", "max_order": 3, "num_steps": FEW + 1},
     "Heun, 35": {"solver": "heun", "num_steps": 18, "denoise_to_zero": True},
@@ -66,6 +70,17 @@ class Networks(LearnedSolvers):
             }
         for method, work in works.items():
             self.once({"method": method, "nfe": int(method.split()[-1]), "extra_dims": dims}, work)
+
+
+def draw(paths):
+    """The same seeds by Heun's method with 35 evaluations, one row per network."""
+    rows = []
+    for path in paths.values():
+        net = create_model("custom", path)
+        latents, cond = draw_inputs(net, range(ACROSS))
+        rows.append(sample(net, latents, cond=cond, **PLAIN["Heun, 35"]))
+    grid = image_grid(to_uint8(torch.cat(rows)), ACROSS)
+    save_image(grid.repeat(2, 0).repeat(2, 1), PAGE.with_name("pfgmpp.png"))
 
 
 def table():
@@ -104,6 +119,7 @@ def main(networks, work):
         own = Networks(work or temporary)
         for dims, path in paths.items():
             own.measure(dims, path)
+    draw(paths)
 
 
 if __name__ == "__main__":
