@@ -4,7 +4,7 @@
     python -m benchmarks.quantized                                 # renews docs/quantization.md
 
 The solver is the best plain one of benchmarks/learned_solvers.py. Variants are timed in turn on one
-batch of 64 images, in CPU seconds of one thread, without compiling. Seeds and scores are those of
+batch of 64 images, in CPU seconds of one thread; they are compiled before. Seeds and scores are of
 benchmarks/learned_solvers.py. Rows are appended to benchmarks/quantized.jsonl when they are
 measured, and are not measured again.
 """
